@@ -1,0 +1,7237 @@
+#!/usr/bin/env python3
+"""Labtasker in one file: a task queue for machine-learning experiments.
+
+Copy this file to wherever there is a Python 3.6 or newer and go:
+
+    python3 labtasker.py task submit -- --lr=0.1            # queue a task
+    python3 labtasker.py loop -- python3 train.py --lr '%(lr)'   # run what is queued
+    python3 labtasker.py task ls                            # look at the results
+    python3 labtasker.py serve                              # let several hosts share a queue
+
+The same file is the server, the command line and `import labtasker`. The house has ten floors; each uses
+only those below it, so the file reads from here to its end.
+
+    1. Values        errors, ids, names, dotted keys, times, durations, relative dates
+    2. Filters       text -> tree; query document <-> tree; tree -> predicate; sorting
+    3. Model         task, worker, queue: their fields; the two state machines as tables
+    4. Journal       the append-only file: lock, append, sync, replay, heal
+    5. Service       the state in memory, its indexes, every operation, time-outs
+    6. API           every request as one row of a table: method, path, fields, operation
+    7. Server        http.server in threads over the API
+    8. Client        configuration, the two transports, the public functions
+    9. Worker        loop, Required, heartbeats, runs
+    10. Command line  commands as one table, output, main()
+
+An operation goes: command or function -> Client.call -> (HTTP or not) -> ROUTES -> decide -> append -> apply.
+`decide` checks and returns changes and touches nothing; the journal makes them durable; `apply` alone changes
+the state, live and at replay.
+"""
+import sys
+
+if __name__ == "__main__":  # `import labtasker` in this process finds this very module, never a second copy
+    sys.modules["labtasker"] = sys.modules["__main__"]
+
+import collections
+import datetime
+import errno
+import heapq
+import itertools
+import json
+import math
+import operator
+import os
+import re
+import threading
+import time
+import zlib
+
+try:
+    import fcntl
+except ImportError:  # Windows: the client and the worker work, the store says what it needs
+    fcntl = None
+
+__version__ = "0.1.0"
+
+# 1. Values ####################################################################
+#
+# What everything above is made of: errors, ids, names, dotted keys, instants, durations, relative
+# dates. Knows nothing of tasks. The only section that reads a clock. Tests: test_values.py,
+# test_dates.py.
+
+
+class LabtaskerError(Exception):
+    """The root of every error raised here. `status` is the HTTP status that a server answers it with."""
+
+    status = 500
+    code = "error"
+
+
+class LabtaskerRuntimeError(LabtaskerError, RuntimeError):
+    """Something that should work did not."""
+
+
+class LabtaskerValueError(LabtaskerError, ValueError):
+    """A value that can't be taken."""
+
+    status = 400
+    code = "bad_value"
+
+
+class LabtaskerTypeError(LabtaskerError, TypeError):
+    """A value of the wrong type."""
+
+    status = 400
+    code = "bad_type"
+
+
+class LabtaskerNetworkError(LabtaskerError):
+    """The server did not do what was asked."""
+
+
+class LabtaskerHTTPStatusError(LabtaskerNetworkError):
+    """The server refused: `status_code` is the HTTP status, `detail` the server's words (text or list)."""
+
+    def __init__(self, status_code, detail, where=""):
+        self.status_code = self.status = status_code
+        self.detail = detail
+        super().__init__("%s (HTTP %d%s)" % (detail_text(detail), status_code, where and ", " + where))
+
+
+class LabtaskerConnectError(LabtaskerNetworkError):
+    """The server could not be reached, or went away before it answered."""
+
+
+class WorkerSuspended(LabtaskerRuntimeError):
+    """The worker is suspended or crashed and gets no tasks until it is set active."""
+
+
+class TaskCancelled(LabtaskerError):
+    """Raised in a running job whose task was cancelled, or taken away, from outside."""
+
+
+class SyntaxMistake(LabtaskerValueError):
+    """A mistake in a text that a person typed: shows the line and a caret under the 0-based `column`."""
+
+    def __init__(self, message, text, column):
+        self.message, self.text, self.column = message, text, column
+        start = text.rfind("\n", 0, column) + 1
+        line = text[start:].split("\n", 1)[0]
+        left = max(0, column - start - 60)
+        shown = re.sub(r"[\x00-\x1f\x7f-\x9f]", " ", line[left:left + 100])
+        super().__init__("%s\n  %s\n  %s^" % (message, shown, " " * (column - start - left)))
+
+
+class FilterError(SyntaxMistake):
+    """A mistake in a filter."""
+
+    code = "bad_filter"
+
+
+class TemplateError(SyntaxMistake):
+    """A mistake in a command template with its `%(key)` placeholders."""
+
+    code = "bad_template"
+
+
+class UsageError(LabtaskerValueError):
+    """A command line that can't be understood: exit code 2."""
+
+    code = "usage"
+
+
+class BadRequest(LabtaskerError):
+    status, code = 400, "bad_request"
+
+
+class InvalidStateTransition(BadRequest):
+    code = "invalid_state_transition"
+
+    def __init__(self, text):
+        super().__init__("InvalidStateTransition: " + text)
+
+
+class Unauthorized(LabtaskerError):
+    status, code = 401, "unauthorized"
+
+
+class Forbidden(LabtaskerError):
+    status, code = 403, "forbidden"
+
+
+class NotFound(LabtaskerError):
+    status, code = 404, "not_found"
+
+
+class MethodNotAllowed(LabtaskerError):
+    status, code = 405, "method_not_allowed"
+
+
+class Conflict(LabtaskerError):
+    status, code = 409, "conflict"
+
+
+class TooLarge(LabtaskerError):
+    status, code = 413, "too_large"
+
+
+class InvalidFields(LabtaskerValueError):
+    """Fields of a request that can't be taken: `problems` is a list of (field path, message)."""
+
+    status, code = 422, "invalid_fields"
+
+    def __init__(self, problems):
+        self.problems = [(list(where), message) for where, message in problems]
+        super().__init__(detail_text(self.detail))
+
+    @property
+    def detail(self):
+        """A list of {"loc": ["body", field...], "msg", "type"}: the shape of a 422 answer."""
+        return [{"loc": where, "msg": message, "type": "value_error"} for where, message in self.problems]
+
+
+class StoreUnavailable(LabtaskerRuntimeError):
+    status, code = 503, "store_unavailable"
+
+
+class StoreFull(StoreUnavailable):
+    status, code = 507, "store_full"
+
+
+class StoreDamaged(StoreUnavailable):
+    """A journal that can't be opened as it is: the message has path, byte offset and the way out."""
+
+    code = "store_damaged"
+
+
+def detail_text(detail):
+    """Return one line of text for the `detail` of an error answer: text, or the list of a 422."""
+    if not isinstance(detail, list):
+        return str(detail)
+    rows = [d if isinstance(d, dict) else {"msg": str(d)} for d in detail]
+    return "; ".join(": ".join(filter(None, (".".join(str(p) for p in row.get("loc", ())[1:]), str(row.get("msg")))))
+                     for row in rows)
+
+
+def nearest(word, choices):
+    """Return the choice that looks most like `word`, or None."""
+    import difflib
+    return next(iter(difflib.get_close_matches(str(word), [str(c) for c in choices], 1, 0.6)), None)
+
+
+def new_id():
+    """Return a random UUID4 as text; `uuid` itself costs 8 ms to import."""
+    raw = bytearray(os.urandom(16))
+    raw[6] = raw[6] & 0x0F | 0x40
+    raw[8] = raw[8] & 0x3F | 0x80
+    text = bytes(raw).hex()
+    return "-".join((text[:8], text[8:12], text[12:16], text[16:20], text[20:]))
+
+
+NAME = re.compile(r"[a-zA-Z0-9_-]{1,100}\Z")
+KEY = re.compile(r"[a-zA-Z0-9_-]+(\.[a-zA-Z0-9_-]+)*\Z")
+
+
+def check_key(key, where):
+    """Raise InvalidFields unless `key` is letters, digits, `_` and `-`, with dots between."""
+    if not isinstance(key, str) or not KEY.match(key):
+        raise InvalidFields([(["body"] + where, "the key %r is not made of letters, digits, '_' and '-', "
+                              "with dots between nested keys" % (key,))])
+
+
+def _plain(value):
+    """Return whether a dict has no dotted key, no odd key and no dict inside: the common case, at a glance."""
+    for key, item in value.items():
+        if type(item) in (dict, list) or not (type(key) is str and NAME.match(key)):
+            return False
+    return True
+
+
+def nest(mapping, where="args"):
+    """Return `mapping` with dotted keys as nested dicts at every level, or raise InvalidFields.
+
+    Paths merge in any order; a path set twice, or set to a value and to a dict, is refused and both are named.
+    """
+    if _plain(mapping):
+        return dict(mapping)
+    tree, origin = {}, {}
+    _nest_into(tree, mapping, [where], (), origin)
+    return tree
+
+
+def _nest_into(tree, mapping, where, prefix, origin):
+    for key, value in mapping.items():
+        check_key(key, where)
+        path = prefix + tuple(key.split("."))
+        spelled = ".".join(where[1:] + [key])
+        if isinstance(value, dict) and value:
+            _nest_into(tree, value, where + [key], path, origin)
+            continue
+        _claim(origin, path, spelled, where)
+        node = tree
+        for part in path[:-1]:
+            node = node.setdefault(part, {})
+        node[path[-1]] = _nest_list(value, where + [key])
+
+
+def _claim(origin, path, spelled, where):
+    """Note that `path` is set by the key `spelled`, or raise InvalidFields naming the other that set it.
+
+    `origin` maps a path to (key as spelled, whether it is a leaf there)."""
+    for size in range(1, len(path) + 1):
+        taken = origin.get(path[:size])
+        if taken and (taken[1] or size == len(path)):
+            raise InvalidFields([(["body"] + where[:1], "the keys %r and %r collide: both set %r"
+                                  % (taken[0], spelled, ".".join(path[:size])))])
+    for size in range(1, len(path)):
+        origin.setdefault(path[:size], (spelled, False))
+    origin[path] = (spelled, True)
+
+
+def _nest_list(value, where):
+    if isinstance(value, list):
+        return [_nest_list(item, where + [str(i)]) for i, item in enumerate(value)]
+    return _nest_dict(value, where) if isinstance(value, dict) else value
+
+
+def _nest_dict(value, where):
+    tree = {}
+    _nest_into(tree, value, where, (), {})
+    return tree
+
+
+def dig(value, path, default=None):
+    """Return what stands at `path` (a list of keys) in nested dicts, or `default`."""
+    for key in path:
+        if not isinstance(value, dict) or key not in value:
+            return default
+        value = value[key]
+    return value
+
+
+def merge(old, new):
+    """Return `old` with `new` merged in at every level; neither is changed."""
+    if not old:
+        return new
+    merged = dict(old)
+    for key, value in new.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = merge(merged[key], value) if both else value
+    return merged
+
+
+class Instant(float):
+    """Seconds since the epoch, UTC: a type of its own, so that a filter tells times from numbers."""
+
+    __slots__ = ()
+
+
+def now():
+    """Return the time of day; for what people read, never for deciding that time has passed."""
+    return Instant(time.time())
+
+
+def monotonic():
+    """Return seconds on the clock that never jumps: what time-outs are judged by."""
+    return time.monotonic()
+
+
+# Times travel as ISO 8601 in UTC; people type durations and dates. Calendar units (day to year) keep the
+# wall clock of the machine's zone, hours and below are exact.
+
+UTC = datetime.timezone.utc
+ISO = re.compile(r"(\d{4})([-/])(\d\d?)\2(\d\d?)(?:[T ](\d\d?):(\d\d)(?::(\d\d)(?:[.,](\d+))?)?)?"
+                 r" ?(Z|UTC|[+-]\d\d(?::?\d\d)?)?\Z", re.IGNORECASE | re.ASCII)
+
+
+def to_datetime(instant):
+    """Return an instant as an aware datetime in UTC."""
+    return datetime.datetime.fromtimestamp(instant, UTC)
+
+
+def format_time(instant):
+    """Return an instant as ISO 8601 text in UTC, always with microseconds."""
+    return datetime.datetime.fromtimestamp(instant, UTC).isoformat(timespec="microseconds")
+
+
+def parse_time(text):
+    """Return the Instant that ISO 8601 text means, or raise ValueError. Without a zone it is UTC."""
+    found = ISO.match(text)
+    if not found:
+        raise ValueError("%r is not an ISO 8601 time, such as 2026-11-22T06:00:00+00:00" % text)
+    return _iso_instant(found, UTC)
+
+
+def _iso_instant(found, default_zone):
+    """Return the Instant of a match of ISO, or raise ValueError where there is no such day or time."""
+    year, _, month, day, hour, minute, second, fraction, zone = found.groups()
+    micro = int(((fraction or "") + "000000")[:6])
+    clock = int(hour or 0), int(minute or 0), int(second or 0), micro
+    return _instant(datetime.datetime(int(year), int(month), int(day), *clock), _zone(zone) or default_zone)
+
+
+def _zone(text):
+    """Return the tzinfo of `Z`, `UTC`, `+02:00`, `+0200` or `+02`; None (the machine's zone) of no text."""
+    if not text:
+        return None
+    if text[0] not in "+-":
+        return UTC
+    ahead = datetime.timedelta(hours=int(text[1:3]), minutes=int(text[3:].lstrip(":") or 0))
+    return datetime.timezone(-ahead if text[0] == "-" else ahead)
+
+
+def _instant(wall, zone):
+    """Return the Instant at which the clocks of `zone` (None: this machine's) show `wall`."""
+    return Instant(wall.replace(tzinfo=zone).timestamp())
+
+
+QUANTITY = re.compile(r"(\d+(?:\.\d+)?|an?\b|one\b) ?([a-z]+) ?(?:(?:, ?and\b|,|and\b) ?(?=.))?", re.ASCII)
+
+
+def _quantities(text):
+    """Return [(amount, unit)...] of "1h30m" or "a day, 2 hours"; None where that is not what the text is."""
+    found, end = [], 0
+    while end < len(text):
+        match = QUANTITY.match(text, end)
+        if not match or match.group(2) not in SPELLINGS:
+            return None
+        amount = float(match.group(1)) if match.group(1)[0].isdigit() else 1.0
+        found.append((amount, SPELLINGS[match.group(2)]))
+        end = match.end()
+    return found or None
+
+
+def parse_duration(value):
+    """Return the seconds that a number, or text like "90", "10 min" or "1h30m", means; LabtaskerValueError else."""
+    seconds = value if type(value) in (int, float) else None
+    if isinstance(value, str):
+        seconds = _duration_seconds(" ".join(value.lower().split()))
+    if seconds is None or not 0 <= seconds < math.inf:
+        raise LabtaskerValueError("%r is not a duration; understood are seconds or text such as %s"
+                                  % (value, ", ".join('"%s"' % shown for shown in DURATIONS)))
+    return float(seconds)
+
+
+def _duration_seconds(text):
+    if re.match(r"\d+(\.\d*)?\Z|\.\d+\Z", text):
+        return float(text)
+    quantities = _quantities(text)
+    if not quantities or any(UNITS[unit].months for _, unit in quantities):
+        return None
+    return sum(amount * (UNITS[unit].days * 86400 + UNITS[unit].seconds) for amount, unit in quantities)
+
+
+def parse_date(text, now):
+    """Return the Instant that a person means by `text` at the time `now`, or raise LabtaskerValueError."""
+    words = " ".join(text.lower().split())
+    try:
+        found = next(filter(None, (read(words, now) for read in DATE_FORMS.values())), None)
+    except (ValueError, OverflowError):
+        raise LabtaskerValueError("the date %r does not exist" % text)
+    if found is None:
+        raise LabtaskerValueError("the date %r is not understood; understood are %s"
+                                  % (text, ", ".join('"%s"' % shown for shown in DATE_FORMS)))
+    return found[0]
+
+
+# Each form of a date is a function (lower-case text, now) -> (Instant,), or None where the text has
+# another form; ValueError or OverflowError where it has this form but names no date.
+
+
+def _day_name(text, now):
+    if text == "now":
+        return (now,)
+    if text not in DAY_NAMES:
+        return None
+    return (_instant(_midnight(now) + datetime.timedelta(days=DAY_NAMES[text]), None),)
+
+
+def _midnight(now):
+    return datetime.datetime.fromtimestamp(now).replace(hour=0, minute=0, second=0, microsecond=0, fold=0)
+
+
+def _ago(text, now):
+    return _shifted(text[:-4], now, -1) if text.endswith(" ago") else None
+
+
+def _ahead(text, now):
+    return _shifted(text[3:], now, 1) if text.startswith("in ") else None
+
+
+def _short(text, now):
+    return _shifted(text, now, -1)
+
+
+def _shifted(text, now, sign):
+    """Return (the Instant that the quantities in `text` are away from `now`,); months only whole."""
+    quantities = _quantities(text)
+    if not quantities or any(UNITS[unit].months and not amount.is_integer() for amount, unit in quantities):
+        return None
+    months, days, seconds = (sign * sum(amount * getattr(UNITS[unit], part) for amount, unit in quantities)
+                             for part in ("months", "days", "seconds"))
+    if months or days:
+        now = _calendar_shift(now, int(months), days)
+    return (_checked(now + seconds),)
+
+
+def _checked(seconds):
+    """Return the Instant, or raise ValueError or OverflowError where no calendar has it."""
+    to_datetime(seconds)
+    return Instant(seconds)
+
+
+def _calendar_shift(now, months, days):
+    """Return `now` moved on this machine's calendar; a day that its month lacks becomes the month's last."""
+    wall = datetime.datetime.fromtimestamp(now)
+    year, month = divmod(wall.year * 12 + wall.month - 1 + months, 12)
+    leap = year % 4 == 0 and (year % 100 != 0 or year % 400 == 0)
+    last = (31, 29 if leap else 28, 31, 30, 31, 30, 31, 31, 30, 31, 30, 31)[month]
+    wall = wall.replace(year=year, month=month + 1, day=min(wall.day, last))
+    return _instant(wall + datetime.timedelta(days=days), None)
+
+
+def _last(text, now):
+    """Read `last week` (that long ago) and `last monday` (its midnight, before today)."""
+    word = text[5:] if text.startswith("last ") else ""
+    if word in ("week", "month", "year"):
+        return _shifted("1 " + word, now, -1)
+    if word not in WEEKDAYS:
+        return None
+    today = _midnight(now)
+    back = (today.weekday() - WEEKDAYS.index(word) - 1) % 7 + 1
+    return (_instant(today - datetime.timedelta(days=back), None),)
+
+
+def _iso(text, now):
+    found = ISO.match(text)
+    return found and (_iso_instant(found, None),)
+
+
+CLOCK = r"(\d\d?):(\d\d)(?::(\d\d))?"
+ZONE = r" ?(z|utc|[+-]\d\d(?::?\d\d)?)?\Z"
+REST_OF_DATE = r"(?:,? (?P<year>\d{4}))?(?:,? " + CLOCK + ")?" + ZONE
+CLOCK_ONLY = re.compile(CLOCK + ZONE, re.ASCII)
+MONTH_DAY = re.compile(r"(?P<month>[a-z]+)\.? (?P<day>\d\d?)" + REST_OF_DATE, re.ASCII)
+DAY_MONTH = re.compile(r"(?P<day>\d\d?) (?P<month>[a-z]+)\.?" + REST_OF_DATE, re.ASCII)
+
+
+def _clock(text, now):
+    found = CLOCK_ONLY.match(text)
+    return found and (_on_day(now, found.groups(), {}),)
+
+
+def _month_day(text, now):
+    found = MONTH_DAY.match(text) or DAY_MONTH.match(text)
+    month = found and MONTHS.get(found.group("month"))
+    if not month:
+        return None
+    day = {"month": month, "day": int(found.group("day"))}
+    if found.group("year"):
+        day["year"] = int(found.group("year"))
+    return (_on_day(now, found.groups()[-4:], day),)
+
+
+def _on_day(now, clock_and_zone, day):
+    """Return the Instant of a clock's time; what `day` does not say is as it is now, in the same zone."""
+    hour, minute, second, zone_text = clock_and_zone
+    zone = _zone(zone_text)
+    wall = datetime.datetime.fromtimestamp(now, zone)
+    wall = wall.replace(hour=int(hour or 0), minute=int(minute or 0), second=int(second or 0),
+                        microsecond=0, fold=0, **day)
+    return _instant(wall, zone)
+
+
+Unit = collections.namedtuple("Unit", "spellings months days seconds")
+
+UNITS = {
+    "second": Unit("s sec secs second seconds", 0, 0, 1),
+    "minute": Unit("m min mins minute minutes", 0, 0, 60),
+    "hour": Unit("h hr hrs hour hours", 0, 0, 3600),
+    "day": Unit("d day days", 0, 1, 0),
+    "week": Unit("w wk wks week weeks", 0, 7, 0),
+    "month": Unit("mo mos month months", 1, 0, 0),
+    "year": Unit("y yr yrs year years", 12, 0, 0),
+}
+SPELLINGS = {word: name for name, unit in UNITS.items() for word in unit.spellings.split()}
+DURATIONS = ("90", "50s", "10 min", "1.5h", "1h30m", "1 hour, 30 minutes")
+
+DAY_NAMES = {"today": 0, "yesterday": -1, "tomorrow": 1}
+WEEKDAYS = ("monday", "tuesday", "wednesday", "thursday", "friday", "saturday", "sunday")
+MONTH_NAMES = ("january", "february", "march", "april", "may", "june", "july", "august", "september", "october",
+               "november", "december")
+MONTHS = {name[:size]: place + 1 for place, name in enumerate(MONTH_NAMES) for size in (3, len(name))}
+MONTHS["sept"] = 9
+
+DATE_FORMS = {  # what the message about a date that is not understood shows -> its reader
+    "now, today, yesterday, tomorrow": _day_name,
+    "3 hours ago": _ago,
+    "in 2 days": _ahead,
+    "1h30m": _short,
+    "last week, last monday": _last,
+    "2026-11-22 06:00, 2026/11/22 06:00 UTC": _iso,
+    "11:25": _clock,
+    "Jul 28 2025 11:25 +02:00, 28 July": _month_day,
+}
+
+
+# 2. Filters ##################################################################
+#
+# Text -> tree, query document <-> tree, tree -> predicate; and the order in which values are sorted.
+# Knows nothing of the journal or HTTP, nor which fields a record has. Grammar: the docstrings of
+# _Parser. Uses 1. Tests: test_filters.py.
+#
+# A tree is nested tuples. Tests: ("$and" or "$or" or "$nor", (test, ...)); ("field", path, operator, constant);
+# ("$expr", value). Values: ("const", constant); ("path", path); (operator, (value, ...)). A path is a tuple of
+# keys; it starts with "" where no record has such a field.
+
+MAX_NESTING = 40      # of parentheses, lists and arithmetic in filter text
+MAX_LEVELS = 100      # of operators and constants in a query document
+MISSING = type("Missing", (), {"__repr__": lambda self: "MISSING", "__slots__": ()})()
+NUMBERS = (int, float)
+
+TOKEN = re.compile(r"""
+    (?P<space>\s+)
+  | (?P<string>[rR]?(?P<quote>["'])(?P<body>(?:\\.|(?!(?P=quote))[^\\])*)(?P=quote))
+  | (?P<number>(?:\d+(?:\.\d*)?|\.\d+)(?:[eE][+-]?\d+)?)
+  | (?P<name>[A-Za-z_]\w*)
+  | (?P<sign><=|>=|==|!=|<>|&&|\|\||//|\*\*|[-+*/%<>=!&|~()\[\].,])
+""", re.VERBOSE | re.DOTALL | re.ASCII)
+Token = collections.namedtuple("Token", "kind text value column")
+# What the parser has read: `kind` is "test" (a tree), "const", "path" or "arithmetic" (values of a tree).
+Read = collections.namedtuple("Read", "kind node column")
+
+
+def parse_filter(text, fields, now):
+    """Return the tree of filter text over records with these top-level `fields`, or raise FilterError.
+
+    Dates such as "3 hours ago" are resolved here, from `now`.
+    """
+    return _Parser(text, fields, now).filter()
+
+
+class _Tokens:
+    """The tokens of a filter's text, the place that the parser has reached, and how it fails there."""
+
+    def __init__(self, text, fields, now):
+        self.text, self.fields, self.now = text, list(fields), now
+        self.tokens = list(self._split())
+        self.place = self.nesting = 0
+
+    def _split(self):
+        place = 0
+        while place < len(self.text):
+            found = TOKEN.match(self.text, place)
+            if not found:
+                self._fail_character(place)
+            kind, value = found.lastgroup, None
+            if kind == "string":
+                value = self._unquote(found)
+            elif kind == "number":
+                value = self._number(found.group(), place)
+            if kind != "space":
+                yield Token(kind, found.group(), value, place)
+            place = found.end()
+        yield Token("end", "the end", None, len(self.text))
+
+    def _fail_character(self, place):
+        if self.text[place] in "\"'":
+            self.fail("this quote is never closed", place)
+        self.fail("%r means nothing in a filter" % self.text[place], place)
+
+    def _unquote(self, found):
+        body = found.group("body")
+        if found.group()[0] in "rR" or "\\" not in body:
+            return body
+        try:
+            return ESCAPE.sub(_unescape, body)
+        except ValueError:
+            return self.fail("there is no such character as one of the escapes here means", found.start())
+
+    def _number(self, text, place):
+        if re.match(r"0\d", text):
+            self.fail("a number can't start with 0; a date is written date(\"2026-11-22\")", place)
+        whole = text.isdigit() and len(text) < 400
+        return int(text) if whole else float(text)
+
+    @property
+    def token(self):
+        return self.tokens[self.place]
+
+    def next_is(self, *texts):
+        return self.token.kind in ("sign", "name") and self.token.text in texts
+
+    def take(self):
+        self.place += 1
+        return self.tokens[self.place - 1]
+
+    def expect(self, sign, wanted):
+        """Take the sign, or fail saying what is wanted here."""
+        if not self.next_is(sign):
+            self.fail("%s expected, not %s" % (wanted, self.shown()))
+        self.take()
+
+    def deeper(self):
+        self.nesting += 1
+        if self.nesting > MAX_NESTING:
+            self.fail("this is nested more than %d deep" % MAX_NESTING)
+
+    def fail(self, message, column=None):
+        raise FilterError(message, self.text, self.token.column if column is None else column)
+
+    def shown(self):
+        return "a text in quotes" if self.token.kind == "string" else _clipped(self.token.text)
+
+    def fail_field(self, token):
+        if token.text in OTHER_SPELLINGS:
+            self.fail("%s is written %s" % (token.text, OTHER_SPELLINGS[token.text]), token.column)
+        like = nearest(token.text, self.fields)
+        hint = "did you mean %s?" % like if like else "an argument is written args.%s" % _clipped(token.text)
+        self.fail("unknown field %s; %s; the fields are %s"
+                  % (_clipped(token.text), hint, ", ".join(self.fields)), token.column)
+
+    def fail_before(self):
+        """Fail where a value should start."""
+        if self.next_is(*INSTEAD):
+            self.fail(INSTEAD[self.token.text])
+        self.fail("a field or a value expected, not %s" % self.shown())
+
+    def fail_after(self):
+        """Fail where an operator should stand, or nothing."""
+        if self.next_is(*INSTEAD):
+            self.fail(INSTEAD[self.token.text])
+        if self.next_is(")"):
+            self.fail("this parenthesis was never opened")
+        self.fail("and, or, or a comparison expected, not %s" % self.shown())
+
+
+class _Terms(_Tokens):
+    """The smallest parts: constants, lists, fields and calls; some hold a `sum` or an `or_test` of _Parser's."""
+
+    def array(self):
+        """array: "[" [sum ("," sum)* [","]] "]" """
+        opening = self.take()
+        self.deeper()
+        items = []
+        while not self.next_is("]"):
+            item = self.sum()
+            if item.kind != "const":
+                self.fail("a list can only hold constants", item.column)
+            items.append(item.node[1])
+            if not self.next_is("]"):
+                self._separator(opening, "list", "]")
+        self.take()
+        self.nesting -= 1
+        return Read("const", ("const", items), opening.column)
+
+    def _separator(self, opening, what, closing):
+        if self.token.kind == "end":
+            self.fail("this %s is never closed by %s" % (what, closing), opening.column)
+        self.expect(",", ", or %s" % closing)
+
+    def atom(self):
+        """atom: "(" or_test ")" | array | STRING | NUMBER | "True" | "False" | "None" | call | path"""
+        token = self.token
+        if token.kind in ("string", "number"):
+            self.take()
+            return Read("const", ("const", token.value), token.column)
+        if self.next_is("("):
+            return self.parenthesised()
+        if self.next_is("["):
+            return self.array()
+        if token.kind != "name" or token.text in KEYWORDS:
+            self.fail_before()
+        if token.text in CONSTANTS:
+            self.take()
+            return Read("const", ("const", CONSTANTS[token.text]), token.column)
+        return self.call() if self.tokens[self.place + 1].text == "(" else self.path()
+
+    def parenthesised(self):
+        """parenthesised: "(" or_test ")" """
+        opening = self.take()
+        self.deeper()
+        found = self.or_test()
+        if self.token.kind == "end":
+            self.fail("this parenthesis is never closed", opening.column)
+        if not self.next_is(")"):
+            self.fail_after()
+        self.take()
+        self.nesting -= 1
+        return found._replace(column=opening.column)
+
+    def path(self):
+        """path: FIELD ("." NAME | "[" (STRING | NUMBER) "]")*"""
+        first = self.take()
+        if first.text not in self.fields:
+            self.fail_field(first)
+        keys = [first.text]
+        while self.next_is(".", "["):
+            keys.extend(self._key() if self.take().text == "." else self._subscript())
+        if self.token.kind == "number" and self.token.text.startswith("."):
+            self.fail("a key that starts with a digit is written in brackets: [\"0x\"], an index [0]")
+        if self.next_is("("):
+            self.fail("%s can't be called; there are only %s" % (_clipped(".".join(keys)), _listed(CALLS)))
+        return Read("path", ("path", tuple(keys)), first.column)
+
+    def _key(self):
+        if self.token.kind != "name":
+            self.fail("a key expected after the dot, not %s" % self.shown())
+        return [self.take().text]
+
+    def _subscript(self):
+        token = self.token
+        index = token.kind == "number" and isinstance(token.value, int)
+        if not index and (token.kind != "string" or not KEY.match(token.value)):
+            self.fail("in brackets comes a key such as [\"lr\"] or an index such as [0], not %s" % self.shown())
+        self.take()
+        self.expect("]", "] after the key")
+        return str(token.value).split(".")
+
+    def call(self):
+        """call: "exists" call_exists ")" | "regex" call_regex ")" | "date" call_date ")" """
+        name = self.token
+        if name.text in ("list", "dict"):
+            self.fail("%s(...) only comes after in, as in \"v1\" in %s(metadata.tags)" % (name.text, name.text))
+        if name.text not in CALLS:
+            like = nearest(name.text, CALLS)
+            self.fail("unknown function %s; there are %s%s"
+                      % (_clipped(name.text), _listed(CALLS), like and "; did you mean %s?" % like or ""))
+        self.take()
+        found = CALLS[name.text](self, name)
+        self.expect(")", ") to close %s(...)" % name.text)
+        return found
+
+    def call_exists(self, name):
+        """call_exists: "(" path ["," BOOL]"""
+        path, wanted = self._argument_path(name), True
+        if self.next_is(","):
+            self.take()
+            if not self.next_is("True", "False"):
+                self.fail("exists(field, ...) takes True or False, not %s" % self.shown())
+            wanted = CONSTANTS[self.take().text]
+        return Read("test", ("field", path, "$exists", wanted), name.column)
+
+    def call_regex(self, name):
+        """call_regex: "(" path "," STRING"""
+        path = self._argument_path(name)
+        self.expect(",", "a comma and a pattern in quotes")
+        pattern = self._argument_text("regex(field, ...) takes a pattern in quotes")
+        try:
+            compile_pattern(pattern.value)
+        except LabtaskerValueError as mistake:
+            self.fail(str(mistake), pattern.column)
+        return Read("test", ("field", path, "$regex", (pattern.value, "")), name.column)
+
+    def call_date(self, name):
+        """call_date: "(" STRING"""
+        self.expect("(", "( after date")
+        text = self._argument_text("date(...) takes a date in quotes, such as date(\"3 hours ago\")")
+        try:
+            return Read("const", ("const", parse_date(text.value, self.now)), name.column)
+        except LabtaskerValueError as mistake:
+            return self.fail(str(mistake), text.column)
+
+    def _argument_path(self, name):
+        self.expect("(", "( after %s" % name.text)
+        if self.token.kind != "name" or self.token.text in CONSTANTS or self.token.text in KEYWORDS:
+            self.fail("%s(...) takes a field, not %s" % (name.text, self.shown()))
+        return self.path().node[1]
+
+    def _argument_text(self, otherwise):
+        if self.token.kind != "string":
+            self.fail(otherwise)
+        return self.take()
+
+
+class _Parser(_Terms):
+    """Recursive descent: a method reads what its docstring says and returns what it read.
+
+    Every mistake raises FilterError at the column of the culprit and says what to write instead.
+    """
+
+    def filter(self):
+        """filter: or_test END"""
+        if self.token.kind == "end":
+            self.fail("the filter is empty; write for example status == \"pending\"")
+        found = self.or_test()
+        if self.token.kind != "end":
+            self.fail_after()
+        return self.tested(found)
+
+    def or_test(self):
+        """or_test: and_test ("or" and_test)*"""
+        return self._joined("or", "$or", self.and_test)
+
+    def and_test(self):
+        """and_test: comparison ("and" comparison)*"""
+        return self._joined("and", "$and", self.comparison)
+
+    def _joined(self, word, operator_name, read):
+        found = [read()]
+        while self.next_is(word):
+            self.take()
+            found.append(read())
+        if len(found) == 1:
+            return found[0]
+        return Read("test", (operator_name, tuple(self.tested(each) for each in found)), found[0].column)
+
+    def comparison(self):
+        """comparison: sum [("==" | "<" | "<=" | ">" | ">=") sum | "in" members]"""
+        left = self.sum()
+        sign = self.token
+        if self.next_is("in"):
+            self.take()
+            test = self.members(left, sign)
+        elif self.next_is(*MIRRORED):
+            self.take()
+            test = self._compared(left, COMPARISONS[sign.text], self.sum(), sign)
+        elif self.next_is(*INSTEAD):
+            self.fail_after()
+        else:
+            return left
+        if self.next_is("in", *MIRRORED):
+            self.fail("comparisons can't be chained; write a < b and b < c")
+        return Read("test", test, left.column)
+
+    def _compared(self, left, name, right, sign):
+        for side in (left, right):
+            self._value(side)
+        if left.kind == right.kind == "const":
+            self.fail("this compares two constants; one side has to be a field", sign.column)
+        if left.kind == "path" and right.kind == "const":
+            return "field", left.node[1], name, right.node[1]
+        if left.kind == "const" and right.kind == "path":
+            return "field", right.node[1], COMPARISONS[MIRRORED[sign.text]], left.node[1]
+        return self._expression((name, (left.node, right.node)))
+
+    def _expression(self, value):
+        there = tuple(("field", path, "$exists", True) for path in dict.fromkeys(_paths(value)))
+        return "$and", there + (("$expr", value),)
+
+    def members(self, left, sign):
+        """members: "[" constants "]" | "list" "(" path ")" | "dict" "(" path ")" """
+        if self.next_is("["):
+            if left.kind != "path":
+                self.fail("only a field can stand before in [...]", left.column)
+            return "field", left.node[1], "$in", self.array().node[1]
+        kind = self.token
+        if not self.next_is("list", "dict"):
+            self.fail("after in comes a list such as [\"a\", \"b\"], or list(field), or dict(field); "
+                      "for a part of a text write regex(field, \"part\")")
+        self.take()
+        path = self._argument_path(kind)
+        self.expect(")", "%s(...) takes one field: )" % kind.text)
+        if left.kind != "const":
+            self.fail("only a constant can stand before in %s(...)" % kind.text, left.column)
+        if kind.text == "list":
+            return "field", path, "$eq", left.node[1]
+        if not isinstance(left.node[1], str) or not KEY.match(left.node[1]):
+            self.fail("a key is text made of letters, digits, _ and -", left.column)
+        return "field", path + tuple(left.node[1].split(".")), "$exists", True
+
+    def sum(self):
+        """sum: product (("+" | "-") product)*"""
+        return self._arithmetic(self.product, "+", "-")
+
+    def product(self):
+        """product: unary (("*" | "/" | "%") unary)*"""
+        return self._arithmetic(self.unary, "*", "/", "%")
+
+    def _arithmetic(self, read, *signs):
+        left, outer = read(), self.nesting
+        while self.next_is(*signs):
+            sign = self.take()
+            self.deeper()
+            left = self._calculated(left, sign, read())
+        self.nesting = outer
+        return left
+
+    def _calculated(self, left, sign, right):
+        for side in (left, right):
+            if self._value(side).kind == "const" and type(side.node[1]) not in NUMBERS:
+                self.fail("%s needs numbers" % self.text[sign.column], side.column)
+        node = ARITHMETIC[sign.text], (left.node, right.node)
+        if not left.kind == right.kind == "const":
+            return Read("arithmetic", node, left.column)
+        result = _evaluate(node)
+        if result is MISSING:
+            self.fail("this can't be calculated", sign.column)
+        return Read("const", ("const", result), left.column)
+
+    def unary(self):
+        """unary: "-" unary | atom"""
+        if not self.next_is("-"):
+            return self.atom()
+        sign = self.take()
+        self.deeper()
+        minus_one = Read("const", ("const", -1), sign.column)
+        found = self._calculated(minus_one, sign._replace(text="*"), self.unary())
+        self.nesting -= 1
+        return found
+
+    def tested(self, found):
+        """Return the tree of what was read, or fail where it is a value and not a test."""
+        if found.kind == "const" and type(found.node[1]) is bool:
+            return "$expr", found.node
+        if found.kind != "test":
+            self.fail("this is a value and not a test; compare it, as in args.lr == 0.1", found.column)
+        return found.node
+
+    def _value(self, found):
+        if found.kind == "test":
+            self.fail("a comparison is not a value; join comparisons with and, or", found.column)
+        return found
+
+
+ESCAPE = re.compile(r"\\(x[0-9a-fA-F]{2}|u[0-9a-fA-F]{4}|U[0-9a-fA-F]{8}|[0-7]{1,3}|.)", re.DOTALL)
+ESCAPES = {"n": "\n", "t": "\t", "r": "\r", "b": "\b", "f": "\f", "a": "\a", "v": "\v", "\n": "",
+           "\\": "\\", "'": "'", '"': '"'}
+
+
+def _unescape(found):
+    """Return what an escape in a quoted text means; as in Python an unknown one stays as it is."""
+    code = found.group(1)
+    if len(code) > 1 and code[0] in "xuU":
+        return chr(int(code[1:], 16))
+    if code[0] in "01234567":
+        return chr(int(code, 8))
+    return ESCAPES.get(code, found.group())
+
+
+def _clipped(name):
+    return name if len(name) <= 60 else name[:57] + "..."
+
+
+def _listed(names):
+    return ", ".join("%s()" % name for name in names)
+
+
+def _paths(value):
+    """Yield each path in a value of a tree."""
+    kind, rest = value
+    if kind == "path":
+        yield rest
+    elif kind != "const":
+        for each in rest:
+            yield from _paths(each)
+
+
+# Query documents ---------------------------------------------------------------
+
+
+def tree_to_query(tree):
+    """Return the query document that means what the tree means."""
+    kind = tree[0]
+    if kind == "$expr":
+        return {"$expr": _value_to_query(tree[1])}
+    if kind != "field":
+        return {kind: [tree_to_query(each) for each in tree[1]]} if tree[1] else {}
+    _, path, name, operand = tree
+    name_of = ".".join(filter(None, path))
+    if name == "$regex":
+        return {name_of: _pattern_to_query(operand)}
+    if name == "$in":
+        operand = [_pattern_to_query(each) if type(each) is tuple else each for each in operand]
+    document = _constant_to_query(operand)
+    plain = name == "$eq" and (not isinstance(document, dict) or type(operand) is Instant)
+    return {name_of: document if plain else {name: document}}
+
+
+def _pattern_to_query(operand):
+    pattern, options = operand
+    return {"$regex": pattern, "$options": options} if options else {"$regex": pattern}
+
+
+def _constant_to_query(value):
+    if type(value) is Instant:
+        return {"_dt": to_datetime(value).isoformat()}
+    if isinstance(value, list):
+        return [_constant_to_query(each) for each in value]
+    if isinstance(value, dict):
+        return {key: _constant_to_query(each) for key, each in value.items()}
+    return value
+
+
+def _value_to_query(value):
+    kind, rest = value
+    if kind == "path":
+        return "$" + ".".join(filter(None, rest))
+    if kind != "const":
+        return {kind: [_value_to_query(each) for each in rest]}
+    special = isinstance(rest, (dict, list)) or isinstance(rest, str) and rest.startswith("$")
+    return {"$literal": _constant_to_query(rest)} if special else _constant_to_query(rest)
+
+
+def query_to_tree(document, fields, id_field="task_id"):
+    """Return the tree of a MongoDB-style query document, or raise LabtaskerValueError saying what is unsupported.
+
+    `_id` means `id_field`; a field that is not one of `fields` is missing in every record.
+    """
+    return _Reader(fields, id_field).query(document, 0)
+
+
+class _Reader:
+    """Reads query documents; `level` bounds the recursion."""
+
+    def __init__(self, fields, id_field):
+        self.fields, self.id_field = frozenset(fields), id_field
+
+    def query(self, document, level):
+        """Return the tree of a document: all of its entries have to match."""
+        self._check(document, dict, "a query", level)
+        found = tuple(test for key, operand in document.items() for test in self.entry(key, operand, level + 1))
+        return found[0] if len(found) == 1 else ("$and", found)
+
+    def _check(self, value, kind, what, level):
+        if level > MAX_LEVELS:
+            raise LabtaskerValueError("the query is nested more than %d deep" % MAX_LEVELS)
+        if not isinstance(value, kind) or value == []:
+            raise LabtaskerValueError("%s has to be a %s, not %.100r"
+                                      % (what, "document {...}" if kind is dict else "list that is not empty", value))
+
+    def entry(self, key, operand, level):
+        """Return the tests of one entry of a document."""
+        if key == "$expr":
+            return [("$expr", self.value(operand, level))]
+        if key in LOGIC:
+            self._check(operand, list, key, level)
+            return [(key, tuple(self.query(each, level + 1) for each in operand))]
+        if not isinstance(key, str) or key.startswith("$"):
+            raise _unsupported(key, LOGIC + ("$expr",))
+        return self.conditions(self.path(key), operand, level)
+
+    def path(self, text):
+        """Return the path of a dotted field; it starts with "" where there is no such field."""
+        keys = tuple(text.split("."))
+        if keys[0] == "_id":
+            keys = (self.id_field,) + keys[1:]
+        return keys if keys[0] in self.fields else ("",) + keys
+
+    def conditions(self, path, operand, level):
+        """Return the tests of what stands beside a field: a constant, or a document of operators."""
+        if not _has_operators(operand):
+            return [("field", path, "$eq", self.constant(operand, level))]
+        for key in operand:
+            if key not in OPERATORS:
+                raise _unsupported(key, OPERATORS)
+        return [test for key in operand if key != "$options"
+                for test in self.condition(path, key, operand, level + 1)] or [self._options_alone()]
+
+    def _options_alone(self):
+        raise LabtaskerValueError("$options has to stand beside $regex")
+
+    def condition(self, path, key, document, level):
+        """Return the tests that one operator of a document means."""
+        operand = document[key]
+        if key == "$regex":
+            return [("field", path, key, self.pattern(document))]
+        if "$options" in document and "$regex" not in document:
+            self._options_alone()
+        if key == "$not":
+            if not _has_operators(operand):
+                raise LabtaskerValueError("$not takes operators, as in {\"$not\": {\"$gt\": 1}}, not %.100r" % (operand,))
+            return [("$nor", (("$and", tuple(self.conditions(path, operand, level))),))]
+        if key in ("$in", "$nin", "$all"):
+            return self.membership(path, key, operand, level)
+        if key == "$exists":
+            return [("field", path, key, self.truth(operand))]
+        test = ("field", path, "$eq" if key == "$ne" else key, self.constant(operand, level))
+        return [("$nor", (test,)) if key == "$ne" else test]
+
+    def membership(self, path, key, operand, level):
+        """Return the tests that $in, $nin and $all mean; a pattern may stand among their constants."""
+        if not isinstance(operand, list):
+            raise LabtaskerValueError("%s has to be a list, not %.100r" % (key, operand))
+        members = [self.pattern(each) if isinstance(each, dict) and "$regex" in each
+                   else self.constant(each, level) for each in operand]
+        if key == "$all":
+            return [("field", path, "$in", [each]) for each in members] or [("field", path, "$in", [])]
+        test = ("field", path, "$in", members)
+        return [("$nor", (test,)) if key == "$nin" else test]
+
+    def truth(self, operand):
+        if not isinstance(operand, (bool, int, float)):
+            raise LabtaskerValueError("$exists has to be true or false, not %.100r" % (operand,))
+        return bool(operand)
+
+    def pattern(self, document):
+        """Return (pattern, options) of a document with $regex, or raise where they can't be used."""
+        pattern, options = document["$regex"], document.get("$options", "")
+        for value in (pattern, options):
+            if not isinstance(value, str):
+                raise LabtaskerValueError("$regex and $options have to be text, not %.100r" % (value,))
+        compile_pattern(pattern, options)
+        return pattern, options
+
+    def constant(self, value, level):
+        """Return a constant with every {"_dt": ...} in it as an Instant."""
+        if level > MAX_LEVELS:
+            raise LabtaskerValueError("the query is nested more than %d deep" % MAX_LEVELS)
+        if isinstance(value, list):
+            return [self.constant(each, level + 1) for each in value]
+        if type(value) not in BRACKETS:
+            raise LabtaskerValueError("%.100r can't stand in a query" % (value,))
+        if not isinstance(value, dict):
+            return value
+        if list(value) == ["_dt"]:
+            return _wire_time(value["_dt"])
+        for key in value:
+            if not isinstance(key, str) or key.startswith("$"):
+                raise LabtaskerValueError("the key %.100r can't stand in a constant" % (key,))
+        return {key: self.constant(each, level + 1) for key, each in value.items()}
+
+    def value(self, operand, level):
+        """Return the value that stands inside $expr."""
+        if isinstance(operand, str) and operand.startswith("$"):
+            return "path", self.path(operand[1:])
+        if isinstance(operand, list) and any(isinstance(each, (list, dict)) or str(each)[:1] == "$" for each in operand):
+            raise LabtaskerValueError("a list in $expr holds plain constants; else write {\"$literal\": [...]}")
+        if not isinstance(operand, dict) or list(operand) == ["_dt"]:
+            return "const", self.constant(operand, level)
+        key, rest = next(iter(operand.items())) if len(operand) == 1 else (", ".join(map(str, operand)), None)
+        if key == "$literal":
+            return "const", self.constant(rest, level)
+        if key not in EXPRESSIONS:
+            raise _unsupported(key, tuple(EXPRESSIONS) + ("$literal",))
+        self._check(rest, list, key, level)
+        if EXPRESSIONS[key].pair and len(rest) != 2:
+            raise LabtaskerValueError("%s takes two values, not %d" % (key, len(rest)))
+        return key, tuple(self.value(each, level + 1) for each in rest)
+
+
+def _has_operators(operand):
+    return isinstance(operand, dict) and any(isinstance(key, str) and key.startswith("$") for key in operand)
+
+
+def _unsupported(key, supported):
+    return LabtaskerValueError("the operator %s is not supported in a query; supported here are %s"
+                               % (key, ", ".join(supported)))
+
+
+def _wire_time(text):
+    try:
+        return parse_time(text)
+    except (ValueError, TypeError, OverflowError):
+        raise LabtaskerValueError("{\"_dt\": %.100r} is not a time; write for example "
+                                  "{\"_dt\": \"2026-11-22T06:00:00+00:00\"}" % (text,))
+
+
+def compile_pattern(pattern, options=""):
+    """Return the compiled pattern, or raise LabtaskerValueError saying what is wrong with it."""
+    flags = 0
+    for letter in options:
+        if letter not in REGEX_OPTIONS:
+            raise LabtaskerValueError("the option %r of $options is not one of i, m, s, x" % letter)
+        flags |= REGEX_OPTIONS[letter]
+    try:
+        return re.compile(pattern, flags)
+    except (re.error, OverflowError, RecursionError) as mistake:
+        raise LabtaskerValueError("the pattern %.100r can't be used: %s" % (pattern, mistake))
+
+
+# Predicates --------------------------------------------------------------------
+
+
+def compile_tree(tree):
+    """Return the function of a record that tells whether the tree matches it. It never raises."""
+    kind = tree[0]
+    if kind == "field":
+        found = _field_predicate(tree[1], OPERATORS[tree[2]](tree[3]))
+        return _none_of([found]) if tree[2:] == ("$exists", False) else found
+    if kind == "$expr":
+        return _expression_predicate(tree[1])
+    tests = [compile_tree(each) for each in tree[1]]
+    return {"$and": _all_of, "$or": _any_of, "$nor": _none_of}[kind](tests)
+
+
+def _all_of(tests):
+    if len(tests) == 1:
+        return tests[0]
+
+    def matches(record):
+        for test in tests:
+            if not test(record):
+                return False
+        return True
+    return matches
+
+
+def _any_of(tests):
+    if len(tests) == 1:
+        return tests[0]
+
+    def matches(record):
+        for test in tests:
+            if test(record):
+                return True
+        return False
+    return matches
+
+
+def _none_of(tests):
+    found = _any_of(tests)
+    return lambda record: not found(record)
+
+
+def _field_predicate(path, test):
+    """Return the predicate that some value at `path` passes `test`; arrays are gone through as MongoDB does."""
+    first, keys = path[0], path[1:]
+
+    def matches(record):
+        value = getattr(record, first, MISSING)
+        for key in keys:
+            if type(value) is dict:
+                value = value.get(key, MISSING)
+            elif type(value) is list:
+                return any(map(test, _spread(getattr(record, first), keys)))
+            else:
+                return test(MISSING)
+        if type(value) is list:
+            return test(value) or any(map(test, value))
+        return test(value)
+    return matches
+
+
+def _spread(value, keys):
+    """Yield each value that a dotted path reaches from `value`: through an array's dicts, and by index."""
+    if not keys:
+        yield value
+        if type(value) is list:
+            yield from value
+    elif type(value) is dict:
+        yield from _spread(value.get(keys[0], MISSING), keys[1:])
+    elif type(value) is list:
+        if _is_index(keys[0], value):
+            yield from _spread(value[int(keys[0])], keys[1:])
+        for item in value:
+            if type(item) is dict:
+                yield from _spread(item, keys)
+    else:
+        yield MISSING
+
+
+def _is_index(key, array):
+    return key.isdigit() and len(key) < 10 and int(key) < len(array)
+
+
+# A test maker takes an operator's constant and returns a function (value) -> bool. A value is what a path
+# reached, an element of it where that is an array, or MISSING.
+
+
+def _equal_test(operand):
+    if type(operand) is tuple:
+        return _pattern_test(operand)
+    if operand is None:
+        return lambda value: value is None or value is MISSING
+    if type(operand) is str:
+        return lambda value: value == operand
+    if type(operand) in NUMBERS and operand == operand:
+        return lambda value: value == operand and type(value) in NUMBERS
+    return lambda value: _equal(value, operand)
+
+
+def _equal(one, other):
+    """Return whether two values are equal: of the same kind, and so within; the order of a dict's keys is nothing."""
+    kind = type(one)
+    if BRACKETS[kind] != BRACKETS[type(other)]:
+        return False
+    if kind is dict:
+        return len(one) == len(other) and all(key in other and _equal(each, other[key]) for key, each in one.items())
+    if kind is list:
+        return len(one) == len(other) and all(map(_equal, one, other))
+    return _order(one) == _order(other)
+
+
+def _in_test(operands):
+    """Membership: constants of one kind by a set, whatever a set can't hold one by one."""
+    sets, rest = {}, []
+    for each in operands:
+        if type(each) in SET_KINDS and each == each:
+            sets.setdefault(SET_KINDS[type(each)], set()).add(each)
+        else:
+            rest.append(_equal_test(each))
+    by_type = {kind: frozenset(sets[of]) for kind, of in SET_KINDS.items() if of in sets}
+    if not rest:
+        return lambda value: type(value) in by_type and value in by_type[type(value)]
+    return lambda value: (type(value) in by_type and value in by_type[type(value)]
+                          or any(test(value) for test in rest))
+
+
+def _ordering_test(compare):
+    """Return the test maker of an ordering operator: only values of the constant's own kind compare."""
+    ordered = _ordered(compare)
+
+    def make(operand):
+        if type(operand) in NUMBERS:
+            return lambda value: type(value) in NUMBERS and compare(value, operand)
+        if type(operand) is str:
+            return lambda value: type(value) is str and compare(value, operand)
+        return lambda value: ordered(value, operand)
+    return make
+
+
+def _ordered(compare):
+    """Return a function of two values: whether they are of one kind and `compare` so; NaN never is."""
+    def test(one, other):
+        kind = BRACKETS[type(one)]
+        if kind != BRACKETS[type(other)] or one is MISSING:
+            return False
+        return compare(one, other) if kind == BRACKETS[int] else compare(_order(one), _order(other))
+    return test
+
+
+def _exists_test(_):
+    return lambda value: value is not MISSING
+
+
+def _pattern_test(operand):
+    search = compile_pattern(*operand).search
+    return lambda value: type(value) is str and search(value) is not None
+
+
+def _expression_predicate(value):
+    read = _value_reader(value)
+    return lambda record: _is_true(read(record))
+
+
+def _is_true(value):
+    return value is not None and value is not MISSING and value is not False and not _is_zero(value)
+
+
+def _is_zero(value):
+    return type(value) in NUMBERS and value == 0
+
+
+def _value_reader(value):
+    """Return the function of a record that gives a value of $expr, MISSING where it can't be had."""
+    kind, rest = value
+    if kind == "const":
+        return lambda record: rest
+    if kind == "path":
+        return lambda record: _reached(getattr(record, rest[0], MISSING), rest[1:])
+    readers, calculate = [_value_reader(each) for each in rest], EXPRESSIONS[kind].calculate
+    if EXPRESSIONS[kind].pair:
+        first, second = readers
+        return lambda record: calculate(first(record), second(record))
+    return lambda record: calculate([read(record) for read in readers])
+
+
+def _reached(value, keys):
+    """Return what stands at `keys`; through an array by index, or the list of what its dicts have there."""
+    for place, key in enumerate(keys):
+        if type(value) is dict:
+            value = value.get(key, MISSING)
+        elif type(value) is list and _is_index(key, value):
+            value = value[int(key)]
+        elif type(value) is list:
+            found = [_reached(item, keys[place:]) for item in value if type(item) is dict]
+            return [item for item in found if item is not MISSING]
+        else:
+            return MISSING
+    return value
+
+
+def _evaluate(value):
+    """Return what a value made of constants alone is."""
+    return _value_reader(value)(None)
+
+
+def _numbers(calculate):
+    """Return `calculate` for two numbers; anything else, or what has no result, gives MISSING."""
+    def result(one, other):
+        if type(one) not in NUMBERS or type(other) not in NUMBERS:
+            return MISSING
+        try:
+            return calculate(one, other)
+        except (ZeroDivisionError, OverflowError, ValueError):
+            return MISSING
+    return result
+
+
+def _folded(calculate):
+    """Return the function that joins a list of any length by one of two values."""
+    pairwise = _numbers(calculate)
+
+    def result(values):
+        total = values[0] if len(values) > 1 else pairwise(values[0], 0)
+        for each in values[1:]:
+            total = pairwise(total, each)
+        return total
+    return result
+
+
+def _remainder(one, other):
+    """Return the remainder with the sign of `one`, as MongoDB has it."""
+    if isinstance(one, int) and isinstance(other, int):
+        rest = abs(one) % abs(other)
+        return -rest if one < 0 else rest
+    return math.fmod(one, other)
+
+
+def _present(compare):
+    return lambda one, other: one is not MISSING and other is not MISSING and compare(one, other)
+
+
+# Sorting -----------------------------------------------------------------------
+
+
+def sort_records(records, sort, ties):
+    """Return the records sorted by [[dotted field, 1 or -1], ...]; `ties` is the key of what comes out equal."""
+    found = sorted(records, key=ties)
+    for field, direction in reversed(sort):
+        keys = field.split(".")
+        found.sort(key=lambda record: _order(dig(getattr(record, keys[0], None), keys[1:])), reverse=direction < 0)
+    return found
+
+
+def _order(value):
+    """Return the key that sorts values of all kinds, in the order of BRACKETS.
+
+    Dicts go pair by pair, as in MongoDB: first by the kind of the value, then by the key, then by the value."""
+    kind = type(value)
+    if kind is list:
+        return BRACKETS[kind], tuple(map(_order, value))
+    if kind is dict:
+        return BRACKETS[kind], tuple((_order(each)[0], key, _order(each)) for key, each in value.items())
+    if value is None or value is MISSING:
+        return NULL_ORDER
+    return (BRACKETS[kind], value) if value == value else NAN_ORDER
+
+
+BRACKETS = {type(MISSING): 0, type(None): 0, int: 1, float: 1, str: 3, dict: 4, list: 5, bool: 6, Instant: 7}
+NULL_ORDER, NAN_ORDER = (0, 0), (2, 0)
+SET_KINDS = {str: str, int: float, float: float, bool: bool, Instant: Instant}
+REGEX_OPTIONS = {"i": re.IGNORECASE, "m": re.MULTILINE, "s": re.DOTALL, "x": re.VERBOSE}
+
+OPERATORS = {  # of a field in a query document -> maker of its test; None: made of the others
+    "$eq": _equal_test,
+    "$ne": None,
+    "$gt": _ordering_test(operator.gt),
+    "$gte": _ordering_test(operator.ge),
+    "$lt": _ordering_test(operator.lt),
+    "$lte": _ordering_test(operator.le),
+    "$in": _in_test,
+    "$nin": None,
+    "$all": None,
+    "$exists": _exists_test,
+    "$regex": _pattern_test,
+    "$options": None,
+    "$not": None,
+}
+LOGIC = ("$and", "$or", "$nor")
+
+Expression = collections.namedtuple("Expression", "pair calculate")
+EXPRESSIONS = {  # in $expr: whether it takes exactly two values, and what it makes of them
+    "$eq": Expression(True, _present(_equal)),
+    "$ne": Expression(True, _present(lambda one, other: not _equal(one, other))),
+    "$gt": Expression(True, _ordered(operator.gt)),
+    "$gte": Expression(True, _ordered(operator.ge)),
+    "$lt": Expression(True, _ordered(operator.lt)),
+    "$lte": Expression(True, _ordered(operator.le)),
+    "$add": Expression(False, _folded(operator.add)),
+    "$subtract": Expression(True, _numbers(operator.sub)),
+    "$multiply": Expression(False, _folded(operator.mul)),
+    "$divide": Expression(True, _numbers(operator.truediv)),
+    "$mod": Expression(True, _numbers(_remainder)),
+    "$and": Expression(False, lambda values: all(map(_is_true, values))),
+    "$or": Expression(False, lambda values: any(map(_is_true, values))),
+}
+
+COMPARISONS = {"==": "$eq", ">": "$gt", ">=": "$gte", "<": "$lt", "<=": "$lte"}  # in filter text
+MIRRORED = {"==": "==", ">": "<", ">=": "<=", "<": ">", "<=": ">="}
+ARITHMETIC = {"+": "$add", "-": "$subtract", "*": "$multiply", "/": "$divide", "%": "$mod"}
+CONSTANTS = {"True": True, "False": False, "None": None}
+CALLS = {"exists": _Parser.call_exists, "regex": _Parser.call_regex, "date": _Parser.call_date}
+OTHER_SPELLINGS = {"true": "True", "false": "False", "null": "None", "none": "None", "nil": "None",
+                   "AND": "and", "OR": "or", "IN": "in"}
+KEYWORDS = frozenset(["and", "or", "in", "not", "is", "if", "else", "lambda"])
+NO_NOT = ("there is no not, nor not in; write the opposite comparison (a <= 1 for a > 1), list the values "
+          "with in [...], use exists(field, False), or a regex() that excludes")
+INSTEAD = {  # what people write -> what to write instead
+    "!=": "there is no !=; write field < value or field > value, list the values with in [...], "
+          "or use a regex() that excludes",
+    "not": NO_NOT,
+    "!": NO_NOT,
+    "=": "equality is written ==",
+    "is": "equality is written ==, also with None",
+    "&&": "&& is written and",
+    "&": "& is written and",
+    "||": "|| is written or",
+    "|": "| is written or",
+    "//": "there is no //; the arithmetic is + - * / %",
+    "**": "there is no **; the arithmetic is + - * / %",
+    "~": "there is no ~; the arithmetic is + - * / %",
+    "AND": "AND is written and",
+    "OR": "OR is written or",
+    "IN": "IN is written in",
+}
+INSTEAD["<>"] = INSTEAD["!="].replace("!=", "<>")
+# 3. Model #####################################################################
+#
+# Task, worker and queue: their fields as tables, and the two state machines as tables. Knows
+# nothing of files and sockets. A record is a named tuple that is never changed: a change makes a
+# new one. Uses 1. Tests: test_model.py.
+
+Field = collections.namedtuple("Field", "kind default extension meaning")
+
+# A task field is added here and nowhere else: record, journal, wire and filters derive from it.
+TASK_FIELDS = {
+    "task_id": Field("id", None, False, "UUID4"),
+    "queue_id": Field("id", None, False, "the queue it is in"),
+    "status": Field("status", None, False, "pending, running, success, failed or cancelled"),
+    "task_name": Field("name", None, False, "letters, digits, _ and -, at most 100; or null"),
+    "created_at": Field("time", None, False, "when it was submitted"),
+    "start_time": Field("time", None, False, "when its last run was fetched; null until then"),
+    "last_heartbeat": Field("time", None, False, "when its run was last heard of"),
+    "last_modified": Field("time", None, False, "when anything but a heartbeat last changed it"),
+    "heartbeat_timeout": Field("seconds", None, False, "silence after which a run is given up; null: never"),
+    "task_timeout": Field("seconds", None, False, "length after which a run is given up; null: never"),
+    "max_retries": Field("count", 3, False, "failed runs after which it is failed for good"),
+    "retries": Field("count", 0, False, "failed runs so far"),
+    "priority": Field("int", 0, False, "higher is fetched first"),
+    "metadata": Field("dict", {}, False, "the submitter's notes: tags and the like"),
+    "args": Field("dict", {}, False, "what the job is run with"),
+    "cmd": Field("cmd", "", False, "the command it was submitted, or is run, with: text or list"),
+    "summary": Field("dict", {}, False, "what the job reported"),
+    "worker_id": Field("id", None, False, "the worker that runs it; null when none does"),
+    "run_id": Field("id", None, True, "its run, or its last one until the task is reset, cancelled or fetched"),
+    "run_end": Field("text", None, True, "how that run ended: success, failed, cancelled, pending or timeout"),
+    "interruptions": Field("count", 0, True, "runs handed back without being charged a retry"),
+    "reason": Field("text", None, True, "why the last run was handed back"),
+    "fetch_id": Field("id", None, None, "the client's id of the fetch that started the run"),
+    "digest": Field("int", None, None, "checksum of the submission, by which a repeat of it is known"),
+}
+WORKER_FIELDS = {
+    "worker_id": Field("id", None, False, "UUID4"),
+    "queue_id": Field("id", None, False, "the queue it serves"),
+    "status": Field("worker_status", None, False, "active, suspended or crashed"),
+    "worker_name": Field("name", None, False, "letters, digits, _ and -, at most 100; or null"),
+    "metadata": Field("dict", {}, False, "notes"),
+    "retries": Field("count", 0, False, "failed runs since it was last set active"),
+    "max_retries": Field("count", 3, False, "failed runs at which it is crashed and gets no more tasks"),
+    "created_at": Field("time", None, False, "when it was registered"),
+    "last_modified": Field("time", None, False, "when it last changed"),
+}
+QUEUE_FIELDS = {
+    "queue_id": Field("id", None, False, "UUID4"),
+    "queue_name": Field("name", None, False, "letters, digits, _ and -, at most 100"),
+    "created_at": Field("time", None, False, "when it was created"),
+    "last_modified": Field("time", None, False, "when its name, password or metadata last changed"),
+    "metadata": Field("dict", {}, False, "notes"),
+    "password": Field("text", None, None, "PBKDF2 of its password; null: the store's own users only"),
+}
+
+# `extension` False: every client sees the field; True: only one that asks for extensions; None: nobody.
+
+
+def _record_type(name, fields):
+    record = collections.namedtuple(name, list(fields))
+    record.__new__.__defaults__ = tuple(field.default for field in fields.values())
+    record.times = frozenset(key for key, field in fields.items() if field.kind == "time")
+    return record
+
+
+TaskRecord = _record_type("TaskRecord", TASK_FIELDS)
+WorkerRecord = _record_type("WorkerRecord", WORKER_FIELDS)
+QueueRecord = _record_type("QueueRecord", QUEUE_FIELDS)
+
+# state: {event: next state}. A missing cell is an illegal move, never a forgotten one.
+TASK_MOVES = {
+    "created": {"submit": "pending"},
+    "pending": {"fetch": "running", "reset": "pending", "cancel": "cancelled", "succeed_late": "success"},
+    "running": {"succeed": "success", "retry": "pending", "fail": "failed", "hand_back": "pending",
+                "requeue": "pending", "reset": "pending", "cancel": "cancelled"},
+    "success": {"requeue": "pending", "reset": "pending", "cancel": "cancelled"},
+    "failed": {"requeue": "pending", "reset": "pending", "cancel": "cancelled", "succeed_late": "success"},
+    "cancelled": {"requeue": "pending", "reset": "pending"},
+}
+WORKER_MOVES = {
+    "created": {"register": "active"},
+    "active": {"activate": "active", "suspend": "suspended", "strike": "active", "crash": "crashed"},
+    "suspended": {"activate": "active"},
+    "crashed": {"activate": "active", "crash": "crashed"},
+}
+TASK_STATES = tuple(state for state in TASK_MOVES if state != "created")
+WORKER_STATES = tuple(state for state in WORKER_MOVES if state != "created")
+
+
+def move(moves, state, event, what):
+    """Return the state that `event` leads to, or raise InvalidStateTransition."""
+    try:
+        return moves[state][event]
+    except KeyError:
+        raise InvalidStateTransition("%s is %s, which does not allow %r (allowed: %s)" % (
+            what, state, event.replace("_", " "), ", ".join(sorted(moves[state])))) from None
+
+
+def paths_of(args):
+    """Return the set of paths, as tuples of keys, of the values in nested `args`: the shape of a task."""
+    found = set()
+    for key, value in args.items():
+        if isinstance(value, dict) and value:
+            found.update((key,) + path for path in paths_of(value))
+        else:
+            found.add((key,))
+    return frozenset(found)
+
+
+def covers(required, shape):
+    """Return whether a fetch with these `required` dotted fields takes tasks of this `shape`.
+
+    "No more, no less": every required key is there, and every key is covered by a required one; "*" lifts
+    "no more". Nothing required takes anything."""
+    prefixes = {tuple(key.split(".")) for key in required if key != "*"}
+    heads = {path[:size] for path in shape for size in range(1, len(path) + 1)}
+    if not required:
+        return True
+    if not prefixes <= heads:
+        return False
+    return "*" in required or all(
+        any(path[:size] in prefixes for size in range(1, len(path) + 1)) for path in shape)
+
+
+# 4. Journal ###################################################################
+#
+# An append-only file of JSON lines: lock, append, sync, replay, heal. A line is a transaction:
+#   {"n":18,"durable":17,"at":1763800000.1,...,"crc":"89abcdef"}
+# `n` counts without gaps, `durable` is the last n known to be on disk when the line was written,
+# `crc` is the zlib.crc32 of the bytes before it. The first line names the format. Knows nothing of
+# what a line means. Uses 1. Tests: test_journal.py.
+
+FORMAT = 1
+FSYNC_MODES = {
+    "always": "an answer leaves after its line is on disk (the default)",
+    "interval": "an answer leaves after its line was handed to the system; a power cut loses up to a second",
+    "never": "the system decides; a power cut loses what it had not written, on Linux up to half a minute",
+}
+SYNC_INTERVAL_S = 1.0  # of --fsync interval
+READ_BYTES = 1 << 20  # read at a time when a journal is replayed
+
+
+def _full_sync(fd):
+    """Return when the file's data is on the disk itself; macOS needs a word of its own for that."""
+    if hasattr(fcntl, "F_FULLFSYNC"):
+        fcntl.fcntl(fd, fcntl.F_FULLFSYNC)
+    else:
+        os.fdatasync(fd)
+
+
+class Disk:
+    """Every call that changes a file of the store: the one seam where tests make a disk fail."""
+
+    open = staticmethod(os.open)
+    write = staticmethod(os.write)
+    sync = staticmethod(_full_sync)
+    truncate = staticmethod(os.ftruncate)
+    rename = staticmethod(os.replace)
+
+    @classmethod
+    def write_all(cls, fd, data):
+        """Return when all of `data` was written; short writes are continued."""
+        view = memoryview(data)
+        while view:
+            try:
+                view = view[cls.write(fd, view):]
+            except InterruptedError:
+                continue
+
+    @classmethod
+    def sync_folder(cls, path):
+        """Return when the names in the folder of `path` are on disk."""
+        fd = os.open(os.path.dirname(path) or ".", os.O_RDONLY)
+        try:
+            cls.sync(fd)
+        except OSError as error:  # some file systems can't sync a folder and need not
+            if error.errno != errno.EINVAL:
+                raise
+        finally:
+            os.close(fd)
+
+    @classmethod
+    def create(cls, path, pieces):
+        """Return when a file of these byte `pieces` is on disk under `path`: all of it, or none."""
+        draft = "%s.new-%d" % (path, os.getpid())
+        fd = cls.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+        try:
+            for piece in pieces:
+                cls.write_all(fd, piece)
+            cls.sync(fd)
+        except OSError:
+            os.unlink(draft)
+            raise
+        finally:
+            os.close(fd)
+        cls.rename(draft, path)
+        cls.sync_folder(path)
+
+
+class FileLock:
+    """An exclusive `flock` on a file of its own, which is never renamed or removed.
+
+    Not `lockf`: that lock is lost as soon as this process closes any other descriptor of the file."""
+
+    def __init__(self, path):
+        if fcntl is None:
+            raise StoreUnavailable("the store needs POSIX locks, which %s lacks: use a server on another host "
+                                   "(labtasker init --url http://host:9321)" % sys.platform)
+        self.path, self.fd = path, None
+
+    def acquire(self, timeout_s):
+        """Return whether the lock was had within `timeout_s` seconds."""
+        if self.fd is None:
+            self.fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        give_up_at, pause_s = monotonic() + timeout_s, 0.0002
+        while True:
+            try:
+                fcntl.flock(self.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return True
+            except BlockingIOError:
+                if monotonic() >= give_up_at:
+                    return False
+            except OSError as error:
+                raise StoreUnavailable("the file system of %s can't lock files (%s): run one server for all, on a "
+                                       "folder that can, with --db-path" % (self.path, error.strerror))
+            time.sleep(pause_s)
+            pause_s = min(pause_s * 1.5, 0.005)
+
+    def release(self):
+        """Return when others may have the lock."""
+        fcntl.flock(self.fd, fcntl.LOCK_UN)
+
+    def close(self):
+        """Return when the lock is given up for good."""
+        if self.fd is not None:
+            os.close(self.fd)
+            self.fd = None
+
+
+def seal(text):
+    """Return the bytes of a line whose JSON text, without its closing brace, is `text`, with its checksum."""
+    return b'%s,"crc":"%08x"}\n' % (text, zlib.crc32(text))
+
+
+def unseal(line):
+    """Return the JSON value of a line, or None when the line is damaged."""
+    if line[-19:-11] != b',"crc":"' or line[-3:] != b'"}\n' or b"%08x" % zlib.crc32(line[:-19]) != line[-11:-3]:
+        return None
+    try:
+        value = json.loads(line.decode("ascii"))
+    except ValueError:
+        return None
+    return value if isinstance(value, dict) else None
+
+
+class Batch:
+    """Lines that go to disk together. `done` is set when they are there, or `error` says why they are not."""
+
+    __slots__ = ("bodies", "undos", "done", "error")
+
+    def __init__(self):
+        self.bodies, self.undos, self.done, self.error = [], [], threading.Event(), None
+
+    def wait(self):
+        """Return when the batch is on disk, or raise what went wrong."""
+        self.done.wait()
+        if self.error:
+            raise self.error
+
+
+class Journal:
+    """The file. `lock` guards every attribute and the memory that the lines describe.
+
+    A line that can't be made durable is taken back: the `undo` that came with it is called, newest
+    first, with the lock held, so that memory and file agree before the next operation."""
+
+    def __init__(self, path, lock, fsync="always", disk=Disk):
+        self.path, self.lock, self.fsync, self.disk = os.path.abspath(path), lock, fsync, disk
+        self.fd = self.inode = None
+        self.size = self.n = self.durable = 0  # bytes applied, last line's number, last number on disk
+        self.batch, self.filled = Batch(), threading.Event()
+        self.broken = None  # why the page cache can't be trusted, until the file was written anew
+        self.fenced = None  # why this process must never write again
+        self.writing = None  # the batch that is going down now
+        self.closing, self.notices, self.synced_at, self.header = False, [], 0.0, {}
+
+    # opening and reading
+
+    def exists(self):
+        """Return whether there is a journal to read."""
+        try:
+            return os.stat(self.path).st_size > 0
+        except FileNotFoundError:
+            return False
+
+    def open(self):
+        """Return when the file is open and its header read; a missing or empty one is made."""
+        if not self.exists():
+            header = {"journal": "labtasker", "format": FORMAT, "store": new_id(), "created_at": time.time()}
+            self.disk.create(self.path, [seal(json.dumps(header, separators=(",", ":"))[:-1].encode())])
+        self.fd = self.disk.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CLOEXEC)
+        self.inode = os.fstat(self.fd).st_ino
+        line = os.pread(self.fd, 65536, 0).partition(b"\n")[0] + b"\n"
+        self.header = unseal(line)
+        self._check_header()
+        self.size = self.size or len(line)
+
+    def _check_header(self):
+        if self.header is None or self.header.get("journal") != "labtasker":
+            raise StoreDamaged("%s: byte 0: its first line is not the header of a Labtasker journal; "
+                               "nothing was changed" % self.path)
+        if self.header.get("format", 0) > FORMAT:
+            raise StoreDamaged("%s was written by a newer Labtasker (journal format %s, this one reads up to %d): "
+                               "use that labtasker.py" % (self.path, self.header.get("format"), FORMAT))
+
+    def close(self, clean=False):
+        """Return when the file is closed; a clean close says at its end that all before it is on disk."""
+        if self.fd is None:
+            return
+        if clean and not (self.broken or self.fenced) and self.n:
+            with self.lock:
+                self.fsync = "always"
+                self.add(json.dumps({"at": now(), "end": True}, separators=(",", ":")).encode(), None)
+            self.flush()
+        os.close(self.fd)
+        self.fd = None
+
+    def read_new(self):
+        """Yield the value of each line after the last one read; damage raises StoreDamaged or is set aside.
+
+        Call it with the file's lock held: what is half written then was left by a process that died."""
+        rest, offset = b"", self.size
+        while True:
+            chunk = os.pread(self.fd, READ_BYTES, offset + len(rest))
+            lines = (rest + chunk).split(b"\n")
+            rest = lines.pop()
+            for line in lines:
+                value = unseal(line + b"\n")
+                if value is None or value.get("n") != self.n + 1:
+                    return self._heal()
+                self.n = self.durable = value["n"]
+                self.size += len(line) + 1
+                yield value
+            offset = self.size
+            if not chunk:
+                break
+        if rest:
+            self._heal()
+
+    def changed(self):
+        """Return whether the file is longer than what was read, or raise when it is not the file it was."""
+        try:
+            there = os.stat(self.path)
+        except FileNotFoundError:
+            there = None
+        if there is None or there.st_ino != self.inode or there.st_size < self.size:
+            self.fenced = ("%s was replaced, cut or removed while this process had it open: another writer is there; "
+                           "start again to go on with what is there now" % self.path)
+            raise StoreUnavailable(self.fenced)
+        return there.st_size > self.size
+
+    def _heal(self):
+        """Return after setting the damaged end aside, or raise StoreDamaged when acknowledged lines are damaged.
+
+        A line says what was durable before it: damage at or before any later line's `durable` is rot."""
+        bad_n, end = self.n + 1, os.fstat(self.fd).st_size
+        tail = os.pread(self.fd, end - self.size, self.size)
+        later = [value for value in map(unseal, tail.splitlines(True)) if value]
+        if any(value.get("durable", 0) >= bad_n for value in later):
+            raise StoreDamaged("%s: byte %d: line %d is damaged, and was on disk when later lines were written; "
+                               "nothing was changed" % (self.path, self.size, bad_n))
+        aside = "%s.torn-%d-%d" % (self.path, self.size, time.time())
+        self.disk.create(aside, [tail])
+        self.disk.truncate(self.fd, self.size)
+        self.disk.sync(self.fd)
+        self.notices.append("%s: the last %d bytes, from byte %d, were never acknowledged (a process or the machine "
+                            "died while writing them); they are kept in %s" % (self.path, len(tail), self.size, aside))
+
+    # writing
+
+    def add(self, body, undo):
+        """Return the batch that the line of this JSON object (bytes) goes down with, or raise StoreUnavailable.
+
+        Call it with the lock held."""
+        if self.fenced:
+            raise StoreUnavailable(self.fenced)
+        if self.broken:
+            self._write_anew()
+        self.n += 1
+        self.batch.bodies.append(body)
+        self.batch.undos.append(undo)
+        self.filled.set()
+        return self.batch
+
+    def flush(self):
+        """Return when all that was added before is on disk or taken back; the batch's `error` tells which."""
+        with self.lock:
+            batch, self.batch = self.batch, Batch()
+            if not batch.bodies:
+                return
+            self.writing = batch
+            first = self.n - len(batch.bodies) + 1
+        data = b"".join(seal(b'{"n":%d,"durable":%d,' % (first + i, self.durable) + body[1:-1])
+                        for i, body in enumerate(batch.bodies))
+        synced = False
+        try:
+            synced = self._put_down(data)
+        except (OSError, StoreUnavailable) as error:
+            with self.lock:
+                self._take_back(batch, first, error)
+        with self.lock:
+            if not batch.error:
+                self.size += len(data)
+            if synced:
+                self.durable = first + len(batch.bodies) - 1
+            self.writing = None
+        batch.done.set()
+
+    def _put_down(self, data):
+        """Return whether `data` was synced as well as written, or raise OSError or StoreUnavailable."""
+        if self.changed():
+            self.fenced = "%s grew while this process owned it: another writer is there" % self.path
+            raise StoreUnavailable(self.fenced)
+        self.disk.write_all(self.fd, data)
+        due = self.fsync == "interval" and monotonic() - self.synced_at >= SYNC_INTERVAL_S
+        if self.fsync == "always" or due:
+            try:
+                self.disk.sync(self.fd)
+            except OSError as error:
+                self.broken = "a sync failed: %s" % error
+                raise
+            self.synced_at = monotonic()
+        return self.fsync == "always" or due
+
+    def _take_back(self, batch, first, error):
+        """Return when the lines of `batch`, and what was added since, are gone from memory and from the file."""
+        newer, self.batch = self.batch, Batch()
+        for undo in reversed(batch.undos + newer.undos):
+            if undo:
+                undo()
+        self.n = first - 1
+        if isinstance(error, OSError):
+            error = _store_error(self.path, error)
+        batch.error = newer.error = error
+        newer.done.set()
+        if not (self.broken or self.fenced):
+            try:
+                self.disk.truncate(self.fd, self.size)
+            except OSError as problem:
+                self.broken = "the file could not be cut back: %s" % problem
+
+    def _write_anew(self):
+        """Return when a copy of the lines known to be good stands in the file's place.
+
+        After a failed sync the system may have dropped pages that it calls clean, so the old file is not
+        written to again."""
+        try:
+            self.disk.create(self.path, self._good_bytes())
+            os.close(self.fd)
+            self.fd = None
+            self.open()
+        except OSError as error:
+            raise _store_error(self.path, error)
+        self.broken = None
+
+    def _good_bytes(self):
+        offset = 0
+        while offset < self.size:
+            piece = os.pread(self.fd, min(READ_BYTES, self.size - offset), offset)
+            if not piece:
+                raise OSError(errno.EIO, "the file is shorter than it was")
+            offset += len(piece)
+            yield piece
+
+    def write_always(self):
+        """Return when `closing` is set: the body of the thread that shares syncs among threads.
+
+        While one sync is under way the next lines gather (group commit)."""
+        while not self.closing:
+            self.filled.wait()
+            self.filled.clear()
+            self.flush()
+
+
+def _store_error(path, error):
+    """Return the error to answer with when the disk refused to take a line."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return StoreFull("no room for %s (%s): nothing of this request was kept; free some space and it goes on "
+                         "by itself" % (path, error.strerror))
+    return StoreUnavailable("%s can't be written (%s): nothing of this request was kept" % (path, error.strerror))
+
+
+# 5. Service ###################################################################
+#
+# The state in memory, its indexes, every operation and the time-outs. Knows nothing of HTTP.
+# An operation decides: it gets (store, queue, request, at) and returns (changes, answer), touching
+# nothing. `Store.transact` applies the changes and has the journal make them durable. The answer may
+# be a function: it is called outside the lock, for what takes long. Uses 1 to 4. Tests: test_service.py.
+
+TRANSACTION_TASKS = 10000  # tasks one transaction may submit or update: keeps a line readable, a lock short
+MAX_INTERRUPTIONS = 100  # runs handed back before a task fails, so that none goes round for ever
+MAX_STANDING = 200  # filters of fetches that are kept current in a queue
+MAX_LOG = 100000  # newly pending tasks remembered for those filters to catch up with
+DEFAULT_QUEUE = "default"  # of the store without a server, made at the first write
+EMBEDDED_POLL_S = 0.1  # how often a waiting process without a server looks at the file
+LOOK_INTERVAL_S = 1.0  # how often time-outs are looked for at the most
+
+dump_json = json.JSONEncoder(separators=(",", ":")).encode
+
+
+class Beats:
+    """When each run was last heard of and when it began, in this process' memory, on the monotonic clock.
+
+    A run that is not known (a server has just started) has its full time before it."""
+
+    def __init__(self):
+        self.runs = {}  # run id: [started, last heard of]
+
+    def start(self, run_id):
+        """Note that a run began now."""
+        self.runs[run_id] = [monotonic(), monotonic()]
+
+    def touch(self, run_id):
+        """Note that a run was heard of now."""
+        self.runs.setdefault(run_id, [monotonic(), 0])[1] = monotonic()
+
+    def forget(self, run_id):
+        """Note that a run is over."""
+        self.runs.pop(run_id, None)
+
+    def ages(self, run_id):
+        """Return (seconds since the run began, seconds since it was heard of)."""
+        if run_id not in self.runs:
+            self.start(run_id)
+        started, last = self.runs[run_id]
+        return monotonic() - started, monotonic() - last
+
+
+class BeatFiles:
+    """The same for the processes of one host that share a store without a server: a small file a run.
+
+    It holds the boot id, when the run began and when it was last heard of; after another boot it is over."""
+
+    def __init__(self, folder):
+        self.folder = os.path.join(folder, "beats")
+
+    def _path(self, run_id):
+        return os.path.join(self.folder, run_id)
+
+    def _read(self, run_id):
+        try:
+            with open(self._path(run_id)) as file:
+                boot, started, last = file.read().split()
+            return boot, float(started), float(last)
+        except (OSError, ValueError):
+            return None
+
+    def _write(self, run_id, started):
+        draft = "%s.%d" % (self._path(run_id), os.getpid())
+        for attempt in range(2):
+            try:
+                with open(draft, "w") as file:
+                    file.write("%s %r %r\n" % (boot_id(), started, monotonic()))
+                return os.replace(draft, self._path(run_id))
+            except FileNotFoundError:
+                os.makedirs(self.folder, 0o700, exist_ok=True)
+
+    def start(self, run_id):
+        """Note that a run began now."""
+        self._write(run_id, monotonic())
+
+    def touch(self, run_id):
+        """Note that a run was heard of now."""
+        known = self._read(run_id)
+        self._write(run_id, known[1] if known else monotonic())
+
+    def forget(self, run_id):
+        """Note that a run is over."""
+        try:
+            os.unlink(self._path(run_id))
+        except OSError:
+            pass
+
+    def ages(self, run_id):
+        """Return (seconds since the run began, seconds since it was heard of)."""
+        known = self._read(run_id)
+        if known is None:
+            self.start(run_id)
+            return 0.0, 0.0
+        if known[0] != boot_id():
+            return math.inf, math.inf
+        return monotonic() - known[1], monotonic() - known[2]
+
+
+def boot_id():
+    """Return what tells this host's uptime from every other: the kernel's boot id, or the host's name."""
+    try:
+        with open("/proc/sys/kernel/random/boot_id") as file:
+            return file.read().strip()
+    except OSError:
+        return re.sub(r"\s", "-", os.uname().nodename if hasattr(os, "uname") else "host")
+
+
+class Standing:
+    """A filter that fetches ask for again and again: its matches in order, and how far it has read the log."""
+
+    __slots__ = ("required", "predicate", "heap", "cursor")
+
+    def __init__(self, required, predicate, cursor):
+        self.required, self.predicate, self.heap, self.cursor = required, predicate, [], cursor
+
+
+class Pending:
+    """The pending tasks of a queue, each shape of args a heap in the order of fetching.
+
+    Heaps delete lazily: an entry counts while the queue still holds that very record. A shape's heap is
+    rebuilt when most of it is dead."""
+
+    def __init__(self, tasks):
+        self.tasks = tasks  # the queue's {task id: record}
+        self.heaps = {}  # shape: heap of (-priority, last_modified, created_at, tie, record)
+        self.flat = {}  # args' keys, when no value is a dict: shape; saves computing it
+        self.taking = {}  # required fields: the heaps of the shapes that they take
+        self.standing = collections.OrderedDict()  # (required fields, filter): Standing, the latest asked for last
+        self.log, self.log_start = [], 0  # entries that became pending, for the standing filters
+        self.tie = 0
+
+    def alive(self, entry):
+        """Return whether the entry's record is still the queue's."""
+        return self.tasks.get(entry[4].task_id) is entry[4]
+
+    def shape(self, args):
+        """Return the set of paths in `args`."""
+        keys = tuple(args)
+        found = self.flat.get(keys)
+        if found is None or any(type(value) is dict for value in args.values()):
+            found = paths_of(args)
+            if all(len(path) == 1 for path in found):
+                self.flat[keys] = found
+        return found
+
+    def offer(self, task):
+        """Take in a record that became, or stays, pending."""
+        self.tie += 1
+        entry = (-task.priority, task.last_modified, task.created_at, self.tie, task)
+        shape = self.shape(task.args)
+        heap = self.heaps.get(shape)
+        if heap is None:
+            heap = self.heaps[shape] = []
+            self.taking.clear()
+        heapq.heappush(heap, entry)
+        if len(heap) > 1000 and len(heap) > 3 * len(self.tasks):
+            heap[:] = filter(self.alive, heap)
+            heapq.heapify(heap)
+        if self.standing:
+            self.log.append(entry)
+            if len(self.log) > MAX_LOG:
+                self._trim()
+
+    def _trim(self):
+        """Drop the older half of the log, and the standing filters that had not read it."""
+        cut = len(self.log) // 2
+        self.log_start += cut
+        del self.log[:cut]
+        for key in [key for key, asked in self.standing.items() if asked.cursor < self.log_start]:
+            del self.standing[key]
+
+    def _top(self, heap):
+        while heap and not self.alive(heap[0]):
+            heapq.heappop(heap)
+        return heap[0] if heap else None
+
+    def first(self, required):
+        """Return the pending record to be fetched next with these required fields, or None."""
+        heaps = self.taking.get(required)
+        if heaps is None:
+            heaps = self.taking[required] = [heap for shape, heap in self.heaps.items() if covers(required, shape)]
+        tops = [top for top in map(self._top, heaps) if top]
+        return min(tops)[4] if tops else None
+
+    def first_matching(self, required, text, predicate):
+        """Return the next record among those that also match `predicate`, whose document as text is `text`."""
+        key = (required, text)
+        asked = self.standing.get(key)
+        if asked is None:
+            if len(self.standing) >= MAX_STANDING:
+                self.standing.popitem(last=False)
+            asked = Standing(required, predicate, self.log_start + len(self.log))
+            self._take_in(asked, [entry for heap in self.heaps.values() for entry in heap if self.alive(entry)])
+            self.standing[key] = asked
+        self._take_in(asked, self.log[asked.cursor - self.log_start:])
+        asked.cursor = self.log_start + len(self.log)
+        self.standing.move_to_end(key)
+        top = self._top(asked.heap)
+        return top[4] if top else None
+
+    def _take_in(self, asked, entries):
+        for entry in entries:
+            task = entry[4]
+            if self.alive(entry) and covers(asked.required, self.shape(task.args)) and asked.predicate(task):
+                heapq.heappush(asked.heap, entry)
+
+
+class LocalName(str):
+    """The name of a queue asked for by somebody who may read the store's file: no password is asked."""
+
+
+class QueueState:
+    """A queue in memory: its record, its tasks in the order of their last change, its workers, the indexes.
+
+    `put_task` and `put_worker` are the only ways in: they keep the indexes and return what was there."""
+
+    def __init__(self, record):
+        self.record = record
+        self.tasks, self.workers = {}, {}
+        self.running = {}  # task id: record
+        self.fetches = {}  # fetch id: task id, of running tasks
+        self.pending = Pending(self.tasks)
+
+    def put_task(self, task_id, new):
+        """Put the record, or None, in the place of the one under this id, which is returned."""
+        old = self.tasks.pop(task_id, None)
+        if old is not None and old.status == "running":
+            del self.running[task_id]
+            self.fetches.pop(old.fetch_id, None)
+        if new is not None:
+            self.tasks[task_id] = new
+            if new.status == "pending":
+                self.pending.offer(new)
+            elif new.status == "running":
+                self.running[task_id] = new
+                if new.fetch_id:
+                    self.fetches[new.fetch_id] = task_id
+        return old
+
+    def put_worker(self, worker_id, new):
+        """Put the record, or None, in the place of the one under this id, which is returned."""
+        old = self.workers.pop(worker_id, None)
+        if new is not None:
+            self.workers[worker_id] = new
+        return old
+
+    def with_record(self, record):
+        """Return the same queue under another record of its own."""
+        other = QueueState(record)
+        other.__dict__.update(self.__dict__, record=record)
+        return other
+
+
+def revised(record, fields):
+    """Return a new record with these fields changed; numbers become Instants where the field is a time."""
+    for name in record.times.intersection(fields):
+        if fields[name] is not None:
+            fields[name] = Instant(fields[name])
+    return record._replace(**fields)
+
+
+class State:
+    """All queues. `apply` is the only thing that changes them, live and at replay: the fold over the journal."""
+
+    def __init__(self):
+        self.queues, self.names = {}, {}  # {queue id: QueueState}, {queue name: queue id}
+
+    def put_queue(self, queue_id, new):
+        """Put the queue, or None, in the place of the one under this id, which is returned."""
+        old = self.queues.pop(queue_id, None)
+        if old is not None:
+            self.names.pop(old.record.queue_name, None)
+        if new is not None:
+            self.queues[queue_id] = new
+            self.names[new.record.queue_name] = queue_id
+        return old
+
+    def apply(self, queue_id, changes):
+        """Return how to undo these changes: a list of (put, id, what was there), oldest first."""
+        undo = []
+        for change in changes:
+            put, key, new = RECORDS[change[0]].apply(self, queue_id, *change[1:])
+            undo.append((put, key, put(key, new)))
+        return undo
+
+    @staticmethod
+    def put_back(undo):
+        """Undo what `apply` did."""
+        for put, key, old in reversed(undo):
+            put(key, old)
+            if isinstance(old, TaskRecord):  # back to its place in the order of last changes
+                tasks = put.__self__.tasks
+                ordered = sorted(tasks.items(), key=lambda item: item[1].last_modified)
+                tasks.clear()
+                tasks.update(ordered)
+
+
+# What each change on a journal line does: (state, queue id, the rest of the change) -> (put, id, new record).
+
+
+def _apply_queue(state, queue_id, fields):
+    there = state.queues.get(queue_id)
+    if there is None:
+        return state.put_queue, queue_id, QueueState(revised(QueueRecord(queue_id=queue_id), fields))
+    return state.put_queue, queue_id, there.with_record(revised(there.record, fields))
+
+
+def _apply_queue_gone(state, queue_id):
+    return state.put_queue, queue_id, None
+
+
+def _apply_task(state, queue_id, task_id, fields, old_state=None):
+    queue = state.queues[queue_id]
+    record = queue.tasks.get(task_id) or TaskRecord(task_id=task_id, queue_id=queue_id)
+    return queue.put_task, task_id, revised(record, fields)
+
+
+def _apply_task_gone(state, queue_id, task_id):
+    return state.queues[queue_id].put_task, task_id, None
+
+
+def _apply_worker(state, queue_id, worker_id, fields, old_state=None):
+    queue = state.queues[queue_id]
+    record = queue.workers.get(worker_id) or WorkerRecord(worker_id=worker_id, queue_id=queue_id)
+    return queue.put_worker, worker_id, revised(record, fields)
+
+
+def _apply_worker_gone(state, queue_id, worker_id):
+    return state.queues[queue_id].put_worker, worker_id, None
+
+
+Record = collections.namedtuple("Record", "apply fields meaning")
+RECORDS = {
+    "queue": Record(_apply_queue, "fields", "the line's queue was created, or these fields of it are new"),
+    "queue-": Record(_apply_queue_gone, "", "the line's queue is gone, with its tasks and workers"),
+    "task": Record(_apply_task, "task id, fields, state before the transition or null",
+                   "a task was submitted, or these fields of it are new"),
+    "task-": Record(_apply_task_gone, "task id", "a task is gone"),
+    "worker": Record(_apply_worker, "worker id, fields, state before the transition or null",
+                     "a worker was registered, or these fields of it are new"),
+    "worker-": Record(_apply_worker_gone, "worker id", "a worker is gone"),
+}
+
+
+class Store:
+    """One journal and the state that it describes, for the threads of this process.
+
+    A server holds the file's lock for its life and has a thread that writes. Embedded, the lock is taken
+    for one operation, which first reads what others have added. `lock` guards all attributes."""
+
+    LOCK_TIMEOUT_S = 30.0  # embedded peers hold the lock for milliseconds
+
+    def __init__(self, path, is_server=False, fsync="always"):
+        self.path, self.is_server, self.server_id = os.path.abspath(path), is_server, None
+        self.folder = os.path.dirname(self.path)
+        self.lock = threading.RLock()
+        self.changed = threading.Condition(self.lock)
+        self.journal = Journal(self.path, self.lock, fsync)
+        self.file_lock = FileLock(self.path + ".lock")
+        self.state = State()
+        self.beats = Beats() if is_server else BeatFiles(self.folder)
+        self.looked_at, self.writer = -math.inf, None
+        self.filters = {}  # (document as text, whether for tasks): predicate
+        self.logins, self.login_key = {}, os.urandom(32)  # queue id: keyed hash of a password that was right
+
+    # opening and closing
+
+    def open(self):
+        """Return when a server has the store to itself; StoreUnavailable when another process has it."""
+        os.makedirs(self.folder, 0o700, exist_ok=True)
+        if not self.file_lock.acquire(2.0):
+            raise StoreUnavailable("%s is in use by another process%s" % (self.path, self.owner()))
+        self.journal.open()
+        self.catch_up()
+        self.writer = threading.Thread(target=self.journal.write_always, name="journal writer", daemon=True)
+        self.writer.start()
+
+    def owner(self):
+        """Return words about the server that has the store, from its server.json."""
+        told = read_server_file(self.folder) or {}
+        return told and ": a server on %s, process %s, at %s" % (
+            told.get("host"), told.get("pid"), " ".join(told.get("addresses", ())))
+
+    def close(self):
+        """Return when everything is on disk and the store is free for others."""
+        if self.writer:
+            self.journal.closing = True
+            self.journal.filled.set()
+            self.writer.join()
+            self.journal.flush()
+        self.journal.close(clean=self.is_server)
+        self.file_lock.close()
+
+    def catch_up(self):
+        """Apply the lines that others have added."""
+        for line in self.journal.read_new():
+            if "changes" in line:
+                self.state.apply(line.get("queue"), line["changes"])
+
+    def _enter(self, writes):
+        """Take the file's lock, embedded, and read what is new; return whether there is a journal at all."""
+        if not writes and self.journal.fd is None and not self.journal.exists():
+            return False
+        os.makedirs(self.folder, 0o700, exist_ok=True)
+        if not self.file_lock.acquire(self.LOCK_TIMEOUT_S):
+            raise StoreUnavailable("%s is held by another process%s" % (self.path, self.owner()))
+        if self.journal.fd is None:
+            self.journal.open()
+            self.catch_up()
+        elif self.journal.changed():
+            self.catch_up()
+        for notice in self.journal.notices:
+            print("labtasker: " + notice, file=sys.stderr)
+        self.journal.notices = []
+        return True
+
+    # operations
+
+    def transact(self, operation, queue_id, request, writes=True):
+        """Return the operation's answer once all that it did, and all that it saw, is on disk; or raise."""
+        with self.lock:
+            held = not self.is_server and self._enter(writes)
+            try:
+                batch, answer = self._decide(operation, queue_id, request, writes)
+                if held:
+                    self.journal.flush()
+            finally:
+                if held:
+                    self.file_lock.release()
+        if callable(answer):
+            answer = answer()
+        if batch:
+            batch.wait()
+        return answer
+
+    def _queue(self, queue_id, writes):
+        """Return the queue of this id, or of this LocalName; the default queue is made at the first write."""
+        if not isinstance(queue_id, LocalName):
+            queue = self.state.queues.get(queue_id)
+        elif queue_id in self.state.names:
+            queue = self.state.queues[self.state.names[queue_id]]
+        elif queue_id != DEFAULT_QUEUE:
+            raise Unauthorized("no queue %r in %s: make it with 'labtasker queue create-from-config'"
+                               % (str(queue_id), self.path))
+        elif not writes:
+            queue = QueueState(QueueRecord(queue_name=str(queue_id)))
+        else:
+            changes, answer = create_queue_op(self, None, {"queue_name": str(queue_id)}, now())
+            self._commit(answer["queue_id"], changes)
+            queue = self.state.queues[answer["queue_id"]]
+        if queue is None:
+            raise Unauthorized("Invalid credentials")
+        return queue
+
+    def _decide(self, operation, queue_id, request, writes):
+        queue = None if queue_id is None else self._queue(queue_id, writes)
+        changes, answer = operation(self, queue, request, now())
+        if changes:
+            return self._commit(queue.record.queue_id if queue else changes[0][1]["queue_id"], changes), answer
+        journal = self.journal
+        return (journal.batch if journal.batch.bodies else journal.writing), answer
+
+    def _commit(self, queue_id, changes):
+        """Return the batch that makes these changes durable; they are applied to the memory already."""
+        body = dump_json({"at": now(), "queue": queue_id, "changes": changes}).encode()
+        undo = self.state.apply(queue_id, changes)
+        try:
+            batch = self.journal.add(body, lambda: self.state.put_back(undo))
+        except LabtaskerError:
+            self.state.put_back(undo)
+            raise
+        for put, key, old in undo:
+            if put.__func__ is QueueState.put_task:
+                self._note_run(old, put.__self__.tasks.get(key))
+        self.changed.notify_all()
+        return batch
+
+    def _note_run(self, old, new):
+        """Have the beats begin with a run and end with it."""
+        before = old.run_id if old is not None and old.status == "running" else None
+        after = new.run_id if new is not None and new.status == "running" else None
+        if after != before:
+            if before:
+                self.beats.forget(before)
+            if after:
+                self.beats.start(after)
+
+    def wait_for_change(self, seen_n, timeout_s):
+        """Return once the journal is past line `seen_n`, or after so many seconds."""
+        give_up_at = monotonic() + timeout_s
+        with self.lock:
+            while self.journal.n == seen_n and monotonic() < give_up_at:
+                if self.is_server:
+                    self.changed.wait(give_up_at - monotonic())
+                elif self.journal.fd is not None and self.journal.changed():
+                    return
+                else:
+                    time.sleep(max(0, min(EMBEDDED_POLL_S, give_up_at - monotonic())))
+
+    def look_for_timeouts(self, queue_id=None):
+        """Fail the runs of a queue, or of all, that were silent or have run for too long; at most once a second."""
+        with self.lock:
+            if monotonic() - self.looked_at < LOOK_INTERVAL_S:
+                return
+            self.looked_at = monotonic()
+            wanted = list(self.state.queues) if queue_id is None else [queue_id]
+        for one in wanted:
+            try:
+                self.transact(expire_runs, one, None, writes=False)
+            except Unauthorized:  # the queue was deleted in between
+                pass
+
+    def predicate(self, document, fields):
+        """Return the predicate of a query document and its text; the latest are remembered."""
+        text = json.dumps(document, sort_keys=True)
+        known = self.filters.get((text, fields is TASK_FIELDS))
+        if known is None:
+            if len(self.filters) > MAX_STANDING:
+                self.filters.clear()
+            known = self.filters[text, fields is TASK_FIELDS] = compile_tree(query_to_tree(document, fields))
+        return known, text
+
+    def login(self, name, password):
+        """Return the id of the queue, or raise Unauthorized; the hashing is done once and remembered."""
+        with self.lock:
+            queue_id = self.state.names.get(name, name)
+            queue = self.state.queues.get(queue_id)
+            stored = queue.record.password if queue else None
+        import hashlib
+        proof = hashlib.blake2b(repr((stored, password)).encode(), key=self.login_key, digest_size=16).digest()
+        if queue and self.logins.get(queue_id) == proof:
+            return queue_id
+        salt = stored.split("$")[2] if stored else "00" * 16  # an unknown queue costs the same
+        hashed = hash_password(password, salt)
+        if not stored or not same_secret(hashed, stored):
+            raise Unauthorized("Invalid credentials")
+        self.logins[queue_id] = proof
+        return queue_id
+
+
+def same_secret(one, other):
+    """Return whether two secrets are equal, in constant time."""
+    import hmac
+    return hmac.compare_digest(one.encode("utf-8", "surrogatepass"), other.encode("utf-8", "surrogatepass"))
+
+
+def _overdue(store, queue):
+    """Return [(task, words)] of the running tasks whose time is over."""
+    found = []
+    for task in queue.running.values():
+        if task.heartbeat_timeout is None and task.task_timeout is None:
+            continue
+        ran_s, silent_s = store.beats.ages(task.run_id)
+        if task.heartbeat_timeout is not None and silent_s > task.heartbeat_timeout:
+            found.append((task, "no heartbeat for %g seconds (heartbeat_timeout)" % task.heartbeat_timeout))
+        elif task.task_timeout is not None and ran_s > task.task_timeout:
+            found.append((task, "still running after %g seconds (task_timeout)" % task.task_timeout))
+    return found
+
+
+def expire_runs(store, queue, request, at):
+    """Decide that the overdue runs failed."""
+    changes, strikes = [], collections.Counter()
+    for task, words in _overdue(store, queue):
+        summary = dict(task.summary, labtasker_error=words)
+        changes.append(_failed(task, {"summary": summary, "run_end": "timeout"}, at))
+        strikes[task.worker_id] += 1
+    for worker_id, count in strikes.items():
+        changes += _strike(queue, worker_id, count, at)
+    return changes, None
+
+
+def _failed(task, fields, at):
+    """Return the change of a task whose run failed: pending again, or failed when its retries are used up."""
+    retries = task.retries + 1
+    event = "retry" if retries < task.max_retries else "fail"
+    status = move(TASK_MOVES, task.status, event, "task " + task.task_id)
+    fields = dict(fields, status=status, retries=retries, worker_id=None, last_modified=at)
+    return ["task", task.task_id, fields, task.status]
+
+
+def _strike(queue, worker_id, count, at):
+    """Return the changes of a worker on which `count` runs failed: crashed at its max_retries."""
+    worker = queue.workers.get(worker_id)
+    if worker is None:
+        return []
+    retries = worker.retries + count
+    fields = {"retries": retries, "last_modified": at}
+    if worker.status == "active":
+        fields["status"] = move(WORKER_MOVES, "active", "crash" if retries >= worker.max_retries else "strike", "worker")
+        return [["worker", worker_id, fields, "active"]]
+    return [["worker", worker_id, fields, None]]
+
+
+# Operations: queues
+
+
+def hash_password(password, salt=None):
+    """Return the PBKDF2 hash of a password as text, with its salt."""
+    import hashlib
+    salt = salt or os.urandom(16).hex()
+    key = hashlib.pbkdf2_hmac("sha256", password.encode("utf-8", "surrogatepass"), bytes.fromhex(salt), PASSWORD_ROUNDS)
+    return "pbkdf2_sha256$%d$%s$%s" % (PASSWORD_ROUNDS, salt, key.hex())
+
+
+PASSWORD_ROUNDS = 100000  # 41 ms
+
+
+def create_queue_op(store, _, request, at):
+    """Decide to create a queue."""
+    name = request["queue_name"]
+    if name in store.state.names:
+        raise Conflict("a queue named %r is there already" % name)
+    fields = {"queue_id": new_id(), "queue_name": name, "created_at": at, "last_modified": at,
+              "password": request.get("password_hash")}
+    if request.get("metadata"):
+        fields["metadata"] = nest(request["metadata"], "metadata")
+    return [["queue", fields]], {"queue_id": fields["queue_id"]}
+
+
+def get_queue_op(store, queue, request, at):
+    """Decide nothing; answer the queue."""
+    return [], queue.record
+
+
+def update_queue_op(store, queue, request, at):
+    """Decide a new name, password or metadata of a queue."""
+    fields = {"last_modified": at}
+    new_name = request.get("new_queue_name")
+    if new_name is not None:
+        if store.state.names.get(new_name, queue.record.queue_id) != queue.record.queue_id:
+            raise BadRequest("a queue named %r is there already" % new_name)
+        fields["queue_name"] = new_name
+    if request.get("password_hash"):
+        fields["password"] = request["password_hash"]
+    update = request.get("metadata_update")
+    if update is not None:
+        fields["metadata"] = merge(queue.record.metadata, nest(update, "metadata_update")) if update else {}
+    return [["queue", fields]], revised(queue.record, dict(fields))
+
+
+def delete_queue_op(store, queue, request, at):
+    """Decide that a queue goes; what was in it goes too, since nothing could reach it any more."""
+    return [["queue-"]], None
+
+
+# Operations: tasks
+
+
+def _submission(request, at):
+    """Return (task id, fields) of a task to be created."""
+    if not request.get("args") and not request.get("cmd"):
+        raise BadRequest("a task needs args or cmd: both are empty")
+    fields = {"status": "pending", "created_at": at, "last_modified": at}
+    for name in ("args", "metadata"):
+        if request.get(name):
+            fields[name] = nest(request[name], name)
+    for name in ("task_name", "cmd", "heartbeat_timeout", "task_timeout", "max_retries", "priority"):
+        value = request.get(name)
+        if value is not None and value != TASK_FIELDS[name].default:
+            fields[name] = value
+    task_id = request.get("task_id")
+    if task_id:
+        content = {key: value for key, value in fields.items() if key not in ("created_at", "last_modified")}
+        fields["digest"] = zlib.crc32(json.dumps(content, sort_keys=True).encode())
+    return task_id or new_id(), fields
+
+
+def submit_tasks_op(store, queue, request, at):
+    """Decide to create tasks, all or none; one that is there with the same content was submitted before."""
+    changes, ids = [], {}
+    for one in request["tasks"]:
+        task_id, fields = _submission(one, at)
+        there = queue.tasks.get(task_id)
+        known = ids.get(task_id) if task_id in ids else there and there.digest
+        if task_id in ids or there:
+            if known != fields.get("digest"):
+                raise Conflict("task %s is there already, with other content" % task_id)
+        else:
+            changes.append(["task", task_id, fields, "created"])
+        ids[task_id] = fields.get("digest")
+    return changes, {"task_ids": [one for one in ids]} if request["many"] else {"task_id": next(iter(ids))}
+
+
+def _selected(store, records, request, id_field, name_field):
+    """Return the function that answers a search over a list of records, filtered, sorted and cut."""
+    tests = []
+    for field, name in ((id_field, id_field), (name_field, name_field), ("status", "status")):
+        if request.get(name) is not None:
+            tests.append(lambda record, get=operator.attrgetter(field), value=request[name]: get(record) == value)
+    if request.get("extra_filter") is not None:
+        tests.append(request["predicate"])
+    offset, limit = request["offset"], request["limit"]
+
+    def answer():
+        found = records
+        for test in tests:
+            found = filter(test, found)
+        if request.get("sort"):
+            found = sort_records(found, request["sort"], lambda record: (record.created_at, getattr(record, id_field)))
+        content = list(itertools.islice(found, offset, offset + limit))
+        return {"found": bool(content), "content": content}
+    return answer
+
+
+def search_tasks_op(store, queue, request, at):
+    """Decide nothing; answer the tasks that match, outside the lock."""
+    if request.get("task_id") is not None:
+        records = [queue.tasks[request["task_id"]]] if request["task_id"] in queue.tasks else []
+    else:
+        records = list(queue.tasks.values())
+    beats = {task_id: _seen(store, task) for task_id, task in queue.running.items()}
+    if beats:
+        records = [beats.get(record.task_id, record) if record.status == "running" else record for record in records]
+    return [], _selected(store, records, request, "task_id", "task_name")
+
+
+def _seen(store, task):
+    """Return the record of a running task with the time it was last heard of."""
+    if task.last_heartbeat is None:
+        return task
+    age_s = store.beats.ages(task.run_id)[1]
+    return task if math.isinf(age_s) else task._replace(last_heartbeat=Instant(max(task.last_heartbeat, now() - age_s)))
+
+
+def _task(queue, task_id):
+    try:
+        return queue.tasks[task_id]
+    except KeyError:
+        raise NotFound("no task %s in queue %s" % (task_id, queue.record.queue_name)) from None
+
+
+def get_task_op(store, queue, request, at):
+    """Decide nothing; answer the task."""
+    task = _task(queue, request["task_id"])
+    return [], _seen(store, task) if task.status == "running" else task
+
+
+def _next_task(store, queue, request):
+    required = tuple(sorted(set(request.get("required_fields") or ())))
+    if request.get("extra_filter") is None:
+        return queue.pending.first(required)
+    return queue.pending.first_matching(required, request["filter_text"], request["predicate"])
+
+
+def fetch_task_op(store, queue, request, at):
+    """Decide that a worker runs the next task that matches; a repeated fetch_id gets the same one."""
+    worker_id = request.get("worker_id")
+    if worker_id is not None:
+        worker = queue.workers.get(worker_id)
+        if worker is None:
+            raise NotFound("no worker %s in queue %s" % (worker_id, queue.record.queue_name))
+        if worker.status != "active":
+            raise Forbidden("worker %s is %s and gets no tasks; set it active again with: labtasker worker report %s "
+                            "active" % (worker_id, worker.status, worker_id))
+    repeated = queue.running.get(queue.fetches.get(request.get("fetch_id")))
+    if repeated is not None and repeated.worker_id == worker_id:
+        return [], {"found": True, "task": repeated}
+    task = _next_task(store, queue, request)
+    if task is None:
+        return [], {"found": False, "task": None}
+    fields = {"status": move(TASK_MOVES, task.status, "fetch", "task"), "start_time": at, "last_modified": at,
+              "summary": {}, "worker_id": worker_id, "run_id": new_id(), "run_end": None, "reason": None,
+              "fetch_id": request.get("fetch_id"), "last_heartbeat": at if request["start_heartbeat"] else None}
+    if request.get("cmd"):
+        fields["cmd"] = request["cmd"]
+    if request.get("heartbeat_timeout") is not None:
+        fields["heartbeat_timeout"] = request["heartbeat_timeout"]
+    if not request["start_heartbeat"]:
+        fields["heartbeat_timeout"] = None
+    if request.get("eta_max_s") is not None:
+        fields["task_timeout"] = request["eta_max_s"]
+    return [["task", task.task_id, fields, task.status]], {"found": True, "task": revised(task, dict(fields))}
+
+
+def report_task_op(store, queue, request, at):
+    """Decide what a report does: end a run, hand it back, cancel a task, or merge its summary."""
+    task, status = _task(queue, request["task_id"]), request["status"]
+    run_id = request.get("run_id")
+    if run_id is not None and run_id != task.run_id:
+        raise Conflict("run %s of task %s is over: the task was fetched, reset or cancelled since (it is %s)"
+                       % (run_id, task.task_id, task.status))
+    fields = _summarised(task, request)
+    if run_id is None and request.get("worker_id") not in (None, task.worker_id):
+        raise Conflict("task %s is not run by worker %s (it is %s)" % (task.task_id, request["worker_id"], task.status))
+    if status == task.status:
+        return _changed(task, fields, None, at), None
+    if run_id is not None and task.status != "running" and status != "cancelled":
+        return _report_late(task, request, at), None
+    return REPORTS[status](queue, task, fields, request, at), None
+
+
+def _summarised(task, request):
+    summary = request.get("summary")
+    return {"summary": merge(task.summary, nest(summary, "summary"))} if summary else {}
+
+
+def _changed(task, fields, old_state, at):
+    return [["task", task.task_id, dict(fields, last_modified=at), old_state]] if fields else []
+
+
+def _report_late(task, request, at):
+    """Return the changes of a report on a run that has ended already, or raise Conflict.
+
+    The repeat of the report that ended it changes nothing. A run that was given up on and then ends well is
+    taken while nobody has taken the task since, and the retry that it cost is given back."""
+    if request["status"] == task.run_end or (request["status"], task.run_end) == ("failed", "timeout"):
+        return []
+    if (request["status"], task.run_end) != ("success", "timeout"):
+        raise Conflict("run %s of task %s has ended already: %s" % (task.run_id, task.task_id, task.run_end))
+    status = move(TASK_MOVES, task.status, "succeed_late", "task " + task.task_id)
+    summary = {key: value for key, value in task.summary.items() if key != "labtasker_error"}
+    fields = dict(_summarised(task._replace(summary=summary), request), status=status, run_end="success",
+                  retries=max(0, task.retries - 1))
+    fields.setdefault("summary", summary)
+    return _changed(task, fields, task.status, at)
+
+
+def _report_success(queue, task, fields, request, at):
+    status = move(TASK_MOVES, task.status, "succeed", "task " + task.task_id)
+    return _changed(task, dict(fields, status=status, worker_id=None, run_end="success"), task.status, at)
+
+
+def _report_failed(queue, task, fields, request, at):
+    change = _failed(task, dict(fields, run_end="failed"), at)
+    return [change] + (_strike(queue, task.worker_id, 1, at) if task.worker_id else [])
+
+
+def _report_cancelled(queue, task, fields, request, at):
+    status = move(TASK_MOVES, task.status, "cancel", "task " + task.task_id)
+    return _changed(task, dict(fields, status=status, worker_id=None, run_end="cancelled"), task.status, at)
+
+
+def _report_running(queue, task, fields, request, at):
+    raise InvalidStateTransition("task %s is %s: only a fetch makes a task running" % (task.task_id, task.status))
+
+
+def _report_pending(queue, task, fields, request, at):
+    """Decide to hand a run back: no retry is charged, the interruption is counted."""
+    count, reason = task.interruptions + 1, request.get("reason")
+    if count >= MAX_INTERRUPTIONS:
+        status = move(TASK_MOVES, task.status, "fail", "task " + task.task_id)
+        error = "interrupted %d times, the last time: %s" % (count, reason or "no reason given")
+        fields = dict(fields, summary=dict(fields.get("summary", task.summary), labtasker_error=error))
+    else:
+        status = move(TASK_MOVES, task.status, "hand_back", "task " + task.task_id)
+    fields = dict(fields, status=status, worker_id=None, run_end="pending", interruptions=count, reason=reason)
+    return _changed(task, fields, task.status, at)
+
+
+# status reported, other than the one that the task has: what it does
+REPORTS = {
+    "running": _report_running,
+    "pending": _report_pending,
+    "success": _report_success,
+    "failed": _report_failed,
+    "cancelled": _report_cancelled,
+}
+
+
+def heartbeat_op(store, queue, request, at):
+    """Note that a run is alive; nothing is written. Answer the task's status."""
+    task = _task(queue, request["task_id"])
+    run_id, worker_id = request.get("run_id"), request.get("worker_id")
+    if task.status != "running" or (run_id is not None and run_id != task.run_id):
+        if request.get("answer") == "status":
+            return [], {"status": task.status if task.status != "running" else "taken"}
+        raise NotFound("task %s is not running (it is %s)" % (task.task_id, task.status))
+    if worker_id is not None and worker_id != task.worker_id:
+        raise Forbidden("task %s is not run by worker %s" % (task.task_id, worker_id))
+    store.beats.touch(task.run_id)
+    return [], {"status": "running"} if request.get("answer") == "status" else None
+
+
+# PUT status: the event that leads there by hand
+UPDATE_EVENTS = {"pending": "requeue", "success": "succeed", "failed": "fail", "cancelled": "cancel"}
+RESET = {"retries": 0, "worker_id": None, "run_id": None, "run_end": None}
+
+
+def _updated(task, request, reset):
+    """Return (fields, old state or None) of one update; InvalidStateTransition or InvalidFields when it can't be."""
+    replaced = request.get("replace_fields") or ()
+    fields = {}
+    for name in ("task_name", "heartbeat_timeout", "task_timeout", "max_retries", "retries", "priority", "cmd"):
+        if request.get(name) is not None or (name in replaced and name in request):
+            value = request.get(name)
+            fields[name] = TASK_FIELDS[name].default if value is None else value
+    for name in ("args", "metadata", "summary"):
+        if request.get(name) is not None:
+            new = nest(request[name], name)
+            fields[name] = new if name in replaced else merge(getattr(task, name), new)
+    if reset:
+        fields.update(RESET, status=move(TASK_MOVES, task.status, "reset", "task " + task.task_id))
+        return fields, task.status
+    status = request.get("status")
+    if status is None or status == task.status:
+        return fields, None
+    if status == "running":
+        raise InvalidStateTransition("only a fetch makes a task running")
+    fields.update(status=move(TASK_MOVES, task.status, UPDATE_EVENTS[status], "task " + task.task_id),
+                  worker_id=None, run_id=None, run_end=None)
+    return fields, task.status
+
+
+def update_tasks_op(store, queue, request, at):
+    """Decide a list of updates: all of them, or none when one can't be done; each that can't is named."""
+    changes, now_are, problems = [], {}, []
+    for update in request["updates"]:
+        task_id = update["task_id"]
+        try:
+            task = now_are.get(task_id) or _task(queue, task_id)
+            fields, old_state = _updated(task, update, request["reset_pending"])
+        except LabtaskerError as error:
+            problems.append("task %s: %s" % (task_id, error))
+            continue
+        if fields:
+            fields["last_modified"] = at
+            changes.append(["task", task_id, fields, old_state])
+        now_are[task_id] = revised(task, dict(fields))
+    if problems:
+        raise BadRequest("; ".join(problems) + (" (nothing was updated)" if len(request["updates"]) > 1 else ""))
+    return changes, {"found": bool(now_are), "content": list(now_are.values())}
+
+
+def delete_task_op(store, queue, request, at):
+    """Decide that a task goes."""
+    return [["task-", _task(queue, request["task_id"]).task_id]], None
+
+
+# Operations: workers
+
+
+def _worker(queue, worker_id):
+    try:
+        return queue.workers[worker_id]
+    except KeyError:
+        raise NotFound("no worker %s in queue %s" % (worker_id, queue.record.queue_name)) from None
+
+
+def create_worker_op(store, queue, request, at):
+    """Decide to register a worker."""
+    fields = {"status": move(WORKER_MOVES, "created", "register", "worker"), "created_at": at, "last_modified": at}
+    if request.get("metadata"):
+        fields["metadata"] = nest(request["metadata"], "metadata")
+    for name in ("worker_name", "max_retries"):
+        if request.get(name) is not None:
+            fields[name] = request[name]
+    worker_id = new_id()
+    return [["worker", worker_id, fields, "created"]], {"worker_id": worker_id}
+
+
+def search_workers_op(store, queue, request, at):
+    """Decide nothing; answer the workers that match."""
+    return [], _selected(store, list(queue.workers.values()), request, "worker_id", "worker_name")
+
+
+def get_worker_op(store, queue, request, at):
+    """Decide nothing; answer the worker."""
+    return [], _worker(queue, request["worker_id"])
+
+
+WORKER_EVENTS = {"active": "activate", "suspended": "suspend", "crashed": "crash"}
+
+
+def report_worker_op(store, queue, request, at):
+    """Decide a worker's new status; active again zeroes its retries."""
+    worker, status = _worker(queue, request["worker_id"]), request["status"]
+    move(WORKER_MOVES, worker.status, WORKER_EVENTS[status], "worker " + worker.worker_id)
+    fields = {"status": status, "last_modified": at}
+    if status == "active":
+        fields["retries"] = 0
+    return [["worker", worker.worker_id, fields, worker.status]], None
+
+
+def delete_worker_op(store, queue, request, at):
+    """Decide that a worker goes; with cascade_update its running tasks name no worker."""
+    worker_id = _worker(queue, request["worker_id"]).worker_id
+    changes = [["worker-", worker_id]]
+    if request["cascade_update"]:
+        changes += [["task", task.task_id, {"worker_id": None, "last_modified": at}, None]
+                    for task in queue.running.values() if task.worker_id == worker_id]
+    return changes, None
+
+
+def read_server_file(folder):
+    """Return what the server of the store in `folder` says of itself in server.json, or None."""
+    try:
+        with open(os.path.join(folder, "server.json"), encoding="utf-8") as file:
+            told = json.load(file)
+        return told if isinstance(told, dict) else None
+    except (OSError, ValueError):
+        return None
+
+
+# 6. API #######################################################################
+#
+# The one door: every request is a row of ROUTES, whether it came over HTTP or from this process.
+# Checks what was given, runs the operation, and shapes the answer. Knows nothing of how the request
+# arrived. Uses 1 to 5. Tests: test_api.py.
+
+MAX_BODY_BYTES = 16 << 20  # a request's body: a thousand rich tasks are a tenth of it
+MAX_WAIT_S = 60  # a long poll
+WAIT_SLICE_S = 1.0  # after which a waiting request without a server looks for time-outs again
+
+
+def parse_json(text):
+    """Return the value of JSON text (bytes or str), or raise BadRequest or InvalidFields saying what is wrong."""
+    try:
+        if isinstance(text, bytes):
+            text = text.decode("utf-8")
+        return json.loads(text, object_pairs_hook=_no_duplicates, parse_int=_bounded_int)
+    except RecursionError:
+        raise InvalidFields([(["body"], "nested too deep")]) from None
+    except InvalidFields:
+        raise
+    except ValueError as error:
+        raise InvalidFields([(["body"], "is not JSON: %s" % error)]) from None
+
+
+def _no_duplicates(pairs):
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise InvalidFields([(["body", twice], "the key %r stands twice in one object" % twice)])
+    return found
+
+
+def _bounded_int(text):
+    value = int(text) if len(text) <= 20 else None
+    if value is None or not -2 ** 63 <= value < 2 ** 64:
+        raise InvalidFields([(["body"], "the integer %.30s is outside -2^63 to 2^64-1" % text)])
+    return value
+
+
+# Kinds of fields: each takes a value and returns it, or raises ValueError with words about what it should be.
+
+
+def _is(types, words):
+    def check(value):
+        if type(value) not in types:
+            raise ValueError("should be %s, not %s" % (words, type(value).__name__))
+        return value
+    return check
+
+
+def _name(value):
+    if not isinstance(value, str) or not NAME.match(value):
+        raise ValueError("should be 1 to 100 letters, digits, '_' and '-', not %.120r" % (value,))
+    return value
+
+
+def _password(value):
+    if not isinstance(value, str) or not 1 <= len(value) <= 100:
+        raise ValueError("should be text of 1 to 100 characters")
+    return value
+
+
+def _int_between(low, high):
+    def check(value):
+        if type(value) is float and value.is_integer():
+            value = int(value)
+        if type(value) is not int or not low <= value <= high:
+            raise ValueError("should be a whole number from %d to %d, not %.40r" % (low, high, value))
+        return value
+    return check
+
+
+def _seconds(value):
+    if type(value) not in (int, float) or not 0 < value < math.inf:
+        raise ValueError("should be a number of seconds over 0, not %.40r" % (value,))
+    return value
+
+
+def _duration(value):
+    if type(value) in (int, float):
+        return _seconds(value)
+    if not isinstance(value, str):
+        raise ValueError("should be a duration like '1h30m', not %s" % type(value).__name__)
+    return _seconds(parse_duration(value))
+
+
+def _one_of(*choices):
+    def check(value):
+        if value not in choices:
+            raise ValueError("should be one of %s, not %.40r" % (", ".join(choices), value))
+        return value
+    return check
+
+
+def _texts(value):
+    if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+        raise ValueError("should be a list of text")
+    return value
+
+
+def _command(value):
+    return value if isinstance(value, str) else _texts(value)
+
+
+def _sort(value):
+    pairs = value if isinstance(value, list) else [None]
+    for pair in pairs:
+        if not (isinstance(pair, (list, tuple)) and len(pair) == 2 and isinstance(pair[0], str) and pair[1] in (1, -1)):
+            raise ValueError("should be a list of [field, 1 or -1]")
+    return [list(pair) for pair in pairs]
+
+
+def _bool(value):
+    words = {"true": True, "1": True, "false": False, "0": False}
+    if isinstance(value, str) and value.lower() in words:
+        return words[value.lower()]
+    return _is((bool,), "true or false")(value)
+
+
+def _whole(value):
+    """A whole number that may come as text, from a URL."""
+    return _int_between(0, 2 ** 63)(int(value) if isinstance(value, str) and value.isdigit() else value)
+
+
+def _wait(value):
+    try:
+        seconds = float(value)
+    except (TypeError, ValueError):
+        raise ValueError("should be a number of seconds") from None
+    return min(max(seconds, 0.0), MAX_WAIT_S)
+
+
+KINDS = {
+    "text": _is((str,), "text"), "id": _is((str,), "text"), "name": _name, "password": _password,
+    "dict": _is((dict,), "an object"), "filter": _is((dict, str), "a query document or filter text"),
+    "seconds": _seconds, "duration": _duration, "wait": _wait, "bool": _bool,
+    "int": _int_between(-2 ** 63, 2 ** 63 - 1), "count": _int_between(0, 2 ** 31), "whole": _whole,
+    "status": _one_of(*TASK_STATES), "worker_status": _one_of(*WORKER_STATES),
+    "answer": _one_of("status"), "texts": _texts, "cmd": _command, "sort": _sort,
+}
+
+
+class Arg(collections.namedtuple("Arg", "kind default")):
+    """A field of a request: its kind, and what it is when it was not given (REQUIRED: it must be)."""
+
+    __slots__ = ()
+
+
+REQUIRED = object()
+
+
+def _arg(kind, default=None):
+    return Arg(kind, default)
+
+
+def checked(spec, given, where):
+    """Return the given fields that `spec` knows, checked, with defaults; InvalidFields names each that is wrong.
+
+    null is the same as not given; what the spec does not know is ignored."""
+    if not isinstance(given, dict):
+        raise InvalidFields([(where, "should be an object, not %s" % type(given).__name__)])
+    found, problems = {}, []
+    for name, arg in spec.items():
+        value = given.get(name)
+        if value is None:
+            found[name] = arg.default
+            if arg.default is REQUIRED:
+                problems.append((where + [name], "is required"))
+            continue
+        try:
+            found[name] = KINDS[arg.kind](value)
+        except ValueError as error:
+            problems.append((where + [name], str(error)))
+    if problems:
+        raise InvalidFields(problems)
+    return found
+
+
+# What a request needs before its operation decides; outside the lock.
+
+
+def _hash_new_password(store, request):
+    password = request.pop("password", None) or request.pop("new_password", None)
+    if password is not None:
+        request["password_hash"] = hash_password(password)
+
+
+def _read_filter(fields):
+    def prepare(store, request):
+        given = request.get("extra_filter")
+        if isinstance(given, str):
+            given = request["extra_filter"] = tree_to_query(parse_filter(given, fields, now()))
+        if given is not None:
+            request["predicate"], request["filter_text"] = store.predicate(given, fields)
+    return prepare
+
+
+_read_task_filter = _read_filter(TASK_FIELDS)
+
+
+def _prepare_fetch(store, request):
+    if not request["start_heartbeat"] and request["eta_max"] is None:
+        raise BadRequest("a fetch needs heartbeats (start_heartbeat) or eta_max, or a dead run would never be noticed")
+    request["eta_max_s"] = request["eta_max"]
+    for key in request["required_fields"] or ():
+        if key != "*":
+            check_key(key, ["required_fields"])
+    _read_task_filter(store, request)
+
+
+def _prepare_updates(store, request):
+    for at, update in enumerate(request["updates"]):
+        update["task_id"] = update.get("task_id") or update.pop("_id", None)
+        if not update["task_id"]:
+            raise InvalidFields([(["body", at, "task_id"], "is required")])
+
+
+# How a request runs, where it is more than one transaction.
+
+
+def _run(store, caller, request, route):
+    return store.transact(route.operation, caller, request, route.writes)
+
+
+def _run_fetch(store, caller, request, route):
+    give_up_at = monotonic() + request["wait_s"]
+    while True:
+        store.look_for_timeouts(caller)
+        seen = store.journal.n
+        answer = _run(store, caller, request, route)
+        left_s = give_up_at - monotonic()
+        if answer["found"] or left_s <= 0:
+            return answer
+        store.wait_for_change(seen, left_s if store.is_server else min(left_s, WAIT_SLICE_S))
+
+
+def _run_heartbeat(store, caller, request, route):
+    give_up_at = monotonic() + request["wait_s"]
+    while True:
+        seen = store.journal.n
+        answer = _run(store, caller, request, route)
+        left_s = give_up_at - monotonic()
+        if left_s <= 0 or not answer or answer["status"] != "running":
+            return answer
+        store.wait_for_change(seen, left_s)
+
+
+def _run_welcome(store, caller, request, route):
+    return {"message": "This is a Labtasker server.", "versions": ["v1"], "server": store.server_id}
+
+
+def _run_health(store, caller, request, route):
+    return {"connection": "ok"}
+
+
+def _run_full_health(store, caller, request, route):
+    problem = store.journal.fenced or store.journal.broken
+    if problem:
+        return {"status": "unhealthy", "database": problem}
+    return {"status": "healthy", "database": "connected"}
+
+
+def _run_polling(store, caller, request, route):
+    since_s = min(monotonic() - store.looked_at, 1e9)
+    return {"prev_polling": since_s, "next_eta": max(0.0, LOOK_INTERVAL_S - since_s), "polling_interval": LOOK_INTERVAL_S}
+
+
+class Route(collections.namedtuple("Route", "operation fields query status writes open body prepare run meaning")):
+    """How a request is answered. `fields` are the body's, `query` the URL's; `open` asks no password;
+    `body` is "object", "list", or "either" for one or a list."""
+
+    __slots__ = ()
+
+
+def _route(operation, meaning, fields=None, query=None, status=200, writes=True, open=False, body="object",
+           prepare=None, run=_run):
+    return Route(operation, fields or {}, query or {}, status, writes, open, body, prepare, run, meaning)
+
+
+_TASK_INPUT = {
+    "task_id": _arg("id"), "task_name": _arg("name"), "args": _arg("dict"), "metadata": _arg("dict"),
+    "cmd": _arg("cmd"), "heartbeat_timeout": _arg("seconds"), "task_timeout": _arg("seconds"),
+    "max_retries": _arg("count", 3), "priority": _arg("int", 0),
+}
+_PAGE = {"offset": _arg("whole", 0), "limit": _arg("whole", 100), "extra_filter": _arg("filter"), "sort": _arg("sort")}
+_QUEUE, _TASKS, _WORKERS = "/api/v1/queues/me", "/api/v1/queues/me/tasks", "/api/v1/queues/me/workers"
+
+ROUTES = {
+    "GET /": _route(None, "a welcome", open=True, run=_run_welcome),
+    "GET /health": _route(None, "whether the server answers", open=True, run=_run_health),
+    "GET /health/full": _route(None, "whether the store can be written", open=True, run=_run_full_health),
+    "GET /api/v1/polling": _route(None, "when time-outs were last looked for, seconds", open=True, run=_run_polling),
+    "POST /api/v1/queues": _route(
+        create_queue_op, "create a queue", status=201, open=True, prepare=_hash_new_password,
+        fields={"queue_name": _arg("name", REQUIRED), "password": _arg("password", REQUIRED), "metadata": _arg("dict")}),
+    "GET " + _QUEUE: _route(get_queue_op, "the queue", writes=False),
+    "PUT " + _QUEUE: _route(
+        update_queue_op, "rename a queue, change its password or metadata", prepare=_hash_new_password,
+        fields={"new_queue_name": _arg("name"), "new_password": _arg("password"), "metadata_update": _arg("dict")}),
+    "DELETE " + _QUEUE: _route(delete_queue_op, "delete a queue", status=204, query={"cascade_delete": _arg("bool", False)}),
+    "POST " + _TASKS: _route(submit_tasks_op, "submit a task, or a list of them in one transaction", status=201,
+                             fields=_TASK_INPUT, body="either"),
+    "PUT " + _TASKS: _route(
+        update_tasks_op, "update tasks, all or none", body="list", prepare=_prepare_updates,
+        query={"reset_pending": _arg("bool", True)},
+        fields=dict(_TASK_INPUT, _id=_arg("id"), replace_fields=_arg("texts"), status=_arg("status"),
+                    retries=_arg("count"), max_retries=_arg("count"), priority=_arg("int"), summary=_arg("dict"))),
+    "POST " + _TASKS + "/search": _route(
+        search_tasks_op, "tasks that match", writes=False, prepare=_read_task_filter,
+        fields=dict(_PAGE, task_id=_arg("id"), task_name=_arg("text"), status=_arg("status"))),
+    "POST " + _TASKS + "/next": _route(
+        fetch_task_op, "fetch the next task that matches, and run it", prepare=_prepare_fetch, run=_run_fetch,
+        fields={"worker_id": _arg("id"), "eta_max": _arg("duration"), "heartbeat_timeout": _arg("seconds"),
+                "start_heartbeat": _arg("bool", True), "required_fields": _arg("texts"), "extra_filter": _arg("filter"),
+                "cmd": _arg("cmd"), "fetch_id": _arg("id"), "wait_s": _arg("wait", 0.0)}),
+    "GET " + _TASKS + "/{task_id}": _route(get_task_op, "one task", writes=False),
+    "DELETE " + _TASKS + "/{task_id}": _route(delete_task_op, "delete a task", status=204),
+    "POST " + _TASKS + "/{task_id}/status": _route(
+        report_task_op, "report on a run, or on a task",
+        fields={"status": _arg("status", REQUIRED), "worker_id": _arg("id"), "summary": _arg("dict"),
+                "run_id": _arg("id"), "reason": _arg("text")}),
+    "POST " + _TASKS + "/{task_id}/heartbeat": _route(
+        heartbeat_op, "say that a run is alive", status=204, writes=False, run=_run_heartbeat,
+        query={"worker_id": _arg("id"), "run_id": _arg("id"), "answer": _arg("answer"), "wait_s": _arg("wait", 0.0)}),
+    "POST " + _WORKERS: _route(
+        create_worker_op, "register a worker", status=201,
+        fields={"worker_name": _arg("name"), "metadata": _arg("dict"), "max_retries": _arg("count", 3)}),
+    "POST " + _WORKERS + "/search": _route(
+        search_workers_op, "workers that match", writes=False, prepare=_read_filter(WORKER_FIELDS),
+        fields=dict(_PAGE, worker_id=_arg("id"), worker_name=_arg("text"), status=_arg("worker_status"))),
+    "GET " + _WORKERS + "/{worker_id}": _route(get_worker_op, "one worker", writes=False),
+    "DELETE " + _WORKERS + "/{worker_id}": _route(
+        delete_worker_op, "delete a worker", status=204, query={"cascade_update": _arg("bool", True)}),
+    "POST " + _WORKERS + "/{worker_id}/status": _route(
+        report_worker_op, "suspend a worker, or set it active again", fields={"status": _arg("worker_status", REQUIRED)}),
+}
+
+
+def _readings(path):
+    """Yield (path template, ids) for each way to read a path: as it stands, or with an id in it."""
+    yield path, {}
+    parts = path.split("/")
+    if len(parts) > 6 and parts[6]:
+        for name in ("task_id", "worker_id"):
+            yield "/".join(parts[:6] + ["{%s}" % name] + parts[7:]), {name: parts[6]}
+
+
+def find_route(method, path):
+    """Return (route, {name: value} of the ids in the path), or raise NotFound or MethodNotAllowed."""
+    for template, ids in _readings(path):
+        route = ROUTES.get(method + " " + template)
+        if route:
+            return route, ids
+    templates = {template for template, _ in _readings(path)}
+    allowed = sorted(key.split(" ")[0] for key in ROUTES if key.split(" ")[1] in templates)
+    if allowed:
+        raise MethodNotAllowed("%s is not allowed on %s (allowed: %s)" % (method, path, ", ".join(allowed)))
+    raise NotFound("there is nothing at %s; 'labtasker help api' lists what there is" % path)
+
+
+def read_request(route, body, query):
+    """Return the request, a dict of all its checked fields, from the decoded body and the URL's fields."""
+    request = checked(route.query, query, ["query"])
+    if route.body == "object":
+        request.update(checked(route.fields, {} if body is None else body, ["body"]))
+        return request
+    many = isinstance(body, list)
+    if not many and route.body == "list":
+        raise InvalidFields([(["body"], "should be a list")])
+    items = body if many else [body]
+    if len(items) > TRANSACTION_TASKS:
+        raise TooLarge("%d tasks in one request: at most %d go in one transaction" % (len(items), TRANSACTION_TASKS))
+    found = [checked(route.fields, item, ["body", at] if many else ["body"]) for at, item in enumerate(items)]
+    request.update({"updates" if route.body == "list" else "tasks": found, "many": many})
+    return request
+
+
+def answer_call(store, login, method, path, body=None, query=None, extensions=True):
+    """Return (HTTP status, answer in JSON types) of a request; every error of the system becomes an answer.
+
+    `login` is called, where the route is not open, and returns the caller's queue."""
+    try:
+        route, ids = find_route(method, path)
+        caller = None if route.open else login()
+        request = read_request(route, body, query or {})
+        request.update(ids)
+        if route.prepare:
+            route.prepare(store, request)
+        answer = route.run(store, caller, request, route)
+        if answer is None:
+            return (route.status, None) if route.status == 204 else (route.status, {})
+        return (200 if route.status == 204 else route.status), in_json(answer, extensions)
+    except LabtaskerError as error:
+        return error.status, {"detail": getattr(error, "detail", str(error))}
+
+
+def in_json(answer, extensions):
+    """Return an operation's answer with each record in it as a plain dict."""
+    if isinstance(answer, tuple):
+        return {name: format_time(answer[at]) if is_time and answer[at] is not None else answer[at]
+                for at, name, is_time in _SHOWN[type(answer), extensions]}
+    if isinstance(answer, list):
+        return [in_json(item, extensions) for item in answer]
+    if isinstance(answer, dict) and ("content" in answer or "task" in answer):
+        return {key: in_json(value, extensions) if isinstance(value, (tuple, list)) else value
+                for key, value in answer.items()}
+    return answer
+
+
+# (record type, with extensions): [(place in the record, field, whether it is a time)]
+_SHOWN = {
+    (record, extensions): [(at, name, field.kind == "time") for at, (name, field) in enumerate(fields.items())
+                           if field.extension is False or (extensions and field.extension)]
+    for record, fields in ((TaskRecord, TASK_FIELDS), (WorkerRecord, WORKER_FIELDS), (QueueRecord, QUEUE_FIELDS))
+    for extensions in (False, True)
+}
+
+
+# 7. Server ####################################################################
+#
+# http.server in threads over the API: reads requests, checks passwords, sends answers, says in
+# server.json where it is. Knows nothing of the journal's format. Its classes stand on http.server's
+# only when a server starts, so that nobody else pays for that import. Uses 1 to 6. Tests: test_server.py.
+
+DEFAULT_PORT = 9321
+MAX_HEAD_BYTES = 65536  # of a request's line and headers together
+IDLE_S = 3600.0  # a silent connection is closed after this; workers beat more often
+STOP_GRACE_S = 4.0  # for requests that run when the server is told to stop
+EXTENSIONS_HEADER = "Labtasker-Extensions"
+
+
+class BadHead(LabtaskerError):
+    """A request that can't be read; the connection is closed after the answer."""
+
+    status, code = 400, "bad_request"
+
+
+class _Stop(Exception):
+    """Raised in the main thread by a signal."""
+
+
+class _Handler:
+    """Answers the requests of one connection; stands before http.server.BaseHTTPRequestHandler.
+
+    The head is read here, once and strictly: the standard reader goes through email.parser, which costs
+    more than all the rest of a request."""
+
+    def handle(self):
+        """Answer requests until the connection ends."""
+        self.connection.settimeout(IDLE_S)
+        try:
+            while self.answer_one():
+                pass
+        except (OSError, ValueError):  # the peer went away, was silent too long, or broke TLS off
+            pass
+
+    def answer_one(self):
+        """Return whether the connection stays open after one request."""
+        line = self.rfile.readline(MAX_HEAD_BYTES + 1)
+        if not line:
+            return False
+        started = monotonic()
+        with self.server.counting:
+            self.server.running += 1
+        try:
+            keep = False
+            try:
+                method, target, headers, keep = self.read_head(line)
+                body = self.read_body(headers)
+                status, answer = self.answer(method, target, headers, body)
+            except LabtaskerError as error:
+                method, target, headers, keep = method if keep else "?", "?", {}, False
+                status, answer = error.status, {"detail": getattr(error, "detail", str(error))}
+            keep = keep and not self.server.stopping
+            self.send(status, answer, keep, EXTENSIONS_HEADER.lower() in headers, method == "HEAD")
+        finally:
+            with self.server.counting:
+                self.server.running -= 1
+        self.server.note(self, method, target, status, monotonic() - started)
+        return keep
+
+    def read_head(self, line):
+        """Return (method, target, {header in small letters: value}, keep the connection), or raise BadHead."""
+        size, headers = len(line), {}
+        words = line.decode("latin-1").split()
+        if len(words) != 3 or not words[2].startswith("HTTP/1.") or not line.endswith(b"\n"):
+            raise BadHead("not an HTTP/1.1 request line")
+        while True:
+            line = self.rfile.readline(MAX_HEAD_BYTES + 1)
+            size += len(line)
+            if size > MAX_HEAD_BYTES or not line.endswith(b"\n"):
+                raise BadHead("headers of more than %d bytes, or cut off" % MAX_HEAD_BYTES)
+            if line in (b"\r\n", b"\n"):
+                break
+            name, colon, value = line.decode("latin-1").partition(":")
+            name = name.lower()
+            if not colon or not name or name != name.strip():
+                raise BadHead("a header that is none")
+            if name in headers and name in ("content-length", "host", "authorization"):
+                raise BadHead("two %s headers" % name)
+            headers[name] = value.strip()
+        wish = headers.get("connection", "").lower()
+        keep = wish == "keep-alive" if words[2] == "HTTP/1.0" else wish != "close"
+        return words[0], words[1], headers, keep
+
+    def read_body(self, headers):
+        """Return the body's bytes, or raise BadHead or TooLarge."""
+        if "transfer-encoding" in headers:
+            raise BadHead("Transfer-Encoding is not taken here: send a Content-Length")
+        length = headers.get("content-length", "0")
+        if not re.match(r"[0-9]+\Z", length):
+            raise BadHead("a Content-Length that is no number")
+        if int(length[:20]) > MAX_BODY_BYTES:
+            raise TooLarge("a body of over %d bytes" % MAX_BODY_BYTES)
+        if headers.get("expect", "").lower() == "100-continue":
+            self.connection.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
+        body = self.rfile.read(int(length))
+        if len(body) < int(length):
+            raise BadHead("the body was cut off")
+        return body
+
+    def answer(self, method, target, headers, body):
+        """Return (status, answer in JSON types)."""
+        from urllib.parse import parse_qsl, unquote
+        path, _, query = target.partition("?")
+        given = parse_json(body) if body else None
+        return answer_call(
+            self.server.store, lambda: self.server.login(headers.get("authorization", "")),
+            "GET" if method == "HEAD" else method, unquote(path), given, dict(parse_qsl(query)),
+            EXTENSIONS_HEADER.lower() in headers)
+
+    def send(self, status, answer, keep, extensions, head_only):
+        """Return when the answer was handed to the system, in one write."""
+        from http.client import responses
+        body = b"" if answer is None else json.dumps(answer).encode()
+        head = ["HTTP/1.1 %d %s" % (status, responses.get(status, ""))]
+        if status != 204:
+            head += ["Content-Type: application/json", "Content-Length: %d" % len(body)]
+        if status == 401:
+            head.append("WWW-Authenticate: Basic")
+        if extensions:
+            head.append(EXTENSIONS_HEADER + ": 1")
+        if not keep:
+            head.append("Connection: close")
+        self.connection.sendall("\r\n".join(head + ["", ""]).encode("latin-1") + (b"" if head_only else body))
+
+
+class _Server:
+    """The listening socket and what its threads share; stands before ThreadingMixIn and HTTPServer."""
+
+    daemon_threads = True
+    block_on_close = False
+    allow_reuse_address = True
+    request_queue_size = 1024
+
+    def prepare(self, store, tls, level):
+        """Set what the threads share; `counting` guards `running`."""
+        self.store, self.tls, self.level = store, tls, level
+        self.id = store.server_id = new_id()
+        self.key = os.urandom(24).hex()  # the key stands in server.json, for who may read it
+        self.stopping, self.running, self.counting = False, 0, threading.Lock()
+
+    def server_bind(self):
+        """Bind without asking a name server for this host's name, as HTTPServer does."""
+        import socketserver
+        socketserver.TCPServer.server_bind(self)
+        self.server_name, self.server_port = self.server_address[:2]
+
+    def finish_request(self, request, client_address):
+        """Shake hands, where TLS is on, in the connection's own thread."""
+        if self.tls:
+            request.settimeout(10)
+            request = self.tls.wrap_socket(request, server_side=True)
+        super().finish_request(request, client_address)
+
+    def handle_error(self, request, client_address):
+        """Say in one line what went wrong with a connection; its thread ends, others don't."""
+        error = sys.exc_info()[1]
+        if not isinstance(error, OSError):
+            self.say("error", "%s: %s: %s" % (client_address[0], type(error).__name__, error))
+
+    def login(self, header):
+        """Return the caller's queue from a Basic Authorization header, or raise Unauthorized."""
+        import base64
+        scheme, _, packed = header.partition(" ")
+        try:
+            name, colon, password = base64.b64decode(packed.encode()).decode().partition(":")
+        except ValueError:
+            colon = ""
+        if scheme.lower() != "basic" or not colon:
+            raise Unauthorized("Invalid credentials")
+        if same_secret(password, self.key):
+            return LocalName(name)
+        return self.store.login(name, password)
+
+    def say(self, level, text):
+        """Print a log line, where its level is asked for."""
+        if LOG_LEVELS.index(level) >= LOG_LEVELS.index(self.level):
+            print(time.strftime("%Y-%m-%d %H:%M:%S"), level, text, file=sys.stderr, flush=True)
+
+    def note(self, handler, method, target, status, took_s):
+        """Log a request."""
+        level = "error" if status >= 500 else "debug"
+        self.say(level, "%s %s -> %d in %.1f ms" % (method, ascii(target)[1:-1][:200], status, took_s * 1000))
+
+
+LOG_LEVELS = ("debug", "info", "warning", "error")
+
+
+def _make_server(host, port, store, tls, level):
+    """Return a listening server, or raise LabtaskerRuntimeError saying who has the port."""
+    import http.server
+    import socket
+    import socketserver
+    handler = type("Handler", (_Handler, http.server.BaseHTTPRequestHandler), {"disable_nagle_algorithm": True})
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    kind = type("Server", (_Server, socketserver.ThreadingMixIn, http.server.HTTPServer), {"address_family": family})
+    try:
+        server = kind((host, port), handler)
+    except OSError as error:
+        raise LabtaskerRuntimeError("can't listen on %s port %d: %s%s" % (
+            host, port, error.strerror or error, "; try --port 0" if error.errno == errno.EADDRINUSE else ""))
+    server.prepare(store, tls, level)
+    return server
+
+
+def _addresses(server, scheme):
+    """Return the URLs under which the server can be reached."""
+    import socket
+    host, port = server.server_address[:2]
+    hosts = [host]
+    if host in ("0.0.0.0", "::"):
+        hosts = [socket.gethostname(), "127.0.0.1"]
+        try:
+            hosts[1:1] = sorted({row[4][0] for row in socket.getaddrinfo(hosts[0], None, socket.AF_INET)} - {"127.0.0.1"})
+        except OSError:  # a host that can't resolve its own name
+            pass
+    return ["%s://%s:%d" % (scheme, "[%s]" % one if ":" in one else one, port) for one in hosts]
+
+
+def _tls(certfile, keyfile):
+    if not certfile:
+        return None
+    import ssl
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER if hasattr(ssl, "PROTOCOL_TLS_SERVER") else ssl.PROTOCOL_TLS)
+    try:
+        context.load_cert_chain(certfile, keyfile)
+    except (OSError, ssl.SSLError) as error:
+        raise LabtaskerRuntimeError("can't use the certificate %s: %s" % (certfile, error))
+    return context
+
+
+def serve(db_path, host="127.0.0.1", port=DEFAULT_PORT, fsync="always", certfile=None, keyfile=None,
+          log_level="info", daemon=False):
+    """Return an exit code once the server was told to stop by SIGTERM or Ctrl-C; as a daemon, once it listens."""
+    announce = None
+    if daemon:
+        os.makedirs(os.path.dirname(os.path.abspath(db_path)), 0o700, exist_ok=True)
+        announce, code = _to_background(os.path.join(os.path.dirname(os.path.abspath(db_path)), "server.log"))
+        if announce is None:
+            return code
+    store = Store(db_path, is_server=True, fsync=fsync)
+    tls = _tls(certfile, keyfile)
+    store.open()
+    server = None
+    try:
+        server = _make_server(host, port, store, tls, log_level)
+        _run_server(server, store, "https" if tls else "http", announce)
+    finally:
+        if server is not None:
+            server.server_close()
+            _remove_server_file(server, store)
+        store.close()
+    return 0
+
+
+def _to_background(log):
+    """Return (file to announce in, None) in a new process without a terminal, (None, exit code) in this one."""
+    read_fd, write_fd = os.pipe()
+    if os.fork():
+        os.close(write_fd)
+        with os.fdopen(read_fd) as file:
+            text = file.read()
+        print(text.strip() or "labtasker: the server did not start; its log is " + log, file=sys.stderr)
+        return None, 0 if text else 1
+    os.close(read_fd)
+    os.setsid()
+    log_fd = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+    for fd, source in ((0, os.open(os.devnull, os.O_RDONLY)), (1, log_fd), (2, log_fd)):
+        os.dup2(source, fd)
+    return os.fdopen(write_fd, "w"), None
+
+
+def _run_server(server, store, scheme, announce):
+    import signal
+
+    def stop(number, frame):
+        raise _Stop()
+    urls = _addresses(server, scheme)
+    told = {"server": server.id, "key": server.key, "pid": os.getpid(), "host": os.uname().nodename,
+            "boot": boot_id(), "addresses": urls, "started_at": format_time(now())}
+    ended = threading.Event()
+    ticker = threading.Thread(target=_tick, args=(store, ended), name="time-outs", daemon=True)
+    try:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, stop)
+        Disk.create(os.path.join(store.folder, "server.json"), [json.dumps(told, indent=1).encode() + b"\n"])
+        for notice in store.journal.notices:
+            server.say("warning", notice)
+        ticker.start()
+        text = "labtasker: listening on %s, store %s" % (" ".join(urls), store.path)
+        print(text, file=sys.stderr, flush=True)
+        if announce:
+            print(text, file=announce)
+            announce.close()
+        server.serve_forever(poll_interval=3600)
+    except _Stop:
+        server.stopping = True
+    finally:
+        ended.set()
+        give_up_at = monotonic() + STOP_GRACE_S
+        while server.running and monotonic() < give_up_at:
+            time.sleep(0.01)
+    server.say("info", "stopped")
+
+
+def _tick(store, ended):
+    while not ended.wait(LOOK_INTERVAL_S):
+        try:
+            store.look_for_timeouts()
+        except StoreUnavailable:  # a full disk: the next look tries again
+            pass
+
+
+def _remove_server_file(server, store):
+    if (read_server_file(store.folder) or {}).get("server") == server.id:
+        os.unlink(os.path.join(store.folder, "server.json"))
+
+
+# 8. Client ####################################################################
+#
+# Where the store is (configuration), how to reach it (the two transports), and the public functions.
+# Without a server the request goes through the same door in this process. Reads no configuration and
+# opens nothing before the first call. Uses 1 to 7. Tests: test_client.py, test_skill.py.
+
+EXTENSIONS = "Labtasker-Extensions"
+CONFIG_NAME, OLD_CONFIG_NAME = "config.toml", "client.toml"  # the second is that of Labtasker 1.0.1
+REQUEST_TIMEOUT_S = 60.0  # silence after which a server counts as away; long polls add theirs
+CHUNK_TASKS = 5000  # tasks that submit_tasks sends in one transaction
+
+Config = collections.namedtuple("Config", "root url queue_name password heartbeat_interval_s source")
+
+# key in the file: (attribute of Config, environment variable, kind, meaning)
+SETTINGS = {
+    "endpoint.api_base_url": ("url", "LABTASKER_URL", str,
+                              "http(s):// URL of a server, or a folder or file: URL of a store without one"),
+    "queue.queue_name": ("queue_name", "LABTASKER_QUEUE", str, "the queue; without any configuration: default"),
+    "queue.password": ("password", "LABTASKER_PASSWORD", str, "its password; a store without a server asks none"),
+    "task.heartbeat_interval": ("heartbeat_interval_s", None, float, "seconds between heartbeats; 10 unless given"),
+}
+
+
+def find_root():
+    """Return the configuration folder: LABTASKER_ROOT, or the nearest .labtasker upward, or the one to be made here."""
+    if os.environ.get("LABTASKER_ROOT"):
+        return os.path.abspath(os.environ["LABTASKER_ROOT"])
+    here = folder = os.getcwd()
+    while not os.path.isdir(os.path.join(folder, ".labtasker")):
+        if os.path.dirname(folder) == folder:
+            return os.path.join(here, ".labtasker")
+        folder = os.path.dirname(folder)
+    return os.path.join(folder, ".labtasker")
+
+
+_TOML_LINE = re.compile(r"""
+    \s*(?:
+      \[\s*(?P<table>[\w.-]+)\s*\]
+    | (?P<key>[\w.-]+)\s*=\s*(?: (?P<basic>"(?:[^"\\]|\\.)*") | '(?P<literal>[^']*)' | (?P<other>[\w.+-]+) )
+    )?\s*(?:\#.*)?\Z""", re.VERBOSE)
+
+
+def read_toml(text, path):
+    """Return {dotted key: value} of the part of TOML that the configuration uses; LabtaskerValueError elsewhere.
+
+    Tables, texts, numbers and booleans. What it does not know it refuses instead of guessing."""
+    found, table = {}, ""
+    for number, line in enumerate(text.splitlines(), 1):
+        match = _TOML_LINE.match(line)
+        if not match:
+            raise LabtaskerValueError("%s line %d can't be read: %r; a line is [table], key = \"text\", key = 10, or "
+                                      "a # comment" % (path, number, line[:80]))
+        if match.group("table"):
+            table = match.group("table") + "."
+        elif match.group("key"):
+            found[table + match.group("key")] = _toml_value(match, path, number)
+    return found
+
+
+def _toml_value(match, path, number):
+    if match.group("literal") is not None:
+        return match.group("literal")
+    word = match.group("basic") or match.group("other").replace("_", "").lstrip("+")
+    try:
+        return json.loads(word)
+    except ValueError:
+        raise LabtaskerValueError("%s line %d: %s is no text, number, true or false" % (path, number, word)) from None
+
+
+def _read_settings(path):
+    """Return {key: value} of a configuration file, or raise LabtaskerValueError naming what is wrong in it."""
+    with open(path, encoding="utf-8") as file:
+        text = file.read()
+    try:
+        import tomllib
+    except ImportError:
+        return read_toml(text, path)
+    try:
+        return dict(_flattened(tomllib.loads(text), ""))
+    except tomllib.TOMLDecodeError as error:
+        raise LabtaskerValueError("%s can't be read: %s; mend it, or make it anew with 'labtasker init'"
+                                  % (path, error)) from None
+
+
+def _flattened(table, prefix):
+    for key, value in table.items():
+        if isinstance(value, dict):
+            yield from _flattened(value, prefix + key + ".")
+        else:
+            yield prefix + key, value
+
+
+def load_config():
+    """Return the Config in force: environment, then the file, then what holds where nothing is configured."""
+    root = find_root()
+    paths = [os.path.join(root, name) for name in (CONFIG_NAME, OLD_CONFIG_NAME)]
+    path = next((path for path in paths if os.path.isfile(path)), None)
+    settings = _read_settings(path) if path else {}
+    values = {"url": None, "queue_name": DEFAULT_QUEUE, "password": None, "heartbeat_interval_s": 10.0}
+    for key, (attribute, variable, kind, _) in SETTINGS.items():
+        value = os.environ.get(variable or "") or settings.get(key)
+        if value is None or value == "":
+            continue
+        if kind is float and type(value) in (int, float) and value > 0:
+            value = float(value)
+        if type(value) is not kind:
+            raise LabtaskerValueError("%s: %s should be %s, not %r" % (
+                path, key, {str: "text", float: "a number over 0"}[kind], value))
+        values[attribute] = value
+    return Config(root=root, source=path, **values)
+
+
+def write_config(root, url, queue_name, password):
+    """Return the path of the configuration file, written anew, readable by its owner alone."""
+    lines = ["[endpoint]", "api_base_url = " + json.dumps(url or ""), "", "[queue]",
+             "queue_name = " + json.dumps(queue_name), "password = " + json.dumps(password or ""), "",
+             "[task]", "heartbeat_interval = 10  # seconds", ""]
+    os.makedirs(root, 0o700, exist_ok=True)
+    path = os.path.join(root, CONFIG_NAME)
+    Disk.create(path, ["\n".join(lines).encode("utf-8")])
+    return path
+
+
+# Transports: each has call(method, path, query, body) -> (status, answer), `where` and `extensions`.
+
+
+class StoreTransport:
+    """The store in a folder, opened by this very process for one operation at a time."""
+
+    extensions = True
+
+    def __init__(self, folder, queue_name):
+        self.store = Store(os.path.join(folder, "journal.jsonl"))
+        self.where, self.queue_name = self.store.path, LocalName(queue_name)
+
+    def call(self, method, path, query, body):
+        """Return (status, answer) of a request; it is read back from JSON, as if it had come over a wire."""
+        body = None if body is None else parse_json(body)
+        return answer_call(self.store, lambda: self.queue_name, method, path, body, query)
+
+    def close(self):
+        """Give the store up."""
+        self.store.close()
+
+
+class HttpTransport:
+    """A server, over urllib with an opener that keeps its connections, one a thread."""
+
+    def __init__(self, url, queue_name, password):
+        import base64
+        self.where = self.url = url.rstrip("/")
+        token = base64.b64encode(("%s:%s" % (queue_name, password)).encode("utf-8", "surrogatepass")).decode()
+        self.headers = {"Authorization": "Basic " + token, "Content-Type": "application/json", EXTENSIONS: "1"}
+        self.extensions = None  # not known before the first answer
+        self.opener = _keeping_opener()
+
+    def call(self, method, path, query, body):
+        """Return (status, answer), or raise LabtaskerConnectError when the server can't be reached."""
+        import urllib.error
+        import urllib.parse
+        import urllib.request
+        from http.client import HTTPException
+        asked = {key: value for key, value in (query or {}).items() if value is not None}
+        url = self.url + path + ("?" + urllib.parse.urlencode(asked) if asked else "")
+        data = None if body is None else body.encode()
+        request = urllib.request.Request(url, data, self.headers, method=method)
+        request.repeatable = method == "GET" or bool(self.extensions)
+        try:
+            answer = self.opener.open(request, timeout=REQUEST_TIMEOUT_S + float(asked.get("wait_s", 0)))
+            content = answer.read()
+        except (OSError, HTTPException) as error:
+            reason = getattr(error, "reason", error)
+            raise LabtaskerConnectError("no answer from %s (%s): is the server running? Start it with 'labtasker "
+                                        "serve', or mend the URL with 'labtasker init'" % (self.url, reason)) from None
+        self.extensions = answer.headers.get(EXTENSIONS) == "1"
+        try:
+            return answer.status, json.loads(content.decode()) if content else None
+        except ValueError:
+            raise LabtaskerConnectError("%s answered %s %s with what is no JSON: is it a Labtasker server?"
+                                        % (self.url, method, path)) from None
+
+    def close(self):
+        """Close this thread's connection."""
+        self.opener.kept.__dict__.clear()
+
+
+class _KeepingHandler:
+    """Opens http and https with a connection that is kept; stands before urllib's AbstractHTTPHandler."""
+
+    def keep_open(self, request):
+        """Return the response to a request. A kept connection that the server has closed since is opened anew,
+        where asking twice does no harm."""
+        kept = self.parent.kept
+        for fresh in (False, True):
+            connection = None if fresh else getattr(kept, request.host, None)
+            if connection is None:
+                fresh = True
+                connection = self.connect(request)
+                setattr(kept, request.host, connection)
+            connection.timeout = request.timeout
+            if connection.sock is not None:
+                connection.sock.settimeout(request.timeout)
+            try:
+                connection.request(request.get_method(), request.selector, request.data,
+                                   dict(request.headers, **request.unredirected_hdrs))
+                response = connection.getresponse()
+                response.msg = response.reason
+                return response
+            except Exception as error:
+                connection.close()
+                delattr(kept, request.host)
+                if fresh or not request.repeatable or not isinstance(error, (ConnectionError, EOFError)):
+                    raise
+
+    def connect(self, request):
+        """Return a new connection."""
+        import http.client
+        if request.type == "http":
+            return http.client.HTTPConnection(request.host, timeout=request.timeout)
+        return http.client.HTTPSConnection(request.host, timeout=request.timeout)
+
+    http_open = https_open = keep_open
+
+
+def _keeping_opener():
+    """Return a urllib opener that keeps one connection a thread, follows no proxy and raises on no status."""
+    import urllib.request
+    opener = urllib.request.OpenerDirector()
+    opener.addheaders = []
+    opener.kept = threading.local()
+    opener.add_handler(type("KeepingHandler", (_KeepingHandler, urllib.request.AbstractHTTPHandler), {})())
+    return opener
+
+
+class Client:
+    """A queue, reached through a transport."""
+
+    def __init__(self, transport):
+        self.transport, self.pid = transport, os.getpid()
+
+    @property
+    def where(self):
+        """The URL or the file, for messages."""
+        return self.transport.where
+
+    @property
+    def extensions(self):
+        """Whether the peer speaks more than the plain protocol."""
+        if self.transport.extensions is None:
+            self.call("GET", "/health")
+        return self.transport.extensions
+
+    def call(self, method, path, body=None, query=None):
+        """Return the decoded answer (None where there is none), or raise LabtaskerHTTPStatusError or
+        LabtaskerConnectError."""
+        if body is not None:
+            try:
+                body = json.dumps(body)
+            except (TypeError, ValueError) as error:
+                raise LabtaskerTypeError("what is sent must be made of dicts, lists, text, numbers, booleans and None: "
+                                         "%s" % error) from None
+        try:
+            status, answer = self.transport.call(method, path, query, body)
+        except InvalidFields as error:
+            status, answer = error.status, {"detail": error.detail}
+        if status < 400:
+            self.show_notifications(answer)
+            return answer
+        detail = answer.get("detail", answer) if isinstance(answer, dict) else answer
+        if status == 403 and path.endswith("/tasks/next"):
+            raise WorkerSuspended(detail_text(detail))
+        raise LabtaskerHTTPStatusError(status, detail, self.where)
+
+    @staticmethod
+    def show_notifications(answer):
+        """Print what a server wants its users to know."""
+        for note in (answer.get("notification") if isinstance(answer, dict) else None) or ():
+            print("labtasker: %s: %s" % (note.get("type", "info"), note.get("details", "")), file=sys.stderr)
+
+
+_client = None
+
+
+def client():
+    """Return this process' Client, made from the configuration at its first use, and anew after a fork."""
+    global _client
+    if _client is None or _client.pid != os.getpid():
+        _client = Client(_transport(load_config()))
+    return _client
+
+
+def use_client(other):
+    """Have this process use another Client, or with None one made from the configuration as it is now."""
+    global _client
+    _client = other
+
+
+def _transport(config):
+    """Return how to reach the queue: the URL that is configured, or a living server of the folder, or its file."""
+    url = config.url or config.root
+    if re.match(r"https?://", url):
+        if not config.password:
+            raise LabtaskerValueError("no password for queue %r on %s: set LABTASKER_PASSWORD, or run 'labtasker init'"
+                                      % (config.queue_name, url))
+        return HttpTransport(url, config.queue_name, config.password)
+    folder = re.sub(r"^file:(//)?", "", url)
+    folder = os.path.normpath(os.path.join(os.path.dirname(config.root), folder))
+    return _living_server(folder, config.queue_name) or StoreTransport(folder, config.queue_name)
+
+
+def _living_server(folder, queue_name):
+    """Return the HttpTransport of the server that holds the store in `folder`, or None.
+
+    A server.json can be left over from a server that was killed: its id has to be answered by what listens."""
+    told = read_server_file(folder)
+    for url in told.get("addresses", ()) if told else ():
+        transport = HttpTransport(url, queue_name, told.get("key"))
+        try:
+            status, answer = transport.call("GET", "/", None, None)
+        except LabtaskerConnectError:
+            continue
+        if status == 200 and isinstance(answer, dict) and answer.get("server") == told.get("server"):
+            return transport
+    return None
+
+
+# Answers
+
+
+class Answer:
+    """A server's answer with its fields as attributes; `to_dict()` gives them in JSON types."""
+
+    FIELDS = {}
+
+    def __init__(self, values):
+        self._values = values
+        for name, field in self.FIELDS.items():
+            setattr(self, name, _in_python(field, values.get(name)))
+
+    def to_dict(self):
+        """Return the fields as they came: JSON types, times as ISO text."""
+        return dict(self._values)
+
+    def __eq__(self, other):
+        return type(self) is type(other) and self._values == other._values
+
+    __hash__ = None
+
+    def __repr__(self):
+        shown = ((name, getattr(self, name)) for name in self.FIELDS)
+        return "%s(%s)" % (type(self).__name__, ", ".join("%s=%r" % pair for pair in shown if pair[1] not in (None, {})))
+
+
+def _in_python(field, value):
+    if field.kind == "time" and value is not None:
+        return to_datetime(parse_time(value))
+    return {} if field.kind == "dict" and value is None else value
+
+
+def _public(fields):
+    return {name: field for name, field in fields.items() if field.extension is not None}
+
+
+class Task(Answer):
+    """A task: task_id, task_name, status, args, metadata, summary (always dicts), priority, retries,
+    max_retries, created_at, last_modified, start_time (aware datetimes or None), worker_id, ..."""
+
+    FIELDS = _public(TASK_FIELDS)
+
+
+class Worker(Answer):
+    """A worker: worker_id, worker_name, status, metadata, retries, max_retries, created_at, last_modified."""
+
+    FIELDS = _public(WORKER_FIELDS)
+
+
+class Queue(Answer):
+    """A queue: queue_id, queue_name, metadata, created_at, last_modified."""
+
+    FIELDS = _public(QUEUE_FIELDS)
+
+
+class Response:
+    """What a function returned: the attributes that it is made with; prints well."""
+
+    def __init__(self, **values):
+        self.__dict__.update(values)
+
+    def to_dict(self):
+        """Return the attributes in JSON types."""
+        return {name: _to_json(value) for name, value in vars(self).items()}
+
+    def __repr__(self):
+        return "%s(%s)" % (type(self).__name__, ", ".join("%s=%r" % pair for pair in vars(self).items()))
+
+
+def _to_json(value):
+    if isinstance(value, list):
+        return [_to_json(item) for item in value]
+    return value.to_dict() if isinstance(value, Answer) else value
+
+
+class TaskSubmitResponse(Response):
+    """`.task_id`"""
+
+
+class TaskFetchResponse(Response):
+    """`.found`, `.task` (a Task or None)"""
+
+
+class TaskLsResponse(Response):
+    """`.found`, `.content` (a list of Task)"""
+
+
+class WorkerLsResponse(Response):
+    """`.found`, `.content` (a list of Worker)"""
+
+
+class HealthCheckResponse(Response):
+    """`.status` ("healthy" or "unhealthy"), `.database`"""
+
+
+class TaskUpdateRequest:
+    """New values for one task: `TaskUpdateRequest(**{"_id": task_id, "args": {"lr": 0.1}})`, or `task_id=...`.
+
+    Only what is given is sent. `args`, `metadata` and `summary` are merged, unless `replace_fields` names them.
+    An unknown field raises LabtaskerTypeError, a bad value LabtaskerValueError."""
+
+    def __init__(self, **given):
+        task_id = given.pop("_id", None) or given.pop("task_id", None)
+        given.pop("task_id", None)
+        if not task_id or not isinstance(task_id, str):
+            raise LabtaskerTypeError("TaskUpdateRequest needs the task's id: TaskUpdateRequest(task_id=...) or "
+                                     "TaskUpdateRequest(**{'_id': ...})")
+        for name in given:
+            if name not in self.FIELDS:
+                hint = nearest(name, self.FIELDS)
+                raise LabtaskerTypeError("TaskUpdateRequest has no field %r%s; it has %s" % (
+                    name, ", did you mean %r?" % hint if hint else "", ", ".join(self.FIELDS)))
+        checked({name: arg._replace(default=None) for name, arg in self.FIELDS.items()}, given, ["update"])
+        self.task_id, self.given = task_id, given
+
+    FIELDS = {name: arg for name, arg in ROUTES["PUT /api/v1/queues/me/tasks"].fields.items()
+              if name not in ("task_id", "_id")}
+
+    def __getattr__(self, name):
+        if name in type(self).FIELDS:
+            return self.given.get(name)
+        raise AttributeError(name)
+
+    def to_dict(self):
+        """Return what is sent."""
+        return dict(self.given, task_id=self.task_id)
+
+    def __repr__(self):
+        return "TaskUpdateRequest(task_id=%r, %s)" % (self.task_id, ", ".join("%s=%r" % p for p in self.given.items()))
+
+
+# Public functions. Each raises LabtaskerHTTPStatusError when it is refused, LabtaskerConnectError when nobody answers.
+
+
+def _given(**values):
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def _query(extra_filter):
+    """Return the query document of a filter: text, a document, or None."""
+    if isinstance(extra_filter, str):
+        return tree_to_query(parse_filter(extra_filter, TASK_FIELDS, now()))
+    return extra_filter
+
+
+def health_check():
+    """Return `.status` "healthy" or "unhealthy", and `.database`: "connected" or why not."""
+    answer = client().call("GET", "/health/full")
+    return HealthCheckResponse(status=answer.get("status"), database=answer.get("database"))
+
+
+def create_queue(queue_name, password, metadata=None):
+    """Return `.queue_id` of a new queue."""
+    body = _given(queue_name=queue_name, password=password, metadata=metadata)
+    return Response(queue_id=client().call("POST", "/api/v1/queues", body)["queue_id"])
+
+
+def get_queue():
+    """Return the Queue that is configured."""
+    return Queue(client().call("GET", _QUEUE))
+
+
+def update_queue(new_queue_name=None, new_password=None, metadata_update=None):
+    """Return the Queue under its new name, password or metadata (merged; {} clears). The configuration stays."""
+    body = _given(new_queue_name=new_queue_name, new_password=new_password, metadata_update=metadata_update)
+    return Queue(client().call("PUT", _QUEUE, body))
+
+
+def delete_queue(cascade_delete=True):
+    """Delete the queue that is configured, with its tasks and workers."""
+    client().call("DELETE", _QUEUE, query={"cascade_delete": str(bool(cascade_delete)).lower()})
+
+
+def submit_task(task_name=None, args=None, metadata=None, cmd=None, heartbeat_timeout=None, task_timeout=None,
+                max_retries=3, priority=0):
+    """Return `.task_id` of a new pending task.
+
+    `args` is what the job is run with: its keys must be exactly what the job requires. The timeouts are seconds;
+    a higher priority is fetched first. Asking again after a lost answer is safe: the id is made here."""
+    body = _given(task_name=task_name, args=args, metadata=metadata, cmd=cmd, heartbeat_timeout=heartbeat_timeout,
+                  task_timeout=task_timeout, max_retries=max_retries, priority=priority)
+    return TaskSubmitResponse(task_id=client().call("POST", _TASKS, dict(body, task_id=new_id()))["task_id"])
+
+
+def submit_tasks(tasks):
+    """Return the ids of many new tasks, given as dicts of submit_task's arguments.
+
+    Up to 5,000 are one transaction; of more, a message on stderr says so, since part of them may be there after
+    a failure. A server without the extension gets them one by one."""
+    bodies = [dict(_given(**task), task_id=new_id()) for task in tasks]
+    if not client().extensions:
+        return [client().call("POST", _TASKS, body)["task_id"] for body in bodies]
+    if len(bodies) > CHUNK_TASKS:
+        print("labtasker: submitting %d tasks in transactions of %d" % (len(bodies), CHUNK_TASKS), file=sys.stderr)
+    ids = []
+    for at in range(0, len(bodies), CHUNK_TASKS):
+        ids += client().call("POST", _TASKS, bodies[at:at + CHUNK_TASKS])["task_ids"]
+    return ids
+
+
+def fetch_task(worker_id=None, eta_max=None, heartbeat_timeout=None, start_heartbeat=True, required_fields=None,
+               extra_filter=None, cmd=None, fetch_id=None, wait_s=None):
+    """Return `.found` and `.task`: the next task that matches, which is running now.
+
+    `eta_max` is a duration ("1h30m"), `heartbeat_timeout` seconds. `required_fields`: the keys that the task's
+    args must have, no more, no less; with "*" more are taken. Raises WorkerSuspended."""
+    body = _given(worker_id=worker_id, eta_max=eta_max, heartbeat_timeout=heartbeat_timeout,
+                  start_heartbeat=start_heartbeat, required_fields=required_fields, extra_filter=_query(extra_filter),
+                  cmd=cmd, fetch_id=fetch_id, wait_s=wait_s)
+    answer = client().call("POST", _TASKS + "/next", body)
+    return TaskFetchResponse(found=answer["found"], task=answer.get("task") and Task(answer["task"]))
+
+
+def send_report(task_id, status, summary=None, worker_id=None, run_id=None, reason=None):
+    """Report on a task as report_task_status does, for a run and a worker that are named."""
+    body = _given(status=status, summary=summary, worker_id=worker_id, run_id=run_id, reason=reason)
+    client().call("POST", "%s/%s/status" % (_TASKS, task_id), body)
+
+
+def send_heartbeat(task_id, worker_id=None, run_id=None, wait_s=None):
+    """Return the task's status ("running", else what became of it), or None from a server without the extension.
+
+    With `wait_s` the answer comes when the run is over, or after so many seconds."""
+    query = _given(worker_id=worker_id, run_id=run_id, wait_s=wait_s, answer="status")
+    answer = client().call("POST", "%s/%s/heartbeat" % (_TASKS, task_id), query=query)
+    return answer and answer.get("status")
+
+
+def refresh_task_heartbeat(task_id, worker_id=None):
+    """Say that a running task is alive."""
+    client().call("POST", "%s/%s/heartbeat" % (_TASKS, task_id), query=_given(worker_id=worker_id))
+
+
+def get_task(task_id):
+    """Return the Task of this id."""
+    return Task(client().call("GET", "%s/%s" % (_TASKS, task_id)))
+
+
+def ls_tasks(task_id=None, task_name=None, status=None, extra_filter=None, limit=100, offset=0, sort=None):
+    """Return `.content`, the Tasks that match all that is given, the longest unchanged first.
+
+    `extra_filter` is filter text ('args.lr > 0.01 and summary.acc > 0.9') or a query document; `sort` a list of
+    [field, 1 or -1]. Only `limit` tasks are returned."""
+    body = _given(task_id=task_id, task_name=task_name, status=status, extra_filter=_query(extra_filter), limit=limit,
+                  offset=offset, sort=sort)
+    answer = client().call("POST", _TASKS + "/search", body)
+    return TaskLsResponse(found=answer["found"], content=[Task(task) for task in answer["content"]])
+
+
+def update_tasks(task_updates, reset_pending=False):
+    """Return `.content`, the Tasks as they are after these TaskUpdateRequests: all are done, or none.
+
+    `reset_pending`: they become pending again with retries at 0."""
+    body = [update.to_dict() if isinstance(update, TaskUpdateRequest) else TaskUpdateRequest(**update).to_dict()
+            for update in task_updates]
+    answer = client().call("PUT", _TASKS, body, {"reset_pending": str(bool(reset_pending)).lower()})
+    return TaskLsResponse(found=answer["found"], content=[Task(task) for task in answer["content"]])
+
+
+def delete_task(task_id):
+    """Delete a task."""
+    client().call("DELETE", "%s/%s" % (_TASKS, task_id))
+
+
+def create_worker(worker_name=None, metadata=None, max_retries=3):
+    """Return the id of a new worker; it gets no more tasks after `max_retries` failed runs."""
+    body = _given(worker_name=worker_name, metadata=metadata, max_retries=max_retries)
+    return client().call("POST", _WORKERS, body)["worker_id"]
+
+
+def ls_workers(worker_id=None, worker_name=None, status=None, extra_filter=None, limit=100, offset=0, sort=None):
+    """Return `.content`, the Workers that match all that is given."""
+    if isinstance(extra_filter, str):
+        extra_filter = tree_to_query(parse_filter(extra_filter, WORKER_FIELDS, now()))
+    body = _given(worker_id=worker_id, worker_name=worker_name, status=status, extra_filter=extra_filter, limit=limit,
+                  offset=offset, sort=sort)
+    answer = client().call("POST", _WORKERS + "/search", body)
+    return WorkerLsResponse(found=answer["found"], content=[Worker(worker) for worker in answer["content"]])
+
+
+def report_worker_status(worker_id, status):
+    """Set a worker active (its retries start at 0 again), suspended or crashed."""
+    client().call("POST", "%s/%s/status" % (_WORKERS, worker_id), {"status": status})
+
+
+def delete_worker(worker_id, cascade_update=True):
+    """Delete a worker; with `cascade_update` its tasks name no worker any more."""
+    client().call("DELETE", "%s/%s" % (_WORKERS, worker_id), query={"cascade_update": str(bool(cascade_update)).lower()})
+
+
+# `from labtasker.api_models import TaskUpdateRequest` works with nothing but this file.
+_api_models = type(sys)("labtasker.api_models", "The classes of requests and answers.")
+_api_models.__dict__.update((kind.__name__, kind) for kind in (
+    Task, Worker, Queue, TaskUpdateRequest, TaskSubmitResponse, TaskFetchResponse, TaskLsResponse, WorkerLsResponse,
+    HealthCheckResponse))
+sys.modules["labtasker.api_models"] = api_models = _api_models
+
+
+# 9. Worker ####################################################################
+#
+# Takes tasks and runs them: casts and Required (what a function wants of a task's args), templates
+# (what a command wants), the run under way, heartbeats by a process of their own, the loop, and the
+# two ways to run a task: call a function, start a command. Knows nothing of argparse.
+# Uses 1, 2, 3, 8. Tests: test_required.py, test_template.py, test_worker.py.
+
+
+class _Refused(ValueError):
+    """A value that a caster does not take; its text says why where that is not plain from type and value."""
+
+
+def cast(value, annotation, where):
+    """Return `value`, which came from JSON, as `annotation` says; an unknown annotation leaves it as it is.
+
+    Raises LabtaskerTypeError that names `where`, the type and the value."""
+    caster, parts = _caster(annotation)
+    try:
+        return caster(value, annotation, parts, where)
+    except LabtaskerTypeError:
+        raise
+    except (ValueError, TypeError, LookupError, OverflowError) as error:
+        why = ": %s" % error if isinstance(error, _Refused) and str(error) else ""
+        raise LabtaskerTypeError("%s: expected %s, got %s%s" % (
+            where, _type_text(annotation), _brief(value), why)) from None
+
+
+def _brief(value, size=200):
+    text = repr(value)
+    return "%s (%s)" % (text if len(text) <= size else text[:size] + "...", type(value).__name__)
+
+
+def _type_text(annotation):
+    if isinstance(annotation, type) and not getattr(annotation, "__args__", None):
+        return annotation.__name__
+    return str(annotation).replace("typing_extensions.", "").replace("typing.", "")
+
+
+def _caster(annotation):
+    """Return (function of CASTS, type arguments); typing's insides differ before 3.7, 3.9 and 3.14."""
+    if getattr(annotation, "__metadata__", None):
+        return _caster(annotation.__args__[0])
+    literals = getattr(annotation, "__values__", None)
+    if literals:
+        return _to_literal, literals
+    return _known_caster(_plain_type(annotation)), getattr(annotation, "__args__", None) or ()
+
+
+def _plain_type(annotation):
+    """Return what stands before the brackets: the class `list` for List[int], typing.Union for Optional[int]."""
+    if type(annotation).__name__ == "UnionType":
+        return type(annotation)
+    return getattr(annotation, "__extra__", None) or getattr(annotation, "__origin__", None) or annotation
+
+
+def _known_caster(origin):
+    if not isinstance(origin, type):
+        return CASTS.get(str(origin).replace("typing_extensions.", "typing."), _leave)
+    if hasattr(origin, "__dataclass_fields__"):
+        return _to_dataclass
+    if issubclass(origin, tuple) and hasattr(origin, "_fields"):
+        return _to_named_tuple
+    keys = ["%s.%s" % (base.__module__.split(".")[0], base.__name__) for base in origin.__mro__]
+    bases = [CASTS_OF_BASES[key] for key in keys if key in CASTS_OF_BASES]
+    return bases[0] if bases else CASTS.get(keys[0], _leave)
+
+
+def _leave(value, annotation, parts, where):
+    return value
+
+
+def _to_none(value, annotation, parts, where):
+    if value is not None:
+        raise _Refused()
+    return value
+
+
+def _to_int(value, annotation, parts, where):
+    number = _number(value) if isinstance(value, str) else value
+    if isinstance(number, bool) or int(number) != number:
+        raise _Refused()
+    return int(number)
+
+
+def _number(text):
+    try:
+        return int(text)
+    except ValueError:
+        return float(text)
+
+
+def _to_float(value, annotation, parts, where):
+    if isinstance(value, bool):
+        raise _Refused()
+    return float(value)
+
+
+def _to_str(value, annotation, parts, where):
+    if not isinstance(value, (str, bool, int, float)):
+        raise _Refused()
+    return str(value)
+
+
+def _to_bool(value, annotation, parts, where):
+    return BOOL_WORDS[str(value).strip().lower()]
+
+
+def _to_list(value, annotation, parts, where):
+    if not isinstance(value, (list, tuple, set, frozenset)):
+        raise _Refused()
+    part = parts[0] if parts else None
+    return [cast(item, part, "%s, item %d" % (where, i)) if parts else item for i, item in enumerate(value)]
+
+
+def _to_set(value, annotation, parts, where):
+    return set(_to_list(value, annotation, parts, where))
+
+
+def _to_frozenset(value, annotation, parts, where):
+    return frozenset(_to_list(value, annotation, parts, where))
+
+
+def _to_tuple(value, annotation, parts, where):
+    if not parts or len(parts) == 2 and parts[1] is Ellipsis:
+        return tuple(_to_list(value, annotation, parts[:1], where))
+    items = _to_list(value, annotation, (), where)
+    if len(items) != len(parts):
+        raise _Refused("%d items, not %d" % (len(items), len(parts)))
+    return tuple(cast(item, part, "%s, item %d" % (where, i)) for i, (item, part) in enumerate(zip(items, parts)))
+
+
+def _to_dict(value, annotation, parts, where):
+    if not isinstance(value, dict):
+        raise _Refused()
+    if len(parts) != 2:
+        return dict(value)
+    return {cast(key, parts[0], "%s, a key" % where): cast(item, parts[1], "%s, key %r" % (where, key))
+            for key, item in value.items()}
+
+
+def _to_union(value, annotation, parts, where):
+    """Return `value` as the first member that takes it; a member of just its type goes before the others."""
+    for part in sorted(parts, key=lambda part: type(value) is not _plain_type(part)):
+        try:
+            return cast(value, part, where)
+        except LabtaskerTypeError:
+            pass
+    raise _Refused()
+
+
+def _to_literal(value, annotation, parts, where):
+    same = [part for part in parts if part == value and type(part) is type(value)]
+    same += [part for part in parts if isinstance(value, str) and str(part) == value]
+    same += [part for part in parts if isinstance(part, str) and part == str(value)]
+    return same[0] if same else _not_among(parts)
+
+
+def _to_enum(value, annotation, parts, where):
+    """Return the member with this value, else of this name, else whose value is written like this."""
+    members = list(annotation)
+    same = [member for member in members if member is value or member.value == value]
+    same += [member for member in members if member.name == value]
+    same += [member for member in members if str(member.value) == str(value)]
+    return same[0] if same else _not_among([member.value for member in members])
+
+
+def _not_among(choices):
+    raise _Refused("one of %s is needed" % ", ".join(map(repr, choices)))
+
+
+def _to_path(value, annotation, parts, where):
+    return value if isinstance(value, annotation) else annotation(_to_str(value, annotation, parts, where))
+
+
+def _to_dataclass(value, annotation, parts, where):
+    cls = _plain_type(annotation)
+    names = [field.name for field in cls.__dataclass_fields__.values() if getattr(field, "init", True)]
+    return value if isinstance(value, cls) else _build(cls, value, names, where)
+
+
+def _to_named_tuple(value, annotation, parts, where):
+    if isinstance(value, (list, tuple)):
+        value = dict(zip(annotation._fields, value)) if len(value) <= len(annotation._fields) else None
+    return _build(annotation, value, annotation._fields, where)
+
+
+def _build(cls, value, names, where):
+    """Return an object of `cls` from a dict, its fields cast by their annotations."""
+    if not isinstance(value, dict):
+        raise _Refused()
+    unknown = [key for key in value if key not in names]
+    if unknown:
+        raise _Refused("no field %r, there are %s" % (unknown[0], ", ".join(names)))
+    hints = type_hints(cls)
+    given = {key: cast(item, hints[key], "%s, field %r" % (where, key)) if key in hints else item
+             for key, item in value.items()}
+    try:
+        return cls(**given)
+    except (TypeError, ValueError) as error:
+        raise _Refused(str(error)) from None
+
+
+def type_hints(owner):
+    """Return {name: annotation} of a function or class, with text resolved wherever it can be, each for itself."""
+    if isinstance(owner, type):
+        hints = {}
+        for base in reversed(owner.__mro__):
+            scope = vars(sys.modules[base.__module__]) if base.__module__ in sys.modules else {}
+            hints.update(_resolved(base.__dict__.get("__annotations__") or getattr(base, "__annotations__", {}), scope))
+        return hints
+    return _resolved(getattr(owner, "__annotations__", {}), getattr(owner, "__globals__", {}))
+
+
+def _resolved(annotations, scope):
+    import types
+    import typing
+    extras = {"include_extras": True} if sys.version_info >= (3, 9) else {}
+    hints = {}
+    for name, annotation in annotations.items():
+        one = types.SimpleNamespace(__annotations__={name: annotation})
+        try:
+            hints[name] = typing.get_type_hints(one, scope, **extras)[name]
+        except Exception:  # a name that is only there for a type checker: this one annotation stays text
+            hints[name] = annotation
+    return hints
+
+
+BOOL_WORDS = {"true": True, "yes": True, "on": True, "1": True, "1.0": True,
+              "false": False, "no": False, "off": False, "0": False, "0.0": False}
+CASTS_OF_BASES = {"enum.Enum": _to_enum, "pathlib.PurePath": _to_path}  # these hold for classes made from them
+CASTS = {
+    "builtins.int": _to_int, "builtins.float": _to_float, "builtins.str": _to_str, "builtins.bool": _to_bool,
+    "builtins.NoneType": _to_none, "None": _to_none,
+    "builtins.list": _to_list, "collections.Sequence": _to_list, "collections.MutableSequence": _to_list,
+    "collections.Iterable": _to_list, "collections.Collection": _to_list,
+    "builtins.set": _to_set, "collections.Set": _to_set, "collections.MutableSet": _to_set,
+    "builtins.frozenset": _to_frozenset, "builtins.tuple": _to_tuple,
+    "builtins.dict": _to_dict, "collections.Mapping": _to_dict, "collections.MutableMapping": _to_dict,
+    "typing.Union": _to_union, "types.UnionType": _to_union, "typing.Literal": _to_literal,
+}
+
+
+class Required:
+    """Marks a parameter that a loop fills from the task's args: as a default value, or inside `Annotated`.
+
+    The key is the parameter's name or `alias` (dots nest). `resolver` gets the value as it was submitted and
+    returns what the function gets; without it the value is cast to the parameter's annotation."""
+
+    def __init__(self, *, alias=None, resolver=None):
+        if alias is not None:
+            check_key(alias, ["Required(alias=...)"])
+        if resolver is not None and not callable(resolver):
+            raise LabtaskerTypeError("Required(resolver=%r): a function is needed" % (resolver,))
+        self.alias, self.resolver = alias, resolver
+
+    def __repr__(self):
+        return "Required(alias=%r, resolver=%r)" % (self.alias, self.resolver)
+
+    def value(self, args, name, annotation):
+        """Return what the parameter `name` gets from `args`; raises LabtaskerTypeError where it can't be cast."""
+        key = self.alias or name
+        found = dig(args, key.split("."), self)
+        if found is self:
+            raise LabtaskerTypeError("parameter %r: the task's args have no %r" % (name, key))
+        if self.resolver:
+            return self.resolver(found)
+        return found if annotation is None else cast(found, annotation, "parameter %r" % name)
+
+
+class Wanted:
+    """What a function wants of a task's args: `fields` to fetch by, and `call(args, given, named)`.
+
+    Raises LabtaskerTypeError at once for a Required() that can't work."""
+
+    def __init__(self, function, required_fields=None, pass_args_dict=False):
+        import inspect
+        self.function, self.pass_args_dict = function, pass_args_dict
+        self.name = getattr(function, "__name__", str(function))
+        if not callable(function) or inspect.isclass(function) or inspect.iscoroutinefunction(function):
+            raise LabtaskerTypeError("loop() decorates plain functions, not %r" % (function,))
+        self.signature, self.hints = inspect.signature(function), type_hints(function)
+        self.required = {}
+        for parameter in self.signature.parameters.values():
+            self._note(parameter)
+        free = [p for name, p in self.signature.parameters.items() if name not in self.required]
+        self.free = self.signature.replace(parameters=free)
+        self.fields = self._fields(required_fields)
+
+    def _note(self, parameter):
+        """Enter the parameter where it is marked as Required."""
+        hint = self.hints.get(parameter.name)
+        marks = [parameter.default] + list(getattr(hint, "__metadata__", ()))
+        if Required in marks:
+            raise LabtaskerTypeError("parameter %r of %s(): write Required(), with parentheses"
+                                     % (parameter.name, self.name))
+        marks = [mark for mark in marks if isinstance(mark, Required)]
+        if len(marks) > 1 or marks and parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
+            raise LabtaskerTypeError("parameter %r of %s() can't be marked with Required() %s" % (
+                parameter.name, self.name, "twice" if len(marks) > 1 else "as it takes any number of values"))
+        if marks:
+            self.required[parameter.name] = marks[0]
+
+    def _fields(self, required_fields):
+        """Return the union of the fields asked for and those of Required(); "*" lets further keys be."""
+        fields = check_fields(required_fields or [])
+        for name, mark in self.required.items():
+            fields += [mark.alias or name] if (mark.alias or name) not in fields else []
+        return fields + ["*"] if self.pass_args_dict and "*" not in fields else fields
+
+    def check_call(self, given, named):
+        """Raise LabtaskerTypeError unless these arguments are just what the task's args leave open."""
+        self._bind({}, given, named)
+
+    def call(self, args, given, named):
+        """Return the function's answer for a task's `args`; raises what it raises, and what casting raises."""
+        import inspect
+        values = self._bind(args, given, named)
+        for name, mark in self.required.items():
+            values[name] = mark.value(args, name, self.hints.get(name))
+        ordered = collections.OrderedDict((n, values[n]) for n in self.signature.parameters if n in values)
+        bound = inspect.BoundArguments(self.signature, ordered)
+        return self.function(*bound.args, **bound.kwargs)
+
+    def _bind(self, args, given, named):
+        filled = [name for name in named if name in self.required]
+        if filled:
+            raise LabtaskerTypeError("%s(%s=...): this comes from the task's args, as it is marked with Required()"
+                                     % (self.name, filled[0]))
+        try:
+            bound = self.free.bind(*(((args,) if self.pass_args_dict else ()) + given), **named)
+        except TypeError as error:
+            raise LabtaskerTypeError("%s(): %s. Mark a parameter with Required() to have it filled from the task's args,"
+                                     " or give it at the call" % (self.name, error)) from None
+        bound.apply_defaults()
+        return dict(bound.arguments)
+
+
+def check_fields(fields):
+    """Return a new list of `fields`, each a key or "*"; raises LabtaskerTypeError where it is no such list."""
+    if isinstance(fields, str) or not isinstance(fields, (list, tuple, set)):
+        raise LabtaskerTypeError('required_fields: a list of keys is needed, like ["lr", "model"], not %r' % (fields,))
+    for field in fields:
+        if field != "*":
+            check_key(field, ["required_fields"])
+    return list(fields)
+
+
+class Template:
+    """A text with `%(key)` placeholders, dots for nested keys; `keys` are its keys, once each, in order.
+
+    `%%(` stands for `%(` itself; any other `%` is left alone. Raises TemplateError with the column."""
+
+    TOKEN = re.compile(r"%%\(|%\([ \t]*([a-zA-Z0-9_-]+(?:\.[a-zA-Z0-9_-]+)*)[ \t]*\)|%\(")
+
+    def __init__(self, text):
+        self.parts, self.keys, end = [], [], 0  # parts: literal text, key, literal text, key ... text
+        for match in self.TOKEN.finditer(text):
+            if match.group() == "%(":
+                raise TemplateError(_template_mistake(text, match.end()), text, match.start())
+            self.parts += [text[end:match.start()], match.group(1)]
+            self.keys += [match.group(1)] if match.group(1) and match.group(1) not in self.keys else []
+            end = match.end()
+        self.parts.append(text[end:])
+
+    def plain(self, args):
+        """Return the text with each value as it stands, for a word of an argv list."""
+        return self._fill(args, str)
+
+    def shell(self, args):
+        """Return the text with each value quoted for a shell."""
+        import shlex
+        return self._fill(args, shlex.quote)
+
+    def _fill(self, args, quote):
+        filled = list(self.parts)
+        for i in range(1, len(filled), 2):
+            filled[i] = "%(" if filled[i] is None else quote(value_text(args, filled[i]))
+        return "".join(filled)
+
+
+def _template_mistake(text, begin):
+    end = text.find(")", begin)
+    inside = text[begin:end].split("\n")[0] if end >= 0 else None
+    if inside is None or "\n" in text[begin:end]:
+        return "this %( is not closed: write %(key), or %%( for the characters themselves"
+    if not inside.strip():
+        return "there is no key: write %(key), or %%( for the characters themselves"
+    return ("%r is no key: letters, digits, '_' and '-', with dots for nested keys; "
+            "write %%%%( for the characters %%( themselves" % inside)
+
+
+def value_text(args, key):
+    """Return the value at the dotted `key` as text: dicts and lists as JSON; LabtaskerValueError where there is none."""
+    value = dig(args, key.split("."), args)
+    if value is args:
+        raise LabtaskerValueError("the task's args have no %r for %%(%s)" % (key, key))
+    return json.dumps(value, ensure_ascii=False) if isinstance(value, (dict, list)) else str(value)
+
+
+def remark(text):
+    """Write a line for the person who started the loop to stderr; a terminal that is gone is no error."""
+    try:
+        sys.stderr.write("labtasker: %s\n" % re.sub(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]", "?", str(text)))
+        sys.stderr.flush()
+    except (OSError, ValueError, AttributeError):
+        pass
+
+
+def is_away(error):
+    """Return whether the error says that the server, or the store's disk, may be back later."""
+    return isinstance(error, LabtaskerConnectError) or getattr(error, "status", None) in (502, 503, 504, 507)
+
+
+def patiently(action, pause, limit_s):
+    """Return action(), tried again while the server is away for up to `limit_s()` seconds; then raises its error.
+
+    `limit_s` is asked anew each time, as a loop that must leave has less patience."""
+    begin, delay_s = monotonic(), 1
+    while True:
+        try:
+            answer = action()
+        except LabtaskerError as error:
+            if not is_away(error) or monotonic() - begin >= limit_s():
+                raise
+            if delay_s == 1:
+                remark("%s\nlabtasker: waiting for it to come back" % error)
+        else:
+            if delay_s > 1:
+                remark("it is back")
+            return answer
+        pause(delay_s)
+        delay_s = min(delay_s * 2, 30)
+
+
+class Run:
+    """A run of a task, as the loop and the job see it."""
+
+    def __init__(self, task_id, run_id, worker_id, task=None, log_dir=None):
+        self.task_id, self.run_id, self.worker_id, self.task = task_id, run_id, worker_id, task
+        self.key = run_id or new_id()
+        self.pid, self.ended, self.lost, self.interrupted = os.getpid(), None, None, False
+        self.log_dir = log_dir or os.path.join(os.path.abspath(load_config().root), "logs", task_id, self.key)
+
+    def environment(self):
+        """Return what a job's process sees, so that labtasker works in it and in its children."""
+        return {"LABTASKER_TASK_ID": self.task_id, "LABTASKER_WORKER_ID": self.worker_id or "",
+                "LABTASKER_RUN_ID": self.run_id or "", "LABTASKER_LOG_DIR": self.log_dir,
+                "LABTASKER_ROOT": os.path.abspath(load_config().root)}
+
+    def report(self, status, summary=None, worker_id=None):
+        """Send what the job itself says of its task, and remember where that ends the run."""
+        patiently(lambda: send_report(self.task_id, status, summary, worker_id or self.worker_id, self.run_id),
+                  time.sleep, lambda: SERVER_LOST_S)
+        if status != "running":
+            self.note_end(status)
+
+    def note_end(self, status):
+        """Remember that the job itself set `status`; a process of the job tells the loop by a file."""
+        self.ended = status
+        if os.getpid() != self.pid or self.task is None:
+            path = os.path.join(self.make_log_dir(), "status.json")
+            with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
+                json.dump({"status": status}, file)
+
+    def ended_by_job(self):
+        """Return the status that the job, in whichever of its processes, has set itself, or None."""
+        if self.ended is None:
+            try:
+                with open(os.path.join(self.log_dir, "status.json")) as file:
+                    self.ended = json.load(file)["status"]
+            except (OSError, ValueError, KeyError):
+                pass
+        return self.ended
+
+    def make_log_dir(self):
+        os.makedirs(self.log_dir, mode=0o700, exist_ok=True)
+        return self.log_dir
+
+
+RUNS = {}  # thread or, for a job's process, its task and run -> Run
+SERVER_LOST_S = 3600  # how long a server may be away
+
+
+def find_run():
+    """Return the Run of this thread, of this process, or of the job that this process belongs to, else None."""
+    running = [run for key, run in RUNS.items() if isinstance(key, int)]
+    run = RUNS.get(threading.get_ident()) or (running[0] if len(running) == 1 else None)
+    if run or not os.environ.get("LABTASKER_TASK_ID"):
+        return run
+    task_id, run_id, worker_id, log_dir = (os.environ.get("LABTASKER_" + name) or None
+                                           for name in ("TASK_ID", "RUN_ID", "WORKER_ID", "LOG_DIR"))
+    if (task_id, run_id) not in RUNS:
+        RUNS[task_id, run_id] = Run(task_id, run_id, worker_id, log_dir=log_dir)
+    return RUNS[task_id, run_id]
+
+
+def current_run():
+    """Return the Run under way here, or raise LabtaskerRuntimeError."""
+    run = find_run()
+    if run is None:
+        raise LabtaskerRuntimeError("no task is running here: this works inside a function that labtasker.loop() "
+                                    "runs, or in a command that `labtasker loop` started")
+    return run
+
+
+def is_enabled():
+    """Return whether this code runs as part of a task."""
+    return find_run() is not None
+
+
+def current_task_id():
+    """Return the id of the task that runs here, or raise LabtaskerRuntimeError."""
+    return current_run().task_id
+
+
+def current_worker_id():
+    """Return the id of the worker that runs here, or raise LabtaskerRuntimeError."""
+    return current_run().worker_id
+
+
+def task_info():
+    """Return the Task that runs here, as it was when it was started, or raise LabtaskerRuntimeError."""
+    run = current_run()
+    return run.task or get_task(run.task_id)
+
+
+def get_labtasker_log_dir():
+    """Return the folder (a Path, made where it is missing) for what the run under way wants to keep."""
+    import pathlib
+    return pathlib.Path(current_run().make_log_dir())
+
+
+def report_task_status(task_id, status, summary=None, worker_id=None):
+    """Set a task's status (success, failed, cancelled; running only merges the summary) and merge `summary` into its own.
+
+    For the task that runs here it also says which run reports; the loop leaves a status that ends it alone."""
+    run = find_run()
+    if run is None or run.task_id != task_id:
+        send_report(task_id, status, summary, worker_id)
+    else:
+        run.report(status, summary, worker_id)
+
+
+def finish(status, summary=None, skip_if_no_labtasker=True):
+    """End the run under way as "success" or "failed"; a second call does nothing.
+
+    Outside of any run it does nothing, or raises LabtaskerRuntimeError where `skip_if_no_labtasker` is False."""
+    if status not in ("success", "failed"):
+        raise LabtaskerValueError('finish(%r): the status is "success" or "failed"' % (status,))
+    run = find_run() if skip_if_no_labtasker else current_run()
+    if run is None or run.ended_by_job():
+        return
+    try:
+        run.report(status, summary)
+    except LabtaskerHTTPStatusError as error:
+        if error.status_code != 409:
+            raise
+        remark("finish(%r) comes too late: %s" % (status, error))
+
+
+class Wake:
+    """What wakes a loop: a signal, a run that was lost, a job that ended. A context that handles signals meanwhile.
+
+    The first signal asks the loop to leave, the second kills the job at once, the third leaves without a word.
+    Outside of the main thread there are no signals."""
+
+    def __init__(self, signals):
+        self.signals = signals
+        self.stop = None  # the first signal
+        self.times = 0  # how many came
+        self.interrupt = None  # called with the signal while a function runs, to raise something in it
+        self.nudged = False  # the next SIGINT is not a person's: a run was lost
+
+    def __enter__(self):
+        import signal
+        self.pid, self.handlers, self.ignored = os.getpid(), {}, set()
+        self.read_end, self.write_end = os.pipe()
+        os.set_blocking(self.read_end, False)
+        os.set_blocking(self.write_end, False)
+        self.in_main = threading.current_thread() is threading.main_thread()
+        if self.in_main:
+            self.wakeup_fd = signal.set_wakeup_fd(self.write_end)
+            for signum in self.signals:
+                self._handle(signum)
+        return self
+
+    def _handle(self, signum):
+        import signal
+        self.handlers[signum] = signal.getsignal(signum)
+        if self.handlers[signum] == signal.SIG_IGN:  # nohup, or started in the background by a script
+            self.ignored.add(signum)
+        signal.signal(signum, self.on_child if signum == getattr(signal, "SIGCHLD", None) else self.on_signal)
+
+    def __exit__(self, *_):
+        import signal
+        for signum, handler in self.handlers.items():
+            signal.signal(signum, signal.SIG_DFL if handler is None else handler)
+        if self.in_main:
+            signal.set_wakeup_fd(self.wakeup_fd)
+        os.close(self.read_end)
+        os.close(self.write_end)
+
+    def on_child(self, signum, frame):
+        """Do nothing: the byte that the interpreter writes when a job ends is all that is needed."""
+
+    def on_signal(self, signum, frame):
+        """Take a signal of a person, of the system, or of `nudge`; may raise into the function that runs."""
+        if os.getpid() != self.pid:
+            return self._in_child(signum)
+        if self.nudged:
+            self.nudged, signum = False, None
+        elif signum in self.ignored:
+            return
+        else:
+            self.times, self.stop = self.times + 1, self.stop or signum
+            if self.times >= 3:
+                os._exit(128 + signum)
+        self._write()
+        if self.interrupt:
+            self.interrupt(signum)
+
+    def _in_child(self, signum):
+        """Do in a process that the function forked what would be done without a loop."""
+        import signal
+        if signum == signal.SIGINT:
+            raise KeyboardInterrupt()
+        signal.signal(signum, signal.SIG_DFL)
+        os.kill(os.getpid(), signum)
+
+    def nudge(self):
+        """Wake the loop from another thread, out of `pause` or out of the function that runs."""
+        import signal
+        self._write()
+        if self.in_main and self.interrupt and signal.getsignal(signal.SIGINT) == self.on_signal:
+            self.nudged = True
+            signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+
+    def _write(self):
+        try:
+            os.write(self.write_end, b"\0")
+        except OSError:  # it is full, and will wake anyway
+            pass
+
+    def pause(self, seconds):
+        """Sleep for so long, or until something wakes the loop."""
+        import select
+        if select.select([self.read_end], [], [], max(0, seconds))[0]:
+            os.read(self.read_end, 4096)
+
+
+class Heartbeats:
+    """The process that beats for a loop's runs: started with the first run, again if it dies, ended by `close`.
+
+    `on_lost(key, status)` is called from a thread when a run is over by another's hand."""
+
+    def __init__(self, on_lost):
+        self.on_lost, self.runs, self.process, self.reader = on_lost, {}, None, None
+        self.lock = threading.Lock()  # guards runs, process and what is written to it
+
+    def add(self, run, interval_s, group=None):
+        """Beat for `run` from now on; `group`: the job's process group, to be ended if this process dies."""
+        message = {"key": run.key, "task_id": run.task_id, "run_id": run.run_id, "worker_id": run.worker_id,
+                   "interval_s": interval_s, "group": group}
+        with self.lock:
+            self.runs[run.key] = message
+            self._send(message)
+
+    def drop(self, run):
+        """Beat for `run` no more."""
+        with self.lock:
+            if self.runs.pop(run.key, None):
+                self._send({"drop": run.key})
+
+    def _send(self, message):
+        try:
+            self.process.stdin.write(json.dumps(message) + "\n")
+            self.process.stdin.flush()
+        except (OSError, ValueError, AttributeError):  # not started yet, or gone
+            self._start()
+
+    def _start(self):
+        """Start the process and tell it of every run."""
+        import subprocess
+        if self.process:
+            self._end()
+        self.process = subprocess.Popen(
+            [sys.executable, os.path.abspath(__file__), "__beats"], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            universal_newlines=True, start_new_session=True,
+            env=dict(os.environ, LABTASKER_ROOT=os.path.abspath(load_config().root)))
+        try:
+            self.process.stdin.write("".join(json.dumps(message) + "\n" for message in self.runs.values()))
+            self.process.stdin.flush()
+        except OSError:  # it died at once: the reader sees that
+            pass
+        self.reader = threading.Thread(target=self._read, args=(self.process,), daemon=True)
+        self.reader.start()
+
+    def _read(self, process):
+        for line in process.stdout:
+            message = json.loads(line)
+            self.on_lost(message["key"], message["status"])
+        if self.runs:
+            time.sleep(1)
+        with self.lock:
+            if self.process is process and self.runs:  # it died: another takes over
+                self._start()
+
+    def _end(self):
+        process, self.process = self.process, None
+        try:
+            process.stdin.close()
+        except OSError:
+            pass
+        try:
+            process.wait(5)
+        except Exception:  # subprocess.TimeoutExpired: it was stopped
+            process.kill()
+            process.wait()
+        return process
+
+    def close(self):
+        """End the process and the thread that listens to it."""
+        with self.lock:
+            self.runs.clear()
+            process = self.process and self._end()
+        if process:
+            self.reader.join()
+            process.stdout.close()
+
+
+class Heart:
+    """Beats for one run, in a thread of the heartbeat process, until it is dropped or lost."""
+
+    FIRST_S = 1  # a task shorter than this costs no heartbeat at all
+
+    def __init__(self, message, parent):
+        self.message, self.parent, self.dropped = message, parent, threading.Event()
+        threading.Thread(target=self.live, daemon=True).start()
+
+    def live(self):
+        """Beat; write one line to stdout when the run is over."""
+        pause_s, status = self.FIRST_S, "running"
+        while status == "running" and not self.dropped.wait(pause_s):
+            begin = monotonic()
+            status = "running" if is_stopped(self.parent) else self.beat()
+            pause_s = 0 if monotonic() - begin > 0.5 else self.FIRST_S
+        if not self.dropped.is_set():
+            sys.stdout.write(json.dumps({"key": self.message["key"], "status": status}) + "\n")
+            sys.stdout.flush()
+
+    def beat(self):
+        """Return the run's status: "running" also when the server is away, so that it is tried for ever."""
+        one = self.message
+        try:
+            return send_heartbeat(one["task_id"], one["worker_id"], one["run_id"], one["interval_s"]) or "running"
+        except LabtaskerHTTPStatusError as error:
+            return self.look() if error.status_code in (403, 404, 409) else "running"
+        except LabtaskerError:
+            return "running"
+
+    def look(self):
+        """Return what became of a task whose heartbeat is not wanted any more."""
+        try:
+            status = get_task(self.message["task_id"]).status
+            return "taken" if status == "running" else status
+        except LabtaskerHTTPStatusError as error:
+            return "deleted" if error.status_code == 404 else "running"
+        except LabtaskerError:
+            return "running"
+
+
+def is_stopped(pid):
+    """Return whether the process is stopped (Ctrl-Z, SIGSTOP): what it runs must not be kept alive for ever."""
+    try:
+        with open("/proc/%d/stat" % pid) as file:
+            return file.read().rpartition(")")[2].split()[0] in "Tt"
+    except OSError:  # not Linux
+        return False
+
+
+def beats_main():
+    """Beat for the runs told of on stdin, a JSON line each, until it ends or the parent is gone; then end their jobs.
+
+    Answers a JSON line on stdout for a run that is over. Signals are for the loop: it decides when this ends."""
+    import signal
+    for signum in loop_signals():
+        signal.signal(signum, signal.SIG_IGN)
+    hearts, parent = {}, os.getppid()
+    threading.Thread(target=_watch_parent, args=(parent, hearts), daemon=True).start()
+    for line in iter(sys.stdin.readline, ""):
+        message = json.loads(line)
+        old = hearts.pop(message.get("drop") or message["key"], None)
+        if old:
+            old.dropped.set()
+        if "key" in message:
+            hearts[message["key"]] = Heart(message, parent)
+    _end_orphans(hearts)
+
+
+def _watch_parent(parent, hearts):
+    """Leave when the loop is gone though its end of stdin is still held, by a process that its function forked."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    _end_orphans(hearts)
+    os._exit(0)
+
+
+def _end_orphans(hearts):
+    """End the jobs of a loop that was killed: its tasks will be given to others."""
+    for heart in list(hearts.values()):
+        if heart.message["group"]:
+            end_group(heart.message["group"], monotonic() + LOST_GRACE_S, time.sleep)
+
+
+def loop_signals():
+    """Return the signals that ask a loop to leave."""
+    import signal
+    return [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+
+
+def signal_group(group, signum):
+    """Return whether there was a process in the group to send the signal to; 0 only looks."""
+    try:
+        os.killpg(group, signum)
+        return True
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # macOS says so of zombies
+        return signum != 0
+
+
+def end_group(group, give_up_at, pause):
+    """Send TERM to a process group, and KILL to what is left of it at `give_up_at`."""
+    import signal
+    signal_group(group, signal.SIGTERM)
+    while signal_group(group, 0) and monotonic() < give_up_at:
+        pause(0.02)
+    signal_group(group, signal.SIGKILL)
+
+
+
+
+Outcome = collections.namedtuple("Outcome", "status summary reason fatal")
+Outcome.__new__.__defaults__ = (None, None, None)  # status None: nothing to report; fatal: why the loop must end
+
+
+class Loop:
+    """Fetches tasks, has each run by `execute(loop, run)`, which returns an Outcome, and reports that.
+
+    `request`: what is asked of `fetch_task`. `run` returns an exit code."""
+
+    def __init__(self, execute, request, worker=None, signals=(), max_tasks=None, idle_timeout_s=None, grace_s=None,
+                 verbose=False):
+        self.execute, self.request, self.worker, self.verbose = execute, request, worker, verbose
+        self.max_tasks, self.idle_timeout_s = max_tasks, idle_timeout_s or 0
+        self.grace_s = GRACE_S if grace_s is None else grace_s
+        self.wake = Wake(loop_signals() + list(signals))
+        self.beats = Heartbeats(self.on_lost)
+        self.current, self.counts, self.errors, self.fatal = None, collections.Counter(), 0, None
+        self.begun = False
+
+    def run(self):
+        """Return the exit code once there are no more tasks (0), on a failure (1), or on a signal (128 + its number)."""
+        with self.wake:
+            try:
+                self._register()
+                self._drain()
+            except LabtaskerError as error:
+                self.fatal = str(error)
+            finally:
+                self.beats.close()
+        if self.fatal:
+            remark(self.fatal)
+        remark("%s: %s" % (self._why(), self._tally()))
+        return 1 if self.fatal else 128 + self.wake.stop if self.wake.stop else 0
+
+    def _why(self):
+        if self.wake.stop and not self.fatal:
+            return "stopped by %s" % signal_name(self.wake.stop)
+        enough = self.max_tasks is not None and sum(self.counts.values()) >= self.max_tasks
+        return "ended" if self.fatal else "that was the last of --max-tasks" if enough else "no more tasks"
+
+    def _tally(self):
+        words = {"pending": "handed back", None: "left as they are"}
+        return ", ".join("%d %s" % (n, words.get(s, s)) for s, n in self.counts.items()) or "none was run"
+
+    def _register(self):
+        """Make a worker where none was named, and settle what every fetch asks for."""
+        interval_s = load_config().heartbeat_interval_s
+        if self.request.get("heartbeat_timeout") is None:
+            self.request["heartbeat_timeout"] = 3 * interval_s
+        if not self.request.get("required_fields"):
+            remark("no field of args is asked for: every task fits, whatever its args")
+        if not self.request.get("worker_id"):
+            self.request["worker_id"] = create_worker(**dict(default_worker(), **(self.worker or {})))
+
+    def _drain(self):
+        """Run what there is, then wait for more as long as was asked."""
+        idle_since = monotonic()
+        while not (self.wake.stop or self.fatal or sum(self.counts.values()) == self.max_tasks):
+            begin = monotonic()
+            left_s = self.idle_timeout_s - (begin - idle_since)
+            if self._guarded_pass(min(max(left_s, 0), IDLE_WAIT_S)):
+                idle_since = monotonic()
+            elif left_s <= 0:
+                return
+            elif monotonic() - begin < 0.5:  # nobody waited for us
+                self.wake.pause(min(left_s, 1))
+
+    def _guarded_pass(self, wait_s):
+        """Return one_pass(); what goes wrong in it goes to the handler that the user has set, if any."""
+        try:
+            had_one = self.one_pass(wait_s)
+            self.errors = 0
+            return had_one
+        except Exception as error:
+            if LOOP_SETTINGS["on_internal_error"] is None or is_away(error):
+                raise
+            self.errors += 1
+            LOOP_SETTINGS["on_internal_error"](error, self.errors)
+            self.wake.pause(min(self.errors, 30))
+            return True
+
+    def one_pass(self, wait_s=0):
+        """Return whether there was a task to fetch, run and report; `wait_s`: how long to wait for one."""
+        task = self._fetch(wait_s)
+        if task is None:
+            return False
+        run = self.current = Run(task.task_id, task.run_id, self.request["worker_id"], task)
+        try:
+            if self.wake.stop:
+                outcome = self.handed_back()
+            else:
+                remark("task %s" % describe(task, self.verbose))
+                outcome = self.execute(self, run)
+            self._close(run, outcome)
+        finally:
+            self.current = None
+            self.beats.drop(run)
+        return True
+
+    def _fetch(self, wait_s):
+        """Return the next Task or None; waits for a server that is away, unless it was never there."""
+        request = dict(self.request, fetch_id=new_id(), wait_s=wait_s or None)
+        answer = patiently(lambda: fetch_task(**request), self.wake.pause,
+                           lambda: 0 if self.wake.stop or not self.begun else SERVER_LOST_S)
+        self.begun = True
+        return answer.task if answer.found else None
+
+    def start_beats(self, run, group=None):
+        """Have `run` kept alive from now on."""
+        interval_s = load_config().heartbeat_interval_s
+        self.beats.add(run, min(interval_s, (run.task.heartbeat_timeout or math.inf) / 3, 60), group)
+
+    def on_lost(self, key, status):
+        """Note, in the thread of the heartbeats, that a run is over by another's hand; wakes the loop."""
+        run = self.current
+        if run and run.key == key and status != "success" and not run.ended_by_job():
+            run.lost = status
+            self.wake.nudge()
+
+    def handed_back(self, reason=None):
+        """Return the Outcome of a run that was not the task's fault."""
+        return Outcome("pending", reason=reason or "the loop was stopped by %s" % signal_name(self.wake.stop))
+
+    def _close(self, run, outcome):
+        """Report what the run came to, unless the job itself or another has ended it."""
+        status = outcome.status
+        self.fatal = outcome.fatal
+        if run.ended_by_job():
+            status = run.ended
+            remark("task %s: %s, as the job itself reported" % (run.task_id, status))
+        elif status is None:
+            remark("task %s: ended, as it is %s" % (run.task_id, run.lost))
+        else:
+            status = self._report(run, outcome)
+        self.counts[status] += 1
+        if status == "pending" and not self.wake.stop:
+            self.wake.pause(HANDED_BACK_PAUSE_S)
+
+    def _report(self, run, outcome):
+        """Return the status once it is delivered, or None where somebody else has ended the run."""
+        try:
+            patiently(lambda: send_report(run.task_id, outcome.status, outcome.summary, run.worker_id, run.run_id,
+                                          outcome.reason),
+                      self.wake.pause, lambda: LEAVING_S if self.wake.stop else SERVER_LOST_S)
+        except LabtaskerHTTPStatusError as error:
+            if error.status_code not in (404, 409):
+                raise
+            remark("task %s: %s is not taken: %s" % (run.task_id, outcome.status, error))
+            return None
+        words = {"pending": "handed back, no retry is charged: %s" % outcome.reason,
+                 "failed": "failed: %s" % failure_text(outcome.summary or {})}
+        remark("task %s: %s" % (run.task_id, words.get(outcome.status, outcome.status)))
+        return outcome.status
+
+
+IDLE_WAIT_S = 2  # a wait for tasks on the server's side; a signal waits as long at most
+LEAVING_S = 10  # how long a loop that must leave tries to hand its task back
+LOST_GRACE_S = 2  # from TERM to KILL for the job of a task that was cancelled or taken away
+GRACE_S = 10  # from the signal that stops the loop to KILL
+HANDED_BACK_PAUSE_S = 1  # a job that can't work now will not a millisecond later
+WORKER_MAX_RETRIES = 1000000  # a loop's own worker: tasks fail for their own reasons
+LOOP_SETTINGS = {"on_internal_error": None, "prompt_on_failure": False}
+
+
+def default_worker():
+    """Return what a loop registers its worker with."""
+    host = os.uname().nodename if hasattr(os, "uname") else os.environ.get("COMPUTERNAME", "host")
+    return {"worker_name": "%s-%d" % (re.sub(r"[^a-zA-Z0-9_-]", "-", host)[:80], os.getpid()),
+            "metadata": {"host": host, "pid": os.getpid()}, "max_retries": WORKER_MAX_RETRIES}
+
+
+def describe(task, verbose=False):
+    """Return one line about a task."""
+    text = json.dumps(task.args, ensure_ascii=False)
+    name = " (%s)" % task.task_name if task.task_name else ""
+    return "%s%s: %s" % (task.task_id, name, text if verbose or len(text) <= 200 else text[:200] + "...")
+
+
+def failure_text(summary):
+    """Return why a run failed, in one line."""
+    raised = summary.get("labtasker_exception", {})
+    return summary.get("labtasker_error") or "%s: %s" % (raised.get("type"), raised.get("message"))
+
+
+def signal_name(signum):
+    """Return "SIGTERM" for 15, "signal 99" for one without a name."""
+    import signal
+    try:
+        return signal.Signals(signum).name
+    except ValueError:
+        return "signal %d" % signum
+
+
+def set_loop_internal_error_handler(handler):
+    """Have `handler(exception, count)` called when a loop itself fails, `count` times in a row; None: it ends then.
+
+    A handler that returns lets the loop go on; what it raises ends the loop."""
+    LOOP_SETTINGS["on_internal_error"] = handler
+
+
+def set_prompt_on_task_failure(enabled):
+    """Have a decorated loop ask, after each failed task and only on a terminal, whether to go on."""
+    LOOP_SETTINGS["prompt_on_failure"] = bool(enabled)
+
+
+def ask_to_go_on():
+    """Return whether to go on after a failure; no answer in ten seconds, or nobody to ask, means yes."""
+    import select
+    if not (LOOP_SETTINGS["prompt_on_failure"] and sys.stdin and sys.stdin.isatty() and sys.stderr.isatty()):
+        return True
+    sys.stderr.write("labtasker: the task failed. Go on with the next one? [Y/n] (yes in 10 s) ")
+    sys.stderr.flush()
+    answered = select.select([sys.stdin], [], [], 10)[0]
+    return not answered or not sys.stdin.readline().strip().lower().startswith("n")
+
+
+def loop(required_fields=None, extra_filter=None, cmd=None, worker_id=None, create_worker_kwargs=None, eta_max=None,
+         heartbeat_timeout=None, pass_args_dict=False):
+    """Return a decorator: calling the function then runs it for one pending task after another until none is left.
+
+    Parameters marked with Required() are filled from the task's args; others are given at the call. With
+    `pass_args_dict` the first one gets the args as a dict. `required_fields`: keys that a task must have;
+    `extra_filter`: filter text or query document; `eta_max`: how long a run may take ("1h30m")."""
+    if callable(required_fields):
+        raise LabtaskerTypeError("write @labtasker.loop(), with parentheses")
+    check_worker_choice(worker_id, create_worker_kwargs)
+
+    def decorate(function):
+        import functools
+        wanted = Wanted(function, required_fields, pass_args_dict)
+
+        @functools.wraps(function)
+        def run_loop(*given, **named):
+            wanted.check_call(given, named)
+            request = fetch_request(wanted.fields, extra_filter, cmd, worker_id, eta_max, heartbeat_timeout)
+            code = Loop(lambda loop_, run: run_function(loop_, run, lambda args: wanted.call(args, given, named)),
+                        request, create_worker_kwargs).run()
+            if code:
+                sys.exit(code)
+        return run_loop
+    return decorate
+
+
+def check_worker_choice(worker_id, create_worker_kwargs):
+    """Raise LabtaskerTypeError where a worker is both named and described, or described in other words than it has."""
+    unknown = set(create_worker_kwargs or {}) - {"worker_name", "metadata", "max_retries"}
+    if unknown:
+        raise LabtaskerTypeError("create_worker_kwargs: %r is not one of worker_name, metadata, max_retries"
+                                 % sorted(unknown)[0])
+    if worker_id and create_worker_kwargs:
+        raise LabtaskerTypeError("worker_id and create_worker_kwargs exclude each other")
+
+
+def fetch_request(fields, extra_filter, cmd, worker_id, eta_max, heartbeat_timeout):
+    """Return what a loop asks `fetch_task` for; a filter's dates and a duration are settled here, once and for all."""
+    if isinstance(extra_filter, str):
+        extra_filter = tree_to_query(parse_filter(extra_filter, TASK_FIELDS, now()))
+    if eta_max is not None:
+        parse_duration(eta_max)
+    return {"required_fields": fields or None, "extra_filter": extra_filter, "cmd": cmd, "worker_id": worker_id,
+            "eta_max": eta_max, "heartbeat_timeout": heartbeat_timeout}
+
+
+def run_function(loop_, run, call):
+    """Return the Outcome of call(args) in this thread; whatever it raises ends the task and not the loop."""
+    thread, wake, names = threading.get_ident(), loop_.wake, run.environment() if loop_.wake.in_main else {}
+    before = {name: os.environ.get(name) for name in names}
+    os.environ.update(names)
+    RUNS[thread] = run
+    loop_.start_beats(run)
+    try:
+        try:
+            wake.interrupt = lambda signum: _interrupt(run, signum)
+            call(run.task.args)
+        finally:
+            wake.interrupt = None
+        return loop_.handed_back() if run.interrupted else Outcome("success")
+    except BaseException as error:
+        wake.interrupt = None
+        return _outcome_of_error(loop_, run, error)
+    finally:
+        del RUNS[thread]
+        for name in names:
+            os.environ.pop(name, None) if before[name] is None else os.environ.update({name: before[name]})
+
+
+def _interrupt(run, signum):
+    """Raise into the function that runs: TaskCancelled where its task was lost, KeyboardInterrupt for a signal."""
+    if signum is not None:
+        run.interrupted = True
+        raise KeyboardInterrupt(signal_name(signum))
+    if run.lost:
+        raise TaskCancelled("task %s is %s: nobody waits for this run any more" % (run.task_id, run.lost))
+
+
+def _outcome_of_error(loop_, run, error):
+    import signal
+    if run.lost:
+        return Outcome(None)
+    if isinstance(error, KeyboardInterrupt) and not run.interrupted:  # raised by the function itself
+        loop_.wake.stop = loop_.wake.stop or signal.SIGINT
+    if isinstance(error, KeyboardInterrupt) or run.interrupted:
+        return loop_.handed_back()
+    if isinstance(error, SystemExit) and (error.code is None or isinstance(error.code, int)):
+        return outcome_of_exit(error.code or 0)
+    summary = {"labtasker_exception": exception_summary(error)}
+    remark("task %s raised\n%s" % (run.task_id, summary["labtasker_exception"]["traceback"].rstrip()))
+    return Outcome("failed", summary, None, None if ask_to_go_on() else "stopped after a failure, as you asked")
+
+
+def exception_summary(error):
+    """Return type, message and traceback of an exception, without the frames of this file before the user's."""
+    import traceback
+    trace = error.__traceback__
+    while trace and trace.tb_frame.f_code.co_filename == exception_summary.__code__.co_filename:
+        trace = trace.tb_next
+    text = "".join(traceback.format_exception(type(error), error, trace))
+    return {"type": type(error).__name__, "message": str(error)[:TEXT_LIMIT], "traceback": text[-TEXT_LIMIT:]}
+
+
+def outcome_of_exit(code):
+    """Return the Outcome of a job that ended by itself: 0 is success, 75 hands the task back, a signal is negative."""
+    if code == 0:
+        return Outcome("success")
+    if code == TEMPORARY_FAILURE:
+        return Outcome("pending", reason="exit code 75 (try again)")
+    error = "exit code %d" % code if code > 0 else "killed by signal %d (%s)" % (-code, signal_name(-code))
+    return Outcome("failed", {"labtasker_error": error})
+
+
+TEMPORARY_FAILURE = 75  # EX_TEMPFAIL of sysexits.h
+TEXT_LIMIT = 20000  # letters of a message or traceback that go into a summary
+
+
+class JobCommand:
+    """A command with placeholders: `argv`, a list of words; `shell`, a text for a shell; or a script for one.
+
+    `keys` are the keys that it takes from a task's args, `cmd` is what the task keeps of it."""
+
+    def __init__(self, argv=None, shell=None, script_path=None, executable=None):
+        if sum(map(bool, (argv, shell, script_path))) != 1:
+            raise UsageError("what to run? One of a command, a text for the shell, and a script is needed")
+        if argv and executable:
+            raise UsageError("an executable goes with a text for the shell or a script, not with a list of words")
+        self.is_argv, self.is_script, self.executable = bool(argv), bool(script_path), executable
+        self.text = read_script(script_path) if script_path else shell
+        self.templates = [Template(text) for text in (argv or [self.text])]
+        self.cmd = list(argv) if argv else shell or [executable or "/bin/sh", str(script_path)]
+        self.keys = list(collections.OrderedDict.fromkeys(key for one in self.templates for key in one.keys))
+
+    def words(self, args, folder):
+        """Return (argv list, path of a script to be removed afterwards or None); LabtaskerValueError for a missing key."""
+        if self.is_argv:
+            return [template.plain(args) for template in self.templates], None
+        text = self.templates[0].shell(args)
+        if not self.is_script:
+            return [self.executable or "/bin/sh", "-c", text], None
+        path = write_script(text, folder)
+        return self.interpreter() + [path], path
+
+    def interpreter(self):
+        """Return the words that run the script: the executable asked for, else its #! line, else /bin/sh."""
+        import shlex
+        line = self.text.split("\n", 1)[0]
+        asked = [self.executable] if self.executable else shlex.split(line[2:]) if line.startswith("#!") else []
+        return asked or ["/bin/sh"]
+
+    def is_missing(self, error):
+        """Return whether the command itself can't be started, for this task as for any other."""
+        fixed = not self.is_argv or not self.templates[0].keys
+        return fixed and getattr(error, "errno", None) in (errno.ENOENT, errno.EACCES, errno.ENOTDIR, errno.ENOEXEC)
+
+
+def read_script(path):
+    """Return a script's text, also where it is not all UTF-8; LabtaskerValueError where it can't be read."""
+    try:
+        with open(str(path), encoding="utf-8", errors="surrogateescape") as file:
+            return file.read()
+    except OSError as error:
+        raise LabtaskerValueError("can't read the script %s: %s" % (path, error.strerror)) from None
+
+
+def write_script(text, folder):
+    """Return the path of a new file in `folder` that only its owner can read and run."""
+    import tempfile
+    number, path = tempfile.mkstemp(prefix="script-", dir=folder)
+    with open(number, "w", encoding="utf-8", errors="surrogateescape") as file:
+        file.write(text)
+    os.chmod(path, 0o700)
+    return path
+
+
+def command_loop(argv=None, shell=None, script_path=None, executable=None, extra_filter=None, worker_id=None,
+                 eta_max=None, heartbeat_timeout=None, max_tasks=None, idle_timeout_s=None, verbose=False,
+                 grace_s=None):
+    """Return the exit code after running the command for one pending task after another.
+
+    0: no more tasks; 1: it could not go on; 128 + the signal that stopped it. Raises TemplateError, FilterError and
+    the like before any task is fetched."""
+    import signal
+    command = JobCommand(argv, shell, script_path, executable)
+    request = fetch_request(command.keys, extra_filter, command.cmd, worker_id, eta_max, heartbeat_timeout)
+    return Loop(lambda loop_, run: run_job(loop_, run, command), request, signals=[signal.SIGCHLD],
+                max_tasks=max_tasks, idle_timeout_s=idle_timeout_s, grace_s=grace_s, verbose=verbose).run()
+
+
+def run_job(loop_, run, command):
+    """Return the Outcome of the command in a process group of its own; its output goes where the loop's goes."""
+    script = None
+    try:
+        words, script = command.words(run.task.args, run.make_log_dir())
+        process = _start_job(words, run)
+        loop_.start_beats(run, process.pid)
+        code = watch(loop_, run, process)
+    except (OSError, ValueError) as error:
+        why = "can't start the command: %s" % error
+        return Outcome("pending", None, why, why) if command.is_missing(error) else \
+            Outcome("failed", {"labtasker_error": why})
+    finally:
+        if script:
+            os.unlink(script)
+    if code is not None:
+        return outcome_of_exit(code)
+    return Outcome(None) if run.lost else loop_.handed_back()
+
+
+def _start_job(words, run):
+    import subprocess
+    return subprocess.Popen(words, stdin=subprocess.DEVNULL, env=dict(os.environ, **run.environment()),
+                            start_new_session=True)
+
+
+def watch(loop_, run, process):
+    """Return the job's exit code once it ends; None where it was ended because the loop must leave or the run is lost."""
+    import signal
+    wake, kill_at = loop_.wake, None
+    while process.poll() is None:
+        if kill_at is None and (wake.stop or run.lost):
+            signal_group(process.pid, wake.stop or signal.SIGTERM)
+            kill_at = monotonic() + (LOST_GRACE_S if not wake.stop else loop_.grace_s)
+        if kill_at and (monotonic() >= kill_at or wake.times > 1):
+            signal_group(process.pid, signal.SIGKILL)
+        wake.pause(min(1 if wake.in_main else 0.05, max(0.02, (kill_at or math.inf) - monotonic())))
+    if kill_at is None:
+        return process.returncode
+    end_group(process.pid, min(kill_at, monotonic() + 1), wake.pause)
+    return None
+
+
+# 10. Command line #############################################################
+#
+# Commands as one table, from which parsers, help and dispatch derive; what they print; main().
+# Knows nothing of the journal and of HTTP: a command calls the functions that scripts call too.
+# Results go to stdout, everything else to stderr. A command function takes the parsed options and
+# returns its exit code (None: 0). Uses 1, 2, 3, 6, 7, 8, 9. Tests: test_cli.py.
+
+EVERY = 10 ** 9  # the limit of a listing that leaves nothing out
+CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+STATUS_COLOURS = {"pending": "36", "running": "34", "success": "32", "failed": "31", "cancelled": "33",
+                  "active": "32", "suspended": "33", "crashed": "31"}
+
+
+def is_terminal(stream):
+    """Return whether a person is at the other end of `stream`."""
+    return stream is not None and stream.isatty()
+
+
+def clean(text, spare="\n\t"):
+    """Return `text` with control characters, but for those in `spare`, shown as escapes: none reaches a terminal."""
+    return CONTROL.sub(lambda m: m.group() if m.group() in spare else
+                       m.group().encode("unicode_escape").decode("ascii"), text)
+
+
+def emit(text, stream):
+    """Write a line to `stream`, with escapes for what its encoding lacks."""
+    try:
+        stream.write(text + "\n")
+    except UnicodeEncodeError:
+        stream.write(text.encode(stream.encoding, "backslashreplace").decode(stream.encoding) + "\n")
+
+
+def say(text):
+    """Write a result to stdout."""
+    emit(text, sys.stdout)
+
+
+def note(text):
+    """Write something that is not a result to stderr."""
+    sys.stdout.flush()
+    emit(clean(str(text)), sys.stderr)
+    sys.stderr.flush()
+
+
+def some(count, noun="task"):
+    """Return "1 task", "3 tasks"."""
+    return "%d %s%s" % (count, noun, "" if count == 1 else "s")
+
+
+def hint(word, choices):
+    """Return a few words that offer the choice that looks most like `word`, or nothing."""
+    best = nearest(word, choices)
+    return "; did you mean %s?" % best if best else ""
+
+
+def screen_size():
+    """Return (columns, lines) of the terminal; COLUMNS wins, as everywhere."""
+    try:
+        size = os.get_terminal_size(sys.stdout.fileno())
+    except (OSError, ValueError, AttributeError):
+        size = (80, 24)
+    columns = os.environ.get("COLUMNS", "")
+    return (int(columns) if columns.isdigit() and int(columns) else size[0] or 80), size[1] or 24
+
+
+def wants_colour(options):
+    """Return whether to colour: --ansi and --no-ansi decide, else a terminal does, and NO_COLOR forbids."""
+    if options.ansi is not None:
+        return options.ansi
+    return is_terminal(sys.stdout) and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+
+
+def show(text, no_pager=False):
+    """Write a long result to stdout: through the pager where a person would have to scroll back."""
+    if no_pager or not is_terminal(sys.stdout) or text.count("\n") + 2 < screen_size()[1]:
+        say(text)
+    elif not page(text):
+        say(text)
+
+
+def page(text):
+    """Return whether $PAGER (else `less -R`) showed `text`."""
+    import shlex
+    import signal
+    import subprocess
+    command = shlex.split(os.environ.get("PAGER", "less -R"))
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the pager's
+    try:
+        pager = subprocess.Popen(command, stdin=subprocess.PIPE, env=dict({"LESS": "FRX"}, **os.environ))
+        pager.communicate((text + "\n").encode("utf-8", "backslashreplace"))
+        return True
+    except (OSError, IndexError):  # no such pager, or PAGER is empty
+        return False
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+# ---- Listings: table, yaml, jsonl, csv
+
+
+def flat(mapping, prefix=""):
+    """Yield (dotted key, value) for each leaf of nested dicts."""
+    for key, value in mapping.items():
+        if isinstance(value, dict) and value:
+            yield from flat(value, prefix + key + ".")
+        else:
+            yield prefix + key, value
+
+
+def brief(value):
+    """Return a value as short text for a table: as one would type it after `--key=`, floats rounded."""
+    if isinstance(value, float):
+        return "%.6g" % value
+    if isinstance(value, str):
+        return value if value and not re.search(r"\s", value) else json.dumps(value, ensure_ascii=False)
+    return repr(value)
+
+
+def pairs(mapping):
+    """Return nested dicts as `a=1 b.c=2`; a traceback is left to `task get`."""
+    return " ".join("%s=%s" % (key, brief(value)) for key, value in flat(mapping)
+                    if key != "labtasker_exception.traceback")
+
+
+def age(moment):
+    """Return how long ago an aware datetime was, in its two leading digits or so: 45s, 12m, 3h, 5d."""
+    seconds = max(0, int(now() - moment.timestamp()))
+    for size, unit in ((86400, "d"), (3600, "h"), (60, "m")):
+        if seconds >= 2 * size:
+            return "%d%s" % (seconds // size, unit)
+    return "%ds" % seconds
+
+
+def cells_wide(text):
+    """Return how many terminal cells `text` takes: East Asian wide characters take two."""
+    if len(text.encode("utf-8", "replace")) == len(text):
+        return len(text)
+    import unicodedata
+    return sum(0 if unicodedata.combining(c) else 2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text)
+
+
+def fitted(text, width):
+    """Return `text` cut and padded to exactly `width` cells."""
+    if cells_wide(text) > width:
+        while cells_wide(text) > width - 2:
+            text = text[:-1]
+        text += ".."
+    return text + " " * (width - cells_wide(text))
+
+
+def column_widths(rows, room):
+    """Return the width of each column: as wide as its cells, the widest made narrower until all fit in `room`."""
+    widths = [max(cells_wide(row[i]) for row in rows) for i in range(len(rows[0]))]
+    if room:
+        widths = [min(width, room) for width in widths]
+        while sum(widths) + 2 * len(widths) - 2 > room and max(widths) > 8:
+            widths[widths.index(max(widths))] -= 1
+    return widths
+
+
+def table(rows, room=None, colour=False):
+    """Return rows of texts, the first the header, as aligned lines; columns with nothing in them are left out."""
+    kept = [i for i in range(len(rows[0])) if any(row[i] for row in rows[1:])]
+    rows = [[clean(row[i], "") for i in kept] for row in rows]
+    widths = column_widths(rows, room)
+    return "\n".join(_table_line(row, widths, colour) for row in rows)
+
+
+def _table_line(row, widths, colour):
+    cells = [fitted(cell, width) for cell, width in zip(row, widths)]
+    cells[-1] = cells[-1].rstrip()
+    if colour:
+        cells = ["\x1b[%sm%s\x1b[0m" % (STATUS_COLOURS[cell], padded) if cell in STATUS_COLOURS else padded
+                 for cell, padded in zip(row, cells)]
+    return "  ".join(cells)
+
+
+TASK_COLUMNS = {
+    "status": lambda task: task.status,
+    "name": lambda task: task.task_name or "",
+    "age": lambda task: age(task.created_at),
+    "retries": lambda task: "%d/%d" % (task.retries, task.max_retries) if task.retries else "",
+    "args": lambda task: pairs(task.args) or brief(task.cmd or ""),
+    "summary": lambda task: pairs(task.summary),
+}
+TASK_COLUMNS_MORE = {
+    "priority": lambda task: str(task.priority),
+    "worker": lambda task: task.worker_id or "",
+    "metadata": lambda task: pairs(task.metadata),
+}
+WORKER_COLUMNS = {
+    "status": lambda worker: worker.status,
+    "name": lambda worker: worker.worker_name or "",
+    "age": lambda worker: age(worker.created_at),
+    "retries": lambda worker: "%d/%d" % (worker.retries, worker.max_retries),
+    "metadata": lambda worker: pairs(worker.metadata),
+}
+
+
+def item_table(items, columns, options):
+    """Return tasks or workers as a table that fits the terminal; --verbose cuts nothing."""
+    ids = [item.task_id if columns is TASK_COLUMNS else item.worker_id for item in items]
+    size = 8
+    while len({text[:size] for text in ids}) < len(ids):
+        size += 1
+    if options.verbose:
+        size = None
+        columns = dict(columns, **(TASK_COLUMNS_MORE if columns is TASK_COLUMNS else {}))
+    rows = [["id"] + list(columns)]
+    rows += [[text[:size]] + [cell(item) for cell in columns.values()] for text, item in zip(ids, items)]
+    room = screen_size()[0] if is_terminal(sys.stdout) and not options.verbose else None
+    return table(rows, room, wants_colour(options))
+
+
+YAML_PLAIN = re.compile(r"(?!(?:true|false|yes|no|on|off|null|y|n)\Z)[a-z_/][\w./@+-]*(?: [\w./@+-]+)*\Z", re.I | re.A)
+
+
+def yaml_scalar(value, indent=""):
+    """Return a JSON value that is no filled dict or list as YAML 1.1 and 1.2 both read it."""
+    if isinstance(value, str):
+        return value if YAML_PLAIN.match(value) else _yaml_block(value, indent) or json_text(value)
+    if isinstance(value, float) and (value != value or value in (math.inf, -math.inf)):
+        return {"nan": ".nan", "inf": ".inf", "-inf": "-.inf"}[repr(value)]
+    if isinstance(value, float):
+        return re.sub(r"\A(-?\d+)e", r"\1.0e", repr(value))
+    return json.dumps(value)
+
+
+def _yaml_block(text, indent):
+    """Return text of several lines as a block that reads as it was written, or None where YAML would change it."""
+    if "\n" not in text[:-1] or text[0] in " \n\t" or text.endswith("\n\n") or CONTROL.search(text.replace("\n", "")):
+        return None
+    lines = text.rstrip("\n").split("\n")
+    return "\n".join([("|" if text.endswith("\n") else "|-")] + [line and indent + "  " + line for line in lines])
+
+
+def json_text(value):
+    """Return JSON in which every character that a terminal might act on is escaped."""
+    return CONTROL.sub(lambda m: "\\u%04x" % ord(m.group()), json.dumps(value, ensure_ascii=False))
+
+
+def yaml_lines(value, indent=""):
+    """Yield a dict as the lines of a YAML block."""
+    for key, item in value.items():
+        name = indent + yaml_scalar(key)
+        if isinstance(item, dict) and item:
+            yield name + ":"
+            yield from yaml_lines(item, indent + "  ")
+        elif isinstance(item, list) and item:
+            yield name + ":"
+            yield from yaml_items(item, indent)
+        else:
+            yield "%s: %s" % (name, yaml_scalar(item, indent))
+
+
+def yaml_items(items, indent=""):
+    """Yield a list as the lines of a YAML block, each item's dash at `indent`."""
+    for item in items:
+        if isinstance(item, (dict, list)) and item:
+            lines = (yaml_lines if isinstance(item, dict) else yaml_items)(item, indent + "  ")
+            yield indent + "- " + next(lines).lstrip(" ")
+            yield from lines
+        else:
+            yield "%s- %s" % (indent, yaml_scalar(item, indent))
+
+
+def as_yaml(rows):
+    return "\n".join(yaml_items(rows)) if rows else "[]"
+
+
+def as_jsonl(rows):
+    return "\n".join(json.dumps(row) for row in rows)
+
+
+def as_csv(rows):
+    """Return dicts as CSV: a column for each field, `args.lr` and the like for what is nested."""
+    import csv
+    import io
+    flat_rows = [dict(flat(row)) for row in rows]
+    order = {name: i for i, name in enumerate(rows[0] if rows else ())}
+    columns = sorted({key for row in flat_rows for key, value in row.items() if value != {}},
+                     key=lambda key: (order.get(key.split(".")[0], len(order)), key))
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(columns)
+    for row in flat_rows:
+        writer.writerow(["" if row.get(key) is None or row.get(key) == {} else row[key] for key in columns])
+    text = out.getvalue().rstrip("\n")
+    return clean(text) if is_terminal(sys.stdout) else text
+
+
+WRITERS = {"yaml": as_yaml, "jsonl": as_jsonl, "csv": as_csv}
+
+
+def listing(items, columns, options):
+    """Return tasks or workers as text in the format that was asked for."""
+    if options.fmt != "table":
+        return WRITERS[options.fmt]([item.to_dict() for item in items])
+    return item_table(items, columns, options)
+
+
+def show_listing(items, columns, options):
+    """Print tasks or workers, ids alone with --quiet; nothing at all on stdout where there are none."""
+    if options.quiet:
+        text = "\n".join(item.task_id if columns is TASK_COLUMNS else item.worker_id for item in items)
+    else:
+        text = listing(items, columns, options) if items or options.fmt == "yaml" else ""
+    if text:
+        show(text, options.no_pager)
+    elif not options.quiet:
+        note("Nothing matches.")
+
+
+# ---- Values that a person typed
+
+
+def literal(text):
+    """Return what `text` is as a Python literal that JSON can hold, or the text itself."""
+    import ast
+    import warnings
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return _json_value(ast.literal_eval(text.lstrip(" \t")))
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+        return text
+
+
+def _json_value(value):
+    if isinstance(value, dict):
+        return {str(key): _json_value(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_json_value(item) for item in value]
+    if value is None or isinstance(value, (str, int, float)):
+        return value
+    raise ValueError("JSON has no %s" % type(value).__name__)
+
+
+def dict_of(text, what):
+    """Return the dict that `text` is as JSON or as a Python literal; raises UsageError that names `what`."""
+    try:
+        value = json.loads(text, object_pairs_hook=_no_duplicates)
+    except InvalidFields as error:
+        raise UsageError("%s: %s" % (what, error)) from None
+    except (ValueError, RecursionError) as error:
+        value = literal(text)
+        if value == text:
+            raise UsageError("%s takes JSON or a Python literal, such as '{\"key\": 1}': %s" % (what, error)) from None
+    if not isinstance(value, dict):
+        raise UsageError("%s takes a dict, such as '{\"key\": 1}', not %s" % (what, brief(value)))
+    return value
+
+
+def read_text(path):
+    """Return the text of a file, or of stdin for `-`; raises UsageError where it is not UTF-8."""
+    try:
+        if path == "-":
+            return sys.stdin.buffer.read().decode("utf-8-sig") if sys.stdin else ""
+        with open(path, encoding="utf-8-sig") as file:
+            return file.read()
+    except UnicodeDecodeError as error:
+        raise UsageError("%s is not UTF-8 text: %s" % ("stdin" if path == "-" else path, error)) from None
+
+
+def confirm(question, option, given):
+    """Return whether to go on: `given`, or a person's yes; raises UsageError where nobody can be asked."""
+    return given or ask(question + " [y/N]", option, "n").lower() in ("y", "yes")
+
+
+def ask(question, option, default="", secret=False):
+    """Return a person's answer; raises UsageError that names the `option` where stdin is no terminal."""
+    if not is_terminal(sys.stdin):
+        raise UsageError("%s Nobody can be asked here: answer with %s" % (question.split(" [")[0], option))
+    if secret:
+        import getpass
+        return getpass.getpass(question + " ")
+    sys.stderr.write(clean(question) + " ")
+    sys.stderr.flush()
+    line = sys.stdin.readline()
+    if not line.endswith("\n"):
+        sys.stderr.write("\n")
+    return line.strip() or default
+
+
+# ---- Task arguments: `-- --lr=0.1 --model resnet`, --args, --grid, --from
+
+ARGUMENT = re.compile(r"--?([^=\s-][^=]*)(?:=(.*))?\Z", re.S)
+RANGE = re.compile(r"(-?[\d.]+(?:e-?\d+)?):(-?[\d.]+(?:e-?\d+)?):(-?[\d.]+(?:e-?\d+)?)\Z", re.I)
+
+
+def typed_arguments(words):
+    """Return {key: text, or True for a flag} of `--k=v`, `--k v`, `-k v`, `--flag`; raises UsageError."""
+    found, words = {}, collections.deque(words)
+    while words:
+        word = words.popleft()
+        match = ARGUMENT.match(word)
+        if not match:
+            raise UsageError("task arguments look like --name=value, not %r" % word)
+        key, text = match.group(1).replace("-", "_"), match.group(2)
+        if text is None:
+            text = words.popleft() if words and not re.match(r"-[^\d.]", words[0]) else True
+        if key in found:
+            raise UsageError("the task argument --%s is there twice" % key)
+        found[key] = text
+    return found
+
+
+def joined(first, second, where="args"):
+    """Return two dicts of arguments as one, dotted keys nested; raises UsageError for a bad key or a collision."""
+    twice = sorted(set(first) & set(second))
+    if twice:
+        raise UsageError("the task argument %s is given twice" % ", ".join(twice))
+    try:
+        return nest(dict(first, **second), where)
+    except InvalidFields as error:
+        raise UsageError(error) from None
+
+
+def grid(arguments):
+    """Return a list of dicts: the product of the values that each argument lists."""
+    import itertools
+    values = [grid_values(key, text) for key, text in arguments.items()]
+    return [dict(zip(arguments, row)) for row in itertools.product(*values)]
+
+
+def grid_values(key, text):
+    """Return the values in `0.1,0.2`, `1:5:1` (5 included) or a mixture; raises UsageError for an empty range."""
+    values = []
+    for part in [text] if text is True else split_commas(text):
+        bounds = RANGE.match(part) if isinstance(part, str) else None
+        values += range_values(key, bounds) if bounds else [literal(part) if isinstance(part, str) else part]
+    return values
+
+
+def range_values(key, match):
+    """Return start, start + step ... up to stop, which is included; in decimals, so that 0.1:0.3:0.1 has 0.3."""
+    import decimal
+    try:
+        start, stop, step = (decimal.Decimal(text) for text in match.groups())
+        count = int((stop - start) / step) + 1
+    except decimal.DecimalException:
+        count = 0
+    if not 0 < count <= 1000000 or (stop - start) / step < 0:
+        raise UsageError("--%s=%s is no range: write start:stop:step, as in 1:5:1 or 0.1:0.5:0.1"
+                         % (key, match.group()))
+    number = float if re.search("[.e]", match.group(), re.I) else int
+    return [number(start + i * step) for i in range(count)]
+
+
+def split_commas(text):
+    """Return the parts between the commas that stand outside brackets and quotes."""
+    parts, depth, quote = [""], 0, ""
+    for letter in text:
+        if letter == "," and not depth and not quote:
+            parts.append("")
+            continue
+        if quote:
+            quote = "" if letter == quote else quote
+        elif letter in "'\"":
+            quote = letter
+        else:
+            depth += (letter in "([{") - (letter in ")]}")
+        parts[-1] += letter
+    return parts
+
+
+SUBMISSION_FIELDS = ("task_name", "args", "metadata", "cmd", "heartbeat_timeout", "task_timeout", "max_retries",
+                     "priority")
+
+
+def tasks_from(path):
+    """Return the submissions in a file of JSON lines or CSV; raises UsageError that names the line.
+
+    CSV: a column an argument, an empty cell is left out. A JSON line is the arguments, or, where it has a dict
+    `args`, a whole submission (`task ls --fmt jsonl` and `--dry-run` print such)."""
+    text = read_text(path)
+    return _from_json(path, text) if text.lstrip()[:1] == "{" else _from_csv(path, text)
+
+
+def _from_json(path, text):
+    found = []
+    for number, line in enumerate(text.split("\n"), 1):
+        if line.strip():
+            row = dict_of(line, "%s line %d" % (path, number))
+            whole = isinstance(row.get("args"), dict)
+            unknown = [key for key in row if whole and key not in TASK_FIELDS]
+            if unknown:
+                raise UsageError("%s line %d: a task has no field %s%s" % (
+                    path, number, unknown[0], hint(unknown[0], SUBMISSION_FIELDS)))
+            found.append({key: row[key] for key in SUBMISSION_FIELDS if key in row} if whole else {"args": row})
+    return found
+
+
+def _from_csv(path, text):
+    import csv
+    rows = csv.reader(text.splitlines(True))
+    header, found = next(rows, []), []
+    if len(set(header)) < len(header):
+        raise UsageError("%s: a column is there twice: %s" % (path, ", ".join(header)))
+    for row in rows:
+        if len(row) > len(header):
+            raise UsageError("%s line %d has %d cells, the header %d" % (path, rows.line_num, len(row), len(header)))
+        if any(row):
+            found.append({"args": {key: literal(cell) for key, cell in zip(header, row) if cell}})
+    return found
+
+
+def submissions(options):
+    """Return what `task submit` was asked to submit, as a list of dicts; raises UsageError where that is nothing."""
+    given = typed_arguments(options.rest or [])
+    fixed = dict_of(options.args, "--args") if options.args else {}
+    fields = {name: getattr(options, name) for name in SUBMISSION_FIELDS
+              if name not in ("args", "metadata") and getattr(options, name) is not None}
+    if options.metadata:
+        fields["metadata"] = joined(dict_of(options.metadata, "--metadata"), {}, "metadata")
+    if options.grid:
+        rows = [{"args": row} for row in grid(given)]
+    else:
+        fixed = joined({key: literal(text) if text is not True else True for key, text in given.items()}, fixed)
+        rows = tasks_from(options.from_file) if options.from_file else [{"args": {}}]
+    tasks = [dict(row, **dict(fields, args=joined(row["args"], fixed))) for row in rows]
+    if not tasks:
+        raise UsageError("%s holds no task" % options.from_file)
+    if not all(task["args"] or task.get("cmd") for task in tasks):
+        raise UsageError("a task needs arguments or a command: task submit -- --lr=0.1 --model=resnet")
+    return tasks
+
+
+def do_task_submit(options):
+    if options.grid and options.from_file:
+        raise UsageError("--grid and --from exclude each other")
+    tasks = submissions(options)
+    if options.dry_run:
+        say(as_jsonl(tasks))
+        note("Would submit %s." % some(len(tasks)))
+        return
+    ids = submit_tasks(tasks)
+    if options.quiet:
+        say("\n".join(ids))
+    else:
+        say("Submitted task %s" % ids[0] if len(ids) == 1 else "Submitted %s" % some(len(ids)))
+
+
+# ---- Which tasks: ids, selectors, ids on stdin
+
+
+def query_of(text, fields):
+    """Return the query document that filter text, or a document as JSON or Python literal, stands for."""
+    if text.lstrip().startswith("{"):
+        return dict_of(text, "--extra-filter")
+    return tree_to_query(parse_filter(text, fields, now()))
+
+
+def selectors(options):
+    """Return what --id, --name, --status and --extra-filter ask `ls_tasks` for: only what was given."""
+    query = {"task_id": full_id(options.task_id) if options.task_id else None, "task_name": options.task_name,
+             "status": options.status,
+             "extra_filter": query_of(options.extra_filter, TASK_FIELDS) if options.extra_filter else None}
+    return {key: value for key, value in query.items() if value is not None}
+
+
+def full_id(word):
+    """Return the id of the one task whose id starts with `word`; raises NotFound or UsageError."""
+    if len(word) == 36:
+        return word
+    found = []
+    if re.match("[0-9a-f][0-9a-f-]*\\Z", word):
+        found = ls_tasks(extra_filter={"_id": {"$regex": "^" + word}}, limit=2).content
+    if len(found) > 1:
+        raise UsageError("more than one task's id starts with %s: give more of it" % word)
+    if not found:
+        raise NotFound("there is no task %s (labtasker task ls shows what there is)" % word)
+    return found[0].task_id
+
+
+def read_ids():
+    """Return the ids on stdin; raises UsageError where a person sits there, or where they are none."""
+    if sys.stdin is None or is_terminal(sys.stdin):
+        raise UsageError("which tasks? Give ids (also on stdin), or select them with --id, --name, -s or -f")
+    words = list(dict.fromkeys(read_text("-").split()))
+    for word in words:
+        if not re.match("[0-9a-f-]{1,36}\\Z", word):
+            raise UsageError("stdin has %s, which is no task's id (task ls -q prints ids alone)" % brief(word))
+    return words
+
+
+def tasks_named(words):
+    """Return the tasks with these ids in that order; raises NotFound that names those that are not there."""
+    ids = [full_id(word) for word in words]
+    tasks = {t.task_id: t for t in ls_tasks(extra_filter={"_id": {"$in": ids}}, limit=EVERY).content} if ids else {}
+    missing = [task_id for task_id in ids if task_id not in tasks]
+    if missing:
+        raise NotFound("there is no task %s; nothing was done" % ", ".join(missing[:5]) +
+                       (" and %d more" % (len(missing) - 5) if missing[5:] else ""))
+    return [tasks[task_id] for task_id in dict.fromkeys(ids)]
+
+
+def chosen_tasks(options, ids=(), limit=EVERY):
+    """Return the tasks that ids, selectors or ids on stdin mean. Only where none is given is stdin read."""
+    query = selectors(options)
+    if ids and query:
+        raise UsageError("give ids or selectors, not both")
+    if query and set(query) != {"task_id"}:
+        return ls_tasks(limit=limit, **query).content
+    return tasks_named(list(query.values()) or list(ids) or read_ids())
+
+
+def sort_order(words, fields):
+    """Return [[field, 1 or -1], ...] of `FIELD:asc|desc` words; raises UsageError for an unknown field."""
+    order = []
+    for word in words:
+        field, _, direction = word.partition(":")
+        check_field(field, fields, "--sort")
+        if direction not in ("", "asc", "desc"):
+            raise UsageError("--sort %s: a direction is asc or desc, not %r" % (word, direction))
+        order.append([field, -1 if direction == "desc" else 1])
+    return order or None
+
+
+def check_field(field, fields, option):
+    """Raise UsageError unless the first part of a dotted `field` is one that answers carry."""
+    known = [name for name, row in fields.items() if row.extension is not None]
+    if field.split(".")[0] not in known:
+        raise UsageError("%s: there is no field %s%s. Fields: %s" % (
+            option, brief(field), hint(field, known), ", ".join(known)))
+
+
+def do_task_ls(options):
+    query = selectors(options)
+    if options.piped_in:
+        ids = {"_id": {"$in": [full_id(word) for word in read_ids()]}}
+        query["extra_filter"] = {"$and": [query["extra_filter"], ids]} if "extra_filter" in query else ids
+    tasks = ls_tasks(limit=options.limit + 1, offset=options.offset, sort=sort_order(options.sort, TASK_FIELDS),
+                     **query).content
+    show_listing(tasks[:options.limit], TASK_COLUMNS, options)
+    if len(tasks) > options.limit:
+        note("More tasks match than the %d shown: --limit N shows more, --offset N goes on." % options.limit)
+
+
+def do_task_get(options):
+    task, = tasks_named([options.task_id])
+    show(WRITERS[options.fmt]([task.to_dict()]) if options.fmt != "yaml" else
+         "\n".join(yaml_lines(task.to_dict())), options.no_pager)
+
+
+def do_task_count(options):
+    if options.by:
+        check_field(options.by, TASK_FIELDS, "--by")
+    counts = collections.Counter()
+    if not options.by and not options.status:
+        counts.update(dict.fromkeys(TASK_STATES, 0))
+    path = (options.by or "status").split(".")
+    for task in ls_tasks(limit=EVERY, **selectors(options)).content:
+        counts[brief(dig(task.to_dict(), path))] += 1
+    if options.quiet:
+        say(str(sum(counts.values())))
+    else:
+        say(table([[options.by or "status", "tasks"]] + [[name, str(n)] for name, n in counts.items()] +
+                  [["total", str(sum(counts.values()))]], colour=wants_colour(options)))
+
+
+# ---- Changing tasks
+
+
+_NOT_UPDATABLE = ("_id", "task_id", "replace_fields")
+UPDATABLE = [name for name in ROUTES["PUT /api/v1/queues/me/tasks"].fields if name not in _NOT_UPDATABLE]
+
+
+def updates_of(words):
+    """Return {dotted field: value} of `field=value` words; raises UsageError that lists the fields."""
+    found = {}
+    for word in words:
+        field, equals, text = word.partition("=")
+        top = field.split(".")[0]
+        if not equals or top not in UPDATABLE or ("." in field and TASK_FIELDS[top].kind != "dict"):
+            raise UsageError("can't update %s%s. Write field=value; fields: %s (args.lr and the like too)" % (
+                brief(field), hint(field, UPDATABLE), ", ".join(UPDATABLE)))
+        if field in found:
+            raise UsageError("the field %s is updated twice" % field)
+        found[field] = update_value(TASK_FIELDS[top].kind, text)
+    joined(found, {}, "updates")
+    return found
+
+
+def update_value(kind, text):
+    """Return a typed value: names stay text, else JSON, else a Python literal, else text."""
+    if kind in ("name", "status") and text not in ("null", "None"):
+        return text
+    try:
+        return json.loads(text, object_pairs_hook=_no_duplicates)
+    except InvalidFields as error:
+        raise UsageError(error) from None
+    except (ValueError, RecursionError):
+        return literal(text)
+
+
+def change_of(task, updates):
+    """Return the TaskUpdateRequest that makes each field of `task` what was typed and leaves its neighbours.
+
+    The wire merges dicts, so a field is replaced as a whole only where a dict was typed for something in it."""
+    change = {"_id": task.task_id}
+    for field, value in updates.items():
+        top, *path = field.split(".")
+        if any(isinstance(v, dict) for f, v in updates.items() if f.split(".")[0] == top):
+            change.setdefault(top, json.loads(json.dumps(getattr(task, top))))
+            change["replace_fields"] = sorted({top}.union(change.get("replace_fields", ())))
+        place(change, [top] + path, value)
+    try:
+        return TaskUpdateRequest(**change)
+    except (LabtaskerError, ValueError, TypeError) as error:
+        raise UsageError(error) from None
+
+
+def place(tree, path, value):
+    """Set what stands at `path` in nested dicts."""
+    for key in path[:-1]:
+        if not isinstance(tree.get(key), dict):
+            tree[key] = {}
+        tree = tree[key]
+    tree[path[-1]] = value
+
+
+def do_task_update(options):
+    updates = updates_of((options.update or []) + (options.rest or []))
+    if not updates and not options.reset_pending:
+        raise UsageError("what to change? Give -u field=value or --reset-pending (to edit tasks in $EDITOR is not "
+                         "possible yet)")
+    tasks = chosen_tasks(options, limit=options.limit)
+    if not tasks:
+        return note("Nothing matches: nothing was updated.")
+    named = options.task_id or not selectors_given(options)
+    if not (named and not is_terminal(sys.stdin)) and not confirm("Update %s?" % some(len(tasks)), "--quiet",
+                                                                  options.quiet):
+        note("Nothing was updated.")
+        return 1
+    update_tasks([change_of(task, updates) for task in tasks], reset_pending=options.reset_pending)
+    if not options.quiet:
+        say("Updated %s" % some(len(tasks)))
+
+
+def selectors_given(options):
+    return bool(options.task_id or options.task_name or options.status or options.extra_filter)
+
+
+def do_task_retry(options):
+    if not options.ids and not options.task_id and not options.status:
+        options.status = "failed"
+    tasks = chosen_tasks(options, options.ids)
+    if options.dry_run:
+        options.fmt, options.verbose, options.ansi = "table", False, None
+        say(item_table(tasks, TASK_COLUMNS, options)) if tasks else None
+        return note("Would retry %s." % some(len(tasks)))
+    if tasks:
+        update_tasks([TaskUpdateRequest(_id=task.task_id) for task in tasks], reset_pending=True)
+    if not options.quiet:
+        say("%s pending again" % some(len(tasks)))
+
+
+def do_task_delete(options):
+    tasks = chosen_tasks(options, options.ids)
+    if not tasks:
+        return note("Nothing matches: nothing was deleted.")
+    if not confirm("Delete %s for good?" % some(len(tasks)), "--yes", options.yes):
+        note("Nothing was deleted.")
+        return 1
+    for task in tasks:
+        try:
+            delete_task(task.task_id)
+        except LabtaskerHTTPStatusError as error:
+            if error.status_code != 404:  # someone else deleted it meanwhile: that is what was wanted
+                raise
+    say("Deleted %s" % some(len(tasks)))
+
+
+def do_task_wait(options):
+    """Poll, at most a tenth of the time, until nothing is pending or running; 1 where something failed."""
+    query, last = selectors(options), None
+    while True:
+        began = monotonic()
+        counts = collections.Counter(task.status for task in ls_tasks(limit=EVERY, **query).content)
+        if counts != last and not options.quiet:
+            note(", ".join("%d %s" % (counts[state], state) for state in TASK_STATES if counts[state])
+                 or "Nothing matches.")
+        last = counts
+        if not counts["pending"] and not counts["running"]:
+            return 1 if counts["failed"] else 0
+        time.sleep(min(30, max(0.5, 10 * (monotonic() - began))))
+
+
+# ---- Queues and workers
+
+
+def secret_of(option, question, given):
+    """Return a password: the option's, LABTASKER_PASSWORD's, or one typed unseen."""
+    return given or os.environ.get("LABTASKER_PASSWORD") or ask(question, option, secret=True)
+
+
+def metadata_of(options):
+    return joined(dict_of(options.metadata, "--metadata"), {}, "metadata") if options.metadata else None
+
+
+def do_queue_create(options):
+    name = options.queue_name or ask("Queue name:", "--queue-name")
+    answer = create_queue(name, secret_of("--password", "Password:", options.password), metadata_of(options))
+    say(answer.queue_id if options.quiet else "Created queue %s (%s)" % (name, answer.queue_id))
+
+
+def do_queue_create_from_config(options):
+    say(create_configured_queue(load_config(), metadata_of(options)))
+
+
+def create_configured_queue(config, metadata=None):
+    """Return what was done: the queue of the configuration is there after this, and its password fits.
+
+    A store without a server asks no password; it gets one that nobody knows, until `queue update` gives another."""
+    try:
+        answer = create_queue(config.queue_name, config.password or new_id(), metadata)
+        return "Created queue %s (%s)" % (config.queue_name, answer.queue_id)
+    except LabtaskerHTTPStatusError as error:
+        if error.status_code != 409:
+            raise
+    return "Queue %s is there already, and the password fits (%s)" % (config.queue_name, get_queue().queue_id)
+
+
+def do_queue_get(options):
+    queue = get_queue()
+    say(queue.queue_id if options.quiet else "\n".join(yaml_lines(queue.to_dict())))
+
+
+def do_queue_update(options):
+    if not (options.new_queue_name or options.new_password or options.metadata):
+        raise UsageError("what to change? Give --new-queue-name, --new-password or --metadata")
+    update_queue(options.new_queue_name, options.new_password, metadata_of(options))
+    if not options.quiet:
+        say("Updated the queue")
+    if options.new_queue_name or options.new_password:
+        note("The configuration still has the old name or password: labtasker config changes it.")
+
+
+def do_queue_delete(options):
+    name = get_queue().queue_name
+    what = ", its tasks and its workers" if options.cascade else ""
+    if not confirm("Delete the queue %s%s for good?" % (name, what), "--yes", options.yes):
+        note("Nothing was deleted.")
+        return 1
+    delete_queue(cascade_delete=options.cascade)
+    say("Deleted queue %s" % name)
+
+
+def do_worker_create(options):
+    worker_id = create_worker(options.worker_name, metadata_of(options), options.max_retries)
+    say(worker_id if options.quiet else "Created worker %s" % worker_id)
+
+
+def do_worker_ls(options):
+    workers = ls_workers(
+        worker_id=options.worker_id, worker_name=options.worker_name, status=options.status,
+        extra_filter=query_of(options.extra_filter, WORKER_FIELDS) if options.extra_filter else None,
+        limit=options.limit + 1, offset=options.offset).content
+    show_listing(workers[:options.limit], WORKER_COLUMNS, options)
+    if len(workers) > options.limit:
+        note("More workers match than the %d shown: --limit N shows more." % options.limit)
+
+
+def do_worker_report(options):
+    report_worker_status(options.worker_id, options.status)
+    say("Worker %s is %s" % (options.worker_id, options.status))
+
+
+def do_worker_delete(options):
+    if not confirm("Delete worker %s?" % options.worker_id, "--yes", options.yes):
+        note("Nothing was deleted.")
+        return 1
+    delete_worker(options.worker_id, cascade_update=options.cascade_update)
+    say("Deleted worker %s" % options.worker_id)
+
+
+# ---- Running
+
+
+def do_loop(options):
+    given = [name for name, value in (("-- COMMAND", options.rest), ("--cmd", options.cmd),
+                                      ("--script-path", options.script_path)) if value]
+    if len(given) > 1:
+        raise UsageError("%s exclude each other" % " and ".join(given))
+    if not given:
+        if sys.stdin is None or is_terminal(sys.stdin):
+            raise UsageError("what to run? labtasker loop -- python train.py --lr '%(lr)' (or --cmd, --script-path, "
+                             "or a script on stdin)")
+        options.cmd = read_text("-")
+        if not options.cmd.strip():
+            raise UsageError("what to run? There is no command, and no script on stdin")
+    return command_loop(
+        argv=options.rest, shell=options.cmd, script_path=options.script_path, executable=options.executable,
+        extra_filter=options.extra_filter and query_of(options.extra_filter, TASK_FIELDS),
+        worker_id=options.worker_id, eta_max=options.eta_max, heartbeat_timeout=options.heartbeat_timeout,
+        max_tasks=options.max_tasks, idle_timeout_s=options.idle_timeout, verbose=options.verbose)
+
+
+def do_beats(options):
+    beats_main()
+
+
+def do_serve(options):
+    path = options.db_path or os.path.join(find_root(), "journal.jsonl")
+    return serve(path, options.host, options.port, options.fsync, options.certfile, options.keyfile,
+                 options.log_level, options.daemon)
+
+
+def do_health(options):
+    began = monotonic()
+    answer = health_check()
+    spent_ms = 1000 * (monotonic() - began)
+    healthy = answer.status == "healthy"
+    say("%s: %s, %.1f ms%s" % (answer.status, client().where, spent_ms, "" if healthy else ", " + answer.database))
+    return 0 if healthy else 1
+
+
+# ---- Setting up
+
+
+def do_init(options):
+    root = os.environ.get("LABTASKER_ROOT") or os.path.join(os.getcwd(), ".labtasker")
+    path = os.path.join(root, "config.toml")
+    if os.path.exists(path) and not confirm("%s is there already. Overwrite it?" % path, "--yes", options.yes):
+        note("Nothing was changed.")
+        return 1
+    url, queue_name, password = asked_settings(options)
+    problem = try_settings(root, url, queue_name, password)
+    if problem:
+        note(problem)
+        if not confirm("Keep this configuration all the same?", "--yes", options.yes):
+            note("Nothing was written.")
+            return 1
+    say("Wrote %s" % write_config(root, url, queue_name, password))
+    say("Next: labtasker task submit -- --lr=0.1" if not problem else
+        "Next: start the server (labtasker serve), then: labtasker queue create-from-config")
+
+
+def asked_settings(options):
+    """Return (url, queue name, password) from the options and, for what they lack, from a person."""
+    def setting(given, question, option, default):
+        if given is None and not options.yes:
+            given = ask("%s [%s]" % (question, default or "none"), option)
+        return given or default
+    url = base_url(setting(options.url, "Server's URL, or nothing for a store in this folder", "--url", ""))
+    name = setting(options.queue_name, "Queue name", "--queue-name", "default")
+    if not NAME.match(name):
+        raise UsageError("a queue's name is 1 to 100 letters, digits, _ and -, not %s" % brief(name))
+    if not re.match("https?:", url):
+        return url, name, options.password
+    return url, name, secret_of("--password", "Password of the queue:", options.password)
+
+
+def base_url(text):
+    """Return what a person typed as URL or folder, `http://` added to a bare host:port; raises UsageError."""
+    text = text.strip()
+    if re.match(r"[\w.-]+:\d+\Z", text):
+        text = "http://" + text
+    scheme = re.match(r"(\w+)://", text)
+    if scheme and scheme.group(1).lower() not in ("http", "https", "file"):
+        raise UsageError("%s: a URL starts with http:// or https://" % brief(text))
+    return text.rstrip("/") if scheme else text
+
+
+def do_config(options):
+    import shutil
+    import tempfile
+    path = os.path.join(find_root(), "config.toml")
+    if not os.path.exists(path):
+        raise LabtaskerValueError("there is no %s: labtasker init writes it" % path)
+    folder = tempfile.mkdtemp(prefix="config-", dir=os.path.dirname(path))
+    try:
+        draft = os.path.join(folder, "config.toml")
+        shutil.copy2(path, draft)
+        if not edited(draft):
+            note("Nothing was changed.")
+            return 1
+        os.replace(draft, path)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    say("Wrote %s" % path)
+
+
+def edited(path):
+    """Return whether a person edited the configuration at `path` into one that can be read; they may try again."""
+    before = read_text(path)
+    while True:
+        run_editor(path)
+        if read_text(path) == before:
+            return False
+        try:
+            os.environ["LABTASKER_ROOT"] = os.path.dirname(path)
+            load_config()
+            return True
+        except LabtaskerError as error:
+            note(error)
+            if not confirm("Edit it again?", "an $EDITOR that writes what can be read", False):
+                return False
+
+
+def run_editor(path):
+    """Return when $VISUAL, $EDITOR or vi was closed; raises LabtaskerRuntimeError where it failed."""
+    import shlex
+    import subprocess
+    command = shlex.split(os.environ.get("VISUAL") or os.environ.get("EDITOR") or "vi") + [path]
+    try:
+        code = subprocess.call(command)
+    except OSError as error:
+        raise LabtaskerRuntimeError("can't start the editor %s: %s; set $EDITOR" % (command[0], error.strerror))
+    if code:
+        raise LabtaskerRuntimeError("the editor %s ended with %d: nothing was changed" % (command[0], code))
+
+
+def try_settings(root, url, queue_name, password):
+    """Return None after the queue was found or created, or why nobody answers; raises what else is wrong."""
+    config = Config(root, url, queue_name, password, 10, None)
+    use_client(Client(_transport(config)))
+    try:
+        say(create_configured_queue(config))
+    except LabtaskerConnectError as error:
+        return str(error)
+    finally:
+        use_client(None)
+
+
+# ---- Demo
+
+DEMO_SCRIPT = '''\
+"""Teaches one neuron to tell two clouds of points apart, and reports how well it does."""
+import math, random, sys
+import labtasker
+
+lr, steps = float(sys.argv[1]), int(sys.argv[2])
+if lr == 1.0 and labtasker.task_info().retries == 0:
+    sys.exit("out of memory (not really: the demo wants to show a retry)")
+
+dice = random.Random(1)
+points = [(dice.gauss(x, 1.6), dice.gauss(x / 2, 1.0), x > 3) for x in (2, 4) for _ in range(150)]
+a = b = c = 0.0
+for step in range(steps):
+    x, y, is_far = dice.choice(points)
+    error = is_far - 1 / (1 + math.exp(-(a * x + b * y + c)))
+    a, b, c = a + lr * error * x, b + lr * error * y, c + lr * error
+acc = sum((a * x + b * y + c > 0) == is_far for x, y, is_far in points) / len(points)
+labtasker.report_task_status(labtasker.task_info().task_id, "running", summary={"acc": acc})
+print("lr=%g steps=%d: accuracy %.3f" % (lr, steps, acc))
+'''
+DEMO_GRID = ["--grid", "--name", "demo", "--", "--lr=0.003,0.03,0.3,1.0", "--steps=30,3000"]
+
+
+def do_demo(options):
+    import shutil
+    import tempfile
+    folder = tempfile.mkdtemp(prefix="labtasker-demo-")
+    try:
+        return run_demo(folder)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def run_demo(folder):
+    """Return 0 where all of a sweep in `folder` went as it should: two workers, one failure, one ranking."""
+    import shutil
+    began = monotonic()
+    shutil.copy(os.path.abspath(__file__), os.path.join(folder, "labtasker.py"))
+    with open(os.path.join(folder, "train.py"), "w") as file:
+        file.write(DEMO_SCRIPT)
+    say("A sweep in %s, which is removed at the end. The script:\n\n%s" % (
+        folder, re.sub("(?m)^", "    ", DEMO_SCRIPT.rstrip())))
+    env = {key: value for key, value in os.environ.items() if not key.startswith("LABTASKER_")}
+    env["LABTASKER_ROOT"] = os.path.join(folder, ".labtasker")
+    codes = [demo_step(folder, env, ["task", "submit"] + DEMO_GRID)]
+    codes += demo_workers(folder, env)
+    codes += [demo_step(folder, env, ["task", "count"]),
+              demo_step(folder, env, ["task", "ls", "-s", "success", "-S", "summary.acc:desc", "--no-pager"])]
+    tasks = demo_tasks(folder, env)
+    done = sum(task["status"] == "success" for task in tasks)
+    retried = sum(task["retries"] == 1 for task in tasks)
+    say("\n%d of %d tasks done by two workers, %d after a retry, in %.1f s." % (
+        done, len(tasks), retried, monotonic() - began))
+    if any(codes) or done != 8 or retried != 2:
+        raise LabtaskerRuntimeError("the demo did not go as it should; exit codes: %s" % codes)
+
+
+def demo_start(folder, env, words, suffix="", **streams):
+    """Return the process of a command of this program, shown first as one would type it."""
+    import shlex
+    import subprocess
+    say("\n$ python3 -m labtasker " + " ".join(shlex.quote(word) for word in words) + suffix)
+    sys.stdout.flush()
+    return subprocess.Popen([sys.executable, "-m", "labtasker"] + words, cwd=folder, env=env,
+                            stdin=subprocess.DEVNULL, **streams)
+
+
+def demo_step(folder, env, words):
+    return demo_start(folder, env, words).wait()
+
+
+def demo_workers(folder, env):
+    """Return the exit codes of two workers that run at once, each line of theirs shown with its worker's number."""
+    import subprocess
+    words = ["loop", "--", "python3", "train.py", "%(lr)", "%(steps)"]
+    env = dict(env, PYTHONUNBUFFERED="1")
+    workers, readers = [], []
+    try:
+        for number in (1, 2):
+            workers.append(demo_start(folder, env, words, " &", stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                                      universal_newlines=True))
+            readers.append(threading.Thread(target=demo_echo, args=(workers[-1].stdout, number), daemon=True))
+            readers[-1].start()
+        for reader in readers:
+            reader.join()
+        return [worker.wait() for worker in workers]
+    finally:
+        for worker in workers:
+            worker.kill()
+
+
+def demo_echo(stream, number):
+    for line in stream:
+        say("[worker %d] %s" % (number, clean(line.rstrip("\n"))))
+
+
+def demo_tasks(folder, env):
+    import subprocess
+    text = subprocess.check_output([sys.executable, "-m", "labtasker", "task", "ls", "--fmt", "jsonl"], cwd=folder,
+                                   env=env, stdin=subprocess.DEVNULL)
+    return [json.loads(line) for line in text.decode().splitlines()]
+
+
+# ---- Help
+
+
+def help_filter():
+    """Return the reference of the filter language, from the tables of section 2."""
+    fields = [["field", "kind", "meaning"]]
+    fields += [[name, row.kind, row.meaning] for name, row in TASK_FIELDS.items() if row.extension is not None]
+    return "\n".join([
+        "A filter is a line of Python over a task's fields:", "",
+        "    labtasker task ls -f 'args.lr > 0.01 and \"v1\" in list(metadata.tags)'",
+        "    labtasker task ls -f 'created_at >= date(\"3 hours ago\") and regex(task_name, \"^grid-\")'", "",
+        "Compare       " + " ".join(COMPARISONS) + "   also: value in [...], \"v\" in list(field), \"k\" in dict(field)",
+        "Join          and or (...)",
+        "Calculate     " + " ".join(ARITHMETIC),
+        "Call          " + " ".join(name + "(...)" for name in CALLS),
+        "Dates         " + "; ".join(DATE_FORMS),
+        "Nested        args.optimizer.lr, summary.acc, args.layers[0]", "",
+        "Instead of    "] + ["  %-11s %s" % (word, text) for word, text in INSTEAD.items()] + [
+        "", "A query document may stand for it: -f '{\"args.lr\": {\"$gt\": 0.1}}', with",
+        " ".join(tuple(OPERATORS) + LOGIC + ("$expr",)), "", table(fields)])
+
+
+def help_settings():
+    """Return the settings: their place in config.toml, and the variables that win over it."""
+    rows = [[name, variable or "", meaning] for name, (_, variable, _, meaning) in SETTINGS.items()]
+    return "\n".join([
+        "The configuration is %s in the nearest folder .labtasker from here upward," % CONFIG_NAME,
+        "or in the folder that LABTASKER_ROOT names. Variables win over it.", "",
+        table([["setting", "variable", "meaning"]] + rows)])
+
+
+def help_api():
+    """Return the routes of the REST API, each with the fields that it takes."""
+    def shown(fields):
+        return ", ".join("%s %s%s" % (name, arg.kind, " (required)" if arg.default is REQUIRED else
+                                      "" if arg.default is None else "=" + json.dumps(arg.default))
+                         for name, arg in fields.items())
+    lines = []
+    for name, route in ROUTES.items():
+        lines.append("%s -> %d%s\n    %s" % (name, route.status, " (no password)" if route.open else "", route.meaning))
+        lines += ["    %s: %s" % (what, shown(fields)) for what, fields in (("URL", route.query), ("body", route.fields))
+                  if fields]
+    return "\n".join(lines)
+
+
+TOPICS = {"filter": help_filter, "settings": help_settings, "api": help_api}
+
+
+def do_help(options):
+    words = " ".join(options.topic)
+    if words in TOPICS:
+        show(TOPICS[words]())
+    elif not words or words in COMMANDS or any(path.startswith(words + " ") for path in COMMANDS):
+        show(help_of(words))
+    else:
+        raise UsageError("there is no help on %s%s. Topics: %s, and every command" % (
+            brief(words), hint(words, list(TOPICS) + list(COMMANDS)), ", ".join(TOPICS)))
+
+
+def help_of(path):
+    """Return the help of a command, or the list of the commands whose path starts with `path`."""
+    if path in COMMANDS:
+        return make_parser(path).format_help().rstrip()
+    shown = {name: row for name, row in COMMANDS.items() if row.help and name.startswith(path and path + " ")}
+    lines = ["usage: labtasker %s [options]" % (path + " COMMAND" if path else "COMMAND"), ""]
+    lines += ["  %-25s %s" % (name, row.help.split(". ")[0].rstrip(".")) for name, row in shown.items()]
+    lines += ["", "labtasker %s --help tells more of each%s" % (
+        path + " COMMAND" if path else "COMMAND",
+        "." if path else "; labtasker help %s print references." % "|".join(TOPICS))]
+    return "\n".join(lines + ["", "example:", "  " + next(iter(shown.values())).example.split("\n")[0]])
+
+
+# ---- From words to options
+
+Command = collections.namedtuple("Command", "run help example options rest")
+Command.__new__.__defaults__ = ((), None)
+
+
+def option(*flags, **settings):
+    """Return one row of a command's options: what `add_argument` takes."""
+    return flags, settings
+
+
+def one_of(*choices):
+    """Return the type of an option that takes one of these; the mistake's message offers the nearest."""
+    def check(text):
+        import argparse
+        if text not in choices:
+            raise argparse.ArgumentTypeError("%s is none of %s%s" % (brief(text), ", ".join(choices),
+                                                                    hint(text, choices)))
+        return text
+    return check
+
+
+def count(text):
+    """Return a number that is not negative; the type of options that count."""
+    import argparse
+    if not re.match(r"[0-9]+\Z", text):
+        raise argparse.ArgumentTypeError("%s is no whole number from 0 on" % brief(text))
+    return int(text)
+
+
+def seconds(text):
+    """Return the seconds in a duration; the type of options that take one."""
+    import argparse
+    try:
+        return parse_duration(text)
+    except LabtaskerValueError as error:
+        raise argparse.ArgumentTypeError(str(error))
+
+
+def make_parser(path):
+    """Return the parser of one command; only the one that was typed is ever built."""
+    import argparse
+    row = COMMANDS[path]
+    width = min(100, screen_size()[0])
+    names = [s.get("metavar", flags[0]) for flags, s in row.options if not flags[0].startswith("-")]
+    usage = " ".join(["labtasker", path, "[options]"] + names + ([row.rest] if row.rest else []))
+
+    class Parser(argparse.ArgumentParser):
+        def error(self, message):
+            raise UsageError("%s: %s (labtasker %s --help)" % (path, message, path))
+
+    parser = Parser(prog="labtasker " + path, usage=usage, description=row.help, allow_abbrev=False,
+                    epilog="example:\n" + re.sub("(?m)^", "  ", row.example),
+                    formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, 2, 34, width))
+    parser.set_defaults(rest=None)
+    for flags, settings in row.options:
+        parser.add_argument(*flags, **settings)
+    return parser
+
+
+def parse(path, words):
+    """Return the options of a command; what follows `--` goes to `rest`, where the command takes it."""
+    row, parser, rest = COMMANDS[path], make_parser(path), None
+    if row.rest and "--" in words:
+        cut = words.index("--")
+        words, rest = words[:cut], words[cut + 1:]
+    options, extra = parser.parse_known_args(words)
+    if extra and hasattr(options, "ids") and not any(word.startswith("-") for word in extra):
+        options.ids, extra = options.ids + extra, []  # argparse gives up on ids that stand on both sides of an option
+    if extra:
+        parser.error(unexpected(extra[0].split("=")[0], row, rest))
+    options.rest = rest
+    return options
+
+
+def unexpected(word, row, rest):
+    """Return what is wrong with a word that a command does not take, and what was perhaps meant."""
+    if row.rest and rest is None:
+        return "unexpected %s: what is not for labtasker itself goes after --, as in: %s" % (word, row.example)
+    if not word.startswith("-"):
+        return "unexpected argument " + word
+    flags = {flag.lstrip("-"): flag for flags, _ in row.options for flag in flags if flag.startswith("--")}
+    best = nearest(word.lstrip("-"), flags)
+    return "unknown option " + word + ("; did you mean %s?" % flags[best] if best else "")
+
+
+def find_command(words):
+    """Return (path, the words after it); raises UsageError that offers the nearest command."""
+    for size in (2, 1):
+        path = " ".join(words[:size])
+        if path in COMMANDS:
+            return path, words[size:]
+    group = [path.split()[1] for path in COMMANDS if path.startswith(words[0] + " ")]
+    if group and not words[1:]:
+        raise UsageError("%s what? One of: %s" % (words[0], ", ".join(group)))
+    if group:
+        raise UsageError("there is no command %s %s (there are %s)%s" % (
+            words[0], words[1], ", ".join(group), hint(words[1], group)))
+    inner = [path for path in COMMANDS if path.endswith(" " + words[0])]
+    best = "; did you mean %s?" % " or ".join(inner) if inner else hint(
+        words[0], {path.split()[0] for path in COMMANDS if COMMANDS[path].help})
+    raise UsageError("there is no command %s%s (labtasker --help lists them)" % (brief(words[0]), best))
+
+
+def run_command(words):
+    """Return the exit code of the command that `words` spell."""
+    if not words:
+        note(help_of(""))
+        return 2
+    if words[0] in ("--version", "-V"):
+        say("labtasker " + __version__)
+        return 0
+    helped = next((i for i, word in enumerate(words[:2]) if word in ("-h", "--help")), None)
+    if helped is not None and " ".join(words[:helped]) not in COMMANDS and (
+            not helped or any(path.startswith(words[0] + " ") for path in COMMANDS)):
+        return do_help(collections.namedtuple("Options", "topic")(words[:helped]))
+    path, words = find_command(words)
+    return COMMANDS[path].run(parse(path, words))
+
+
+def typed_words(argv):
+    """Return the words of a command line as text, whatever the locale; raises UsageError where they are not UTF-8."""
+    try:
+        return [os.fsencode(word).decode("utf-8") for word in argv]
+    except UnicodeDecodeError as error:
+        raise UsageError("the command line is not UTF-8: %s" % error) from None
+
+
+def main(argv=None):
+    """Return the exit code: 0 done, 1 failed, 2 usage, 130 Ctrl-C. The only place that prints errors."""
+    try:
+        code = run_command(typed_words(sys.argv[1:] if argv is None else argv)) or 0
+        sys.stdout.flush()
+        return code
+    except SystemExit as error:  # argparse, after --help
+        return error.code or 0
+    except KeyboardInterrupt:
+        note("")
+        return 130
+    except BrokenPipeError:  # whoever read our output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except Exception as error:
+        if os.environ.get("LABTASKER_DEBUG"):
+            raise
+        note("labtasker: error: " + explained(error))
+        return 2 if isinstance(error, (UsageError, SyntaxMistake)) else 1
+
+
+def explained(error):
+    """Return what an error says, and the way out where it does not say so itself."""
+    if isinstance(error, LabtaskerHTTPStatusError) and error.status_code == 401:
+        config = load_config()
+        return "%s\nThe queue %s is not there, or its password is another. They come from %s and from " \
+               "LABTASKER_QUEUE, LABTASKER_PASSWORD; labtasker queue create-from-config creates it." % (
+                   error, config.queue_name, config.source or "no file")
+    if isinstance(error, LabtaskerError):
+        return str(error)
+    if isinstance(error, OSError):
+        return ": ".join(str(part) for part in (error.filename, error.strerror or error) if part)
+    return "%s: %s\nThis is a bug in labtasker %s. LABTASKER_DEBUG=1 shows where it happened." % (
+        type(error).__name__, error, __version__)
+
+
+# ---- The table
+
+ID = option("task_id", metavar="ID", help="the task's id; its first letters are enough where no other starts so")
+IDS = option("ids", nargs="*", metavar="ID", default=[], help="task ids; without any, and no selectors, from stdin")
+QUIET = option("-q", "--quiet", action="store_true", help="print ids alone")
+YES = option("-y", "--yes", action="store_true", help="ask nothing")
+NO_PAGER = option("--no-pager", action="store_true", help="never show it through $PAGER")
+METADATA = option("--metadata", metavar="DICT", help="JSON or Python literal: '{\"tags\": [\"v1\"]}'")
+COLOUR = [option("--ansi", action="store_true", default=None, help="colour, also when not on a terminal"),
+          option("--no-ansi", dest="ansi", action="store_false", help="never colour")]
+FILTER = option("-f", "--extra-filter", metavar="FILTER", help="filter text or a query document (labtasker help filter)")
+SELECT = [option("--id", "--task-id", dest="task_id", metavar="ID", help="the task with this id"),
+          option("--name", "--task-name", dest="task_name", metavar="NAME", help="tasks with this name"),
+          option("-s", "--status", type=one_of(*TASK_STATES), metavar="STATUS", help="|".join(TASK_STATES)), FILTER]
+LIST = [option("--limit", type=count, default=100, metavar="N", help="at most so many (100)"),
+        option("--offset", type=count, default=0, metavar="N", help="leave out the first N"),
+        option("--fmt", type=one_of("table", "yaml", "jsonl", "csv"), default="table", metavar="FORMAT",
+               help="table|yaml|jsonl|csv"),
+        option("--verbose", "-v", action="store_true", help="more columns, nothing cut"), NO_PAGER] + COLOUR
+QUEUE = [option("--queue-name", metavar="NAME", help="letters, digits, _ and -"),
+         option("--password", help="else LABTASKER_PASSWORD, else asked")]
+
+COMMANDS = {
+    "demo": Command(do_demo, "Run a small sweep in a temporary folder, showing each command.", "labtasker demo"),
+    "task submit": Command(
+        do_task_submit, "Queue a task, or many. Values are Python literals, else text; dots nest.",
+        "labtasker task submit --name grid -- --lr=0.001 --model=resnet --opt.momentum=0.9\n"
+        "labtasker task submit --grid -- --lr=0.1,0.01 --seed=1:5:1", [
+            option("--args", metavar="DICT", help="the arguments as JSON or Python literal"),
+            option("--name", "--task-name", dest="task_name", metavar="NAME", help="letters, digits, _ and -"),
+            METADATA,
+            option("--priority", type=int, metavar="N", help="higher is run first (0)"),
+            option("--max-retries", type=count, metavar="N", help="failed runs after which it is failed (3)"),
+            option("--cmd", metavar="TEXT", help="a command to keep with the task"),
+            option("--heartbeat-timeout", type=seconds, metavar="TIME", help="silence after which a run is given up"),
+            option("--task-timeout", type=seconds, metavar="TIME", help="length after which a run is given up"),
+            option("--grid", action="store_true", help="one task for each combination of comma-separated values "
+                   "and start:stop:step ranges, stop included"),
+            option("--from", dest="from_file", metavar="FILE", help="one task for each line of JSON lines or CSV; "
+                   "- is stdin"),
+            option("--dry-run", action="store_true", help="print what would be submitted, as JSON lines"), QUIET],
+        "[-- --NAME=VALUE ...]"),
+    "task ls": Command(
+        do_task_ls, "List tasks, longest unchanged first.",
+        "labtasker task ls -s success -f 'args.lr > 0.01' -S summary.acc:desc", SELECT + [
+            option("-S", "--sort", action="append", default=[], metavar="FIELD:asc|desc", help="repeatable"),
+            option("--piped-in", action="store_true", help="only tasks whose ids are on stdin"), QUIET] + LIST),
+    "task get": Command(
+        do_task_get, "Show one task with all its fields.", "labtasker task get 3f2a", [
+            ID, option("--fmt", type=one_of("yaml", "jsonl", "csv"), default="yaml", metavar="FORMAT",
+                       help="yaml|jsonl|csv"), NO_PAGER]),
+    "task count": Command(
+        do_task_count, "Count tasks by status, or by another field.", "labtasker task count --by args.model", SELECT + [
+            option("--by", metavar="FIELD", help="count by this field"),
+            option("-q", "--quiet", action="store_true", help="print the total alone")] + COLOUR),
+    "task update": Command(
+        do_task_update, "Change fields of tasks, all in one transaction. A field becomes exactly what is typed; "
+        "its neighbours stay.",
+        "labtasker task update -s failed -f 'args.model == \"vit\"' -u args.lr=0.005 --reset-pending",
+        SELECT + [
+            option("-u", "--update", action="append", metavar="FIELD=VALUE", help="repeatable: args.lr=0.005, "
+                   "'metadata.tags=[\"v2\"]', status=cancelled"),
+            option("--reset-pending", action="store_true", help="pending again, with its retries at 0"),
+            option("--limit", type=count, default=EVERY, metavar="N", help="at most so many (all)"),
+            option("-q", "--quiet", action="store_true", help="ask nothing, print nothing")],
+        "[-- FIELD=VALUE ...]"),
+    "task retry": Command(
+        do_task_retry, "Make failed (or selected) tasks pending again, with their retries at 0.",
+        "labtasker task retry -f 'args.model == \"vit\"' --dry-run", [IDS] + SELECT + [
+            option("--dry-run", action="store_true", help="only show which"), QUIET]),
+    "task wait": Command(
+        do_task_wait, "Wait until no selected task is pending or running; exit 1 where any is failed.",
+        "labtasker task wait --name grid && echo done", SELECT + [
+            option("-q", "--quiet", action="store_true", help="print nothing")]),
+    "task delete": Command(
+        do_task_delete, "Delete tasks. Where one of the ids is unknown, none is deleted.",
+        "labtasker task ls -s failed -q --limit 10000 | labtasker task delete -y", [IDS] + SELECT + [YES]),
+    "loop": Command(
+        do_loop, "Run a command for each pending task whose arguments it takes, until there are no more.",
+        "labtasker loop -- python train.py --lr '%(lr)' --model '%(model)'", [
+            option("-c", "--cmd", metavar="TEXT", help="a command for the shell, values quoted for it"),
+            option("--script-path", metavar="FILE", help="a script for the shell, values quoted for it"),
+            option("--executable", metavar="FILE", help="the shell (/bin/sh)"), FILTER,
+            option("--worker-id", metavar="ID", help="run as this worker (labtasker worker create)"),
+            option("--eta-max", metavar="TIME", help="a run longer than this is given up: 90, 10 min, 1h30m"),
+            option("--heartbeat-timeout", type=seconds, metavar="TIME", help="silence after which a run is given up"),
+            option("--max-tasks", type=count, metavar="N", help="end after N tasks"),
+            option("--idle-timeout", type=seconds, metavar="TIME", help="stay that long for tasks to come"),
+            option("--use-pty", action="store_true", default=None, help="run it on a pseudo-terminal"),
+            option("--no-use-pty", dest="use_pty", action="store_false", help="run it on pipes"),
+            option("-v", "--verbose", action="store_true", help="say more")],
+        "[-- COMMAND ...]"),
+    "init": Command(
+        do_init, "Write the configuration, test it, and create the queue.",
+        "labtasker init --url http://head:9321 --queue-name sweep --password secret --yes", [
+            option("--url", help="the server, or a folder for a store without one")] + QUEUE + [
+            option("-y", "--yes", action="store_true", help="ask nothing: overwrite, keep, take defaults")]),
+    "config": Command(do_config, "Edit the configuration in $EDITOR; it is kept where it can be read.",
+                      "EDITOR=nano labtasker config"),
+    "health": Command(do_health, "Say whether the server or store answers; exit 1 where not.", "labtasker health"),
+    "serve": Command(
+        do_serve, "Run a server, so that several hosts share a store.", "labtasker serve --host 0.0.0.0 --port 9321", [
+            option("--host", default="127.0.0.1", help="address to listen on (127.0.0.1)"),
+            option("--port", type=count, default=DEFAULT_PORT, help="%d; 0 picks one" % DEFAULT_PORT),
+            option("--db-path", metavar="FILE", help="the journal (.labtasker/journal.jsonl)"),
+            option("--fsync", type=one_of("always", "interval", "never"), default="always", metavar="WHEN",
+                   help="always: before each answer; interval: a second may be lost; never: left to the system"),
+            option("--certfile", metavar="FILE", help="TLS certificate"),
+            option("--keyfile", metavar="FILE", help="its key"),
+            option("--log-level", type=one_of("debug", "info", "warning", "error"), default="info", metavar="LEVEL",
+                   help="debug|info|warning|error"),
+            option("--daemon", action="store_true", help="go to the background once it listens")]),
+    "queue create": Command(do_queue_create, "Create a queue.",
+                            "labtasker queue create --queue-name sweep --password secret", QUEUE + [METADATA, QUIET]),
+    "queue create-from-config": Command(
+        do_queue_create_from_config, "Create the queue that the configuration names, where it is not there yet.",
+        "labtasker queue create-from-config", [METADATA]),
+    "queue get": Command(do_queue_get, "Show the queue.", "labtasker queue get",
+                         [option("-q", "--quiet", action="store_true", help="print its id alone")]),
+    "queue update": Command(
+        do_queue_update, "Rename the queue, change its password or metadata.",
+        "labtasker queue update --new-queue-name sweep2", [
+            option("--new-queue-name", metavar="NAME", help="letters, digits, _ and -"),
+            option("--new-password", metavar="PASSWORD", help="1 to 100 letters"), METADATA,
+            option("-q", "--quiet", action="store_true", help="print nothing")]),
+    "queue delete": Command(
+        do_queue_delete, "Delete the queue.", "labtasker queue delete --cascade --yes", [
+            option("--cascade", action="store_true", help="its tasks and workers too"), YES]),
+    "worker create": Command(
+        do_worker_create, "Register a worker and print its id.", "labtasker worker create --worker-name gpu0", [
+            option("--worker-name", "--name", dest="worker_name", metavar="NAME", help="letters, digits, _ and -"),
+            METADATA, option("--max-retries", type=count, default=3, metavar="N",
+                             help="failed runs at which it gets no more tasks (3)"), QUIET]),
+    "worker ls": Command(
+        do_worker_ls, "List workers.", "labtasker worker ls -s crashed", [
+            option("--id", "--worker-id", dest="worker_id", metavar="ID", help="the worker with this id"),
+            option("--name", "--worker-name", dest="worker_name", metavar="NAME", help="workers with this name"),
+            option("-s", "--status", type=one_of(*WORKER_STATES), metavar="STATUS", help="|".join(WORKER_STATES)),
+            FILTER, QUIET] + LIST),
+    "worker report": Command(
+        do_worker_report, "Set a worker active, suspended or crashed.", "labtasker worker report ID active", [
+            option("worker_id", metavar="ID", help="the worker's id"),
+            option("status", metavar="STATUS", type=one_of(*WORKER_STATES), help="|".join(WORKER_STATES))]),
+    "worker delete": Command(
+        do_worker_delete, "Delete a worker.", "labtasker worker delete ID --yes", [
+            option("worker_id", metavar="ID", help="the worker's id"),
+            option("--cascade-update", action="store_true", default=True,
+                   help="its tasks forget it (this is the default)"),
+            option("--no-cascade-update", dest="cascade_update", action="store_false", help="its tasks keep its id"),
+            YES]),
+    "help": Command(do_help, "Print the reference on a topic: " + ", ".join(TOPICS) + ", or any command.",
+                    "labtasker help filter", [option("topic", nargs="*", metavar="TOPIC", help="topic or command")]),
+    "__beats": Command(do_beats, "", "", [option("words", nargs="*")]),  # the worker's heartbeats, a process of its own
+}
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,84 @@
+"""Fixtures: `home` (embedded store), `server_home` (a server), `both` (each in turn), `server`."""
+import os
+import pathlib
+import sys
+
+import hypothesis
+import pytest
+
+hypothesis.settings.register_profile("labtasker", database=None, deadline=None, derandomize=True)
+hypothesis.settings.load_profile("labtasker")
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
+import harness  # noqa: E402
+
+
+@pytest.fixture(scope="session", autouse=True)
+def clean_world(tmp_path_factory):
+    """Tests start outside the checkout, without settings of the person who runs them."""
+    for name in [n for n in os.environ if n.startswith("LABTASKER_")]:
+        del os.environ[name]
+    folder = tmp_path_factory.getbasetemp()
+    above = [str(p) for p in folder.resolve().parents if (p / ".labtasker").exists()]
+    assert not above, "a .labtasker folder above the tests' folders would be found by them: remove it from %s" % above
+    before = os.getcwd()
+    os.chdir(str(folder))
+    yield
+    os.chdir(before)
+
+
+def open_place(folder, monkeypatch, server=None):
+    folder.mkdir(exist_ok=True)
+    place = harness.Place(folder, server)
+    monkeypatch.chdir(folder)
+    for name in [n for n in os.environ if n.startswith("LABTASKER_")]:
+        monkeypatch.delenv(name)
+    for name, value in place.env.items():
+        monkeypatch.setenv(name, value)
+    return place
+
+
+def close_place(place):
+    """End the place; what its store holds must be what its journal says."""
+    forget_client()
+    try:
+        harness.check_store(place.folder)
+    finally:
+        place.close()
+    harness.check_store(place.folder)
+
+
+def forget_client():
+    """The next test's in-process calls read their own configuration."""
+    module = sys.modules.get("labtasker")
+    if module is not None and hasattr(module, "use_client"):
+        module.use_client(None)
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch):
+    """A Place: an empty working folder with nothing started, for the embedded store."""
+    place = open_place(tmp_path / "home", monkeypatch)
+    yield place
+    close_place(place)
+
+
+@pytest.fixture
+def server(tmp_path):
+    """A Server with one queue."""
+    with harness.Server(tmp_path / "server") as server:
+        yield server
+    harness.check_store(server.folder)
+
+
+@pytest.fixture
+def server_home(tmp_path, monkeypatch, server):
+    """A Place whose store is on a server; this process's environment leads there too."""
+    place = open_place(tmp_path / "home", monkeypatch, server)
+    yield place
+    close_place(place)
+
+
+@pytest.fixture(params=["embedded", pytest.param("server", marks=pytest.mark.slow)])
+def both(request):
+    """A Place, once with the embedded store and once with a server (that half is not in the quick part)."""
+    return request.getfixturevalue("home" if request.param == "embedded" else "server_home")

@@ -1,0 +1,291 @@
+"""What the tests share: waiting, running the command line, servers, and the places that a test works in.
+
+`run_cli` runs the checkout's labtasker.py as a person would. A `Place` is a working folder with a store behind
+it, embedded or on a server, with the same calls for both. The only `time.sleep` of the tests is in `wait_until`.
+"""
+import json
+import os
+import pathlib
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+MODULE = ROOT / "labtasker.py"
+TESTS = ROOT / "tests"
+QUEUE, PASSWORD = "test-queue", "test-password"
+
+
+def wait_until(function, what, timeout_s=20, never=None):
+    """Return the first true value of `function()`; AssertionError with the last value where none comes.
+
+    `never(value)` true says that the awaited state can't come any more: then it fails at once."""
+    deadline, pause_s = time.monotonic() + timeout_s, 0.002
+    while True:
+        value = function()
+        if value:
+            return value
+        if never is not None and never(value):
+            raise AssertionError("%s: can't come any more. Last value: %r" % (what, value))
+        if time.monotonic() > deadline:
+            raise AssertionError("%s: not within %s s. Last value: %r" % (what, timeout_s, value))
+        time.sleep(pause_s)
+        pause_s = min(pause_s * 1.5, 0.1)
+
+
+def clean_env(env=None):
+    """Return this process's environment without LABTASKER_* and with `import labtasker` made possible, then `env`."""
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(("LABTASKER_", "COV_", "SLURM_", "PBS_"))}
+    kept.update(PYTHONPATH=str(ROOT), PYTHONIOENCODING="utf-8", NO_COLOR="1", TERM="dumb", PAGER="cat")
+    kept.update(env or {})
+    return kept
+
+
+class Result:
+    """What a finished command left: `stdout`, `stderr`, `returncode`."""
+
+    def __init__(self, args, returncode, stdout, stderr):
+        self.args, self.returncode, self.stdout, self.stderr = args, returncode, stdout, stderr
+
+    def __repr__(self):
+        return "%s\n-> exit %d\n--- stdout\n%s\n--- stderr\n%s" % (
+            " ".join(shlex.quote(a) for a in self.args), self.returncode, self.stdout, self.stderr)
+
+    @property
+    def lines(self):
+        return self.stdout.splitlines()
+
+
+def run(args, cwd, stdin=None, check=True, env=None, timeout_s=120):
+    """Return the Result of a command; AssertionError with its output where `check` and it failed.
+
+    `stdin` is text, or None for nothing there."""
+    args = [str(a) for a in args]
+    process = subprocess.Popen(args, cwd=str(cwd), env=clean_env(env), universal_newlines=True,
+                               stdin=subprocess.DEVNULL if stdin is None else subprocess.PIPE,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
+    try:
+        stdout, stderr = process.communicate(stdin, timeout=timeout_s)
+    except subprocess.TimeoutExpired:
+        end_group(process)
+        stdout, stderr = process.communicate()
+        raise AssertionError("not done within %s s: %r" % (timeout_s, Result(args, -9, stdout, stderr)))
+    result = Result(args, process.returncode, stdout, stderr)
+    if check and result.returncode:
+        raise AssertionError(repr(result))
+    return result
+
+
+def run_cli(args, cwd, stdin=None, check=True, python=sys.executable, env=None, timeout_s=120):
+    """Return the Result of `python labtasker.py ARGS` in the folder `cwd`."""
+    return run([python, MODULE] + list(args), cwd, stdin, check, env, timeout_s)
+
+
+def start(args, cwd, log, env=None):
+    """Return the Popen of a command, in a process group of its own, that writes all its output to the file `log`."""
+    with open(str(log), "ab") as out:
+        return subprocess.Popen([str(a) for a in args], cwd=str(cwd), env=clean_env(env), stdin=subprocess.DEVNULL,
+                                stdout=out, stderr=subprocess.STDOUT, start_new_session=True)
+
+
+def start_cli(args, cwd, log, env=None, python=sys.executable):
+    """Return the Popen of `python labtasker.py ARGS`; `log` takes its output. End it with `end_group`."""
+    return start([python, MODULE] + list(args), cwd, log, env)
+
+
+def end_group(process):
+    """Kill the process and what it started, and wait for it."""
+    try:
+        os.killpg(process.pid, signal.SIGKILL)
+    except ProcessLookupError:
+        pass
+    process.wait()
+
+
+def http(method, url, body=None, auth=None, headers=None, timeout_s=30):
+    """Return (status, decoded JSON or None, headers) of one plain request; `auth` is (queue, password)."""
+    import base64
+    request = urllib.request.Request(url, method=method, data=None if body is None else json.dumps(body).encode())
+    request.add_header("Content-Type", "application/json")
+    for name, value in (headers or {}).items():
+        request.add_header(name, value)
+    if auth:
+        request.add_header("Authorization", "Basic " + base64.b64encode(":".join(auth).encode()).decode())
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    try:
+        answer = opener.open(request, timeout=timeout_s)
+    except urllib.error.HTTPError as error:
+        answer = error
+    with answer:
+        content = answer.read()
+        return answer.getcode(), json.loads(content.decode()) if content else None, answer.headers
+
+
+class Server:
+    """A server of its own on a free port: `url`, `env`, `folder`; a context that ends with `stop`."""
+
+    def __init__(self, folder, queue=QUEUE, password=PASSWORD, args=(), python=sys.executable):
+        self.folder = pathlib.Path(str(folder))
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.journal, self.log = self.folder / "journal.jsonl", self.folder / "server.log"
+        self.queue, self.password, self.args, self.python = queue, password, list(args), python
+        self.process = self.url = None
+        self.start()
+        if queue:
+            status, answer, _ = self.http("POST", "/api/v1/queues", {"queue_name": queue, "password": password})
+            assert status == 201, answer
+
+    def start(self, port=0):
+        """Start it, also again on the same store; return once it listens."""
+        begin = self.log.stat().st_size if self.log.exists() else 0
+        self.process = start_cli(["serve", "--host", "127.0.0.1", "--port", str(port), "--db-path", self.journal]
+                                 + self.args, self.folder, self.log, python=self.python)
+        text = wait_until(lambda: re.search(r"listening on (https?://[\w.]+:\d+)", self.output(begin)),
+                          "the server listens", never=lambda _: self.ended(begin))
+        self.url = text.group(1)
+
+    def ended(self, begin):
+        assert self.process.poll() is None, "the server ended:\n" + self.output(begin)
+
+    def output(self, begin=0):
+        return self.log.read_bytes()[begin:].decode("utf-8", "replace")
+
+    @property
+    def env(self):
+        return {"LABTASKER_URL": self.url, "LABTASKER_QUEUE": self.queue, "LABTASKER_PASSWORD": self.password}
+
+    def http(self, method, path, body=None, headers=None):
+        """Return (status, JSON, headers) of a request as the server's queue."""
+        return http(method, self.url + path, body, (self.queue, self.password) if self.queue else None, headers)
+
+    def stop(self, timeout_s=20):
+        """End it as a person would (SIGTERM) and return its exit code."""
+        if self.process.poll() is None:
+            self.process.terminate()
+        try:
+            return self.process.wait(timeout_s)
+        finally:
+            end_group(self.process)
+
+    def kill(self):
+        """End it as a crash would."""
+        end_group(self.process)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.stop()
+
+
+class Place:
+    """A working folder `cwd` with a store behind it: embedded, or on `server`. The same calls for both.
+
+    `env` is what subprocesses get on top of `clean_env`; `folder` is where the journal lies."""
+
+    def __init__(self, cwd, server=None):
+        self.cwd, self.server = pathlib.Path(str(cwd)), server
+        self.kind = "server" if server else "embedded"
+        self.folder = server.folder if server else self.cwd / ".labtasker"
+        self.env = dict(server.env) if server else {}
+        self.started = []
+
+    def cli(self, *args, **options):
+        """Return the Result of the command line with these arguments; options as for `run_cli`."""
+        return run_cli(args, self.cwd, env=self._env(options), **options)
+
+    def python(self, text, *args, **options):
+        """Return the Result of a script with this text."""
+        return run([sys.executable, self.write("script-%d.py" % len(os.listdir(str(self.cwd))), text)] + list(args),
+                   self.cwd, env=self._env(options), **options)
+
+    def bash(self, text, **options):
+        """Return the Result of bash with this text, with `labtasker`, `lt` and this `python` on its PATH."""
+        env = self._env(options)
+        env["PATH"] = self.path()
+        return run(["bash", "-e", "-o", "pipefail", "-c", text], self.cwd, env=env, **options)
+
+    def start_cli(self, *args, **options):
+        """Return the Popen of the command line; its output is in the file `.log_path`; ended with the test."""
+        return self.start(sys.executable, MODULE, *args, **options)
+
+    def start(self, *args, **options):
+        """Return the Popen of any command, as `start_cli` does."""
+        log = self.cwd / ("started-%d.log" % len(self.started))
+        process = start(args, self.cwd, log, self._env(options))
+        process.log_path = log
+        self.started.append(process)
+        return process
+
+    def _env(self, options):
+        return dict(self.env, **(options.pop("env", None) or {}))
+
+    def write(self, name, text):
+        """Return the path of a new file in the working folder."""
+        path = self.cwd / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+        return path
+
+    def bin(self):
+        """Return the folder with the commands that an installation has, made on first use."""
+        folder = self.cwd.parent / (self.cwd.name + "-bin")
+        if not folder.exists():
+            folder.mkdir()
+            for name, line in COMMANDS.items():
+                path = folder / name
+                path.write_text("#!/bin/sh\nexec %s \"$@\"\n" % line)
+                path.chmod(0o755)
+        return folder
+
+    def path(self):
+        """Return a PATH on which an installation's commands and this Python are found first."""
+        return "%s:%s" % (self.bin(), os.environ["PATH"])
+
+    def tasks(self, *args):
+        """Return the tasks that `task ls ARGS` finds, oldest first, as dicts."""
+        args = list(args) if "-S" in args else list(args) + ["-S", "created_at:asc"]
+        result = self.cli("task", "ls", "--fmt", "jsonl", "--no-pager", "--limit", "10000", *args)
+        return [json.loads(line) for line in result.lines]
+
+    def task(self, task_id):
+        """Return the one task with this id as a dict."""
+        found = self.tasks("--id", task_id)
+        assert len(found) == 1, found
+        return found[0]
+
+    def submit(self, *args):
+        """Return the id of a task submitted with these arguments of `task submit`."""
+        return self.cli("task", "submit", "--quiet", *args).stdout.strip()
+
+    def close(self):
+        """End what was started here, then the server."""
+        for process in self.started:
+            end_group(process)
+        if self.server:
+            self.server.stop()
+
+
+_PYTHON = shlex.quote(sys.executable)
+_LABTASKER = "%s %s" % (_PYTHON, shlex.quote(str(MODULE)))
+COMMANDS = {"labtasker": _LABTASKER, "lt": _LABTASKER, "labtasker-server": _LABTASKER,
+            "python": _PYTHON, "python3": _PYTHON}
+
+
+def check_store(folder):
+    """Replay the journal in `folder` and compare it with what the store says; nothing where there is no journal."""
+    path = pathlib.Path(str(folder)) / "journal.jsonl"
+    if not path.exists():
+        return
+    content = path.read_bytes()
+    assert content.endswith(b"\n"), "%s ends in the middle of a line: %r" % (path, content[-80:])
+    for number, line in enumerate(content.splitlines(), 1):
+        try:
+            json.loads(line.decode("utf-8"))
+        except ValueError as error:
+            raise AssertionError("%s line %d is not JSON (%s): %r" % (path, number, error, line[:200]))

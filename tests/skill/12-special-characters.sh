@@ -1,0 +1,1 @@
+labtasker task submit -- --value=-1 --label="" --desc="hello world"

@@ -1,0 +1,783 @@
+"""Section 10: the command line. Real processes in real folders; the pure parts by import."""
+import csv
+import io
+import json
+import os
+import pty
+import re
+import select
+import subprocess
+import sys
+
+import harness
+import labtasker
+import pytest
+from labtasker import UsageError
+
+MISSING = "00000000-0000-4000-8000-000000000000"
+
+
+def submit_some(place):
+    """Submit three tasks and return their ids in that order."""
+    place.cli("task", "submit", "--name", "sweep", "--metadata", '{"tags": ["v1"]}', "--", "--lr=0.1", "--model=vit")
+    place.cli("task", "submit", "--name", "sweep", "--", "--lr=0.2", "--model=resnet")
+    place.cli("task", "submit", "--", "--lr=0.3", "--opt.name=adam")
+    return [task["task_id"] for task in place.tasks()]
+
+
+# ---- what bad input gets: exit code, words on stderr; never a traceback, nothing on stdout, nothing done
+
+BAD = [
+    # command line, exit code, words in the message
+    ("", 2, ["usage", "task submit"]),
+    ("tsak ls", 2, ["no command tsak", "task"]),
+    ("task lss", 2, ["no command task lss", "did you mean ls"]),
+    ("task", 2, ["submit, ls"]),
+    ("ls", 2, ["did you mean task ls"]),
+    ("task ls --staus pending", 2, ["--staus", "did you mean --status"]),
+    ("task ls -s faild", 2, ["faild", "did you mean failed", "pending, running"]),
+    ("task ls --limit ten", 2, ["--limit", "ten"]),
+    ("task ls --limit -5", 2, ["--limit"]),
+    ("task ls --fmt xml", 2, ["xml", "table, yaml, jsonl, csv"]),
+    ("task ls --fmt", 2, ["--fmt"]),
+    ("task ls extra", 2, ["unexpected argument extra"]),
+    ("task ls -S argz.lr:desc", 2, ["argz.lr", "did you mean args", "task_name"]),
+    ("task ls -S args.lr:down", 2, ["asc or desc", "down"]),
+    ("task ls -f args.lr=1", 2, ["equality is written ==", "\n         ^"]),
+    ("task ls -f argz.lr==1", 2, ["argz", "args", "^"]),
+    ("task ls -f 'status != \"failed\"'", 2, ["there is no !="]),
+    ("task ls -f 'not status'", 2, ["there is no not"]),
+    ("task ls -f 'created_at > date(\"3 blue moons ago\")'", 2, ["3 blue moons ago", "3 hours ago"]),
+    ("task ls -f '{\"args.lr\": {\"$grt\": 1}}'", 1, ["$grt"]),
+    ("task ls -f '{\"args.lr\": '", 2, ["--extra-filter", "JSON or a Python literal"]),
+    ("task ls --id nothere", 1, ["no task nothere"]),
+    ("task get " + MISSING, 1, ["no task " + MISSING]),
+    ("task get", 2, ["ID"]),
+    ("task count --by argz.lr", 2, ["argz.lr", "args"]),
+    ("task submit", 2, ["needs arguments or a command"]),
+    ("task submit --", 2, ["needs arguments or a command"]),
+    ("task submit --lr=0.1", 2, ["--lr", "goes after --"]),
+    ("task submit lr=0.1", 2, ["lr=0.1", "--name=value"]),
+    ("task submit --nmae x -- --lr=1", 2, ["--nmae", "did you mean --name"]),
+    ("task submit -- lr=0.1", 2, ["--name=value", "lr=0.1"]),
+    ("task submit -- --lr=1 --lr=2", 2, ["--lr", "twice"]),
+    ("task submit -- --a-b=1 --a_b=2", 2, ["--a_b", "twice"]),
+    ("task submit -- --a=1 --a.b=2", 2, ["'a'", "'a.b'", "collide"]),
+    ("task submit -- '--a b=1'", 2, ["--name=value"]),
+    ("task submit -- --a..b=1", 2, ["a..b"]),
+    ("task submit --args '{\"a\": 1}' -- --a=2", 2, ["a", "twice"]),
+    ("task submit --args '{\"a\": {\"b\": 1}}' -- --a.b=2", 2, ["collide"]),
+    ("task submit --args '{\"a\": 1, \"a\": 2}'", 2, ["--args", "'a'", "twice"]),
+    ("task submit --args '[1]'", 2, ["--args", "dict", "[1]"]),
+    ("task submit --args '{a: 1}'", 2, ["--args", "JSON or a Python literal"]),
+    ("task submit --metadata nonsense -- --lr=1", 2, ["--metadata", "JSON or a Python literal"]),
+    ("task submit --name 'two words' -- --lr=1", 1, ["task_name", "two words"]),
+    ("task submit --priority high -- --lr=1", 2, ["--priority", "high"]),
+    ("task submit --max-retries -1 -- --lr=1", 2, ["--max-retries"]),
+    ("task submit --task-timeout soon -- --lr=1", 2, ["--task-timeout", "soon", "1h30m"]),
+    ("task submit --grid -- --lr=5:1:1", 2, ["--lr=5:1:1", "range"]),
+    ("task submit --grid -- --lr=1:5:0", 2, ["--lr=1:5:0", "range"]),
+    ("task submit --from nothere.csv", 1, ["nothere.csv", "No such file"]),
+    ("task submit --from bad.jsonl", 2, ["bad.jsonl line 2", "JSON"]),
+    ("task submit --from wide.csv", 2, ["wide.csv line 3", "3 cells"]),
+    ("task submit --from odd.jsonl", 2, ["odd.jsonl line 1", "proirity", "did you mean priority"]),
+    ("task submit --from empty.csv", 2, ["empty.csv", "no task"]),
+    ("task submit --grid --from wide.csv", 2, ["exclude"]),
+    ("task update -u priority=1", 0, ["Nothing matches"]),
+    ("task update -s failed", 2, ["-u field=value"]),
+    ("task update -s pending -u priority=1", 2, ["--quiet"]),
+    ("task update -s failed -u nosuch=1", 2, ["nosuch", "priority", "args"]),
+    ("task update -s failed -u created_at=1", 2, ["created_at", "priority"]),
+    ("task update -s failed -u priority", 2, ["field=value"]),
+    ("task update -s failed -u priority.x=1", 2, ["priority.x"]),
+    ("task update -s failed -u args.a=1 -u args.a=2", 2, ["args.a", "twice"]),
+    ("task update -s failed -u args.a=1 -u args.a.b=2", 2, ["collide"]),
+    ("task update -q -s pending -u priority=high", 2, ["priority", "high"]),
+    ("task update -q -s pending -u args=3", 2, ["args"]),
+    ("task update -q -s pending -u status=done", 2, ["status", "done", "cancelled"]),
+    ("task update -q -s pending -u status=running", 1, ["InvalidStateTransition"]),
+    ("task update --id %s -u priority=1" % MISSING, 1, ["no task " + MISSING]),
+    ("task delete " + MISSING, 1, ["no task " + MISSING]),
+    ("task delete -s pending", 2, ["--yes"]),
+    ("task delete abc --status failed", 2, ["not both"]),
+    ("worker report nothere crashed", 1, ["nothere"]),
+    ("worker report nothere broken", 2, ["broken", "crashed"]),
+    ("queue create --queue-name 'a b' --password x", 1, ["queue_name"]),
+    ("queue create --password x", 2, ["--queue-name"]),
+    ("queue create --queue-name x", 2, ["--password"]),
+    ("queue update", 2, ["--new-queue-name"]),
+    ("queue delete", 2, ["--yes"]),
+    ("init", 2, ["--url"]),
+    ("init --url ftp://x --yes", 2, ["ftp://x", "http://"]),
+    ("init --url http://127.0.0.1:9 --yes", 2, ["--password"]),
+    ("init --url http://127.0.0.1:9 --queue-name 'a b' --password x", 2, ["a b"]),
+    ("config", 1, ["labtasker init"]),
+    ("help nosuch", 2, ["nosuch", "filter, settings, api"]),
+    ("loop", 2, ["what to run"]),
+    ("loop python train.py", 2, ["goes after --"]),
+    ("loop -c 'echo %(lr)' -- echo", 2, ["exclude"]),
+    ("loop -- echo '%(lr'", 2, ["%(lr", "^"]),
+    ("loop -c 'echo %(lr'", 2, ["%(lr", "^"]),
+    ("loop --script-path nothere.sh", 1, ["nothere.sh"]),
+    ("loop -f 'argz.lr > 1' -- echo", 2, ["argz", "^"]),
+    ("loop --eta-max soon -- echo", 2, ["--eta-max", "soon"]),
+    ("loop --heartbeat-timeout soon -- echo", 2, ["--heartbeat-timeout", "soon"]),
+]
+
+
+@pytest.fixture(scope="module")
+def crowded(tmp_path_factory):
+    """A Place with three pending tasks, that no command line of BAD may change."""
+    place = harness.Place(tmp_path_factory.mktemp("crowded"))
+    submit_some(place)
+    place.write("bad.jsonl", '{"lr": 1}\n{"lr": \n')
+    place.write("odd.jsonl", '{"args": {"lr": 1}, "proirity": 3}\n')
+    place.write("wide.csv", "lr,model\n1,vit\n2,vit,3\n")
+    place.write("empty.csv", "lr,model\n")
+    yield place
+    place.close()
+
+
+@pytest.mark.parametrize("line, code, words", BAD, ids=[row[0] or "nothing" for row in BAD])
+def test_bad_input_gets_one_clear_message(crowded, line, code, words):
+    import shlex
+    journal = crowded.folder / "journal.jsonl"
+    before = journal.read_bytes()
+    result = crowded.cli(*shlex.split(line), check=False)
+    assert result.returncode == code, result
+    for word in words:
+        assert word in result.stderr, result
+    assert "Traceback" not in result.stderr and "bug" not in result.stderr, result
+    assert result.stdout == "", result
+    assert journal.read_bytes() == before
+    assert not (crowded.folder / "config.toml").exists()
+
+
+def test_a_wrong_password_says_where_it_comes_from(server_home):
+    result = server_home.cli("task", "ls", check=False, env={"LABTASKER_PASSWORD": "wrong"})
+    assert result.returncode == 1, result
+    for word in (server_home.server.queue, "password", "LABTASKER_", server_home.server.url):
+        assert word in result.stderr, result
+
+
+def test_a_server_that_is_not_there_is_named(home):
+    result = home.cli("task", "ls", check=False, env={"LABTASKER_URL": "http://127.0.0.1:9", "LABTASKER_QUEUE": "q",
+                                                      "LABTASKER_PASSWORD": "p"})
+    assert result.returncode == 1 and "http://127.0.0.1:9" in result.stderr, result
+    assert "Traceback" not in result.stderr, result
+
+
+# ---- help
+
+@pytest.mark.parametrize("path", [path for path, row in labtasker.COMMANDS.items() if row.help])
+def test_help_fits_a_screen_and_ends_with_an_example(path, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    lines = labtasker.help_of(path).split("\n")
+    assert "example:" in lines
+    assert lines[-1].startswith("  ") and ("labtasker " + path) in " ".join(lines[lines.index("example:"):])
+    assert len(lines) < 50, len(lines)
+
+
+@pytest.mark.parametrize("words", [["--help"], ["-h"], ["task", "--help"], ["task", "submit", "--help"], ["help"],
+                                   ["help", "task"], ["help", "task", "submit"]])
+def test_help_is_found_everywhere(home, words):
+    result = home.cli(*words)
+    assert "task submit" in result.stdout and "example:" in result.stdout
+
+
+@pytest.mark.parametrize("topic, words", [
+    ("filter", ["$regex", "date(...)", "summary", "==", "3 hours ago"]),
+    ("settings", ["LABTASKER_URL", "heartbeat_interval"]),
+    ("api", ["POST /api/v1/queues/me/tasks/next", "required_fields"])])
+def test_references_are_printed_from_the_tables(home, topic, words):
+    text = home.cli("help", topic).stdout
+    for word in words:
+        assert word in text
+
+
+def test_version(home):
+    assert home.cli("--version").stdout == "labtasker %s\n" % labtasker.__version__
+
+
+def test_every_command_line_in_help_and_examples_can_be_parsed():
+    import shlex
+    examples = [line for row in labtasker.COMMANDS.values() for line in row.example.split("\n") if row.help]
+    assert len(examples) > 20
+    for line in examples:
+        for part in line.split(" | "):
+            words = shlex.split(part.split(" && ")[0])
+            words = words[words.index("labtasker") + 1:]
+            path, rest = labtasker.find_command(words)
+            labtasker.parse(path, rest)
+
+
+def test_only_the_parser_of_the_typed_command_is_built(monkeypatch):
+    import argparse
+    built = []
+    monkeypatch.setattr(argparse.ArgumentParser, "add_argument",
+                        lambda self, *flags, **_: built.append(flags), raising=True)
+    labtasker.make_parser("health")
+    assert [flags for flags in built if flags != ("-h", "--help")] == []
+
+
+# ---- values and arguments
+
+@pytest.mark.parametrize("text, value", [
+    ("1", 1), ("-1", -1), ("0.1", 0.1), ("1e-3", 0.001), ("1e3", 1000.0), ("True", True), ("None", None),
+    ("resnet", "resnet"), ("", ""), ("[1,2]", [1, 2]), ("(1, 2)", [1, 2]), ("{'a': 1}", {"a": 1}), ("{1: 2}", {"1": 2}),
+    ("'7'", "7"), ('"x y"', "x y"), ("hello world", "hello world"), ("007", "007"), ("1+1", "1+1"), ("1j", "1j"),
+    ("b'x'", "b'x'"), ("{1, 2}", "{1, 2}"), ("...", "..."), ("#fff", "#fff"), (" 3", 3), ("nan", "nan"), ("[" * 500, "[" * 500),
+    ("1is", "1is"), (r"'\d'", r"\d"), ("{[]: 1}", "{[]: 1}"), ("/a/b.txt", "/a/b.txt"), ("true", "true"),
+    ("日本", "日本"), ("a=b", "a=b")])
+def test_literal(text, value):
+    found = labtasker.literal(text)
+    assert found == value and type(found) is type(value)
+
+
+@pytest.mark.parametrize("words, args", [
+    (["--lr=0.1", "--model=resnet"], {"lr": 0.1, "model": "resnet"}),
+    (["--lr", "0.1", "-m", "vit"], {"lr": 0.1, "m": "vit"}),
+    (["--flag"], {"flag": True}),
+    (["--flag", "--lr=1"], {"flag": True, "lr": 1}),
+    (["--lr", "-1"], {"lr": -1}),
+    (["--lr", "-.5"], {"lr": -0.5}),
+    (["--lr", "-"], {"lr": "-"}),
+    (["--value=-1", "--label=", "--desc=hello world"], {"value": -1, "label": "", "desc": "hello world"}),
+    (["--label", ""], {"label": ""}),
+    (["--batch-size=4"], {"batch_size": 4}),
+    (["--a.b=1", "--a.c.d=2"], {"a": {"b": 1, "c": {"d": 2}}}),
+    (["--a.b-c=1"], {"a": {"b_c": 1}}),
+    (["--opt={'x.y': 1}"], {"opt": {"x": {"y": 1}}}),
+    (["--expr=a=b"], {"expr": "a=b"}),
+    (["--text=two\nlines"], {"text": "two\nlines"}),
+    (["-lr=0.1"], {"lr": 0.1}),
+])
+def test_typed_arguments_become_args(home, words, args):
+    task_id = home.submit("--", *words)
+    assert home.task(task_id)["args"] == args
+
+
+def test_args_and_typed_arguments_are_joined(home):
+    task_id = home.submit("--args", '{"a": {"x": 1}, "n": NaN}', "--", "--a.y=2", "--b=3")
+    args = home.task(task_id)["args"]
+    assert args["n"] != args.pop("n") and args == {"a": {"x": 1, "y": 2}, "b": 3}
+
+
+def test_metadata_and_args_may_be_python_literals(home):
+    task_id = home.submit("--metadata", "{'tags': ['v1'], 'note': None}", "--args", "{'a': (1, 2)}")
+    task = home.task(task_id)
+    assert task["metadata"] == {"tags": ["v1"], "note": None} and task["args"] == {"a": [1, 2]}
+
+
+def test_submit_sets_every_field(home):
+    task = home.task(home.submit("--name", "n", "--priority", "-5", "--max-retries", "7", "--cmd", "echo hi",
+                                 "--heartbeat-timeout", "1 min", "--task-timeout", "1h30m"))
+    assert (task["task_name"], task["priority"], task["max_retries"], task["cmd"]) == ("n", -5, 7, "echo hi")
+    assert (task["heartbeat_timeout"], task["task_timeout"], task["args"]) == (60, 5400, {})
+
+
+def test_submit_says_the_id_and_quiet_says_nothing_else(home):
+    first = home.cli("task", "submit", "--", "--lr=1")
+    second = home.cli("task", "submit", "-q", "--", "--lr=2")
+    ids = [task["task_id"] for task in home.tasks()]
+    assert first.stdout == "Submitted task %s\n" % ids[0] and second.stdout == ids[1] + "\n"
+    assert first.stderr == second.stderr == ""
+
+
+@pytest.mark.parametrize("text, values", [
+    ("0.1,0.01", [0.1, 0.01]), ("vit,resnet", ["vit", "resnet"]), ("1:5:1", [1, 2, 3, 4, 5]), ("0:10:5", [0, 5, 10]),
+    ("0.1:0.3:0.1", [0.1, 0.2, 0.3]), ("3:1:-1", [3, 2, 1]), ("1:4:2", [1, 3]), ("1,5:6:1,x", [1, 5, 6, "x"]),
+    ("[1,2],[3,4]", [[1, 2], [3, 4]]), ("'a,b',c", ["a,b", "c"]), ("1:2", ["1:2"]), ("a:b:c", ["a:b:c"]), ("", [""]),
+    ("1e-3:3e-3:1e-3", [0.001, 0.002, 0.003]), ("1,", [1, ""]), (True, [True])])
+def test_grid_values(text, values):
+    assert labtasker.grid_values("k", text) == values
+
+
+def test_grid_is_the_product_in_one_transaction(home):
+    lines = len((home.folder / "journal.jsonl").read_bytes().splitlines()) if home.folder.exists() else 0
+    result = home.cli("task", "submit", "--grid", "--name", "g", "--args", '{"epochs": 3}', "--", "--lr=0.1,0.2",
+                      "--seed=1:3:1", check=False)
+    assert result.returncode == 0, result
+    assert result.stdout == "Submitted 6 tasks\n"
+    assert sorted((t["args"]["lr"], t["args"]["seed"]) for t in home.tasks()) == [
+        (lr, seed) for lr in (0.1, 0.2) for seed in (1, 2, 3)]
+    assert {t["args"]["epochs"] for t in home.tasks()} == {3} and {t["task_name"] for t in home.tasks()} == {"g"}
+    journal = (home.folder / "journal.jsonl").read_text().splitlines()
+    ids = [t["task_id"] for t in home.tasks()]
+    assert lines == 0 and sum(all(i in line for i in ids) for line in journal) == 1
+
+
+def test_from_json_lines_and_csv_and_stdin(home):
+    home.write("a.jsonl", '{"lr": 1}\n\n{"args": {"lr": 2}, "task_name": "two", "priority": 9}\n')
+    home.write("b.csv", "\ufefflr,opt.name,seed\n3,adam,\n4,sgd,7\n")
+    home.cli("task", "submit", "--from", "a.jsonl", "--", "--epochs=5")
+    home.cli("task", "submit", "--from", "b.csv")
+    home.cli("task", "submit", "--from", "-", stdin='{"lr": 5}\n')
+    tasks = sorted(home.tasks(), key=lambda t: t["args"]["lr"])
+    assert [t["args"] for t in tasks] == [
+        {"lr": 1, "epochs": 5}, {"lr": 2, "epochs": 5}, {"lr": 3, "opt": {"name": "adam"}},
+        {"lr": 4, "opt": {"name": "sgd"}, "seed": 7}, {"lr": 5}]
+    assert tasks[1]["task_name"] == "two" and tasks[1]["priority"] == 9
+
+
+def test_dry_run_submits_nothing_and_prints_what_from_takes(home):
+    result = home.cli("task", "submit", "--grid", "--dry-run", "--name", "g", "--", "--lr=1,2", "--opt.m=3")
+    assert "Would submit 2 tasks" in result.stderr and home.tasks() == []
+    home.cli("task", "submit", "--from", "-", stdin=result.stdout)
+    assert [(t["task_name"], t["args"]) for t in home.tasks()] == [
+        ("g", {"lr": 1, "opt": {"m": 3}}), ("g", {"lr": 2, "opt": {"m": 3}})]
+
+
+def test_what_ls_prints_can_be_submitted_again(home):
+    submit_some(home)
+    home.cli("task", "submit", "--from", "-", stdin=home.cli("task", "ls", "--fmt", "jsonl").stdout)
+    args = [json.dumps(t["args"]) for t in home.tasks()]
+    assert sorted(args) == sorted(2 * sorted(set(args))) and len(args) == 6
+
+
+# ---- listing
+
+def test_table_has_a_line_a_task_and_short_ids_that_can_be_used(home):
+    ids = submit_some(home)
+    header, *rows = home.cli("task", "ls").lines
+    assert header.split() == ["id", "status", "name", "age", "args"]
+    assert [row.split()[0] for row in rows] == [i[:8] for i in ids]
+    assert "lr=0.1 model=vit" in rows[0] and "opt.name=adam" in rows[2]
+    assert json.loads(home.cli("task", "get", ids[1][:8], "--fmt", "jsonl").stdout)["task_id"] == ids[1]
+    assert [t["task_id"] for t in home.tasks("--id", ids[2][:9])] == [ids[2]]
+
+
+def test_quiet_prints_ids_alone(home):
+    ids = submit_some(home)
+    assert home.cli("task", "ls", "-q", "--no-pager").lines == ids
+
+
+def test_selectors_are_anded(home):
+    ids = submit_some(home)
+    for words, found in [(["-s", "pending"], ids), (["-s", "failed"], []), (["--name", "sweep"], ids[:2]),
+                         (["-f", "args.lr > 0.15", "--name", "sweep"], ids[1:2]), (["--task-id", ids[0]], ids[:1]),
+                         (["-f", '{"args.lr": {"$gt": 0.15}}'], ids[1:]), (["-f", "{'args.lr': 0.1}"], ids[:1]),
+                         (["-f", '"v1" in list(metadata.tags)', "-s", "pending"], ids[:1])]:
+        assert home.cli("task", "ls", "-q", *words).lines == found, words
+
+
+def test_sort_limit_offset_and_what_was_left_out(home):
+    ids = submit_some(home)
+    result = home.cli("task", "ls", "-q", "-S", "args.lr:desc", "--limit", "2")
+    assert result.lines == ids[:0:-1] and "More tasks match than the 2 shown" in result.stderr
+    result = home.cli("task", "ls", "-q", "-S", "args.lr", "--offset", "1", "--limit", "2")
+    assert result.lines == ids[1:] and result.stderr == ""
+    assert home.cli("task", "ls", "-q", "-S", "task_name:desc", "-S", "args.lr:desc").lines == [ids[1], ids[0], ids[2]]
+
+
+def test_piped_in_lists_the_ids_on_stdin(home):
+    ids = submit_some(home)
+    assert home.cli("task", "ls", "-q", "--piped-in", stdin="\n".join(ids[1:])).lines == ids[1:]
+    assert home.cli("task", "ls", "-q", "--piped-in", "--name", "sweep", stdin="\n".join(ids[1:])).lines == ids[1:2]
+    result = home.cli("task", "ls", "--piped-in", stdin="id status\n", check=False)
+    assert result.returncode == 2 and "no task's id" in result.stderr
+
+
+def test_nothing_found_is_said_on_stderr_only(home):
+    result = home.cli("task", "ls")
+    assert (result.stdout, result.stderr) == ("", "Nothing matches.\n")
+    assert home.cli("task", "ls", "--fmt", "yaml").stdout == "[]\n"
+    assert home.cli("task", "ls", "-q").stderr == ""
+
+
+def test_csv_has_a_column_for_each_argument(home):
+    ids = submit_some(home)
+    rows = list(csv.DictReader(io.StringIO(home.cli("task", "ls", "--fmt", "csv").stdout)))
+    assert [row["task_id"] for row in rows] == ids
+    assert [row["args.lr"] for row in rows] == ["0.1", "0.2", "0.3"] and rows[2]["args.opt.name"] == "adam"
+    assert rows[2]["args.model"] == "" and rows[0]["metadata.tags"] == "['v1']"
+
+
+def test_get_prints_every_field(home):
+    text = home.cli("task", "get", submit_some(home)[0]).stdout
+    shown = [name for name, row in labtasker.TASK_FIELDS.items() if row.extension is not None]
+    assert [line.split(":")[0] for line in text.splitlines() if line[0] not in " -"] == shown
+
+
+VALUES = [None, True, False, 0, -1, 1.5, 1e-05, 1e300, 2 ** 63, float("inf"), "", " ", "x", "two words", "true", "No", "null",
+          "~", "1", "1.5", "-", "- a", "a: b", "a #b", "#a", "a:b", "[x]", "{x}", "*a", "&a", "!a", "|", ">", "%x", "@a", "`a",
+          "'q'", '"q"', "a\nb", "a\nb\n", "a\nb\n\n", "\na\nb", " a\nb", "a\n\n  b", "tab\tin", "\ttab\nx", "é", "日本", "\x1b[31m",
+          "\x85", "\u2028", "\x7f", "😀", "2026-11-22", "1:30", "0x10", "1_000", "=", "<<", "y", "on", "a\r\nb", "x ", "a \nb",
+          [], {}, [1, [2, [3]], {"a": [{"b": 1, "c": []}]}], {"a": {"b": {}}}, [[], {}], ["a\nb"], {"1": 2, "true": 3, "a-b": 4}]
+
+
+def test_yaml_reads_back_as_what_was_written():
+    yaml = pytest.importorskip("yaml")
+    rows = [{"value": value, "in": {"a": value, "b": [value, {"c": value}]}} for value in VALUES]
+    assert yaml.safe_load(labtasker.as_yaml(rows)) == rows
+    text = labtasker.as_yaml(rows)
+    assert "\x1b" not in text and "\x7f" not in text and "value: x\n" in text and "value: |-\n" in text
+    assert yaml.safe_load(labtasker.as_yaml([{"x": float("nan")}]))[0]["x"] != 0
+
+
+HOSTILE = "\x1b]0;owned\x07\x1b[2J\r\u202eevil\x9b"
+
+
+@pytest.mark.parametrize("words", [["task", "ls"], ["task", "ls", "--fmt", "yaml"], ["task", "ls", "--fmt", "jsonl"],
+                                   ["task", "ls", "--verbose"], ["task", "ls", "--fmt", "csv"], ["task", "get", "ID"],
+                                   ["task", "count", "--by", "args.x"], ["task", "ls", "-f", "args.x == '\x1b[2J"]])
+def test_no_control_character_of_a_value_reaches_the_terminal(home, words):
+    task_id = home.submit("--args", json.dumps({"x": HOSTILE}))
+    shown = on_terminal(home, [task_id if word == "ID" else word for word in words])[1]
+    for letter in "\x1b\x07\x9b\u202e":
+        assert letter not in shown, repr(shown)
+    assert "owned" in shown or "2J" in shown
+
+
+def test_wide_and_long_values_fit_the_terminal(home):
+    home.submit("--", "--text=" + "日本語" * 40, "--other=" + "x" * 200)
+    home.submit("--name", "n" * 90, "--", "--lr=1")
+    shown = on_terminal(home, ["task", "ls"], columns=60)[1].splitlines()
+    assert len(shown) == 3 and all(labtasker.cells_wide(line) <= 60 for line in shown), shown
+    assert "x" * 200 in home.cli("task", "ls").stdout
+
+
+def test_output_survives_a_terminal_without_unicode(home):
+    home.submit("--", "--text=日本")
+    env = {"PYTHONIOENCODING": "ascii", "LC_ALL": "C"}
+    assert "text=\\u65e5\\u672c" in home.cli("task", "ls", env=env).stdout
+    assert home.tasks()[0]["args"] == {"text": "日本"}
+
+
+def test_a_closed_pipe_is_quiet(home):
+    home.cli("task", "submit", "--grid", "--", "--x=1:3000:1")
+    result = home.bash("labtasker task ls --limit 3000 | head -1", check=False)
+    assert result.stderr == "" and result.stdout.startswith("id "), result
+
+
+def test_count_by_status_and_by_field(home):
+    submit_some(home)
+    assert home.cli("task", "count").stdout.split() == "status tasks pending 3 running 0 success 0 failed 0 " \
+                                                       "cancelled 0 total 3".split()
+    assert home.cli("task", "count", "--by", "args.model").stdout.split() == "args.model tasks vit 1 resnet 1 " \
+                                                                             "None 1 total 3".split()
+    assert home.cli("task", "count", "-q", "--name", "sweep").stdout == "2\n"
+
+
+# ---- changing
+
+@pytest.mark.parametrize("updates, field, value", [
+    (["-u", "args.lr=0.005"], "args", {"lr": 0.005, "opt": {"name": "adam", "m": 1}}),
+    (["-u", "args.opt.m=2"], "args", {"lr": 0.3, "opt": {"name": "adam", "m": 2}}),
+    (["-u", "args.lr=0.5", "-u", "args.new.deep=[1]"], "args", {"lr": 0.5, "opt": {"name": "adam", "m": 1}, "new": {"deep": [1]}}),
+    (["-u", 'args.opt={"name": "sgd"}'], "args", {"lr": 0.3, "opt": {"name": "sgd"}}),
+    (["-u", 'args.opt={"name": "sgd"}', "-u", "args.lr=1"], "args", {"lr": 1, "opt": {"name": "sgd"}}),
+    (["-u", 'args={"only": 1}'], "args", {"only": 1}),
+    (["-u", "args.lr.deep=1"], "args", {"lr": {"deep": 1}, "opt": {"name": "adam", "m": 1}}),
+    (["-u", "args.opt=None"], "args", {"lr": 0.3, "opt": None}),
+    (["-u", 'metadata.tags=["v2"]'], "metadata", {"tags": ["v2"], "note": "n"}),
+    (["-u", "metadata={}"], "metadata", {}),
+    (["-u", "metadata.note=two words"], "metadata", {"tags": ["v1"], "note": "two words"}),
+    (["-u", "metadata.note=a=b"], "metadata", {"tags": ["v1"], "note": "a=b"}),
+    (["-u", "status=cancelled"], "status", "cancelled"),
+    (["-u", "priority=100"], "priority", 100),
+    (["-u", "task_name=123"], "task_name", "123"),
+    (["-u", "summary.acc=NaN"], "summary", {"acc": "NaN"}),
+    (["--", "priority=7"], "priority", 7),
+    (["-u", "priority=7", "--", "max_retries=9"], "max_retries", 9),
+])
+def test_update_sets_what_was_typed_and_leaves_the_rest(home, updates, field, value):
+    task_id = home.submit("--args", '{"lr": 0.3, "opt": {"name": "adam", "m": 1}}', "--metadata",
+                          '{"tags": ["v1"], "note": "n"}')
+    assert home.cli("task", "update", "--id", task_id, *updates).stdout == "Updated 1 task\n"
+    found = home.task(task_id)[field]
+    assert json.loads(json.dumps(found).replace("NaN", '"NaN"')) == value
+
+
+def test_update_by_selectors_is_one_transaction(home):
+    ids = submit_some(home)
+    before = len((home.folder / "journal.jsonl").read_text().splitlines())
+    result = home.cli("task", "update", "--name", "sweep", "-f", "args.lr > 0", "-u", "args.lr=9", "--quiet")
+    assert result.stdout == result.stderr == ""
+    assert [t["args"]["lr"] for t in home.tasks()] == [9, 9, 0.3]
+    lines = (home.folder / "journal.jsonl").read_text().splitlines()[before:]
+    assert sum(ids[0] in line for line in lines) == 1 and sum(ids[0] in line and ids[1] in line for line in lines) == 1
+
+
+def test_update_takes_ids_from_stdin_only_without_selectors(home):
+    ids = submit_some(home)
+    home.cli("task", "update", "-u", "priority=1", "--quiet", stdin="\n".join(ids[:2]))
+    home.cli("task", "update", "--id", ids[2], "-u", "priority=2", "--quiet", stdin="\n".join(ids[:2]))
+    assert [t["priority"] for t in home.tasks()] == [1, 1, 2]
+    home.bash("labtasker task ls -q | xargs -I{} labtasker task update --id {} -u priority=5 --quiet")
+    assert [t["priority"] for t in home.tasks()] == [5, 5, 5]
+    assert "Nothing matches" in home.cli("task", "update", "-u", "priority=1").stderr
+
+
+def test_update_has_no_limit_unless_one_is_given(home):
+    home.cli("task", "submit", "--grid", "--", "--x=1:150:1")
+    home.cli("task", "update", "-s", "pending", "-u", "priority=3", "--quiet")
+    assert {t["priority"] for t in home.tasks()} == {3}
+    home.cli("task", "update", "-s", "pending", "-u", "priority=4", "--quiet", "--limit", "50")
+    assert sum(t["priority"] == 4 for t in home.tasks()) == 50
+
+
+def test_all_of_an_update_or_nothing(home):
+    ids = submit_some(home)
+    result = home.cli("task", "update", "-u", "priority=1", "-q", stdin="\n".join(ids + [MISSING]), check=False)
+    assert result.returncode == 1 and MISSING in result.stderr
+    assert [t["priority"] for t in home.tasks()] == [0, 0, 0]
+
+
+def fail_all(home):
+    home.cli("loop", "-c", "false", check=False)
+
+
+def test_retry_makes_failed_tasks_pending_with_no_retries(home):
+    ids = [home.submit("--max-retries", "1", "--", "--x=%d" % x) for x in (1, 2)]
+    home.cli("loop", "--", "sh", "-c", "exit %(x)", check=False)
+    assert [t["status"] for t in home.tasks()] == ["failed", "failed"]
+    result = home.cli("task", "retry", "--dry-run", "-f", "args.x == 1")
+    assert ids[0][:8] in result.stdout and "Would retry 1 task" in result.stderr
+    assert [t["status"] for t in home.tasks()] == ["failed", "failed"]
+    assert home.cli("task", "retry", "-f", "args.x == 1").stdout == "1 task pending again\n"
+    assert [(t["status"], t["retries"]) for t in home.tasks()] == [("pending", 0), ("failed", 1)]
+    home.cli("task", "retry")
+    assert [(t["status"], t["retries"]) for t in home.tasks()] == [("pending", 0), ("pending", 0)]
+    home.cli("task", "update", "--id", ids[0], "-u", "status=cancelled")
+    home.cli("task", "retry", ids[0])
+    assert home.task(ids[0])["status"] == "pending"
+
+
+def test_delete_by_ids_selectors_and_stdin(home):
+    ids = submit_some(home)
+    assert home.cli("task", "delete", ids[0], "-y").stdout == "Deleted 1 task\n"
+    assert home.cli("task", "delete", "-y", "--name", "sweep").stdout == "Deleted 1 task\n"
+    home.bash("labtasker task ls -q | labtasker task delete -y")
+    assert home.tasks() == []
+    result = home.bash("labtasker task ls -q | labtasker task delete -y")
+    assert result.stdout == "" and "Nothing matches" in result.stderr
+
+
+def test_delete_with_an_unknown_id_deletes_nothing(home):
+    ids = submit_some(home)
+    result = home.cli("task", "delete", "-y", ids[0], MISSING, ids[1], check=False)
+    assert result.returncode == 1 and MISSING in result.stderr and ids[0] not in result.stderr
+    assert len(home.tasks()) == 3
+    home.cli("task", "delete", ids[0], "-y", ids[1])
+    assert [t["task_id"] for t in home.tasks()] == ids[2:]
+
+
+def test_wait_ends_when_nothing_is_left_to_do(home):
+    assert "Nothing matches" in home.cli("task", "wait").stderr
+    submit_some(home)
+    waiting = home.start_cli("task", "wait")
+    home.cli("loop", "-f", "args.lr < 0.25", "--", "echo", "%(lr)", "%(model)")
+    assert waiting.poll() is None
+    home.cli("task", "update", "--name", "sweep", "-u", "priority=1", "-q")
+    home.cli("loop", "--", "echo", "%(lr)", "%(opt.name)")
+    assert waiting.wait(20) == 0
+    home.submit("--max-retries", "1", "--", "--bad=1")
+    home.cli("loop", "--", "false", "%(bad)", check=False)
+    result = home.cli("task", "wait", check=False)
+    assert result.returncode == 1 and "1 failed" in result.stderr
+    assert home.cli("task", "wait", "--name", "sweep").returncode == 0
+
+
+# ---- asking
+
+def on_terminal(place, words, typed="", columns=100, env=None):
+    """Return (exit code, what was shown) of a command on a real terminal, answered with `typed`."""
+    import fcntl
+    import struct
+    import termios
+    main, side = pty.openpty()
+    fcntl.ioctl(side, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+    env = harness.clean_env(dict(place.env, TERM="dumb", **(env or {})))
+    process = subprocess.Popen([sys.executable, str(harness.MODULE)] + words, cwd=str(place.cwd), env=env, stdin=side,
+                               stdout=side, stderr=side, start_new_session=True)
+    os.close(side)
+    os.write(main, typed.encode())
+    shown = b""
+    while select.select([main], [], [], 30)[0]:
+        try:
+            data = os.read(main, 65536)
+        except OSError:  # Linux: the other side is closed
+            break
+        if not data:
+            break
+        shown += data
+    os.close(main)
+    return process.wait(30), shown.decode("utf-8", "replace").replace("\r\n", "\n")
+
+
+@pytest.mark.parametrize("typed, code, left", [("y\n", 0, 2), ("yes\n", 0, 2), ("n\n", 1, 3), ("\n", 1, 3), ("\x04", 1, 3)])
+def test_delete_asks_on_a_terminal(home, typed, code, left):
+    ids = submit_some(home)
+    found, shown = on_terminal(home, ["task", "delete", ids[0]], typed)
+    assert found == code and "Delete 1 task for good? [y/N]" in shown
+    assert len(home.tasks()) == left
+
+
+def test_update_asks_on_a_terminal(home):
+    ids = submit_some(home)
+    code, shown = on_terminal(home, ["task", "update", "-s", "pending", "-u", "priority=1"], "n\n")
+    assert code == 1 and "Update 3 tasks? [y/N]" in shown
+    assert on_terminal(home, ["task", "update", "--id", ids[0], "-u", "priority=1"], "y\n")[0] == 0
+    assert on_terminal(home, ["task", "update", "--id", ids[1], "-u", "priority=1", "-q"])[0] == 0
+    assert [t["priority"] for t in home.tasks()] == [1, 1, 0]
+
+
+def test_colour_only_on_a_terminal_and_never_with_no_color(home):
+    submit_some(home)
+    assert "\x1b[" in on_terminal(home, ["task", "ls"], env={"TERM": "xterm", "NO_COLOR": ""})[1]
+    assert "\x1b[" not in on_terminal(home, ["task", "ls"], env={"TERM": "xterm", "NO_COLOR": "1"})[1]
+    assert "\x1b[" not in on_terminal(home, ["task", "ls", "--no-ansi"], env={"TERM": "xterm", "NO_COLOR": ""})[1]
+    assert "\x1b[" not in home.cli("task", "ls", env={"TERM": "xterm", "NO_COLOR": ""}).stdout
+    assert "\x1b[36mpending" in home.cli("task", "ls", "--ansi").stdout
+
+
+def test_a_pager_only_on_a_terminal_and_only_for_what_does_not_fit(home):
+    home.cli("task", "submit", "--grid", "--", "--x=1:60:1")
+    pager = home.write("pager.sh", "#!/bin/sh\necho PAGED\ncat\n")
+    pager.chmod(0o755)
+    env = {"PAGER": str(pager)}
+    assert "PAGED" in on_terminal(home, ["task", "ls"], env=env)[1]
+    assert "PAGED" not in on_terminal(home, ["task", "ls", "--no-pager"], env=env)[1]
+    assert "PAGED" not in on_terminal(home, ["task", "ls", "--limit", "5"], env=env)[1]
+    assert "PAGED" not in home.cli("task", "ls", env=env).stdout
+    assert on_terminal(home, ["task", "ls"], env={"PAGER": "no-such-pager"})[1].count("pending") == 60
+
+
+# ---- setting up
+
+def test_init_by_flags_asks_nothing(server, home):
+    words = ["init", "--url", server.url, "--queue-name", "mine", "--password", "secret"]
+    result = home.cli(*words)
+    assert "Created queue mine" in result.stdout and "Next: labtasker task submit" in result.stdout
+    path = home.folder / "config.toml"
+    assert path.stat().st_mode & 0o777 == 0o600
+    home.submit("--", "--lr=1")
+    assert server.http("POST", "/api/v1/queues/me/tasks/search", {})[1]["found"] is False
+    assert "there already" in home.cli("queue", "create-from-config").stdout
+    refused = home.cli(*words, check=False)
+    assert refused.returncode == 2 and "Overwrite" in refused.stderr and "--yes" in refused.stderr
+    home.cli(*(words + ["--yes"]))
+    wrong = home.cli("init", "--url", server.url, "--queue-name", "mine", "--password", "wrong", "--yes", check=False)
+    assert wrong.returncode == 1 and "password" in wrong.stderr
+    assert len(home.tasks()) == 1, "the configuration that works was kept"
+
+
+def test_init_asks_on_a_terminal(server, home):
+    code, shown = on_terminal(home, ["init"], "%s\nmine\nsecret\n" % server.url)
+    assert code == 0, shown
+    assert "URL" in shown and "Queue name [default]" in shown and "Password" in shown
+    assert "secret" not in shown.split("Password", 1)[1]
+    assert home.cli("queue", "get").stdout.count("queue_name: mine") == 1
+    code, shown = on_terminal(home, ["init"], "n\n")
+    assert code == 1 and "Overwrite it? [y/N]" in shown
+
+
+def test_init_without_a_server(home):
+    code, shown = on_terminal(home, ["init"], "\n\n")
+    assert code == 0 and "Password" not in shown, shown
+    home.submit("--", "--lr=1")
+    assert len(home.tasks()) == 1 and (home.folder / "journal.jsonl").exists()
+
+
+def test_init_where_nobody_answers(home):
+    words = ["init", "--url", "http://127.0.0.1:9", "--queue-name", "q", "--password", "p"]
+    result = home.cli(*words, check=False)
+    assert result.returncode == 2 and "http://127.0.0.1:9" in result.stderr and "--yes" in result.stderr
+    assert not (home.folder / "config.toml").exists()
+    result = home.cli(*(words + ["--yes"]))
+    assert "start the server" in result.stdout and (home.folder / "config.toml").exists()
+
+
+def test_config_is_kept_only_where_it_can_be_read(home):
+    home.cli("init", "--yes")
+    path = home.folder / "config.toml"
+    before = path.read_text()
+    home.write("good.sh", "#!/bin/sh\nsed -i s/default/other/ \"$1\"\n").chmod(0o755)
+    home.write("bad.sh", "#!/bin/sh\necho '= broken' >> \"$1\"\n").chmod(0o755)
+    result = home.cli("config", check=False, env={"EDITOR": "./bad.sh"})
+    assert result.returncode == 2 and "config.toml" in result.stderr and path.read_text() == before, result
+    assert home.cli("config", check=False, env={"EDITOR": "true"}).returncode == 1
+    assert home.cli("config", check=False, env={"EDITOR": "no-such-editor"}).returncode == 1
+    home.cli("config", env={"EDITOR": "./good.sh"})
+    assert path.read_text() == before.replace("default", "other") and path.stat().st_mode & 0o777 == 0o600
+    assert [name for name in os.listdir(str(home.folder)) if name.startswith("config-")] == []
+
+
+def test_health(both):
+    result = both.cli("health")
+    assert result.stdout.startswith("healthy") and "ms" in result.stdout
+    assert (both.server.url if both.server else "journal.jsonl") in result.stdout
+
+
+def test_health_of_nobody(home):
+    result = home.cli("health", check=False, env={"LABTASKER_URL": "http://127.0.0.1:9"})
+    assert result.returncode == 1 and "127.0.0.1:9" in result.stderr
+
+
+def test_queue_commands(server, home):
+    env = {"LABTASKER_URL": server.url, "LABTASKER_QUEUE": "q", "LABTASKER_PASSWORD": "p"}
+    created = home.cli("queue", "create", "--queue-name", "q", "--password", "p", "--metadata", '{"a": 1}', "-q", env=env)
+    text = home.cli("queue", "get", env=env).stdout
+    assert "queue_name: q\n" in text and "metadata:\n  a: 1\n" in text and created.stdout.strip() in text
+    again = home.cli("queue", "create", "--queue-name", "q", "--password", "p", env=env, check=False)
+    assert again.returncode == 1 and "q" in again.stderr
+    result = home.cli("queue", "update", "--new-queue-name", "r", "--new-password", "s", "--metadata", '{"b": 2}', env=env)
+    assert "labtasker config" in result.stderr
+    env.update(LABTASKER_QUEUE="r", LABTASKER_PASSWORD="s")
+    assert "metadata:\n  a: 1\n  b: 2\n" in home.cli("queue", "get", env=env).stdout
+    home.cli("queue", "delete", "--cascade", "-y", env=env)
+    assert home.cli("queue", "get", env=env, check=False).returncode == 1
+
+
+def test_worker_commands(both):
+    worker_id = both.cli("worker", "create", "--worker-name", "w", "--metadata", '{"gpu": 0}', "-q").stdout.strip()
+    assert "gpu=0" in both.cli("worker", "ls").stdout
+    assert both.cli("worker", "ls", "-q", "-s", "active").lines == [worker_id]
+    both.cli("worker", "report", worker_id, "suspended")
+    assert both.cli("worker", "ls", "-q", "-s", "active").lines == []
+    assert both.cli("worker", "ls", "-q", "-f", 'status == "suspended"').lines == [worker_id]
+    both.cli("worker", "delete", worker_id, "-y")
+    assert both.cli("worker", "ls", "-q").lines == []
+
+
+def test_loop_takes_a_script_from_stdin(home):
+    home.submit("--", "--text=a b")
+    result = home.cli("loop", stdin="printf '<%s>' %(text) > out.txt\n")
+    assert (home.cwd / "out.txt").read_text() == "<a b>", result
+
+
+def test_the_demo_shows_a_sweep_and_leaves_nothing_behind(home):
+    result = home.cli("demo", env={"TMPDIR": str(home.cwd)})
+    commands = [line for line in result.lines if line.startswith("$ ")]
+    assert len(commands) == 5 and all("labtasker" in line for line in commands), result
+    assert "[worker 1]" in result.stdout and "[worker 2]" in result.stdout
+    assert "8 of 8 tasks done" in result.lines[-1]
+    assert os.listdir(str(home.cwd)) == []
+
+
+def test_commands_can_be_imported_from_the_second_file():
+    import labtasker_cli
+    assert labtasker_cli.main is labtasker.main is labtasker_cli.server_main
+
+
+def test_an_unexpected_error_is_one_line_unless_asked(home, monkeypatch, capsys):
+    def burst(options):
+        raise ZeroDivisionError("by zero")
+    monkeypatch.setitem(labtasker.COMMANDS, "health", labtasker.COMMANDS["health"]._replace(run=burst))
+    assert labtasker.main(["health"]) == 1
+    assert "bug" in capsys.readouterr().err
+    monkeypatch.setenv("LABTASKER_DEBUG", "1")
+    with pytest.raises(ZeroDivisionError):
+        labtasker.main(["health"])
+
+
+@pytest.mark.parametrize("error, code", [(UsageError("x"), 2), (labtasker.FilterError("x", "y", 0), 2),
+                                         (labtasker.LabtaskerConnectError("x"), 1), (KeyboardInterrupt(), 130),
+                                         (FileNotFoundError(2, "No such file", "f"), 1)])
+def test_exit_codes(monkeypatch, capsys, error, code):
+    def fail(options):
+        raise error
+    monkeypatch.setitem(labtasker.COMMANDS, "health", labtasker.COMMANDS["health"]._replace(run=fail))
+    assert labtasker.main(["health"]) == code
+    assert "Traceback" not in capsys.readouterr().err

@@ -1,0 +1,222 @@
+"""Section 4: lines, opening, healing, failing disks, group commit."""
+import errno
+import json
+import os
+import threading
+
+import pytest
+
+import labtasker as L
+
+
+def journal(folder, **options):
+    made = L.Journal(str(folder / "journal.jsonl"), threading.RLock(), **options)
+    made.open()
+    return made
+
+
+def add(made, values, undone=None):
+    """Append lines with these values, one batch each, and return the batches."""
+    batches = []
+    for value in values:
+        batches.append(made.add(json.dumps({"value": value}).encode(), lambda value=value: undone.append(value)))
+        made.flush()
+    return batches
+
+
+def read(folder):
+    made = journal(folder)
+    values = [line.get("value") for line in made.read_new() if "end" not in line]
+    made.close()
+    return values, made
+
+
+def test_lines_are_read_back_in_order(tmp_path):
+    made = journal(tmp_path)
+    for batch in add(made, ["a", "\u00e9\ud800\n", {"x": float("inf")}, None]):
+        batch.wait()
+    made.close(clean=True)
+    assert read(tmp_path)[0] == ["a", "\u00e9\ud800\n", {"x": float("inf")}, None]
+
+
+def test_the_first_line_names_the_format_and_lines_count_without_gaps(tmp_path):
+    made = journal(tmp_path)
+    add(made, range(5))
+    made.close()
+    lines = [json.loads(line) for line in (tmp_path / "journal.jsonl").read_text().splitlines()]
+    assert lines[0]["journal"] == "labtasker" and lines[0]["format"] == L.FORMAT
+    assert [line["n"] for line in lines[1:]] == [1, 2, 3, 4, 5]
+    assert [line["durable"] for line in lines[1:]] == [0, 1, 2, 3, 4]
+
+
+def test_the_file_is_for_its_owner_alone(tmp_path):
+    journal(tmp_path).close()
+    assert os.stat(str(tmp_path / "journal.jsonl")).st_mode & 0o777 == 0o600
+
+
+def test_a_file_cut_at_any_byte_gives_the_lines_before_it(tmp_path):
+    made = journal(tmp_path)
+    add(made, ["one", "two", "three"])
+    made.close()
+    path = tmp_path / "journal.jsonl"
+    whole = path.read_bytes()
+    header = whole.index(b"\n") + 1
+    ends = [at + 1 for at, byte in enumerate(whole) if byte == 10]
+    for cut in range(header, len(whole) + 1):
+        path.write_bytes(whole[:cut])
+        values, opened = read(tmp_path)
+        assert values == ["one", "two", "three"][:sum(1 for end in ends[1:] if end <= cut)]
+        assert bool(opened.notices) == (cut not in ends)
+        for aside in tmp_path.glob("*.torn-*"):
+            assert aside.read_bytes() == whole[max(end for end in ends if end <= cut):cut]
+            aside.unlink()
+
+
+def test_rot_in_what_was_acknowledged_is_refused_with_its_place_and_nothing_changes(tmp_path):
+    made = journal(tmp_path)
+    add(made, ["one", "two", "three"])
+    made.close()
+    path = tmp_path / "journal.jsonl"
+    whole = path.read_bytes()
+    second = whole.index(b"two")
+    path.write_bytes(whole[:second] + b"tvo" + whole[second + 3:])
+    with pytest.raises(L.StoreDamaged, match=r"journal\.jsonl: byte %d: line 2 " % (whole.rindex(b"\n", 0, second) + 1)):
+        read(tmp_path)
+    assert path.read_bytes() == whole[:second] + b"tvo" + whole[second + 3:]
+    assert [name for name in os.listdir(str(tmp_path))] == ["journal.jsonl"]
+
+
+def test_every_flipped_bit_is_found(tmp_path):
+    made = journal(tmp_path)
+    add(made, ["one", "two"])
+    made.close(clean=True)
+    path = tmp_path / "journal.jsonl"
+    whole = path.read_bytes()
+    for at in range(len(whole)):
+        for bit in (0, 3, 6):
+            path.write_bytes(whole[:at] + bytes([whole[at] ^ (1 << bit)]) + whole[at + 1:])
+            try:
+                values, opened = read(tmp_path)
+            except L.StoreDamaged:
+                continue
+            assert opened.notices and values == ["one", "two"][:len(values)], (at, bit)
+            for aside in tmp_path.glob("*.torn-*"):
+                aside.unlink()
+
+
+def test_a_newer_format_is_refused(tmp_path):
+    path = tmp_path / "journal.jsonl"
+    path.write_bytes(L.seal(json.dumps({"journal": "labtasker", "format": L.FORMAT + 1})[:-1].encode()))
+    with pytest.raises(L.StoreDamaged, match="newer Labtasker"):
+        journal(tmp_path)
+
+
+@pytest.mark.parametrize("content", [b"hello\n", b"\xef\xbb\xbf{}\n", b"{}\r\n", b"\0" * 4096])
+def test_a_file_that_is_no_journal_is_refused(tmp_path, content):
+    path = tmp_path / "journal.jsonl"
+    path.write_bytes(content)
+    with pytest.raises(L.StoreDamaged, match="byte 0"):
+        journal(tmp_path)
+    assert path.read_bytes() == content
+
+
+class FailingDisk(L.Disk):
+    """Fails the k-th call of `name` from now on with `number`, `times` times."""
+
+    @classmethod
+    def fail(cls, name, k, number, times=1):
+        real, calls = getattr(L.Disk, name), [0]
+
+        def call(*args):
+            calls[0] += 1
+            if k <= calls[0] < k + times:
+                raise OSError(number, os.strerror(number))
+            return real(*args)
+        return type("Failing", (cls,), {name: staticmethod(call)})
+
+
+@pytest.mark.parametrize("name", ["write", "sync"])
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EIO])
+@pytest.mark.parametrize("k", range(1, 6))
+@pytest.mark.parametrize("times", [1, 3])
+def test_a_failing_disk_loses_nothing_acknowledged(tmp_path, name, number, k, times):
+    made, undone, kept = journal(tmp_path), [], []
+    made.disk = FailingDisk.fail(name, k, number, times)
+    for value in range(8):
+        try:
+            batch = add(made, [value], undone)[0]
+            batch.wait()
+            kept.append(value)
+        except L.StoreUnavailable as error:
+            assert isinstance(error, L.StoreFull) == (number in (errno.ENOSPC, errno.EDQUOT))
+            assert error.status == (507 if isinstance(error, L.StoreFull) else 503)
+            assert str(tmp_path) in str(error)
+    made.close()
+    assert len(kept) < 8 and 7 in kept
+    assert not set(undone) & set(kept)
+    values, opened = read(tmp_path)
+    assert values == kept and not opened.notices
+
+
+def test_short_writes_are_continued(tmp_path):
+    made = journal(tmp_path)
+    made.disk = type("Short", (L.Disk,), {"write": staticmethod(lambda fd, data: os.write(fd, bytes(data[:7])))})
+    for batch in add(made, ["one", "two"]):
+        batch.wait()
+    made.close()
+    assert read(tmp_path)[0] == ["one", "two"]
+
+
+def test_after_a_failed_sync_the_file_is_written_anew(tmp_path):
+    made, undone = journal(tmp_path), []
+    add(made, ["good"])
+    inode = os.stat(made.path).st_ino
+    made.disk = FailingDisk.fail("sync", 1, errno.EIO)
+    with pytest.raises(L.StoreUnavailable):
+        add(made, ["bad"], undone)[0].wait()
+    assert undone == ["bad"]
+    add(made, ["good again"])[0].wait()
+    assert os.stat(made.path).st_ino != inode
+    made.close()
+    assert read(tmp_path)[0] == ["good", "good again"]
+
+
+def test_a_writer_that_finds_another_ones_bytes_stops(tmp_path):
+    made, other = journal(tmp_path), journal(tmp_path)
+    add(made, ["one"])[0].wait()
+    with pytest.raises(L.StoreUnavailable, match="another writer"):
+        add(other, ["two"], [])[0].wait()
+    with pytest.raises(L.StoreUnavailable, match="another writer"):
+        other.add(b"{}", None)
+    assert read(tmp_path)[0] == ["one"]
+
+
+def test_threads_share_syncs_and_each_knows_when_its_own_line_is_down(tmp_path):
+    made, syncs = journal(tmp_path), []
+
+    def slow_sync(fd):
+        syncs.append(fd)
+        os.fsync(fd)
+    made.disk = type("Counting", (L.Disk,), {"sync": staticmethod(slow_sync)})
+    writer = threading.Thread(target=made.write_always)
+    writer.start()
+
+    def work(k):
+        for i in range(50):
+            with made.lock:
+                batch = made.add(json.dumps({"value": [k, i]}).encode(), None)
+            batch.wait()
+    threads = [threading.Thread(target=work, args=(k,)) for k in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    made.closing = True
+    made.filled.set()
+    writer.join()
+    made.close()
+    values = read(tmp_path)[0]
+    assert sorted(values) == sorted([k, i] for k in range(8) for i in range(50))
+    for k in range(8):
+        assert [i for who, i in values if who == k] == list(range(50))
+    assert len(syncs) < 400

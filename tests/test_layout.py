@@ -1,0 +1,165 @@
+"""The wall that imports are elsewhere: the map, the reading order, the size of functions, the imports."""
+import ast
+import re
+import statistics
+import symtable
+import sys
+
+import pytest
+
+from harness import MODULE, ROOT, TESTS
+
+SOURCE = MODULE.read_text(encoding="utf-8")
+LINES = SOURCE.splitlines()
+TREE = ast.parse(SOURCE)
+BANNER = re.compile(r"# (\d+)\. (\w[\w ]*?) #+$")
+AT_MODULE_LEVEL = {"collections", "datetime", "errno", "fcntl", "heapq", "json", "math", "operator", "os", "re", "sys",
+                   "threading", "time", "zlib"}
+IF_THERE = {"tomllib", "typing_extensions"}  # newer than the oldest Python, or not part of it: used where they are
+
+
+def banners():
+    """Return [(line number, section number, name)] in the file's order."""
+    found = [(number, BANNER.match(line)) for number, line in enumerate(LINES, 1)]
+    return [(number, int(match.group(1)), match.group(2)) for number, match in found if match]
+
+
+def section_of(line):
+    """Return the number of the section that a line is in; 0 for the head."""
+    return max([number for begin, number, _ in banners() if begin <= line], default=0)
+
+
+def functions():
+    found = [node for node in ast.walk(TREE) if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))]
+    assert len(found) > 100
+    return found
+
+
+def length(node):
+    return node.end_lineno - node.lineno + 1
+
+
+def test_map_in_the_docstring_is_the_banners_in_the_file():
+    in_map = re.findall(r"^ +(\d+)\. (\S+(?: \S+)*?)  +\S", ast.get_docstring(TREE, clean=False), re.M)
+    in_file = [(str(number), name) for _, number, name in banners()]
+    assert in_file == in_map
+    assert [int(number) for number, _ in in_map] == list(range(1, 11))
+
+
+@pytest.mark.parametrize("line", [line for line, _, _ in banners()])
+def test_banner_reaches_column_79_and_says_what_the_section_is_for(line):
+    assert len(LINES[line - 1]) == 79
+    assert LINES[line] == "#"
+    comment = []
+    for text in LINES[line + 1:]:
+        if not text.startswith("# "):
+            break
+        comment.append(text[2:])
+    assert 1 <= len(comment) <= 10
+    tests = re.findall(r"test_\w+\.py", " ".join(comment))
+    assert tests, "the banner names its tests"
+    assert not [name for name in tests if not (TESTS / name).exists()]
+
+
+def module_names():
+    """Return {name: line where the module first defines it}."""
+    lines = {}
+    stack = list(TREE.body)
+    while stack:
+        node = stack.pop()
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+            names = [node.name]
+        elif isinstance(node, (ast.Import, ast.ImportFrom)):
+            names = [(alias.asname or alias.name).split(".")[0] for alias in node.names]
+        else:
+            names = [node.id] if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store) else []
+            stack.extend(ast.iter_child_nodes(node))
+        for name in names:
+            lines[name] = min(node.lineno, lines.get(name, node.lineno))
+    return lines
+
+
+def scopes(table):
+    """Yield every function and class body, lambdas and comprehensions too."""
+    for child in table.get_children():
+        yield child
+        yield from scopes(child)
+
+
+def test_no_section_uses_a_name_that_a_later_one_defines():
+    defined = {name: section_of(line) for name, line in module_names().items()}
+    uses, backward = 0, []
+    for scope in scopes(symtable.symtable(SOURCE, str(MODULE), "exec")):
+        here = section_of(scope.get_lineno())
+        for symbol in scope.get_symbols():
+            name = symbol.get_name()
+            if symbol.is_global() and symbol.is_referenced() and name in defined:
+                uses += 1
+                if defined[name] > here:
+                    backward.append("%s (line %d, section %d) uses %s of section %d" % (
+                        scope.get_name(), scope.get_lineno(), here, name, defined[name]))
+    assert uses > 500
+    assert not backward, "\n".join(backward)
+
+
+def test_no_function_is_longer_than_60_lines():
+    assert not ["%s: %d" % (f.name, length(f)) for f in functions() if length(f) > 60]
+
+
+def test_half_of_the_functions_have_seven_lines_or_fewer():
+    assert statistics.median(length(f) for f in functions()) <= 7
+
+
+def test_no_class_has_200_lines():
+    classes = [node for node in ast.walk(TREE) if isinstance(node, ast.ClassDef)]
+    assert len(classes) > 10
+    assert not ["%s: %d" % (c.name, length(c)) for c in classes if length(c) >= 200]
+
+
+def test_every_public_function_has_a_docstring():
+    public = [n for n in TREE.body if isinstance(n, ast.FunctionDef) and not n.name.startswith("_")]
+    assert len(public) > 50
+    assert not [f.name for f in public if not ast.get_docstring(f)]
+
+
+def test_no_line_is_longer_than_120():
+    assert not [number for number, line in enumerate(LINES, 1) if len(line) > 120]
+
+
+SOURCES = [path for path in (MODULE, ROOT / "labtasker_cli.py", TESTS / "smoke.py") if path.exists()]
+
+
+def imports(tree, nodes):
+    """Return the top-level packages that these nodes import."""
+    found = set()
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            found.update(alias.name.split(".")[0] for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            found.add(node.module.split(".")[0])
+    return found
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.name)
+def test_syntax_is_that_of_the_oldest_python(path):
+    ast.parse(path.read_text(encoding="utf-8"), feature_version=(3, 6))
+
+
+@pytest.mark.skipif(sys.version_info < (3, 10), reason="the list of the standard library is there from 3.10")
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.name)
+def test_imports_are_of_the_standard_library(path):
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    found = imports(tree, ast.walk(tree))
+    assert found
+    assert not found - sys.stdlib_module_names - IF_THERE - {"labtasker", "labtasker_cli"}
+
+
+def test_importing_it_imports_little():
+    """What every command would wait for; the rest is imported where it is used."""
+    top, stack = set(), list(TREE.body)
+    while stack:
+        node = stack.pop()
+        if not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)):
+            top |= imports(TREE, [node])
+            stack.extend(ast.iter_child_nodes(node))
+    assert top == AT_MODULE_LEVEL

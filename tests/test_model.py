@@ -1,0 +1,68 @@
+"""Section 3: the fields and the two state machines."""
+import itertools
+
+import pytest
+
+import labtasker as L
+
+TASK_TABLE = {  # what the protocol page says a status may become; summaries apart
+    "created": {"pending"},
+    "pending": {"running", "pending", "cancelled", "success"},  # success: late, of a run that was given up on
+    "running": {"success", "failed", "pending", "cancelled"},
+    "success": {"pending", "cancelled"},
+    "failed": {"pending", "cancelled", "success"},  # success: as above
+    "cancelled": {"pending"},
+}
+
+
+def test_task_moves_lead_where_the_protocol_says():
+    assert {state: set(row.values()) for state, row in L.TASK_MOVES.items()} == TASK_TABLE
+
+
+def test_every_state_a_move_leads_to_has_a_row():
+    for moves in (L.TASK_MOVES, L.WORKER_MOVES):
+        assert {state for row in moves.values() for state in row.values()} <= set(moves)
+
+
+def test_a_move_that_is_not_in_the_table_is_refused():
+    events = {event for row in L.TASK_MOVES.values() for event in row}
+    refused = 0
+    for state, event in itertools.product(L.TASK_MOVES, events):
+        if event in L.TASK_MOVES[state]:
+            assert L.move(L.TASK_MOVES, state, event, "task") == L.TASK_MOVES[state][event]
+        else:
+            refused += 1
+            with pytest.raises(L.InvalidStateTransition, match="InvalidStateTransition: .*" + state):
+                L.move(L.TASK_MOVES, state, event, "task")
+    assert refused > 10
+
+
+COVERS = [  # required fields, args, whether the fetch takes the task
+    (["lr"], {"lr": 1}, True),
+    (["lr"], {"lr": None}, True),
+    (["lr"], {"lr": 1, "model": "a"}, False),
+    (["lr", "model"], {"lr": 1}, False),
+    (["lr", "*"], {"lr": 1, "model": "a"}, True),
+    (["lr", "*"], {"model": "a"}, False),
+    (["*"], {"model": "a"}, True),
+    ([], {"model": "a"}, True),
+    (["a"], {"a": {"b": 1, "c": {"d": 2}}}, True),
+    (["a.b"], {"a": {"b": 1, "c": 2}}, False),
+    (["a.b", "a.c"], {"a": {"b": 1, "c": 2}}, True),
+    (["a.b", "*"], {"a": {"b": 1, "c": 2}}, True),
+    (["a.b.c"], {"a": {"b": 1}}, False),
+    (["a"], {"a": {}}, True),
+    (["a.b"], {"a": {}}, False),
+    (["a", "a.b"], {"a": {"b": 1, "c": 2}}, True),
+]
+
+
+@pytest.mark.parametrize("required, args, taken", COVERS)
+def test_no_more_no_less(required, args, taken):
+    assert L.covers(required, L.paths_of(args)) is taken
+
+
+def test_records_have_a_field_for_each_row_of_their_table():
+    for record, fields in ((L.TaskRecord, L.TASK_FIELDS), (L.WorkerRecord, L.WORKER_FIELDS), (L.QueueRecord, L.QUEUE_FIELDS)):
+        assert record._fields == tuple(fields)
+        assert all(field.meaning for field in fields.values())

@@ -1,0 +1,455 @@
+"""Section 5: the operations, the indexes and the time-outs, through the one door and without a socket."""
+import itertools
+import json
+import random
+
+import pytest
+
+import labtasker as L
+
+
+class Clock:
+    """Both clocks, moved by hand."""
+
+    def __init__(self):
+        self.day, self.mono = 1.7e9, 1000.0
+
+    def pass_s(self, seconds):
+        self.day += seconds
+        self.mono += seconds
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    clock = Clock()
+    monkeypatch.setattr(L, "now", lambda: L.Instant(clock.day))
+    monkeypatch.setattr(L, "monotonic", lambda: clock.mono)
+    return clock
+
+
+class Door:
+    """Calls on a store in a folder; every time a thing is done the clock moves a little."""
+
+    def __init__(self, folder, clock, queue=L.DEFAULT_QUEUE):
+        self.path, self.clock, self.queue = str(folder / "journal.jsonl"), clock, L.LocalName(queue)
+        self.store = L.Store(self.path)
+
+    def __call__(self, method, path, body=None, query=None, expect=None):
+        self.clock.pass_s(0.001)
+        path = path if path.startswith("/") else "/api/v1/queues/me/" + path
+        status, answer = L.answer_call(self.store, lambda: self.queue, method, path, body, query)
+        assert status == expect if expect else status < 400, (status, answer)
+        return answer
+
+    def submit(self, **fields):
+        fields.setdefault("args", {"a": 1})
+        return self("POST", "tasks", fields)["task_id"]
+
+    def fetch(self, expect=None, **fields):
+        fields.setdefault("heartbeat_timeout", 60)
+        return self("POST", "tasks/next", fields, expect=expect).get("task")
+
+    def report(self, task, status, expect=None, **fields):
+        """Report on a fetched task as its run does, or on a task id as anybody does."""
+        if isinstance(task, dict):
+            fields.setdefault("run_id", task["run_id"])
+            task = task["task_id"]
+        return self("POST", "tasks/%s/status" % task, dict(fields, status=status), expect=expect)
+
+    def update(self, task_id, expect=None, reset=False, **fields):
+        return self("PUT", "tasks", [dict(fields, task_id=task_id)], {"reset_pending": str(reset)}, expect=expect)
+
+    def task(self, task_id):
+        return self("GET", "tasks/" + task_id)
+
+    def worker(self, **fields):
+        return self("POST", "workers", fields)["worker_id"]
+
+    def later(self, seconds):
+        """Let time pass and have the time-outs looked for."""
+        self.clock.pass_s(seconds)
+        self.fetch(required_fields=["no-such-field"])
+
+    def state(self):
+        """Return all that is in memory, as plain values."""
+        return {queue_id: (queue.record, dict(queue.tasks), list(queue.tasks), dict(queue.workers), sorted(queue.running))
+                for queue_id, queue in self.store.state.queues.items()}
+
+
+@pytest.fixture
+def door(tmp_path, clock):
+    """A Door; when the test ends its file is replayed and compared with its memory."""
+    door = Door(tmp_path, clock)
+    yield door
+    again = Door(tmp_path, clock)
+    again("GET", "/api/v1/queues/me")
+    assert again.state() == door.state()
+
+
+def test_a_failed_run_is_retried_until_max_retries(door):
+    task_id = door.submit(max_retries=3)
+    seen = []
+    for _ in range(3):
+        door.report(door.fetch(), "failed")
+        seen.append((door.task(task_id)["status"], door.task(task_id)["retries"]))
+    assert seen == [("pending", 1), ("pending", 2), ("failed", 3)]
+    assert door.fetch() is None
+
+
+def test_max_retries_0_and_1_fail_at_the_first_failure(door):
+    for count in (0, 1):
+        task_id = door.submit(max_retries=count)
+        door.report(door.fetch(), "failed")
+        assert door.task(task_id)["status"] == "failed"
+
+
+def test_higher_priority_first_then_least_recently_changed_then_created(door):
+    ids = [door.submit(priority=p) for p in (0, 5, 0, 5, -1)]
+    door.update(ids[1], metadata={"touched": 1})
+    assert [door.fetch()["task_id"] for _ in ids] == [ids[3], ids[1], ids[0], ids[2], ids[4]]
+
+
+def test_a_fetch_clears_the_summary_and_names_the_worker_and_the_start(door):
+    worker_id = door.worker()
+    task_id = door.submit()
+    before = door.task(task_id)
+    assert before["start_time"] is None and before["worker_id"] is None and before["summary"] == {}
+    door.update(task_id, summary={"old": 1})
+    task = door.fetch(worker_id=worker_id)
+    assert task["summary"] == {} and task["worker_id"] == worker_id and task["start_time"] is not None
+    door.report(task, "success", summary={"acc": 1})
+    assert door.task(task_id)["worker_id"] is None
+
+
+EVENTS = ("success", "failed", "cancelled", "running", "pending")
+
+
+def in_state(door, state):
+    """Return (task id, the fetched task or None) of a task that is in this state, the only one."""
+    task_id = door.submit(max_retries=1)
+    task = door.fetch() if state in ("running", "success", "failed") else None
+    if state not in ("pending", "running"):
+        door.report(task or task_id, state)
+    assert door.task(task_id)["status"] == state
+    return task_id, task
+
+
+@pytest.mark.parametrize("state, reported", list(itertools.product(L.TASK_STATES, EVENTS)))
+def test_reports_without_a_run_over_the_product_of_states(door, state, reported):
+    task_id, _ = in_state(door, state)
+    allowed = {"running": {"success", "failed", "cancelled", "pending"}, "pending": {"cancelled"},
+               "success": {"cancelled"}, "failed": {"cancelled"}, "cancelled": set()}[state]
+    fine = reported in allowed or reported == state
+    answer = door.report(task_id, reported, expect=200 if fine else 400, summary={"k": 1})
+    task = door.task(task_id)
+    assert task["status"] == (reported if fine else state)
+    assert task["summary"] == ({"k": 1} if fine else {})
+    if not fine:
+        assert answer["detail"].startswith("InvalidStateTransition: ")
+
+
+@pytest.mark.parametrize("state, wanted", list(itertools.product(L.TASK_STATES, L.TASK_STATES)))
+def test_updates_of_the_status_over_the_product_of_states(door, state, wanted):
+    task_id, _ = in_state(door, state)
+    allowed = {"pending": {"cancelled"}, "running": {"success", "failed", "pending", "cancelled"},
+               "success": {"pending", "cancelled"}, "failed": {"pending", "cancelled"}, "cancelled": {"pending"}}[state]
+    fine = wanted in allowed or wanted == state
+    door.update(task_id, expect=200 if fine else 400, status=wanted)
+    assert door.task(task_id)["status"] == (wanted if fine else state)
+
+
+@pytest.mark.parametrize("state", L.TASK_STATES)
+def test_a_reset_goes_to_pending_from_any_state_and_zeroes_retries(door, state):
+    task_id, task = in_state(door, state)
+    door.update(task_id, retries=2)
+    door.update(task_id, reset=True)
+    found = door.task(task_id)
+    assert (found["status"], found["retries"], found["worker_id"]) == ("pending", 0, None)
+    if task:
+        door.report(task, "success", expect=409)
+
+
+def test_status_pending_alone_keeps_the_retries(door):
+    task_id = door.submit(max_retries=2)
+    door.report(door.fetch(), "failed")
+    door.report(door.fetch(), "failed")
+    door.update(task_id, status="pending")
+    assert (door.task(task_id)["status"], door.task(task_id)["retries"]) == ("pending", 2)
+
+
+def test_updates_merge_and_replace_fields_replaces(door):
+    task_id = door.submit(args={"a": 1, "b": {"c": 2, "d": 3}}, metadata={"x": 1})
+    door.update(task_id, args={"b.c": 5}, metadata={"y": 2})
+    assert door.task(task_id)["args"] == {"a": 1, "b": {"c": 5, "d": 3}}
+    assert door.task(task_id)["metadata"] == {"x": 1, "y": 2}
+    door.update(task_id, args={"z": 1}, metadata={}, replace_fields=["args", "metadata"])
+    assert door.task(task_id)["args"] == {"z": 1} and door.task(task_id)["metadata"] == {}
+
+
+def test_updates_are_all_done_or_none_and_each_that_cannot_be_is_named(door):
+    good, bad = door.submit(), door.submit()
+    answer = door("PUT", "tasks", [{"task_id": good, "priority": 9}, {"task_id": bad, "status": "success"},
+                                   {"task_id": "nosuch", "priority": 1}], {"reset_pending": "false"}, expect=400)
+    assert bad in answer["detail"] and "nosuch" in answer["detail"] and good not in answer["detail"]
+    assert door.task(good)["priority"] == 0
+
+
+def test_a_task_updated_twice_in_one_request_gets_both(door):
+    task_id = door.submit(args={"a": 1})
+    answer = door("PUT", "tasks", [{"task_id": task_id, "args": {"b": 2}}, {"_id": task_id, "args": {"c": 3}}],
+                  {"reset_pending": "false"})
+    assert answer["content"][0]["args"] == door.task(task_id)["args"] == {"a": 1, "b": 2, "c": 3}
+
+
+def test_a_silent_run_fails_after_its_heartbeat_timeout_and_says_so(door):
+    task_id = door.submit()
+    task = door.fetch(heartbeat_timeout=30)
+    for _ in range(5):
+        door.later(20)
+        door("POST", "tasks/%s/heartbeat" % task_id, query={"run_id": task["run_id"]})
+    assert door.task(task_id)["status"] == "running"
+    door.later(31)
+    found = door.task(task_id)
+    assert (found["status"], found["retries"]) == ("pending", 1)
+    assert "heartbeat" in found["summary"]["labtasker_error"]
+
+
+def test_a_run_fails_after_its_task_timeout_in_spite_of_heartbeats(door):
+    task_id = door.submit(max_retries=1)
+    task = door.fetch(eta_max="1m")
+    for _ in range(4):
+        door.later(14)
+        door("POST", "tasks/%s/heartbeat" % task_id, query={"run_id": task["run_id"]})
+    assert door.task(task_id)["status"] == "running"
+    door.later(10)
+    assert door.task(task_id)["status"] == "failed" and "task_timeout" in door.task(task_id)["summary"]["labtasker_error"]
+
+
+def test_a_jump_of_the_time_of_day_changes_no_state(door, clock):
+    task_id = door.submit()
+    door.fetch(heartbeat_timeout=30)
+    for jump in (-86400, 3600, -3600, 365 * 86400):
+        clock.day += jump
+        door.later(2)
+        assert door.task(task_id)["status"] == "running"
+
+
+def test_looking_changes_nothing(door, clock, tmp_path):
+    task_id = door.submit()
+    door.fetch(heartbeat_timeout=5)
+    clock.pass_s(1000)
+    size = (tmp_path / "journal.jsonl").stat().st_size
+    door("POST", "tasks/search", {})
+    door("POST", "workers/search", {})
+    assert door.task(task_id)["status"] == "running"
+    assert (tmp_path / "journal.jsonl").stat().st_size == size
+
+
+def test_a_late_success_counts_while_nobody_has_taken_the_task_and_gives_the_retry_back(door):
+    task_id = door.submit()
+    task = door.fetch(heartbeat_timeout=5)
+    door.later(10)
+    assert door.task(task_id)["retries"] == 1
+    door.report(task, "success", summary={"acc": 0.5})
+    found = door.task(task_id)
+    assert (found["status"], found["retries"], found["summary"]) == ("success", 0, {"acc": 0.5})
+    assert door.fetch() is None
+
+
+def test_a_late_report_is_refused_once_the_task_was_taken(door):
+    door.submit()
+    first = door.fetch(heartbeat_timeout=5)
+    door.later(10)
+    second = door.fetch()
+    assert second["task_id"] == first["task_id"] and second["run_id"] != first["run_id"]
+    door.report(first, "success", expect=409)
+    assert door.task(first["task_id"])["status"] == "running"
+
+
+@pytest.mark.parametrize("status", ["success", "failed", "pending", "cancelled"])
+def test_the_repeat_of_a_report_is_taken_and_changes_nothing(door, status):
+    task_id = door.submit()
+    task = door.fetch()
+    door.report(task, status, summary={"k": 1})
+    once = door.task(task_id)
+    door.report(task, status, summary={"k": 1})
+    twice = door.task(task_id)
+    assert {k: v for k, v in once.items() if k != "last_modified"} == {k: v for k, v in twice.items() if k != "last_modified"}
+
+
+def test_other_reports_on_a_run_that_ended_are_refused(door):
+    door.submit(max_retries=5)
+    for end, other in (("success", "failed"), ("failed", "success"), ("pending", "success"), ("cancelled", "success"),
+                       ("cancelled", "failed")):
+        door.submit(max_retries=5, priority=9)
+        task = door.fetch()
+        door.report(task, end)
+        door.report(task, other, expect=409)
+        door.report(task["task_id"], "cancelled")
+
+
+def test_the_same_fetch_id_gets_the_same_task(door):
+    for _ in range(2):
+        door.submit()
+    worker_id, other = door.worker(), door.worker()
+    first = door.fetch(worker_id=worker_id, fetch_id="f1")
+    assert door.fetch(worker_id=worker_id, fetch_id="f1")["run_id"] == first["run_id"]
+    assert door.fetch(worker_id=other, fetch_id="f1")["task_id"] != first["task_id"]
+
+
+def test_the_same_submission_again_is_the_same_task_and_another_is_a_conflict(door):
+    made = L.new_id()
+    assert door.submit(task_id=made, args={"a": 1}) == made
+    assert door.submit(task_id=made, args={"a": 1}) == made
+    door.update(made, args={"a": 2})
+    assert door.submit(task_id=made, args={"a": 1}) == made
+    door("POST", "tasks", {"task_id": made, "args": {"a": 3}}, expect=409)
+    assert len(door("POST", "tasks/search", {})["content"]) == 1
+
+
+def test_a_list_is_one_transaction(door, tmp_path):
+    door.submit()
+    lines = (tmp_path / "journal.jsonl").read_text().count("\n")
+    ids = door("POST", "tasks", [{"args": {"i": i}} for i in range(100)])["task_ids"]
+    assert len(set(ids)) == 100 and (tmp_path / "journal.jsonl").read_text().count("\n") == lines + 1
+    door("POST", "tasks", [{"args": {"i": 1}}, {"args": {"$bad": 1}}], expect=422)
+    assert len(door("POST", "tasks/search", {"limit": 1000})["content"]) == 101
+
+
+def test_handing_back_charges_no_retry_and_ends_after_a_hundred_times(door):
+    task_id = door.submit()
+    for count in range(1, L.MAX_INTERRUPTIONS):
+        door.report(door.fetch(), "pending", reason="SIGTERM")
+        found = door.task(task_id)
+        assert (found["status"], found["retries"], found["interruptions"], found["reason"]) == ("pending", 0, count, "SIGTERM")
+    door.report(door.fetch(), "pending", reason="SIGTERM")
+    assert door.task(task_id)["status"] == "failed"
+
+
+def test_a_worker_is_crashed_at_its_max_retries_and_gets_tasks_again_once_active(door):
+    worker_id = door.worker(max_retries=2)
+    door.submit(max_retries=10)
+    for state in ("active", "crashed"):
+        door.report(door.fetch(worker_id=worker_id), "failed", worker_id=worker_id)
+        assert door("GET", "workers/" + worker_id)["status"] == state
+    assert "crashed" in door("POST", "tasks/next", {"worker_id": worker_id}, expect=403)["detail"]
+    door("POST", "workers/%s/status" % worker_id, {"status": "active"})
+    assert door("GET", "workers/" + worker_id)["retries"] == 0
+    assert door.fetch(worker_id=worker_id)
+
+
+@pytest.mark.parametrize("state, wanted", list(itertools.product(L.WORKER_STATES, L.WORKER_STATES)))
+def test_worker_reports_over_the_product_of_states(door, state, wanted):
+    worker_id = door.worker()
+    if state != "active":
+        door("POST", "workers/%s/status" % worker_id, {"status": state})
+    allowed = {"active": {"active", "suspended", "crashed"}, "suspended": {"active"}, "crashed": {"active", "crashed"}}
+    fine = wanted in allowed[state]
+    answer = door("POST", "workers/%s/status" % worker_id, {"status": wanted}, expect=200 if fine else 400)
+    assert fine or "InvalidStateTransition" in answer["detail"]
+
+
+def test_the_tasks_side_counts_when_the_worker_is_suspended_or_gone(door):
+    for last in ("suspended", "deleted"):
+        worker_id = door.worker()
+        task_id = door.submit(priority=1)
+        task = door.fetch(worker_id=worker_id)
+        if last == "deleted":
+            door("DELETE", "workers/" + worker_id)
+        else:
+            door("POST", "workers/%s/status" % worker_id, {"status": last})
+        door.report(task, "failed")
+        assert door.task(task_id)["retries"] == 1
+        door.report(task_id, "cancelled")
+
+
+def test_a_report_by_another_worker_is_refused(door):
+    worker_id, other = door.worker(), door.worker()
+    task_id = door.submit()
+    door.fetch(worker_id=worker_id)
+    door.report(task_id, "success", worker_id=other, expect=409)
+    door("POST", "tasks/%s/heartbeat" % task_id, query={"worker_id": other}, expect=403)
+    door.report(task_id, "success", worker_id=worker_id)
+
+
+def test_a_heartbeat_that_asks_is_told_what_became_of_the_task(door):
+    task_id = door.submit()
+    task = door.fetch()
+    beat = lambda: door("POST", "tasks/%s/heartbeat" % task_id, query={"run_id": task["run_id"], "answer": "status"})
+    assert beat() == {"status": "running"}
+    door.update(task_id, status="cancelled")
+    assert beat() == {"status": "cancelled"}
+    door("POST", "tasks/%s/heartbeat" % task_id, expect=404)
+
+
+def test_two_stores_on_one_file_see_each_others_work(door, tmp_path, clock):
+    other = Door(tmp_path, clock)
+    task_id = door.submit()
+    task = other.fetch()
+    assert task["task_id"] == task_id and door.task(task_id)["status"] == "running"
+    assert door.fetch() is None
+    other.report(task, "success")
+    assert door.task(task_id)["status"] == "success"
+    door.task(task_id)
+
+
+FILTERS = [None, {"args.a": {"$gt": 3}}, {"metadata.tags": "x"}, {"$or": [{"args.b": 1}, {"retries": {"$gt": 0}}]}]
+REQUIRED = [[], ["a"], ["a", "*"], ["a", "b"], ["b"]]
+
+
+def slow_choice(tasks, required, predicate):
+    """Return the id of the task to be fetched next, by looking at all of them."""
+    found = [(-t.priority, t.last_modified, t.created_at, t.task_id) for t in tasks
+             if t.status == "pending" and L.covers(required, L.paths_of(t.args)) and (not predicate or predicate(t))]
+    return min(found)[3] if found else None
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_fetching_by_the_indexes_is_fetching_by_looking_at_all(door, seed):
+    dice = random.Random(seed)
+    ids = []
+    for step in range(250):
+        act = dice.random()
+        if act < 0.4 or not ids:
+            args = {key: dice.randrange(8) for key in ("a", "b", "c") if dice.random() < 0.6} or {"a": 1}
+            ids.append(door.submit(args=args, priority=dice.randrange(3), metadata={"tags": ["x"]} if step % 2 else None))
+        elif act < 0.5:
+            door.update(dice.choice(ids), reset=dice.random() < 0.5, priority=dice.randrange(3), args={"a": dice.randrange(8)})
+        elif act < 0.55:
+            gone = ids.pop(dice.randrange(len(ids)))
+            door("DELETE", "tasks/" + gone)
+        else:
+            query, required = dice.choice(FILTERS), dice.choice(REQUIRED)
+            queue = next(iter(door.store.state.queues.values()))
+            predicate = query and L.compile_tree(L.query_to_tree(query, L.TASK_FIELDS))
+            expected = slow_choice(queue.tasks.values(), required, predicate)
+            task = door.fetch(required_fields=required, extra_filter=query)
+            assert (task and task["task_id"]) == expected
+            if task and dice.random() < 0.8:
+                door.report(task, dice.choice(["success", "failed", "pending", "failed"]))
+
+
+def test_a_failed_write_leaves_memory_as_the_file_is(door, tmp_path, clock):
+    task_id = door.submit()
+    first = door.state()
+
+    class Full(L.Disk):
+        write = staticmethod(lambda fd, data: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    door.store.journal.disk = Full
+    assert "No space left" in door("POST", "tasks", {"args": {"a": 2}}, expect=507)["detail"]
+    door("POST", "tasks/next", {}, expect=507)
+    door("DELETE", "tasks/" + task_id, expect=507)
+    assert door.state() == first
+    door.store.journal.disk = L.Disk
+    assert door.fetch()["task_id"] == task_id
+
+
+def test_every_journal_record_kind_is_documented_and_written(door, tmp_path):
+    worker_id = door.worker()
+    task_id = door.submit()
+    door("DELETE", "tasks/" + task_id)
+    door("DELETE", "workers/" + worker_id)
+    door("DELETE", "/api/v1/queues/me")
+    kinds = {change[0] for line in (tmp_path / "journal.jsonl").read_text().splitlines()[1:]
+             for change in json.loads(line)["changes"]}
+    assert kinds == set(L.RECORDS) and all(row.meaning for row in L.RECORDS.values())

@@ -1,0 +1,140 @@
+"""Errors, ids, names, dotted keys, times."""
+import datetime
+import uuid
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import labtasker
+
+KEYS = st.text("abcXYZ019_-", min_size=1, max_size=4)
+JSON = st.recursive(st.none() | st.booleans() | st.integers() | st.text(max_size=5),
+                    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(KEYS, inner, max_size=3), max_leaves=12)
+TREES = st.dictionaries(KEYS, JSON, max_size=4)
+INSTANTS = st.integers(-2 * 10 ** 15, 10 ** 17).map(lambda micros: labtasker.Instant(micros / 10 ** 6))
+
+
+def flat(tree, prefix=""):
+    """Return the tree with one dotted key a leaf."""
+    found = {}
+    for key, value in tree.items():
+        if isinstance(value, dict) and value:
+            found.update(flat(value, prefix + key + "."))
+        else:
+            found[prefix + key] = value
+    return found
+
+
+@pytest.mark.parametrize("given_, nested", [
+    ({}, {}),
+    ({"a": 1}, {"a": 1}),
+    ({"foo.bar": 1}, {"foo": {"bar": 1}}),
+    ({"a.b": 1, "a": {"c": 2}}, {"a": {"b": 1, "c": 2}}),
+    ({"a": {"c": 2}, "a.b": 1}, {"a": {"b": 1, "c": 2}}),
+    ({"a": {"b.c": 1}}, {"a": {"b": {"c": 1}}}),
+    ({"a": {}}, {"a": {}}),
+    ({"a": [{"b.c": 1}]}, {"a": [{"b": {"c": 1}}]}),
+    ({"a-b_C.0": None}, {"a-b_C": {"0": None}}),
+])
+def test_dotted_keys_are_paths_at_every_level(given_, nested):
+    assert labtasker.nest(given_) == nested
+
+
+@pytest.mark.parametrize("given_, named", [
+    ({"a": 1, "a.b": 2}, ["'a'", "'a.b'"]),
+    ({"a.b": 2, "a": 1}, ["'a'", "'a.b'"]),
+    ({"a.b": 1, "a": {"b": 2}}, ["'a.b'"]),
+    ({"a.b.c": 1, "a": {"b": 2}}, ["'a.b.c'", "'a.b'"]),
+])
+def test_a_path_set_twice_is_refused_and_both_are_named(given_, named):
+    with pytest.raises(labtasker.InvalidFields) as caught:
+        labtasker.nest(given_)
+    assert caught.value.status == 422
+    assert all(name in str(caught.value) for name in named)
+
+
+@pytest.mark.parametrize("key", ["", ".", "a.", ".a", "a..b", "$a", "a b", "a\n", "é", "a/b", 1, None, ("a",)])
+@pytest.mark.parametrize("wrap", [lambda d: d, lambda d: {"x": d}, lambda d: {"x": [d]}])
+def test_an_odd_key_is_refused_wherever_it_stands(key, wrap):
+    with pytest.raises(labtasker.InvalidFields) as caught:
+        labtasker.nest(wrap({key: 1}))
+    assert repr(key) in str(caught.value)
+    assert caught.value.detail[0]["loc"][:2] == ["body", "args"]
+
+
+@given(TREES)
+def test_nesting_undoes_flattening_and_changes_no_tree_without_dots(tree):
+    assert labtasker.nest(flat(tree)) == tree == labtasker.nest(tree)
+
+
+@given(TREES, TREES)
+def test_merging_keeps_what_is_old_and_sets_what_is_new(old, new):
+    before = repr((old, new))
+    merged = labtasker.merge(old, new)
+    assert repr((old, new)) == before
+    assert labtasker.merge(merged, new) == merged
+    assert set(merged) == set(old) | set(new)
+    for key, value in flat(new).items():
+        assert labtasker.dig(merged, key.split("."), "gone") == value or value == {}
+
+
+def test_dig_gives_what_stands_at_a_path_or_the_default():
+    assert labtasker.dig({"a": {"b": 1}}, ["a", "b"]) == 1
+    assert labtasker.dig({"a": {"b": 1}}, ["a", "b", "c"], 7) == 7
+    assert labtasker.dig({"a": None}, ["a"], 7) is None
+    assert labtasker.dig(5, []) == 5
+
+
+def test_ids_are_random_uuid4_text():
+    ids = [labtasker.new_id() for _ in range(200)]
+    assert len(set(ids)) == 200
+    assert all(uuid.UUID(i).version == 4 and uuid.UUID(i).variant == uuid.RFC_4122 and str(uuid.UUID(i)) == i for i in ids)
+
+
+def test_nearest_is_the_one_most_alike_or_none():
+    assert labtasker.nearest("statos", ["status", "args"]) == "status"
+    assert labtasker.nearest("zzz", ["status", "args"]) is None
+
+
+@given(INSTANTS)
+def test_a_time_survives_being_written_and_read(instant):
+    text = labtasker.format_time(instant)
+    again = labtasker.parse_time(text)
+    assert again == instant and type(again) is labtasker.Instant
+    assert labtasker.format_time(again) == text
+    assert labtasker.to_datetime(instant).isoformat(timespec="microseconds") == text
+    assert labtasker.to_datetime(instant).utcoffset() == datetime.timedelta(0)
+
+
+@pytest.mark.parametrize("text, utc", [
+    ("2026-11-22T06:00:00.123456+00:00", "2026-11-22T06:00:00.123456+00:00"),
+    ("2026-11-22T06:00:00", "2026-11-22T06:00:00.000000+00:00"),
+    ("2026-11-22T06:00:00Z", "2026-11-22T06:00:00.000000+00:00"),
+    ("2026-11-22 06:00", "2026-11-22T06:00:00.000000+00:00"),
+    ("2026-11-22", "2026-11-22T00:00:00.000000+00:00"),
+    ("2026-11-22T06:00:00.5+05:30", "2026-11-22T00:30:00.500000+00:00"),
+    ("2026-11-22T06:00:00.1234569-0100", "2026-11-22T07:00:00.123456+00:00"),
+    ("2026-11-22T06:00:00-01", "2026-11-22T07:00:00.000000+00:00"),
+    ("1969-12-31T23:59:59.999999Z", "1969-12-31T23:59:59.999999+00:00"),
+])
+def test_iso_times_are_read_and_without_a_zone_they_are_utc(text, utc):
+    assert labtasker.format_time(labtasker.parse_time(text)) == utc
+
+
+@pytest.mark.parametrize("text", ["", "now", "2026-11-22T", "2026-02-30", "2026-11-22T25:00:00", "2026-11-22T06:00:00+99:00",
+                                  "2026-11-22T06:00:00Zz", "2026-11-22T06:00:00\n", "26-11-22", "٢٠٢٦-11-22"])
+def test_what_is_no_time_is_refused(text):
+    with pytest.raises(ValueError):
+        labtasker.parse_time(text)
+
+
+def test_a_syntax_mistake_shows_the_line_and_a_caret_under_the_column():
+    mistake = labtasker.FilterError("odd", "first\n  second line", 10)
+    assert str(mistake).splitlines() == ["odd", "    second line", "    " + "  ^"]
+    assert (mistake.message, mistake.column, mistake.status) == ("odd", 10, 400)
+
+
+def test_a_syntax_mistake_far_to_the_right_is_still_in_view_and_control_characters_are_not():
+    shown, caret = str(labtasker.FilterError("odd", "x\x1b" * 500 + "!" + "y" * 500, 1000)).splitlines()[1:]
+    assert shown[caret.index("^")] == "!" and len(shown) <= 120 and "\x1b" not in shown
