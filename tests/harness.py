@@ -1,6 +1,6 @@
 """What the tests share: waiting, running the command line, servers, and the places that a test works in.
 
-`run_cli` runs the checkout's labtasker.py as a person would. A `Place` is a working folder with a store behind
+`run_cli` runs the checkout's labtasker.py, as `python -m labtasker` so that it is compiled once. A `Place` is a working folder with a store behind
 it, embedded or on a server, with the same calls for both. The only `time.sleep` of the tests is in `wait_until`.
 """
 import json
@@ -82,8 +82,8 @@ def run(args, cwd, stdin=None, check=True, env=None, timeout_s=120):
 
 
 def run_cli(args, cwd, stdin=None, check=True, python=sys.executable, env=None, timeout_s=120):
-    """Return the Result of `python labtasker.py ARGS` in the folder `cwd`."""
-    return run([python, MODULE] + list(args), cwd, stdin, check, env, timeout_s)
+    """Return the Result of `python -m labtasker ARGS` in the folder `cwd`."""
+    return run([python, "-m", "labtasker"] + list(args), cwd, stdin, check, env, timeout_s)
 
 
 def start(args, cwd, log, env=None):
@@ -94,8 +94,8 @@ def start(args, cwd, log, env=None):
 
 
 def start_cli(args, cwd, log, env=None, python=sys.executable):
-    """Return the Popen of `python labtasker.py ARGS`; `log` takes its output. End it with `end_group`."""
-    return start([python, MODULE] + list(args), cwd, log, env)
+    """Return the Popen of `python -m labtasker ARGS`; `log` takes its output. End it with `end_group`."""
+    return start([python, "-m", "labtasker"] + list(args), cwd, log, env)
 
 
 def end_group(process):
@@ -212,7 +212,7 @@ class Place:
 
     def start_cli(self, *args, **options):
         """Return the Popen of the command line; its output is in the file `.log_path`; ended with the test."""
-        return self.start(sys.executable, MODULE, *args, **options)
+        return self.start(sys.executable, "-m", "labtasker", *args, **options)
 
     def start(self, *args, **options):
         """Return the Popen of any command, as `start_cli` does."""
@@ -272,7 +272,7 @@ class Place:
 
 
 _PYTHON = shlex.quote(sys.executable)
-_LABTASKER = "%s %s" % (_PYTHON, shlex.quote(str(MODULE)))
+_LABTASKER = "%s -m labtasker" % _PYTHON
 COMMANDS = {"labtasker": _LABTASKER, "lt": _LABTASKER, "labtasker-server": _LABTASKER,
             "python": _PYTHON, "python3": _PYTHON}
 

@@ -1,13 +1,16 @@
 """Section 10: the command line. Real processes in real folders; the pure parts by import."""
 import csv
+import fcntl
 import io
 import json
 import os
 import pty
 import re
 import select
+import struct
 import subprocess
 import sys
+import termios
 
 import harness
 import labtasker
@@ -57,13 +60,13 @@ BAD = [
     ("task submit", 2, ["needs arguments or a command"]),
     ("task submit --", 2, ["needs arguments or a command"]),
     ("task submit --lr=0.1", 2, ["--lr", "goes after --"]),
-    ("task submit lr=0.1", 2, ["lr=0.1", "--name=value"]),
+    ("task submit lr=0.1", 2, ["unexpected lr", "goes after --"]),
     ("task submit --nmae x -- --lr=1", 2, ["--nmae", "did you mean --name"]),
     ("task submit -- lr=0.1", 2, ["--name=value", "lr=0.1"]),
     ("task submit -- --lr=1 --lr=2", 2, ["--lr", "twice"]),
     ("task submit -- --a-b=1 --a_b=2", 2, ["--a_b", "twice"]),
     ("task submit -- --a=1 --a.b=2", 2, ["'a'", "'a.b'", "collide"]),
-    ("task submit -- '--a b=1'", 2, ["--name=value"]),
+    ("task submit -- '--a b=1'", 2, ["the key 'a b'"]),
     ("task submit -- --a..b=1", 2, ["a..b"]),
     ("task submit --args '{\"a\": 1}' -- --a=2", 2, ["a", "twice"]),
     ("task submit --args '{\"a\": {\"b\": 1}}' -- --a.b=2", 2, ["collide"]),
@@ -581,44 +584,43 @@ def test_wait_ends_when_nothing_is_left_to_do(home):
 
 # ---- asking
 
-def on_terminal(place, words, typed="", columns=100, env=None):
-    """Return (exit code, what was shown) of a command on a real terminal, answered with `typed`."""
-    import fcntl
-    import struct
-    import termios
+def on_terminal(place, words, answers=(), columns=100, env=None):
+    """Return (exit code, what was shown) of a command on a real terminal.
+
+    `answers` are (prompt, text): the text is typed once the prompt is seen."""
     main, side = pty.openpty()
     fcntl.ioctl(side, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
-    env = harness.clean_env(dict(place.env, TERM="dumb", **(env or {})))
+    env = harness.clean_env(dict(place.env, COLUMNS="", **(env or {})))
     process = subprocess.Popen([sys.executable, str(harness.MODULE)] + words, cwd=str(place.cwd), env=env, stdin=side,
-                               stdout=side, stderr=side, start_new_session=True)
+                               stdout=side, stderr=side, start_new_session=True,
+                               preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0))
     os.close(side)
-    os.write(main, typed.encode())
-    shown = b""
+    shown, answers = b"", list(answers)
     while select.select([main], [], [], 30)[0]:
         try:
-            data = os.read(main, 65536)
-        except OSError:  # Linux: the other side is closed
+            shown += os.read(main, 65536)
+        except OSError:  # so says Linux when the other side is closed
             break
-        if not data:
-            break
-        shown += data
+        if answers and shown.rstrip().endswith(answers[0][0].encode()):
+            os.write(main, answers.pop(0)[1].encode())
     os.close(main)
+    assert not answers, (answers, shown)
     return process.wait(30), shown.decode("utf-8", "replace").replace("\r\n", "\n")
 
 
 @pytest.mark.parametrize("typed, code, left", [("y\n", 0, 2), ("yes\n", 0, 2), ("n\n", 1, 3), ("\n", 1, 3), ("\x04", 1, 3)])
 def test_delete_asks_on_a_terminal(home, typed, code, left):
     ids = submit_some(home)
-    found, shown = on_terminal(home, ["task", "delete", ids[0]], typed)
+    found, shown = on_terminal(home, ["task", "delete", ids[0]], [("[y/N]", typed)])
     assert found == code and "Delete 1 task for good? [y/N]" in shown
     assert len(home.tasks()) == left
 
 
 def test_update_asks_on_a_terminal(home):
     ids = submit_some(home)
-    code, shown = on_terminal(home, ["task", "update", "-s", "pending", "-u", "priority=1"], "n\n")
+    code, shown = on_terminal(home, ["task", "update", "-s", "pending", "-u", "priority=1"], [("[y/N]", "n\n")])
     assert code == 1 and "Update 3 tasks? [y/N]" in shown
-    assert on_terminal(home, ["task", "update", "--id", ids[0], "-u", "priority=1"], "y\n")[0] == 0
+    assert on_terminal(home, ["task", "update", "--id", ids[0], "-u", "priority=1"], [("[y/N]", "y\n")])[0] == 0
     assert on_terminal(home, ["task", "update", "--id", ids[1], "-u", "priority=1", "-q"])[0] == 0
     assert [t["priority"] for t in home.tasks()] == [1, 1, 0]
 
@@ -664,17 +666,18 @@ def test_init_by_flags_asks_nothing(server, home):
 
 
 def test_init_asks_on_a_terminal(server, home):
-    code, shown = on_terminal(home, ["init"], "%s\nmine\nsecret\n" % server.url)
+    code, shown = on_terminal(home, ["init"], [("[none]", server.url + "\n"), ("[default]", "mine\n"),
+                                               ("queue:", "secret\n")])
     assert code == 0, shown
     assert "URL" in shown and "Queue name [default]" in shown and "Password" in shown
     assert "secret" not in shown.split("Password", 1)[1]
     assert home.cli("queue", "get").stdout.count("queue_name: mine") == 1
-    code, shown = on_terminal(home, ["init"], "n\n")
+    code, shown = on_terminal(home, ["init"], [("[y/N]", "n\n")])
     assert code == 1 and "Overwrite it? [y/N]" in shown
 
 
 def test_init_without_a_server(home):
-    code, shown = on_terminal(home, ["init"], "\n\n")
+    code, shown = on_terminal(home, ["init"], [("[none]", "\n"), ("[default]", "\n")])
     assert code == 0 and "Password" not in shown, shown
     home.submit("--", "--lr=1")
     assert len(home.tasks()) == 1 and (home.folder / "journal.jsonl").exists()

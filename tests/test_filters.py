@@ -97,6 +97,8 @@ def test_filters_may_be_long_and_nest_as_people_nest():
     assert matches(words, {"a": 4999}) and not matches(words, {"a": 5000})
     assert matches("(" * 40 + "args.a == 1" + ")" * 40, {"a": 1})
     assert matches("args.a[0]" + "[0]" * 500 + " == None", {"a": 1})
+    flat = " or ".join("(-args.b + -2 * 3 > 1) or args.b in [%d]" % i for i in range(100))
+    assert matches(flat, {"b": 99}) and not matches(flat, {"b": 100})
 
 
 @pytest.mark.parametrize("shape", ["and", "not", "list", "dict", "add"])
@@ -312,6 +314,7 @@ EXPRESSIONS = [  # (filter, [args that match], [that don't])
     ({"$expr": {"$eq": ["$args.a", {"$literal": "$args.b"}]}}, [{"a": "$args.b"}], [{"a": 1, "b": 1}]),
     ({"$expr": {"$gt": [{"$add": ["$args.a", 1, 1]}, 3]}}, [{"a": 2}], [{"a": 1}, {"a": "x"}]),
     ({"$expr": {"$lt": [{"$multiply": ["$args.a"]}, 0]}}, [], [{"a": 1}, {"a": "x"}]),
+    ({"$expr": {"$add": ["$args.a"]}}, [{"a": 1}], [{"a": 0}, {"a": "x"}, {"a": [1]}, {}]),
     ({"$expr": {"$and": [{"$gt": ["$args.a", 1]}, {"$lt": ["$args.a", 3]}]}}, [{"a": 2}], [{"a": 1}, {"a": 3}, {}]),
     ({"$expr": {"$or": [{"$gt": ["$args.a", 1]}, "$args.b"]}}, [{"a": 2}, {"b": 1}, {"b": ""}, {"b": []}],
      [{"a": 1}, {"b": 0}, {"b": False}, {"b": None}, {}]),

@@ -1,0 +1,192 @@
+"""Section 8: configuration, transports, answers."""
+import datetime
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+import labtasker as L
+from harness import MODULE, clean_env
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """The working folder, empty, with a clean environment."""
+    monkeypatch.chdir(tmp_path)
+    yield tmp_path
+    L.use_client(None)
+
+
+def write(folder, text, name="config.toml"):
+    (folder / ".labtasker").mkdir(exist_ok=True)
+    (folder / ".labtasker" / name).write_text(text)
+
+
+FULL = """
+# a comment
+[endpoint]
+api_base_url = "http://h:1"   # and another
+[queue]
+queue_name = 'q'
+password = "p\\"\\u00e9"
+[task]
+heartbeat_interval = 2.5
+"""
+
+
+def test_nothing_configured_is_the_default_queue_here(folder):
+    config = L.load_config()
+    assert config == L.Config(str(folder / ".labtasker"), None, "default", None, 10.0, None)
+    assert not (folder / ".labtasker").exists()
+
+
+def test_the_file_is_found_upward_and_the_environment_wins(folder, monkeypatch):
+    write(folder, FULL)
+    (folder / "a" / "b").mkdir(parents=True)
+    monkeypatch.chdir(folder / "a" / "b")
+    config = L.load_config()
+    assert (config.url, config.queue_name, config.password, config.heartbeat_interval_s) == ("http://h:1", "q", 'p"\u00e9', 2.5)
+    assert config.root == str(folder / ".labtasker")
+    for name, value in (("URL", "http://other"), ("QUEUE", "q2"), ("PASSWORD", "p2")):
+        monkeypatch.setenv("LABTASKER_" + name, value)
+    config = L.load_config()
+    assert (config.url, config.queue_name, config.password) == ("http://other", "q2", "p2")
+    monkeypatch.setenv("LABTASKER_ROOT", str(folder / "elsewhere"))
+    assert L.load_config().root == str(folder / "elsewhere") and L.load_config().heartbeat_interval_s == 10.0
+
+
+def test_the_old_clients_file_is_read_where_there_is_no_other(folder):
+    write(folder, FULL, "client.toml")
+    assert L.load_config().queue_name == "q"
+    write(folder, '[queue]\nqueue_name = "new"\n')
+    assert L.load_config().queue_name == "new"
+
+
+def test_what_is_written_is_read_back(folder):
+    path = L.write_config(str(folder / ".labtasker"), "http://h:1", "q", 'p"\\\u00e9\n')
+    assert os.stat(path).st_mode & 0o777 == 0o600
+    config = L.load_config()
+    assert (config.url, config.queue_name, config.password) == ("http://h:1", "q", 'p"\\\u00e9\n')
+
+
+def test_the_small_reader_agrees_with_tomllib(folder):
+    tomllib = pytest.importorskip("tomllib", reason="tomllib came with Python 3.11")
+    assert L.read_toml(FULL, "x") == dict(L._flattened(tomllib.loads(FULL), ""))
+
+
+@pytest.mark.parametrize("line", ["key", "key = ", "key = 'a", 'key = "a', "key = [1, 2]", "key = {a = 1}", "[a", "key = 2026-01-01", "= 3"])
+def test_what_the_small_reader_does_not_know_it_refuses_with_the_line(line):
+    with pytest.raises(L.LabtaskerValueError, match="x line 2"):
+        L.read_toml("[queue]\n" + line, "x")
+
+
+@pytest.mark.parametrize("text, words", [
+    ("[endpoint", "config.toml"), ("[queue]\nqueue_name = 5", "queue_name"), ("[task]\nheartbeat_interval = 'x'", "heartbeat_interval"),
+    ("[task]\nheartbeat_interval = 0", "over 0"), ("[endpoint]\napi_base_url = true", "api_base_url"),
+])
+def test_a_broken_configuration_is_named(folder, text, words):
+    write(folder, text)
+    with pytest.raises(L.LabtaskerValueError, match=words):
+        L.load_config()
+
+
+def test_folders_and_file_urls_lead_to_a_store_without_a_server(folder, monkeypatch):
+    for url in ("shared", "./shared", "file:shared", "file://" + str(folder / "shared"), str(folder / "shared")):
+        monkeypatch.setenv("LABTASKER_URL", url)
+        L.use_client(None)
+        assert L.client().where == str(folder / "shared" / "journal.jsonl")
+
+
+def test_a_server_without_a_password_is_refused_before_anything_is_sent(folder, monkeypatch):
+    monkeypatch.setenv("LABTASKER_URL", "http://127.0.0.1:1")
+    with pytest.raises(L.LabtaskerValueError, match="LABTASKER_PASSWORD"):
+        L.ls_tasks()
+
+
+def test_a_server_that_is_not_there(folder, monkeypatch):
+    monkeypatch.setenv("LABTASKER_URL", "http://127.0.0.1:1")
+    monkeypatch.setenv("LABTASKER_PASSWORD", "p")
+    with pytest.raises(L.LabtaskerConnectError, match="http://127.0.0.1:1 .*refused.*labtasker serve"):
+        L.ls_tasks()
+
+
+def test_reading_makes_nothing(folder):
+    assert L.ls_tasks().content == [] and L.ls_workers().content == []
+    assert os.listdir(str(folder)) == []
+
+
+def test_tasks_are_objects_with_aware_times_and_dicts(folder):
+    task_id = L.submit_task(args={"a": {"b": 1}}).task_id
+    task = L.ls_tasks(task_id=task_id).content[0]
+    assert task.args["a"]["b"] == 1 and task.summary == {} == task.metadata and task.start_time is None
+    assert task.created_at.tzinfo is not None and abs(task.created_at - datetime.datetime.now(datetime.timezone.utc)).seconds < 60
+    assert json.loads(json.dumps(task.to_dict())) == task.to_dict()
+    assert repr(task).startswith("Task(task_id='%s'" % task_id) and "status='pending'" in repr(task)
+
+
+def test_what_json_cannot_hold_is_a_clear_error(folder):
+    with pytest.raises(L.LabtaskerTypeError, match="made of dicts, lists, text"):
+        L.submit_task(args={"a": object()})
+
+
+def test_the_callers_dict_is_not_kept_nor_changed(folder):
+    args = {"a.b": [1]}
+    task_id = L.submit_task(args=args).task_id
+    args["a.b"].append(2)
+    assert args == {"a.b": [1, 2]} and L.get_task(task_id).args == {"a": {"b": [1]}}
+
+
+@pytest.mark.parametrize("given, words", [
+    ({"args": {}}, "id"), ({"_id": "x", "arg": {}}, "did you mean 'args'"), ({"_id": "x", "args": 1}, "args: should be an object"),
+    ({"_id": "x", "status": "done"}, "status"), ({"task_id": 5}, "id"), ({"_id": "x", "worker_id": "y"}, "worker_id"),
+])
+def test_an_update_request_is_checked_at_once(given, words):
+    with pytest.raises((L.LabtaskerTypeError, L.LabtaskerValueError), match=words):
+        L.TaskUpdateRequest(**given)
+
+
+def test_submit_tasks_is_one_transaction(folder):
+    ids = L.submit_tasks({"args": {"i": i}, "priority": i} for i in range(50))
+    assert [t.args["i"] for t in L.ls_tasks(sort=[["priority", 1]]).content] == list(range(50)) and len(set(ids)) == 50
+    with pytest.raises(L.LabtaskerHTTPStatusError):
+        L.submit_tasks([{"args": {"i": 1}}, {"args": {}}])
+    assert len(L.ls_tasks().content) == 50
+
+
+def test_importing_has_no_side_effects_and_is_one_module(folder):
+    text = ("import sys, threading; before = set(sys.modules); import labtasker; from labtasker.api_models import TaskUpdateRequest as A\n"
+            "assert A is labtasker.TaskUpdateRequest and threading.active_count() == 1\n"
+            "slow = {'argparse', 'subprocess', 'socket', 'ssl', 'uuid', 'http', 'urllib.request', 'inspect', 'typing'} & (set(sys.modules) - before)\n"
+            "print(sorted(slow))")
+    done = subprocess.run([sys.executable, "-c", text], env=clean_env(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, universal_newlines=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.strip() == "[]" and os.listdir(str(folder)) == []
+
+
+def test_run_as_a_script_there_is_no_second_copy(folder):
+    script = folder / "probe.py"
+    script.write_text("import runpy, sys\nsys.argv = ['labtasker', '--version']\n"
+                      "try:\n    runpy.run_path(%r, run_name='__main__')\nexcept SystemExit:\n    pass\n" % str(MODULE))
+    done = subprocess.run([sys.executable, str(MODULE), "--version"], env=clean_env(), stdout=subprocess.PIPE, universal_newlines=True)
+    assert done.returncode == 0 and L.__version__ in done.stdout
+
+
+def test_a_child_after_fork_has_a_client_of_its_own(folder):
+    L.submit_task(args={"a": 1})
+    read_fd, write_fd = os.pipe()
+    pid = os.fork()
+    if not pid:
+        L.submit_task(args={"a": 2})
+        os.write(write_fd, str(L.client().pid).encode())
+        os._exit(0)
+    assert os.waitpid(pid, 0)[1] == 0 and int(os.read(read_fd, 100)) == pid != L.client().pid
+    assert len(L.ls_tasks().content) == 2
+
+
+def test_two_processes_share_a_store_without_a_server(folder):
+    text = "import labtasker\nfor i in range(100): labtasker.submit_task(args={'i': i})"
+    workers = [subprocess.Popen([sys.executable, "-c", text], env=clean_env(), cwd=str(folder)) for _ in range(3)]
+    assert [worker.wait(60) for worker in workers] == [0, 0, 0]
+    assert len(L.ls_tasks(limit=1000).content) == 300

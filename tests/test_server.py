@@ -1,0 +1,222 @@
+"""Section 7: a real server and real sockets."""
+import json
+import os
+import socket
+import subprocess
+import sys
+import threading
+
+import pytest
+
+import labtasker as L
+from harness import MODULE, PASSWORD, QUEUE, Server, clean_env, http, run_cli, wait_until
+
+pytestmark = pytest.mark.slow
+
+
+def talk(server, data, replies=1):
+    """Return all that the server sends on one connection after these bytes, until it closes or has said enough."""
+    host, port = server.url[7:].split(":")
+    with socket.create_connection((host, int(port)), timeout=20) as connection:
+        connection.sendall(data)
+        got = b""
+        while got.count(b"HTTP/1.1 ") < replies or not got.endswith((b"}", b"\r\n\r\n")):
+            more = connection.recv(65536)
+            if not more:
+                break
+            got += more
+        return got
+
+
+def test_a_connection_is_kept_for_many_requests(server):
+    got = talk(server, b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n" * 3, replies=3)
+    assert got.count(b"HTTP/1.1 200 OK") == 3 and got.count(b'{"connection": "ok"}') == 3
+
+
+BAD_REQUESTS = [
+    (b"GET /health HTTP/1.1\r\nContent-Length: 1\r\nContent-Length: 1\r\n\r\nx", 400),
+    (b"GET /health HTTP/1.1\r\nContent-Length: +5\r\n\r\n", 400),
+    (b"GET /health HTTP/1.1\r\nContent-Length: 1_0\r\n\r\n", 400),
+    (b"GET /health HTTP/1.1\r\nContent-Length: -1\r\n\r\n", 400),
+    (b"POST /api/v1/queues HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n", 400),
+    (b"POST /api/v1/queues HTTP/1.1\r\nContent-Length: 10000000000\r\n\r\n", 413),
+    (b"nonsense\r\n\r\n", 400),
+    (b"GET /\r\n\r\n", 400),
+    (b"GET / HTTP/1.1\r\nbad header\r\n\r\n", 400),
+    (b"GET / HTTP/1.1\r\nbad : header\r\n\r\n", 400),
+    (b"GET / HTTP/1.1\r\nX: " + b"a" * 70000 + b"\r\n\r\n", 400),
+    (b"GET /nosuch HTTP/1.1\r\n\r\n", 404),
+    (b"BREW / HTTP/1.1\r\n\r\n", 405),
+    (b"POST /api/v1/queues HTTP/1.1\r\nContent-Length: 1\r\n\r\n{", 422),
+    (b"GET /api/v1/queues/me HTTP/1.1\r\n\r\n", 401),
+    (b"GET /api/v1/queues/me HTTP/1.1\r\nAuthorization: Basic !!!\r\n\r\n", 401),
+    (b"GET /api/v1/queues/me HTTP/1.1\r\nAuthorization: Bearer eDp5\r\n\r\n", 401),
+]
+
+
+def test_bad_requests_get_their_status_and_the_server_goes_on(server):
+    for data, status in BAD_REQUESTS:
+        got = talk(server, data)
+        assert got.startswith(b"HTTP/1.1 %d " % status), (data[:80], got[:200])
+        assert json.loads(got.split(b"\r\n\r\n")[-1].decode())["detail"]
+        assert (b"WWW-Authenticate: Basic" in got) == (status == 401)
+    assert server.http("GET", "/health")[0] == 200
+    assert "Traceback" not in server.output()
+
+
+def test_wrong_and_right_passwords(server):
+    assert http("GET", server.url + "/api/v1/queues/me", auth=(QUEUE, PASSWORD))[0] == 200
+    queue_id = http("GET", server.url + "/api/v1/queues/me", auth=(QUEUE, PASSWORD))[1]["queue_id"]
+    assert http("GET", server.url + "/api/v1/queues/me", auth=(queue_id, PASSWORD))[0] == 200
+    for auth in ((QUEUE, "wrong"), (QUEUE, ""), ("nosuch", PASSWORD), (QUEUE, PASSWORD + "x"), ("", "")):
+        status, answer, headers = http("GET", server.url + "/api/v1/queues/me", auth=auth)
+        assert (status, answer) == (401, {"detail": "Invalid credentials"}) and headers["WWW-Authenticate"] == "Basic"
+    server.http("PUT", "/api/v1/queues/me", {"new_password": "other"})
+    assert http("GET", server.url + "/api/v1/queues/me", auth=(QUEUE, PASSWORD))[0] == 401
+    assert http("GET", server.url + "/api/v1/queues/me", auth=(QUEUE, "other"))[0] == 200
+
+
+def test_no_password_is_stored_or_logged(server):
+    server.http("POST", "/api/v1/queues", {"queue_name": "q2", "password": "topsecret"})
+    assert "topsecret" not in server.journal.read_text() and PASSWORD not in server.journal.read_text()
+    assert PASSWORD not in server.output()
+
+
+def test_it_says_where_it_is_and_takes_that_back_when_it_ends(server):
+    path = server.folder / "server.json"
+    told = json.loads(path.read_text())
+    assert os.stat(str(path)).st_mode & 0o777 == 0o600
+    assert told["addresses"] == [server.url] and told["pid"] == server.process.pid
+    assert http("GET", server.url + "/")[1]["server"] == told["server"]
+    assert server.stop() == 0
+    assert not path.exists()
+    assert json.loads(server.journal.read_text().splitlines()[-1])["end"] is True
+
+
+def test_a_client_that_knows_only_the_folder_finds_the_server(server, tmp_path):
+    env = {"LABTASKER_ROOT": str(server.folder)}
+    task_id = run_cli(["task", "submit", "-q", "--", "--a=1"], tmp_path, env=env).stdout.strip()
+    assert run_cli(["task", "ls", "-q"], tmp_path, env=env).stdout.strip() == task_id
+    assert server.url in run_cli(["health"], tmp_path, env=env).stdout
+    server.kill()  # its server.json is left over
+    assert (server.folder / "server.json").exists()
+    assert run_cli(["task", "ls", "-q"], tmp_path, env=env).stdout.strip() == task_id
+
+
+def test_a_second_server_on_the_store_is_refused_and_the_first_is_named(server):
+    done = run_cli(["serve", "--port", "0", "--db-path", server.journal], server.folder, check=False)
+    assert done.returncode == 1 and server.url in done.stderr and "Traceback" not in done.stderr
+
+
+def test_a_busy_port_is_a_clear_error(server, tmp_path):
+    done = run_cli(["serve", "--port", server.url.rsplit(":", 1)[1], "--db-path", tmp_path / "j.jsonl"], tmp_path, check=False)
+    assert done.returncode == 1 and "can't listen on 127.0.0.1 port" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_what_was_acknowledged_is_there_after_kill_9(server):
+    ids = []
+    for i in range(20):
+        ids.append(server.http("POST", "/api/v1/queues/me/tasks", {"args": {"i": i}})[1]["task_id"])
+    task = server.http("POST", "/api/v1/queues/me/tasks/next", {"heartbeat_timeout": 60})[1]["task"]
+    server.kill()
+    server.start()
+    found = server.http("POST", "/api/v1/queues/me/tasks/search", {})[1]["content"]
+    assert sorted(t["task_id"] for t in found) == sorted(ids)
+    assert [t["task_id"] for t in found if t["status"] == "running"] == [task["task_id"]]
+    assert server.http("POST", "/api/v1/queues/me/tasks/%s/status" % task["task_id"], {"status": "success"})[0] == 200
+
+
+def test_threads_fetch_each_task_once(server):
+    server.http("POST", "/api/v1/queues/me/tasks", [{"args": {"i": i}} for i in range(200)])
+    fetched = []
+
+    def work():
+        while True:
+            task = server.http("POST", "/api/v1/queues/me/tasks/next", {"heartbeat_timeout": 60})[1]["task"]
+            if task is None:
+                return
+            fetched.append(task["task_id"])
+            server.http("POST", "/api/v1/queues/me/tasks/%s/status" % task["task_id"], {"status": "success"})
+    threads = [threading.Thread(target=work) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(fetched) == len(set(fetched)) == 200
+
+
+def test_a_waiting_fetch_gets_the_task_that_comes(server):
+    got = []
+    waiting = threading.Thread(target=lambda: got.append(
+        server.http("POST", "/api/v1/queues/me/tasks/next", {"heartbeat_timeout": 60, "wait_s": 20})[1]))
+    waiting.start()
+    task_id = server.http("POST", "/api/v1/queues/me/tasks", {"args": {"i": 1}})[1]["task_id"]
+    waiting.join(15)
+    assert got and got[0]["task"]["task_id"] == task_id
+
+
+def test_silent_runs_are_given_up_by_the_servers_own_clock(server):
+    task_id = server.http("POST", "/api/v1/queues/me/tasks", {"args": {"i": 1}, "max_retries": 1})[1]["task_id"]
+    server.http("POST", "/api/v1/queues/me/tasks/next", {"heartbeat_timeout": 0.5})
+    task = wait_until(lambda: (lambda t: t if t["status"] != "running" else None)(
+        server.http("GET", "/api/v1/queues/me/tasks/" + task_id)[1]), "the silent run is given up")
+    assert task["status"] == "failed" and "heartbeat" in task["summary"]["labtasker_error"]
+
+
+def test_a_daemon_says_where_it_is_and_ends_on_sigterm(tmp_path):
+    done = run_cli(["serve", "--daemon", "--port", "0", "--db-path", tmp_path / "s" / "journal.jsonl"], tmp_path)
+    told = json.loads((tmp_path / "s" / "server.json").read_text())
+    try:
+        assert told["addresses"][0] in done.stdout + done.stderr
+        assert http("GET", told["addresses"][0] + "/health")[0] == 200
+    finally:
+        os.kill(told["pid"], 15)
+    wait_until(lambda: not (tmp_path / "s" / "server.json").exists(), "the daemon ends")
+    assert "Traceback" not in (tmp_path / "s" / "server.log").read_text()
+
+
+def test_a_daemon_that_cannot_start_says_so(server, tmp_path):
+    done = run_cli(["serve", "--daemon", "--port", "0", "--db-path", server.journal], tmp_path, check=False)
+    assert done.returncode == 1 and "server.log" in done.stdout + done.stderr
+
+
+def test_tls(tmp_path):
+    openssl = subprocess.run(["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-keyout", "key.pem", "-out", "cert.pem", "-days", "2",
+                              "-subj", "/CN=localhost", "-addext", "subjectAltName=IP:127.0.0.1"], cwd=str(tmp_path), stderr=subprocess.DEVNULL)
+    if openssl.returncode:
+        pytest.skip("openssl, which makes the certificate, is not there")
+    with Server(tmp_path / "s", queue=None, args=["--certfile", tmp_path / "cert.pem", "--keyfile", tmp_path / "key.pem"]) as server:
+        assert server.url.startswith("https://")
+        env = dict(LABTASKER_URL=server.url, LABTASKER_QUEUE="q", LABTASKER_PASSWORD="p", SSL_CERT_FILE=str(tmp_path / "cert.pem"))
+        run_cli(["queue", "create-from-config"], tmp_path, env=env)
+        run_cli(["task", "submit", "--", "--a=1"], tmp_path, env=env)
+        assert run_cli(["task", "ls", "-q"], tmp_path, env=env).lines
+        env.pop("SSL_CERT_FILE")
+        done = run_cli(["task", "ls"], tmp_path, env=env, check=False)
+        assert done.returncode == 1 and "certificate" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_embedded_commands_and_a_server_do_not_meet(server, tmp_path):
+    """A command that goes to the file while a server holds it is told who has it."""
+    store = L.Store(str(server.journal))
+    store.LOCK_TIMEOUT_S = 0.2
+    status, answer = L.answer_call(store, lambda: L.LocalName("default"), "POST", "/api/v1/queues/me/tasks", {"args": {"a": 1}})
+    assert status == 503 and server.url in answer["detail"]
+
+
+def test_hosts_with_a_proxy_set_still_reach_the_server(server, tmp_path):
+    env = dict(server.env, http_proxy="http://127.0.0.1:1", HTTP_PROXY="http://127.0.0.1:1")
+    assert run_cli(["task", "ls"], tmp_path, env=env).returncode == 0
+
+
+def test_the_file_alone_is_enough(tmp_path):
+    copy = tmp_path / "only"
+    copy.mkdir()
+    (copy / "labtasker.py").write_bytes(MODULE.read_bytes())
+    env = clean_env()
+    del env["PYTHONPATH"]
+    for args in (["task", "submit", "--", "--a=1"], ["loop", "--", "echo", "%(a)"], ["task", "ls", "-s", "success"]):
+        done = subprocess.run([sys.executable, "-m", "labtasker"] + args, cwd=str(copy), env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                              universal_newlines=True)
+        assert done.returncode == 0, done.stderr
+    assert "a=1" in done.stdout

@@ -1,0 +1,744 @@
+"""The loop: what it runs, what it reports, how it stops. Real stores, real processes, real signals."""
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import threading
+
+import pytest
+
+import harness
+import labtasker
+from harness import wait_until
+from labtasker import Required, TaskUpdateRequest
+
+FAST_BEATS = "[task]\nheartbeat_interval = 1\n"
+
+
+def submit(count=1, **options):
+    """Return the ids of tasks with args {"n": 0}, {"n": 1}, ..."""
+    return [labtasker.submit_task(args={"n": n}, **options).task_id for n in range(count)]
+
+
+def task(task_id):
+    return labtasker.get_task(task_id)
+
+
+def start_script(place, text, **options):
+    """Return the Popen of a Python script with this text; its output is in the file `.log_path`."""
+    script = place.write("script-%d.py" % len(place.started), "import labtasker, os, signal, subprocess, sys, time\n"
+                         "from labtasker import Required\n" + text)
+    log = place.cwd / ("started-%d.log" % len(place.started))
+    process = harness.start([sys.executable, script], place.cwd, log, dict(place.env, **options.get("env", {})))
+    process.log_path = log
+    place.started.append(process)
+    return process
+
+
+def output(process):
+    return process.log_path.read_text(encoding="utf-8", errors="replace")
+
+
+def wait_for_line(process, text):
+    """Return the output once it has the text; fails at once when the process ends without."""
+    def ended(_):
+        return process.poll() is not None and text not in output(process)
+    wait_until(lambda: text in output(process), "%r in the output" % text, never=ended)
+    return output(process)
+
+
+def wait_for_end(process, timeout_s=30):
+    """Return the exit code."""
+    wait_until(lambda: process.poll() is not None, "the loop ends", timeout_s=timeout_s)
+    return process.returncode
+
+
+def children(pid):
+    """Return the pids of a process' children."""
+    folder = pathlib.Path("/proc/%d/task" % pid)
+    return [int(child) for path in folder.glob("*/children") for child in path.read_text().split()]
+
+
+def is_alive(pid):
+    try:
+        return pathlib.Path("/proc/%d/stat" % pid).read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except OSError:
+        return False
+
+
+def wait_for_task(task_id, status):
+    """Return the task once it has the status."""
+    def look():
+        found = task(task_id)
+        return found if found.status == status else None
+    return wait_until(look, "task is %s" % status)
+
+
+# What a decorated loop runs and reports
+
+
+def test_every_pending_task_is_run_once_by_priority(both):
+    ids = submit(3)
+    urgent = labtasker.submit_task(args={"n": 9}, priority=5).task_id
+    seen = []
+
+    @labtasker.loop()
+    def main(n: str = Required()):
+        seen.append((labtasker.current_task_id(), n))
+    assert main() is None
+    assert seen == [(urgent, "9")] + list(zip(ids, ["0", "1", "2"]))
+    assert [task(i).status for i in ids + [urgent]] == ["success"] * 4
+    assert main() is None and len(seen) == 4
+
+
+def test_tasks_of_another_shape_are_left(both):
+    more = labtasker.submit_task(args={"n": 1, "lr": 2}).task_id
+    less = labtasker.submit_task(args={"m": 1}).task_id
+    right, = submit()
+    seen = []
+
+    @labtasker.loop()
+    def exactly(n=Required()):
+        seen.append(labtasker.current_task_id())
+
+    @labtasker.loop(required_fields=["n"], pass_args_dict=True)
+    def at_least(args, note):
+        seen.append((args, note))
+    exactly()
+    assert seen == [right]
+    at_least("x")
+    assert seen[1:] == [({"n": 1, "lr": 2}, "x")]
+    assert task(more).status == "success" and task(less).status == "pending"
+
+
+def test_a_filter_chooses(both):
+    submit(4)
+    seen = []
+
+    @labtasker.loop(extra_filter='args.n > 1 and created_at > date("1 hour ago")')
+    def main(n=Required()):
+        seen.append(n)
+    main()
+    assert seen == [2, 3]
+
+
+def test_dates_of_a_filter_are_settled_once():
+    request = labtasker.fetch_request(["n"], 'created_at > date("1 hour ago")', None, None, "1h", None)
+    assert "_dt" in json.dumps(request["extra_filter"])
+
+
+def test_an_exception_fails_the_task_and_never_the_loop(home, capfd):
+    bad, good = submit(2, max_retries=2)
+
+    @labtasker.loop()
+    def main(n=Required()):
+        if n == 0:
+            raise ValueError("no luck")
+    main()
+    assert task(good).status == "success"
+    failed = task(bad)
+    assert (failed.status, failed.retries) == ("failed", 2)
+    noted = failed.summary["labtasker_exception"]
+    assert (noted["type"], noted["message"]) == ("ValueError", "no luck")
+    assert 'raise ValueError("no luck")' in noted["traceback"] and "in run_function" not in noted["traceback"]
+    assert noted["traceback"] in capfd.readouterr().err
+
+
+def test_a_cast_that_fails_fails_the_task_with_the_place(home):
+    bad = labtasker.submit_task(args={"n": "x"}, max_retries=1).task_id
+
+    @labtasker.loop()
+    def main(n: int = Required()):
+        raise AssertionError("not to be run")
+    main()
+    assert task(bad).summary["labtasker_exception"]["message"] == "parameter 'n': expected int, got 'x' (str)"
+
+
+@pytest.mark.parametrize("code, status", [
+    ("sys.exit()", "success"), ("sys.exit(0)", "success"), ("sys.exit(3)", "failed"), ("sys.exit('why')", "failed"),
+    ("raise BaseException('x')", "failed"), ("raise GeneratorExit", "failed"), ("raise labtasker.TaskCancelled", "failed"),
+    ("raise UnicodeDecodeError('utf-8', b'x', 0, 1, '\\ud800\\x1b')", "failed"), ("1 / 0", "failed"), ("pass", "success"),
+])
+def test_whatever_a_function_does_the_loop_goes_on(home, code, status):
+    first, second = submit(2, max_retries=1)
+    done = []
+
+    @labtasker.loop()
+    def main(n=Required()):
+        done.append(n)
+        if n == 0:
+            exec(code, {"sys": sys, "labtasker": labtasker})
+    main()
+    assert done == [0, 1]
+    assert (task(first).status, task(second).status) == (status, "success")
+
+
+def test_a_summary_is_merged_while_the_task_runs(both):
+    one, = submit()
+
+    @labtasker.loop()
+    def main(n=Required()):
+        labtasker.report_task_status(labtasker.task_info().task_id, "running", {"loss": 2, "steps": 1})
+        labtasker.report_task_status(labtasker.task_info().task_id, "running", {"loss": 1})
+        assert task(one).status == "running"
+    main()
+    assert (task(one).status, task(one).summary) == ("success", {"loss": 1, "steps": 1})
+
+
+@pytest.mark.parametrize("status, then", [("cancelled", "pass"), ("success", "raise ValueError"), ("failed", "pass")])
+def test_a_status_that_the_function_sets_is_kept(both, status, then):
+    one, = submit(max_retries=1)
+
+    @labtasker.loop()
+    def main(n=Required()):
+        labtasker.report_task_status(one, status, {"why": "nan"})
+        exec(then)
+    main()
+    assert (task(one).status, task(one).summary) == (status, {"why": "nan"})
+
+
+def test_finish_counts_once(both):
+    one, = submit(max_retries=1)
+
+    @labtasker.loop()
+    def main(n=Required()):
+        labtasker.finish("failed", {"a": 1})
+        labtasker.finish("success", {"a": 2})
+    main()
+    assert (task(one).status, task(one).summary) == ("failed", {"a": 1})
+
+
+def test_a_failure_that_the_function_reports_is_retried(home):
+    one, = submit(max_retries=3)
+    runs = []
+
+    @labtasker.loop()
+    def main(n=Required()):
+        runs.append(labtasker.task_info().retries)
+        labtasker.finish("success" if len(runs) == 2 else "failed")
+    main()
+    assert runs == [0, 1] and task(one).status == "success"
+
+
+def test_what_is_known_inside_a_run_and_outside(home):
+    one, = submit(task_name="name")
+    seen = {}
+
+    @labtasker.loop(create_worker_kwargs={"worker_name": "me", "metadata": {"gpu": 1}, "max_retries": 7})
+    def main(n=Required()):
+        info = labtasker.task_info()
+        seen.update(info=(info.task_id, info.task_name, info.args, info.status, info.retries, info.worker_id),
+                    ids=(labtasker.current_task_id(), labtasker.current_worker_id()), on=labtasker.is_enabled())
+        in_thread = threading.Thread(target=lambda: seen.update(thread=labtasker.current_task_id()))
+        in_thread.start()
+        in_thread.join()
+        folder = labtasker.get_labtasker_log_dir()
+        assert folder.is_dir() and os.environ["LABTASKER_LOG_DIR"] == str(folder)
+    main()
+    worker, = labtasker.ls_workers().content
+    assert (worker.worker_name, worker.metadata, worker.max_retries) == ("me", {"gpu": 1}, 7)
+    assert seen == {"info": (one, "name", {"n": 0}, "running", 0, worker.worker_id), "ids": (one, worker.worker_id),
+                    "on": True, "thread": one}
+    assert not labtasker.is_enabled() and "LABTASKER_TASK_ID" not in os.environ
+    assert labtasker.finish("success") is None
+    for outside in (labtasker.task_info, labtasker.current_task_id, labtasker.current_worker_id,
+                    labtasker.get_labtasker_log_dir, lambda: labtasker.finish("success", skip_if_no_labtasker=False)):
+        with pytest.raises(labtasker.LabtaskerRuntimeError, match="no task is running here"):
+            outside()
+    with pytest.raises(labtasker.LabtaskerValueError, match='"success" or "failed"'):
+        labtasker.finish("done")
+
+
+def test_a_report_outside_of_a_run_merges_the_summary(home):
+    one, = submit()
+    labtasker.loop()(lambda n=Required(): None)()
+    labtasker.report_task_status(one, "success", {"rank": 1})
+    assert (task(one).status, task(one).summary) == ("success", {"rank": 1})
+
+
+CHILD = "import labtasker; t = labtasker.task_info(); labtasker.finish('success', {'child': t.args['n']}); " \
+        "labtasker.finish('failed')"
+
+
+def test_children_of_a_decorated_run_take_part(both):
+    one, = submit()
+
+    @labtasker.loop()
+    def main(n=Required()):
+        subprocess.check_call([sys.executable, "-c", CHILD], env=harness.clean_env(dict(os.environ)), cwd="/")
+    main()
+    assert (task(one).status, task(one).summary) == ("success", {"child": 0})
+
+
+def test_forked_and_spawned_processes_take_part(both):
+    ids = submit(2)
+    process = start_script(both, """
+import multiprocessing
+def work(n):
+    assert labtasker.task_info().args == {"n": n}
+    labtasker.report_task_status(labtasker.current_task_id(), "running", {"by": os.getpid()})
+    labtasker.finish("failed" if n else "success")
+@labtasker.loop()
+def main(n=Required()):
+    child = multiprocessing.get_context(["fork", "spawn"][n]).Process(target=work, args=(n,))
+    child.start()
+    child.join()
+    assert child.exitcode == 0
+if __name__ == "__main__":
+    main()
+""")
+    assert wait_for_end(process) == 0, output(process)
+    first, second = task(ids[0]), task(ids[1])
+    assert first.status == "success" and first.summary["by"] != process.pid
+    assert (second.status, second.retries) == ("failed", 3), output(process)
+
+
+def test_two_loops_in_threads_know_their_own_tasks(home):
+    submit(6)
+    meet, seen, problems = threading.Barrier(2), [], []
+
+    @labtasker.loop()
+    def main(n=Required()):
+        if len(seen) < 2:
+            meet.wait(20)
+        if labtasker.task_info().args["n"] != n:
+            problems.append(n)
+        seen.append(n)
+    threads = [threading.Thread(target=main) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert sorted(seen) == list(range(6)) and not problems
+    assert {t.status for t in labtasker.ls_tasks().content} == {"success"}
+
+
+def test_a_suspended_worker_ends_the_loop(both, capfd):
+    submit(2)
+    worker_id = labtasker.create_worker("w", {})
+    seen = []
+
+    @labtasker.loop(worker_id=worker_id)
+    def main(n=Required()):
+        seen.append(n)
+        labtasker.report_worker_status(worker_id, "suspended")
+    with pytest.raises(SystemExit) as left:
+        main()
+    assert left.value.code == 1 and seen == [0]
+    assert "is suspended and gets no tasks" in capfd.readouterr().err
+
+
+def test_no_server_at_the_start_is_an_error_at_once(home, monkeypatch, capfd):
+    monkeypatch.setenv("LABTASKER_URL", "http://127.0.0.1:9")
+    monkeypatch.setenv("LABTASKER_PASSWORD", "x")
+    with pytest.raises(SystemExit) as left:
+        labtasker.loop()(lambda n=Required(): None)()
+    assert left.value.code == 1
+    assert "http://127.0.0.1:9" in capfd.readouterr().err
+
+
+def test_errors_of_the_loop_itself_go_to_the_handler(home, monkeypatch):
+    submit(2)
+    calls, seen, report = [], [], labtasker.send_report
+
+    def sometimes(*args):
+        if len(calls) < 2:
+            raise OSError("disk")
+        return report(*args)
+    monkeypatch.setattr(labtasker, "send_report", sometimes)
+    monkeypatch.setattr(labtasker.Wake, "pause", lambda wake, seconds: None)
+    monkeypatch.setitem(labtasker.LOOP_SETTINGS, "on_internal_error", None)
+    labtasker.set_loop_internal_error_handler(lambda error, count: calls.append((str(error), count)))
+    labtasker.loop()(lambda n=Required(): seen.append(n))()
+    assert calls == [("disk", 1), ("disk", 2)] and seen == [0, 1]
+
+
+# What a command loop runs and reports
+
+
+def test_a_command_gets_its_values_as_words(both):
+    both.cli("task", "submit", "--args", json.dumps({"a": "x y;$HOME", "b": {"c": [1]}, "d": True, "e": ""}))
+    run = both.cli("loop", "--", sys.executable, "-c", "import sys, json; print(json.dumps(sys.argv[1:]))",
+                   "%(a)", "--c=%(b)", "%(b.c)", "%(d)", "%(e)", "%%(x)")
+    assert json.loads(run.stdout) == ["x y;$HOME", '--c={"c": [1]}', "[1]", "True", "", "%(x)"]
+    one, = both.tasks()
+    assert (one["status"], one["cmd"][:1]) == ("success", [sys.executable])
+
+
+@pytest.mark.parametrize("how", ["--cmd", "--script-path", "stdin"])
+def test_a_text_for_the_shell_gets_its_values_quoted(home, how):
+    home.cli("task", "submit", "--args", json.dumps({"a": "it's $HOME; x", "n": 3}))
+    text = "V=%(a)\necho \"$V\" $((%(n) + 1))\n"
+    options = ["--cmd", text] if how == "--cmd" else ["--script-path", home.write("job.sh", text)]
+    run = home.cli("loop", *options) if how != "stdin" else home.cli("loop", stdin=text)
+    assert run.stdout == "it's $HOME; x 4\n"
+    assert not list((home.folder / "logs").glob("*/*/script-*"))
+
+
+@pytest.mark.parametrize("options, text, shown", [
+    ([], "#!/usr/bin/env bash\necho ${BASH_VERSION:+bash} %(n)", "bash 0"),
+    (["--executable", sys.executable], "print('python', %(n))", "python 0"),
+])
+def test_a_script_is_run_by_what_it_asks_for(home, options, text, shown):
+    submit()
+    assert home.cli("loop", "--script-path", home.write("job", text), *options).lines == [shown]
+
+
+@pytest.mark.parametrize("command, status, summary", [
+    ("exit 0", "success", {}), ("exit 3", "failed", {"labtasker_error": "exit code 3"}),
+    ("kill -9 $$", "failed", {"labtasker_error": "killed by signal 9 (SIGKILL)"}),
+])
+def test_the_exit_code_is_the_result(both, command, status, summary):
+    one, = submit(max_retries=1)
+    both.cli("loop", "--", "sh", "-c", command, "%(n)")
+    assert (task(one).status, task(one).summary) == (status, summary)
+
+
+def test_exit_code_75_hands_the_task_back(home):
+    one, = submit(max_retries=1)
+    home.cli("loop", "--", "sh", "-c", "test -e been || { touch been; exit 75; }", "%(n)")
+    done = task(one)
+    assert (done.status, done.retries, done.interruptions) == ("success", 0, 1)
+
+
+def test_a_job_sees_its_run_and_speaks_for_itself(both):
+    one, = submit()
+    script = both.write("elsewhere/job.py", "import os, json\n" + CHILD + "\n"
+                        "names = [n for n in sorted(os.environ) if n.startswith('LABTASKER_')]\n"
+                        "assert os.path.isdir(os.environ['LABTASKER_LOG_DIR'])\n"
+                        "print(json.dumps({n: os.environ[n] for n in names}))\nraise SystemExit(1)\n")
+    run = both.cli("loop", "--", "sh", "-c", 'cd elsewhere && exec "$0" "$1"', sys.executable, script, "%(n)")
+    seen = json.loads(run.stdout)
+    assert seen["LABTASKER_TASK_ID"] == one and seen["LABTASKER_ROOT"] == str(both.cwd / ".labtasker")
+    assert {"LABTASKER_WORKER_ID", "LABTASKER_RUN_ID", "LABTASKER_LOG_DIR"} < set(seen)
+    assert (task(one).status, task(one).summary) == ("success", {"child": 0})
+    assert "as the job itself reported" in run.stderr
+
+
+def test_a_command_that_is_not_there_burns_no_task(both):
+    ids = submit(2)
+    run = both.cli("loop", "--", "./no-such-program", "%(n)", check=False)
+    assert run.returncode == 1 and "can't start the command" in run.stderr and "no-such-program" in run.stderr
+    assert [(task(i).status, task(i).retries) for i in ids] == [("pending", 0)] * 2
+
+
+def test_a_value_that_no_command_can_have_fails_that_task_alone(home):
+    bad = labtasker.submit_task(args={"n": "a\0b"}, max_retries=1).task_id
+    good, = submit()
+    home.cli("loop", "--", "true", "%(n)")
+    assert "null" in task(bad).summary["labtasker_error"]
+    assert (task(bad).status, task(good).status) == ("failed", "success")
+
+
+@pytest.mark.parametrize("words, message", [
+    (["--", "echo", "%(nosuch"], "is not closed"), (["--cmd", "echo %(a b)"], "is no key"),
+    (["-f", "stats == 1", "--", "echo", "%(n)"], "stats"), (["--eta-max", "soon", "--", "echo", "%(n)"], "soon"),
+    (["--script-path", "none.sh"], "none.sh"), (["--executable", "/bin/bash", "--", "echo"], "executable"),
+])
+def test_a_mistake_is_found_before_any_task_is_fetched(home, words, message):
+    one, = submit()
+    run = home.cli("loop", *words, check=False)
+    assert run.returncode in (1, 2) and message in run.stderr and "Traceback" not in run.stderr
+    assert task(one).start_time is None and not labtasker.ls_workers().content
+
+
+def test_a_command_without_placeholders_takes_every_task_and_says_so(home):
+    submit(2)
+    run = home.cli("loop", "--", "echo", "x")
+    assert run.lines == ["x", "x"] and "every task fits" in run.stderr
+
+
+def test_max_tasks_is_where_it_stops(home):
+    ids = submit(3)
+    run = home.cli("loop", "--max-tasks", "2", "--", "true", "%(n)")
+    assert [task(i).status for i in ids] == ["success", "success", "pending"]
+    assert "--max-tasks: 2 success" in run.stderr
+
+
+def test_failures_are_counted_and_are_no_failure_of_the_loop(home):
+    submit(2, max_retries=2)
+    run = home.cli("loop", "--", "sh", "-c", "exit $0", "%(n)")
+    assert run.returncode == 0
+    assert run.stderr.splitlines()[-1] == "labtasker: no more tasks: 1 success, 2 failed"
+
+
+def test_a_loop_stays_for_tasks_to_come(both):
+    loop = both.start_cli("loop", "--idle-timeout", "600", "--", "echo", "had", "%(n)")
+    wait_until(lambda: labtasker.ls_workers().content, "the loop has its worker")
+    one, = submit()
+    wait_for_task(one, "success")
+    two, = submit()
+    wait_for_task(two, "success")
+    loop.send_signal(signal.SIGTERM)
+    assert wait_for_end(loop) == 128 + signal.SIGTERM
+    assert "stopped by SIGTERM: 2 success" in output(loop)
+
+
+def test_what_a_task_holds_can_not_play_with_the_terminal(home):
+    labtasker.submit_task(args={"n": "\x1b[2J\x07"})
+    run = home.cli("loop", "--", "true", "%(n)")
+    assert "\x1b" not in run.stderr and "\x07" not in run.stderr
+
+
+# Signals
+
+
+JOB = """
+import os, signal, subprocess, sys, time
+mode = sys.argv[1]
+if mode == "deaf":
+    for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(s, signal.SIG_IGN)
+if mode == "polite":
+    for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(s, lambda s, f: (print("job got", s, flush=True), sys.exit(0)))
+child = subprocess.Popen(["sleep", "600"])
+print("pids %d %d" % (os.getpid(), child.pid), flush=True)
+time.sleep(600)
+"""
+
+
+def start_job(place, mode, grace_s=None):
+    """Return (loop process, pids of job and its child) once the job runs."""
+    words = [sys.executable, str(place.write("job.py", JOB)), mode, "%(n)"]
+    loop = start_script(place, "sys.exit(labtasker.command_loop(%r, grace_s=%r))" % (words, grace_s)) \
+        if grace_s else place.start_cli("loop", "--", *words)
+    line = [line for line in wait_for_line(loop, "pids ").splitlines() if line.startswith("pids ")][0]
+    return loop, [int(word) for word in line.split()[1:]]
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
+def test_a_signal_hands_the_task_back_uncharged(both, name):
+    one, = submit()
+    loop, pids = start_job(both, "polite")
+    helpers = children(loop.pid)
+    loop.send_signal(getattr(signal, name))
+    assert wait_for_end(loop) == 128 + getattr(signal, name), output(loop)
+    back = task(one)
+    assert (back.status, back.retries, back.interruptions) == ("pending", 0, 1)
+    assert name in back.reason and "job got %d" % getattr(signal, name) in output(loop)
+    wait_until(lambda: not [pid for pid in pids + helpers if is_alive(pid)], "nothing is left running")
+
+
+def test_a_second_signal_kills_a_deaf_job_at_once(both):
+    one, = submit()
+    loop, pids = start_job(both, "deaf", 600)
+    loop.send_signal(signal.SIGINT)
+    wait_until(lambda: is_alive(pids[0]), "the job does not care")
+    loop.send_signal(signal.SIGINT)
+    assert wait_for_end(loop) == 130
+    assert (task(one).status, task(one).retries) == ("pending", 0)
+    wait_until(lambda: not [pid for pid in pids if is_alive(pid)], "nothing is left running")
+
+
+def test_after_the_grace_a_deaf_job_is_killed(home):
+    one, = submit()
+    loop, pids = start_job(home, "deaf", 0.3)
+    loop.send_signal(signal.SIGTERM)
+    assert wait_for_end(loop) == 143
+    assert task(one).status == "pending" and not [pid for pid in pids if is_alive(pid)]
+
+
+def test_a_signal_that_was_ignored_stays_ignored(home):
+    one, = submit()
+    log = home.cwd / "nohup.log"
+    loop = harness.start(["nohup", sys.executable, harness.MODULE, "loop", "--", "sh", "-c",
+                          "kill -HUP $PPID; echo sent; exit 0", "%(n)"], home.cwd, log)
+    home.started.append(loop)
+    assert wait_for_end(loop) == 0, log.read_text()
+    assert task(one).status == "success"
+
+
+SLEEPER = """
+@labtasker.loop()
+def main(n=Required()):
+    try:
+        print("runs", n, flush=True)
+        time.sleep(600 if n == 0 else 0)
+    except %s as error:
+        print("function got", type(error).__name__, error, flush=True)
+        %s
+main()
+print("after main")
+"""
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+@pytest.mark.parametrize("then", ["raise", "return", "raise ValueError('in cleaning up')"])
+def test_a_signal_is_an_exception_in_the_function(home, name, then):
+    one, two = submit(2)
+    loop = start_script(home, SLEEPER % ("KeyboardInterrupt", then))
+    wait_for_line(loop, "runs 0")
+    loop.send_signal(getattr(signal, name))
+    assert wait_for_end(loop) == 128 + getattr(signal, name), output(loop)
+    assert (task(one).status, task(one).retries, task(one).interruptions) == ("pending", 0, 1)
+    assert task(two).status == "pending"
+    assert "function got KeyboardInterrupt %s" % name in output(loop) and "after main" not in output(loop)
+    assert "Traceback" not in output(loop)
+
+
+def test_a_server_hears_of_a_signal_to_a_decorated_loop(server_home):
+    one, = submit()
+    loop = start_script(server_home, SLEEPER % ("ZeroDivisionError", "pass"))
+    wait_for_line(loop, "runs 0")
+    loop.send_signal(signal.SIGINT)
+    assert wait_for_end(loop) == 130
+    assert (task(one).status, task(one).retries, task(one).interruptions) == ("pending", 0, 1)
+
+
+def test_what_the_function_forks_dies_of_signals_as_ever(home):
+    submit()
+    loop = start_script(home, """
+import multiprocessing
+@labtasker.loop()
+def main(n=Required()):
+    child = multiprocessing.get_context("fork").Process(target=time.sleep, args=(600,))
+    child.start()
+    child.terminate()
+    child.join()
+    print("child ended by", child.exitcode)
+main()
+""")
+    assert wait_for_end(loop) == 0
+    assert "child ended by -15" in output(loop)
+
+
+def test_handlers_are_as_before_once_the_loop_is_over(home):
+    submit()
+    before = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGCHLD)]
+    labtasker.loop()(lambda n=Required(): None)()
+    assert [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGCHLD)] == before
+    assert signal.set_wakeup_fd(-1) == -1
+
+
+# Heartbeats, and what they bring
+
+
+def cancel(task_id):
+    labtasker.update_tasks([TaskUpdateRequest(task_id=task_id, status="cancelled")])
+
+
+@pytest.mark.parametrize("mode", ["plain", "deaf"])
+def test_a_job_that_is_cancelled_from_outside_is_ended_with_its_group(both, mode):
+    one, two = submit(2)
+    loop, pids = start_job(both, mode)
+    cancel(one)
+    wait_until(lambda: not [pid for pid in pids if is_alive(pid)], "the job and its child are gone")
+    wait_for_task(two, "running")
+    assert (task(one).status, task(one).retries) == ("cancelled", 0)
+    cancel(two)
+    assert wait_for_end(loop) == 0
+    assert "2 left as they are" in output(loop)
+
+
+@pytest.mark.parametrize("then", ["raise", "return"])
+def test_a_function_that_is_cancelled_from_outside_gets_task_cancelled(both, then):
+    one, two = submit(2)
+    loop = start_script(both, SLEEPER % ("labtasker.TaskCancelled", then))
+    wait_for_line(loop, "runs 0")
+    cancel(one)
+    assert wait_for_end(loop) == 0, output(loop)
+    assert (task(one).status, task(two).status) == ("cancelled", "success")
+    assert "function got TaskCancelled" in output(loop) and "after main" in output(loop)
+
+
+def test_a_job_that_cancels_itself_may_clean_up(both):
+    one, = submit()
+    script = both.write("job.py", "import labtasker, os, time\n"
+                        "labtasker.report_task_status(labtasker.current_task_id(), 'cancelled')\n"
+                        "time.sleep(4)\nprint('cleaned up', flush=True)\n")
+    run = both.cli("loop", "--", sys.executable, script, "%(n)")
+    assert run.lines == ["cleaned up"] and task(one).status == "cancelled"
+
+
+def beat_fast(place):
+    """Have loops here beat each second, so that a task is given up after three."""
+    place.write(".labtasker/config.toml", FAST_BEATS)
+
+
+def test_a_run_longer_than_its_time_out_is_kept_alive(both):
+    beat_fast(both)
+    one, = submit(max_retries=1)
+    loop = both.start_cli("loop", "--", "sleep", "5", "%(n)", "0")
+    assert wait_for_end(loop) == 0, output(loop)
+    done = task(one)
+    assert (done.status, done.retries, done.heartbeat_timeout) == ("success", 0, 3)
+
+
+def test_kill_9_of_the_loop_ends_beats_and_job_and_the_task_is_tried_again(both):
+    beat_fast(both)
+    one, = submit()
+    loop, pids = start_job(both, "deaf")
+    helpers = children(loop.pid)
+    assert len(helpers) == 2
+    os.kill(loop.pid, signal.SIGKILL)
+    wait_until(lambda: not [pid for pid in pids + helpers if is_alive(pid)], "nothing is left running")
+    again = both.start_cli("loop", "--idle-timeout", "600", "--", "true", "%(n)")
+    assert wait_for_task(one, "success").retries == 1
+    again.terminate()
+    assert wait_for_end(again) == 143
+
+
+def test_beats_that_die_are_started_again(home):
+    beat_fast(home)
+    one, = submit(max_retries=1)
+    loop = home.start_cli("loop", "--", "sh", "-c", "echo pids; sleep 6", "%(n)")
+    wait_for_line(loop, "pids")
+    beats, = [pid for pid in children(loop.pid) if b"__beats" in pathlib.Path("/proc/%d/cmdline" % pid).read_bytes()]
+    os.kill(beats, signal.SIGKILL)
+    assert wait_for_end(loop) == 0, output(loop)
+    assert (task(one).status, task(one).retries) == ("success", 0)
+
+
+def test_no_password_is_in_the_arguments_of_a_process(server_home):
+    submit()
+    loop, pids = start_job(server_home, "plain")
+    for pid in children(loop.pid) + [loop.pid]:
+        assert harness.PASSWORD.encode() not in pathlib.Path("/proc/%d/cmdline" % pid).read_bytes()
+
+
+def test_a_loop_that_was_stopped_past_its_lease_loses_the_run_and_goes_on(both):
+    beat_fast(both)
+    one, = submit()
+    loop, pids = start_job(both, "plain")
+    os.kill(loop.pid, signal.SIGSTOP)
+    other = both.start_cli("loop", "--idle-timeout", "600", "--", "sh", "-c", "sleep 600", "%(n)")
+    wait_until(lambda: (task(one).retries, task(one).status) == (1, "running"), "another took the task", timeout_s=40)
+    os.kill(loop.pid, signal.SIGCONT)
+    wait_until(lambda: not [pid for pid in pids if is_alive(pid)], "the stale job is gone")
+    assert wait_for_end(loop) == 0, output(loop)
+    assert (task(one).retries, task(one).status) == (1, "running")
+    other.terminate()
+    assert wait_for_end(other) == 143
+
+
+# A server that is away
+
+
+def test_a_result_waits_for_the_server_and_the_loop_goes_on_when_it_is_back(server_home):
+    ids = submit(2)
+    server = server_home.server
+    gate = server_home.cwd / "gate"
+    loop = server_home.start_cli("loop", "--", "sh", "-c", "echo begins; until test -e gate; do sleep 0.05; done", "%(n)")
+    wait_for_line(loop, "begins")
+    port = int(server.url.rpartition(":")[2])
+    server.kill()
+    gate.write_text("")
+    wait_for_line(loop, "waiting for it to come back")
+    server.start(port)
+    assert wait_for_end(loop) == 0, output(loop)
+    assert [(task(i).status, task(i).retries) for i in ids] == [("success", 0)] * 2
+    assert output(loop).count("waiting for it to come back") == 1 and "it is back" in output(loop)
+
+
+def test_a_signal_while_the_server_is_away_ends_the_loop(server_home, tmp_path):
+    submit(2)
+    loop = server_home.start_cli("loop", "--", "sh", "-c", "echo begins; until test -e gate; do sleep 0.05; done", "%(n)")
+    wait_for_line(loop, "begins")
+    server_home.server.kill()
+    (server_home.cwd / "gate").write_text("")
+    wait_for_line(loop, "waiting for it to come back")
+    loop.send_signal(signal.SIGTERM)
+    assert wait_for_end(loop, timeout_s=60) in (1, 143)
