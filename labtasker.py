@@ -52,7 +52,7 @@ except ImportError:  # Windows: the client and the worker work, the store says w
 
 __version__ = "0.1.0"
 
-# 1. Values ####################################################################
+# 1. Values ###################################################################
 #
 # What everything above is made of: errors, ids, names, dotted keys, instants, durations, relative
 # dates. Knows nothing of tasks. The only section that reads a clock. Tests: test_values.py,
@@ -327,7 +327,7 @@ class Instant(float):
 
 def now():
     """Return the time of day; for what people read, never for deciding that time has passed."""
-    return Instant(time.time())
+    return Instant(round(time.time(), 6))  # as exact as its text in an answer, so that a copied one compares equal
 
 
 def monotonic():
@@ -1127,7 +1127,8 @@ class _Reader:
             self._options_alone()
         if key == "$not":
             if not _has_operators(operand):
-                raise LabtaskerValueError("$not takes operators, as in {\"$not\": {\"$gt\": 1}}, not %.100r" % (operand,))
+                raise LabtaskerValueError("$not takes operators, as in {\"$not\": {\"$gt\": 1}}, not %.100r"
+                                          % (operand,))
             return [("$nor", (("$and", tuple(self.conditions(path, operand, level))),))]
         if key in ("$in", "$nin", "$all"):
             return self.membership(path, key, operand, level)
@@ -1182,7 +1183,8 @@ class _Reader:
         """Return the value that stands inside $expr."""
         if isinstance(operand, str) and operand.startswith("$"):
             return "path", self.path(operand[1:])
-        if isinstance(operand, list) and any(isinstance(each, (list, dict)) or str(each)[:1] == "$" for each in operand):
+        if isinstance(operand, list) and any(isinstance(each, (list, dict)) or str(each)[:1] == "$"
+                                             for each in operand):
             raise LabtaskerValueError("a list in $expr holds plain constants; else write {\"$literal\": [...]}")
         if not isinstance(operand, dict) or list(operand) == ["_dt"]:
             return "const", self.constant(operand, level)
@@ -1564,7 +1566,7 @@ INSTEAD = {  # what people write -> what to write instead
     "IN": "IN is written in",
 }
 INSTEAD["<>"] = INSTEAD["!="].replace("!=", "<>")
-# 3. Model #####################################################################
+# 3. Model ####################################################################
 #
 # Task, worker and queue: their fields as tables, and the two state machines as tables. Knows
 # nothing of files and sockets. A record is a named tuple that is never changed: a change makes a
@@ -1620,6 +1622,11 @@ QUEUE_FIELDS = {
 }
 
 # `extension` False: every client sees the field; True: only one that asks for extensions; None: nobody.
+
+
+def visible(fields):
+    """Return the part of a table of fields that clients can see, sort by and filter by."""
+    return {name: field for name, field in fields.items() if field.extension is not None}
 
 
 def _record_type(name, fields):
@@ -1688,13 +1695,14 @@ def covers(required, shape):
         any(path[:size] in prefixes for size in range(1, len(path) + 1)) for path in shape)
 
 
-# 4. Journal ###################################################################
+# 4. Journal ##################################################################
 #
 # An append-only file of JSON lines: lock, append, sync, replay, heal. A line is a transaction:
 #   {"n":18,"durable":17,"at":1763800000.1,...,"crc":"89abcdef"}
 # `n` counts without gaps, `durable` is the last n known to be on disk when the line was written,
-# `crc` is the zlib.crc32 of the bytes before it. The first line names the format. Knows nothing of
-# what a line means. Uses 1. Tests: test_journal.py.
+# `crc` is the zlib.crc32 of the bytes before it. The first line names the format. After a compaction
+# it also says that the lines up to byte `tail` stand for the first `folded` ones: {"fold":1,...}.
+# Knows nothing of what a line means. Uses 1. Tests: test_journal.py, test_faults.py.
 
 FORMAT = 1
 FSYNC_MODES = {
@@ -1704,6 +1712,7 @@ FSYNC_MODES = {
 }
 SYNC_INTERVAL_S = 1.0  # of --fsync interval
 READ_BYTES = 1 << 20  # read at a time when a journal is replayed
+ADOPT_BYTES = 256 << 10  # of new lines that a compaction copies while writers wait: some milliseconds
 
 
 def _full_sync(fd):
@@ -1808,6 +1817,12 @@ def seal(text):
     return b'%s,"crc":"%08x"}\n' % (text, zlib.crc32(text))
 
 
+def sealed(value):
+    """Return the bytes of the line of a JSON object."""
+    kept = {key: item for key, item in value.items() if key != "crc"}
+    return seal(json.dumps(kept, separators=(",", ":"))[:-1].encode())
+
+
 def unseal(line):
     """Return the JSON value of a line, or None when the line is damaged."""
     if line[-19:-11] != b',"crc":"' or line[-3:] != b'"}\n' or b"%08x" % zlib.crc32(line[:-19]) != line[-11:-3]:
@@ -1834,23 +1849,16 @@ class Batch:
             raise self.error
 
 
-class Journal:
-    """The file. `lock` guards every attribute and the memory that the lines describe.
+class JournalFile:
+    """The file as it is opened, read on, and healed. `lock` guards every attribute."""
 
-    A line that can't be made durable is taken back: the `undo` that came with it is called, newest
-    first, with the lock held, so that memory and file agree before the next operation."""
-
-    def __init__(self, path, lock, fsync="always", disk=Disk):
-        self.path, self.lock, self.fsync, self.disk = os.path.abspath(path), lock, fsync, disk
+    def __init__(self, path, lock=None, disk=Disk, mode=os.O_RDWR | os.O_APPEND):
+        self.path, self.lock, self.disk, self.mode = os.path.abspath(path), lock, disk, mode
         self.fd = self.inode = None
         self.size = self.n = self.durable = 0  # bytes applied, last line's number, last number on disk
-        self.batch, self.filled = Batch(), threading.Event()
-        self.broken = None  # why the page cache can't be trusted, until the file was written anew
+        self.folds = 0  # lines read of those that stand for the folded ones
         self.fenced = None  # why this process must never write again
-        self.writing = None  # the batch that is going down now
-        self.closing, self.notices, self.synced_at, self.header = False, [], 0.0, {}
-
-    # opening and reading
+        self.header, self.notices = {}, []
 
     def exists(self):
         """Return whether there is a journal to read."""
@@ -1861,15 +1869,16 @@ class Journal:
 
     def open(self):
         """Return when the file is open and its header read; a missing or empty one is made."""
-        if not self.exists():
+        if not self.exists() and self.mode & os.O_RDWR:
             header = {"journal": "labtasker", "format": FORMAT, "store": new_id(), "created_at": time.time()}
-            self.disk.create(self.path, [seal(json.dumps(header, separators=(",", ":"))[:-1].encode())])
-        self.fd = self.disk.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CLOEXEC)
+            self.disk.create(self.path, [sealed(header)])
+        self.fd = self.disk.open(self.path, self.mode | os.O_CLOEXEC)
         self.inode = os.fstat(self.fd).st_ino
         line = os.pread(self.fd, 65536, 0).partition(b"\n")[0] + b"\n"
         self.header = unseal(line)
         self._check_header()
-        self.size = self.size or len(line)
+        if not self.size:
+            self.size, self.n = len(line), self.header.get("folded", 0)
 
     def _check_header(self):
         if self.header is None or self.header.get("journal") != "labtasker":
@@ -1878,18 +1887,6 @@ class Journal:
         if self.header.get("format", 0) > FORMAT:
             raise StoreDamaged("%s was written by a newer Labtasker (journal format %s, this one reads up to %d): "
                                "use that labtasker.py" % (self.path, self.header.get("format"), FORMAT))
-
-    def close(self, clean=False):
-        """Return when the file is closed; a clean close says at its end that all before it is on disk."""
-        if self.fd is None:
-            return
-        if clean and not (self.broken or self.fenced) and self.n:
-            with self.lock:
-                self.fsync = "always"
-                self.add(json.dumps({"at": now(), "end": True}, separators=(",", ":")).encode(), None)
-            self.flush()
-        os.close(self.fd)
-        self.fd = None
 
     def read_new(self):
         """Yield the value of each line after the last one read; damage raises StoreDamaged or is set aside.
@@ -1902,16 +1899,25 @@ class Journal:
             rest = lines.pop()
             for line in lines:
                 value = unseal(line + b"\n")
-                if value is None or value.get("n") != self.n + 1:
-                    return self._heal()
-                self.n = self.durable = value["n"]
+                if value is None or not self._is_next(value):
+                    return self._heal() if self.mode & os.O_RDWR else None
                 self.size += len(line) + 1
                 yield value
             offset = self.size
             if not chunk:
                 break
-        if rest:
+        if rest and self.mode & os.O_RDWR:
             self._heal()
+
+    def _is_next(self, value):
+        """Return whether the line is the one that has to come now, and count it."""
+        if self.size < self.header.get("tail", 0):
+            self.folds += value.get("fold") == self.folds + 1
+            return value.get("fold") == self.folds
+        if value.get("n") != self.n + value.get("lost", 1):  # `lost`: a repair could not save the lines up to this
+            return False
+        self.n = self.durable = value["n"]
+        return True
 
     def changed(self):
         """Return whether the file is longer than what was read, or raise when it is not the file it was."""
@@ -1925,6 +1931,38 @@ class Journal:
             raise StoreUnavailable(self.fenced)
         return there.st_size > self.size
 
+    def replaced(self):
+        """Return whether another file is in the place of the one that is open."""
+        try:
+            return os.stat(self.path).st_ino != self.inode
+        except FileNotFoundError:
+            return False
+
+    def is_stale(self):
+        """Return whether others have done something since this process read the file; needs no lock."""
+        try:
+            there = os.stat(self.path)
+        except FileNotFoundError:
+            return False
+        return there.st_ino != self.inode or there.st_size > self.size
+
+    def follow(self):
+        """Return whether this process can go on in the file that another has put in the place of the one it read.
+
+        It can when it is the same store and all that was read here stands there too, folded or as lines."""
+        store, n, fd = self.header.get("store"), self.n, self.fd
+        self.fd, self.size, self.n, self.folds = None, 0, 0, 0
+        self.open()
+        os.close(fd)
+        if self.header.get("store") != store or self.n > n:
+            return False
+        self.size = max(self.size, self.header.get("tail", 0))
+        lines = self.read_new()
+        while self.n < n:
+            if next(lines, None) is None:
+                return False
+        return True
+
     def _heal(self):
         """Return after setting the damaged end aside, or raise StoreDamaged when acknowledged lines are damaged.
 
@@ -1932,9 +1970,10 @@ class Journal:
         bad_n, end = self.n + 1, os.fstat(self.fd).st_size
         tail = os.pread(self.fd, end - self.size, self.size)
         later = [value for value in map(unseal, tail.splitlines(True)) if value]
-        if any(value.get("durable", 0) >= bad_n for value in later):
-            raise StoreDamaged("%s: byte %d: line %d is damaged, and was on disk when later lines were written; "
-                               "nothing was changed" % (self.path, self.size, bad_n))
+        if self.size < self.header.get("tail", 0) or any(value.get("durable", 0) >= bad_n for value in later):
+            raise StoreDamaged("%s: byte %d: line %d is damaged, and was on disk when later lines were written; nothing "
+                               "was changed. 'labtasker journal verify' shows all damage, 'labtasker journal repair' "
+                               "saves what can be saved" % (self.path, self.size, bad_n))
         aside = "%s.torn-%d-%d" % (self.path, self.size, time.time())
         self.disk.create(aside, [tail])
         self.disk.truncate(self.fd, self.size)
@@ -1942,7 +1981,20 @@ class Journal:
         self.notices.append("%s: the last %d bytes, from byte %d, were never acknowledged (a process or the machine "
                             "died while writing them); they are kept in %s" % (self.path, len(tail), self.size, aside))
 
-    # writing
+
+class Journal(JournalFile):
+    """The file as it is written.
+
+    A line that can't be made durable is taken back: the `undo` that came with it is called, newest
+    first, with the lock held, so that memory and file agree before the next operation."""
+
+    def __init__(self, path, lock, fsync="always", disk=Disk):
+        super().__init__(path, lock, disk)
+        self.fsync, self.synced_at = fsync, 0.0
+        self.batch, self.filled, self.closing = Batch(), threading.Event(), False
+        self.io = threading.Lock()  # held while the file is written to or replaced; taken before `lock`
+        self.writing = None  # the batch that is going down now
+        self.broken = None  # why the page cache can't be trusted, until the file was written anew
 
     def add(self, body, undo):
         """Return the batch that the line of this JSON object (bytes) goes down with, or raise StoreUnavailable.
@@ -1950,8 +2002,6 @@ class Journal:
         Call it with the lock held."""
         if self.fenced:
             raise StoreUnavailable(self.fenced)
-        if self.broken:
-            self._write_anew()
         self.n += 1
         self.batch.bodies.append(body)
         self.batch.undos.append(undo)
@@ -1960,6 +2010,10 @@ class Journal:
 
     def flush(self):
         """Return when all that was added before is on disk or taken back; the batch's `error` tells which."""
+        with self.io:
+            self._flush()
+
+    def _flush(self):
         with self.lock:
             batch, self.batch = self.batch, Batch()
             if not batch.bodies:
@@ -1984,6 +2038,8 @@ class Journal:
 
     def _put_down(self, data):
         """Return whether `data` was synced as well as written, or raise OSError or StoreUnavailable."""
+        if self.broken:
+            self._write_anew()
         if self.changed():
             self.fenced = "%s grew while this process owned it: another writer is there" % self.path
             raise StoreUnavailable(self.fenced)
@@ -1996,6 +2052,9 @@ class Journal:
                 self.broken = "a sync failed: %s" % error
                 raise
             self.synced_at = monotonic()
+        if os.fstat(self.fd).st_size != self.size + len(data):  # it was stopped between looking and writing
+            self.fenced = "%s was written to by another process at the same moment" % self.path
+            raise StoreUnavailable(self.fenced)
         return self.fsync == "always" or due
 
     def _take_back(self, batch, first, error):
@@ -2020,23 +2079,61 @@ class Journal:
 
         After a failed sync the system may have dropped pages that it calls clean, so the old file is not
         written to again."""
-        try:
-            self.disk.create(self.path, self._good_bytes())
-            os.close(self.fd)
-            self.fd = None
-            self.open()
-        except OSError as error:
-            raise _store_error(self.path, error)
+        self.disk.create(self.path, self._bytes(0, self.size))
+        old, self.fd = self.fd, None
+        self.open()
+        os.close(old)
         self.broken = None
 
-    def _good_bytes(self):
-        offset = 0
-        while offset < self.size:
-            piece = os.pread(self.fd, min(READ_BYTES, self.size - offset), offset)
+    def _bytes(self, offset, end):
+        """Yield the file's bytes from `offset` to `end` in pieces."""
+        while offset < end:
+            piece = os.pread(self.fd, min(READ_BYTES, end - offset), offset)
             if not piece:
                 raise OSError(errno.EIO, "the file is shorter than it was")
             offset += len(piece)
             yield piece
+
+    def adopt(self, draft, offset):
+        """Return when the fold in the file `draft`, with the lines from byte `offset` on after it, is the journal.
+
+        Writers go on meanwhile but for the last piece. Raises OSError; then the journal is as it was."""
+        fd = self.disk.open(draft, os.O_RDWR | os.O_APPEND | os.O_CLOEXEC)
+        try:
+            while self.size - offset > ADOPT_BYTES:
+                offset = self._append_to(fd, offset)
+            with self.io:
+                self._append_to(fd, offset)
+                self.disk.rename(draft, self.path)
+                with self.lock:
+                    old, self.fd = self.fd, None
+                    self.size, n, self.n = 0, self.n, 0
+                    self.open()
+                    self.size, self.n = os.fstat(self.fd).st_size, n
+                    os.close(old)
+                self.disk.sync_folder(self.path)
+        finally:
+            os.close(fd)
+
+    def _append_to(self, fd, offset):
+        """Return the offset up to which this file's bytes now stand in the file `fd`, synced."""
+        end = self.size
+        for piece in self._bytes(offset, end):
+            self.disk.write_all(fd, piece)
+        self.disk.sync(fd)
+        return end
+
+    def close(self, clean=False):
+        """Return when the file is closed; a clean close says at its end that all before it is on disk."""
+        if self.fd is None:
+            return
+        if clean and not (self.broken or self.fenced) and self.n:
+            with self.lock:
+                self.fsync = "always"
+                self.add(json.dumps({"at": now(), "end": True}, separators=(",", ":")).encode(), None)
+            self.flush()
+        os.close(self.fd)
+        self.fd = None
 
     def write_always(self):
         """Return when `closing` is set: the body of the thread that shares syncs among threads.
@@ -2056,7 +2153,112 @@ def _store_error(path, error):
     return StoreUnavailable("%s can't be written (%s): nothing of this request was kept" % (path, error.strerror))
 
 
-# 5. Service ###################################################################
+class Piece(collections.namedtuple("Piece", "offset data value problem due lost")):
+    """A line of a file that may be damaged: its `value`, or the `problem` with it. `due` is the number that had
+    to come there, `lost` how many lines are missing before it. Numbers of folded lines are 0."""
+
+    __slots__ = ()
+
+
+def walk(path):
+    """Yield a Piece for each line of a journal file, the header included; reads only, also while others write."""
+    folds = n = offset = tail = 0
+    with open(path, "rb") as file:
+        for data in file:
+            value, is_fold = unseal(data), 0 < offset < tail
+            due = folds + 1 if is_fold else n + (value or {}).get("lost", 1)
+            count = (value or {}).get("fold" if is_fold else "n")
+            problem = None
+            if offset == 0 and value is not None and value.get("journal") == "labtasker":
+                count = due = n = value.get("folded", 0)
+                tail = value.get("tail", 0)
+            elif not isinstance(count, int):
+                problem = "no line with a checksum that fits" if data.endswith(b"\n") else "a line that is cut off"
+            elif count < due:
+                problem = "line %d once more" % count
+            elif is_fold:
+                folds = count
+            else:
+                n = count
+            lost = 0 if problem else count - due
+            yield Piece(offset, data, value, problem, 0 if is_fold else due, lost)
+            offset += len(data)
+
+
+class Survey:
+    """What is in a journal file: counts, `bad` pieces, `lost` ranges of line numbers; reads only.
+
+    `rotten` are those of both that had been acknowledged; other damage, in a tail that was never known to be on
+    disk, is set aside at the next opening."""
+
+    def __init__(self, path):
+        self.path, self.size, self.lines, self.n, self.durable = path, 0, 0, 0, 0
+        self.bad, self.lost, self.ended, self.header = [], [], False, {}
+        for piece in walk(path):
+            self.size = piece.offset + len(piece.data)
+            if piece.problem:
+                self.bad.append(piece)
+            else:
+                self._count(piece)
+        self.rotten = [piece for piece in self.bad if piece.due <= self.durable]
+        self.rotten += [numbers for numbers in self.lost if numbers[0] <= self.durable]
+
+    def _count(self, piece):
+        if piece.lost:
+            self.lost.append((piece.due, piece.due + piece.lost - 1))
+        if piece.offset == 0:
+            self.header = piece.value
+        elif "n" in piece.value:
+            self.lines += 1
+            self.n, self.ended = piece.value["n"], bool(piece.value.get("end"))
+            self.durable = max(self.durable, piece.value["durable"])
+
+
+def repair(path, disk=Disk):
+    """Return (survey of what was there, where the damaged file is kept now, where the bad bytes are) after
+    putting a file of all good lines in the place of a damaged one; None for both where nothing is damaged.
+
+    Never in place: the damaged file keeps its bytes under another name. A line {"n":9,"lost":2,...} stands where
+    lines 8 and 9 were. Call it with the file's lock held."""
+    found = Survey(path)
+    if not found.bad and not found.lost:
+        return found, None, None
+    stamp = int(time.time())
+    damaged, aside, draft = ("%s.%s-%d" % (path, word, stamp) for word in ("damaged", "bad", "repaired"))
+    disk.create(aside, (piece.data for piece in walk(path) if piece.problem))
+    body = sum(len(data) for data, is_fold in _good_lines(path) if is_fold)
+    header = dict(found.header or {"journal": "labtasker", "format": FORMAT, "store": new_id()}, repaired_at=time.time())
+    disk.create(draft, itertools.chain([journal_header(header, body)], (data for data, _ in _good_lines(path))))
+    os.link(path, damaged)
+    disk.rename(draft, path)
+    disk.sync_folder(path)
+    return found, damaged, aside
+
+
+def journal_header(fields, body):
+    """Return the header line of a journal whose folded lines have `body` bytes."""
+    for tail in range(body, body + 1000):  # `tail` counts the header too, whose length depends on its digits
+        line = sealed(dict(fields, tail=tail) if body else fields)
+        if not body or len(line) + body == tail:
+            return line
+
+
+def _good_lines(path):
+    """Yield (bytes, whether folded) of the good lines and of those that mark where lines were lost."""
+    folds = 0
+    for piece in walk(path):
+        if piece.problem or piece.offset == 0:
+            continue
+        if "fold" in piece.value:
+            folds += 1
+            yield piece.data if piece.value["fold"] == folds else sealed(dict(piece.value, fold=folds)), True
+            continue
+        if piece.lost:
+            yield sealed({"n": piece.due + piece.lost - 1, "durable": 0, "lost": piece.lost, "at": time.time()}), False
+        yield piece.data, False
+
+
+# 5. Service ##################################################################
 #
 # The state in memory, its indexes, every operation and the time-outs. Knows nothing of HTTP.
 # An operation decides: it gets (store, queue, request, at) and returns (changes, answer), touching
@@ -2066,6 +2268,9 @@ def _store_error(path, error):
 TRANSACTION_TASKS = 10000  # tasks one transaction may submit or update: keeps a line readable, a lock short
 MAX_INTERRUPTIONS = 100  # runs handed back before a task fails, so that none goes round for ever
 MAX_STANDING = 200  # filters of fetches that are kept current in a queue
+SPARE_BYTES = 16 << 20  # a journal may be twice as long as its live data, and this
+LOOK_BYTES = 4 << 20  # how far it grows before its live data is estimated again
+FOLD_CHANGES = 100  # on a line of a folded journal: some ten kilobytes
 MAX_LOG = 100000  # newly pending tasks remembered for those filters to catch up with
 DEFAULT_QUEUE = "default"  # of the store without a server, made at the first write
 EMBEDDED_POLL_S = 0.1  # how often a waiting process without a server looks at the file
@@ -2371,24 +2576,37 @@ def _apply_queue_gone(state, queue_id):
     return state.put_queue, queue_id, None
 
 
+def _queue_of(state, queue_id):
+    """Return the queue of a line; one whose creation a repair could not save gets a name to be found by."""
+    queue = state.queues.get(queue_id)
+    if queue is None:
+        queue = QueueState(QueueRecord(queue_id=queue_id, queue_name="recovered-" + queue_id))
+        state.put_queue(queue_id, queue)
+    return queue
+
+
 def _apply_task(state, queue_id, task_id, fields, old_state=None):
-    queue = state.queues[queue_id]
-    record = queue.tasks.get(task_id) or TaskRecord(task_id=task_id, queue_id=queue_id)
-    return queue.put_task, task_id, revised(record, fields)
+    queue = _queue_of(state, queue_id)
+    record = queue.tasks.get(task_id)
+    if record is None and "created_at" in fields:
+        record = TaskRecord(task_id=task_id, queue_id=queue_id)
+    return queue.put_task, task_id, record and revised(record, fields)  # None: a repair could not save its creation
 
 
 def _apply_task_gone(state, queue_id, task_id):
-    return state.queues[queue_id].put_task, task_id, None
+    return _queue_of(state, queue_id).put_task, task_id, None
 
 
 def _apply_worker(state, queue_id, worker_id, fields, old_state=None):
-    queue = state.queues[queue_id]
-    record = queue.workers.get(worker_id) or WorkerRecord(worker_id=worker_id, queue_id=queue_id)
-    return queue.put_worker, worker_id, revised(record, fields)
+    queue = _queue_of(state, queue_id)
+    record = queue.workers.get(worker_id)
+    if record is None and "created_at" in fields:
+        record = WorkerRecord(worker_id=worker_id, queue_id=queue_id)
+    return queue.put_worker, worker_id, record and revised(record, fields)
 
 
 def _apply_worker_gone(state, queue_id, worker_id):
-    return state.queues[queue_id].put_worker, worker_id, None
+    return _queue_of(state, queue_id).put_worker, worker_id, None
 
 
 Record = collections.namedtuple("Record", "apply fields meaning")
@@ -2402,6 +2620,24 @@ RECORDS = {
                      "a worker was registered, or these fields of it are new"),
     "worker-": Record(_apply_worker_gone, "worker id", "a worker is gone"),
 }
+
+
+def _other_process(function, *words):
+    """Return the command that calls a function of this file in a process of its own and prints its answer as JSON."""
+    folder, name = os.path.split(os.path.splitext(os.path.abspath(__file__))[0])
+    program = ("import json, sys; sys.path.insert(0, sys.argv[1]); "
+               "print(json.dumps(getattr(__import__(sys.argv[2]), sys.argv[3])(*sys.argv[4:])))")
+    return [sys.executable, "-c", program, folder, name, function] + list(words)
+
+
+def in_other_process(function, *words):
+    """Return the answer, as JSON text, of a function of this file called in another process; raise its error."""
+    import subprocess
+    done = subprocess.run(_other_process(function, *words), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                          stderr=subprocess.PIPE, universal_newlines=True)
+    if done.returncode:
+        raise LabtaskerRuntimeError("%s failed: %s" % (function, done.stderr.strip()[-500:]))
+    return done.stdout
 
 
 class Store:
@@ -2421,8 +2657,8 @@ class Store:
         self.file_lock = FileLock(self.path + ".lock")
         self.state = State()
         self.beats = Beats() if is_server else BeatFiles(self.folder)
-        self.looked_at, self.writer = -math.inf, None
-        self.filters = {}  # (document as text, whether for tasks): predicate
+        self.looked_at, self.writer, self.look_again_bytes = -math.inf, None, SPARE_BYTES
+        self.filters = {}  # (document as text, names of fields): predicate
         self.logins, self.login_key = {}, os.urandom(32)  # queue id: keyed hash of a password that was right
 
     # opening and closing
@@ -2439,9 +2675,9 @@ class Store:
 
     def owner(self):
         """Return words about the server that has the store, from its server.json."""
-        told = read_server_file(self.folder) or {}
-        return told and ": a server on %s, process %s, at %s" % (
-            told.get("host"), told.get("pid"), " ".join(told.get("addresses", ())))
+        told = read_server_file(self.folder)
+        return ": a server on %s, process %s, at %s" % (
+            told.get("host"), told.get("pid"), " ".join(told.get("addresses", ()))) if told else ""
 
     def close(self):
         """Return when everything is on disk and the store is free for others."""
@@ -2459,40 +2695,49 @@ class Store:
             if "changes" in line:
                 self.state.apply(line.get("queue"), line["changes"])
 
-    def _enter(self, writes):
-        """Take the file's lock, embedded, and read what is new; return whether there is a journal at all."""
-        if not writes and self.journal.fd is None and not self.journal.exists():
-            return False
-        os.makedirs(self.folder, 0o700, exist_ok=True)
-        if not self.file_lock.acquire(self.LOCK_TIMEOUT_S):
-            raise StoreUnavailable("%s is held by another process%s" % (self.path, self.owner()))
+    def _read_on(self):
+        """Read what others have added to the file, or put in its place; the file's lock is held."""
         if self.journal.fd is None:
             self.journal.open()
-            self.catch_up()
-        elif self.journal.changed():
+        elif self.journal.replaced() and not self.journal.follow():
+            self.state, self.journal.size = State(), 0
+            self.journal.open()
+        if self.journal.changed():
             self.catch_up()
         for notice in self.journal.notices:
             print("labtasker: " + notice, file=sys.stderr)
         self.journal.notices = []
-        return True
+
+    def alone(self, action):
+        """Return action(), called with the file's lock held and all read that others have written; embedded."""
+        os.makedirs(self.folder, 0o700, exist_ok=True)
+        with self.lock:
+            if not self.file_lock.acquire(self.LOCK_TIMEOUT_S):
+                raise StoreUnavailable("%s is held by another process%s" % (self.path, self.owner()))
+            try:
+                self._read_on()
+                return action()
+            finally:
+                self.journal.flush()
+                self.file_lock.release()
 
     # operations
 
     def transact(self, operation, queue_id, request, writes=True):
         """Return the operation's answer once all that it did, and all that it saw, is on disk; or raise."""
-        with self.lock:
-            held = not self.is_server and self._enter(writes)
-            try:
-                batch, answer = self._decide(operation, queue_id, request, writes)
-                if held:
-                    self.journal.flush()
-            finally:
-                if held:
-                    self.file_lock.release()
+        def decide():
+            return self._decide(operation, queue_id, request, writes)
+        if self.is_server or not (writes or self.journal.fd is not None or self.journal.exists()):
+            with self.lock:
+                batch, answer = decide()
+        else:
+            batch, answer = self.alone(decide)
         if callable(answer):
             answer = answer()
         if batch:
             batch.wait()
+        if not self.is_server and self.is_bloated():
+            self.compact_apart()
         return answer
 
     def _queue(self, queue_id, writes):
@@ -2547,17 +2792,43 @@ class Store:
             if after:
                 self.beats.start(after)
 
+    def is_bloated(self):
+        """Return whether most of the file is dead weight; looked at every few megabytes."""
+        with self.lock:
+            if self.journal.size < self.look_again_bytes:
+                return False
+            self.look_again_bytes = self.journal.size + LOOK_BYTES
+            live = sum(_live_bytes(queue) for queue in self.state.queues.values())
+            return self.journal.size > 2 * live + SPARE_BYTES
+
+    def compact(self):
+        """Return when the file is as short as its live data allows; another process does the folding meanwhile."""
+        draft = self.path + ".fold"
+        n, offset = json.loads(in_other_process("fold", self.path, draft))
+        try:
+            self.journal.adopt(draft, offset)
+        except OSError as error:
+            raise LabtaskerRuntimeError("%s could not be compacted (%s); it is as it was" % (self.path, error.strerror))
+        self.look_again_bytes = self.journal.size + LOOK_BYTES
+
+    def compact_apart(self):
+        """Start a process that compacts the store, and do not wait for it."""
+        import subprocess
+        subprocess.Popen(_other_process("compact", self.path), stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+                         stderr=subprocess.DEVNULL, start_new_session=True)
+
     def wait_for_change(self, seen_n, timeout_s):
         """Return once the journal is past line `seen_n`, or after so many seconds."""
         give_up_at = monotonic() + timeout_s
-        with self.lock:
-            while self.journal.n == seen_n and monotonic() < give_up_at:
-                if self.is_server:
+        if self.is_server:
+            with self.lock:
+                while self.journal.n == seen_n and monotonic() < give_up_at:
                     self.changed.wait(give_up_at - monotonic())
-                elif self.journal.fd is not None and self.journal.changed():
-                    return
-                else:
-                    time.sleep(max(0, min(EMBEDDED_POLL_S, give_up_at - monotonic())))
+            return
+        while self.journal.n == seen_n and monotonic() < give_up_at:
+            if self.journal.is_stale():
+                return
+            time.sleep(max(0, min(EMBEDDED_POLL_S, give_up_at - monotonic())))
 
     def look_for_timeouts(self, queue_id=None):
         """Fail the runs of a queue, or of all, that were silent or have run for too long; at most once a second."""
@@ -2575,11 +2846,11 @@ class Store:
     def predicate(self, document, fields):
         """Return the predicate of a query document and its text; the latest are remembered."""
         text = json.dumps(document, sort_keys=True)
-        known = self.filters.get((text, fields is TASK_FIELDS))
+        known = self.filters.get((text, tuple(fields)))
         if known is None:
             if len(self.filters) > MAX_STANDING:
                 self.filters.clear()
-            known = self.filters[text, fields is TASK_FIELDS] = compile_tree(query_to_tree(document, fields))
+            known = self.filters[text, tuple(fields)] = compile_tree(query_to_tree(document, fields))
         return known, text
 
     def login(self, name, password):
@@ -2649,7 +2920,8 @@ def _strike(queue, worker_id, count, at):
     retries = worker.retries + count
     fields = {"retries": retries, "last_modified": at}
     if worker.status == "active":
-        fields["status"] = move(WORKER_MOVES, "active", "crash" if retries >= worker.max_retries else "strike", "worker")
+        event = "crash" if retries >= worker.max_retries else "strike"
+        fields["status"] = move(WORKER_MOVES, "active", event, "worker " + worker_id)
         return [["worker", worker_id, fields, "active"]]
     return [["worker", worker_id, fields, None]]
 
@@ -2731,8 +3003,8 @@ def _submission(request, at):
 def submit_tasks_op(store, queue, request, at):
     """Decide to create tasks, all or none; one that is there with the same content was submitted before."""
     changes, ids = [], {}
-    for one in request["tasks"]:
-        task_id, fields = _submission(one, at)
+    for place, one in enumerate(request["tasks"]):
+        task_id, fields = _submission(one, Instant(round(at + place * 1e-6, 6)))  # so that their order can be seen
         there = queue.tasks.get(task_id)
         known = ids.get(task_id) if task_id in ids else there and there.digest
         if task_id in ids or there:
@@ -3044,6 +3316,87 @@ def delete_worker_op(store, queue, request, at):
     return changes, None
 
 
+# Compaction and repair
+
+
+def _kept(record):
+    """Return the fields of a record that are not as they are by default, without its own id and its queue's."""
+    defaults = type(record).__new__.__defaults__
+    fields = {name: value for name, value, default in zip(record._fields, record, defaults) if value != default}
+    for name in ("task_id", "worker_id") if isinstance(record, WorkerRecord) else ("task_id",):
+        fields.pop(name, None)
+    fields.pop("queue_id", None)
+    return fields
+
+
+def _live_bytes(queue):
+    """Return about how many bytes a queue takes in a folded journal, from a sample of its tasks."""
+    sample = list(itertools.islice(queue.tasks.values(), 200))
+    mean = sum(len(dump_json(_kept(task))) + 60 for task in sample) / max(1, len(sample))
+    return int(mean * len(queue.tasks)) + 400 * len(queue.workers)
+
+
+def _fold_lines(state):
+    """Yield the lines, as bytes, that make this state."""
+    count = 0
+    for queue_id, queue in state.queues.items():
+        changes = [["queue", dict(_kept(queue.record), queue_id=queue_id)]]
+        changes += [["worker", key, _kept(worker), None] for key, worker in queue.workers.items()]
+        tasks = iter(queue.tasks.items())
+        while changes:
+            count += 1
+            yield sealed({"fold": count, "queue": queue_id, "changes": changes})
+            changes = [["task", key, _kept(task), None] for key, task in itertools.islice(tasks, FOLD_CHANGES)]
+
+
+def fold(path, draft):
+    """Return (n, offset) after writing the file `draft`, which stands for the lines up to n, the one that ends at
+    byte `offset` of the journal. Reads without the lock; what is not known to be on disk is not folded."""
+    source, state, waiting = JournalFile(path, mode=os.O_RDONLY), State(), collections.deque()
+    source.open()
+    n, offset = source.n, source.size
+    for line in source.read_new():
+        waiting.append((line, source.n, source.size))
+        while waiting and ("fold" in line or waiting[0][1] <= line["durable"]):
+            value, n, offset = waiting.popleft()
+            if "changes" in value:
+                state.apply(value["queue"], value["changes"])
+    body = sum(map(len, _fold_lines(state)))
+    header = journal_header(dict(source.header, folded=n, folded_at=time.time()), body)
+    Disk.create(draft, itertools.chain([header], _fold_lines(state)))
+    return n, offset
+
+
+
+
+def compact(path):
+    """Return (bytes before, bytes after) of a store that no server holds."""
+    guard, store = FileLock(path + ".compact"), Store(path)
+    if not guard.acquire(0):
+        raise StoreUnavailable("%s is being compacted already" % path)
+    try:
+        before, draft = os.stat(path).st_size, path + ".fold"
+        _, offset = fold(path, draft)
+        store.alone(lambda: store.journal.adopt(draft, offset))
+        return before, os.stat(path).st_size
+    finally:
+        guard.close()
+
+
+def repair_store(path):
+    """Return (survey, damaged file, bad bytes' file, ids that stand in the bad bytes) of a journal mended."""
+    store = Store(path)
+    if not store.file_lock.acquire(2.0):
+        raise StoreUnavailable("%s is in use by another process%s" % (path, store.owner()))
+    try:
+        found, damaged, aside = repair(path)
+    finally:
+        store.file_lock.close()
+    text = b"".join(piece.data for piece in found.bad).decode("latin-1")
+    ids = re.findall(r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}", text)
+    return found, damaged, aside, list(collections.OrderedDict.fromkeys(ids))
+
+
 def read_server_file(folder):
     """Return what the server of the store in `folder` says of itself in server.json, or None."""
     try:
@@ -3054,7 +3407,7 @@ def read_server_file(folder):
         return None
 
 
-# 6. API #######################################################################
+# 6. API ######################################################################
 #
 # The one door: every request is a row of ROUTES, whether it came over HTTP or from this process.
 # Checks what was given, runs the operation, and shapes the answer. Knows nothing of how the request
@@ -3253,7 +3606,7 @@ def _read_filter(fields):
     return prepare
 
 
-_read_task_filter = _read_filter(TASK_FIELDS)
+_read_task_filter = _read_filter(visible(TASK_FIELDS))
 
 
 def _prepare_fetch(store, request):
@@ -3304,7 +3657,8 @@ def _run_heartbeat(store, caller, request, route):
 
 
 def _run_welcome(store, caller, request, route):
-    return {"message": "This is a Labtasker server.", "versions": ["v1"], "server": store.server_id}
+    return {"message": "This is a Labtasker server.", "versions": ["v1"], "version": __version__,
+            "server": store.server_id}
 
 
 def _run_health(store, caller, request, route):
@@ -3320,7 +3674,8 @@ def _run_full_health(store, caller, request, route):
 
 def _run_polling(store, caller, request, route):
     since_s = min(monotonic() - store.looked_at, 1e9)
-    return {"prev_polling": since_s, "next_eta": max(0.0, LOOK_INTERVAL_S - since_s), "polling_interval": LOOK_INTERVAL_S}
+    return {"prev_polling": since_s, "next_eta": max(0.0, LOOK_INTERVAL_S - since_s),
+            "polling_interval": LOOK_INTERVAL_S}
 
 
 class Route(collections.namedtuple("Route", "operation fields query status writes open body prepare run meaning")):
@@ -3350,12 +3705,15 @@ ROUTES = {
     "GET /api/v1/polling": _route(None, "when time-outs were last looked for, seconds", open=True, run=_run_polling),
     "POST /api/v1/queues": _route(
         create_queue_op, "create a queue", status=201, open=True, prepare=_hash_new_password,
-        fields={"queue_name": _arg("name", REQUIRED), "password": _arg("password", REQUIRED), "metadata": _arg("dict")}),
+        fields={"queue_name": _arg("name", REQUIRED), "password": _arg("password", REQUIRED),
+                "metadata": _arg("dict")}),
     "GET " + _QUEUE: _route(get_queue_op, "the queue", writes=False),
     "PUT " + _QUEUE: _route(
         update_queue_op, "rename a queue, change its password or metadata", prepare=_hash_new_password,
         fields={"new_queue_name": _arg("name"), "new_password": _arg("password"), "metadata_update": _arg("dict")}),
-    "DELETE " + _QUEUE: _route(delete_queue_op, "delete a queue", status=204, query={"cascade_delete": _arg("bool", False)}),
+    "DELETE " + _QUEUE: _route(
+        delete_queue_op, "delete a queue, its tasks and workers", status=204,
+        query={"cascade_delete": _arg("bool", False)}),
     "POST " + _TASKS: _route(submit_tasks_op, "submit a task, or a list of them in one transaction", status=201,
                              fields=_TASK_INPUT, body="either"),
     "PUT " + _TASKS: _route(
@@ -3384,13 +3742,14 @@ ROUTES = {
         create_worker_op, "register a worker", status=201,
         fields={"worker_name": _arg("name"), "metadata": _arg("dict"), "max_retries": _arg("count", 3)}),
     "POST " + _WORKERS + "/search": _route(
-        search_workers_op, "workers that match", writes=False, prepare=_read_filter(WORKER_FIELDS),
+        search_workers_op, "workers that match", writes=False, prepare=_read_filter(visible(WORKER_FIELDS)),
         fields=dict(_PAGE, worker_id=_arg("id"), worker_name=_arg("text"), status=_arg("worker_status"))),
     "GET " + _WORKERS + "/{worker_id}": _route(get_worker_op, "one worker", writes=False),
     "DELETE " + _WORKERS + "/{worker_id}": _route(
         delete_worker_op, "delete a worker", status=204, query={"cascade_update": _arg("bool", True)}),
     "POST " + _WORKERS + "/{worker_id}/status": _route(
-        report_worker_op, "suspend a worker, or set it active again", fields={"status": _arg("worker_status", REQUIRED)}),
+        report_worker_op, "suspend a worker, or set it active again",
+        fields={"status": _arg("worker_status", REQUIRED)}),
 }
 
 
@@ -3474,7 +3833,7 @@ _SHOWN = {
 }
 
 
-# 7. Server ####################################################################
+# 7. Server ###################################################################
 #
 # http.server in threads over the API: reads requests, checks passwords, sends answers, says in
 # server.json where it is. Knows nothing of the journal's format. Its classes stand on http.server's
@@ -3690,7 +4049,8 @@ def _addresses(server, scheme):
     if host in ("0.0.0.0", "::"):
         hosts = [socket.gethostname(), "127.0.0.1"]
         try:
-            hosts[1:1] = sorted({row[4][0] for row in socket.getaddrinfo(hosts[0], None, socket.AF_INET)} - {"127.0.0.1"})
+            found = {row[4][0] for row in socket.getaddrinfo(hosts[0], None, socket.AF_INET)}
+            hosts[1:1] = sorted(found - {"127.0.0.1"})
         except OSError:  # a host that can't resolve its own name
             pass
     return ["%s://%s:%d" % (scheme, "[%s]" % one if ":" in one else one, port) for one in hosts]
@@ -3760,7 +4120,7 @@ def _run_server(server, store, scheme, announce):
     told = {"server": server.id, "key": server.key, "pid": os.getpid(), "host": os.uname().nodename,
             "boot": boot_id(), "addresses": urls, "started_at": format_time(now())}
     ended = threading.Event()
-    ticker = threading.Thread(target=_tick, args=(store, ended), name="time-outs", daemon=True)
+    ticker = threading.Thread(target=_tick, args=(server, store, ended), name="time-outs", daemon=True)
     try:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, stop)
@@ -3784,12 +4144,27 @@ def _run_server(server, store, scheme, announce):
     server.say("info", "stopped")
 
 
-def _tick(store, ended):
+def _compact(server, store):
+    """Compact the store's journal and log what came of it."""
+    before = store.journal.size
+    try:
+        store.compact()
+        server.say("info", "compacted the journal from %d to %d bytes" % (before, store.journal.size))
+    except LabtaskerError as error:
+        server.say("warning", str(error))
+
+
+def _tick(server, store, ended):
+    """Look for time-outs, and have the journal compacted when that is worth it, until `ended` is set."""
+    compaction = None
     while not ended.wait(LOOK_INTERVAL_S):
         try:
             store.look_for_timeouts()
         except StoreUnavailable:  # a full disk: the next look tries again
             pass
+        if store.is_bloated() and not (compaction and compaction.is_alive()):
+            compaction = threading.Thread(target=_compact, args=(server, store), name="compaction", daemon=True)
+            compaction.start()
 
 
 def _remove_server_file(server, store):
@@ -3797,7 +4172,7 @@ def _remove_server_file(server, store):
         os.unlink(os.path.join(store.folder, "server.json"))
 
 
-# 8. Client ####################################################################
+# 8. Client ###################################################################
 #
 # Where the store is (configuration), how to reach it (the two transports), and the public functions.
 # Without a server the request goes through the same door in this process. Reads no configuration and
@@ -4094,17 +4469,23 @@ def use_client(other):
     _client = other
 
 
+def store_folder(config):
+    """Return the folder of the store that is configured, or None where that is a server's URL."""
+    if re.match(r"https?://", config.url or ""):
+        return None
+    folder = re.sub(r"^file:(//)?", "", config.url or config.root)
+    return os.path.normpath(os.path.join(os.path.dirname(config.root), folder))
+
+
 def _transport(config):
     """Return how to reach the queue: the URL that is configured, or a living server of the folder, or its file."""
-    url = config.url or config.root
-    if re.match(r"https?://", url):
-        if not config.password:
-            raise LabtaskerValueError("no password for queue %r on %s: set LABTASKER_PASSWORD, or run 'labtasker init'"
-                                      % (config.queue_name, url))
-        return HttpTransport(url, config.queue_name, config.password)
-    folder = re.sub(r"^file:(//)?", "", url)
-    folder = os.path.normpath(os.path.join(os.path.dirname(config.root), folder))
-    return _living_server(folder, config.queue_name) or StoreTransport(folder, config.queue_name)
+    folder = store_folder(config)
+    if folder:
+        return _living_server(folder, config.queue_name) or StoreTransport(folder, config.queue_name)
+    if not config.password:
+        raise LabtaskerValueError("no password for queue %r on %s: set LABTASKER_PASSWORD, or run 'labtasker init'"
+                                  % (config.queue_name, config.url))
+    return HttpTransport(config.url, config.queue_name, config.password)
 
 
 def _living_server(folder, queue_name):
@@ -4146,8 +4527,9 @@ class Answer:
     __hash__ = None
 
     def __repr__(self):
-        shown = ((name, getattr(self, name)) for name in self.FIELDS)
-        return "%s(%s)" % (type(self).__name__, ", ".join("%s=%r" % pair for pair in shown if pair[1] not in (None, {})))
+        shown = [(name, getattr(self, name)) for name in self.FIELDS]
+        return "%s(%s)" % (type(self).__name__, ", ".join(
+            "%s=%r" % pair for pair in shown if pair[1] is not None and pair[1] != {}))
 
 
 def _in_python(field, value):
@@ -4156,27 +4538,23 @@ def _in_python(field, value):
     return {} if field.kind == "dict" and value is None else value
 
 
-def _public(fields):
-    return {name: field for name, field in fields.items() if field.extension is not None}
-
-
 class Task(Answer):
     """A task: task_id, task_name, status, args, metadata, summary (always dicts), priority, retries,
     max_retries, created_at, last_modified, start_time (aware datetimes or None), worker_id, ..."""
 
-    FIELDS = _public(TASK_FIELDS)
+    FIELDS = visible(TASK_FIELDS)
 
 
 class Worker(Answer):
     """A worker: worker_id, worker_name, status, metadata, retries, max_retries, created_at, last_modified."""
 
-    FIELDS = _public(WORKER_FIELDS)
+    FIELDS = visible(WORKER_FIELDS)
 
 
 class Queue(Answer):
     """A queue: queue_id, queue_name, metadata, created_at, last_modified."""
 
-    FIELDS = _public(QUEUE_FIELDS)
+    FIELDS = visible(QUEUE_FIELDS)
 
 
 class Response:
@@ -4265,7 +4643,7 @@ def _given(**values):
 def _query(extra_filter):
     """Return the query document of a filter: text, a document, or None."""
     if isinstance(extra_filter, str):
-        return tree_to_query(parse_filter(extra_filter, TASK_FIELDS, now()))
+        return tree_to_query(parse_filter(extra_filter, visible(TASK_FIELDS), now()))
     return extra_filter
 
 
@@ -4397,7 +4775,7 @@ def create_worker(worker_name=None, metadata=None, max_retries=3):
 def ls_workers(worker_id=None, worker_name=None, status=None, extra_filter=None, limit=100, offset=0, sort=None):
     """Return `.content`, the Workers that match all that is given."""
     if isinstance(extra_filter, str):
-        extra_filter = tree_to_query(parse_filter(extra_filter, WORKER_FIELDS, now()))
+        extra_filter = tree_to_query(parse_filter(extra_filter, visible(WORKER_FIELDS), now()))
     body = _given(worker_id=worker_id, worker_name=worker_name, status=status, extra_filter=extra_filter, limit=limit,
                   offset=offset, sort=sort)
     answer = client().call("POST", _WORKERS + "/search", body)
@@ -4411,7 +4789,8 @@ def report_worker_status(worker_id, status):
 
 def delete_worker(worker_id, cascade_update=True):
     """Delete a worker; with `cascade_update` its tasks name no worker any more."""
-    client().call("DELETE", "%s/%s" % (_WORKERS, worker_id), query={"cascade_update": str(bool(cascade_update)).lower()})
+    query = {"cascade_update": str(bool(cascade_update)).lower()}
+    client().call("DELETE", "%s/%s" % (_WORKERS, worker_id), query=query)
 
 
 # `from labtasker.api_models import TaskUpdateRequest` works with nothing but this file.
@@ -4422,7 +4801,7 @@ _api_models.__dict__.update((kind.__name__, kind) for kind in (
 sys.modules["labtasker.api_models"] = api_models = _api_models
 
 
-# 9. Worker ####################################################################
+# 9. Worker ###################################################################
 #
 # Takes tasks and runs them: casts and Required (what a function wants of a task's args), templates
 # (what a command wants), the run under way, heartbeats by a process of their own, the loop, and the
@@ -4753,8 +5132,8 @@ class Wanted:
         try:
             bound = self.free.bind(*(((args,) if self.pass_args_dict else ()) + given), **named)
         except TypeError as error:
-            raise LabtaskerTypeError("%s(): %s. Mark a parameter with Required() to have it filled from the task's args,"
-                                     " or give it at the call" % (self.name, error)) from None
+            raise LabtaskerTypeError("%s(): %s. Mark a parameter with Required() to have it filled from the task's "
+                                     "args, or give it at the call" % (self.name, error)) from None
         bound.apply_defaults()
         return dict(bound.arguments)
 
@@ -4814,7 +5193,7 @@ def _template_mistake(text, begin):
 
 
 def value_text(args, key):
-    """Return the value at the dotted `key` as text: dicts and lists as JSON; LabtaskerValueError where there is none."""
+    """Return the value at the dotted `key` as text, dicts and lists as JSON; LabtaskerValueError if there is none."""
     value = dig(args, key.split("."), args)
     if value is args:
         raise LabtaskerValueError("the task's args have no %r for %%(%s)" % (key, key))
@@ -4856,6 +5235,18 @@ def patiently(action, pause, limit_s):
         delay_s = min(delay_s * 2, 30)
 
 
+def deliver(task_id, status, summary=None, worker_id=None, run_id=None, reason=None):
+    """Send a report; what the plain protocol has no report for, a server without the extensions gets by PUT."""
+    if status not in ("pending", "running") or client().extensions:
+        return send_report(task_id, status, summary, worker_id, run_id, reason)
+    task = get_task(task_id)
+    if worker_id and (task.status, task.worker_id) != ("running", worker_id):
+        raise LabtaskerHTTPStatusError(409, "task %s is not run by worker %s (it is %s)" % (
+            task_id, worker_id, task.status), client().where)
+    fields = {} if status == "running" else {"status": status}
+    update_tasks([TaskUpdateRequest(task_id=task_id, **dict(fields, **({"summary": summary} if summary else {})))])
+
+
 class Run:
     """A run of a task, as the loop and the job see it."""
 
@@ -4873,7 +5264,7 @@ class Run:
 
     def report(self, status, summary=None, worker_id=None):
         """Send what the job itself says of its task, and remember where that ends the run."""
-        patiently(lambda: send_report(self.task_id, status, summary, worker_id or self.worker_id, self.run_id),
+        patiently(lambda: deliver(self.task_id, status, summary, worker_id or self.worker_id, self.run_id),
                   time.sleep, lambda: SERVER_LOST_S)
         if status != "running":
             self.note_end(status)
@@ -4907,7 +5298,7 @@ SERVER_LOST_S = 3600  # how long a server may be away
 
 def find_run():
     """Return the Run of this thread, of this process, or of the job that this process belongs to, else None."""
-    running = [run for key, run in RUNS.items() if isinstance(key, int)]
+    running = [run for key, run in list(RUNS.items()) if isinstance(key, int)]
     run = RUNS.get(threading.get_ident()) or (running[0] if len(running) == 1 else None)
     if run or not os.environ.get("LABTASKER_TASK_ID"):
         return run
@@ -4955,12 +5346,12 @@ def get_labtasker_log_dir():
 
 
 def report_task_status(task_id, status, summary=None, worker_id=None):
-    """Set a task's status (success, failed, cancelled; running only merges the summary) and merge `summary` into its own.
+    """Set a task's status (success, failed, cancelled; "running" only merges) and merge `summary` into its summary.
 
     For the task that runs here it also says which run reports; the loop leaves a status that ends it alone."""
     run = find_run()
     if run is None or run.task_id != task_id:
-        send_report(task_id, status, summary, worker_id)
+        deliver(task_id, status, summary, worker_id)
     else:
         run.report(status, summary, worker_id)
 
@@ -4985,7 +5376,8 @@ def finish(status, summary=None, skip_if_no_labtasker=True):
 class Wake:
     """What wakes a loop: a signal, a run that was lost, a job that ended. A context that handles signals meanwhile.
 
-    The first signal asks the loop to leave, the second kills the job at once, the third leaves without a word.
+    The first signal asks the loop to leave, the second kills the job at once, the third leaves without a word (the
+    second where there is no run to report).
     Outside of the main thread there are no signals."""
 
     def __init__(self, signals):
@@ -4993,6 +5385,7 @@ class Wake:
         self.stop = None  # the first signal
         self.times = 0  # how many came
         self.interrupt = None  # called with the signal while a function runs, to raise something in it
+        self.has_run = False  # a run is under way, which must be reported
         self.nudged = False  # the next SIGINT is not a person's: a run was lost
 
     def __enter__(self):
@@ -5003,7 +5396,8 @@ class Wake:
         os.set_blocking(self.write_end, False)
         self.in_main = threading.current_thread() is threading.main_thread()
         if self.in_main:
-            self.wakeup_fd = signal.set_wakeup_fd(self.write_end)
+            quiet = {"warn_on_full_buffer": False} if sys.version_info >= (3, 7) else {}
+            self.wakeup_fd = signal.set_wakeup_fd(self.write_end, **quiet)
             for signum in self.signals:
                 self._handle(signum)
         return self
@@ -5037,7 +5431,7 @@ class Wake:
             return
         else:
             self.times, self.stop = self.times + 1, self.stop or signum
-            if self.times >= 3:
+            if self.times >= (3 if self.has_run else 2):
                 os._exit(128 + signum)
         self._write()
         if self.interrupt:
@@ -5132,6 +5526,7 @@ class Heartbeats:
     def _end(self):
         process, self.process = self.process, None
         try:
+            process.stdin.write('{"end": true}\n')  # closing is not enough where the job has forked
             process.stdin.close()
         except OSError:
             pass
@@ -5213,6 +5608,8 @@ def beats_main():
     threading.Thread(target=_watch_parent, args=(parent, hearts), daemon=True).start()
     for line in iter(sys.stdin.readline, ""):
         message = json.loads(line)
+        if "end" in message:
+            return
         old = hearts.pop(message.get("drop") or message["key"], None)
         if old:
             old.dropped.set()
@@ -5262,8 +5659,6 @@ def end_group(group, give_up_at, pause):
     signal_group(group, signal.SIGKILL)
 
 
-
-
 Outcome = collections.namedtuple("Outcome", "status summary reason fatal")
 Outcome.__new__.__defaults__ = (None, None, None)  # status None: nothing to report; fatal: why the loop must end
 
@@ -5284,7 +5679,7 @@ class Loop:
         self.begun = False
 
     def run(self):
-        """Return the exit code once there are no more tasks (0), on a failure (1), or on a signal (128 + its number)."""
+        """Return the exit code: 0 once there are no more tasks, 1 on a failure, 128 + its number on a signal."""
         with self.wake:
             try:
                 self._register()
@@ -5296,10 +5691,10 @@ class Loop:
         if self.fatal:
             remark(self.fatal)
         remark("%s: %s" % (self._why(), self._tally()))
-        return 1 if self.fatal else 128 + self.wake.stop if self.wake.stop else 0
+        return 128 + self.wake.stop if self.wake.stop else 1 if self.fatal else 0
 
     def _why(self):
-        if self.wake.stop and not self.fatal:
+        if self.wake.stop:
             return "stopped by %s" % signal_name(self.wake.stop)
         enough = self.max_tasks is not None and sum(self.counts.values()) >= self.max_tasks
         return "ended" if self.fatal else "that was the last of --max-tasks" if enough else "no more tasks"
@@ -5351,6 +5746,7 @@ class Loop:
         if task is None:
             return False
         run = self.current = Run(task.task_id, task.run_id, self.request["worker_id"], task)
+        self.wake.has_run = True
         try:
             if self.wake.stop:
                 outcome = self.handed_back()
@@ -5359,7 +5755,7 @@ class Loop:
                 outcome = self.execute(self, run)
             self._close(run, outcome)
         finally:
-            self.current = None
+            self.current, self.wake.has_run = None, False
             self.beats.drop(run)
         return True
 
@@ -5383,9 +5779,9 @@ class Loop:
             run.lost = status
             self.wake.nudge()
 
-    def handed_back(self, reason=None):
-        """Return the Outcome of a run that was not the task's fault."""
-        return Outcome("pending", reason=reason or "the loop was stopped by %s" % signal_name(self.wake.stop))
+    def handed_back(self):
+        """Return the Outcome of a run that a signal to the loop has ended."""
+        return Outcome("pending", reason="the loop was stopped by %s" % signal_name(self.wake.stop))
 
     def _close(self, run, outcome):
         """Report what the run came to, unless the job itself or another has ended it."""
@@ -5405,8 +5801,8 @@ class Loop:
     def _report(self, run, outcome):
         """Return the status once it is delivered, or None where somebody else has ended the run."""
         try:
-            patiently(lambda: send_report(run.task_id, outcome.status, outcome.summary, run.worker_id, run.run_id,
-                                          outcome.reason),
+            patiently(lambda: deliver(run.task_id, outcome.status, outcome.summary, run.worker_id, run.run_id,
+                                      outcome.reason),
                       self.wake.pause, lambda: LEAVING_S if self.wake.stop else SERVER_LOST_S)
         except LabtaskerHTTPStatusError as error:
             if error.status_code not in (404, 409):
@@ -5414,7 +5810,8 @@ class Loop:
             remark("task %s: %s is not taken: %s" % (run.task_id, outcome.status, error))
             return None
         words = {"pending": "handed back, no retry is charged: %s" % outcome.reason,
-                 "failed": "failed: %s" % failure_text(outcome.summary or {})}
+                 "failed": "failed, attempt %d of %d: %s" % (
+                     run.task.retries + 1, run.task.max_retries, failure_text(outcome.summary or {}))}
         remark("task %s: %s" % (run.task_id, words.get(outcome.status, outcome.status)))
         return outcome.status
 
@@ -5520,7 +5917,7 @@ def check_worker_choice(worker_id, create_worker_kwargs):
 def fetch_request(fields, extra_filter, cmd, worker_id, eta_max, heartbeat_timeout):
     """Return what a loop asks `fetch_task` for; a filter's dates and a duration are settled here, once and for all."""
     if isinstance(extra_filter, str):
-        extra_filter = tree_to_query(parse_filter(extra_filter, TASK_FIELDS, now()))
+        extra_filter = tree_to_query(parse_filter(extra_filter, visible(TASK_FIELDS), now()))
     if eta_max is not None:
         parse_duration(eta_max)
     return {"required_fields": fields or None, "extra_filter": extra_filter, "cmd": cmd, "worker_id": worker_id,
@@ -5531,9 +5928,9 @@ def run_function(loop_, run, call):
     """Return the Outcome of call(args) in this thread; whatever it raises ends the task and not the loop."""
     thread, wake, names = threading.get_ident(), loop_.wake, run.environment() if loop_.wake.in_main else {}
     before = {name: os.environ.get(name) for name in names}
+    loop_.start_beats(run)
     os.environ.update(names)
     RUNS[thread] = run
-    loop_.start_beats(run)
     try:
         try:
             wake.interrupt = lambda signum: _interrupt(run, signum)
@@ -5545,7 +5942,7 @@ def run_function(loop_, run, call):
         wake.interrupt = None
         return _outcome_of_error(loop_, run, error)
     finally:
-        del RUNS[thread]
+        RUNS.pop(thread, None)
         for name in names:
             os.environ.pop(name, None) if before[name] is None else os.environ.update({name: before[name]})
 
@@ -5615,7 +6012,7 @@ class JobCommand:
         self.keys = list(collections.OrderedDict.fromkeys(key for one in self.templates for key in one.keys))
 
     def words(self, args, folder):
-        """Return (argv list, path of a script to be removed afterwards or None); LabtaskerValueError for a missing key."""
+        """Return (argv list, path of a script to be removed later or None); LabtaskerValueError if a key is missing."""
         if self.is_argv:
             return [template.plain(args) for template in self.templates], None
         text = self.templates[0].shell(args)
@@ -5631,10 +6028,10 @@ class JobCommand:
         asked = [self.executable] if self.executable else shlex.split(line[2:]) if line.startswith("#!") else []
         return asked or ["/bin/sh"]
 
-    def is_missing(self, error):
-        """Return whether the command itself can't be started, for this task as for any other."""
-        fixed = not self.is_argv or not self.templates[0].keys
-        return fixed and getattr(error, "errno", None) in (errno.ENOENT, errno.EACCES, errno.ENOTDIR, errno.ENOEXEC)
+    def is_for_this_task(self, error):
+        """Return whether the command can't be started with this task's args, but may be with others."""
+        own_program = self.is_argv and bool(self.templates[0].keys)
+        return own_program or isinstance(error, ValueError) or error.errno == errno.E2BIG
 
 
 def read_script(path):
@@ -5676,12 +6073,13 @@ def run_job(loop_, run, command):
     try:
         words, script = command.words(run.task.args, run.make_log_dir())
         process = _start_job(words, run)
-        loop_.start_beats(run, process.pid)
-        code = watch(loop_, run, process)
     except (OSError, ValueError) as error:
         why = "can't start the command: %s" % error
-        return Outcome("pending", None, why, why) if command.is_missing(error) else \
-            Outcome("failed", {"labtasker_error": why})
+        if command.is_for_this_task(error):
+            return Outcome("failed", {"labtasker_error": why})
+        return Outcome("pending", reason=why, fatal=why)
+    else:
+        code = watch(loop_, run, process)
     finally:
         if script:
             os.unlink(script)
@@ -5697,12 +6095,15 @@ def _start_job(words, run):
 
 
 def watch(loop_, run, process):
-    """Return the job's exit code once it ends; None where it was ended because the loop must leave or the run is lost."""
+    """Return the job's exit code once it ends; None where it was ended: the loop must leave or the run is lost."""
     import signal
+    loop_.start_beats(run, process.pid)
     wake, kill_at = loop_.wake, None
     while process.poll() is None:
         if kill_at is None and (wake.stop or run.lost):
             signal_group(process.pid, wake.stop or signal.SIGTERM)
+            if wake.stop:
+                remark("%s: the job is asked to end; once more kills it" % signal_name(wake.stop))
             kill_at = monotonic() + (LOST_GRACE_S if not wake.stop else loop_.grace_s)
         if kill_at and (monotonic() >= kill_at or wake.times > 1):
             signal_group(process.pid, signal.SIGKILL)
@@ -5751,10 +6152,18 @@ def say(text):
 
 
 def note(text):
-    """Write something that is not a result to stderr."""
-    sys.stdout.flush()
+    """Write something that is not a result to stderr, after the results so far."""
+    try:
+        sys.stdout.flush()
+    except OSError:  # it can't be written: that is an error of its own, told once
+        silence()
     emit(clean(str(text)), sys.stderr)
     sys.stderr.flush()
+
+
+def silence():
+    """Let what stdout still holds go nowhere, so that the interpreter's end does not complain of it."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
 def some(count, noun="task"):
@@ -5857,6 +6266,7 @@ def cells_wide(text):
 def fitted(text, width):
     """Return `text` cut and padded to exactly `width` cells."""
     if cells_wide(text) > width:
+        text = text[:width]
         while cells_wide(text) > width - 2:
             text = text[:-1]
         text += ".."
@@ -5866,14 +6276,13 @@ def fitted(text, width):
 def column_widths(rows, room):
     """Return the width of each column: as wide as its cells, the widest made narrower until all fit in `room`."""
     widths = [max(cells_wide(row[i]) for row in rows) for i in range(len(rows[0]))]
-    if room:
-        widths = [min(width, room) for width in widths]
-        while sum(widths) + 2 * len(widths) - 2 > room and max(widths) > 8:
-            widths[widths.index(max(widths))] -= 1
+    widths = [min(width, room) for width in widths]
+    while sum(widths) + 2 * len(widths) - 2 > room and max(widths) > 8:
+        widths[widths.index(max(widths))] -= 1
     return widths
 
 
-def table(rows, room=None, colour=False):
+def table(rows, room=10 ** 9, colour=False):
     """Return rows of texts, the first the header, as aligned lines; columns with nothing in them are left out."""
     kept = [i for i in range(len(rows[0])) if any(row[i] for row in rows[1:])]
     rows = [[clean(row[i], "") for i in kept] for row in rows]
@@ -5915,25 +6324,24 @@ WORKER_COLUMNS = {
 def item_table(items, columns, options):
     """Return tasks or workers as a table that fits the terminal; --verbose cuts nothing."""
     ids = [item.task_id if columns is TASK_COLUMNS else item.worker_id for item in items]
-    size = 8
+    size = 8 if columns is TASK_COLUMNS and not options.verbose else 36
     while len({text[:size] for text in ids}) < len(ids):
         size += 1
-    if options.verbose:
-        size = None
-        columns = dict(columns, **(TASK_COLUMNS_MORE if columns is TASK_COLUMNS else {}))
+    if columns is TASK_COLUMNS and options.verbose:
+        columns = dict(columns, **TASK_COLUMNS_MORE)
     rows = [["id"] + list(columns)]
     rows += [[text[:size]] + [cell(item) for cell in columns.values()] for text, item in zip(ids, items)]
-    room = screen_size()[0] if is_terminal(sys.stdout) and not options.verbose else None
+    room = 10 ** 9 if options.verbose else screen_size()[0] if is_terminal(sys.stdout) else 1000
     return table(rows, room, wants_colour(options))
 
 
-YAML_PLAIN = re.compile(r"(?!(?:true|false|yes|no|on|off|null|y|n)\Z)[a-z_/][\w./@+-]*(?: [\w./@+-]+)*\Z", re.I | re.A)
+YAML_PLAIN = r"(?ai)(?!(?:true|false|yes|no|on|off|null|y|n)\Z)[a-z_/][\w./@+-]*(?: [\w./@+-]+)*\Z"
 
 
 def yaml_scalar(value, indent=""):
     """Return a JSON value that is no filled dict or list as YAML 1.1 and 1.2 both read it."""
     if isinstance(value, str):
-        return value if YAML_PLAIN.match(value) else _yaml_block(value, indent) or json_text(value)
+        return value if re.match(YAML_PLAIN, value) else _yaml_block(value, indent) or json_text(value)
     if isinstance(value, float) and (value != value or value in (math.inf, -math.inf)):
         return {"nan": ".nan", "inf": ".inf", "-inf": "-.inf"}[repr(value)]
     if isinstance(value, float):
@@ -6099,8 +6507,8 @@ def ask(question, option, default="", secret=False):
 
 # ---- Task arguments: `-- --lr=0.1 --model resnet`, --args, --grid, --from
 
-ARGUMENT = re.compile(r"--?([^=\s-][^=]*)(?:=(.*))?\Z", re.S)
-RANGE = re.compile(r"(-?[\d.]+(?:e-?\d+)?):(-?[\d.]+(?:e-?\d+)?):(-?[\d.]+(?:e-?\d+)?)\Z", re.I)
+ARGUMENT = r"(?s)--?([^=\s-][^=]*)(?:=(.*))?\Z"
+RANGE = r"(?i)(-?[\d.]+(?:e-?\d+)?):(-?[\d.]+(?:e-?\d+)?):(-?[\d.]+(?:e-?\d+)?)\Z"
 
 
 def typed_arguments(words):
@@ -6108,7 +6516,7 @@ def typed_arguments(words):
     found, words = {}, collections.deque(words)
     while words:
         word = words.popleft()
-        match = ARGUMENT.match(word)
+        match = re.match(ARGUMENT, word)
         if not match:
             raise UsageError("task arguments look like --name=value, not %r" % word)
         key, text = match.group(1).replace("-", "_"), match.group(2)
@@ -6142,7 +6550,7 @@ def grid_values(key, text):
     """Return the values in `0.1,0.2`, `1:5:1` (5 included) or a mixture; raises UsageError for an empty range."""
     values = []
     for part in [text] if text is True else split_commas(text):
-        bounds = RANGE.match(part) if isinstance(part, str) else None
+        bounds = re.match(RANGE, part) if isinstance(part, str) else None
         values += range_values(key, bounds) if bounds else [literal(part) if isinstance(part, str) else part]
     return values
 
@@ -6223,11 +6631,11 @@ def _from_csv(path, text):
 def submissions(options):
     """Return what `task submit` was asked to submit, as a list of dicts; raises UsageError where that is nothing."""
     given = typed_arguments(options.rest or [])
-    fixed = dict_of(options.args, "--args") if options.args else {}
+    fixed = {} if options.args is None else dict_of(options.args, "--args")
     fields = {name: getattr(options, name) for name in SUBMISSION_FIELDS
               if name not in ("args", "metadata") and getattr(options, name) is not None}
-    if options.metadata:
-        fields["metadata"] = joined(dict_of(options.metadata, "--metadata"), {}, "metadata")
+    if options.metadata is not None:
+        fields["metadata"] = metadata_of(options)
     if options.grid:
         rows = [{"args": row} for row in grid(given)]
     else:
@@ -6249,7 +6657,7 @@ def do_task_submit(options):
         say(as_jsonl(tasks))
         note("Would submit %s." % some(len(tasks)))
         return
-    ids = submit_tasks(tasks)
+    ids = submit_tasks(tasks) if tasks[1:] else [submit_task(**tasks[0]).task_id]
     if options.quiet:
         say("\n".join(ids))
     else:
@@ -6261,17 +6669,19 @@ def do_task_submit(options):
 
 def query_of(text, fields):
     """Return the query document that filter text, or a document as JSON or Python literal, stands for."""
+    if text is None:
+        return None
     if text.lstrip().startswith("{"):
         return dict_of(text, "--extra-filter")
-    return tree_to_query(parse_filter(text, fields, now()))
+    return tree_to_query(parse_filter(text, visible(fields), now()))
 
 
 def selectors(options):
     """Return what --id, --name, --status and --extra-filter ask `ls_tasks` for: only what was given."""
-    query = {"task_id": full_id(options.task_id) if options.task_id else None, "task_name": options.task_name,
-             "status": options.status,
-             "extra_filter": query_of(options.extra_filter, TASK_FIELDS) if options.extra_filter else None}
-    return {key: value for key, value in query.items() if value is not None}
+    query = {"task_id": options.task_id, "task_name": options.task_name, "status": options.status,
+             "extra_filter": query_of(options.extra_filter, TASK_FIELDS)}
+    query = {key: value for key, value in query.items() if value is not None}
+    return dict(query, task_id=full_id(query["task_id"])) if "task_id" in query else query
 
 
 def full_id(word):
@@ -6284,7 +6694,7 @@ def full_id(word):
     if len(found) > 1:
         raise UsageError("more than one task's id starts with %s: give more of it" % word)
     if not found:
-        raise NotFound("there is no task %s (labtasker task ls shows what there is)" % word)
+        raise NotFound("there is no task %s (labtasker task ls shows what there is)" % brief(word))
     return found[0].task_id
 
 
@@ -6320,24 +6730,21 @@ def chosen_tasks(options, ids=(), limit=EVERY):
     return tasks_named(list(query.values()) or list(ids) or read_ids())
 
 
-def sort_order(words, fields):
-    """Return [[field, 1 or -1], ...] of `FIELD:asc|desc` words; raises UsageError for an unknown field."""
-    order = []
-    for word in words:
-        field, _, direction = word.partition(":")
-        check_field(field, fields, "--sort")
-        if direction not in ("", "asc", "desc"):
-            raise UsageError("--sort %s: a direction is asc or desc, not %r" % (word, direction))
-        order.append([field, -1 if direction == "desc" else 1])
-    return order or None
+def sorting(word, fields):
+    """Return [field, 1 or -1] of `FIELD:asc|desc`; raises UsageError for an unknown field."""
+    field, _, direction = word.partition(":")
+    check_field(field, fields, "--sort")
+    if direction not in ("", "asc", "desc"):
+        raise UsageError("--sort %s: a direction is asc or desc, not %r" % (word, direction))
+    return [field, -1 if direction == "desc" else 1]
 
 
 def check_field(field, fields, option):
     """Raise UsageError unless the first part of a dotted `field` is one that answers carry."""
-    known = [name for name, row in fields.items() if row.extension is not None]
-    if field.split(".")[0] not in known:
+    top, known = field.split(".")[0], list(visible(fields))
+    if top not in known:
         raise UsageError("%s: there is no field %s%s. Fields: %s" % (
-            option, brief(field), hint(field.split(".")[0], known), ", ".join(known)))
+            option, brief(field), hint(top, known), ", ".join(known)))
 
 
 def do_task_ls(options):
@@ -6345,8 +6752,8 @@ def do_task_ls(options):
     if options.piped_in:
         ids = {"_id": {"$in": [full_id(word) for word in read_ids()]}}
         query["extra_filter"] = {"$and": [query["extra_filter"], ids]} if "extra_filter" in query else ids
-    tasks = ls_tasks(limit=options.limit + 1, offset=options.offset, sort=sort_order(options.sort, TASK_FIELDS),
-                     **query).content
+    order = [sorting(word, TASK_FIELDS) for word in options.sort] or None
+    tasks = ls_tasks(limit=options.limit + 1, offset=options.offset, sort=order, **query).content
     show_listing(tasks[:options.limit], TASK_COLUMNS, options)
     if len(tasks) > options.limit:
         note("More tasks match than the %d shown: --limit N shows more, --offset N goes on." % options.limit)
@@ -6443,7 +6850,7 @@ def do_task_update(options):
     tasks = chosen_tasks(options, limit=options.limit)
     if not tasks:
         return note("Nothing matches: nothing was updated.")
-    named = options.task_id or not selectors_given(options)
+    named = options.task_id is not None or not selectors(options)
     if not (named and not is_terminal(sys.stdin)) and not confirm("Update %s?" % some(len(tasks)), "--quiet",
                                                                   options.quiet):
         note("Nothing was updated.")
@@ -6453,12 +6860,8 @@ def do_task_update(options):
         say("Updated %s" % some(len(tasks)))
 
 
-def selectors_given(options):
-    return bool(options.task_id or options.task_name or options.status or options.extra_filter)
-
-
 def do_task_retry(options):
-    if not options.ids and not options.task_id and not options.status:
+    if not options.ids and options.task_id is None and options.status is None:
         options.status = "failed"
     tasks = chosen_tasks(options, options.ids)
     if options.dry_run:
@@ -6511,7 +6914,8 @@ def secret_of(option, question, given):
 
 
 def metadata_of(options):
-    return joined(dict_of(options.metadata, "--metadata"), {}, "metadata") if options.metadata else None
+    """Return the dict that --metadata gives, or None."""
+    return None if options.metadata is None else joined(dict_of(options.metadata, "--metadata"), {}, "metadata")
 
 
 def do_queue_create(options):
@@ -6534,7 +6938,14 @@ def create_configured_queue(config, metadata=None):
     except LabtaskerHTTPStatusError as error:
         if error.status_code != 409:
             raise
-    return "Queue %s is there already, and the password fits (%s)" % (config.queue_name, get_queue().queue_id)
+    try:
+        return "Queue %s is there already, and open to this configuration (%s)" % (
+            config.queue_name, get_queue().queue_id)
+    except LabtaskerHTTPStatusError as error:
+        if error.status_code != 401:
+            raise
+    raise LabtaskerRuntimeError("the queue %s is there already, with another password: use that one, or another name"
+                                % config.queue_name)
 
 
 def do_queue_get(options):
@@ -6543,7 +6954,7 @@ def do_queue_get(options):
 
 
 def do_queue_update(options):
-    if not (options.new_queue_name or options.new_password or options.metadata):
+    if options.new_queue_name is options.new_password is options.metadata is None:
         raise UsageError("what to change? Give --new-queue-name, --new-password or --metadata")
     update_queue(options.new_queue_name, options.new_password, metadata_of(options))
     if not options.quiet:
@@ -6570,7 +6981,7 @@ def do_worker_create(options):
 def do_worker_ls(options):
     workers = ls_workers(
         worker_id=options.worker_id, worker_name=options.worker_name, status=options.status,
-        extra_filter=query_of(options.extra_filter, WORKER_FIELDS) if options.extra_filter else None,
+        extra_filter=query_of(options.extra_filter, WORKER_FIELDS),
         limit=options.limit + 1, offset=options.offset).content
     show_listing(workers[:options.limit], WORKER_COLUMNS, options)
     if len(workers) > options.limit:
@@ -6607,7 +7018,7 @@ def do_loop(options):
             raise UsageError("what to run? There is no command, and no script on stdin")
     return command_loop(
         argv=options.rest, shell=options.cmd, script_path=options.script_path, executable=options.executable,
-        extra_filter=options.extra_filter and query_of(options.extra_filter, TASK_FIELDS),
+        extra_filter=query_of(options.extra_filter, TASK_FIELDS),
         worker_id=options.worker_id, eta_max=options.eta_max, heartbeat_timeout=options.heartbeat_timeout,
         max_tasks=options.max_tasks, idle_timeout_s=options.idle_timeout, verbose=options.verbose)
 
@@ -6617,7 +7028,7 @@ def do_beats(options):
 
 
 def do_serve(options):
-    path = options.db_path or os.path.join(find_root(), "journal.jsonl")
+    path = options.db_path or os.path.join(store_folder(load_config()) or find_root(), "journal.jsonl")
     return serve(path, options.host, options.port, options.fsync, options.certfile, options.keyfile,
                  options.log_level, options.daemon)
 
@@ -6626,8 +7037,10 @@ def do_health(options):
     began = monotonic()
     answer = health_check()
     spent_ms = 1000 * (monotonic() - began)
+    version = client().call("GET", "/").get("version", "an unknown version")
     healthy = answer.status == "healthy"
-    say("%s: %s, %.1f ms%s" % (answer.status, client().where, spent_ms, "" if healthy else ", " + answer.database))
+    say("%s: %s, version %s, %.1f ms%s" % (answer.status, client().where, version, spent_ms,
+                                           "" if healthy else ", " + answer.database))
     return 0 if healthy else 1
 
 
@@ -6648,6 +7061,9 @@ def do_init(options):
             note("Nothing was written.")
             return 1
     say("Wrote %s" % write_config(root, url, queue_name, password))
+    winning = [name for _, name, _, _ in SETTINGS.values() if name and os.environ.get(name)]
+    if winning:
+        note("In this shell %s wins over that file." % " and ".join(winning))
     say("Next: labtasker task submit -- --lr=0.1" if not problem else
         "Next: start the server (labtasker serve), then: labtasker queue create-from-config")
 
@@ -6709,8 +7125,10 @@ def edited(path):
             load_config()
             return True
         except LabtaskerError as error:
+            if not is_terminal(sys.stdin):
+                raise
             note(error)
-            if not confirm("Edit it again?", "an $EDITOR that writes what can be read", False):
+            if ask("Edit it again? [Y/n]", "", "y").lower() not in ("y", "yes"):
                 return False
 
 
@@ -6851,18 +7269,19 @@ def demo_tasks(folder, env):
 def help_filter():
     """Return the reference of the filter language, from the tables of section 2."""
     fields = [["field", "kind", "meaning"]]
-    fields += [[name, row.kind, row.meaning] for name, row in TASK_FIELDS.items() if row.extension is not None]
+    fields += [[name, row.kind, row.meaning] for name, row in visible(TASK_FIELDS).items()]
     return "\n".join([
         "A filter is a line of Python over a task's fields:", "",
         "    labtasker task ls -f 'args.lr > 0.01 and \"v1\" in list(metadata.tags)'",
         "    labtasker task ls -f 'created_at >= date(\"3 hours ago\") and regex(task_name, \"^grid-\")'", "",
-        "Compare       " + " ".join(COMPARISONS) + "   also: value in [...], \"v\" in list(field), \"k\" in dict(field)",
+        "Compare       " + " ".join(COMPARISONS),
+        "Contain       field in [...], \"v\" in list(field), \"k\" in dict(field)",
         "Join          and or (...)",
         "Calculate     " + " ".join(ARITHMETIC),
         "Call          " + " ".join(name + "(...)" for name in CALLS),
-        "Dates         " + "; ".join(DATE_FORMS),
+        "Dates         " + "\n              ".join(DATE_FORMS),
         "Nested        args.optimizer.lr, summary.acc, args.layers[0]", "",
-        "Instead of    "] + ["  %-11s %s" % (word, text) for word, text in INSTEAD.items()] + [
+        "Instead of"] + ["  %-11s %s" % (word, text) for word, text in INSTEAD.items()] + [
         "", "A query document may stand for it: -f '{\"args.lr\": {\"$gt\": 0.1}}', with",
         " ".join(tuple(OPERATORS) + LOGIC + ("$expr",)), "", table(fields)])
 
@@ -6878,15 +7297,14 @@ def help_settings():
 
 def help_api():
     """Return the routes of the REST API, each with the fields that it takes."""
-    def shown(fields):
-        return ", ".join("%s %s%s" % (name, arg.kind, " (required)" if arg.default is REQUIRED else
-                                      "" if arg.default is None else "=" + json.dumps(arg.default))
-                         for name, arg in fields.items())
+    def shown(name, arg):
+        default = "" if arg.default is None else "=" + json.dumps(arg.default) if arg.default is not REQUIRED else None
+        return "%s %s%s" % (name, arg.kind, " (required)" if default is None else default)
     lines = []
     for name, route in ROUTES.items():
         lines.append("%s -> %d%s\n    %s" % (name, route.status, " (no password)" if route.open else "", route.meaning))
-        lines += ["    %s: %s" % (what, shown(fields)) for what, fields in (("URL", route.query), ("body", route.fields))
-                  if fields]
+        lines += ["    %s: %s" % (what, ", ".join(shown(*field) for field in fields.items()))
+                  for what, fields in (("URL", route.query), ("body", route.fields)) if fields]
     return "\n".join(lines)
 
 
@@ -7054,6 +7472,9 @@ def typed_words(argv):
 
 def main(argv=None):
     """Return the exit code: 0 done, 1 failed, 2 usage, 130 Ctrl-C. The only place that prints errors."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by whoever started us
+            setattr(sys, name, open(os.devnull, "w"))
     try:
         code = run_command(typed_words(sys.argv[1:] if argv is None else argv)) or 0
         sys.stdout.flush()
@@ -7064,13 +7485,13 @@ def main(argv=None):
         note("")
         return 130
     except BrokenPipeError:  # whoever read our output has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
+        silence()
+        return 0
     except Exception as error:
         if os.environ.get("LABTASKER_DEBUG"):
             raise
         note("labtasker: error: " + explained(error))
-        return 2 if isinstance(error, (UsageError, SyntaxMistake)) else 1
+        return 2 if isinstance(error, (UsageError, SyntaxMistake)) or getattr(error, "status_code", 0) == 422 else 1
 
 
 def explained(error):
@@ -7098,7 +7519,7 @@ NO_PAGER = option("--no-pager", action="store_true", help="never show it through
 METADATA = option("--metadata", metavar="DICT", help="JSON or Python literal: '{\"tags\": [\"v1\"]}'")
 COLOUR = [option("--ansi", action="store_true", default=None, help="colour, also when not on a terminal"),
           option("--no-ansi", dest="ansi", action="store_false", help="never colour")]
-FILTER = option("-f", "--extra-filter", metavar="FILTER", help="filter text or a query document (labtasker help filter)")
+FILTER = option("-f", "--extra-filter", metavar="FILTER", help="filter text or query document (labtasker help filter)")
 SELECT = [option("--id", "--task-id", dest="task_id", metavar="ID", help="the task with this id"),
           option("--name", "--task-name", dest="task_name", metavar="NAME", help="tasks with this name"),
           option("-s", "--status", type=one_of(*TASK_STATES), metavar="STATUS", help="|".join(TASK_STATES)), FILTER]
@@ -7172,7 +7593,7 @@ COMMANDS = {
             option("--script-path", metavar="FILE", help="a script for the shell, values quoted for it"),
             option("--executable", metavar="FILE", help="the shell (/bin/sh)"), FILTER,
             option("--worker-id", metavar="ID", help="run as this worker (labtasker worker create)"),
-            option("--eta-max", type=duration, metavar="TIME", help="a run longer than this is given up: 90, 10 min, 1h30m"),
+            option("--eta-max", type=duration, metavar="TIME", help="a longer run is given up: 90, 10 min, 1h30m"),
             option("--heartbeat-timeout", type=seconds, metavar="TIME", help="silence after which a run is given up"),
             option("--max-tasks", type=count, metavar="N", help="end after N tasks"),
             option("--idle-timeout", type=seconds, metavar="TIME", help="stay that long for tasks to come"),

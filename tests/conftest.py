@@ -50,9 +50,10 @@ def close_place(place):
 
 
 def forget_client():
-    """The next test's in-process calls read their own configuration."""
+    """Close what this process's calls went by; the next test's read their own configuration."""
     module = sys.modules.get("labtasker")
-    if module is not None and hasattr(module, "use_client"):
+    if module is not None and module._client is not None:
+        module._client.transport.close()
         module.use_client(None)
 
 

@@ -169,6 +169,8 @@ class Server:
             self.process.terminate()
         try:
             return self.process.wait(timeout_s)
+        except subprocess.TimeoutExpired:
+            raise AssertionError("the server does not stop:\n" + self.output()) from None
         finally:
             end_group(self.process)
 

@@ -116,7 +116,7 @@ def serve():
         with open("server.log") as log:
             shown = log.read()
         if "listening on " in shown:
-            return process, shown.split("listening on ", 1)[1].split()[0]
+            return process, shown.split("listening on ", 1)[1].split()[0].rstrip(",")
         time.sleep(0.02)
     process.kill()
     sys.exit("failed: the server does not listen\n" + shown)

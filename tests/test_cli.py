@@ -5,7 +5,6 @@ import io
 import json
 import os
 import pty
-import re
 import select
 import struct
 import subprocess
@@ -55,6 +54,11 @@ BAD = [
     ("task ls -f '{\"args.lr\": '", 2, ["--extra-filter", "JSON or a Python literal"]),
     ("task ls --id nothere", 1, ["no task nothere"]),
     ("task get " + MISSING, 1, ["no task " + MISSING]),
+    ("task ls --id ''", 1, ['no task ""']),
+    ("task ls -f ''", 2, ["filter"]),
+    ("task delete -y -s pending -f ''", 2, ["filter"]),
+    ("task update -q --name '' -u priority=1", 0, ["Nothing matches"]),
+    ("task submit --args '' -- --lr=1", 2, ["--args"]),
     ("task get", 2, ["ID"]),
     ("task count --by argz.lr", 2, ["argz.lr", "args"]),
     ("task submit", 2, ["needs arguments or a command"]),
@@ -74,7 +78,7 @@ BAD = [
     ("task submit --args '[1]'", 2, ["--args", "dict", "[1]"]),
     ("task submit --args '{a: 1}'", 2, ["--args", "JSON or a Python literal"]),
     ("task submit --metadata nonsense -- --lr=1", 2, ["--metadata", "JSON or a Python literal"]),
-    ("task submit --name 'two words' -- --lr=1", 1, ["task_name", "two words"]),
+    ("task submit --name 'two words' -- --lr=1", 2, ["task_name", "two words"]),
     ("task submit --priority high -- --lr=1", 2, ["--priority", "high"]),
     ("task submit --max-retries -1 -- --lr=1", 2, ["--max-retries"]),
     ("task submit --task-timeout soon -- --lr=1", 2, ["--task-timeout", "soon", "1h30m"]),
@@ -105,7 +109,7 @@ BAD = [
     ("task delete abc --status failed", 2, ["not both"]),
     ("worker report nothere crashed", 1, ["nothere"]),
     ("worker report nothere broken", 2, ["broken", "crashed"]),
-    ("queue create --queue-name 'a b' --password x", 1, ["queue_name"]),
+    ("queue create --queue-name 'a b' --password x", 2, ["queue_name"]),
     ("queue create --password x", 2, ["--queue-name"]),
     ("queue create --queue-name x", 2, ["--password"]),
     ("queue update", 2, ["--new-queue-name"]),
@@ -327,7 +331,7 @@ def test_dry_run_submits_nothing_and_prints_what_from_takes(home):
     result = home.cli("task", "submit", "--grid", "--dry-run", "--name", "g", "--", "--lr=1,2", "--opt.m=3")
     assert "Would submit 2 tasks" in result.stderr and home.tasks() == []
     home.cli("task", "submit", "--from", "-", stdin=result.stdout)
-    assert [(t["task_name"], t["args"]) for t in home.tasks()] == [
+    assert [(t["task_name"], t["args"]) for t in home.tasks("-S", "args.lr")] == [
         ("g", {"lr": 1, "opt": {"m": 3}}), ("g", {"lr": 2, "opt": {"m": 3}})]
 
 
@@ -438,6 +442,8 @@ def test_wide_and_long_values_fit_the_terminal(home):
     shown = on_terminal(home, ["task", "ls"], columns=60)[1].splitlines()
     assert len(shown) == 3 and all(labtasker.cells_wide(line) <= 60 for line in shown), shown
     assert "x" * 200 in home.cli("task", "ls").stdout
+    home.submit("--", "--long=" + "x" * 50000)
+    assert len(home.cli("task", "ls").stdout) < 5000 and "x" * 50000 in home.cli("task", "ls", "--verbose").stdout
 
 
 def test_output_survives_a_terminal_without_unicode(home):
@@ -451,6 +457,19 @@ def test_a_closed_pipe_is_quiet(home):
     home.cli("task", "submit", "--grid", "--", "--x=1:3000:1")
     result = home.bash("labtasker task ls --limit 3000 | head -1", check=False)
     assert result.stderr == "" and result.stdout.startswith("id "), result
+
+
+@pytest.mark.parametrize("line", ["labtasker task ls >&-", "labtasker task ls 2>&-", "labtasker task ls <&-",
+                                  "labtasker task update -u priority=1 <&-"])
+def test_closed_streams_are_no_bug(home, line):
+    home.submit("--", "--x=1")
+    assert "bug" not in home.bash(line, check=False).stderr
+
+
+def test_a_full_disk_under_stdout_is_one_message(home):
+    home.submit("--", "--x=1")
+    result = home.bash("labtasker task ls > /dev/full", check=False)
+    assert (result.returncode, result.stderr) == (1, "labtasker: error: No space left on device\n")
 
 
 def test_count_by_status_and_by_field(home):
@@ -661,7 +680,7 @@ def test_init_by_flags_asks_nothing(server, home):
     assert refused.returncode == 2 and "Overwrite" in refused.stderr and "--yes" in refused.stderr
     home.cli(*(words + ["--yes"]))
     wrong = home.cli("init", "--url", server.url, "--queue-name", "mine", "--password", "wrong", "--yes", check=False)
-    assert wrong.returncode == 1 and "password" in wrong.stderr
+    assert wrong.returncode == 1 and "another password" in wrong.stderr
     assert len(home.tasks()) == 1, "the configuration that works was kept"
 
 
@@ -699,12 +718,21 @@ def test_config_is_kept_only_where_it_can_be_read(home):
     home.write("good.sh", "#!/bin/sh\nsed -i s/default/other/ \"$1\"\n").chmod(0o755)
     home.write("bad.sh", "#!/bin/sh\necho '= broken' >> \"$1\"\n").chmod(0o755)
     result = home.cli("config", check=False, env={"EDITOR": "./bad.sh"})
-    assert result.returncode == 2 and "config.toml" in result.stderr and path.read_text() == before, result
+    assert result.returncode == 1 and "config.toml" in result.stderr and path.read_text() == before, result
     assert home.cli("config", check=False, env={"EDITOR": "true"}).returncode == 1
     assert home.cli("config", check=False, env={"EDITOR": "no-such-editor"}).returncode == 1
     home.cli("config", env={"EDITOR": "./good.sh"})
     assert path.read_text() == before.replace("default", "other") and path.stat().st_mode & 0o777 == 0o600
     assert [name for name in os.listdir(str(home.folder)) if name.startswith("config-")] == []
+
+
+def test_a_broken_configuration_can_be_edited_until_it_is_right(home):
+    home.cli("init", "--yes")
+    home.write("twice.sh", "#!/bin/sh\nif grep -q broken \"$1\"; then sed -i '/broken/d' \"$1\"; echo '# fine' >> \"$1\"\n"
+                           "else echo '= broken' >> \"$1\"; fi\n").chmod(0o755)
+    code, shown = on_terminal(home, ["config"], [("[Y/n]", "\n")], env={"EDITOR": "./twice.sh"})
+    assert code == 0 and "Edit it again?" in shown, shown
+    assert "# fine" in (home.folder / "config.toml").read_text()
 
 
 def test_health(both):

@@ -3,6 +3,7 @@ import collections
 import json
 import math
 import pathlib
+import time
 
 import pytest
 from hypothesis import given, settings
@@ -50,7 +51,6 @@ def matches(query, record):
 
 @pytest.fixture(autouse=True)
 def in_utc(monkeypatch):
-    import time
     monkeypatch.setenv("TZ", "UTC0")
     time.tzset()
     yield
@@ -117,7 +117,8 @@ def test_documents_that_nest_without_end_are_refused(shape):
     ({"$and": {}}, r"\$and has to be a list"),
     ({"$or": []}, r"\$or has to be a list that is not empty"),
     ({"$and": [1]}, "a query has to be a document"),
-    ({"$where": "1"}, r"the operator \$where is not supported in a query; supported here are \$and, \$or, \$nor, \$expr"),
+    ({"$where": "1"},
+     r"the operator \$where is not supported in a query; supported here are \$and, \$or, \$nor, \$expr"),
     ({"$not": {}}, r"the operator \$not is not supported"),
     ({"args.a": {"$size": 1}}, r"the operator \$size is not supported in a query; supported here are \$eq, \$ne, "),
     ({"args.a": {"$gt": 1, "b": 2}}, "the operator b is not supported"),
@@ -382,8 +383,8 @@ TESTS = (st.builds("{} {} {}".format, NAMES, SIGNS, CONSTANTS) | st.builds("{} {
          | st.builds("{} {} {}".format, NAMES, SIGNS, SUMS) | st.builds("exists({}, {})".format, NAMES, st.booleans())
          | st.builds("{} in [{}, {}]".format, NAMES, CONSTANTS, CONSTANTS) | st.builds("regex({}, '^a')".format, NAMES)
          | st.builds("{} in list({})".format, CONSTANTS, NAMES) | st.builds("'x' in dict({})".format, NAMES))
-FILTERS = st.recursive(TESTS, lambda inner: st.builds("({} {} {})".format, inner, st.sampled_from(["and", "or"]), inner),
-                       max_leaves=4)
+FILTERS = st.recursive(TESTS, lambda inner: st.builds(
+    "({} {} {})".format, inner, st.sampled_from(["and", "or"]), inner), max_leaves=4)
 
 
 @settings(max_examples=300, deadline=None)
@@ -394,7 +395,8 @@ def test_text_tree_document_and_tree_again_agree_on_every_record(text, records):
 
 
 @settings(max_examples=300, deadline=None)
-@given(st.text('()[]"\'<>=!&|+-*/%., \\\n01e' + "abdnorti#é", max_size=30) | st.builds("{}{}".format, FILTERS, st.text(max_size=3)))
+@given(st.text('()[]"\'<>=!&|+-*/%., \\\n01e' + "abdnorti#é", max_size=30)
+       | st.builds("{}{}".format, FILTERS, st.text(max_size=3)))
 def test_any_text_gives_a_tree_or_a_filter_error_inside_the_text(text):
     try:
         labtasker.compile_tree(tree(text))(Record(args={}))
@@ -449,8 +451,8 @@ def names(records, sort):
 
 
 def test_several_fields_and_ties():
-    records = [Record("d", priority=1, status="a"), Record("c", priority=2, status="a"), Record("b", priority=1, status="b"),
-               Record("a", priority=1, status="a")]
+    records = [Record("d", priority=1, status="a"), Record("c", priority=2, status="a"),
+               Record("b", priority=1, status="b"), Record("a", priority=1, status="a")]
     assert names(records, []) == ["a", "b", "c", "d"]
     assert names(records, [["priority", -1]]) == ["c", "a", "b", "d"]
     assert names(records, [["status", -1], ["priority", 1]]) == ["b", "a", "d", "c"]

@@ -8,38 +8,27 @@ import labtasker
 from harness import ROOT, run
 
 
-@pytest.fixture(scope="module")
-def installed(tmp_path_factory):
-    """Return the bin folder of a fresh environment with the checkout installed."""
-    folder = tmp_path_factory.mktemp("install")
-    source = folder / "source"
+@pytest.mark.slow
+def test_install_gives_three_commands_one_module_and_nothing_else(tmp_path, home):
+    source, bin_folder, env = tmp_path / "source", tmp_path / "venv" / "bin", {"PYTHONPATH": ""}
     source.mkdir()
     for name in ("labtasker.py", "labtasker_cli.py", "setup.cfg", "pyproject.toml", "README.rst", "LICENSE"):
         shutil.copy(str(ROOT / name), str(source))
-    run([sys.executable, "-m", "venv", folder / "venv"], folder)
-    run([folder / "venv" / "bin" / "python", "-m", "pip", "install", "--quiet", "."], source, env={"PYTHONPATH": ""})
-    return folder / "venv" / "bin"
+    run([sys.executable, "-m", "venv", bin_folder.parent], tmp_path)
+    run([bin_folder / "python", "-m", "pip", "install", "--quiet", "."], source, env=env, timeout_s=300)
 
-
-@pytest.mark.slow
-def test_install_gives_three_commands(installed, home):
-    env = {"PYTHONPATH": ""}
     for name in ("labtasker", "lt"):
-        assert labtasker.__version__ in run([installed / name, "--version"], home.cwd, env=env).stdout
-    assert "--port" in run([installed / "labtasker-server", "serve", "--help"], home.cwd, env=env).stdout
-    run([installed / "labtasker", "task", "submit", "--", "--lr=0.1"], home.cwd, env=env)
+        assert labtasker.__version__ in run([bin_folder / name, "--version"], home.cwd, env=env).stdout
+    assert "--port" in run([bin_folder / "labtasker-server", "serve", "--help"], home.cwd, env=env).stdout
+    run([bin_folder / "labtasker", "task", "submit", "--", "--lr=0.1"], home.cwd, env=env)
     assert [t["args"] for t in home.tasks()] == [{"lr": 0.1}]
-
-
-@pytest.mark.slow
-def test_install_brings_the_module_and_nothing_else(installed, home):
-    shown = run([installed / "python", "-c", """
+    shown = run([bin_folder / "python", "-c", """
 import importlib.metadata as metadata
 print(metadata.version("labtasker"), metadata.requires("labtasker"))
 import labtasker
 from labtasker.api_models import TaskUpdateRequest
 print(labtasker.__version__)
-"""], home.cwd, env={"PYTHONPATH": ""}).lines
+"""], home.cwd, env=env).lines
     assert shown == ["%s None" % labtasker.__version__, labtasker.__version__]
 
 

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from harness import TESTS, wait_until
+from harness import ROOT, TESTS, wait_until
 
 SWEEP = TESTS / "sweep"
 GRID = list(itertools.product([0.01, 0.1, 1.0, 10.0], [0.0, 0.001, 0.01]))
@@ -105,7 +105,7 @@ wait_until(lambda: os.path.exists(other), "the other job runs", 60)
     both.submit("--", "--mine=a", "--other=b")
     both.submit("--", "--mine=b", "--other=a")
     loops = [both.start_cli("loop", "--", sys.executable, "meet.py", "%(mine)", "%(other)",
-                            env={"PYTHONPATH": str(TESTS)}) for _ in range(2)]
+                            env={"PYTHONPATH": "%s:%s" % (ROOT, TESTS)}) for _ in range(2)]
     for loop in loops:
         wait_until(lambda: loop.poll() is not None, "the loop ends", 60)
         assert loop.returncode == 0, loop.log_path.read_text()

@@ -89,7 +89,7 @@ def test_dig_gives_what_stands_at_a_path_or_the_default():
 def test_ids_are_random_uuid4_text():
     ids = [labtasker.new_id() for _ in range(200)]
     assert len(set(ids)) == 200
-    assert all(uuid.UUID(i).version == 4 and uuid.UUID(i).variant == uuid.RFC_4122 and str(uuid.UUID(i)) == i for i in ids)
+    assert all(uuid.UUID(i).version == 4 and str(uuid.UUID(i)) == i for i in ids)
 
 
 def test_nearest_is_the_one_most_alike_or_none():
@@ -122,8 +122,9 @@ def test_iso_times_are_read_and_without_a_zone_they_are_utc(text, utc):
     assert labtasker.format_time(labtasker.parse_time(text)) == utc
 
 
-@pytest.mark.parametrize("text", ["", "now", "2026-11-22T", "2026-02-30", "2026-11-22T25:00:00", "2026-11-22T06:00:00+99:00",
-                                  "2026-11-22T06:00:00Zz", "2026-11-22T06:00:00\n", "26-11-22", "٢٠٢٦-11-22"])
+@pytest.mark.parametrize("text", [
+    "", "now", "2026-11-22T", "2026-02-30", "2026-11-22T25:00:00", "2026-11-22T06:00:00+99:00",
+    "2026-11-22T06:00:00Zz", "2026-11-22T06:00:00\n", "26-11-22", "٢٠٢٦-11-22"])
 def test_what_is_no_time_is_refused(text):
     with pytest.raises(ValueError):
         labtasker.parse_time(text)

@@ -424,6 +424,13 @@ def test_a_command_that_is_not_there_burns_no_task(both):
     assert [(task(i).status, task(i).retries) for i in ids] == [("pending", 0)] * 2
 
 
+def test_a_program_named_by_the_task_fails_that_task_alone(home):
+    bad = labtasker.submit_task(args={"n": "./no-such-program"}, max_retries=1).task_id
+    good = labtasker.submit_task(args={"n": "true"}).task_id
+    home.cli("loop", "--", "%(n)")
+    assert (task(bad).status, task(good).status) == ("failed", "success")
+
+
 def test_a_value_that_no_command_can_have_fails_that_task_alone(home):
     bad = labtasker.submit_task(args={"n": "a\0b"}, max_retries=1).task_id
     good, = submit()
@@ -526,7 +533,8 @@ def test_a_second_signal_kills_a_deaf_job_at_once(both):
     one, = submit()
     loop, pids = start_job(both, "deaf", 600)
     loop.send_signal(signal.SIGINT)
-    wait_until(lambda: is_alive(pids[0]), "the job does not care")
+    wait_for_line(loop, "once more kills it")
+    assert is_alive(pids[0])
     loop.send_signal(signal.SIGINT)
     assert wait_for_end(loop) == 130
     assert (task(one).status, task(one).retries) == ("pending", 0)
@@ -594,8 +602,10 @@ def test_what_the_function_forks_dies_of_signals_as_ever(home):
 import multiprocessing
 @labtasker.loop()
 def main(n=Required()):
-    child = multiprocessing.get_context("fork").Process(target=time.sleep, args=(600,))
+    ready = multiprocessing.get_context("fork").Event()
+    child = multiprocessing.get_context("fork").Process(target=lambda: (ready.set(), time.sleep(600)))
     child.start()
+    ready.wait()
     child.terminate()
     child.join()
     print("child ended by", child.exitcode)
@@ -733,7 +743,7 @@ def test_a_result_waits_for_the_server_and_the_loop_goes_on_when_it_is_back(serv
     assert output(loop).count("waiting for it to come back") == 1 and "it is back" in output(loop)
 
 
-def test_a_signal_while_the_server_is_away_ends_the_loop(server_home, tmp_path):
+def test_a_signal_while_the_server_is_away_ends_the_loop(server_home):
     submit(2)
     loop = server_home.start_cli("loop", "--", "sh", "-c", "echo begins; until test -e gate; do sleep 0.05; done", "%(n)")
     wait_for_line(loop, "begins")
@@ -741,4 +751,86 @@ def test_a_signal_while_the_server_is_away_ends_the_loop(server_home, tmp_path):
     (server_home.cwd / "gate").write_text("")
     wait_for_line(loop, "waiting for it to come back")
     loop.send_signal(signal.SIGTERM)
-    assert wait_for_end(loop, timeout_s=60) in (1, 143)
+    assert wait_for_end(loop, timeout_s=60) == 143
+    assert "stopped by SIGTERM" in output(loop)
+
+
+# A server that speaks the plain protocol only
+
+
+@pytest.fixture
+def plain_home(server_home):
+    """A Place whose own copy of the module, here first on the path, never speaks of extensions."""
+    source = harness.MODULE.read_text(encoding="utf-8")
+    for line, instead in (('EXTENSIONS = "Labtasker-Extensions"', 'EXTENSIONS = "X-Nothing"'),
+                          (', wait_s=wait_s, answer="status")', ")")):
+        assert source.count("\n" + line) == 1 or source.count(line) == 1
+        source = source.replace(line, instead)
+    server_home.write("labtasker.py", source)
+    return server_home
+
+
+def test_a_plain_server_is_asked_in_its_own_words(plain_home):
+    beat_fast(plain_home)
+    one, two, three = submit(3, max_retries=1)
+    loop = start_script(plain_home, """
+@labtasker.loop()
+def main(n=Required()):
+    assert labtasker.task_info().run_id is None and labtasker.client().extensions is False
+    labtasker.report_task_status(labtasker.current_task_id(), "running", {"loss": n})
+    print("runs", n, flush=True)
+    try:
+        time.sleep([0, 600, 600][n])
+    except labtasker.TaskCancelled:
+        print("cancelled", flush=True)
+        raise
+main()
+""")
+    wait_for_line(loop, "runs 1")
+    assert (task(one).status, task(one).summary) == ("success", {"loss": 0})
+    assert (task(two).status, task(two).summary) == ("running", {"loss": 1})
+    cancel(two)
+    wait_for_line(loop, "cancelled")
+    wait_for_line(loop, "runs 2")
+    loop.send_signal(signal.SIGTERM)
+    assert wait_for_end(loop) == 143, output(loop)
+    assert (task(two).status, task(three).status, task(three).retries) == ("cancelled", "pending", 0)
+
+
+def test_what_was_taken_by_another_is_not_handed_back_to_a_plain_server(server_home, monkeypatch):
+    one, = submit()
+    mine, other = labtasker.create_worker("mine", {}), labtasker.create_worker("other", {})
+    labtasker.fetch_task(worker_id=other, heartbeat_timeout=60)
+    monkeypatch.setattr(labtasker.client().transport, "extensions", False)
+    with pytest.raises(labtasker.LabtaskerHTTPStatusError, match="is not run by worker"):
+        labtasker.deliver(one, "pending", worker_id=mine)
+    assert task(one).status == "running"
+
+
+# Asking a person
+
+
+def test_after_a_failure_a_person_on_a_terminal_is_asked(home):
+    import pty
+    submit(3, max_retries=1)
+    script = home.write("job.py", "import labtasker\nlabtasker.set_prompt_on_task_failure(True)\n"
+                        "@labtasker.loop()\ndef main(n=labtasker.Required()):\n    1 / 0\nmain()\n")
+    ours, theirs = pty.openpty()
+    process = subprocess.Popen([sys.executable, str(script)], stdin=theirs, stdout=theirs, stderr=theirs,
+                               env=harness.clean_env(), cwd=str(home.cwd), start_new_session=True)
+    home.started.append(process)
+    os.close(theirs)
+    shown = b""
+    for answer, seen in ((b"y\n", 1), (b"n\n", 2)):
+        while shown.count(b"[Y/n]") < seen:
+            shown += os.read(ours, 4096)
+        os.write(ours, answer)
+    assert wait_for_end(process) == 1
+    assert sorted(t.status for t in labtasker.ls_tasks().content) == ["failed", "failed", "pending"]
+    os.close(ours)
+
+
+def test_nobody_is_asked_where_there_is_no_terminal(home, monkeypatch):
+    monkeypatch.setitem(labtasker.LOOP_SETTINGS, "prompt_on_failure", False)
+    labtasker.set_prompt_on_task_failure(True)
+    assert labtasker.ask_to_go_on()

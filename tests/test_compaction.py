@@ -1,0 +1,239 @@
+"""Sections 4 and 5: a journal that is folded, surveyed and repaired."""
+import json
+import os
+import random
+import subprocess
+import sys
+import threading
+
+import pytest
+
+import labtasker as L
+from harness import clean_env, wait_until
+from test_service import Clock, Door
+
+pytestmark = pytest.mark.usefixtures("real_path")
+
+
+@pytest.fixture
+def real_path(monkeypatch):
+    """What is started here in other processes is the module under test."""
+    monkeypatch.setenv("PYTHONPATH", clean_env()["PYTHONPATH"])
+
+
+@pytest.fixture
+def door(tmp_path):
+    return Door(tmp_path, Clock())
+
+
+def busy(door, rounds=60, seed=1):
+    """Leave a store with tasks in every state, workers, another queue, and much that is gone."""
+    dice = random.Random(seed)
+    worker_id = door.worker(metadata={"gpu": 1}, max_retries=1000)
+    door("POST", "/api/v1/queues", {"queue_name": "other%d" % seed, "password": "p", "metadata": {"k": "v"}})
+    for i in range(rounds):
+        door.submit(args={"i": i, "opt": {"lr": 0.1 * i}}, priority=dice.randrange(3), metadata={"tags": ["x"]})
+        if i % 2:
+            task = door.fetch(worker_id=worker_id if i % 3 else None)
+            door.report(task, dice.choice(["success", "failed", "pending", "running"]), summary={"acc": float("nan"), "i": i})
+        if i % 5 == 0:
+            door("DELETE", "tasks/" + door.submit())
+    return door
+
+
+def same(one, other):
+    return repr(one.state()) == repr(other.state())  # by their text, in which NaN equals NaN
+
+
+def test_a_fold_is_the_same_state_in_fewer_lines(door, tmp_path):
+    busy(door)
+    before = door.store.journal.size
+    was, is_ = L.compact(door.path)
+    assert was == before > is_ == os.stat(door.path).st_size
+    again = Door(tmp_path, door.clock)
+    again("GET", "/api/v1/queues/me")
+    assert same(again, door)
+    header = json.loads((tmp_path / "journal.jsonl").read_text().splitlines()[0])
+    assert header["folded"] == door.store.journal.n - 1 and header["tail"] < is_  # all that is known to be on disk
+
+
+def test_processes_that_have_the_file_open_go_on_in_the_folded_one(door, tmp_path):
+    busy(door)
+    behind = Door(tmp_path, door.clock)
+    behind("GET", "/api/v1/queues/me")
+    behind_more = Door(tmp_path, door.clock)
+    behind_more("GET", "/api/v1/queues/me")
+    last = door.submit(args={"last": 1})
+    behind_more.task(last)
+    L.compact(door.path)
+    for one in (door, behind, behind_more):
+        one.task(one.submit(args={"after": 1}))
+        assert one.task(last)["args"] == {"last": 1}
+    again = Door(tmp_path, door.clock)
+    for one in (door, behind, behind_more, again):
+        one("GET", "/api/v1/queues/me")
+    assert same(door, behind) and same(door, behind_more) and same(door, again)
+
+
+def test_folding_twice_and_going_on(door, tmp_path):
+    for seed in (1, 2, 3):
+        busy(door, 20, seed)
+        L.compact(door.path)
+    again = Door(tmp_path, door.clock)
+    again("GET", "/api/v1/queues/me")
+    assert same(again, door)
+    assert not L.Survey(door.path).bad and not L.Survey(door.path).lost
+
+
+def test_writers_go_on_while_a_server_compacts(tmp_path):
+    store = L.Store(str(tmp_path / "journal.jsonl"), is_server=True)
+    store.open()
+    queue_id = L.answer_call(store, None, "POST", "/api/v1/queues", {"queue_name": "q", "password": "p"})[1]["queue_id"]
+    acknowledged, stop = [], threading.Event()
+
+    def write():
+        while not stop.is_set():
+            status, answer = L.answer_call(store, lambda: queue_id, "POST", "/api/v1/queues/me/tasks", {"args": {"a": 1}})
+            assert status == 201
+            acknowledged.append(answer["task_id"])
+            if len(acknowledged) % 2:
+                L.answer_call(store, lambda: queue_id, "DELETE", "/api/v1/queues/me/tasks/" + acknowledged.pop())
+    writers = [threading.Thread(target=write) for _ in range(3)]
+    for writer in writers:
+        writer.start()
+    for _ in range(3):
+        seen = store.journal.n
+        wait_until(lambda: store.journal.n > seen + 50, "there are new lines")
+        store.compact()
+    stop.set()
+    for writer in writers:
+        writer.join()
+    live = list(store.state.queues[queue_id].tasks)
+    store.close()
+    again = L.Store(str(tmp_path / "journal.jsonl"))
+    L.answer_call(again, lambda: L.LocalName("q"), "GET", "/api/v1/queues/me")
+    assert list(again.state.queues[queue_id].tasks) == live and set(acknowledged) <= set(live)
+    assert json.loads((tmp_path / "journal.jsonl").read_text().splitlines()[0])["folded"] > 50
+
+
+def test_a_store_that_is_mostly_dead_weight_compacts_itself(door, tmp_path, monkeypatch):
+    monkeypatch.setattr(L, "SPARE_BYTES", 20000)
+    monkeypatch.setattr(L, "LOOK_BYTES", 5000)
+    door.store.look_again_bytes = 20000
+    started = []
+    monkeypatch.setattr(L.Store, "compact_apart", lambda store: started.append(L.compact(store.path)))
+    for _ in range(400):
+        door("DELETE", "tasks/" + door.submit(metadata={"note": "x" * 100}))
+    assert len(started) >= 2 and os.stat(door.path).st_size < 30000
+
+
+def test_the_process_that_compacts_does(door):
+    busy(door, 20)
+    before = os.stat(door.path).st_size
+    assert json.loads(L.in_other_process("compact", door.path))[0] == before > os.stat(door.path).st_size
+
+
+def test_two_compactions_at_once_are_one(door):
+    busy(door, 5)
+    guard = L.FileLock(door.path + ".compact")
+    guard.acquire(0)
+    with pytest.raises(L.StoreUnavailable, match="being compacted already"):
+        L.compact(door.path)
+    guard.close()
+
+
+def test_lines_not_known_to_be_on_disk_are_not_folded(door, tmp_path):
+    busy(door, 5)
+    n, offset = L.fold(door.path, str(tmp_path / "draft"))
+    lines = (tmp_path / "journal.jsonl").read_bytes().splitlines(True)
+    assert n == len(lines) - 2 and offset == sum(map(len, lines[:-1]))
+
+
+def spoil(path, number, change):
+    """Change a line, counted from 1 after the header, by a function of its bytes."""
+    lines = path.read_bytes().splitlines(True)
+    lines[number] = change(lines[number])
+    path.write_bytes(b"".join(lines))
+
+
+SPOILS = [
+    ("a flipped byte", lambda line: line[:30] + bytes([line[30] ^ 1]) + line[31:]),
+    ("zeros", lambda line: b"\0" * len(line)),
+    ("gone", lambda line: b""),
+    ("twice", lambda line: line * 2),
+    ("garbage before", lambda line: b"xx\r\n" + line),
+    ("newline in the middle", lambda line: line[:20] + b"\n" + line[20:]),
+]
+
+
+@pytest.mark.parametrize("number", [3, 12, -3])
+@pytest.mark.parametrize("what, change", SPOILS)
+@pytest.mark.parametrize("folded", [False, True])
+def test_rot_is_refused_surveyed_and_repaired(door, tmp_path, number, what, change, folded):
+    busy(door, 10)
+    if folded:
+        L.compact(door.path)
+        number = 1 if number == 3 else number
+        for i in range(14):
+            door.submit(args={"more": i})
+    tasks = {task_id for queue in door.store.state.queues.values() for task_id in queue.tasks}
+    path = tmp_path / "journal.jsonl"
+    spoil(path, number, change)
+    content = path.read_bytes()
+    fresh = Door(tmp_path, door.clock)
+    status, answer = L.answer_call(fresh.store, lambda: fresh.queue, "GET", "/api/v1/queues/me")
+    assert status == 503 and "byte" in answer["detail"] and "labtasker journal repair" in answer["detail"]
+    found = L.Survey(door.path)
+    assert found.rotten and path.read_bytes() == content
+    survey, damaged, aside, ids = L.repair_store(door.path)
+    assert open(damaged, "rb").read() == content
+    assert open(aside, "rb").read() == b"".join(piece.data for piece in found.bad)
+    assert not L.Survey(door.path).rotten and not L.Survey(door.path).bad
+    mended = Door(tmp_path, door.clock)
+    mended("GET", "/api/v1/queues/me")
+    kept = {task_id for queue in mended.store.state.queues.values() for task_id in queue.tasks}
+    lost_creations = tasks - kept
+    assert len(lost_creations) <= (L.FOLD_CHANGES if folded else 1)
+    mended.submit()
+
+
+def test_a_repair_of_what_is_whole_changes_nothing(door, tmp_path):
+    busy(door, 5)
+    content = (tmp_path / "journal.jsonl").read_bytes()
+    assert L.repair_store(door.path)[1:3] == (None, None)
+    assert (tmp_path / "journal.jsonl").read_bytes() == content
+
+
+def test_a_lost_header_is_repaired(door, tmp_path):
+    busy(door, 5)
+    path = tmp_path / "journal.jsonl"
+    path.write_bytes(b"\0" * 50 + path.read_bytes()[50:])
+    assert L.Survey(door.path).bad
+    L.repair_store(door.path)
+    mended = Door(tmp_path, door.clock)
+    mended("GET", "/api/v1/queues/me")
+    assert same(mended, door)
+
+
+@pytest.mark.slow
+def test_a_compaction_killed_at_any_moment_leaves_the_store_as_it_was(door, tmp_path):
+    busy(door, 20)
+    program = ("import os, sys, labtasker as L\n"
+               "k, calls = int(sys.argv[2]), [0]\n"
+               "def dying(real):\n"
+               "    def call(*args):\n"
+               "        calls[0] += 1\n"
+               "        if calls[0] == k: os._exit(9)\n"
+               "        return real(*args)\n"
+               "    return staticmethod(call)\n"
+               "for name in ('open', 'write', 'sync', 'truncate', 'rename'): setattr(L.Disk, name, dying(getattr(L.Disk, name)))\n"
+               "L.compact(sys.argv[1])\n")
+    for k in range(1, 40):
+        done = subprocess.run([sys.executable, "-c", program, door.path, str(k)], env=clean_env())
+        again = Door(tmp_path, door.clock)
+        again("GET", "/api/v1/queues/me")
+        assert same(again, door)
+        if done.returncode == 0:
+            break
+        door.submit(args={"k": k})
+    assert done.returncode == 0 and k > 5
