@@ -1812,6 +1812,136 @@ class FileLock:
             self.fd = None
 
 
+def host_id():
+    """Return what tells this host, and within it this pid namespace, from every other; a reboot makes another host."""
+    try:
+        with open("/proc/sys/kernel/random/boot_id") as file:
+            return "%s/%s" % (file.read().strip(), os.readlink("/proc/self/ns/pid"))
+    except OSError:
+        return os.uname().nodename if hasattr(os, "uname") else "host"
+
+
+def process_start(pid):
+    """Return when a living process of this host started, in the kernel's own count, or None when there is none."""
+    try:
+        with open("/proc/%d/stat" % pid) as file:
+            fields = file.read().rpartition(")")[2].split()
+        return None if fields[0] in "ZX" else fields[19]
+    except OSError:
+        pass
+    try:
+        os.kill(pid, 0)
+        return "unknown" if not os.path.isdir("/proc/self") else None
+    except OSError:
+        return None
+
+
+class Owner:
+    """Which host may write to a store, for file systems on which a lock taken on one host is not seen on another.
+
+    The owner is named by the file PATH.owner-EPOCH of the highest epoch, made by link(), which only one can do.
+    It holds host, process and a counter that moves while the owner lives. An owner whose file is gone, or who
+    sees one of the next epoch, stops. The processes of one host without a server share an epoch under `flock`."""
+
+    def __init__(self, path, is_server):
+        self.path, self.is_server, self.host_id = path, is_server, host_id()
+        self.epoch, self.count, self.moved_at = None, 0, -math.inf
+
+    def _file(self, epoch):
+        return "%s.owner-%d" % (self.path, epoch)
+
+    def epochs(self):
+        """Return the epochs for which there is an owner file, lowest first."""
+        folder, prefix = os.path.split(self.path + ".owner-")
+        ends = [name[len(prefix):] for name in os.listdir(folder) if name.startswith(prefix)]
+        return sorted(int(end) for end in ends if end.isdigit())
+
+    def read(self, epoch):
+        """Return what the owner of an epoch says of itself; {} when that can't be read."""
+        try:
+            with open(self._file(epoch), encoding="utf-8") as file:
+                told = json.load(file)
+            return told if isinstance(told, dict) else {}
+        except (OSError, ValueError):
+            return {}
+
+    def holds(self):
+        """Return whether this process still owns the store."""
+        return (self.epoch is not None and os.path.exists(self._file(self.epoch))
+                and not os.path.exists(self._file(self.epoch + 1)))
+
+    def claim(self, takeover=False):
+        """Return whether a new epoch began here; raise StoreUnavailable when another owner lives.
+
+        The lock is held, so on this host only a server that the lock did not keep out can live. What another
+        host's counter does is watched on this host's own clock."""
+        while True:
+            last = (self.epochs() or [0])[-1]
+            told = self.read(last) if last else {"released": True}
+            here = told.get("host_id") == self.host_id
+            if here and told.get("server") and told.get("pid") != os.getpid() \
+                    and process_start(told.get("pid", 0)) == told.get("started"):
+                raise StoreUnavailable("%s is in use by a server: process %s on this host" % (self.path, told.get("pid")))
+            if here and not self.is_server and last:
+                self.epoch, self.moved_at = last, -math.inf
+                return False
+            if not (here or takeover or told.get("released") or self._is_silent(last, told)):
+                raise StoreUnavailable(
+                    "%s belongs to %s %s on host %s: run commands there, or point them at a server there that other hosts "
+                    "can reach (labtasker serve --host 0.0.0.0); if that host is gone for good: labtasker serve --takeover"
+                    % (self.path, "the server" if told.get("server") else "process", told.get("pid"), told.get("host")))
+            if self._take(last + 1):
+                return True
+
+    def _is_silent(self, epoch, told):
+        """Return whether another host's owner does not move its counter for a while."""
+        give_up_at = monotonic() + OWNER_LAPSE_S
+        while monotonic() < give_up_at:
+            time.sleep(OWNER_LAPSE_S / 50)
+            if self.read(epoch).get("count") != told.get("count"):
+                return False
+        return self.epochs()[-1:] == [epoch]
+
+    def _take(self, epoch):
+        """Return whether this process made the owner file of this epoch; then those before it are gone."""
+        self.epoch = epoch
+        draft = self._write()
+        try:
+            os.link(draft, self._file(epoch))
+        except FileExistsError:
+            self.epoch = None
+            return False
+        finally:
+            os.unlink(draft)
+        for old in self.epochs():
+            if old < epoch:
+                os.unlink(self._file(old))
+        return True
+
+    def _write(self, **more):
+        """Return the path of a new file that says who this is."""
+        self.count, self.moved_at = self.count + 1, monotonic()
+        told = dict(host_id=self.host_id, host=os.uname().nodename, pid=os.getpid(), started=process_start(os.getpid()),
+                    server=self.is_server, count="%d-%d" % (os.getpid(), self.count), **more)
+        draft = "%s.owner.new-%d" % (self.path, os.getpid())
+        with open(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600), "w") as file:
+            json.dump(told, file)
+        return draft
+
+    def move(self):
+        """Show that the owner lives, every few seconds at the most."""
+        if monotonic() - self.moved_at > OWNER_LAPSE_S / 4 and self.holds():
+            os.replace(self._write(), self._file(self.epoch))
+
+    def release(self):
+        """Let another host have the store at once."""
+        if self.holds():
+            os.replace(self._write(released=True), self._file(self.epoch))
+
+
+OWNER_LAPSE_S = 12.0  # for so long another host's counter must stand still before its store is taken over
+
+
 def seal(text):
     """Return the bytes of a line whose JSON text, without its closing brace, is `text`, with its checksum."""
     return b'%s,"crc":"%08x"}\n' % (text, zlib.crc32(text))
@@ -1995,6 +2125,7 @@ class Journal(JournalFile):
         self.io = threading.Lock()  # held while the file is written to or replaced; taken before `lock`
         self.writing = None  # the batch that is going down now
         self.broken = None  # why the page cache can't be trusted, until the file was written anew
+        self.allowed = lambda: True  # whether this process still owns the store, asked around every write
 
     def add(self, body, undo):
         """Return the batch that the line of this JSON object (bytes) goes down with, or raise StoreUnavailable.
@@ -2040,8 +2171,8 @@ class Journal(JournalFile):
         """Return whether `data` was synced as well as written, or raise OSError or StoreUnavailable."""
         if self.broken:
             self._write_anew()
-        if self.changed():
-            self.fenced = "%s grew while this process owned it: another writer is there" % self.path
+        if self.changed() or not self.allowed():
+            self.fenced = "%s has another owner or another writer now: this process must not write to it any more" % self.path
             raise StoreUnavailable(self.fenced)
         self.disk.write_all(self.fd, data)
         due = self.fsync == "interval" and monotonic() - self.synced_at >= SYNC_INTERVAL_S
@@ -2052,8 +2183,9 @@ class Journal(JournalFile):
                 self.broken = "a sync failed: %s" % error
                 raise
             self.synced_at = monotonic()
-        if os.fstat(self.fd).st_size != self.size + len(data):  # it was stopped between looking and writing
-            self.fenced = "%s was written to by another process at the same moment" % self.path
+        if os.fstat(self.fd).st_size != self.size + len(data) or not self.allowed():
+            self.fenced = ("%s got another owner or another writer while this process, which may have been stopped, wrote to "
+                           "it" % self.path)
             raise StoreUnavailable(self.fenced)
         return self.fsync == "always" or due
 
@@ -2065,7 +2197,7 @@ class Journal(JournalFile):
                 undo()
         self.n = first - 1
         if isinstance(error, OSError):
-            error = _store_error(self.path, error)
+            error = store_error(self.path, error)
         batch.error = newer.error = error
         newer.done.set()
         if not (self.broken or self.fenced):
@@ -2145,7 +2277,7 @@ class Journal(JournalFile):
             self.flush()
 
 
-def _store_error(path, error):
+def store_error(path, error):
     """Return the error to answer with when the disk refused to take a line."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return StoreFull("no room for %s (%s): nothing of this request was kept; free some space and it goes on "
@@ -2310,7 +2442,7 @@ class Beats:
 class BeatFiles:
     """The same for the processes of one host that share a store without a server: a small file a run.
 
-    It holds the boot id, when the run began and when it was last heard of; after another boot it is over."""
+    It holds the host's id, when the run began and when it was last heard of; on another host, or after another boot, it is over."""
 
     def __init__(self, folder):
         self.folder = os.path.join(folder, "beats")
@@ -2331,7 +2463,7 @@ class BeatFiles:
         for attempt in range(2):
             try:
                 with open(draft, "w") as file:
-                    file.write("%s %r %r\n" % (boot_id(), started, monotonic()))
+                    file.write("%s %r %r\n" % (host_id(), started, monotonic()))
                 return os.replace(draft, self._path(run_id))
             except FileNotFoundError:
                 os.makedirs(self.folder, 0o700, exist_ok=True)
@@ -2358,18 +2490,9 @@ class BeatFiles:
         if known is None:
             self.start(run_id)
             return 0.0, 0.0
-        if known[0] != boot_id():
+        if known[0] != host_id():
             return math.inf, math.inf
         return monotonic() - known[1], monotonic() - known[2]
-
-
-def boot_id():
-    """Return what tells this host's uptime from every other: the kernel's boot id, or the host's name."""
-    try:
-        with open("/proc/sys/kernel/random/boot_id") as file:
-            return file.read().strip()
-    except OSError:
-        return re.sub(r"\s", "-", os.uname().nodename if hasattr(os, "uname") else "host")
 
 
 class Standing:
@@ -2655,6 +2778,7 @@ class Store:
         self.changed = threading.Condition(self.lock)
         self.journal = Journal(self.path, self.lock, fsync)
         self.file_lock = FileLock(self.path + ".lock")
+        self.owner, self.epoch_seen = Owner(self.path, is_server), 0
         self.state = State()
         self.beats = Beats() if is_server else BeatFiles(self.folder)
         self.looked_at, self.writer, self.look_again_bytes = -math.inf, None, SPARE_BYTES
@@ -2663,17 +2787,27 @@ class Store:
 
     # opening and closing
 
-    def open(self):
+    def open(self, takeover=False):
         """Return when a server has the store to itself; StoreUnavailable when another process has it."""
-        os.makedirs(self.folder, 0o700, exist_ok=True)
-        if not self.file_lock.acquire(2.0):
-            raise StoreUnavailable("%s is in use by another process%s" % (self.path, self.owner()))
-        self.journal.open()
-        self.catch_up()
+        self.lock_file(2.0)
+        try:
+            self.owner.claim(takeover)
+            self.journal.open()
+            self.catch_up()
+        except OSError as error:
+            raise store_error(self.path, error)
+        self._begin_epoch()
+        self.journal.flush()
         self.writer = threading.Thread(target=self.journal.write_always, name="journal writer", daemon=True)
         self.writer.start()
 
-    def owner(self):
+    def _begin_epoch(self):
+        """Write into the journal that it has a new owner, so that a former one that reads it stops."""
+        self.journal.allowed = self.owner.holds
+        self.epoch_seen = self.owner.epoch
+        self.journal.add(dump_json({"at": now(), "epoch": self.owner.epoch, "owner": os.uname().nodename}).encode(), None)
+
+    def holder(self):
         """Return words about the server that has the store, from its server.json."""
         told = read_server_file(self.folder)
         return ": a server on %s, process %s, at %s" % (
@@ -2687,6 +2821,8 @@ class Store:
             self.writer.join()
             self.journal.flush()
         self.journal.close(clean=self.is_server)
+        if self.is_server:
+            self.owner.release()
         self.file_lock.close()
 
     def catch_up(self):
@@ -2694,6 +2830,13 @@ class Store:
         for line in self.journal.read_new():
             if "changes" in line:
                 self.state.apply(line.get("queue"), line["changes"])
+            self.epoch_seen = max(self.epoch_seen, line.get("epoch", 0))
+
+    def _own(self, begun):
+        """Have the journal say who owns it, or raise StoreUnavailable when it says that it is another."""
+        if not begun:
+            raise StoreUnavailable("%s was taken over by another host" % self.path)
+        self._begin_epoch()
 
     def _read_on(self):
         """Read what others have added to the file, or put in its place; the file's lock is held."""
@@ -2708,14 +2851,65 @@ class Store:
             print("labtasker: " + notice, file=sys.stderr)
         self.journal.notices = []
 
-    def alone(self, action):
-        """Return action(), called with the file's lock held and all read that others have written; embedded."""
+    def alone(self, action, writes=True):
+        """Return action(), called with the file's lock held and all read that others have written; embedded.
+
+        Reading needs no ownership of the store."""
+        with self.lock:
+            self.lock_file(self.LOCK_TIMEOUT_S)
+            try:
+                begun = writes and not self.owner.holds() and self.owner.claim()
+                self._read_on()
+                if begun:
+                    self._begin_epoch()
+                elif writes and self.epoch_seen > self.owner.epoch:
+                    raise StoreUnavailable("%s was taken over by another host" % self.path)
+                answer = action()
+                if writes:
+                    self.owner.move()
+                return answer
+            except OSError as error:
+                raise store_error(self.path, error)
+            finally:
+                self.journal.flush()
+                self.file_lock.release()
+
+    def lock_file(self, timeout_s):
+        """Take the file's lock, or raise StoreUnavailable saying who has it or what is wrong with the folder."""
+        try:
+            os.makedirs(self.folder, 0o700, exist_ok=True)
+            if self.file_lock.acquire(timeout_s):
+                return
+        except OSError as error:
+            raise store_error(self.path, error)
+        raise StoreUnavailable("%s is in use by another process%s" % (self.path, self.holder()))
+
+    def _read_on(self):
+        """Read what others have added to the file, or put in its place; the file's lock is held."""
+        if self.journal.fd is None:
+            self.journal.open()
+        elif self.journal.replaced() and not self.journal.follow():
+            self.state, self.journal.size = State(), 0
+            self.journal.open()
+        if self.journal.changed():
+            self.catch_up()
+        for notice in self.journal.notices:
+            print("labtasker: " + notice, file=sys.stderr)
+        self.journal.notices = []
+
+    def alone(self, action, writes=True):
+        """Return action(), called with the file's lock held and all read that others have written; embedded.
+
+        Reading needs no ownership of the store."""
         os.makedirs(self.folder, 0o700, exist_ok=True)
         with self.lock:
             if not self.file_lock.acquire(self.LOCK_TIMEOUT_S):
-                raise StoreUnavailable("%s is held by another process%s" % (self.path, self.owner()))
+                raise StoreUnavailable("%s is held by another process%s" % (self.path, self.holder()))
             try:
+                begun = writes and not self.owner.holds() and self.owner.claim()
                 self._read_on()
+                if begun or writes and self.epoch_seen > self.owner.epoch:
+                    self._own(begun)
                 return action()
             finally:
                 self.journal.flush()
@@ -2731,7 +2925,7 @@ class Store:
             with self.lock:
                 batch, answer = decide()
         else:
-            batch, answer = self.alone(decide)
+            batch, answer = self.alone(decide, writes)
         if callable(answer):
             answer = answer()
         if batch:
@@ -3386,10 +3580,12 @@ def compact(path):
 def repair_store(path):
     """Return (survey, damaged file, bad bytes' file, ids that stand in the bad bytes) of a journal mended."""
     store = Store(path)
-    if not store.file_lock.acquire(2.0):
-        raise StoreUnavailable("%s is in use by another process%s" % (path, store.owner()))
+    store.lock_file(2.0)
     try:
+        store.owner.claim()
         found, damaged, aside = repair(path)
+    except OSError as error:
+        raise store_error(path, error)
     finally:
         store.file_lock.close()
     text = b"".join(piece.data for piece in found.bad).decode("latin-1")
@@ -4069,7 +4265,7 @@ def _tls(certfile, keyfile):
 
 
 def serve(db_path, host="127.0.0.1", port=DEFAULT_PORT, fsync="always", certfile=None, keyfile=None,
-          log_level="info", daemon=False):
+          log_level="info", daemon=False, takeover=False):
     """Return an exit code once the server was told to stop by SIGTERM or Ctrl-C; as a daemon, once it listens."""
     announce = None
     if daemon:
@@ -4079,7 +4275,7 @@ def serve(db_path, host="127.0.0.1", port=DEFAULT_PORT, fsync="always", certfile
             return code
     store = Store(db_path, is_server=True, fsync=fsync)
     tls = _tls(certfile, keyfile)
-    store.open()
+    store.open(takeover)
     server = None
     try:
         server = _make_server(host, port, store, tls, log_level)
@@ -4118,7 +4314,7 @@ def _run_server(server, store, scheme, announce):
         raise _Stop()
     urls = _addresses(server, scheme)
     told = {"server": server.id, "key": server.key, "pid": os.getpid(), "host": os.uname().nodename,
-            "boot": boot_id(), "addresses": urls, "started_at": format_time(now())}
+            "host_id": host_id(), "addresses": urls, "started_at": format_time(now())}
     ended = threading.Event()
     ticker = threading.Thread(target=_tick, args=(server, store, ended), name="time-outs", daemon=True)
     try:
@@ -4155,12 +4351,13 @@ def _compact(server, store):
 
 
 def _tick(server, store, ended):
-    """Look for time-outs, and have the journal compacted when that is worth it, until `ended` is set."""
+    """Look for time-outs, show that the owner lives, and have the journal compacted when that is worth it."""
     compaction = None
     while not ended.wait(LOOK_INTERVAL_S):
         try:
             store.look_for_timeouts()
-        except StoreUnavailable:  # a full disk: the next look tries again
+            store.owner.move()
+        except (StoreUnavailable, OSError):  # a full disk: the next look tries again
             pass
         if store.is_bloated() and not (compaction and compaction.is_alive()):
             compaction = threading.Thread(target=_compact, args=(server, store), name="compaction", daemon=True)
@@ -6114,7 +6311,7 @@ def watch(loop_, run, process):
     return None
 
 
-# 10. Command line #############################################################
+# 10. Command line ############################################################
 #
 # Commands as one table, from which parsers, help and dispatch derive; what they print; main().
 # Knows nothing of the journal and of HTTP: a command calls the functions that scripts call too.
@@ -6388,10 +6585,12 @@ def yaml_items(items, indent=""):
 
 
 def as_yaml(rows):
+    """Return dicts as a YAML list."""
     return "\n".join(yaml_items(rows)) if rows else "[]"
 
 
 def as_jsonl(rows):
+    """Return dicts as JSON, one a line."""
     return "\n".join(json.dumps(row) for row in rows)
 
 
@@ -7228,6 +7427,7 @@ def demo_start(folder, env, words, suffix="", **streams):
 
 
 def demo_step(folder, env, words):
+    """Return the exit code of a command of this program, shown first as one would type it."""
     return demo_start(folder, env, words).wait()
 
 
@@ -7252,11 +7452,13 @@ def demo_workers(folder, env):
 
 
 def demo_echo(stream, number):
+    """Print each line of a worker with its number."""
     for line in stream:
         say("[worker %d] %s" % (number, clean(line.rstrip("\n"))))
 
 
 def demo_tasks(folder, env):
+    """Return the demo's tasks as dicts."""
     import subprocess
     text = subprocess.check_output([sys.executable, "-m", "labtasker", "task", "ls", "--fmt", "jsonl"], cwd=folder,
                                    env=env, stdin=subprocess.DEVNULL)

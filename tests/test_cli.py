@@ -344,6 +344,7 @@ def test_what_ls_prints_can_be_submitted_again(home):
 
 # ---- listing
 
+@pytest.mark.slow
 def test_table_has_a_line_a_task_and_short_ids_that_can_be_used(home):
     ids = submit_some(home)
     header, *rows = home.cli("task", "ls").lines
@@ -359,6 +360,7 @@ def test_quiet_prints_ids_alone(home):
     assert home.cli("task", "ls", "-q", "--no-pager").lines == ids
 
 
+@pytest.mark.slow
 def test_selectors_are_anded(home):
     ids = submit_some(home)
     for words, found in [(["-s", "pending"], ids), (["-s", "failed"], []), (["--name", "sweep"], ids[:2]),
@@ -368,6 +370,7 @@ def test_selectors_are_anded(home):
         assert home.cli("task", "ls", "-q", *words).lines == found, words
 
 
+@pytest.mark.slow
 def test_sort_limit_offset_and_what_was_left_out(home):
     ids = submit_some(home)
     result = home.cli("task", "ls", "-q", "-S", "args.lr:desc", "--limit", "2")
@@ -377,6 +380,7 @@ def test_sort_limit_offset_and_what_was_left_out(home):
     assert home.cli("task", "ls", "-q", "-S", "task_name:desc", "-S", "args.lr:desc").lines == [ids[1], ids[0], ids[2]]
 
 
+@pytest.mark.slow
 def test_piped_in_lists_the_ids_on_stdin(home):
     ids = submit_some(home)
     assert home.cli("task", "ls", "-q", "--piped-in", stdin="\n".join(ids[1:])).lines == ids[1:]
@@ -392,6 +396,7 @@ def test_nothing_found_is_said_on_stderr_only(home):
     assert home.cli("task", "ls", "-q").stderr == ""
 
 
+@pytest.mark.slow
 def test_csv_has_a_column_for_each_argument(home):
     ids = submit_some(home)
     rows = list(csv.DictReader(io.StringIO(home.cli("task", "ls", "--fmt", "csv").stdout)))
@@ -400,6 +405,7 @@ def test_csv_has_a_column_for_each_argument(home):
     assert rows[2]["args.model"] == "" and rows[0]["metadata.tags"] == "['v1']"
 
 
+@pytest.mark.slow
 def test_get_prints_every_field(home):
     text = home.cli("task", "get", submit_some(home)[0]).stdout
     shown = [name for name, row in labtasker.TASK_FIELDS.items() if row.extension is not None]
@@ -425,6 +431,7 @@ def test_yaml_reads_back_as_what_was_written():
 HOSTILE = "\x1b]0;owned\x07\x1b[2J\r\u202eevil\x9b"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("words", [["task", "ls"], ["task", "ls", "--fmt", "yaml"], ["task", "ls", "--fmt", "jsonl"],
                                    ["task", "ls", "--verbose"], ["task", "ls", "--fmt", "csv"], ["task", "get", "ID"],
                                    ["task", "count", "--by", "args.x"], ["task", "ls", "-f", "args.x == '\x1b[2J"]])
@@ -436,6 +443,7 @@ def test_no_control_character_of_a_value_reaches_the_terminal(home, words):
     assert "owned" in shown or "2J" in shown
 
 
+@pytest.mark.slow
 def test_wide_and_long_values_fit_the_terminal(home):
     home.submit("--", "--text=" + "日本語" * 40, "--other=" + "x" * 200)
     home.submit("--name", "n" * 90, "--", "--lr=1")
@@ -453,6 +461,7 @@ def test_output_survives_a_terminal_without_unicode(home):
     assert home.tasks()[0]["args"] == {"text": "日本"}
 
 
+@pytest.mark.slow
 def test_a_closed_pipe_is_quiet(home):
     home.cli("task", "submit", "--grid", "--", "--x=1:3000:1")
     result = home.bash("labtasker task ls --limit 3000 | head -1", check=False)
@@ -472,6 +481,7 @@ def test_a_full_disk_under_stdout_is_one_message(home):
     assert (result.returncode, result.stderr) == (1, "labtasker: error: No space left on device\n")
 
 
+@pytest.mark.slow
 def test_count_by_status_and_by_field(home):
     submit_some(home)
     assert home.cli("task", "count").stdout.split() == "status tasks pending 3 running 0 success 0 failed 0 " \
@@ -511,6 +521,7 @@ def test_update_sets_what_was_typed_and_leaves_the_rest(home, updates, field, va
     assert json.loads(json.dumps(found).replace("NaN", '"NaN"')) == value
 
 
+@pytest.mark.slow
 def test_update_by_selectors_is_one_transaction(home):
     ids = submit_some(home)
     before = len((home.folder / "journal.jsonl").read_text().splitlines())
@@ -521,6 +532,7 @@ def test_update_by_selectors_is_one_transaction(home):
     assert sum(ids[0] in line for line in lines) == 1 and sum(ids[0] in line and ids[1] in line for line in lines) == 1
 
 
+@pytest.mark.slow
 def test_update_takes_ids_from_stdin_only_without_selectors(home):
     ids = submit_some(home)
     home.cli("task", "update", "-u", "priority=1", "--quiet", stdin="\n".join(ids[:2]))
@@ -531,6 +543,7 @@ def test_update_takes_ids_from_stdin_only_without_selectors(home):
     assert "Nothing matches" in home.cli("task", "update", "-u", "priority=1").stderr
 
 
+@pytest.mark.slow
 def test_update_has_no_limit_unless_one_is_given(home):
     home.cli("task", "submit", "--grid", "--", "--x=1:150:1")
     home.cli("task", "update", "-s", "pending", "-u", "priority=3", "--quiet")
@@ -550,6 +563,7 @@ def fail_all(home):
     home.cli("loop", "-c", "false", check=False)
 
 
+@pytest.mark.slow
 def test_retry_makes_failed_tasks_pending_with_no_retries(home):
     ids = [home.submit("--max-retries", "1", "--", "--x=%d" % x) for x in (1, 2)]
     home.cli("loop", "--", "sh", "-c", "exit %(x)", check=False)
@@ -566,6 +580,7 @@ def test_retry_makes_failed_tasks_pending_with_no_retries(home):
     assert home.task(ids[0])["status"] == "pending"
 
 
+@pytest.mark.slow
 def test_delete_by_ids_selectors_and_stdin(home):
     ids = submit_some(home)
     assert home.cli("task", "delete", ids[0], "-y").stdout == "Deleted 1 task\n"
@@ -576,6 +591,7 @@ def test_delete_by_ids_selectors_and_stdin(home):
     assert result.stdout == "" and "Nothing matches" in result.stderr
 
 
+@pytest.mark.slow
 def test_delete_with_an_unknown_id_deletes_nothing(home):
     ids = submit_some(home)
     result = home.cli("task", "delete", "-y", ids[0], MISSING, ids[1], check=False)
@@ -585,6 +601,7 @@ def test_delete_with_an_unknown_id_deletes_nothing(home):
     assert [t["task_id"] for t in home.tasks()] == ids[2:]
 
 
+@pytest.mark.slow
 def test_wait_ends_when_nothing_is_left_to_do(home):
     assert "Nothing matches" in home.cli("task", "wait").stderr
     submit_some(home)
@@ -627,6 +644,7 @@ def on_terminal(place, words, answers=(), columns=100, env=None):
     return process.wait(30), shown.decode("utf-8", "replace").replace("\r\n", "\n")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("typed, code, left", [("y\n", 0, 2), ("yes\n", 0, 2), ("n\n", 1, 3), ("\n", 1, 3), ("\x04", 1, 3)])
 def test_delete_asks_on_a_terminal(home, typed, code, left):
     ids = submit_some(home)
@@ -635,6 +653,7 @@ def test_delete_asks_on_a_terminal(home, typed, code, left):
     assert len(home.tasks()) == left
 
 
+@pytest.mark.slow
 def test_update_asks_on_a_terminal(home):
     ids = submit_some(home)
     code, shown = on_terminal(home, ["task", "update", "-s", "pending", "-u", "priority=1"], [("[y/N]", "n\n")])
@@ -644,6 +663,7 @@ def test_update_asks_on_a_terminal(home):
     assert [t["priority"] for t in home.tasks()] == [1, 1, 0]
 
 
+@pytest.mark.slow
 def test_colour_only_on_a_terminal_and_never_with_no_color(home):
     submit_some(home)
     assert "\x1b[" in on_terminal(home, ["task", "ls"], env={"TERM": "xterm", "NO_COLOR": ""})[1]
@@ -653,6 +673,7 @@ def test_colour_only_on_a_terminal_and_never_with_no_color(home):
     assert "\x1b[36mpending" in home.cli("task", "ls", "--ansi").stdout
 
 
+@pytest.mark.slow
 def test_a_pager_only_on_a_terminal_and_only_for_what_does_not_fit(home):
     home.cli("task", "submit", "--grid", "--", "--x=1:60:1")
     pager = home.write("pager.sh", "#!/bin/sh\necho PAGED\ncat\n")
@@ -667,6 +688,7 @@ def test_a_pager_only_on_a_terminal_and_only_for_what_does_not_fit(home):
 
 # ---- setting up
 
+@pytest.mark.slow
 def test_init_by_flags_asks_nothing(server, home):
     words = ["init", "--url", server.url, "--queue-name", "mine", "--password", "secret"]
     result = home.cli(*words)
@@ -684,6 +706,7 @@ def test_init_by_flags_asks_nothing(server, home):
     assert len(home.tasks()) == 1, "the configuration that works was kept"
 
 
+@pytest.mark.slow
 def test_init_asks_on_a_terminal(server, home):
     code, shown = on_terminal(home, ["init"], [("[none]", server.url + "\n"), ("[default]", "mine\n"),
                                                ("queue:", "secret\n")])
@@ -695,6 +718,7 @@ def test_init_asks_on_a_terminal(server, home):
     assert code == 1 and "Overwrite it? [y/N]" in shown
 
 
+@pytest.mark.slow
 def test_init_without_a_server(home):
     code, shown = on_terminal(home, ["init"], [("[none]", "\n"), ("[default]", "\n")])
     assert code == 0 and "Password" not in shown, shown
@@ -702,6 +726,7 @@ def test_init_without_a_server(home):
     assert len(home.tasks()) == 1 and (home.folder / "journal.jsonl").exists()
 
 
+@pytest.mark.slow
 def test_init_where_nobody_answers(home):
     words = ["init", "--url", "http://127.0.0.1:9", "--queue-name", "q", "--password", "p"]
     result = home.cli(*words, check=False)
@@ -711,6 +736,7 @@ def test_init_where_nobody_answers(home):
     assert "start the server" in result.stdout and (home.folder / "config.toml").exists()
 
 
+@pytest.mark.slow
 def test_config_is_kept_only_where_it_can_be_read(home):
     home.cli("init", "--yes")
     path = home.folder / "config.toml"
@@ -746,6 +772,7 @@ def test_health_of_nobody(home):
     assert result.returncode == 1 and "127.0.0.1:9" in result.stderr
 
 
+@pytest.mark.slow
 def test_queue_commands(server, home):
     env = {"LABTASKER_URL": server.url, "LABTASKER_QUEUE": "q", "LABTASKER_PASSWORD": "p"}
     created = home.cli("queue", "create", "--queue-name", "q", "--password", "p", "--metadata", '{"a": 1}', "-q", env=env)
@@ -761,6 +788,7 @@ def test_queue_commands(server, home):
     assert home.cli("queue", "get", env=env, check=False).returncode == 1
 
 
+@pytest.mark.slow
 def test_worker_commands(both):
     worker_id = both.cli("worker", "create", "--worker-name", "w", "--metadata", '{"gpu": 0}', "-q").stdout.strip()
     assert "gpu=0" in both.cli("worker", "ls").stdout
@@ -772,12 +800,14 @@ def test_worker_commands(both):
     assert both.cli("worker", "ls", "-q").lines == []
 
 
+@pytest.mark.slow
 def test_loop_takes_a_script_from_stdin(home):
     home.submit("--", "--text=a b")
     result = home.cli("loop", stdin="printf '<%s>' %(text) > out.txt\n")
     assert (home.cwd / "out.txt").read_text() == "<a b>", result
 
 
+@pytest.mark.slow
 def test_the_demo_shows_a_sweep_and_leaves_nothing_behind(home):
     result = home.cli("demo", env={"TMPDIR": str(home.cwd)})
     commands = [line for line in result.lines if line.startswith("$ ")]

@@ -185,6 +185,7 @@ def test_a_child_after_fork_has_a_client_of_its_own(folder):
     assert len(L.ls_tasks().content) == 2
 
 
+@pytest.mark.slow
 def test_two_processes_share_a_store_without_a_server(folder):
     text = "import labtasker\nfor i in range(100): labtasker.submit_task(args={'i': i})"
     workers = [subprocess.Popen([sys.executable, "-c", text], env=clean_env(), cwd=str(folder)) for _ in range(3)]

@@ -92,6 +92,7 @@ def test_filters_that_nest_without_end_are_mistakes_and_not_crashes(text):
         tree(text)
 
 
+@pytest.mark.slow
 def test_filters_may_be_long_and_nest_as_people_nest():
     words = " or ".join("args.a == %d" % i for i in range(5000))
     assert matches(words, {"a": 4999}) and not matches(words, {"a": 5000})
@@ -387,6 +388,7 @@ FILTERS = st.recursive(TESTS, lambda inner: st.builds(
     "({} {} {})".format, inner, st.sampled_from(["and", "or"]), inner), max_leaves=4)
 
 
+@pytest.mark.slow
 @settings(max_examples=300, deadline=None)
 @given(FILTERS, st.lists(RECORDS, min_size=1, max_size=5))
 def test_text_tree_document_and_tree_again_agree_on_every_record(text, records):
@@ -394,6 +396,7 @@ def test_text_tree_document_and_tree_again_agree_on_every_record(text, records):
         assert matches(text, record) in (True, False)
 
 
+@pytest.mark.slow
 @settings(max_examples=300, deadline=None)
 @given(st.text('()[]"\'<>=!&|+-*/%., \\\n01e' + "abdnorti#é", max_size=30)
        | st.builds("{}{}".format, FILTERS, st.text(max_size=3)))
@@ -409,6 +412,7 @@ DOCUMENTS = st.recursive(VALUES, lambda inner: st.lists(inner, max_size=2) | st.
     + ["$expr", "$literal", "args.a", "_dt", "_id", "$where"]), inner, max_size=2), max_leaves=8)
 
 
+@pytest.mark.slow
 @settings(max_examples=300, deadline=None)
 @given(DOCUMENTS, RECORDS)
 def test_any_document_gives_a_tree_or_a_clear_refusal(document, record):

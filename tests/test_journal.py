@@ -86,6 +86,7 @@ def test_rot_in_what_was_acknowledged_is_refused_with_its_place_and_nothing_chan
     assert [name for name in os.listdir(str(tmp_path))] == ["journal.jsonl"]
 
 
+@pytest.mark.slow
 def test_every_flipped_bit_is_found(tmp_path):
     made = journal(tmp_path)
     add(made, ["one", "two"])

@@ -451,5 +451,5 @@ def test_every_journal_record_kind_is_documented_and_written(door, tmp_path):
     door("DELETE", "workers/" + worker_id)
     door("DELETE", "/api/v1/queues/me")
     kinds = {change[0] for line in (tmp_path / "journal.jsonl").read_text().splitlines()[1:]
-             for change in json.loads(line)["changes"]}
+             for change in json.loads(line).get("changes", ())}
     assert kinds == set(L.RECORDS) and all(row.meaning for row in L.RECORDS.values())

@@ -532,6 +532,7 @@ def test_every_listing_of_the_document_is_tested():
     assert [line for line in block("31-ls.sh").splitlines() if line.startswith("labtasker")] == list(LISTINGS)
 
 
+@pytest.mark.slow
 def test_listings_show_what_they_say(tasks):
     for command, expected in LISTINGS.items():
         shown = tasks.place.bash(command).stdout

@@ -471,6 +471,7 @@ def test_failures_are_counted_and_are_no_failure_of_the_loop(home):
     assert run.stderr.splitlines()[-1] == "labtasker: no more tasks: 1 success, 2 failed"
 
 
+@pytest.mark.slow
 def test_a_loop_stays_for_tasks_to_come(both):
     loop = both.start_cli("loop", "--idle-timeout", "600", "--", "echo", "had", "%(n)")
     wait_until(lambda: labtasker.ls_workers().content, "the loop has its worker")
@@ -516,6 +517,7 @@ def start_job(place, mode, grace_s=None):
     return loop, [int(word) for word in line.split()[1:]]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
 def test_a_signal_hands_the_task_back_uncharged(both, name):
     one, = submit()
@@ -529,6 +531,7 @@ def test_a_signal_hands_the_task_back_uncharged(both, name):
     wait_until(lambda: not [pid for pid in pids + helpers if is_alive(pid)], "nothing is left running")
 
 
+@pytest.mark.slow
 def test_a_second_signal_kills_a_deaf_job_at_once(both):
     one, = submit()
     loop, pids = start_job(both, "deaf", 600)
@@ -541,6 +544,7 @@ def test_a_second_signal_kills_a_deaf_job_at_once(both):
     wait_until(lambda: not [pid for pid in pids if is_alive(pid)], "nothing is left running")
 
 
+@pytest.mark.slow
 def test_after_the_grace_a_deaf_job_is_killed(home):
     one, = submit()
     loop, pids = start_job(home, "deaf", 0.3)
@@ -630,6 +634,7 @@ def cancel(task_id):
     labtasker.update_tasks([TaskUpdateRequest(task_id=task_id, status="cancelled")])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["plain", "deaf"])
 def test_a_job_that_is_cancelled_from_outside_is_ended_with_its_group(both, mode):
     one, two = submit(2)
@@ -643,6 +648,7 @@ def test_a_job_that_is_cancelled_from_outside_is_ended_with_its_group(both, mode
     assert "2 left as they are" in output(loop)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("then", ["raise", "return"])
 def test_a_function_that_is_cancelled_from_outside_gets_task_cancelled(both, then):
     one, two = submit(2)
@@ -654,6 +660,7 @@ def test_a_function_that_is_cancelled_from_outside_gets_task_cancelled(both, the
     assert "function got TaskCancelled" in output(loop) and "after main" in output(loop)
 
 
+@pytest.mark.slow
 def test_a_job_that_cancels_itself_may_clean_up(both):
     one, = submit()
     script = both.write("job.py", "import labtasker, os, time\n"
@@ -668,6 +675,7 @@ def beat_fast(place):
     place.write(".labtasker/config.toml", FAST_BEATS)
 
 
+@pytest.mark.slow
 def test_a_run_longer_than_its_time_out_is_kept_alive(both):
     beat_fast(both)
     one, = submit(max_retries=1)
@@ -677,6 +685,7 @@ def test_a_run_longer_than_its_time_out_is_kept_alive(both):
     assert (done.status, done.retries, done.heartbeat_timeout) == ("success", 0, 3)
 
 
+@pytest.mark.slow
 def test_kill_9_of_the_loop_ends_beats_and_job_and_the_task_is_tried_again(both):
     beat_fast(both)
     one, = submit()
@@ -691,6 +700,7 @@ def test_kill_9_of_the_loop_ends_beats_and_job_and_the_task_is_tried_again(both)
     assert wait_for_end(again) == 143
 
 
+@pytest.mark.slow
 def test_beats_that_die_are_started_again(home):
     beat_fast(home)
     one, = submit(max_retries=1)
@@ -709,6 +719,7 @@ def test_no_password_is_in_the_arguments_of_a_process(server_home):
         assert harness.PASSWORD.encode() not in pathlib.Path("/proc/%d/cmdline" % pid).read_bytes()
 
 
+@pytest.mark.slow
 def test_a_loop_that_was_stopped_past_its_lease_loses_the_run_and_goes_on(both):
     beat_fast(both)
     one, = submit()
@@ -727,6 +738,7 @@ def test_a_loop_that_was_stopped_past_its_lease_loses_the_run_and_goes_on(both):
 # A server that is away
 
 
+@pytest.mark.slow
 def test_a_result_waits_for_the_server_and_the_loop_goes_on_when_it_is_back(server_home):
     ids = submit(2)
     server = server_home.server
@@ -743,6 +755,7 @@ def test_a_result_waits_for_the_server_and_the_loop_goes_on_when_it_is_back(serv
     assert output(loop).count("waiting for it to come back") == 1 and "it is back" in output(loop)
 
 
+@pytest.mark.slow
 def test_a_signal_while_the_server_is_away_ends_the_loop(server_home):
     submit(2)
     loop = server_home.start_cli("loop", "--", "sh", "-c", "echo begins; until test -e gate; do sleep 0.05; done", "%(n)")
@@ -770,6 +783,7 @@ def plain_home(server_home):
     return server_home
 
 
+@pytest.mark.slow
 def test_a_plain_server_is_asked_in_its_own_words(plain_home):
     beat_fast(plain_home)
     one, two, three = submit(3, max_retries=1)

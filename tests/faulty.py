@@ -1,0 +1,386 @@
+"""What the fault tests share: how long they run, a history of every kind of change, disks that fail, lose power or kill.
+
+The long versions are chosen by the environment, one variable a row of SETTINGS, read by `setting` alone:
+LT_TEST_KILLS=1000 LT_TEST_STEPS=1000000 LT_TEST_CUTS=20000 LT_TEST_BITS=20000 LT_TEST_LAST_BYTES=4096 LT_TEST_RACES=100
+LT_TEST_ERRNOS=5. LT_TEST_SEED=n is another course of things; each test that rolls dice prints its seed.
+"""
+import json
+import os
+import random
+import signal
+import stat
+import threading
+
+import labtasker as L
+
+SETTINGS = {  # name: (value of the quick version, meaning)
+    "KILLS": (20, "times that the server of the crash checker is killed"),
+    "STEPS": (20000, "operations compared with the model"),
+    "CUTS": (400, "power cuts tried on each long history"),
+    "BITS": (2000, "random bits of a journal flipped, one at a time"),
+    "LAST_BYTES": (256, "bytes at a journal's end of which every bit is flipped"),
+    "RACES": (20, "rounds of two servers started at once"),
+    "ERRNOS": (1, "errors, of five, tried at each call that fails"),
+    "SEED": (1, "where the dice start"),
+}
+ME = "/api/v1/queues/me"
+
+
+def setting(name):
+    """Return the number that LT_TEST_<name> asks for, or that of the quick version."""
+    return int(os.environ.get("LT_TEST_" + name, SETTINGS[name][0]))
+
+
+def dice(what):
+    """Return a random.Random for the test `what`, and print its seed, which pytest shows when the test fails."""
+    print("%s: LT_TEST_SEED=%d" % (what, setting("SEED")))
+    return random.Random("%s %d" % (what, setting("SEED")))
+
+
+class Caller:
+    """Requests through the one door on a store of its own: caller(method, path, body, query) -> (status, answer).
+
+    Bodies and answers pass through JSON, as if they had come over a wire. What is no answer (an OSError, a hang)
+    fails the test that asked."""
+
+    def __init__(self, path, is_server=False):
+        self.store, self.queue = L.Store(str(path), is_server=is_server), L.DEFAULT_QUEUE
+        if is_server:
+            self.store.open()
+
+    def __call__(self, method, path, body=None, query=None):
+        path = path if path.startswith("/") else (ME + "/" + path).rstrip("/")
+        body = None if body is None else L.parse_json(json.dumps(body))
+        status, answer = L.answer_call(self.store, lambda: L.LocalName(self.queue), method, path, body, query)
+        return status, json.loads(json.dumps(answer))
+
+    def within(self, timeout_s, *args):
+        """Return the answer; AssertionError where none comes in time, as when the writer's thread is dead."""
+        found = []
+
+        def ask():
+            try:
+                found.append(self(*args))
+            except Exception as error:  # shown where the test can see it, not in a thread
+                found.append(error)
+        thread = threading.Thread(target=ask, daemon=True)
+        thread.start()
+        thread.join(timeout_s)
+        assert found, "no answer within %s s to %r" % (timeout_s, args)
+        if isinstance(found[0], Exception):
+            raise AssertionError("%r got no answer but an exception" % (args,)) from found[0]
+        return found[0]
+
+    def close(self):
+        self.store.close()
+
+
+# A history with every kind of change. Each step is a function of (call, made) that makes one request and returns its
+# (status, answer); `made` is a dict in which a step keeps what later ones need. A step can be repeated with the same
+# effect as once, as the protocol promises, where its name does not begin with "again".
+
+
+def _register(call, made):
+    status, answer = call("POST", "workers", {"worker_name": "w", "max_retries": 2})
+    made["worker"] = answer.get("worker_id")
+    return status, answer
+
+
+def _submit(task_id, **fields):
+    return lambda call, made: call("POST", "tasks", dict({"args": {"lr": 0.1, "id": task_id}}, task_id=task_id, **fields))
+
+
+def _submit_list(call, made):
+    return call("POST", "tasks", [{"task_id": "list-%d" % i, "args": {"i": i, "text": "x" * 200}} for i in range(5)])
+
+
+def _fetch(run):
+    def step(call, made):
+        request = {"heartbeat_timeout": 600, "worker_id": made.get("worker"), "fetch_id": "fetch-" + run}
+        status, answer = call("POST", "tasks/next", request)
+        made[run] = answer.get("task") or {}
+        return status, answer
+    return step
+
+
+def _report(run, status, **fields):
+    def step(call, made):
+        task = made.get(run) or {}
+        path = "tasks/%s/status" % task.get("task_id", "none")
+        return call("POST", path, dict({"status": status, "run_id": task.get("run_id")}, **fields))
+    return step
+
+
+def _update(reset, *updates):
+    return lambda call, made: call("PUT", "tasks", list(updates), {"reset_pending": reset})
+
+
+def _worker(status):
+    return lambda call, made: call("POST", "workers/%s/status" % made.get("worker"), {"status": status})
+
+
+def _other_queue(method, path, **body):
+    def step(call, made):
+        call.queue = "other" if path == "" else L.DEFAULT_QUEUE
+        try:
+            return call(method, path, body or None)
+        finally:
+            call.queue = L.DEFAULT_QUEUE
+    return step
+
+
+STEPS = [
+    ("submit", _submit("first", metadata={"tags": ["a"]})),
+    ("again register", _register),
+    ("submit a list", _submit_list),
+    ("fetch", _fetch("one")),
+    ("report failed", _report("one", "failed", summary={"why": "nan"})),
+    ("fetch", _fetch("two")),
+    ("report success", _report("two", "success", summary={"loss": float("inf")})),
+    ("fetch", _fetch("three")),
+    ("hand back", _report("three", "pending", reason="SIGTERM")),
+    ("update", _update("false", {"task_id": "list-1", "priority": 5, "args": {"b.c": 1}}, {"task_id": "list-2", "cmd": "x"})),
+    ("reset", _update("true", {"task_id": "first"})),
+    ("again delete a task", lambda call, made: call("DELETE", "tasks/list-4")),
+    ("again suspend", _worker("suspended")),
+    ("again activate", _worker("active")),
+    ("again make a queue", _other_queue("POST", "/api/v1/queues", queue_name="other", password="p")),
+    ("update a queue", _other_queue("PUT", "", metadata_update={"k": 1})),
+    ("again delete a queue", _other_queue("DELETE", "")),
+    ("cancel", lambda call, made: call("POST", "tasks/list-3/status", {"status": "cancelled"})),
+    ("fetch", _fetch("four")),
+    ("again delete a worker", lambda call, made: call("DELETE", "workers/%s" % made.get("worker"))),
+    ("submit", _submit("last", priority=3)),
+]
+
+
+def play(call, steps=STEPS, made=None):
+    """Make the requests of `steps`; AssertionError where one is refused."""
+    made = {} if made is None else made
+    for name, step in steps:
+        status, answer = step(call, made)
+        assert status < 400, (name, status, answer)
+    return made
+
+
+# What a store holds, and what its file says.
+
+
+def contents(state):
+    """Return all that is in a State, indexes too, as plain values that can be compared (NaN is told apart by text)."""
+    return {queue_id: [repr(part) for part in (
+        queue.record, list(queue.tasks.items()), sorted(queue.workers.items()), sorted(queue.running),
+        sorted(queue.fetches.items()), queue.pending.first(()))] for queue_id, queue in state.queues.items()}
+
+
+def opened(path):
+    """Return (State, Journal) of a file that is opened and replayed as any process would; the caller closes it."""
+    journal, state = L.Journal(str(path), threading.RLock()), L.State()
+    try:
+        journal.open()
+        for line in journal.read_new():
+            if "changes" in line:
+                state.apply(line.get("queue"), line["changes"])
+    except BaseException:
+        journal.close()
+        raise
+    return state, journal
+
+
+def replayed(path):
+    """Return the contents that the file says, which has to be sound."""
+    state, journal = opened(path)
+    journal.close()
+    assert not journal.notices, journal.notices
+    return contents(state)
+
+
+def lines_of(content):
+    """Return the lines of a journal's bytes, header first; AssertionError where one is not sound or is out of order."""
+    lines = content.splitlines(True)
+    numbers = [(L.unseal(line) or {}).get("n") for line in lines]
+    assert numbers == [None] + list(range(1, len(lines))) and L.unseal(lines[0]), numbers
+    return lines
+
+
+# Disks. Each is a dict of functions to put in the place of those of labtasker.Disk.
+
+REAL = {name: getattr(L.Disk, name) for name in ("open", "write", "sync", "truncate", "rename")}
+
+
+def put_in(monkeypatch, functions):
+    """Have every store of this process use these functions of the disk."""
+    for name, function in functions.items():
+        monkeypatch.setattr(L.Disk, name, staticmethod(function))
+
+
+def without_sync(monkeypatch):
+    """Syncs take no time: for tests in which nothing but this process can go wrong."""
+    put_in(monkeypatch, {"sync": lambda fd: None})
+
+
+class FailingDisk:
+    """Fails as `faults` says: {name: (first call that fails, how many, error number, bytes written before it fails)}.
+
+    Calls are counted from the making on, or from `reset`. `failed` counts the failures."""
+
+    def __init__(self, faults):
+        self.faults, self.calls, self.failed = faults, dict.fromkeys(REAL, 0), 0
+        self.functions = {name: self._function(name) for name in REAL}
+
+    def _function(self, name):
+        def call(*args):
+            self.calls[name] += 1
+            first, times, number, written = self.faults.get(name, (0, 0, 0, 0))
+            if first <= self.calls[name] < first + times:
+                self.failed += 1
+                if name == "write" and written and self.calls[name] == first:
+                    return os.write(args[0], bytes(args[1][:written]))
+                raise OSError(number, os.strerror(number))
+            return None if name == "sync" else REAL[name](*args)
+        return call
+
+    def heal(self):
+        """The disk works from now on."""
+        self.faults = {}
+
+
+class KillingDisk:
+    """Kills its own process at the k-th call: before it, after it, or where half of a write is done."""
+
+    def __init__(self, k, when):
+        self.k, self.when, self.calls = k, when, 0
+        self.functions = {name: self._function(name) for name in REAL}
+
+    def _function(self, name):
+        def call(*args):
+            self.calls += 1
+            if self.calls != self.k:
+                return None if name == "sync" else REAL[name](*args)
+            if self.when == "half" and name == "write":
+                os.write(args[0], bytes(args[1][:len(args[1]) // 2]))
+            if self.when == "after" and name != "sync":
+                REAL[name](*args)
+            os.kill(os.getpid(), signal.SIGKILL)
+        return call
+
+
+PIECE = 512
+
+
+class Killed(BaseException):
+    """Stands for a kill -9 in the middle of a call of the disk, where the same process plays the next one."""
+
+
+class PowerDisk:
+    """Writes to the real files and notes every change, so that `image` can say what a power cut would have left.
+
+    `events` has ("write", file, offset, bytes), ("truncate", file, size), ("create", path, file),
+    ("rename", source, path), ("sync", file or None for the folder), ("acknowledged", bytes of the journal).
+    `killed_at` is the count of a sync that raises Killed instead of syncing."""
+
+    def __init__(self, folder, killed_at=None):
+        self.folder, self.events, self.killed_at, self.syncs = str(folder), [], killed_at, 0
+        self.functions = {name: getattr(self, name) for name in REAL}
+
+    def open(self, path, flags, mode=0o777):
+        there = os.path.exists(path)
+        fd = REAL["open"](path, flags, mode)
+        if not there:
+            self.events.append(("create", path, os.fstat(fd).st_ino))
+        elif flags & os.O_TRUNC:
+            self.events.append(("truncate", os.fstat(fd).st_ino, 0))
+        return fd
+
+    def write(self, fd, data):
+        offset, data = os.fstat(fd).st_size, bytes(data)
+        self.events.append(("write", os.fstat(fd).st_ino, offset, data))
+        return REAL["write"](fd, data)
+
+    def sync(self, fd):
+        self.syncs += 1
+        if self.syncs == self.killed_at:
+            raise Killed()
+        kind = os.fstat(fd)
+        self.events.append(("sync", None if stat.S_ISDIR(kind.st_mode) else kind.st_ino))
+
+    def truncate(self, fd, size):
+        self.events.append(("truncate", os.fstat(fd).st_ino, size))
+        REAL["truncate"](fd, size)
+
+    def rename(self, source, path):
+        self.events.append(("rename", source, path))
+        REAL["rename"](source, path)
+
+    def acknowledge(self, path):
+        """Note that all that stands in the journal now was acknowledged."""
+        with open(str(path), "rb") as file:
+            self.events.append(("acknowledged", file.read()))
+
+    def image(self, count, choose):
+        """Return ({path: bytes}, bytes acknowledged) after a cut that follows the first `count` events.
+
+        `choose(number)` returns from 0 to number - 1: what of the unsynced becomes of each piece and of the names."""
+        files, names, pending, unnamed, acknowledged = {}, {}, {}, [], b""
+        for event in self.events[:count]:
+            kind = event[0]
+            if kind == "acknowledged":
+                acknowledged = event[1]
+            elif kind in ("create", "rename"):
+                unnamed.append(event)
+            elif kind != "sync":
+                pending.setdefault(event[1], []).append(event)
+            elif event[1] is None:
+                names, unnamed = named(names, unnamed), []
+            else:
+                changes = pending.pop(event[1], [])
+                files[event[1]] = changed(files.get(event[1], b""), changes, lambda number: number - 1)
+        names = named(names, unnamed[:choose(len(unnamed) + 1)])
+        return {path: changed(files.get(file, b""), pending.get(file, []), choose) for path, file in names.items()}, acknowledged
+
+
+def named(names, events):
+    """Return the names {path: file} after these changes of the folder."""
+    names = dict(names)
+    for kind, one, other in events:
+        names[other if kind == "rename" else one] = names.pop(one, None) if kind == "rename" else other
+    return names
+
+
+def changed(content, changes, choose):
+    """Return the bytes of a file after those of these changes, cut into pieces of the disk, that `choose` picks.
+
+    What is missing before a piece that is there is zeros; so may be what is missing at the end."""
+    for kind, _, offset, *data in changes:
+        if kind == "truncate":
+            content = (content[:offset] + bytes(offset - len(content[:offset]))) if choose(2) else content
+            continue
+        data, end = data[0], offset + len(data[0])
+        while offset < end:
+            size = min(end, offset - offset % PIECE + PIECE) - offset
+            if choose(2):
+                content = content[:offset].ljust(offset, b"\0") + data[:size] + content[offset + size:]
+            data, offset = data[size:], offset + size
+        if len(content) < end and choose(2):
+            content = content.ljust(end, b"\0")
+    return content
+
+
+def every_choice(limit):
+    """Yield functions `choose` that together make every choice there is, at most `limit` of them."""
+    made = []
+    for _ in range(limit):
+        taken, at = list(made), [0]
+
+        def choose(number, taken=taken, at=at):
+            if at[0] == len(taken):
+                taken.append((0, number))
+            at[0] += 1
+            return taken[at[0] - 1][0]
+        yield choose
+        made = taken[:at[0]]
+        while made and made[-1][0] == made[-1][1] - 1:
+            made.pop()
+        if not made:
+            return
+        made[-1] = made[-1][0] + 1, made[-1][1]

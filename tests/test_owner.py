@@ -1,0 +1,193 @@
+"""Section 4: one owner a store, also where a lock that one host takes is not seen on another."""
+import json
+import os
+import sys
+import threading
+
+import pytest
+
+import labtasker as L
+from harness import end_group, start, wait_until
+
+
+class Host:
+    """Stands for a host: what runs `as_me` believes to be there. Its locks are not seen elsewhere."""
+
+    def __init__(self, name, monkeypatch):
+        self.name, self.monkeypatch = name, monkeypatch
+
+    def __enter__(self):
+        self.monkeypatch.setattr(L, "host_id", lambda: self.name)
+
+    def __exit__(self, *_):
+        self.monkeypatch.setattr(L, "host_id", lambda: "nobody")
+
+
+@pytest.fixture
+def hosts(monkeypatch):
+    """Return two hosts on a file system whose locks lie."""
+    monkeypatch.setattr(L.FileLock, "acquire", lambda lock, timeout_s: True)
+    monkeypatch.setattr(L.FileLock, "release", lambda lock: None)
+    monkeypatch.setattr(L, "OWNER_LAPSE_S", 0.5)
+    return Host("one", monkeypatch), Host("two", monkeypatch)
+
+
+def server(tmp_path, **options):
+    store = L.Store(str(tmp_path / "journal.jsonl"), is_server=True)
+    store.open(**options)
+    return store
+
+
+def submit(store):
+    """Return (status, answer) of a submission to the store's first queue."""
+    if not store.state.queues and store.is_server:
+        assert L.answer_call(store, None, "POST", "/api/v1/queues", {"queue_name": "default", "password": "p"})[0] == 201
+    return L.answer_call(store, lambda: L.LocalName("default"), "POST", "/api/v1/queues/me/tasks", {"args": {"a": 1}})
+
+
+def replayed(tmp_path):
+    """Return the ids of the tasks that the file holds."""
+    state, source = L.State(), L.JournalFile(str(tmp_path / "journal.jsonl"), mode=os.O_RDONLY)
+    source.open()
+    for line in source.read_new():
+        if "changes" in line:
+            state.apply(line["queue"], line["changes"])
+    assert source.size == os.stat(source.path).st_size
+    return {task_id for queue in state.queues.values() for task_id in queue.tasks}
+
+
+def test_a_store_of_another_living_host_is_refused_with_its_name(hosts, tmp_path):
+    one, two = hosts
+    with one:
+        first = server(tmp_path)
+        stop = threading.Event()
+
+    def live():
+        while not stop.wait(0.05):
+            first.owner.moved_at = -1e9
+            first.owner.move()
+    alive = threading.Thread(target=live)
+    alive.start()
+    with two:
+        with pytest.raises(L.StoreUnavailable, match="on host %s.*--takeover" % os.uname().nodename):
+            server(tmp_path)
+        embedded = L.Store(str(tmp_path / "journal.jsonl"))
+        status, answer = submit(embedded)
+        assert status == 503 and "--takeover" in answer["detail"]
+        assert L.answer_call(embedded, lambda: L.LocalName("default"), "GET", "/api/v1/queues/me")[0] == 200
+    stop.set()
+    alive.join()
+
+
+def test_a_silent_owner_is_taken_over_and_writes_no_more(hosts, tmp_path):
+    one, two = hosts
+    with one:
+        first = server(tmp_path)
+        known = submit(first)[1]["task_id"]
+    with two:
+        second = server(tmp_path)
+        task_id = submit(second)[1]["task_id"]
+    with one:
+        status, answer = submit(first)
+        assert status == 503 and "another owner" in answer["detail"]
+        assert submit(first)[0] == 503
+    with two:
+        last = submit(second)[1]["task_id"]
+    assert replayed(tmp_path) == {known, task_id, last}
+
+
+def test_takeover_does_not_wait_and_a_released_store_needs_none(hosts, tmp_path, monkeypatch):
+    monkeypatch.setattr(L, "OWNER_LAPSE_S", 1e9)
+    one, two = hosts
+    with one:
+        server(tmp_path)
+    with two:
+        store = server(tmp_path, takeover=True)
+        store.close()
+    with one:
+        server(tmp_path).close()
+
+
+def test_a_write_that_was_under_way_when_the_store_was_taken_is_not_acknowledged(hosts, tmp_path):
+    """The first server looks, is stopped, and writes when it wakes."""
+    one, two = hosts
+    with one:
+        first = server(tmp_path)
+        known = submit(first)[1]["task_id"]
+    taken = []
+
+    class Stopped(L.Disk):
+        @staticmethod
+        def write(fd, data):
+            if not taken:
+                with two:
+                    taken.append(server(tmp_path, takeover=True))
+            return os.write(fd, data)
+    first.journal.disk = Stopped
+    with one:
+        assert submit(first)[0] == 503
+        assert submit(first)[0] == 503
+    assert known in replayed_before_damage(tmp_path)
+
+
+def replayed_before_damage(tmp_path):
+    """Return the ids of the tasks in the good part of the file; what comes after was never acknowledged."""
+    text = (tmp_path / "journal.jsonl").read_text()
+    return {change[1] for line in text.splitlines() for change in json.loads(line).get("changes", ()) if change[0] == "task"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("round_", range(5))
+def test_of_two_servers_started_at_once_where_locks_lie_one_serves(tmp_path, round_):
+    program = ("import sys, labtasker as L\nL.FileLock.acquire = lambda lock, timeout_s: True\n"
+               "try:\n    L.serve(sys.argv[1], port=0)\nexcept L.LabtaskerError as error:\n    sys.exit('refused: %s' % error)\n")
+    logs = [tmp_path / "log-0", tmp_path / "log-1"]
+    both = [start([sys.executable, "-c", program, tmp_path / "journal.jsonl"], tmp_path, log) for log in logs]
+    try:
+        wait_until(lambda: all("listening" in log.read_text() or "refused" in log.read_text() for log in logs), "both have decided")
+        assert sorted("listening" in log.read_text() for log in logs) == [False, True], [log.read_text() for log in logs]
+        assert "is in use by a server: process" in "".join(log.read_text() for log in logs)
+    finally:
+        for process in both:
+            end_group(process)
+
+
+def test_processes_of_one_host_share_an_epoch_without_a_server(tmp_path):
+    stores = [L.Store(str(tmp_path / "journal.jsonl")) for _ in range(3)]
+    for _ in range(3):
+        for store in stores:
+            assert submit(store)[0] == 201
+    assert {store.owner.epoch for store in stores} == {1}
+    assert (tmp_path / "journal.jsonl").read_text().count('"epoch"') == 1
+
+
+def test_a_server_after_embedded_commands_and_the_other_way_round(tmp_path):
+    embedded = L.Store(str(tmp_path / "journal.jsonl"))
+    submit(embedded)
+    for epoch in (2, 3):
+        store = server(tmp_path)
+        assert store.owner.epoch == epoch and submit(store)[0] == 201
+        store.close()
+    assert submit(embedded)[0] == 201
+    assert len(replayed(tmp_path)) == 4
+
+
+def test_an_owner_file_that_is_gone_or_garbage_keeps_nobody_out(tmp_path):
+    embedded = L.Store(str(tmp_path / "journal.jsonl"))
+    submit(embedded)
+    os.unlink(str(tmp_path / "journal.jsonl.owner-1"))
+    assert submit(embedded)[0] == 201
+    (tmp_path / "journal.jsonl.owner-7").write_text("garbage")
+    again = L.Store(str(tmp_path / "journal.jsonl"))
+    again.owner._is_silent = lambda epoch, told: True
+    assert submit(again)[0] == 201 and again.owner.epoch == 8
+
+
+def test_a_process_that_died_and_one_that_lives_are_told_apart():
+    assert L.process_start(os.getpid()) == L.process_start(os.getpid()) is not None
+    pid = os.fork()
+    if not pid:
+        os._exit(0)
+    wait_until(lambda: L.process_start(pid) is None, "a zombie counts as dead")
+    os.waitpid(pid, 0)
+    assert L.process_start(pid) is None
