@@ -1881,14 +1881,16 @@ class Owner:
             here = told.get("host_id") == self.host_id
             if here and told.get("server") and told.get("pid") != os.getpid() \
                     and process_start(told.get("pid", 0)) == told.get("started"):
-                raise StoreUnavailable("%s is in use by a server: process %s on this host" % (self.path, told.get("pid")))
+                raise StoreUnavailable("%s is in use by a server: process %s on this host"
+                                       % (self.path, told.get("pid")))
             if here and not self.is_server and last:
                 self.epoch, self.moved_at = last, -math.inf
                 return False
             if not (here or takeover or told.get("released") or self._is_silent(last, told)):
                 raise StoreUnavailable(
-                    "%s belongs to %s %s on host %s: run commands there, or point them at a server there that other hosts "
-                    "can reach (labtasker serve --host 0.0.0.0); if that host is gone for good: labtasker serve --takeover"
+                    "%s belongs to %s %s on host %s: run commands there, or point them at a server there that "
+                    "other hosts can reach (labtasker serve --host 0.0.0.0); if that host is gone for good: labtasker "
+                    "serve --takeover"
                     % (self.path, "the server" if told.get("server") else "process", told.get("pid"), told.get("host")))
             if self._take(last + 1):
                 return True
@@ -2101,9 +2103,9 @@ class JournalFile:
         tail = os.pread(self.fd, end - self.size, self.size)
         later = [value for value in map(unseal, tail.splitlines(True)) if value]
         if self.size < self.header.get("tail", 0) or any(value.get("durable", 0) >= bad_n for value in later):
-            raise StoreDamaged("%s: byte %d: line %d is damaged, and was on disk when later lines were written; nothing "
-                               "was changed. 'labtasker journal verify' shows all damage, 'labtasker journal repair' "
-                               "saves what can be saved" % (self.path, self.size, bad_n))
+            raise StoreDamaged("%s: byte %d: line %d is damaged, and was on disk when later lines were written; "
+                               "nothing was changed. 'labtasker journal verify' shows all damage, 'labtasker journal "
+                               "repair' saves what can be saved" % (self.path, self.size, bad_n))
         aside = "%s.torn-%d-%d" % (self.path, self.size, time.time())
         self.disk.create(aside, [tail])
         self.disk.truncate(self.fd, self.size)
@@ -2172,7 +2174,7 @@ class Journal(JournalFile):
         if self.broken:
             self._write_anew()
         if self.changed() or not self.allowed():
-            self.fenced = "%s has another owner or another writer now: this process must not write to it any more" % self.path
+            self.fenced = "%s has another owner or another writer now: this process must not write to it" % self.path
             raise StoreUnavailable(self.fenced)
         self.disk.write_all(self.fd, data)
         due = self.fsync == "interval" and monotonic() - self.synced_at >= SYNC_INTERVAL_S
@@ -2184,8 +2186,8 @@ class Journal(JournalFile):
                 raise
             self.synced_at = monotonic()
         if os.fstat(self.fd).st_size != self.size + len(data) or not self.allowed():
-            self.fenced = ("%s got another owner or another writer while this process, which may have been stopped, wrote to "
-                           "it" % self.path)
+            self.fenced = ("%s got another owner or another writer while this process, which may have been stopped, "
+                           "wrote to it" % self.path)
             raise StoreUnavailable(self.fenced)
         return self.fsync == "always" or due
 
@@ -2359,7 +2361,8 @@ def repair(path, disk=Disk):
     damaged, aside, draft = ("%s.%s-%d" % (path, word, stamp) for word in ("damaged", "bad", "repaired"))
     disk.create(aside, (piece.data for piece in walk(path) if piece.problem))
     body = sum(len(data) for data, is_fold in _good_lines(path) if is_fold)
-    header = dict(found.header or {"journal": "labtasker", "format": FORMAT, "store": new_id()}, repaired_at=time.time())
+    header = found.header or {"journal": "labtasker", "format": FORMAT, "store": new_id()}
+    header = dict(header, repaired_at=time.time())
     disk.create(draft, itertools.chain([journal_header(header, body)], (data for data, _ in _good_lines(path))))
     os.link(path, damaged)
     disk.rename(draft, path)
@@ -2442,7 +2445,8 @@ class Beats:
 class BeatFiles:
     """The same for the processes of one host that share a store without a server: a small file a run.
 
-    It holds the host's id, when the run began and when it was last heard of; on another host, or after another boot, it is over."""
+    It holds the host's id, when the run began and when it was last heard of; on another host, or after another
+    boot, it is over."""
 
     def __init__(self, folder):
         self.folder = os.path.join(folder, "beats")
@@ -2763,11 +2767,11 @@ def in_other_process(function, *words):
     return done.stdout
 
 
-class Store:
-    """One journal and the state that it describes, for the threads of this process.
+class StoreFile:
+    """One journal and the state that it describes. `lock` guards all attributes.
 
     A server holds the file's lock for its life and has a thread that writes. Embedded, the lock is taken
-    for one operation, which first reads what others have added. `lock` guards all attributes."""
+    for one operation, which first reads what others have added."""
 
     LOCK_TIMEOUT_S = 30.0  # embedded peers hold the lock for milliseconds
 
@@ -2775,17 +2779,10 @@ class Store:
         self.path, self.is_server, self.server_id = os.path.abspath(path), is_server, None
         self.folder = os.path.dirname(self.path)
         self.lock = threading.RLock()
-        self.changed = threading.Condition(self.lock)
         self.journal = Journal(self.path, self.lock, fsync)
         self.file_lock = FileLock(self.path + ".lock")
         self.owner, self.epoch_seen = Owner(self.path, is_server), 0
-        self.state = State()
-        self.beats = Beats() if is_server else BeatFiles(self.folder)
-        self.looked_at, self.writer, self.look_again_bytes = -math.inf, None, SPARE_BYTES
-        self.filters = {}  # (document as text, names of fields): predicate
-        self.logins, self.login_key = {}, os.urandom(32)  # queue id: keyed hash of a password that was right
-
-    # opening and closing
+        self.state, self.writer, self.look_again_bytes = State(), None, SPARE_BYTES
 
     def open(self, takeover=False):
         """Return when a server has the store to itself; StoreUnavailable when another process has it."""
@@ -2805,7 +2802,8 @@ class Store:
         """Write into the journal that it has a new owner, so that a former one that reads it stops."""
         self.journal.allowed = self.owner.holds
         self.epoch_seen = self.owner.epoch
-        self.journal.add(dump_json({"at": now(), "epoch": self.owner.epoch, "owner": os.uname().nodename}).encode(), None)
+        line = {"at": now(), "epoch": self.owner.epoch, "owner": os.uname().nodename}
+        self.journal.add(dump_json(line).encode(), None)
 
     def holder(self):
         """Return words about the server that has the store, from its server.json."""
@@ -2831,25 +2829,6 @@ class Store:
             if "changes" in line:
                 self.state.apply(line.get("queue"), line["changes"])
             self.epoch_seen = max(self.epoch_seen, line.get("epoch", 0))
-
-    def _own(self, begun):
-        """Have the journal say who owns it, or raise StoreUnavailable when it says that it is another."""
-        if not begun:
-            raise StoreUnavailable("%s was taken over by another host" % self.path)
-        self._begin_epoch()
-
-    def _read_on(self):
-        """Read what others have added to the file, or put in its place; the file's lock is held."""
-        if self.journal.fd is None:
-            self.journal.open()
-        elif self.journal.replaced() and not self.journal.follow():
-            self.state, self.journal.size = State(), 0
-            self.journal.open()
-        if self.journal.changed():
-            self.catch_up()
-        for notice in self.journal.notices:
-            print("labtasker: " + notice, file=sys.stderr)
-        self.journal.notices = []
 
     def alone(self, action, writes=True):
         """Return action(), called with the file's lock held and all read that others have written; embedded.
@@ -2897,25 +2876,48 @@ class Store:
             print("labtasker: " + notice, file=sys.stderr)
         self.journal.notices = []
 
-    def alone(self, action, writes=True):
-        """Return action(), called with the file's lock held and all read that others have written; embedded.
-
-        Reading needs no ownership of the store."""
-        os.makedirs(self.folder, 0o700, exist_ok=True)
+    def is_bloated(self):
+        """Return whether most of the file is dead weight; looked at every few megabytes."""
         with self.lock:
-            if not self.file_lock.acquire(self.LOCK_TIMEOUT_S):
-                raise StoreUnavailable("%s is held by another process%s" % (self.path, self.holder()))
-            try:
-                begun = writes and not self.owner.holds() and self.owner.claim()
-                self._read_on()
-                if begun or writes and self.epoch_seen > self.owner.epoch:
-                    self._own(begun)
-                return action()
-            finally:
-                self.journal.flush()
-                self.file_lock.release()
+            if self.journal.size < self.look_again_bytes:
+                return False
+            self.look_again_bytes = self.journal.size + LOOK_BYTES
+            live = sum(_live_bytes(queue) for queue in self.state.queues.values())
+            return self.journal.size > 2 * live + SPARE_BYTES
 
-    # operations
+    def compact(self):
+        """Return when the file is as short as its live data allows; another process does the folding meanwhile."""
+        draft = self.path + ".fold"
+        n, offset = json.loads(in_other_process("fold", self.path, draft))
+        try:
+            self.journal.adopt(draft, offset)
+        except OSError as error:
+            raise LabtaskerRuntimeError("%s could not be compacted (%s); it is as it was" % (self.path, error.strerror))
+        self.look_again_bytes = self.journal.size + LOOK_BYTES
+
+    def compact_apart(self):
+        """Start a process that compacts the store, and do not wait for it."""
+        import subprocess
+        subprocess.Popen(_other_process("compact", self.path), stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+                         stderr=subprocess.DEVNULL, start_new_session=True)
+
+
+class Store(StoreFile):
+    """The operations on a store, for the threads of this process."""
+
+    def __init__(self, path, is_server=False, fsync="always"):
+        super().__init__(path, is_server, fsync)
+        self.changed = threading.Condition(self.lock)
+        self.beats = Beats() if is_server else BeatFiles(self.folder)
+        self.looked_at = -math.inf
+        self.filters = {}  # (document as text, names of fields): predicate
+        self.logins, self.login_key = {}, os.urandom(32)  # queue id: keyed hash of a password that was right
+
+    def _own(self, begun):
+        """Have the journal say who owns it, or raise StoreUnavailable when it says that it is another."""
+        if not begun:
+            raise StoreUnavailable("%s was taken over by another host" % self.path)
+        self._begin_epoch()
 
     def transact(self, operation, queue_id, request, writes=True):
         """Return the operation's answer once all that it did, and all that it saw, is on disk; or raise."""
@@ -2985,31 +2987,6 @@ class Store:
                 self.beats.forget(before)
             if after:
                 self.beats.start(after)
-
-    def is_bloated(self):
-        """Return whether most of the file is dead weight; looked at every few megabytes."""
-        with self.lock:
-            if self.journal.size < self.look_again_bytes:
-                return False
-            self.look_again_bytes = self.journal.size + LOOK_BYTES
-            live = sum(_live_bytes(queue) for queue in self.state.queues.values())
-            return self.journal.size > 2 * live + SPARE_BYTES
-
-    def compact(self):
-        """Return when the file is as short as its live data allows; another process does the folding meanwhile."""
-        draft = self.path + ".fold"
-        n, offset = json.loads(in_other_process("fold", self.path, draft))
-        try:
-            self.journal.adopt(draft, offset)
-        except OSError as error:
-            raise LabtaskerRuntimeError("%s could not be compacted (%s); it is as it was" % (self.path, error.strerror))
-        self.look_again_bytes = self.journal.size + LOOK_BYTES
-
-    def compact_apart(self):
-        """Start a process that compacts the store, and do not wait for it."""
-        import subprocess
-        subprocess.Popen(_other_process("compact", self.path), stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
-                         stderr=subprocess.DEVNULL, start_new_session=True)
 
     def wait_for_change(self, seen_n, timeout_s):
         """Return once the journal is past line `seen_n`, or after so many seconds."""

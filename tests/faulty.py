@@ -4,6 +4,7 @@ The long versions are chosen by the environment, one variable a row of SETTINGS,
 LT_TEST_KILLS=1000 LT_TEST_STEPS=1000000 LT_TEST_CUTS=20000 LT_TEST_BITS=20000 LT_TEST_LAST_BYTES=4096 LT_TEST_RACES=100
 LT_TEST_ERRNOS=5. LT_TEST_SEED=n is another course of things; each test that rolls dice prints its seed.
 """
+import itertools
 import json
 import os
 import random
@@ -43,32 +44,36 @@ class Caller:
     Bodies and answers pass through JSON, as if they had come over a wire. What is no answer (an OSError, a hang)
     fails the test that asked."""
 
-    def __init__(self, path, is_server=False):
-        self.store, self.queue = L.Store(str(path), is_server=is_server), L.DEFAULT_QUEUE
+    def __init__(self, path, is_server=False, timeout_s=None):
+        self.store, self.queue, self.timeout_s = L.Store(str(path), is_server=is_server), L.DEFAULT_QUEUE, timeout_s
         if is_server:
             self.store.open()
 
-    def __call__(self, method, path, body=None, query=None):
+    def __call__(self, *request):
+        return self.within(self.timeout_s, *request) if self.timeout_s else self.ask(*request)
+
+    def ask(self, method, path, body=None, query=None):
+        """Return the answer, from this very thread."""
         path = path if path.startswith("/") else (ME + "/" + path).rstrip("/")
         body = None if body is None else L.parse_json(json.dumps(body))
         status, answer = L.answer_call(self.store, lambda: L.LocalName(self.queue), method, path, body, query)
         return status, json.loads(json.dumps(answer))
 
-    def within(self, timeout_s, *args):
+    def within(self, timeout_s, *request):
         """Return the answer; AssertionError where none comes in time, as when the writer's thread is dead."""
         found = []
 
         def ask():
             try:
-                found.append(self(*args))
+                found.append(self.ask(*request))
             except Exception as error:  # shown where the test can see it, not in a thread
                 found.append(error)
         thread = threading.Thread(target=ask, daemon=True)
         thread.start()
         thread.join(timeout_s)
-        assert found, "no answer within %s s to %r" % (timeout_s, args)
+        assert found, "no answer within %s s to %.100r" % (timeout_s, request)
         if isinstance(found[0], Exception):
-            raise AssertionError("%r got no answer but an exception" % (args,)) from found[0]
+            raise AssertionError("%.100r got no answer but %r" % (request, found[0])) from found[0]
         return found[0]
 
     def close(self):
@@ -171,6 +176,15 @@ def contents(state):
     return {queue_id: [repr(part) for part in (
         queue.record, list(queue.tasks.items()), sorted(queue.workers.items()), sorted(queue.running),
         sorted(queue.fetches.items()), queue.pending.first(()))] for queue_id, queue in state.queues.items()}
+
+
+def check_same(found, wanted, words):
+    """AssertionError, with what differs and `words`, unless two `contents` are the same."""
+    for queue_id in sorted(set(found) | set(wanted)):
+        for one, other in itertools.zip_longest(found.get(queue_id, ()), wanted.get(queue_id, ())):
+            at = len(os.path.commonprefix([str(one), str(other)]))
+            assert one == other, "%s: ...%.300s... instead of ...%.300s..." % (
+                words, str(one)[max(0, at - 60):], str(other)[max(0, at - 60):])
 
 
 def opened(path):
