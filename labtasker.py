@@ -1969,10 +1969,10 @@ def unseal(line):
 class Batch:
     """Lines that go to disk together. `done` is set when they are there, or `error` says why they are not."""
 
-    __slots__ = ("bodies", "undos", "done", "error")
+    __slots__ = ("bodies", "undos", "tells", "done", "error")
 
     def __init__(self):
-        self.bodies, self.undos, self.done, self.error = [], [], threading.Event(), None
+        self.bodies, self.undos, self.tells, self.done, self.error = [], [], [], threading.Event(), None
 
     def wait(self):
         """Return when the batch is on disk, or raise what went wrong."""
@@ -2118,7 +2118,8 @@ class Journal(JournalFile):
     """The file as it is written.
 
     A line that can't be made durable is taken back: the `undo` that came with it is called, newest
-    first, with the lock held, so that memory and file agree before the next operation."""
+    first, with the lock held, so that memory and file agree before the next operation. For one that is
+    down its `tell` is called with its number, with the lock held."""
 
     def __init__(self, path, lock, fsync="always", disk=Disk):
         super().__init__(path, lock, disk)
@@ -2129,7 +2130,7 @@ class Journal(JournalFile):
         self.broken = None  # why the page cache can't be trusted, until the file was written anew
         self.allowed = lambda: True  # whether this process still owns the store, asked around every write
 
-    def add(self, body, undo):
+    def add(self, body, undo, tell=None):
         """Return the batch that the line of this JSON object (bytes) goes down with, or raise StoreUnavailable.
 
         Call it with the lock held."""
@@ -2138,6 +2139,7 @@ class Journal(JournalFile):
         self.n += 1
         self.batch.bodies.append(body)
         self.batch.undos.append(undo)
+        self.batch.tells.append(tell)
         self.filled.set()
         return self.batch
 
@@ -2164,6 +2166,9 @@ class Journal(JournalFile):
         with self.lock:
             if not batch.error:
                 self.size += len(data)
+                for i, tell in enumerate(batch.tells):
+                    if tell:
+                        tell(first + i)
             if synced:
                 self.durable = first + len(batch.bodies) - 1
             self.writing = None
@@ -2406,6 +2411,7 @@ MAX_STANDING = 200  # filters of fetches that are kept current in a queue
 SPARE_BYTES = 16 << 20  # a journal may be twice as long as its live data, and this
 LOOK_BYTES = 4 << 20  # how far it grows before its live data is estimated again
 FOLD_CHANGES = 100  # on a line of a folded journal: some ten kilobytes
+MAX_EVENTS = 10000  # the latest, kept in memory for those who listen
 MAX_LOG = 100000  # newly pending tasks remembered for those filters to catch up with
 DEFAULT_QUEUE = "default"  # of the store without a server, made at the first write
 EMBEDDED_POLL_S = 0.1  # how often a waiting process without a server looks at the file
@@ -2670,17 +2676,17 @@ class State:
         return old
 
     def apply(self, queue_id, changes):
-        """Return how to undo these changes: a list of (put, id, what was there), oldest first."""
-        undo = []
+        """Return what was done, and how to undo it: a list of (put, id, what was there, what is), oldest first."""
+        done = []
         for change in changes:
             put, key, new = RECORDS[change[0]].apply(self, queue_id, *change[1:])
-            undo.append((put, key, put(key, new)))
-        return undo
+            done.append((put, key, put(key, new), new))
+        return done
 
     @staticmethod
-    def put_back(undo):
+    def put_back(done):
         """Undo what `apply` did."""
-        for put, key, old in reversed(undo):
+        for put, key, old, _ in reversed(done):
             put(key, old)
             if isinstance(old, TaskRecord):  # back to its place in the order of last changes
                 tasks = put.__self__.tasks
@@ -2749,6 +2755,81 @@ RECORDS = {
 }
 
 
+class Transition(collections.namedtuple("Transition", "n k at queue_id kind old_state record")):
+    """The k-th step of a state machine on line n: a task or worker went from `old_state` to its record's status."""
+
+    __slots__ = ()
+
+
+def transitions(n, at, queue_id, changes, done):
+    """Return the Transitions on a line, from its changes and what applying them did."""
+    if n is None:  # a folded line: its steps are gone
+        return []
+    steps = [(change, new) for change, (_, _, _, new) in zip(changes, done) if len(change) > 3 and change[3] and new]
+    return [Transition(n, k, at, queue_id, change[0], change[3], new) for k, (change, new) in enumerate(steps)]
+
+
+def follow(store, queue_id, after, pause_s):
+    """Yield the Transitions of a queue after the event `after`, (n, k), or from now on for None; None after every
+    `pause_s` without any; text where events were compacted away. Ends when the store closes."""
+    if after is None:
+        after = _news(store, (math.inf, 0))[2]
+    while not store.closing:
+        gap, news, last = _news(store, after)
+        if gap:
+            news = _older_events(store.path, after, last)
+        for event in news:
+            after = (event.n, event.k)
+            if event.queue_id in (queue_id, None):
+                yield event
+        if not gap and not news and not _wait_for_news(store, after, pause_s):
+            yield None
+
+
+def _news(store, after):
+    """Return (whether events after `after` are only in the file, those in memory, the last event's place)."""
+    with store.lock:
+        events = store.events
+        last = (events[-1].n, events[-1].k) if events else (store.journal.header.get("folded", 0), -1)
+        if events and (events[0].n, events[0].k) <= after or after >= last:
+            news = list(itertools.takewhile(lambda event: (event.n, event.k) > after, reversed(events)))
+            return False, news[::-1], last
+        gap = len(events) == MAX_EVENTS or store.journal.header.get("folded", 0) > after[0]
+        return gap, [] if gap else list(events), last
+
+
+def _older_events(path, after, last):
+    """Yield the Transitions after `after` up to `last` from the journal's file, and first, where some are gone, one
+    that says so: of no queue and with text for a record."""
+    source, state = JournalFile(path, mode=os.O_RDONLY), State()
+    source.open()
+    folded = source.header.get("folded", 0)
+    if folded > after[0]:
+        text = ("the events after %d.%d up to line %d were compacted away; list the tasks to see what became of them"
+                % (after[0], after[1], folded))
+        yield Transition(folded, math.inf, now(), None, "too old", None, text)
+    for line in source.read_new():
+        if "changes" in line:
+            done = state.apply(line["queue"], line["changes"])
+            for event in transitions(line.get("n"), line.get("at"), line["queue"], line["changes"], done):
+                if after < (event.n, event.k) <= last:
+                    yield event
+        if line.get("n", 0) > last[0]:
+            return
+
+
+def _wait_for_news(store, after, timeout_s):
+    """Return whether there may be events after `after` before so many seconds have passed."""
+    give_up_at = monotonic() + timeout_s
+    while not store.closing and _news(store, after)[2] <= after:
+        if monotonic() >= give_up_at:
+            return False
+        store.wait_for_change(store.journal.n, give_up_at - monotonic())
+        if not store.is_server and store.journal.exists():
+            store.alone(lambda: None, writes=False)
+    return True
+
+
 def _other_process(function, *words):
     """Return the command that calls a function of this file in a process of its own and prints its answer as JSON."""
     folder, name = os.path.split(os.path.splitext(os.path.abspath(__file__))[0])
@@ -2783,6 +2864,7 @@ class StoreFile:
         self.file_lock = FileLock(self.path + ".lock")
         self.owner, self.epoch_seen = Owner(self.path, is_server), 0
         self.state, self.writer, self.look_again_bytes = State(), None, SPARE_BYTES
+        self.events = collections.deque(maxlen=MAX_EVENTS)  # the latest Transitions that are on disk
 
     def open(self, takeover=False):
         """Return when a server has the store to itself; StoreUnavailable when another process has it."""
@@ -2827,7 +2909,8 @@ class StoreFile:
         """Apply the lines that others have added."""
         for line in self.journal.read_new():
             if "changes" in line:
-                self.state.apply(line.get("queue"), line["changes"])
+                done = self.state.apply(line["queue"], line["changes"])
+                self.events.extend(transitions(line.get("n"), line.get("at"), line["queue"], line["changes"], done))
             self.epoch_seen = max(self.epoch_seen, line.get("epoch", 0))
 
     def alone(self, action, writes=True):
@@ -2907,7 +2990,7 @@ class Store(StoreFile):
 
     def __init__(self, path, is_server=False, fsync="always"):
         super().__init__(path, is_server, fsync)
-        self.changed = threading.Condition(self.lock)
+        self.changed, self.closing = threading.Condition(self.lock), False
         self.beats = Beats() if is_server else BeatFiles(self.folder)
         self.looked_at = -math.inf
         self.filters = {}  # (document as text, names of fields): predicate
@@ -2965,16 +3048,21 @@ class Store(StoreFile):
 
     def _commit(self, queue_id, changes):
         """Return the batch that makes these changes durable; they are applied to the memory already."""
-        body = dump_json({"at": now(), "queue": queue_id, "changes": changes}).encode()
-        undo = self.state.apply(queue_id, changes)
+        at = now()
+        body = dump_json({"at": at, "queue": queue_id, "changes": changes}).encode()
+        done = self.state.apply(queue_id, changes)
+
+        def tell(n):
+            self.events.extend(transitions(n, at, queue_id, changes, done))
+            self.changed.notify_all()
         try:
-            batch = self.journal.add(body, lambda: self.state.put_back(undo))
+            batch = self.journal.add(body, lambda: self.state.put_back(done), tell)
         except LabtaskerError:
-            self.state.put_back(undo)
+            self.state.put_back(done)
             raise
-        for put, key, old in undo:
+        for put, _, old, new in done:
             if put.__func__ is QueueState.put_task:
-                self._note_run(old, put.__self__.tasks.get(key))
+                self._note_run(old, new)
         self.changed.notify_all()
         return batch
 
@@ -2993,7 +3081,7 @@ class Store(StoreFile):
         give_up_at = monotonic() + timeout_s
         if self.is_server:
             with self.lock:
-                while self.journal.n == seen_n and monotonic() < give_up_at:
+                while self.journal.n == seen_n and monotonic() < give_up_at and not self.closing:
                     self.changed.wait(give_up_at - monotonic())
             return
         while self.journal.n == seen_n and monotonic() < give_up_at:
@@ -3588,6 +3676,7 @@ def read_server_file(folder):
 
 MAX_BODY_BYTES = 16 << 20  # a request's body: a thousand rich tasks are a tenth of it
 MAX_WAIT_S = 60  # a long poll
+PING_S = 15.0  # between the signs of life of a stream of events
 WAIT_SLICE_S = 1.0  # after which a waiting request without a server looks for time-outs again
 
 
@@ -3706,6 +3795,12 @@ def _whole(value):
     return _int_between(0, 2 ** 63)(int(value) if isinstance(value, str) and value.isdigit() else value)
 
 
+def _event_id(value):
+    if not isinstance(value, str) or not re.match(r"\d{1,15}\.\d{1,6}\Z", value):
+        raise ValueError("should be an event's id, like 17.0")
+    return value
+
+
 def _wait(value):
     try:
         seconds = float(value)
@@ -3720,7 +3815,7 @@ KINDS = {
     "seconds": _seconds, "duration": _duration, "wait": _wait, "bool": _bool,
     "int": _int_between(-2 ** 63, 2 ** 63 - 1), "count": _int_between(0, 2 ** 31), "whole": _whole,
     "status": _one_of(*TASK_STATES), "worker_status": _one_of(*WORKER_STATES),
-    "answer": _one_of("status"), "texts": _texts, "cmd": _command, "sort": _sort,
+    "event_id": _event_id, "answer": _one_of("status"), "texts": _texts, "cmd": _command, "sort": _sort,
 }
 
 
@@ -3829,6 +3924,44 @@ def _run_heartbeat(store, caller, request, route):
         store.wait_for_change(seen, left_s)
 
 
+class Stream:
+    """An answer without an end: server-sent events, an iterator of bytes."""
+
+    def __init__(self, pieces):
+        self.pieces = pieces
+
+
+def _run_events(store, caller, request, route):
+    """Return the Stream of a queue's events, from after the one whose id was given."""
+    after = request["last_event_id"]
+    queue_id = _run(store, caller, request, route).queue_id
+    return Stream(_event_pieces(follow(store, queue_id, after and tuple(map(int, after.split("."))), PING_S)))
+
+
+def _event_pieces(events):
+    hello = {"status": "connected", "client_id": new_id()}
+    yield ("retry: 3000\nevent: connection\ndata: %s\n\n" % json.dumps(hello)).encode()
+    count = 0
+    for event in events:
+        if event is None:
+            yield ("event: ping\ndata: %s\n\n" % json.dumps({"timestamp": format_time(now())})).encode()
+        elif event.queue_id is None:
+            yield ("event: too_old\ndata: %s\n\n" % json.dumps({"detail": event.record})).encode()
+        else:
+            count += 1
+            shown = json.dumps({"sequence": count, "timestamp": format_time(event.at), "event": _event(event)})
+            yield ("id: %d.%d\nevent: event\ndata: %s\n\n" % (event.n, event.k, shown)).encode()
+
+
+def _event(event):
+    """Return the JSON value of a Transition."""
+    shown = in_json(event.record, False)
+    shown["_id"] = shown.pop(event.kind + "_id")
+    return {"type": "state_transition", "queue_id": event.queue_id, "timestamp": format_time(event.at), "metadata": {},
+            "entity_type": event.kind, "entity_id": shown["_id"], "old_state": event.old_state,
+            "new_state": event.record.status, "entity_data": shown}
+
+
 def _run_welcome(store, caller, request, route):
     return {"message": "This is a Labtasker server.", "versions": ["v1"], "version": __version__,
             "server": store.server_id}
@@ -3911,6 +4044,9 @@ ROUTES = {
     "POST " + _TASKS + "/{task_id}/heartbeat": _route(
         heartbeat_op, "say that a run is alive", status=204, writes=False, run=_run_heartbeat,
         query={"worker_id": _arg("id"), "run_id": _arg("id"), "answer": _arg("answer"), "wait_s": _arg("wait", 0.0)}),
+    "GET " + _QUEUE + "/events": _route(
+        get_queue_op, "a stream of server-sent events, one for each step of a state machine", writes=False,
+        run=_run_events, query={"last_event_id": _arg("event_id")}),
     "POST " + _WORKERS: _route(
         create_worker_op, "register a worker", status=201,
         fields={"worker_name": _arg("name"), "metadata": _arg("dict"), "max_retries": _arg("count", 3)}),
@@ -3977,6 +4113,8 @@ def answer_call(store, login, method, path, body=None, query=None, extensions=Tr
         if route.prepare:
             route.prepare(store, request)
         answer = route.run(store, caller, request, route)
+        if isinstance(answer, Stream):
+            return route.status, answer
         if answer is None:
             return (route.status, None) if route.status == 204 else (route.status, {})
         return (200 if route.status == 204 else route.status), in_json(answer, extensions)
@@ -4015,6 +4153,7 @@ _SHOWN = {
 DEFAULT_PORT = 9321
 MAX_HEAD_BYTES = 65536  # of a request's line and headers together
 IDLE_S = 3600.0  # a silent connection is closed after this; workers beat more often
+SLOW_LISTENER_S = 30.0  # a listener who reads nothing for so long is cut off
 STOP_GRACE_S = 4.0  # for requests that run when the server is told to stop
 EXTENSIONS_HEADER = "Labtasker-Extensions"
 
@@ -4061,7 +4200,7 @@ class _Handler:
             except LabtaskerError as error:
                 method, target, headers, keep = method if keep else "?", "?", {}, False
                 status, answer = error.status, {"detail": getattr(error, "detail", str(error))}
-            keep = keep and not self.server.stopping
+            keep = keep and not self.server.stopping and not isinstance(answer, Stream)
             self.send(status, answer, keep, EXTENSIONS_HEADER.lower() in headers, method == "HEAD")
         finally:
             with self.server.counting:
@@ -4113,18 +4252,22 @@ class _Handler:
         """Return (status, answer in JSON types)."""
         from urllib.parse import parse_qsl, unquote
         path, _, query = target.partition("?")
-        given = parse_json(body) if body else None
+        given, asked = parse_json(body) if body else None, dict(parse_qsl(query))
+        if "last-event-id" in headers:
+            asked["last_event_id"] = headers["last-event-id"]
         return answer_call(
             self.server.store, lambda: self.server.login(headers.get("authorization", "")),
-            "GET" if method == "HEAD" else method, unquote(path), given, dict(parse_qsl(query)),
-            EXTENSIONS_HEADER.lower() in headers)
+            "GET" if method == "HEAD" else method, unquote(path), given, asked, EXTENSIONS_HEADER.lower() in headers)
 
     def send(self, status, answer, keep, extensions, head_only):
-        """Return when the answer was handed to the system, in one write."""
+        """Return when the answer was handed to the system, in one write; a stream, when it ends."""
         from http.client import responses
-        body = b"" if answer is None else json.dumps(answer).encode()
+        is_stream = isinstance(answer, Stream)
+        body = b"" if answer is None or is_stream else json.dumps(answer).encode()
         head = ["HTTP/1.1 %d %s" % (status, responses.get(status, ""))]
-        if status != 204:
+        if is_stream:
+            head += ["Content-Type: text/event-stream", "Cache-Control: no-store"]
+        elif status != 204:
             head += ["Content-Type: application/json", "Content-Length: %d" % len(body)]
         if status == 401:
             head.append("WWW-Authenticate: Basic")
@@ -4133,6 +4276,10 @@ class _Handler:
         if not keep:
             head.append("Connection: close")
         self.connection.sendall("\r\n".join(head + ["", ""]).encode("latin-1") + (b"" if head_only else body))
+        if is_stream and not head_only:
+            self.connection.settimeout(SLOW_LISTENER_S)
+            for piece in answer.pieces:
+                self.connection.sendall(piece)
 
 
 class _Server:
@@ -4311,6 +4458,9 @@ def _run_server(server, store, scheme, announce):
         server.stopping = True
     finally:
         ended.set()
+        with store.lock:  # those who wait for something are told that it won't come
+            store.closing = True
+            store.changed.notify_all()
         give_up_at = monotonic() + STOP_GRACE_S
         while server.running and monotonic() < give_up_at:
             time.sleep(0.01)

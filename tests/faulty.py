@@ -91,7 +91,8 @@ def _register(call, made):
     return status, answer
 
 
-def _submit(task_id, **fields):
+def submission(task_id, **fields):
+    """Return the step that submits a task under this id."""
     return lambda call, made: call("POST", "tasks", dict({"args": {"lr": 0.1, "id": task_id}}, task_id=task_id, **fields))
 
 
@@ -135,7 +136,7 @@ def _other_queue(method, path, **body):
 
 
 STEPS = [
-    ("submit", _submit("first", metadata={"tags": ["a"]})),
+    ("submit", submission("first", metadata={"tags": ["a"]})),
     ("again register", _register),
     ("submit a list", _submit_list),
     ("fetch", _fetch("one")),
@@ -155,7 +156,7 @@ STEPS = [
     ("cancel", lambda call, made: call("POST", "tasks/list-3/status", {"status": "cancelled"})),
     ("fetch", _fetch("four")),
     ("again delete a worker", lambda call, made: call("DELETE", "workers/%s" % made.get("worker"))),
-    ("submit", _submit("last", priority=3)),
+    ("submit", submission("last", priority=3)),
 ]
 
 
