@@ -2824,7 +2824,7 @@ def _wait_for_news(store, after, timeout_s):
     while not store.closing and _news(store, after)[2] <= after:
         if monotonic() >= give_up_at:
             return False
-        store.wait_for_change(store.journal.n, give_up_at - monotonic())
+        store.wait_for(lambda: _news(store, after)[2] > after, give_up_at - monotonic())
         if not store.is_server and store.journal.exists():
             store.alone(lambda: None, writes=False)
     return True
@@ -3076,17 +3076,14 @@ class Store(StoreFile):
             if after:
                 self.beats.start(after)
 
-    def wait_for_change(self, seen_n, timeout_s):
-        """Return once the journal is past line `seen_n`, or after so many seconds."""
+    def wait_for(self, is_there, timeout_s):
+        """Return once is_there() or the store closes, or after so many seconds; without a server also when others
+        have written to the file, which is not read here."""
         give_up_at = monotonic() + timeout_s
-        if self.is_server:
-            with self.lock:
-                while self.journal.n == seen_n and monotonic() < give_up_at and not self.closing:
-                    self.changed.wait(give_up_at - monotonic())
-            return
-        while self.journal.n == seen_n and monotonic() < give_up_at:
-            if self.journal.is_stale():
-                return
+        with self.lock:
+            while self.is_server and not (is_there() or self.closing or monotonic() >= give_up_at):
+                self.changed.wait(give_up_at - monotonic())
+        while not (self.is_server or is_there() or self.journal.is_stale() or monotonic() >= give_up_at):
             time.sleep(max(0, min(EMBEDDED_POLL_S, give_up_at - monotonic())))
 
     def look_for_timeouts(self, queue_id=None):
@@ -3910,7 +3907,7 @@ def _run_fetch(store, caller, request, route):
         left_s = give_up_at - monotonic()
         if answer["found"] or left_s <= 0:
             return answer
-        store.wait_for_change(seen, left_s if store.is_server else min(left_s, WAIT_SLICE_S))
+        store.wait_for(lambda: store.journal.n != seen, left_s if store.is_server else min(left_s, WAIT_SLICE_S))
 
 
 def _run_heartbeat(store, caller, request, route):
@@ -3921,7 +3918,7 @@ def _run_heartbeat(store, caller, request, route):
         left_s = give_up_at - monotonic()
         if left_s <= 0 or not answer or answer["status"] != "running":
             return answer
-        store.wait_for_change(seen, left_s)
+        store.wait_for(lambda: store.journal.n != seen, left_s)
 
 
 class Stream:

