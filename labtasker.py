@@ -6440,7 +6440,8 @@ def watch(loop_, run, process):
 # Commands as one table, from which parsers, help and dispatch derive; what they print; main().
 # Knows nothing of the journal and of HTTP: a command calls the functions that scripts call too.
 # Results go to stdout, everything else to stderr. A command function takes the parsed options and
-# returns its exit code (None: 0). Uses 1, 2, 3, 6, 7, 8, 9. Tests: test_cli.py.
+# returns its exit code (None: 0). labtasker_cli.py adds to the table what work can do without.
+# Uses 1, 2, 3, 4, 6, 7, 8, 9. Tests: test_cli.py.
 
 EVERY = 10 ** 9  # the limit of a listing that leaves nothing out
 CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
@@ -6459,17 +6460,13 @@ def clean(text, spare="\n\t"):
                        m.group().encode("unicode_escape").decode("ascii"), text)
 
 
-def emit(text, stream):
-    """Write a line to `stream`, with escapes for what its encoding lacks."""
+def say(text, stream=None):
+    """Write a result to stdout (or a line to `stream`), with escapes for what its encoding lacks."""
+    stream = stream or sys.stdout
     try:
         stream.write(text + "\n")
     except UnicodeEncodeError:
         stream.write(text.encode(stream.encoding, "backslashreplace").decode(stream.encoding) + "\n")
-
-
-def say(text):
-    """Write a result to stdout."""
-    emit(text, sys.stdout)
 
 
 def note(text):
@@ -6478,7 +6475,7 @@ def note(text):
         sys.stdout.flush()
     except OSError:  # it can't be written: that is an error of its own, told once
         silence()
-    emit(clean(str(text)), sys.stderr)
+    say(clean(str(text)), sys.stderr)
     sys.stderr.flush()
 
 
@@ -6487,9 +6484,9 @@ def silence():
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
-def some(count, noun="task"):
+def some(tasks):
     """Return "1 task", "3 tasks"."""
-    return "%d %s%s" % (count, noun, "" if count == 1 else "s")
+    return "%d task%s" % (len(tasks), "" if len(tasks) == 1 else "s")
 
 
 def hint(word, choices):
@@ -6499,13 +6496,13 @@ def hint(word, choices):
 
 
 def screen_size():
-    """Return (columns, lines) of the terminal; COLUMNS wins, as everywhere."""
+    """Return (columns, lines) of the terminal; COLUMNS wins, as everywhere. (shutil's takes 3 ms to import.)"""
     try:
-        size = os.get_terminal_size(sys.stdout.fileno())
-    except (OSError, ValueError, AttributeError):
-        size = (80, 24)
-    columns = os.environ.get("COLUMNS", "")
-    return (int(columns) if columns.isdigit() and int(columns) else size[0] or 80), size[1] or 24
+        columns, lines = os.get_terminal_size(sys.stdout.fileno())
+    except (OSError, ValueError):
+        columns = lines = 0
+    wished = os.environ.get("COLUMNS", "")
+    return wished.isdigit() and int(wished) or columns or 80, lines or 24
 
 
 def wants_colour(options):
@@ -6516,28 +6513,35 @@ def wants_colour(options):
 
 
 def show(text, no_pager=False):
-    """Write a long result to stdout: through the pager where a person would have to scroll back."""
-    if no_pager or not is_terminal(sys.stdout) or text.count("\n") + 2 < screen_size()[1]:
-        say(text)
-    elif not page(text):
+    """Write a long result to stdout: through the pager, if there is one, where a person would have to scroll back."""
+    long = is_terminal(sys.stdout) and text.count("\n") + 2 >= screen_size()[1]
+    pager = comforts() if long and not no_pager else None
+    if not pager or not pager.page(text):
         say(text)
 
 
-def page(text):
-    """Return whether $PAGER (else `less -R`) showed `text`."""
-    import shlex
-    import signal
-    import subprocess
-    command = shlex.split(os.environ.get("PAGER", "less -R"))
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the pager's
-    try:
-        pager = subprocess.Popen(command, stdin=subprocess.PIPE, env=dict({"LESS": "FRX"}, **os.environ))
-        pager.communicate((text + "\n").encode("utf-8", "backslashreplace"))
-        return True
-    except (OSError, IndexError):  # no such pager, or PAGER is empty
-        return False
-    finally:
-        signal.signal(signal.SIGINT, before)
+COMFORTS = {  # the commands of labtasker_cli.py, and what they are for
+    "task retry": "Make failed (or selected) tasks pending again, with their retries at 0.",
+    "config": "Edit the configuration in $EDITOR; it is kept where it can be read.",
+    "help filter": "Print the filter language: operators, dates, a task's fields.",
+    "help settings": "Print the settings of config.toml, and the variables that win over it.",
+    "help api": "Print the routes of the REST API.",
+}
+
+
+def comforts():
+    """Return the module labtasker_cli that lies beside this file, its commands now in COMMANDS, or None."""
+    path = os.path.join(os.path.dirname(os.path.abspath(__file__)), "labtasker_cli.py")
+    if "labtasker_cli" not in sys.modules and os.path.isfile(path):
+        import importlib.util
+        spec = importlib.util.spec_from_file_location("labtasker_cli", path)
+        module = sys.modules["labtasker_cli"] = importlib.util.module_from_spec(spec)
+        try:
+            spec.loader.exec_module(module)
+        except ImportError as error:  # work goes on without it
+            sys.modules["labtasker_cli"] = None
+            note("%s is of another version than labtasker %s (%s): copy both anew" % (path, __version__, error))
+    return sys.modules.get("labtasker_cli")
 
 
 # ---- Listings: table, yaml, jsonl, csv
@@ -6594,20 +6598,15 @@ def fitted(text, width):
     return text + " " * (width - cells_wide(text))
 
 
-def column_widths(rows, room):
-    """Return the width of each column: as wide as its cells, the widest made narrower until all fit in `room`."""
-    widths = [max(cells_wide(row[i]) for row in rows) for i in range(len(rows[0]))]
-    widths = [min(width, room) for width in widths]
-    while sum(widths) + 2 * len(widths) - 2 > room and max(widths) > 8:
-        widths[widths.index(max(widths))] -= 1
-    return widths
-
-
 def table(rows, room=10 ** 9, colour=False):
-    """Return rows of texts, the first the header, as aligned lines; columns with nothing in them are left out."""
+    """Return rows of texts, the first the header, as aligned lines; columns with nothing in them are left out.
+
+    The widest column is made narrower until all fit in `room`."""
     kept = [i for i in range(len(rows[0])) if any(row[i] for row in rows[1:])]
     rows = [[clean(row[i], "") for i in kept] for row in rows]
-    widths = column_widths(rows, room)
+    widths = [min(room, max(map(cells_wide, column))) for column in zip(*rows)]
+    while sum(widths) + 2 * len(widths) - 2 > room and max(widths) > 8:
+        widths[widths.index(max(widths))] -= 1
     return "\n".join(_table_line(row, widths, colour) for row in rows)
 
 
@@ -6642,18 +6641,23 @@ WORKER_COLUMNS = {
 }
 
 
-def item_table(items, columns, options):
+def item_table(items, options):
     """Return tasks or workers as a table that fits the terminal; --verbose cuts nothing."""
-    ids = [item.task_id if columns is TASK_COLUMNS else item.worker_id for item in items]
-    size = 8 if columns is TASK_COLUMNS and not options.verbose else 36
+    columns, size, ids = WORKER_COLUMNS, 36, ids_of(items)
+    if isinstance(items[0], Task):
+        columns = dict(TASK_COLUMNS, **TASK_COLUMNS_MORE) if options.verbose else TASK_COLUMNS
+        size = 36 if options.verbose else 8
     while len({text[:size] for text in ids}) < len(ids):
         size += 1
-    if columns is TASK_COLUMNS and options.verbose:
-        columns = dict(columns, **TASK_COLUMNS_MORE)
     rows = [["id"] + list(columns)]
     rows += [[text[:size]] + [cell(item) for cell in columns.values()] for text, item in zip(ids, items)]
     room = 10 ** 9 if options.verbose else screen_size()[0] if is_terminal(sys.stdout) else 1000
     return table(rows, room, wants_colour(options))
+
+
+def ids_of(items):
+    """Return the ids of tasks or workers."""
+    return [item.task_id if isinstance(item, Task) else item.worker_id for item in items]
 
 
 YAML_PLAIN = r"(?ai)(?!(?:true|false|yes|no|on|off|null|y|n)\Z)[a-z_/][\w./@+-]*(?: [\w./@+-]+)*\Z"
@@ -6661,12 +6665,13 @@ YAML_PLAIN = r"(?ai)(?!(?:true|false|yes|no|on|off|null|y|n)\Z)[a-z_/][\w./@+-]*
 
 def yaml_scalar(value, indent=""):
     """Return a JSON value that is no filled dict or list as YAML 1.1 and 1.2 both read it."""
+    if isinstance(value, str) and re.match(YAML_PLAIN, value):
+        return value
     if isinstance(value, str):
-        return value if re.match(YAML_PLAIN, value) else _yaml_block(value, indent) or json_text(value)
-    if isinstance(value, float) and (value != value or value in (math.inf, -math.inf)):
-        return {"nan": ".nan", "inf": ".inf", "-inf": "-.inf"}[repr(value)]
+        quoted = json.dumps(value, ensure_ascii=False)
+        return _yaml_block(value, indent) or CONTROL.sub(lambda m: "\\u%04x" % ord(m.group()), quoted)
     if isinstance(value, float):
-        return re.sub(r"\A(-?\d+)e", r"\1.0e", repr(value))
+        return re.sub("(nan|inf)", r".\1", re.sub(r"\A(-?\d+)e", r"\1.0e", repr(value)))
     return json.dumps(value)
 
 
@@ -6678,39 +6683,22 @@ def _yaml_block(text, indent):
     return "\n".join([("|" if text.endswith("\n") else "|-")] + [line and indent + "  " + line for line in lines])
 
 
-def json_text(value):
-    """Return JSON in which every character that a terminal might act on is escaped."""
-    return CONTROL.sub(lambda m: "\\u%04x" % ord(m.group()), json.dumps(value, ensure_ascii=False))
-
-
 def yaml_lines(value, indent=""):
-    """Yield a dict as the lines of a YAML block."""
-    for key, item in value.items():
-        name = indent + yaml_scalar(key)
-        if isinstance(item, dict) and item:
-            yield name + ":"
-            yield from yaml_lines(item, indent + "  ")
-        elif isinstance(item, list) and item:
-            yield name + ":"
-            yield from yaml_items(item, indent)
-        else:
-            yield "%s: %s" % (name, yaml_scalar(item, indent))
-
-
-def yaml_items(items, indent=""):
-    """Yield a list as the lines of a YAML block, each item's dash at `indent`."""
-    for item in items:
-        if isinstance(item, (dict, list)) and item:
-            lines = (yaml_lines if isinstance(item, dict) else yaml_items)(item, indent + "  ")
-            yield indent + "- " + next(lines).lstrip(" ")
-            yield from lines
-        else:
-            yield "%s- %s" % (indent, yaml_scalar(item, indent))
+    """Yield a dict or a list as the lines of a YAML block; nothing where it is empty."""
+    is_dict = isinstance(value, dict)
+    for key, item in value.items() if is_dict else enumerate(value):
+        head = indent + (yaml_scalar(key) + ":" if is_dict else "-")
+        if not isinstance(item, (dict, list)) or not item:
+            yield "%s %s" % (head, yaml_scalar(item, indent))
+            continue
+        lines = yaml_lines(item, indent + ("" if is_dict and isinstance(item, list) else "  "))
+        yield head if is_dict else "%s %s" % (head, next(lines).lstrip(" "))
+        yield from lines
 
 
 def as_yaml(rows):
     """Return dicts as a YAML list."""
-    return "\n".join(yaml_items(rows)) if rows else "[]"
+    return "\n".join(yaml_lines(rows)) or "[]"
 
 
 def as_jsonl(rows):
@@ -6722,15 +6710,13 @@ def as_csv(rows):
     """Return dicts as CSV: a column for each field, `args.lr` and the like for what is nested."""
     import csv
     import io
-    flat_rows = [dict(flat(row)) for row in rows]
-    order = {name: i for i, name in enumerate(rows[0] if rows else ())}
-    columns = sorted({key for row in flat_rows for key, value in row.items() if value != {}},
-                     key=lambda key: (order.get(key.split(".")[0], len(order)), key))
+    fields = list(dict.fromkeys(key for row in rows for key in row))
+    rows = [{key: value for key, value in flat(row) if value != {}} for row in rows]
+    columns = sorted({key for row in rows for key in row}, key=lambda key: (fields.index(key.split(".")[0]), key))
     out = io.StringIO()
-    writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(columns)
-    for row in flat_rows:
-        writer.writerow(["" if row.get(key) is None or row.get(key) == {} else row[key] for key in columns])
+    writer = csv.DictWriter(out, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
     text = out.getvalue().rstrip("\n")
     return clean(text) if is_terminal(sys.stdout) else text
 
@@ -6738,23 +6724,21 @@ def as_csv(rows):
 WRITERS = {"yaml": as_yaml, "jsonl": as_jsonl, "csv": as_csv}
 
 
-def listing(items, columns, options):
-    """Return tasks or workers as text in the format that was asked for."""
-    if options.fmt != "table":
-        return WRITERS[options.fmt]([item.to_dict() for item in items])
-    return item_table(items, columns, options)
-
-
-def show_listing(items, columns, options):
-    """Print tasks or workers, ids alone with --quiet; nothing at all on stdout where there are none."""
+def show_listing(items, options):
+    """Print the first --limit of tasks or workers, ids alone with --quiet; what else there is to say goes to stderr."""
+    shown = items[:options.limit]
     if options.quiet:
-        text = "\n".join(item.task_id if columns is TASK_COLUMNS else item.worker_id for item in items)
+        text = "\n".join(ids_of(shown))
+    elif options.fmt == "table":
+        text = item_table(shown, options) if shown else ""
     else:
-        text = listing(items, columns, options) if items or options.fmt == "yaml" else ""
+        text = WRITERS[options.fmt]([item.to_dict() for item in shown])
     if text:
         show(text, options.no_pager)
     elif not options.quiet:
         note("Nothing matches.")
+    if len(items) > options.limit:
+        note("More match than the %d shown: --limit N shows more, --offset N goes on." % options.limit)
 
 
 # ---- Values that a person typed
@@ -6767,31 +6751,28 @@ def literal(text):
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return _json_value(ast.literal_eval(text.lstrip(" \t")))
+            return json.loads(json.dumps(ast.literal_eval(text.lstrip(" \t"))))
     except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
         return text
 
 
-def _json_value(value):
-    if isinstance(value, dict):
-        return {str(key): _json_value(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_json_value(item) for item in value]
-    if value is None or isinstance(value, (str, int, float)):
-        return value
-    raise ValueError("JSON has no %s" % type(value).__name__)
-
-
-def dict_of(text, what):
-    """Return the dict that `text` is as JSON or as a Python literal; raises UsageError that names `what`."""
+def typed_value(text, what, strict=False):
+    """Return `text` as JSON, else as a Python literal, else as it stands; raises UsageError for a key that is there
+    twice, and where it is `strict` instead of returning text as it stands."""
     try:
-        value = json.loads(text, object_pairs_hook=_no_duplicates)
+        return json.loads(text, object_pairs_hook=_no_duplicates)
     except InvalidFields as error:
         raise UsageError("%s: %s" % (what, error)) from None
     except (ValueError, RecursionError) as error:
         value = literal(text)
-        if value == text:
+        if strict and value == text:
             raise UsageError("%s takes JSON or a Python literal, such as '{\"key\": 1}': %s" % (what, error)) from None
+        return value
+
+
+def dict_of(text, what):
+    """Return the dict that `text` is as JSON or as a Python literal; raises UsageError that names `what`."""
+    value = typed_value(text, what, strict=True)
     if not isinstance(value, dict):
         raise UsageError("%s takes a dict, such as '{\"key\": 1}', not %s" % (what, brief(value)))
     return value
@@ -6809,8 +6790,10 @@ def read_text(path):
 
 
 def confirm(question, option, given):
-    """Return whether to go on: `given`, or a person's yes; raises UsageError where nobody can be asked."""
-    return given or ask(question + " [y/N]", option, "n").lower() in ("y", "yes")
+    """Return where it is `given` or a person says yes, else end with exit code 1; UsageError where nobody is there."""
+    if not given and ask(question + " [y/N]", option).lower() not in ("y", "yes"):
+        note("Nothing was changed.")
+        raise SystemExit(1)
 
 
 def ask(question, option, default="", secret=False):
@@ -6831,7 +6814,9 @@ def ask(question, option, default="", secret=False):
 # ---- Task arguments: `-- --lr=0.1 --model resnet`, --args, --grid, --from
 
 ARGUMENT = r"(?s)--?([^=\s-][^=]*)(?:=(.*))?\Z"
-RANGE = r"(?i)(-?[\d.]+(?:e-?\d+)?):(-?[\d.]+(?:e-?\d+)?):(-?[\d.]+(?:e-?\d+)?)\Z"
+RANGE = r"(?i){0}:{0}:{0}\Z".format(r"(-?[\d.]+(?:e-?\d+)?)")
+SUBMISSION_FIELDS = ("task_name", "args", "metadata", "cmd", "heartbeat_timeout", "task_timeout", "max_retries",
+                     "priority")
 
 
 def typed_arguments(words):
@@ -6862,19 +6847,14 @@ def joined(first, second, where="args"):
         raise UsageError(error) from None
 
 
-def grid(arguments):
-    """Return a list of dicts: the product of the values that each argument lists."""
-    import itertools
-    values = [grid_values(key, text) for key, text in arguments.items()]
-    return [dict(zip(arguments, row)) for row in itertools.product(*values)]
-
-
 def grid_values(key, text):
     """Return the values in `0.1,0.2`, `1:5:1` (5 included) or a mixture; raises UsageError for an empty range."""
+    if text is True:
+        return [True]
     values = []
-    for part in [text] if text is True else split_commas(text):
-        bounds = re.match(RANGE, part) if isinstance(part, str) else None
-        values += range_values(key, bounds) if bounds else [literal(part) if isinstance(part, str) else part]
+    for part in split_commas(text):
+        bounds = re.match(RANGE, part)
+        values += range_values(key, bounds) if bounds else [literal(part)]
     return values
 
 
@@ -6882,62 +6862,49 @@ def range_values(key, match):
     """Return start, start + step ... up to stop, which is included; in decimals, so that 0.1:0.3:0.1 has 0.3."""
     import decimal
     try:
-        start, stop, step = (decimal.Decimal(text) for text in match.groups())
-        count = int((stop - start) / step) + 1
+        start, stop, step = map(decimal.Decimal, match.groups())
+        steps = (stop - start) / step
     except decimal.DecimalException:
-        count = 0
-    if not 0 < count <= 1000000 or (stop - start) / step < 0:
+        steps = -1
+    if not 0 <= steps < 1000000:
         raise UsageError("--%s=%s is no range: write start:stop:step, as in 1:5:1 or 0.1:0.5:0.1"
                          % (key, match.group()))
     number = float if re.search("[.e]", match.group(), re.I) else int
-    return [number(start + i * step) for i in range(count)]
+    return [number(start + i * step) for i in range(int(steps) + 1)]
 
 
 def split_commas(text):
     """Return the parts between the commas that stand outside brackets and quotes."""
-    parts, depth, quote = [""], 0, ""
-    for letter in text:
-        if letter == "," and not depth and not quote:
+    parts, depth = [""], 0
+    for piece in re.findall(r"""(?s)'[^']*'|"[^"]*"|.""", text):
+        depth += (piece in "([{") - (piece in ")]}")
+        if piece == "," and not depth:
             parts.append("")
-            continue
-        if quote:
-            quote = "" if letter == quote else quote
-        elif letter in "'\"":
-            quote = letter
         else:
-            depth += (letter in "([{") - (letter in ")]}")
-        parts[-1] += letter
+            parts[-1] += piece
     return parts
 
 
-SUBMISSION_FIELDS = ("task_name", "args", "metadata", "cmd", "heartbeat_timeout", "task_timeout", "max_retries",
-                     "priority")
+def tasks_of_json(path, text):
+    """Return the submissions in JSON lines; raises UsageError that names the line.
 
-
-def tasks_from(path):
-    """Return the submissions in a file of JSON lines or CSV; raises UsageError that names the line.
-
-    CSV: a column an argument, an empty cell is left out. A JSON line is the arguments, or, where it has a dict
-    `args`, a whole submission (`task ls --fmt jsonl` and `--dry-run` print such)."""
-    text = read_text(path)
-    return _from_json(path, text) if text.lstrip()[:1] == "{" else _from_csv(path, text)
-
-
-def _from_json(path, text):
+    A line is the arguments, or, where it has a dict `args`, a whole submission, as `task ls` and --dry-run print."""
     found = []
     for number, line in enumerate(text.split("\n"), 1):
-        if line.strip():
-            row = dict_of(line, "%s line %d" % (path, number))
-            whole = isinstance(row.get("args"), dict)
-            unknown = [key for key in row if whole and key not in TASK_FIELDS]
-            if unknown:
-                raise UsageError("%s line %d: a task has no field %s%s" % (
-                    path, number, unknown[0], hint(unknown[0], SUBMISSION_FIELDS)))
-            found.append({key: row[key] for key in SUBMISSION_FIELDS if key in row} if whole else {"args": row})
+        row = dict_of(line, "%s line %d" % (path, number)) if line.strip() else None
+        if row and isinstance(row.get("args"), dict):
+            for key in row:
+                if key not in TASK_FIELDS:
+                    raise UsageError("%s line %d: a task has no field %s%s" % (
+                        path, number, key, hint(key, SUBMISSION_FIELDS)))
+            found.append({key: row[key] for key in SUBMISSION_FIELDS if key in row})
+        elif row is not None:
+            found.append({"args": row})
     return found
 
 
-def _from_csv(path, text):
+def tasks_of_csv(path, text):
+    """Return the submissions in CSV, a column an argument, empty cells left out; raises UsageError with the line."""
     import csv
     rows = csv.reader(text.splitlines(True))
     header, found = next(rows, []), []
@@ -6955,15 +6922,17 @@ def submissions(options):
     """Return what `task submit` was asked to submit, as a list of dicts; raises UsageError where that is nothing."""
     given = typed_arguments(options.rest or [])
     fixed = {} if options.args is None else dict_of(options.args, "--args")
-    fields = {name: getattr(options, name) for name in SUBMISSION_FIELDS
-              if name not in ("args", "metadata") and getattr(options, name) is not None}
-    if options.metadata is not None:
-        fields["metadata"] = metadata_of(options)
     if options.grid:
-        rows = [{"args": row} for row in grid(given)]
+        values = [grid_values(key, text) for key, text in given.items()]
+        rows = [{"args": dict(zip(given, row))} for row in itertools.product(*values)]
     else:
-        fixed = joined({key: literal(text) if text is not True else True for key, text in given.items()}, fixed)
-        rows = tasks_from(options.from_file) if options.from_file else [{"args": {}}]
+        fixed = joined({key: text if text is True else literal(text) for key, text in given.items()}, fixed)
+        rows = [{"args": {}}]
+    if options.from_file:
+        text = read_text(options.from_file)
+        rows = (tasks_of_json if text.lstrip()[:1] == "{" else tasks_of_csv)(options.from_file, text)
+    fields = _given(**{name: getattr(options, name) for name in SUBMISSION_FIELDS})
+    fields.update(_given(metadata=metadata_of(options)))
     tasks = [dict(row, **dict(fields, args=joined(row["args"], fixed))) for row in rows]
     if not tasks:
         raise UsageError("%s holds no task" % options.from_file)
@@ -6972,48 +6941,46 @@ def submissions(options):
     return tasks
 
 
+def metadata_of(options):
+    """Return the dict that --metadata gives, or None."""
+    return None if options.metadata is None else joined(dict_of(options.metadata, "--metadata"), {}, "metadata")
+
+
 def do_task_submit(options):
     if options.grid and options.from_file:
         raise UsageError("--grid and --from exclude each other")
     tasks = submissions(options)
     if options.dry_run:
         say(as_jsonl(tasks))
-        note("Would submit %s." % some(len(tasks)))
-        return
+        return note("Would submit %s." % some(tasks))
     ids = submit_tasks(tasks) if tasks[1:] else [submit_task(**tasks[0]).task_id]
     if options.quiet:
         say("\n".join(ids))
     else:
-        say("Submitted task %s" % ids[0] if len(ids) == 1 else "Submitted %s" % some(len(ids)))
+        say("Submitted task %s" % ids[0] if len(ids) == 1 else "Submitted %s" % some(ids))
 
 
 # ---- Which tasks: ids, selectors, ids on stdin
 
 
-def query_of(text, fields):
-    """Return the query document that filter text, or a document as JSON or Python literal, stands for."""
-    if text is None:
-        return None
-    if text.lstrip().startswith("{"):
-        return dict_of(text, "--extra-filter")
-    return tree_to_query(parse_filter(text, visible(fields), now()))
+def filter_of(options):
+    """Return what -f gives: filter text, a query document typed as JSON or Python literal, or None."""
+    text = options.extra_filter
+    return dict_of(text, "--extra-filter") if text and text.lstrip().startswith("{") else text
 
 
 def selectors(options):
     """Return what --id, --name, --status and --extra-filter ask `ls_tasks` for: only what was given."""
-    query = {"task_id": options.task_id, "task_name": options.task_name, "status": options.status,
-             "extra_filter": query_of(options.extra_filter, TASK_FIELDS)}
-    query = {key: value for key, value in query.items() if value is not None}
-    return dict(query, task_id=full_id(query["task_id"])) if "task_id" in query else query
+    return _given(task_id=None if options.task_id is None else full_id(options.task_id), task_name=options.task_name,
+                  status=options.status, extra_filter=filter_of(options))
 
 
 def full_id(word):
     """Return the id of the one task whose id starts with `word`; raises NotFound or UsageError."""
     if len(word) == 36:
         return word
-    found = []
-    if re.match("[0-9a-f][0-9a-f-]*\\Z", word):
-        found = ls_tasks(extra_filter={"_id": {"$regex": "^" + word}}, limit=2).content
+    is_hex = re.match("[0-9a-f][0-9a-f-]*\\Z", word)
+    found = ls_tasks(extra_filter={"_id": {"$regex": "^" + word}}, limit=2).content if is_hex else []
     if len(found) > 1:
         raise UsageError("more than one task's id starts with %s: give more of it" % word)
     if not found:
@@ -7038,8 +7005,8 @@ def tasks_named(words):
     tasks = {t.task_id: t for t in ls_tasks(extra_filter={"_id": {"$in": ids}}, limit=EVERY).content} if ids else {}
     missing = [task_id for task_id in ids if task_id not in tasks]
     if missing:
-        raise NotFound("there is no task %s; nothing was done" % ", ".join(missing[:5]) +
-                       (" and %d more" % (len(missing) - 5) if missing[5:] else ""))
+        raise NotFound("there is no task %s%s; nothing was done" % (
+            missing[0], " (and %d more are missing)" % (len(missing) - 1) if missing[1:] else ""))
     return [tasks[task_id] for task_id in dict.fromkeys(ids)]
 
 
@@ -7050,21 +7017,21 @@ def chosen_tasks(options, ids=(), limit=EVERY):
         raise UsageError("give ids or selectors, not both")
     if query and set(query) != {"task_id"}:
         return ls_tasks(limit=limit, **query).content
-    return tasks_named(list(query.values()) or list(ids) or read_ids())
+    return tasks_named(list(query.values()) or ids or read_ids())
 
 
-def sorting(word, fields):
+def sorting(word):
     """Return [field, 1 or -1] of `FIELD:asc|desc`; raises UsageError for an unknown field."""
     field, _, direction = word.partition(":")
-    check_field(field, fields, "--sort")
+    check_field(field, "--sort")
     if direction not in ("", "asc", "desc"):
         raise UsageError("--sort %s: a direction is asc or desc, not %r" % (word, direction))
     return [field, -1 if direction == "desc" else 1]
 
 
-def check_field(field, fields, option):
-    """Raise UsageError unless the first part of a dotted `field` is one that answers carry."""
-    top, known = field.split(".")[0], list(visible(fields))
+def check_field(field, option):
+    """Raise UsageError unless the first part of a dotted `field` is one that a task has."""
+    top, known = field.split(".")[0], list(visible(TASK_FIELDS))
     if top not in known:
         raise UsageError("%s: there is no field %s%s. Fields: %s" % (
             option, brief(field), hint(top, known), ", ".join(known)))
@@ -7074,41 +7041,33 @@ def do_task_ls(options):
     query = selectors(options)
     if options.piped_in:
         ids = {"_id": {"$in": [full_id(word) for word in read_ids()]}}
-        query["extra_filter"] = {"$and": [query["extra_filter"], ids]} if "extra_filter" in query else ids
-    order = [sorting(word, TASK_FIELDS) for word in options.sort] or None
-    tasks = ls_tasks(limit=options.limit + 1, offset=options.offset, sort=order, **query).content
-    show_listing(tasks[:options.limit], TASK_COLUMNS, options)
-    if len(tasks) > options.limit:
-        note("More tasks match than the %d shown: --limit N shows more, --offset N goes on." % options.limit)
+        query["extra_filter"] = {"$and": [_query(query["extra_filter"]), ids]} if "extra_filter" in query else ids
+    order = [sorting(word) for word in options.sort] or None
+    show_listing(ls_tasks(limit=options.limit + 1, offset=options.offset, sort=order, **query).content, options)
 
 
 def do_task_get(options):
     task, = tasks_named([options.task_id])
-    show(WRITERS[options.fmt]([task.to_dict()]) if options.fmt != "yaml" else
-         "\n".join(yaml_lines(task.to_dict())), options.no_pager)
+    row = task.to_dict()
+    show("\n".join(yaml_lines(row)) if options.fmt == "yaml" else WRITERS[options.fmt]([row]), options.no_pager)
 
 
 def do_task_count(options):
-    if options.by:
-        check_field(options.by, TASK_FIELDS, "--by")
-    counts = collections.Counter()
-    if not options.by and not options.status:
-        counts.update(dict.fromkeys(TASK_STATES, 0))
-    path = (options.by or "status").split(".")
-    for task in ls_tasks(limit=EVERY, **selectors(options)).content:
-        counts[brief(dig(task.to_dict(), path))] += 1
+    field = options.by or "status"
+    check_field(field, "--by")
+    counts = collections.Counter({} if options.by or options.status else dict.fromkeys(TASK_STATES, 0))
+    counts.update(brief(dig(task.to_dict(), field.split(".")))
+                  for task in ls_tasks(limit=EVERY, **selectors(options)).content)
+    rows = list(counts.items()) + [("total", sum(counts.values()))]
     if options.quiet:
-        say(str(sum(counts.values())))
+        say(str(rows[-1][1]))
     else:
-        say(table([[options.by or "status", "tasks"]] + [[name, str(n)] for name, n in counts.items()] +
-                  [["total", str(sum(counts.values()))]], colour=wants_colour(options)))
+        say(table([(field, "tasks")] + [(name, str(n)) for name, n in rows], colour=wants_colour(options)))
 
 
 # ---- Changing tasks
 
-
-_NOT_UPDATABLE = ("_id", "task_id", "replace_fields")
-UPDATABLE = [name for name in ROUTES["PUT /api/v1/queues/me/tasks"].fields if name not in _NOT_UPDATABLE]
+UPDATABLE = [name for name in TaskUpdateRequest.FIELDS if name != "replace_fields"]
 
 
 def updates_of(words):
@@ -7122,21 +7081,10 @@ def updates_of(words):
                 brief(field), hint(top, UPDATABLE), ", ".join(UPDATABLE)))
         if field in found:
             raise UsageError("the field %s is updated twice" % field)
-        found[field] = update_value(TASK_FIELDS[top].kind, text)
+        is_name = TASK_FIELDS[top].kind in ("name", "status") and text not in ("null", "None")
+        found[field] = text if is_name else typed_value(text, field)
     joined(found, {}, "updates")
     return found
-
-
-def update_value(kind, text):
-    """Return a typed value: names stay text, else JSON, else a Python literal, else text."""
-    if kind in ("name", "status") and text not in ("null", "None"):
-        return text
-    try:
-        return json.loads(text, object_pairs_hook=_no_duplicates)
-    except InvalidFields as error:
-        raise UsageError(error) from None
-    except (ValueError, RecursionError):
-        return literal(text)
 
 
 def change_of(task, updates):
@@ -7173,44 +7121,25 @@ def do_task_update(options):
     tasks = chosen_tasks(options, limit=options.limit)
     if not tasks:
         return note("Nothing matches: nothing was updated.")
-    named = options.task_id is not None or not selectors(options)
-    if not (named and not is_terminal(sys.stdin)) and not confirm("Update %s?" % some(len(tasks)), "--quiet",
-                                                                  options.quiet):
-        note("Nothing was updated.")
-        return 1
+    by_id = options.task_id is not None or not selectors(options)
+    confirm("Update %s?" % some(tasks), "--quiet", options.quiet or by_id and not is_terminal(sys.stdin))
     update_tasks([change_of(task, updates) for task in tasks], reset_pending=options.reset_pending)
     if not options.quiet:
-        say("Updated %s" % some(len(tasks)))
-
-
-def do_task_retry(options):
-    if not options.ids and options.task_id is None and options.status is None:
-        options.status = "failed"
-    tasks = chosen_tasks(options, options.ids)
-    if options.dry_run:
-        options.fmt, options.verbose, options.ansi = "table", False, None
-        say(item_table(tasks, TASK_COLUMNS, options)) if tasks else None
-        return note("Would retry %s." % some(len(tasks)))
-    if tasks:
-        update_tasks([TaskUpdateRequest(_id=task.task_id) for task in tasks], reset_pending=True)
-    if not options.quiet:
-        say("%s pending again" % some(len(tasks)))
+        say("Updated %s" % some(tasks))
 
 
 def do_task_delete(options):
     tasks = chosen_tasks(options, options.ids)
     if not tasks:
         return note("Nothing matches: nothing was deleted.")
-    if not confirm("Delete %s for good?" % some(len(tasks)), "--yes", options.yes):
-        note("Nothing was deleted.")
-        return 1
+    confirm("Delete %s for good?" % some(tasks), "--yes", options.yes)
     for task in tasks:
         try:
             delete_task(task.task_id)
         except LabtaskerHTTPStatusError as error:
             if error.status_code != 404:  # someone else deleted it meanwhile: that is what was wanted
                 raise
-    say("Deleted %s" % some(len(tasks)))
+    say("Deleted %s" % some(tasks))
 
 
 def do_task_wait(options):
@@ -7231,24 +7160,15 @@ def do_task_wait(options):
 # ---- Queues and workers
 
 
-def secret_of(option, question, given):
-    """Return a password: the option's, LABTASKER_PASSWORD's, or one typed unseen."""
-    return given or os.environ.get("LABTASKER_PASSWORD") or ask(question, option, secret=True)
-
-
-def metadata_of(options):
-    """Return the dict that --metadata gives, or None."""
-    return None if options.metadata is None else joined(dict_of(options.metadata, "--metadata"), {}, "metadata")
+def secret_of(options, question="Password:"):
+    """Return a password: --password's, LABTASKER_PASSWORD's, or one typed unseen."""
+    return options.password or os.environ.get("LABTASKER_PASSWORD") or ask(question, "--password", secret=True)
 
 
 def do_queue_create(options):
     name = options.queue_name or ask("Queue name:", "--queue-name")
-    answer = create_queue(name, secret_of("--password", "Password:", options.password), metadata_of(options))
+    answer = create_queue(name, secret_of(options), metadata_of(options))
     say(answer.queue_id if options.quiet else "Created queue %s (%s)" % (name, answer.queue_id))
-
-
-def do_queue_create_from_config(options):
-    say(create_configured_queue(load_config(), metadata_of(options)))
 
 
 def create_configured_queue(config, metadata=None):
@@ -7262,13 +7182,11 @@ def create_configured_queue(config, metadata=None):
         if error.status_code != 409:
             raise
     try:
-        return "Queue %s is there already, and open to this configuration (%s)" % (
-            config.queue_name, get_queue().queue_id)
+        found = get_queue()
+        return "Queue %s is there already, and open to this configuration (%s)" % (found.queue_name, found.queue_id)
     except LabtaskerHTTPStatusError as error:
-        if error.status_code != 401:
-            raise
-    raise LabtaskerRuntimeError("the queue %s is there already, with another password: use that one, or another name"
-                                % config.queue_name)
+        raise error if error.status_code != 401 else LabtaskerRuntimeError(
+            "the queue %s is there already, with another password: use that one, or another name" % config.queue_name)
 
 
 def do_queue_get(options):
@@ -7289,9 +7207,7 @@ def do_queue_update(options):
 def do_queue_delete(options):
     name = get_queue().queue_name
     what = ", its tasks and its workers" if options.cascade else ""
-    if not confirm("Delete the queue %s%s for good?" % (name, what), "--yes", options.yes):
-        note("Nothing was deleted.")
-        return 1
+    confirm("Delete the queue %s%s for good?" % (name, what), "--yes", options.yes)
     delete_queue(cascade_delete=options.cascade)
     say("Deleted queue %s" % name)
 
@@ -7302,13 +7218,9 @@ def do_worker_create(options):
 
 
 def do_worker_ls(options):
-    workers = ls_workers(
+    show_listing(ls_workers(
         worker_id=options.worker_id, worker_name=options.worker_name, status=options.status,
-        extra_filter=query_of(options.extra_filter, WORKER_FIELDS),
-        limit=options.limit + 1, offset=options.offset).content
-    show_listing(workers[:options.limit], WORKER_COLUMNS, options)
-    if len(workers) > options.limit:
-        note("More workers match than the %d shown: --limit N shows more." % options.limit)
+        extra_filter=filter_of(options), limit=options.limit + 1, offset=options.offset).content, options)
 
 
 def do_worker_report(options):
@@ -7317,9 +7229,7 @@ def do_worker_report(options):
 
 
 def do_worker_delete(options):
-    if not confirm("Delete worker %s?" % options.worker_id, "--yes", options.yes):
-        note("Nothing was deleted.")
-        return 1
+    confirm("Delete worker %s?" % options.worker_id, "--yes", options.yes)
     delete_worker(options.worker_id, cascade_update=options.cascade_update)
     say("Deleted worker %s" % options.worker_id)
 
@@ -7328,26 +7238,18 @@ def do_worker_delete(options):
 
 
 def do_loop(options):
-    given = [name for name, value in (("-- COMMAND", options.rest), ("--cmd", options.cmd),
-                                      ("--script-path", options.script_path)) if value]
-    if len(given) > 1:
-        raise UsageError("%s exclude each other" % " and ".join(given))
-    if not given:
-        if sys.stdin is None or is_terminal(sys.stdin):
+    if sum(map(bool, (options.rest, options.cmd, options.script_path))) > 1:
+        raise UsageError("-- COMMAND, --cmd and --script-path exclude each other")
+    if not (options.rest or options.cmd or options.script_path):
+        options.cmd = "" if sys.stdin is None or is_terminal(sys.stdin) else read_text("-")
+        if not options.cmd.strip():
             raise UsageError("what to run? labtasker loop -- python train.py --lr '%(lr)' (or --cmd, --script-path, "
                              "or a script on stdin)")
-        options.cmd = read_text("-")
-        if not options.cmd.strip():
-            raise UsageError("what to run? There is no command, and no script on stdin")
     return command_loop(
         argv=options.rest, shell=options.cmd, script_path=options.script_path, executable=options.executable,
-        extra_filter=query_of(options.extra_filter, TASK_FIELDS),
-        worker_id=options.worker_id, eta_max=options.eta_max, heartbeat_timeout=options.heartbeat_timeout,
-        max_tasks=options.max_tasks, idle_timeout_s=options.idle_timeout, verbose=options.verbose)
-
-
-def do_beats(options):
-    beats_main()
+        extra_filter=filter_of(options), worker_id=options.worker_id, eta_max=options.eta_max,
+        heartbeat_timeout=options.heartbeat_timeout, max_tasks=options.max_tasks,
+        idle_timeout_s=options.idle_timeout, verbose=options.verbose)
 
 
 def do_serve(options):
@@ -7372,23 +7274,23 @@ def do_health(options):
 
 def do_init(options):
     root = os.environ.get("LABTASKER_ROOT") or os.path.join(os.getcwd(), ".labtasker")
-    path = os.path.join(root, "config.toml")
-    if os.path.exists(path) and not confirm("%s is there already. Overwrite it?" % path, "--yes", options.yes):
-        note("Nothing was changed.")
-        return 1
-    url, queue_name, password = asked_settings(options)
-    problem = try_settings(root, url, queue_name, password)
-    if problem:
-        note(problem)
-        if not confirm("Keep this configuration all the same?", "--yes", options.yes):
-            note("Nothing was written.")
-            return 1
-    say("Wrote %s" % write_config(root, url, queue_name, password))
+    path, then = os.path.join(root, CONFIG_NAME), "labtasker task submit -- --lr=0.1"
+    confirm("%s is there already. Overwrite it?" % path, "--yes", options.yes or not os.path.exists(path))
+    config = Config(root, *asked_settings(options), heartbeat_interval_s=10, source=None)
+    use_client(Client(_transport(config)))
+    try:
+        say(create_configured_queue(config))
+    except LabtaskerConnectError as error:
+        note(error)
+        confirm("Keep this configuration all the same?", "--yes", options.yes)
+        then = "start the server (labtasker serve), then: labtasker queue create-from-config"
+    finally:
+        use_client(None)
+    say("Wrote %s" % write_config(root, config.url, config.queue_name, config.password))
     winning = [name for _, name, _, _ in SETTINGS.values() if name and os.environ.get(name)]
     if winning:
         note("In this shell %s wins over that file." % " and ".join(winning))
-    say("Next: labtasker task submit -- --lr=0.1" if not problem else
-        "Next: start the server (labtasker serve), then: labtasker queue create-from-config")
+    say("Next: " + then)
 
 
 def asked_settings(options):
@@ -7398,12 +7300,11 @@ def asked_settings(options):
             given = ask("%s [%s]" % (question, default or "none"), option)
         return given or default
     url = base_url(setting(options.url, "Server's URL, or nothing for a store in this folder", "--url", ""))
-    name = setting(options.queue_name, "Queue name", "--queue-name", "default")
+    name = setting(options.queue_name, "Queue name", "--queue-name", DEFAULT_QUEUE)
     if not NAME.match(name):
         raise UsageError("a queue's name is 1 to 100 letters, digits, _ and -, not %s" % brief(name))
-    if not re.match("https?:", url):
-        return url, name, options.password
-    return url, name, secret_of("--password", "Password of the queue:", options.password)
+    is_server = re.match("https?:", url)
+    return url, name, secret_of(options, "Password of the queue:") if is_server else options.password
 
 
 def base_url(text):
@@ -7415,69 +7316,6 @@ def base_url(text):
     if scheme and scheme.group(1).lower() not in ("http", "https", "file"):
         raise UsageError("%s: a URL starts with http:// or https://" % brief(text))
     return text.rstrip("/") if scheme else text
-
-
-def do_config(options):
-    import shutil
-    import tempfile
-    path = os.path.join(find_root(), "config.toml")
-    if not os.path.exists(path):
-        raise LabtaskerValueError("there is no %s: labtasker init writes it" % path)
-    folder = tempfile.mkdtemp(prefix="config-", dir=os.path.dirname(path))
-    try:
-        draft = os.path.join(folder, "config.toml")
-        shutil.copy2(path, draft)
-        if not edited(draft):
-            note("Nothing was changed.")
-            return 1
-        os.replace(draft, path)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-    say("Wrote %s" % path)
-
-
-def edited(path):
-    """Return whether a person edited the configuration at `path` into one that can be read; they may try again."""
-    before = read_text(path)
-    while True:
-        run_editor(path)
-        if read_text(path) == before:
-            return False
-        try:
-            os.environ["LABTASKER_ROOT"] = os.path.dirname(path)
-            load_config()
-            return True
-        except LabtaskerError as error:
-            if not is_terminal(sys.stdin):
-                raise
-            note(error)
-            if ask("Edit it again? [Y/n]", "", "y").lower() not in ("y", "yes"):
-                return False
-
-
-def run_editor(path):
-    """Return when $VISUAL, $EDITOR or vi was closed; raises LabtaskerRuntimeError where it failed."""
-    import shlex
-    import subprocess
-    command = shlex.split(os.environ.get("VISUAL") or os.environ.get("EDITOR") or "vi") + [path]
-    try:
-        code = subprocess.call(command)
-    except OSError as error:
-        raise LabtaskerRuntimeError("can't start the editor %s: %s; set $EDITOR" % (command[0], error.strerror))
-    if code:
-        raise LabtaskerRuntimeError("the editor %s ended with %d: nothing was changed" % (command[0], code))
-
-
-def try_settings(root, url, queue_name, password):
-    """Return None after the queue was found or created, or why nobody answers; raises what else is wrong."""
-    config = Config(root, url, queue_name, password, 10, None)
-    use_client(Client(_transport(config)))
-    try:
-        say(create_configured_queue(config))
-    except LabtaskerConnectError as error:
-        return str(error)
-    finally:
-        use_client(None)
 
 
 # ---- Demo
@@ -7502,7 +7340,12 @@ acc = sum((a * x + b * y + c > 0) == is_far for x, y, is_far in points) / len(po
 labtasker.report_task_status(labtasker.task_info().task_id, "running", summary={"acc": acc})
 print("lr=%g steps=%d: accuracy %.3f" % (lr, steps, acc))
 '''
-DEMO_GRID = ["--grid", "--name", "demo", "--", "--lr=0.003,0.03,0.3,1.0", "--steps=30,3000"]
+DEMO_STEPS = (
+    ["task", "submit", "--grid", "--name", "demo", "--", "--lr=0.003,0.03,0.3,1.0", "--steps=30,3000"],
+    ["loop", "--", "python3", "train.py", "%(lr)", "%(steps)"],  # done by two workers at once
+    ["task", "count"],
+    ["task", "ls", "-s", "success", "-S", "summary.acc:desc", "--no-pager"],
+)
 
 
 def do_demo(options):
@@ -7510,155 +7353,61 @@ def do_demo(options):
     import tempfile
     folder = tempfile.mkdtemp(prefix="labtasker-demo-")
     try:
-        return run_demo(folder)
+        shutil.copy(os.path.abspath(__file__), os.path.join(folder, "labtasker.py"))
+        run_demo(folder)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
 
 def run_demo(folder):
-    """Return 0 where all of a sweep in `folder` went as it should: two workers, one failure, one ranking."""
-    import shutil
+    """Run a sweep in `folder`: two workers, one failure, one ranking; raises LabtaskerRuntimeError where it fails."""
     began = monotonic()
-    shutil.copy(os.path.abspath(__file__), os.path.join(folder, "labtasker.py"))
     with open(os.path.join(folder, "train.py"), "w") as file:
         file.write(DEMO_SCRIPT)
     say("A sweep in %s, which is removed at the end. The script:\n\n%s" % (
         folder, re.sub("(?m)^", "    ", DEMO_SCRIPT.rstrip())))
-    env = {key: value for key, value in os.environ.items() if not key.startswith("LABTASKER_")}
-    env["LABTASKER_ROOT"] = os.path.join(folder, ".labtasker")
-    codes = [demo_step(folder, env, ["task", "submit"] + DEMO_GRID)]
-    codes += demo_workers(folder, env)
-    codes += [demo_step(folder, env, ["task", "count"]),
-              demo_step(folder, env, ["task", "ls", "-s", "success", "-S", "summary.acc:desc", "--no-pager"])]
-    tasks = demo_tasks(folder, env)
+    codes = []
+    for words in DEMO_STEPS:
+        codes += demo_workers(folder, words) if words[0] == "loop" else [demo_start(folder, words).wait()]
+    store = StoreTransport(os.path.join(folder, ".labtasker"), DEFAULT_QUEUE)
+    tasks = Client(store).call("POST", "/api/v1/queues/me/tasks/search", {})["content"]
+    store.close()
     done = sum(task["status"] == "success" for task in tasks)
     retried = sum(task["retries"] == 1 for task in tasks)
     say("\n%d of %d tasks done by two workers, %d after a retry, in %.1f s." % (
         done, len(tasks), retried, monotonic() - began))
-    if any(codes) or done != 8 or retried != 1:
+    if any(codes) or (done, retried) != (8, 1):
         raise LabtaskerRuntimeError("the demo did not go as it should; exit codes: %s" % codes)
 
 
-def demo_start(folder, env, words, suffix="", **streams):
+def demo_start(folder, words, suffix="", **streams):
     """Return the process of a command of this program, shown first as one would type it."""
     import shlex
     import subprocess
     words = ["python3", "-m", "labtasker"] + words
     say("\n$ " + " ".join(shlex.quote(word) for word in words) + suffix)
     sys.stdout.flush()
+    env = {key: value for key, value in os.environ.items() if not key.startswith("LABTASKER_")}
+    env.update(LABTASKER_ROOT=os.path.join(folder, ".labtasker"), PYTHONUNBUFFERED="1")
     return subprocess.Popen([sys.executable if word == "python3" else word for word in words], cwd=folder, env=env,
                             stdin=subprocess.DEVNULL, **streams)
 
 
-def demo_step(folder, env, words):
-    """Return the exit code of a command of this program, shown first as one would type it."""
-    return demo_start(folder, env, words).wait()
-
-
-def demo_workers(folder, env):
-    """Return the exit codes of two workers that run at once, each line of theirs shown with its worker's number."""
+def demo_workers(folder, words):
+    """Return the exit codes of two workers that run at once, their lines shown, one worker's after the other's."""
     import subprocess
-    words = ["loop", "--", "python3", "train.py", "%(lr)", "%(steps)"]
-    env = dict(env, PYTHONUNBUFFERED="1")
-    workers, readers = [], []
+    workers = []
     try:
-        for number in (1, 2):
-            workers.append(demo_start(folder, env, words, " &", stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        for _ in (1, 2):
+            workers.append(demo_start(folder, words, " &", stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
                                       universal_newlines=True))
-            readers.append(threading.Thread(target=demo_echo, args=(workers[-1].stdout, number), daemon=True))
-            readers[-1].start()
-        for reader in readers:
-            reader.join()
+        for number, worker in enumerate(workers, 1):
+            for line in worker.stdout:
+                say("[worker %d] %s" % (number, clean(line.rstrip("\n"))))
         return [worker.wait() for worker in workers]
     finally:
         for worker in workers:
             worker.kill()
-
-
-def demo_echo(stream, number):
-    """Print each line of a worker with its number."""
-    for line in stream:
-        say("[worker %d] %s" % (number, clean(line.rstrip("\n"))))
-
-
-def demo_tasks(folder, env):
-    """Return the demo's tasks as dicts."""
-    import subprocess
-    text = subprocess.check_output([sys.executable, "-m", "labtasker", "task", "ls", "--fmt", "jsonl"], cwd=folder,
-                                   env=env, stdin=subprocess.DEVNULL)
-    return [json.loads(line) for line in text.decode().splitlines()]
-
-
-# ---- Help
-
-
-def help_filter():
-    """Return the reference of the filter language, from the tables of section 2."""
-    fields = [["field", "kind", "meaning"]]
-    fields += [[name, row.kind, row.meaning] for name, row in visible(TASK_FIELDS).items()]
-    return "\n".join([
-        "A filter is a line of Python over a task's fields:", "",
-        "    labtasker task ls -f 'args.lr > 0.01 and \"v1\" in list(metadata.tags)'",
-        "    labtasker task ls -f 'created_at >= date(\"3 hours ago\") and regex(task_name, \"^grid-\")'", "",
-        "Compare       " + " ".join(COMPARISONS),
-        "Contain       field in [...], \"v\" in list(field), \"k\" in dict(field)",
-        "Join          and or (...)",
-        "Calculate     " + " ".join(ARITHMETIC),
-        "Call          " + " ".join(name + "(...)" for name in CALLS),
-        "Dates         " + "\n              ".join(DATE_FORMS),
-        "Nested        args.optimizer.lr, summary.acc, args.layers[0]", "",
-        "Instead of"] + ["  %-11s %s" % (word, text) for word, text in INSTEAD.items()] + [
-        "", "A query document may stand for it: -f '{\"args.lr\": {\"$gt\": 0.1}}', with",
-        " ".join(tuple(OPERATORS) + LOGIC + ("$expr",)), "", table(fields)])
-
-
-def help_settings():
-    """Return the settings: their place in config.toml, and the variables that win over it."""
-    rows = [[name, variable or "", meaning] for name, (_, variable, _, meaning) in SETTINGS.items()]
-    return "\n".join([
-        "The configuration is %s in the nearest folder .labtasker from here upward," % CONFIG_NAME,
-        "or in the folder that LABTASKER_ROOT names. Variables win over it.", "",
-        table([["setting", "variable", "meaning"]] + rows)])
-
-
-def help_api():
-    """Return the routes of the REST API, each with the fields that it takes."""
-    def shown(name, arg):
-        default = "" if arg.default is None else "=" + json.dumps(arg.default) if arg.default is not REQUIRED else None
-        return "%s %s%s" % (name, arg.kind, " (required)" if default is None else default)
-    lines = []
-    for name, route in ROUTES.items():
-        lines.append("%s -> %d%s\n    %s" % (name, route.status, " (no password)" if route.open else "", route.meaning))
-        lines += ["    %s: %s" % (what, ", ".join(shown(*field) for field in fields.items()))
-                  for what, fields in (("URL", route.query), ("body", route.fields)) if fields]
-    return "\n".join(lines)
-
-
-TOPICS = {"filter": help_filter, "settings": help_settings, "api": help_api}
-
-
-def do_help(options):
-    words = " ".join(options.topic)
-    if words in TOPICS:
-        show(TOPICS[words]())
-    elif not words or words in COMMANDS or any(path.startswith(words + " ") for path in COMMANDS):
-        show(help_of(words))
-    else:
-        raise UsageError("there is no help on %s%s. Topics: %s, and every command" % (
-            brief(words), hint(words, list(TOPICS) + list(COMMANDS)), ", ".join(TOPICS)))
-
-
-def help_of(path):
-    """Return the help of a command, or the list of the commands whose path starts with `path`."""
-    if path in COMMANDS:
-        return make_parser(path).format_help().rstrip()
-    shown = {name: row for name, row in COMMANDS.items() if row.help and name.startswith(path and path + " ")}
-    lines = ["usage: labtasker %s [options]" % (path + " COMMAND" if path else "COMMAND"), ""]
-    lines += ["  %-25s %s" % (name, row.help.split(". ")[0].rstrip(".")) for name, row in shown.items()]
-    lines += ["", "labtasker %s --help tells more of each%s" % (
-        path + " COMMAND" if path else "COMMAND",
-        "." if path else "; labtasker help %s print references." % "|".join(TOPICS))]
-    return "\n".join(lines + ["", "example:", "  " + next(iter(shown.values())).example.split("\n")[0]])
 
 
 # ---- From words to options
@@ -7667,20 +7416,28 @@ Command = collections.namedtuple("Command", "run help example options rest")
 Command.__new__.__defaults__ = ((), None)
 
 
-def option(*flags, **settings):
-    """Return one row of a command's options: what `add_argument` takes."""
-    return flags, settings
+def option(spelling, help, **settings):
+    """Return one row of a command's options, such as `-f --flag` or `-n --number N`, as `add_argument` takes it.
+
+    A `dest` with a spelling that has no flag is an argument by its place."""
+    words = spelling.split()
+    flags = [word for word in words if word.startswith("-")]
+    if flags == words:
+        settings = dict({"action": "store_true"}, **settings)
+    else:
+        settings["metavar"] = words[-1]
+    return flags or [settings.pop("dest")], dict(settings, help=help)
 
 
-def one_of(*choices):
-    """Return the type of an option that takes one of these; the mistake's message offers the nearest."""
+def choice(spelling, choices, **settings):
+    """Return an option that takes one of `choices`; its help lists them."""
     def check(text):
         import argparse
         if text not in choices:
             raise argparse.ArgumentTypeError("%s is none of %s%s" % (brief(text), ", ".join(choices),
                                                                     hint(text, choices)))
         return text
-    return check
+    return option(spelling, settings.pop("help", "|".join(choices)), type=check, **settings)
 
 
 def count(text):
@@ -7711,7 +7468,7 @@ def make_parser(path):
     import argparse
     row = COMMANDS[path]
     width = min(100, screen_size()[0])
-    names = [s.get("metavar", flags[0]) for flags, s in row.options if not flags[0].startswith("-")]
+    names = [settings["metavar"] for flags, settings in row.options if not flags[0].startswith("-")]
     usage = " ".join(["labtasker", path, "[options]"] + names + ([row.rest] if row.rest else []))
 
     class Parser(argparse.ArgumentParser):
@@ -7721,7 +7478,7 @@ def make_parser(path):
     parser = Parser(prog="labtasker " + path, usage=usage, description=row.help, allow_abbrev=False,
                     epilog="example:\n" + re.sub("(?m)^", "  ", row.example),
                     formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, 2, 34, width))
-    parser.set_defaults(rest=None)
+    parser.set_defaults(fmt="table", limit=EVERY, verbose=False, ansi=None, no_pager=False)  # of every listing
     for flags, settings in row.options:
         parser.add_argument(*flags, **settings)
     return parser
@@ -7754,46 +7511,66 @@ def unexpected(word, row, rest):
     return "unknown option " + word + ("; did you mean %s?" % flags[best] if best else "")
 
 
+def group(word):
+    """Return the commands that start with a word such as `task`; with "", all."""
+    return [path for path in COMMANDS if COMMANDS[path].help and path.startswith(word and word + " ")]
+
+
 def find_command(words):
     """Return (path, the words after it); raises UsageError that offers the nearest command."""
     for size in (2, 1):
         path = " ".join(words[:size])
+        if path in COMFORTS and not comforts():
+            raise LabtaskerRuntimeError("labtasker %s needs labtasker_cli.py beside labtasker.py, in %s" % (
+                path, os.path.dirname(os.path.abspath(__file__))))
         if path in COMMANDS:
             return path, words[size:]
-    group = [path.split()[1] for path in COMMANDS if path.startswith(words[0] + " ")]
-    if group and not words[1:]:
-        raise UsageError("%s what? One of: %s" % (words[0], ", ".join(group)))
-    if group:
-        raise UsageError("there is no command %s %s (there are %s)%s" % (
-            words[0], words[1], ", ".join(group), hint(words[1], group)))
+    names = [path.split()[1] for path in group(words[0])]
+    if names:
+        raise UsageError("there is no command %s%s: there are %s" % (
+            " ".join(words[:2]), hint(words[1], names) if words[1:] else "", ", ".join(names)))
     inner = [path for path in COMMANDS if path.endswith(" " + words[0])]
     best = "; did you mean %s?" % " or ".join(inner) if inner else hint(
-        words[0], {path.split()[0] for path in COMMANDS if COMMANDS[path].help})
+        words[0], {path.split()[0] for path in group("") + list(COMFORTS)})
     raise UsageError("there is no command %s%s (labtasker --help lists them)" % (brief(words[0]), best))
 
 
+def do_help(options):
+    path = " ".join(options.topic)
+    comforts()
+    if path not in COMMANDS and not group(path):
+        topics = [name[5:] for name in COMFORTS if name.startswith("help ")]
+        raise UsageError("there is no help on %s%s. Topics: %s, and every command" % (
+            brief(path), hint(path, topics + list(COMMANDS)), ", ".join(topics)))
+    show(help_of(path))
+
+
+def help_of(path):
+    """Return the help of a command, or the list of the commands whose path starts with `path`."""
+    if path in COMMANDS:
+        return make_parser(path).format_help().rstrip()
+    typed = "labtasker %sCOMMAND" % (path and path + " ")
+    lines = ["usage: %s [options]" % typed, ""]
+    lines += ["  %-25s %s" % (name, COMMANDS[name].help.split(". ")[0].rstrip(".")) for name in group(path)]
+    missing = [name for name in COMFORTS if name not in COMMANDS]
+    if missing and not path:
+        lines += ["", "With labtasker_cli.py beside labtasker.py also: " + ", ".join(missing)]
+    return "\n".join(lines + ["", typed + " --help tells more of each.", "", "example:",
+                              "  " + COMMANDS[group(path)[0]].example.split("\n")[0]])
+
+
 def run_command(words):
-    """Return the exit code of the command that `words` spell."""
-    if not words:
-        note(help_of(""))
-        return 2
-    if words[0] in ("--version", "-V"):
-        say("labtasker " + __version__)
-        return 0
-    helped = next((i for i, word in enumerate(words[:2]) if word in ("-h", "--help")), None)
-    if helped is not None and " ".join(words[:helped]) not in COMMANDS and (
-            not helped or any(path.startswith(words[0] + " ") for path in COMMANDS)):
-        return do_help(collections.namedtuple("Options", "topic")(words[:helped]))
+    """Return the exit code of the command that `words` spell, in UTF-8 whatever the locale."""
+    words = [os.fsencode(word).decode("utf-8") for word in words]
+    if words[:1] in (["--version"], ["-V"]):
+        return say("labtasker " + __version__)
+    asked = [word in ("-h", "--help") for word in words[:2]]
+    if not words or asked[0] or (asked[1:] == [True] and words[0] not in COMMANDS and group(words[0])):
+        comforts()
+        text = help_of("" if not words or asked[0] else words[0])
+        return say(text) if words else note(text) or 2
     path, words = find_command(words)
     return COMMANDS[path].run(parse(path, words))
-
-
-def typed_words(argv):
-    """Return the words of a command line as text, whatever the locale; raises UsageError where they are not UTF-8."""
-    try:
-        return [os.fsencode(word).decode("utf-8") for word in argv]
-    except UnicodeDecodeError as error:
-        raise UsageError("the command line is not UTF-8: %s" % error) from None
 
 
 def main(argv=None):
@@ -7802,10 +7579,10 @@ def main(argv=None):
         if getattr(sys, name) is None:  # closed by whoever started us
             setattr(sys, name, open(os.devnull, "w"))
     try:
-        code = run_command(typed_words(sys.argv[1:] if argv is None else argv)) or 0
+        code = run_command(sys.argv[1:] if argv is None else argv) or 0
         sys.stdout.flush()
         return code
-    except SystemExit as error:  # argparse, after --help
+    except SystemExit as error:  # argparse after --help, or a person who said no
         return error.code or 0
     except KeyboardInterrupt:
         note("")
@@ -7817,7 +7594,8 @@ def main(argv=None):
         if os.environ.get("LABTASKER_DEBUG"):
             raise
         note("labtasker: error: " + explained(error))
-        return 2 if isinstance(error, (UsageError, SyntaxMistake)) or getattr(error, "status_code", 0) == 422 else 1
+        is_usage = isinstance(error, (UsageError, SyntaxMistake, UnicodeDecodeError))
+        return 2 if is_usage or getattr(error, "status_code", 0) == 422 else 1
 
 
 def explained(error):
@@ -7829,6 +7607,8 @@ def explained(error):
                    error, config.queue_name, config.source or "no file")
     if isinstance(error, LabtaskerError):
         return str(error)
+    if isinstance(error, UnicodeDecodeError):
+        return "what was typed is not UTF-8: %s" % error
     if isinstance(error, OSError):
         return ": ".join(str(part) for part in (error.filename, error.strerror or error) if part)
     return "%s: %s\nThis is a bug in labtasker %s. LABTASKER_DEBUG=1 shows where it happened." % (
@@ -7837,25 +7617,27 @@ def explained(error):
 
 # ---- The table
 
-ID = option("task_id", metavar="ID", help="the task's id; its first letters are enough where no other starts so")
-IDS = option("ids", nargs="*", metavar="ID", default=[], help="task ids; without any, and no selectors, from stdin")
-QUIET = option("-q", "--quiet", action="store_true", help="print ids alone")
-YES = option("-y", "--yes", action="store_true", help="ask nothing")
-NO_PAGER = option("--no-pager", action="store_true", help="never show it through $PAGER")
-METADATA = option("--metadata", metavar="DICT", help="JSON or Python literal: '{\"tags\": [\"v1\"]}'")
-COLOUR = [option("--ansi", action="store_true", default=None, help="colour, also when not on a terminal"),
-          option("--no-ansi", dest="ansi", action="store_false", help="never colour")]
-FILTER = option("-f", "--extra-filter", metavar="FILTER", help="filter text or query document (labtasker help filter)")
-SELECT = [option("--id", "--task-id", dest="task_id", metavar="ID", help="the task with this id"),
-          option("--name", "--task-name", dest="task_name", metavar="NAME", help="tasks with this name"),
-          option("-s", "--status", type=one_of(*TASK_STATES), metavar="STATUS", help="|".join(TASK_STATES)), FILTER]
-LIST = [option("--limit", type=count, default=100, metavar="N", help="at most so many (100)"),
-        option("--offset", type=count, default=0, metavar="N", help="leave out the first N"),
-        option("--fmt", type=one_of("table", "yaml", "jsonl", "csv"), default="table", metavar="FORMAT",
-               help="table|yaml|jsonl|csv"),
-        option("--verbose", "-v", action="store_true", help="more columns, nothing cut"), NO_PAGER] + COLOUR
-QUEUE = [option("--queue-name", metavar="NAME", help="letters, digits, _ and -"),
-         option("--password", help="else LABTASKER_PASSWORD, else asked")]
+ID = option("ID", "the task's id; its first letters are enough where no other starts so", dest="task_id")
+IDS = option("ID", "task ids; without any, and no selectors, from stdin", dest="ids", nargs="*", default=[])
+WORKER = option("ID", "the worker's id", dest="worker_id")
+QUIET = option("-q --quiet", "print ids alone")
+SILENT = option("-q --quiet", "print nothing")
+YES = option("-y --yes", "ask nothing")
+NO_PAGER = option("--no-pager", "never show it through $PAGER")
+METADATA = option("--metadata DICT", "JSON or Python literal: '{\"tags\": [\"v1\"]}'")
+COLOUR = [option("--ansi", "colour, also when not on a terminal", default=None),
+          option("--no-ansi", "never colour", dest="ansi", action="store_false")]
+FILTER = option("-f --extra-filter FILTER", "filter text or query document (labtasker help filter)")
+SELECT = [option("--id --task-id ID", "the task with this id", dest="task_id"),
+          option("--name --task-name NAME", "tasks with this name", dest="task_name"),
+          choice("-s --status STATUS", TASK_STATES), FILTER]
+LIST = [option("--limit N", "at most so many (100)", type=count, default=100),
+        option("--offset N", "leave out the first N", type=count, default=0),
+        choice("--fmt FORMAT", ("table",) + tuple(WRITERS)),
+        option("-v --verbose", "more columns, nothing cut"), NO_PAGER] + COLOUR
+QUEUE = [option("--queue-name NAME", "letters, digits, _ and -"),
+         option("--password PASSWORD", "else LABTASKER_PASSWORD, else asked")]
+SILENCE = option("--heartbeat-timeout TIME", "silence after which a run is given up", type=seconds)
 
 COMMANDS = {
     "demo": Command(do_demo, "Run a small sweep in a temporary folder, showing each command.", "labtasker demo"),
@@ -7863,131 +7645,108 @@ COMMANDS = {
         do_task_submit, "Queue a task, or many. Values are Python literals, else text; dots nest.",
         "labtasker task submit --name grid -- --lr=0.001 --model=resnet --opt.momentum=0.9\n"
         "labtasker task submit --grid -- --lr=0.1,0.01 --seed=1:5:1", [
-            option("--args", metavar="DICT", help="the arguments as JSON or Python literal"),
-            option("--name", "--task-name", dest="task_name", metavar="NAME", help="letters, digits, _ and -"),
-            METADATA,
-            option("--priority", type=int, metavar="N", help="higher is run first (0)"),
-            option("--max-retries", type=count, metavar="N", help="failed runs after which it is failed (3)"),
-            option("--cmd", metavar="TEXT", help="a command to keep with the task"),
-            option("--heartbeat-timeout", type=seconds, metavar="TIME", help="silence after which a run is given up"),
-            option("--task-timeout", type=seconds, metavar="TIME", help="length after which a run is given up"),
-            option("--grid", action="store_true", help="one task for each combination of comma-separated values "
-                   "and start:stop:step ranges, stop included"),
-            option("--from", dest="from_file", metavar="FILE", help="one task for each line of JSON lines or CSV; "
-                   "- is stdin"),
-            option("--dry-run", action="store_true", help="print what would be submitted, as JSON lines"), QUIET],
+            option("--args DICT", "the arguments as JSON or Python literal"),
+            option("--name --task-name NAME", "letters, digits, _ and -", dest="task_name"), METADATA,
+            option("--priority N", "higher is run first (0)", type=int),
+            option("--max-retries N", "failed runs after which it is failed (3)", type=count),
+            option("--cmd TEXT", "a command to keep with the task"), SILENCE,
+            option("--task-timeout TIME", "length after which a run is given up", type=seconds),
+            option("--grid", "one task for each combination of comma-separated values and start:stop:step ranges, "
+                   "stop included"),
+            option("--from FILE", "one task for each line of JSON lines or CSV; - is stdin", dest="from_file"),
+            option("--dry-run", "print what would be submitted, as JSON lines"), QUIET],
         "[-- --NAME=VALUE ...]"),
     "task ls": Command(
         do_task_ls, "List tasks, longest unchanged first.",
         "labtasker task ls -s success -f 'args.lr > 0.01' -S summary.acc:desc", SELECT + [
-            option("-S", "--sort", action="append", default=[], metavar="FIELD:asc|desc", help="repeatable"),
-            option("--piped-in", action="store_true", help="only tasks whose ids are on stdin"), QUIET] + LIST),
+            option("-S --sort FIELD:asc|desc", "repeatable", action="append", default=[]),
+            option("--piped-in", "only tasks whose ids are on stdin"), QUIET] + LIST),
     "task get": Command(
-        do_task_get, "Show one task with all its fields.", "labtasker task get 3f2a", [
-            ID, option("--fmt", type=one_of("yaml", "jsonl", "csv"), default="yaml", metavar="FORMAT",
-                       help="yaml|jsonl|csv"), NO_PAGER]),
+        do_task_get, "Show one task with all its fields.", "labtasker task get 3f2a",
+        [ID, choice("--fmt FORMAT", tuple(WRITERS), default="yaml"), NO_PAGER]),
     "task count": Command(
-        do_task_count, "Count tasks by status, or by another field.", "labtasker task count --by args.model", SELECT + [
-            option("--by", metavar="FIELD", help="count by this field"),
-            option("-q", "--quiet", action="store_true", help="print the total alone")] + COLOUR),
+        do_task_count, "Count tasks by status, or by another field.", "labtasker task count --by args.model",
+        SELECT + [option("--by FIELD", "count by this field"), option("-q --quiet", "print the total alone")] + COLOUR),
     "task update": Command(
         do_task_update, "Change fields of tasks, all in one transaction. A field becomes exactly what is typed; "
         "its neighbours stay.",
-        "labtasker task update -s failed -f 'args.model == \"vit\"' -u args.lr=0.005 --reset-pending",
-        SELECT + [
-            option("-u", "--update", action="append", metavar="FIELD=VALUE", help="repeatable: args.lr=0.005, "
-                   "'metadata.tags=[\"v2\"]', status=cancelled"),
-            option("--reset-pending", action="store_true", help="pending again, with its retries at 0"),
-            option("--limit", type=count, default=EVERY, metavar="N", help="at most so many (all)"),
-            option("-q", "--quiet", action="store_true", help="ask nothing, print nothing")],
+        "labtasker task update -s failed -f 'args.model == \"vit\"' -u args.lr=0.005 --reset-pending", SELECT + [
+            option("-u --update FIELD=VALUE", "repeatable: args.lr=0.005, 'metadata.tags=[\"v2\"]', status=cancelled",
+                   action="append"),
+            option("--reset-pending", "pending again, with its retries at 0"),
+            option("--limit N", "at most so many (all)", type=count),
+            option("-q --quiet", "ask nothing, print nothing")],
         "[-- FIELD=VALUE ...]"),
-    "task retry": Command(
-        do_task_retry, "Make failed (or selected) tasks pending again, with their retries at 0.",
-        "labtasker task retry -f 'args.model == \"vit\"' --dry-run", [IDS] + SELECT + [
-            option("--dry-run", action="store_true", help="only show which"), QUIET]),
     "task wait": Command(
         do_task_wait, "Wait until no selected task is pending or running; exit 1 where any is failed.",
-        "labtasker task wait --name grid && echo done", SELECT + [
-            option("-q", "--quiet", action="store_true", help="print nothing")]),
+        "labtasker task wait --name grid && echo done", SELECT + [SILENT]),
     "task delete": Command(
         do_task_delete, "Delete tasks. Where one of the ids is unknown, none is deleted.",
         "labtasker task ls -s failed -q --limit 10000 | labtasker task delete -y", [IDS] + SELECT + [YES]),
     "loop": Command(
         do_loop, "Run a command for each pending task whose arguments it takes, until there are no more.",
         "labtasker loop -- python train.py --lr '%(lr)' --model '%(model)'", [
-            option("-c", "--cmd", metavar="TEXT", help="a command for the shell, values quoted for it"),
-            option("--script-path", metavar="FILE", help="a script for the shell, values quoted for it"),
-            option("--executable", metavar="FILE", help="the shell (/bin/sh)"), FILTER,
-            option("--worker-id", metavar="ID", help="run as this worker (labtasker worker create)"),
-            option("--eta-max", type=duration, metavar="TIME", help="a longer run is given up: 90, 10 min, 1h30m"),
-            option("--heartbeat-timeout", type=seconds, metavar="TIME", help="silence after which a run is given up"),
-            option("--max-tasks", type=count, metavar="N", help="end after N tasks"),
-            option("--idle-timeout", type=seconds, metavar="TIME", help="stay that long for tasks to come"),
-            option("--use-pty", action="store_true", default=None, help="run it on a pseudo-terminal"),
-            option("--no-use-pty", dest="use_pty", action="store_false", help="run it on pipes"),
-            option("-v", "--verbose", action="store_true", help="say more")],
+            option("-c --cmd TEXT", "a command for the shell, values quoted for it"),
+            option("--script-path FILE", "a script for the shell, values quoted for it"),
+            option("--executable FILE", "the shell (/bin/sh)"), FILTER,
+            option("--worker-id ID", "run as this worker (labtasker worker create)"),
+            option("--eta-max TIME", "a longer run is given up: 90, 10 min, 1h30m", type=duration), SILENCE,
+            option("--max-tasks N", "end after N tasks", type=count),
+            option("--idle-timeout TIME", "stay that long for tasks to come", type=seconds),
+            option("--use-pty", "run it on a pseudo-terminal", default=None),
+            option("--no-use-pty", "run it on pipes", dest="use_pty", action="store_false"),
+            option("-v --verbose", "say more")],
         "[-- COMMAND ...]"),
     "init": Command(
         do_init, "Write the configuration, test it, and create the queue.",
-        "labtasker init --url http://head:9321 --queue-name sweep --password secret --yes", [
-            option("--url", help="the server, or a folder for a store without one")] + QUEUE + [
-            option("-y", "--yes", action="store_true", help="ask nothing: overwrite, keep, take defaults")]),
-    "config": Command(do_config, "Edit the configuration in $EDITOR; it is kept where it can be read.",
-                      "EDITOR=nano labtasker config"),
+        "labtasker init --url http://head:9321 --queue-name sweep --password secret --yes",
+        [option("--url URL", "the server, or a folder for a store without one")] + QUEUE + [
+            option("-y --yes", "ask nothing: overwrite, keep, take defaults")]),
     "health": Command(do_health, "Say whether the server or store answers; exit 1 where not.", "labtasker health"),
     "serve": Command(
         do_serve, "Run a server, so that several hosts share a store.", "labtasker serve --host 0.0.0.0 --port 9321", [
-            option("--host", default="127.0.0.1", help="address to listen on (127.0.0.1)"),
-            option("--port", type=count, default=DEFAULT_PORT, help="%d; 0 picks one" % DEFAULT_PORT),
-            option("--db-path", metavar="FILE", help="the journal (.labtasker/journal.jsonl)"),
-            option("--fsync", type=one_of("always", "interval", "never"), default="always", metavar="WHEN",
-                   help="always: before each answer; interval: a second may be lost; never: left to the system"),
-            option("--certfile", metavar="FILE", help="TLS certificate"),
-            option("--keyfile", metavar="FILE", help="its key"),
-            option("--log-level", type=one_of("debug", "info", "warning", "error"), default="info", metavar="LEVEL",
-                   help="debug|info|warning|error"),
-            option("--daemon", action="store_true", help="go to the background once it listens")]),
+            option("--host ADDRESS", "address to listen on (127.0.0.1)", default="127.0.0.1"),
+            option("--port N", "%d; 0 picks one" % DEFAULT_PORT, type=count, default=DEFAULT_PORT),
+            option("--db-path FILE", "the journal (.labtasker/journal.jsonl)"),
+            choice("--fsync WHEN", FSYNC_MODES, default="always",
+                   help="; ".join("%s: %s" % mode for mode in FSYNC_MODES.items())),
+            option("--certfile FILE", "TLS certificate"), option("--keyfile FILE", "its key"),
+            choice("--log-level LEVEL", ("debug", "info", "warning", "error"), default="info"),
+            option("--daemon", "go to the background once it listens")]),
     "queue create": Command(do_queue_create, "Create a queue.",
                             "labtasker queue create --queue-name sweep --password secret", QUEUE + [METADATA, QUIET]),
     "queue create-from-config": Command(
-        do_queue_create_from_config, "Create the queue that the configuration names, where it is not there yet.",
+        lambda options: say(create_configured_queue(load_config(), metadata_of(options))),
+        "Create the queue that the configuration names, where it is not there yet.",
         "labtasker queue create-from-config", [METADATA]),
     "queue get": Command(do_queue_get, "Show the queue.", "labtasker queue get",
-                         [option("-q", "--quiet", action="store_true", help="print its id alone")]),
+                         [option("-q --quiet", "print its id alone")]),
     "queue update": Command(
         do_queue_update, "Rename the queue, change its password or metadata.",
         "labtasker queue update --new-queue-name sweep2", [
-            option("--new-queue-name", metavar="NAME", help="letters, digits, _ and -"),
-            option("--new-password", metavar="PASSWORD", help="1 to 100 letters"), METADATA,
-            option("-q", "--quiet", action="store_true", help="print nothing")]),
-    "queue delete": Command(
-        do_queue_delete, "Delete the queue.", "labtasker queue delete --cascade --yes", [
-            option("--cascade", action="store_true", help="its tasks and workers too"), YES]),
+            option("--new-queue-name NAME", "letters, digits, _ and -"),
+            option("--new-password PASSWORD", "1 to 100 letters"), METADATA, SILENT]),
+    "queue delete": Command(do_queue_delete, "Delete the queue.", "labtasker queue delete --cascade --yes",
+                            [option("--cascade", "its tasks and workers too"), YES]),
     "worker create": Command(
         do_worker_create, "Register a worker and print its id.", "labtasker worker create --worker-name gpu0", [
-            option("--worker-name", "--name", dest="worker_name", metavar="NAME", help="letters, digits, _ and -"),
-            METADATA, option("--max-retries", type=count, default=3, metavar="N",
-                             help="failed runs at which it gets no more tasks (3)"), QUIET]),
+            option("--worker-name --name NAME", "letters, digits, _ and -", dest="worker_name"), METADATA,
+            option("--max-retries N", "failed runs at which it gets no more tasks (3)", type=count, default=3), QUIET]),
     "worker ls": Command(
         do_worker_ls, "List workers.", "labtasker worker ls -s crashed", [
-            option("--id", "--worker-id", dest="worker_id", metavar="ID", help="the worker with this id"),
-            option("--name", "--worker-name", dest="worker_name", metavar="NAME", help="workers with this name"),
-            option("-s", "--status", type=one_of(*WORKER_STATES), metavar="STATUS", help="|".join(WORKER_STATES)),
-            FILTER, QUIET] + LIST),
+            option("--id --worker-id ID", "the worker with this id", dest="worker_id"),
+            option("--name --worker-name NAME", "workers with this name", dest="worker_name"),
+            choice("-s --status STATUS", WORKER_STATES), FILTER, QUIET] + LIST),
     "worker report": Command(
-        do_worker_report, "Set a worker active, suspended or crashed.", "labtasker worker report ID active", [
-            option("worker_id", metavar="ID", help="the worker's id"),
-            option("status", metavar="STATUS", type=one_of(*WORKER_STATES), help="|".join(WORKER_STATES))]),
+        do_worker_report, "Set a worker active, suspended or crashed.", "labtasker worker report ID active",
+        [WORKER, choice("STATUS", WORKER_STATES, dest="status")]),
     "worker delete": Command(
         do_worker_delete, "Delete a worker.", "labtasker worker delete ID --yes", [
-            option("worker_id", metavar="ID", help="the worker's id"),
-            option("--cascade-update", action="store_true", default=True,
-                   help="its tasks forget it (this is the default)"),
-            option("--no-cascade-update", dest="cascade_update", action="store_false", help="its tasks keep its id"),
-            YES]),
-    "help": Command(do_help, "Print the reference on a topic: " + ", ".join(TOPICS) + ", or any command.",
-                    "labtasker help filter", [option("topic", nargs="*", metavar="TOPIC", help="topic or command")]),
-    "__beats": Command(do_beats, "", "", [option("words", nargs="*")]),  # the worker's heartbeats, a process of its own
+            WORKER, option("--cascade-update", "its tasks forget it (this is the default)", default=True),
+            option("--no-cascade-update", "its tasks keep its id", dest="cascade_update", action="store_false"), YES]),
+    "help": Command(do_help, "List the commands, or print the help of one.", "labtasker help task submit",
+                    [option("COMMAND", "words of a command, or a topic", dest="topic", nargs="*")]),
+    "__beats": Command(lambda options: beats_main(), "", ""),  # the worker's heartbeats, a process of its own
 }
 
 if __name__ == "__main__":

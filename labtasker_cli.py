@@ -1,10 +1,164 @@
 """What pip's console scripts import, and the home of the comforts of a terminal that work can do without.
 
-`labtasker` and `lt` start `main`, `labtasker-server` starts `server_main`. Everything that work needs is in
-labtasker.py; commands that stand here enter themselves into its table `COMMANDS`.
+`labtasker` and `lt` start `main`, `labtasker-server` starts `server_main`. labtasker.py alone does all the work; where
+this file lies beside it, it imports it when one of the commands here is typed or listed. Each enters itself into the
+table `COMMANDS`; what it is for stands in `COMFORTS`. Tests: test_cli.py.
 """
-from labtasker import main
+import json
+import os
+import sys
+
+from labtasker import (
+    ARITHMETIC, CALLS, COMFORTS, COMMANDS, COMPARISONS, CONFIG_NAME, DATE_FORMS, IDS, INSTEAD, LOGIC,
+    OPERATORS, QUIET, REQUIRED, ROUTES, SELECT, SETTINGS, TASK_FIELDS, Command, LabtaskerError, LabtaskerRuntimeError,
+    LabtaskerValueError, TaskUpdateRequest, ask, chosen_tasks, find_root, is_terminal, load_config, main, note, option,
+    read_text, say, show, show_listing, some, table, update_tasks, visible)
+
+__all__ = ["main", "server_main"]
 
 server_main = main  # `labtasker-server serve` is `labtasker serve`
 
-__all__ = ["main", "server_main"]
+
+def page(text):
+    """Return whether $PAGER (else `less -R`) showed `text`."""
+    import shlex
+    import signal
+    import subprocess
+    command = shlex.split(os.environ.get("PAGER", "less -R"))
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the pager's
+    try:
+        pager = subprocess.Popen(command, stdin=subprocess.PIPE, env=dict({"LESS": "FRX"}, **os.environ))
+        pager.communicate((text + "\n").encode("utf-8", "backslashreplace"))
+        return True
+    except (OSError, IndexError):  # no such pager, or PAGER is empty
+        return False
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def do_task_retry(options):
+    if not options.ids and options.task_id is None and options.status is None:
+        options.status = "failed"
+    tasks = chosen_tasks(options, options.ids)
+    if options.dry_run:
+        show_listing(tasks, options)
+        return note("Would retry %s." % some(tasks))
+    if tasks:
+        update_tasks([TaskUpdateRequest(_id=task.task_id) for task in tasks], reset_pending=True)
+    if not options.quiet:
+        say("%s pending again" % some(tasks))
+
+
+# ---- Editing
+
+
+def do_config(options):
+    import shutil
+    import tempfile
+    path = os.path.join(find_root(), CONFIG_NAME)
+    if not os.path.exists(path):
+        raise LabtaskerValueError("there is no %s: labtasker init writes it" % path)
+    folder = tempfile.mkdtemp(prefix="config-", dir=os.path.dirname(path))
+    try:
+        draft = os.path.join(folder, CONFIG_NAME)
+        shutil.copy2(path, draft)
+        if not edited(draft):
+            note("Nothing was changed.")
+            return 1
+        os.replace(draft, path)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    say("Wrote %s" % path)
+
+
+def edited(path):
+    """Return whether a person edited the configuration at `path` into one that can be read; they may try again."""
+    before = read_text(path)
+    while True:
+        run_editor(path)
+        if read_text(path) == before:
+            return False
+        try:
+            os.environ["LABTASKER_ROOT"] = os.path.dirname(path)
+            load_config()
+            return True
+        except LabtaskerError as error:
+            if not is_terminal(sys.stdin):
+                raise
+            note(error)
+            if ask("Edit it again? [Y/n]", "", "y").lower() not in ("y", "yes"):
+                return False
+
+
+def run_editor(path):
+    """Return when $VISUAL, $EDITOR or vi was closed; raises LabtaskerRuntimeError where it failed."""
+    import shlex
+    import subprocess
+    command = shlex.split(os.environ.get("VISUAL") or os.environ.get("EDITOR") or "vi") + [path]
+    try:
+        code = subprocess.call(command)
+    except OSError as error:
+        raise LabtaskerRuntimeError("can't start the editor %s: %s; set $EDITOR" % (command[0], error.strerror))
+    if code:
+        raise LabtaskerRuntimeError("the editor %s ended with %d: nothing was changed" % (command[0], code))
+
+
+# ---- References, printed from the tables
+
+
+def filter_reference():
+    """Return the filter language, from the tables of section 2, and a task's fields."""
+    fields = [["field", "kind", "meaning"]]
+    fields += [[name, row.kind, row.meaning] for name, row in visible(TASK_FIELDS).items()]
+    return "\n".join([
+        "A filter is a line of Python over a task's fields:", "",
+        "    labtasker task ls -f 'args.lr > 0.01 and \"v1\" in list(metadata.tags)'",
+        "    labtasker task ls -f 'created_at >= date(\"3 hours ago\") and regex(task_name, \"^grid-\")'", "",
+        "Compare       " + " ".join(COMPARISONS),
+        "Contain       field in [...], \"v\" in list(field), \"k\" in dict(field)",
+        "Join          and or (...)",
+        "Calculate     " + " ".join(ARITHMETIC),
+        "Call          " + " ".join(name + "(...)" for name in CALLS),
+        "Dates         " + "\n              ".join(DATE_FORMS),
+        "Nested        args.optimizer.lr, summary.acc, args.layers[0]", "",
+        "Instead of"] + ["  %-11s %s" % (word, text) for word, text in INSTEAD.items()] + [
+        "", "A query document may stand for it: -f '{\"args.lr\": {\"$gt\": 0.1}}', with",
+        " ".join(tuple(OPERATORS) + LOGIC + ("$expr",)), "", table(fields)])
+
+
+def settings_reference():
+    """Return the settings: their place in config.toml, and the variables that win over it."""
+    rows = [[name, variable or "", meaning] for name, (_, variable, _, meaning) in SETTINGS.items()]
+    return "\n".join([
+        "The configuration is %s in the nearest folder .labtasker from here upward," % CONFIG_NAME,
+        "or in the folder that LABTASKER_ROOT names. Variables win over it.", "",
+        table([["setting", "variable", "meaning"]] + rows)])
+
+
+def api_reference():
+    """Return the routes of the REST API, each with the fields that it takes."""
+    def shown(name, arg):
+        default = "" if arg.default is None else "=" + json.dumps(arg.default) if arg.default is not REQUIRED else None
+        return "%s %s%s" % (name, arg.kind, " (required)" if default is None else default)
+    lines = []
+    for name, route in ROUTES.items():
+        lines.append("%s -> %d%s\n    %s" % (name, route.status, " (no password)" if route.open else "", route.meaning))
+        lines += ["    %s: %s" % (what, ", ".join(shown(*field) for field in fields.items()))
+                  for what, fields in (("URL", route.query), ("body", route.fields)) if fields]
+    return "\n".join(lines)
+
+
+# ---- The table
+
+
+def comfort(path, run, example, options=()):
+    """Enter a command into the table of labtasker.py."""
+    COMMANDS[path] = Command(run, COMFORTS[path], example, options)
+
+
+comfort("task retry", do_task_retry, "labtasker task retry -f 'args.model == \"vit\"' --dry-run",
+        [IDS] + SELECT + [option("--dry-run", "only show which"), QUIET])
+comfort("config", do_config, "EDITOR=nano labtasker config")
+comfort("help filter", lambda options: show(filter_reference()), "labtasker help filter")
+comfort("help settings", lambda options: show(settings_reference()), "labtasker help settings")
+comfort("help api", lambda options: show(api_reference()), "labtasker help api")

@@ -19,7 +19,7 @@ SETTINGS = {  # name: (value of the quick version, meaning)
     "STEPS": (20000, "operations compared with the model"),
     "CUTS": (400, "power cuts tried on each long history"),
     "BITS": (2000, "random bits of a journal flipped, one at a time"),
-    "LAST_BYTES": (256, "bytes at a journal's end of which every bit is flipped"),
+    "LAST_BYTES": (96, "bytes at a journal's end of which every bit is flipped"),
     "RACES": (20, "rounds of two servers started at once"),
     "ERRNOS": (1, "errors, of five, tried at each call that fails"),
     "SEED": (1, "where the dice start"),

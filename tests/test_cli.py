@@ -6,6 +6,7 @@ import json
 import os
 import pty
 import select
+import shutil
 import struct
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import termios
 
 import harness
 import labtasker
+import labtasker_cli
 import pytest
 from labtasker import UsageError
 
@@ -374,7 +376,7 @@ def test_selectors_are_anded(home):
 def test_sort_limit_offset_and_what_was_left_out(home):
     ids = submit_some(home)
     result = home.cli("task", "ls", "-q", "-S", "args.lr:desc", "--limit", "2")
-    assert result.lines == ids[:0:-1] and "More tasks match than the 2 shown" in result.stderr
+    assert result.lines == ids[:0:-1] and "More match than the 2 shown" in result.stderr
     result = home.cli("task", "ls", "-q", "-S", "args.lr", "--offset", "1", "--limit", "2")
     assert result.lines == ids[1:] and result.stderr == ""
     assert home.cli("task", "ls", "-q", "-S", "task_name:desc", "-S", "args.lr:desc").lines == [ids[1], ids[0], ids[2]]
@@ -817,9 +819,104 @@ def test_the_demo_shows_a_sweep_and_leaves_nothing_behind(home):
     assert os.listdir(str(home.cwd)) == []
 
 
+# ---- the second file
+
 def test_commands_can_be_imported_from_the_second_file():
-    import labtasker_cli
     assert labtasker_cli.main is labtasker.main is labtasker_cli.server_main
+
+
+@pytest.mark.parametrize("name", labtasker.COMFORTS)
+def test_the_second_file_enters_every_comfort_into_the_table(name):
+    assert labtasker.COMMANDS[name].help == labtasker.COMFORTS[name]
+    assert name in labtasker.help_of("")
+
+
+@pytest.fixture
+def alone(tmp_path):
+    """A folder with nothing but labtasker.py."""
+    folder = tmp_path / "alone"
+    folder.mkdir()
+    shutil.copy(str(harness.MODULE), str(folder))
+    return folder
+
+
+def run_alone(alone, home, *words, **options):
+    return harness.run([sys.executable, alone / "labtasker.py"] + list(words), home.cwd, env={"PYTHONPATH": ""}, **options)
+
+
+@pytest.mark.parametrize("words", [name.split() + more for name in labtasker.COMFORTS for more in ([], ["--help"])],
+                         ids=" ".join)
+def test_without_the_second_file_a_comfort_says_what_it_needs(alone, home, words):
+    result = run_alone(alone, home, *words, check=False)
+    assert result.returncode == 1 and result.stdout == "", result
+    assert " ".join(words[:2]).replace(" --help", "") in result.stderr
+    assert "needs labtasker_cli.py beside labtasker.py" in result.stderr and str(alone) in result.stderr
+
+
+def test_labtasker_alone_does_the_work_and_says_what_it_lacks(alone, home):
+    (home.cwd / "labtasker_cli.py").write_text("raise SystemExit('only the file beside labtasker.py is taken')")
+    run_alone(alone, home, "task", "submit", "--", "--lr=1")
+    assert run_alone(alone, home, "task", "ls", "-q").lines == [t["task_id"] for t in home.tasks()]
+    for words in (["help"], ["--help"], ["help", "task"], ["task", "--help"], ["task", "ls", "--help"]):
+        assert "task ls" in run_alone(alone, home, *words).stdout
+    assert "labtasker_cli.py beside labtasker.py also: task retry, config" in run_alone(alone, home, "help").stdout
+    assert "did you mean config" in run_alone(alone, home, "confg", check=False).stderr
+
+
+def test_a_second_file_of_another_version_does_not_stop_the_work(alone, home):
+    (alone / "labtasker_cli.py").write_text("from labtasker import no_such_name")
+    run_alone(alone, home, "task", "submit", "--", "--lr=1")
+    result = run_alone(alone, home, "help")
+    assert "another version" in result.stderr and "no_such_name" in result.stderr and "task ls" in result.stdout
+    assert "needs labtasker_cli.py" in run_alone(alone, home, "config", check=False).stderr
+
+
+ONE_MODULE = """
+import runpy, sys
+sys.argv = ["labtasker", "help", "settings"]
+try:
+    {start}
+except SystemExit as end:
+    assert not end.code, end.code
+copies = [m for m in list(sys.modules.values()) if hasattr(m, "COMFORTS") and hasattr(m, "ROUTES") and
+          m.__name__ != "labtasker_cli"]
+import labtasker, labtasker_cli
+assert labtasker_cli.COMMANDS is labtasker.COMMANDS and "config" in labtasker.COMMANDS
+assert len(set(map(id, copies))) == 1, copies
+"""
+
+
+@pytest.mark.parametrize("start", [
+    "import labtasker_cli; sys.exit(labtasker_cli.main())", "import labtasker; sys.exit(labtasker.main())",
+    "import labtasker, labtasker_cli; sys.exit(labtasker_cli.server_main())"])
+def test_there_is_one_copy_of_the_module_however_it_is_started(home, start):
+    assert "LABTASKER_URL" in home.python(ONE_MODULE.format(start=start)).stdout
+
+
+@pytest.mark.parametrize("words", [[str(harness.MODULE)], ["-m", "labtasker"]], ids=["file", "module"])
+def test_comforts_are_found_by_the_file_and_by_the_module(home, words):
+    seen = home.write("sitecustomize.py", """
+import atexit, sys
+def tell():
+    found = {id(m) for m in list(sys.modules.values()) if hasattr(m, "ROUTES") and m.__name__ != "labtasker_cli"}
+    print("copies:", len(found), sys.modules["labtasker_cli"].COMMANDS is sys.modules["labtasker"].COMMANDS)
+atexit.register(tell)
+""")
+    path = "%s:%s" % (seen.parent, harness.ROOT)
+    result = harness.run([sys.executable] + words + ["help", "settings"], home.cwd, env={"PYTHONPATH": path})
+    assert "LABTASKER_URL" in result.stdout and result.lines[-1] == "copies: 1 True", result
+
+
+def test_work_does_not_read_the_second_file(alone, home):
+    (alone / "labtasker_cli.py").write_text("raise SystemExit('not needed')")
+    run_alone(alone, home, "task", "submit", "--", "--lr=1")
+    run_alone(alone, home, "task", "ls")
+
+
+def test_help_of_serve_tells_what_each_way_to_sync_may_lose():
+    text = " ".join(labtasker.help_of("serve").split())
+    for mode, meaning in labtasker.FSYNC_MODES.items():
+        assert "%s: %s" % (mode, meaning) in text
 
 
 def test_an_unexpected_error_is_one_line_unless_asked(home, monkeypatch, capsys):

@@ -9,7 +9,7 @@ import threading
 import pytest
 
 import labtasker as L
-from harness import clean_env, wait_until
+from harness import TESTS, clean_env, wait_until
 from test_service import Clock, Door
 
 pytestmark = pytest.mark.usefixtures("real_path")
@@ -237,3 +237,19 @@ def test_a_compaction_killed_at_any_moment_leaves_the_store_as_it_was(door, tmp_
             break
         door.submit(args={"k": k})
     assert done.returncode == 0 and k > 5
+
+
+def test_journals_of_every_format_that_ever_was_are_read_the_same(tmp_path):
+    folder = TESTS / "journals"
+    kept = sorted(folder.glob("format-*.jsonl"))
+    assert [path.name for path in kept] == ["format-%d.jsonl" % number for number in range(1, L.FORMAT + 1)]
+    sys.path.insert(0, str(folder))
+    try:
+        import make
+    finally:
+        sys.path.remove(str(folder))
+    for path in kept:
+        copy = tmp_path / path.name
+        copy.write_bytes(path.read_bytes())
+        assert json.dumps(make.shown(copy), sort_keys=True) == json.dumps(json.loads(path.with_suffix(".json").read_text()), sort_keys=True)
+        assert copy.read_bytes() == path.read_bytes()

@@ -522,6 +522,8 @@ class Damage:
         """Open a journal of the bytes `damaged`; AssertionError unless the damage is found and told."""
         if damaged == self.content:
             return
+        if self.file.exists():
+            self.file.unlink()  # much cheaper than to cut it
         self.file.write_bytes(damaged)
         try:
             _, journal = faulty.opened(self.file)
