@@ -89,12 +89,13 @@ class LabtaskerNetworkError(LabtaskerError):
 
 
 class LabtaskerHTTPStatusError(LabtaskerNetworkError):
-    """The server refused: `status_code` is the HTTP status, `detail` the server's words (text or list)."""
+    """The server, or the store without one, refused: `status_code` is the HTTP status, `detail` the words (text
+    or list), `url` the server's."""
 
-    def __init__(self, status_code, detail, where=""):
+    def __init__(self, status_code, detail, url=None):
         self.status_code = self.status = status_code
         self.detail = detail
-        super().__init__("%s (HTTP %d%s)" % (detail_text(detail), status_code, where and ", " + where))
+        super().__init__(detail_text(detail) + (" (HTTP %d, %s)" % (status_code, url) if url else ""))
 
 
 class LabtaskerConnectError(LabtaskerNetworkError):
@@ -4764,7 +4765,7 @@ class Client:
         detail = answer.get("detail", answer) if isinstance(answer, dict) else answer
         if status == 403 and path.endswith("/tasks/next"):
             raise WorkerSuspended(detail_text(detail))
-        raise LabtaskerHTTPStatusError(status, detail, self.where)
+        raise LabtaskerHTTPStatusError(status, detail, getattr(self.transport, "url", None))
 
     @staticmethod
     def show_notifications(answer):
@@ -6531,7 +6532,7 @@ COMFORTS = {  # the commands of labtasker_cli.py, and what they are for
 
 def comforts():
     """Return the module labtasker_cli that lies beside this file, its commands now in COMMANDS, or None."""
-    path = os.path.join(os.path.dirname(os.path.abspath(__file__)), "labtasker_cli.py")
+    path = os.path.join(os.path.dirname(os.path.realpath(__file__)), "labtasker_cli.py")
     if "labtasker_cli" not in sys.modules and os.path.isfile(path):
         import importlib.util
         spec = importlib.util.spec_from_file_location("labtasker_cli", path)
@@ -7249,13 +7250,58 @@ def do_loop(options):
         argv=options.rest, shell=options.cmd, script_path=options.script_path, executable=options.executable,
         extra_filter=filter_of(options), worker_id=options.worker_id, eta_max=options.eta_max,
         heartbeat_timeout=options.heartbeat_timeout, max_tasks=options.max_tasks,
-        idle_timeout_s=options.idle_timeout, verbose=options.verbose)
+        idle_timeout_s=options.idle_timeout, verbose=options.verbose, grace_s=options.grace)
+
+
+def journal_path(options):
+    """Return the journal that is meant: --db-path, else that of the store that is configured."""
+    return options.db_path or os.path.join(store_folder(load_config()) or find_root(), "journal.jsonl")
 
 
 def do_serve(options):
-    path = options.db_path or os.path.join(store_folder(load_config()) or find_root(), "journal.jsonl")
-    return serve(path, options.host, options.port, options.fsync, options.certfile, options.keyfile,
-                 options.log_level, options.daemon)
+    return serve(journal_path(options), options.host, options.port, options.fsync, options.certfile, options.keyfile,
+                 options.log_level, options.daemon, options.takeover)
+
+
+def do_journal_verify(options):
+    found = Survey(journal_path(options))
+    for piece in found.bad:
+        say("byte %d: %d bytes are %s" % (piece.offset, len(piece.data), piece.problem))
+    for first, last in found.lost:
+        say("lines %d to %d are missing" % (first, last))
+    if found.rotten:
+        say("%s is damaged: 'labtasker journal repair' saves what can be saved" % found.path)
+        return 1
+    if found.bad or found.lost:
+        say("That was never acknowledged, or is being written just now; the next opening sets it aside.")
+    say("%s: fine, %d lines, %d bytes" % (found.path, found.lines, found.size))
+
+
+def do_journal_repair(options):
+    path = journal_path(options)
+    if not (Survey(path).bad or Survey(path).lost):
+        return say("%s: fine, nothing was changed" % path)
+    confirm("Put a file of all good lines in the place of %s? The damaged one is kept." % path, "--yes", options.yes)
+    found, damaged, aside, ids = repair_store(path)
+    say("%s: %d good lines are kept" % (path, found.lines))
+    for first, last in found.lost:
+        say("lost: lines %d to %d" % (first, last))
+    for one in ids:
+        say("named in the bad bytes: " + one)
+    say("the damaged file: %s\nthe bad bytes: %s" % (damaged, aside))
+
+
+def do_journal_compact(options):
+    path = journal_path(options)
+    say("%s: %d bytes, now %d" % ((path,) + compact(path)))
+
+
+def do_journal_stats(options):
+    found = Survey(journal_path(options))
+    rows = [["file", found.path], ["bytes", found.size], ["bytes of folded lines", found.header.get("tail", 0)],
+            ["lines since", found.lines], ["last line", found.n], ["known to be on disk", found.durable],
+            ["closed cleanly", "yes" if found.ended else "no"], ["bad pieces", len(found.bad)]]
+    say(table([[str(cell) for cell in row] for row in rows]))
 
 
 def do_health(options):
@@ -7522,7 +7568,7 @@ def find_command(words):
         path = " ".join(words[:size])
         if path in COMFORTS and not comforts():
             raise LabtaskerRuntimeError("labtasker %s needs labtasker_cli.py beside labtasker.py, in %s" % (
-                path, os.path.dirname(os.path.abspath(__file__))))
+                path, os.path.dirname(os.path.realpath(__file__))))
         if path in COMMANDS:
             return path, words[size:]
     names = [path.split()[1] for path in group(words[0])]
@@ -7637,6 +7683,7 @@ LIST = [option("--limit N", "at most so many (100)", type=count, default=100),
         option("-v --verbose", "more columns, nothing cut"), NO_PAGER] + COLOUR
 QUEUE = [option("--queue-name NAME", "letters, digits, _ and -"),
          option("--password PASSWORD", "else LABTASKER_PASSWORD, else asked")]
+JOURNAL = option("--db-path FILE", "the journal (that of the configured store)")
 SILENCE = option("--heartbeat-timeout TIME", "silence after which a run is given up", type=seconds)
 
 COMMANDS = {
@@ -7693,6 +7740,7 @@ COMMANDS = {
             option("--eta-max TIME", "a longer run is given up: 90, 10 min, 1h30m", type=duration), SILENCE,
             option("--max-tasks N", "end after N tasks", type=count),
             option("--idle-timeout TIME", "stay that long for tasks to come", type=seconds),
+            option("--grace TIME", "from the signal that stops a job to KILL (10)", type=seconds),
             option("--use-pty", "run it on a pseudo-terminal", default=None),
             option("--no-use-pty", "run it on pipes", dest="use_pty", action="store_false"),
             option("-v --verbose", "say more")],
@@ -7712,7 +7760,16 @@ COMMANDS = {
                    help="; ".join("%s: %s" % mode for mode in FSYNC_MODES.items())),
             option("--certfile FILE", "TLS certificate"), option("--keyfile FILE", "its key"),
             choice("--log-level LEVEL", ("debug", "info", "warning", "error"), default="info"),
-            option("--daemon", "go to the background once it listens")]),
+            option("--daemon", "go to the background once it listens"),
+            option("--takeover", "take the store from another host's server that is gone for good")]),
+    "journal verify": Command(do_journal_verify, "Look for damage in a journal, also in one that is in use; exit 1 "
+                              "where there is any.", "labtasker journal verify --db-path old/journal.jsonl", [JOURNAL]),
+    "journal repair": Command(do_journal_repair, "Put a file of all good lines in the place of a damaged journal; the "
+                              "damaged one is kept.", "labtasker journal repair", [JOURNAL, YES]),
+    "journal compact": Command(do_journal_compact, "Fold a journal to its live data; this happens by itself too.",
+                               "labtasker journal compact", [JOURNAL]),
+    "journal stats": Command(do_journal_stats, "Print how long a journal is, and of what.", "labtasker journal stats",
+                             [JOURNAL]),
     "queue create": Command(do_queue_create, "Create a queue.",
                             "labtasker queue create --queue-name sweep --password secret", QUEUE + [METADATA, QUIET]),
     "queue create-from-config": Command(

@@ -162,6 +162,7 @@ def test_bad_input_gets_one_clear_message(crowded, line, code, words):
     assert not (crowded.folder / "config.toml").exists()
 
 
+@pytest.mark.slow
 def test_a_wrong_password_says_where_it_comes_from(server_home):
     result = server_home.cli("task", "ls", check=False, env={"LABTASKER_PASSWORD": "wrong"})
     assert result.returncode == 1, result
@@ -243,6 +244,7 @@ def test_literal(text, value):
     assert found == value and type(found) is type(value)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("words, args", [
     (["--lr=0.1", "--model=resnet"], {"lr": 0.1, "model": "resnet"}),
     (["--lr", "0.1", "-m", "vit"], {"lr": 0.1, "m": "vit"}),
@@ -316,6 +318,7 @@ def test_grid_is_the_product_in_one_transaction(home):
     assert lines == 0 and sum(all(i in line for i in ids) for line in journal) == 1
 
 
+@pytest.mark.slow
 def test_from_json_lines_and_csv_and_stdin(home):
     home.write("a.jsonl", '{"lr": 1}\n\n{"args": {"lr": 2}, "task_name": "two", "priority": 9}\n')
     home.write("b.csv", "\ufefflr,opt.name,seed\n3,adam,\n4,sgd,7\n")
@@ -337,6 +340,7 @@ def test_dry_run_submits_nothing_and_prints_what_from_takes(home):
         ("g", {"lr": 1, "opt": {"m": 3}}), ("g", {"lr": 2, "opt": {"m": 3}})]
 
 
+@pytest.mark.slow
 def test_what_ls_prints_can_be_submitted_again(home):
     submit_some(home)
     home.cli("task", "submit", "--from", "-", stdin=home.cli("task", "ls", "--fmt", "jsonl").stdout)
@@ -357,6 +361,7 @@ def test_table_has_a_line_a_task_and_short_ids_that_can_be_used(home):
     assert [t["task_id"] for t in home.tasks("--id", ids[2][:9])] == [ids[2]]
 
 
+@pytest.mark.slow
 def test_quiet_prints_ids_alone(home):
     ids = submit_some(home)
     assert home.cli("task", "ls", "-q", "--no-pager").lines == ids
@@ -391,6 +396,7 @@ def test_piped_in_lists_the_ids_on_stdin(home):
     assert result.returncode == 2 and "no task's id" in result.stderr
 
 
+@pytest.mark.slow
 def test_nothing_found_is_said_on_stderr_only(home):
     result = home.cli("task", "ls")
     assert (result.stdout, result.stderr) == ("", "Nothing matches.\n")
@@ -470,6 +476,7 @@ def test_a_closed_pipe_is_quiet(home):
     assert result.stderr == "" and result.stdout.startswith("id "), result
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("line", ["labtasker task ls >&-", "labtasker task ls 2>&-", "labtasker task ls <&-",
                                   "labtasker task update -u priority=1 <&-"])
 def test_closed_streams_are_no_bug(home, line):
@@ -495,6 +502,7 @@ def test_count_by_status_and_by_field(home):
 
 # ---- changing
 
+@pytest.mark.slow
 @pytest.mark.parametrize("updates, field, value", [
     (["-u", "args.lr=0.005"], "args", {"lr": 0.005, "opt": {"name": "adam", "m": 1}}),
     (["-u", "args.opt.m=2"], "args", {"lr": 0.3, "opt": {"name": "adam", "m": 2}}),
@@ -554,6 +562,7 @@ def test_update_has_no_limit_unless_one_is_given(home):
     assert sum(t["priority"] == 4 for t in home.tasks()) == 50
 
 
+@pytest.mark.slow
 def test_all_of_an_update_or_nothing(home):
     ids = submit_some(home)
     result = home.cli("task", "update", "-u", "priority=1", "-q", stdin="\n".join(ids + [MISSING]), check=False)
@@ -754,6 +763,7 @@ def test_config_is_kept_only_where_it_can_be_read(home):
     assert [name for name in os.listdir(str(home.folder)) if name.startswith("config-")] == []
 
 
+@pytest.mark.slow
 def test_a_broken_configuration_can_be_edited_until_it_is_right(home):
     home.cli("init", "--yes")
     home.write("twice.sh", "#!/bin/sh\nif grep -q broken \"$1\"; then sed -i '/broken/d' \"$1\"; echo '# fine' >> \"$1\"\n"

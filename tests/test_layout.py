@@ -9,6 +9,8 @@ import pytest
 
 from harness import MODULE, ROOT, TESTS
 
+pytestmark = pytest.mark.slow  # not for its time: it says the same on every Python
+
 SOURCE = MODULE.read_text(encoding="utf-8")
 LINES = SOURCE.splitlines()
 TREE = ast.parse(SOURCE)

@@ -139,6 +139,7 @@ def test_summary_is_a_dict_even_where_nothing_was_written(both):
     assert get(task_id).summary.get("acc") is None
 
 
+@pytest.mark.slow
 def test_start_time_and_worker_are_none_until_a_worker_has_it(both):
     task_id = submit({"lr": 0.1, "model": "vit"})
     assert get(task_id).start_time is None and get(task_id).worker_id is None
@@ -186,6 +187,7 @@ def main(lr: float = Required(), model: str = Required()):
 """
 
 
+@pytest.mark.slow
 def test_each_failure_counts_a_retry_and_the_last_one_is_final(both):
     task_id = submit({"lr": 0.1, "model": "m"}, max_retries=3)
     run_loop(both, FAILING, check=False)
@@ -195,6 +197,7 @@ def test_each_failure_counts_a_retry_and_the_last_one_is_final(both):
     assert task.summary["labtasker_exception"]["message"] == "diverged"
 
 
+@pytest.mark.slow
 def test_a_failing_command_is_retried_until_max_retries(both):
     task_id = submit({"lr": 0.1}, max_retries=2)
     both.bash("labtasker loop -- python -c 'open(\"ran.jsonl\", \"a\").write(\"{}\\n\"); exit(3)' '%(lr)'", check=False)
@@ -314,6 +317,7 @@ def test_submit_with_name_metadata_priority_and_max_retries(both):
     assert (task.priority, task.max_retries) == (10, 5)
 
 
+@pytest.mark.slow
 def test_submit_a_batch_in_a_shell_loop(home):
     home.bash(piece("11-submit.sh", "# Batch submit in a loop"))
     assert [(t.args["lr"], t.args["model"]) for t in sorted(listed(), key=lambda t: t.created_at)] == list(
@@ -400,6 +404,7 @@ def test_loops_on_four_gpus_at_once_run_each_task_once(both):
     assert statuses() == ["success"] * 12
 
 
+@pytest.mark.slow
 def test_loop_over_a_script_with_placeholders(both):
     both.write("train.py", TRAIN_SCRIPT)
     submit({"dataset": "cifar", "model": "it's big"})
@@ -419,6 +424,7 @@ def test_a_placeholder_takes_a_whole_top_level_value(both):
 FILLED = '# Required() fields are auto-filled from task args; types are cast automatically.'
 
 
+@pytest.mark.slow
 def test_decorated_loop_fills_in_required_arguments_and_casts_them(both):
     submit({"arg1": 1, "arg2": 2})
     submit({"arg1": "20", "arg2": 3.0})
@@ -433,11 +439,13 @@ def test_decorated_loop_needs_the_very_names(both):
     assert "The result" not in shown and statuses() == ["pending"]
 
 
+@pytest.mark.slow
 def test_decorated_loop_with_a_filter(sweep):
     run_loop(sweep, piece("22-loop.py", "# With extra_filter (Python query string)"))
     assert ran(sweep) == [{"lr": 0.1, "model": "resnet"}, {"lr": 0.01, "model": "vit"}]
 
 
+@pytest.mark.slow
 def test_decorated_loop_with_args_as_a_dict(sweep):
     run_loop(sweep, piece("22-loop.py", "# Access args as dict instead of keyword args"))
     assert [line["lr"] for line in ran(sweep)] == [0.1, 0.01, 0.001]
@@ -666,6 +674,7 @@ def train_step(task):
 """
 
 
+@pytest.mark.slow
 def test_a_task_cancelled_inside_the_loop_stays_cancelled_and_is_not_retried(both):
     diverging, next_one = submit({"lr": 10.0, "model": "m"}), submit({"lr": 0.1, "model": "m"})
     both.python(CANCEL_PRELUDE + block("42-cancel.py") + "\nmain()\n")
@@ -681,6 +690,7 @@ def test_a_retry_knows_that_it_is_one(both):
     assert (get(task_id).status, get(task_id).retries) == ("success", 1)
 
 
+@pytest.mark.slow
 def test_an_exception_after_cancelling_leaves_it_cancelled(both):
     task_id = submit({"lr": 0.1, "model": "m"})
     run_loop(both, """
@@ -716,6 +726,7 @@ def test_outside_the_loop_a_report_of_the_same_status_updates_the_summary_only(b
         before.status, before.retries, before.args, before.start_time)
 
 
+@pytest.mark.slow
 def test_task_info_is_there_inside_the_loop_only(both):
     submit({"lr": 0.1, "model": "m"}, task_name="t", priority=4, metadata={"a": 1})
     run_loop(both, """
@@ -730,6 +741,7 @@ def main(lr: float = Required(), model: str = Required()):
         labtasker.task_info()
 
 
+@pytest.mark.slow
 def test_task_info_is_there_in_a_job_of_the_command_loop(both):
     submit({"lr": 0.1})
     both.write("job.py", """
