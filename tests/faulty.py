@@ -174,8 +174,11 @@ def play(call, steps=STEPS, made=None):
 
 def contents(state):
     """Return all that is in a State, indexes too, as plain values that can be compared (NaN is told apart by text)."""
+    for queue in state.queues.values():
+        times = [task.last_modified for task in queue.tasks.values()]
+        assert times == sorted(times), "the tasks are not in the order of their last change"
     return {queue_id: [repr(part) for part in (
-        queue.record, list(queue.tasks.items()), sorted(queue.workers.items()), sorted(queue.running),
+        queue.record, sorted(queue.tasks.items(), key=lambda item: (item[1].last_modified, item)), sorted(queue.workers.items()), sorted(queue.running),
         sorted(queue.fetches.items()), queue.pending.first(()))] for queue_id, queue in state.queues.items()}
 
 

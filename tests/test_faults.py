@@ -128,6 +128,17 @@ def test_a_disk_that_fails_at_any_call(monkeypatch, tmp_path, words, faults, is_
     assert tried > 30 and refused > 30
 
 
+def test_a_refused_request_leaves_the_order_of_listings_as_it_was(monkeypatch, file):
+    call = Caller(file)
+    play(call, STEPS[:3])
+    assert call("PUT", "tasks", [{"task_id": "list-%d" % i, "priority": 1} for i in (3, 1, 2)], {"reset_pending": "false"})[0] == 200
+    before = call("POST", "tasks/search", {})[1]["content"]
+    disk = FailingDisk({"write": (1, 1, errno.ENOSPC, 0)})
+    faulty.put_in(monkeypatch, disk.functions)
+    assert call("POST", "tasks/list-1/status", {"status": "cancelled"})[0] == 507
+    assert call("POST", "tasks/search", {})[1]["content"] == before
+
+
 @pytest.mark.parametrize("name", ["open", "write", "sync", "rename"])
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO])
 def test_a_disk_that_fails_while_the_store_is_made(monkeypatch, file, name, number):

@@ -2,13 +2,16 @@
 
 A `console` block has commands after `$` and their output; `...` on a line of its own stands for any lines. A `python`
 block with a name is a file. `sh` blocks are not run. Ids, times and ports are the only things that may differ.
+`python3 tests/test_readme.py` writes the outputs of today into it.
 """
+import pathlib
 import re
 import shutil
+import tempfile
 
 import pytest
 
-from harness import MODULE, ROOT, run
+from harness import MODULE, ROOT, Place, run
 
 TEXT = (ROOT / "README.rst").read_text(encoding="utf-8")
 LINES = TEXT.splitlines()
@@ -75,22 +78,29 @@ def test_ci_runs_the_test_commands_of_the_readme():
     assert [line.replace("--quiet ", "") for line in ci if line.startswith("python3 -m") and "venv " not in line] == lines
 
 
-@pytest.mark.slow
-def test_commands_print_what_the_readme_says(home):
+def played(place):
+    """Yield (command, expected lines, lines that it prints) of each command, run in order in the place's folder."""
     for path in (MODULE, ROOT / "labtasker_cli.py"):
-        shutil.copy(str(path), str(home.cwd))
-    count, wrong = 0, []
+        shutil.copy(str(path), str(place.cwd))
     for language, name, text in blocks():
         if language == "python" and name:
-            home.write(name, text)
+            place.write(name, text)
         for command, expected in commands(text) if language == "console" else []:
-            count += 1
-            result = run(["bash", "-c", "exec 2>&1; " + command], home.cwd, env={
-                "PATH": home.path(), "PYTHONPATH": "", "COLUMNS": "110", "TMPDIR": str(home.cwd.parent)})
-            if not agrees(expected, result.lines):
-                wrong.append("$ %s\n%s" % (command, "".join("    " + line + "\n" for line in result.lines)))
-    assert count >= 10
-    assert not wrong, "README.rst should show:\n\n" + "\n".join(wrong)
+            result = run(["bash", "-c", "exec 2>&1; " + command], place.cwd, env={
+                "PATH": place.path(), "PYTHONPATH": "", "COLUMNS": "110", "TMPDIR": str(place.cwd.parent)})
+            yield command, expected, result.lines
+
+
+def indented(command, lines):
+    return "".join(("    " + line).rstrip() + "\n" for line in ["$ " + command.replace("\n", "\n    > ")] + lines)
+
+
+@pytest.mark.slow
+def test_commands_print_what_the_readme_says(home):
+    results = list(played(home))
+    assert len(results) >= 10
+    wrong = [indented(command, shown) for command, expected, shown in results if not agrees(expected, shown)]
+    assert not wrong, "`python3 tests/test_readme.py` writes into README.rst:\n\n" + "\n".join(wrong)
 
 
 @pytest.mark.slow
@@ -107,3 +117,19 @@ def test_agreement_is_strict_but_for_what_varies():
     assert agrees(["a", "...", "z  12 ms"], ["a", "b", "c", "z 7.5 ms"])
     assert not agrees(["a", "z"], ["a", "b", "z"])
     assert not agrees(["a", "..."], ["b", "a"])
+
+
+def main():
+    """Write into README.rst what its commands print now; those whose output has `...` are left for a person."""
+    text = TEXT
+    with tempfile.TemporaryDirectory() as folder:
+        home = pathlib.Path(folder) / "home"
+        home.mkdir()
+        for command, expected, shown in played(Place(home)):
+            if not agrees(expected, shown):
+                text = text.replace(indented(command, expected), indented(command, expected if "..." in expected else shown))
+    (ROOT / "README.rst").write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -501,7 +501,7 @@ if mode == "deaf":
         signal.signal(s, signal.SIG_IGN)
 if mode == "polite":
     for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(s, lambda s, f: (sys.stdout.write("job got %d\\n" % s); sys.stdout.flush(), sys.exit(0)))
+        signal.signal(s, lambda s, f: (os.write(1, ("job got %d" % s).encode() + bytes([10])), sys.exit(0)))
 child = subprocess.Popen(["sleep", "600"])
 print("pids %d %d" % (os.getpid(), child.pid), flush=True)
 time.sleep(600)
