@@ -4307,6 +4307,7 @@ class _Server:
         self.id = store.server_id = new_id()
         self.key = os.urandom(24).hex()  # the key stands in server.json, for who may read it
         self.stopping, self.running, self.counting = False, 0, threading.Lock()
+        self.due_at, self.busy, self.compaction = 0.0, False, None
 
     def server_bind(self):
         """Bind without asking a name server for this host's name, as HTTPServer does."""
@@ -4326,6 +4327,35 @@ class _Server:
         error = sys.exc_info()[1]
         if not isinstance(error, OSError):
             self.say("error", "%s: %s: %s" % (client_address[0], type(error).__name__, error))
+
+    def service_actions(self):
+        """Do what is due once a second; a signal waits until it is done."""
+        if monotonic() >= self.due_at:
+            self.due_at, self.busy = monotonic() + LOOK_INTERVAL_S, True
+            self.housekeep()
+            self.busy = False
+        if self.stopping:
+            raise _Stop()
+
+    def housekeep(self):
+        """Look for time-outs, show that the owner lives, and have the journal compacted when that is worth it."""
+        try:
+            self.store.look_for_timeouts()
+            self.store.owner.move()
+        except (StoreUnavailable, OSError):  # a full disk: the next look tries again
+            pass
+        if self.store.is_bloated() and not (self.compaction and self.compaction.is_alive()):
+            self.compaction = threading.Thread(target=self.compact, name="compaction", daemon=True)
+            self.compaction.start()
+
+    def compact(self):
+        """Compact the store's journal and log what came of it."""
+        before = self.store.journal.size
+        try:
+            self.store.compact()
+            self.say("info", "compacted the journal from %d to %d bytes" % (before, self.store.journal.size))
+        except LabtaskerError as error:
+            self.say("warning", str(error))
 
     def login(self, header):
         """Return the caller's queue from a Basic Authorization header, or raise Unauthorized."""
@@ -4446,29 +4476,27 @@ def _run_server(server, store, scheme, announce):
     def stop(number, frame):
         for each in (signal.SIGTERM, signal.SIGINT):
             signal.signal(each, signal.SIG_IGN)
-        raise _Stop()
+        server.stopping = True
+        if not server.busy:
+            raise _Stop()
     urls = _addresses(server, scheme)
     told = {"server": server.id, "key": server.key, "pid": os.getpid(), "host": os.uname().nodename,
             "host_id": host_id(), "addresses": urls, "started_at": format_time(now())}
-    ended = threading.Event()
-    ticker = threading.Thread(target=_tick, args=(server, store, ended), name="time-outs", daemon=True)
     try:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, stop)
         Disk.create(os.path.join(store.folder, "server.json"), [json.dumps(told, indent=1).encode() + b"\n"])
         for notice in store.journal.notices:
             server.say("warning", notice)
-        ticker.start()
         text = "labtasker: listening on %s, store %s" % (" ".join(urls), store.path)
         print(text, file=sys.stderr, flush=True)
         if announce:
             print(text, file=announce)
             announce.close()
-        server.serve_forever(poll_interval=3600)
+        server.serve_forever(poll_interval=LOOK_INTERVAL_S)  # a signal just before it waits is seen a second later
     except _Stop:
-        server.stopping = True
+        pass
     finally:
-        ended.set()
         with store.lock:  # those who wait for something are told that it won't come
             store.closing = True
             store.changed.notify_all()
@@ -4476,30 +4504,6 @@ def _run_server(server, store, scheme, announce):
         while server.running and monotonic() < give_up_at:
             time.sleep(0.01)
     server.say("info", "stopped")
-
-
-def _compact(server, store):
-    """Compact the store's journal and log what came of it."""
-    before = store.journal.size
-    try:
-        store.compact()
-        server.say("info", "compacted the journal from %d to %d bytes" % (before, store.journal.size))
-    except LabtaskerError as error:
-        server.say("warning", str(error))
-
-
-def _tick(server, store, ended):
-    """Look for time-outs, show that the owner lives, and have the journal compacted when that is worth it."""
-    compaction = None
-    while not ended.wait(LOOK_INTERVAL_S):
-        try:
-            store.look_for_timeouts()
-            store.owner.move()
-        except (StoreUnavailable, OSError):  # a full disk: the next look tries again
-            pass
-        if store.is_bloated() and not (compaction and compaction.is_alive()):
-            compaction = threading.Thread(target=_compact, args=(server, store), name="compaction", daemon=True)
-            compaction.start()
 
 
 def _remove_server_file(server, store):
@@ -5735,6 +5739,9 @@ class Wake:
             self.wakeup_fd = signal.set_wakeup_fd(self.write_end, **quiet)
             for signum in self.signals:
                 self._handle(signum)
+            if not WAKES and hasattr(os, "register_at_fork"):  # not before 3.7, where `_in_child` has to do
+                os.register_at_fork(after_in_child=_leave_loops)
+            WAKES.append(self)
         return self
 
     def _handle(self, signum):
@@ -5744,12 +5751,17 @@ class Wake:
             self.ignored.add(signum)
         signal.signal(signum, self.on_child if signum == getattr(signal, "SIGCHLD", None) else self.on_signal)
 
-    def __exit__(self, *_):
+    def restore(self):
+        """Give the signals back to who had them before."""
         import signal
         for signum, handler in self.handlers.items():
             signal.signal(signum, signal.SIG_DFL if handler is None else handler)
         if self.in_main:
             signal.set_wakeup_fd(self.wakeup_fd)
+        self.handlers = {}
+
+    def __exit__(self, *_):
+        self.restore()
         os.close(self.read_end)
         os.close(self.write_end)
 
@@ -5799,6 +5811,15 @@ class Wake:
         import select
         if select.select([self.read_end], [], [], max(0, seconds))[0]:
             os.read(self.read_end, 4096)
+
+
+WAKES = []  # those that handle, or handled, signals in this process
+
+
+def _leave_loops():
+    """Have a process that a function forked, a data loader say, die of signals as it would without a loop."""
+    for wake in reversed(WAKES):
+        wake.restore()
 
 
 class Heartbeats:

@@ -280,14 +280,43 @@ COMMANDS = {"labtasker": _LABTASKER, "lt": _LABTASKER, "labtasker-server": _LABT
 
 
 def check_store(folder):
-    """Replay the journal in `folder` and compare it with what the store says; nothing where there is no journal."""
+    """Replay the journal in `folder`; what comes of it must be what a living server of that folder says."""
     path = pathlib.Path(str(folder)) / "journal.jsonl"
     if not path.exists():
         return
+    import labtasker
     content = path.read_bytes()
     assert content.endswith(b"\n"), "%s ends in the middle of a line: %r" % (path, content[-80:])
-    for number, line in enumerate(content.splitlines(), 1):
+    found = labtasker.Survey(str(path))
+    assert not found.bad and not found.lost, (found.bad, found.lost)
+    told = labtasker.read_server_file(str(folder)) or {"addresses": ()}
+    for url in told["addresses"]:
+        compare_with_server(replayed(path), url, told["key"])
+
+
+def replayed(path):
+    """Return {queue name: {task id: task as a dict}} of a journal, read without its lock."""
+    import labtasker
+    state, source = labtasker.State(), labtasker.JournalFile(str(path), mode=os.O_RDONLY)
+    source.open()
+    for line in source.read_new():
+        if "changes" in line:
+            state.apply(line["queue"], line["changes"])
+    os.close(source.fd)
+    return {queue.record.queue_name: {key: labtasker.in_json(task, True) for key, task in queue.tasks.items()}
+            for queue in state.queues.values()}
+
+
+def compare_with_server(queues, url, key):
+    """The server's memory must be what its journal gives, but for heartbeats, which are not written."""
+    for name, tasks in queues.items():
         try:
-            json.loads(line.decode("utf-8"))
-        except ValueError as error:
-            raise AssertionError("%s line %d is not JSON (%s): %r" % (path, number, error, line[:200]))
+            status, answer, _ = http("POST", url + "/api/v1/queues/me/tasks/search", {"limit": 10 ** 9}, (name, key),
+                                     {"Labtasker-Extensions": "1"})
+        except urllib.error.URLError:  # it is gone, killed by a test
+            return
+        assert status == 200, answer
+        shown = {task["task_id"]: task for task in answer["content"]}
+        for task in list(shown.values()) + list(tasks.values()):
+            task.pop("last_heartbeat")
+        assert json.dumps(shown) == json.dumps(tasks), "memory and journal differ"  # text, in which NaN equals NaN

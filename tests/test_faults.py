@@ -75,8 +75,8 @@ def failing_history(call, disk, file):
             full = "No space left" in answer["detail"] or "quota" in answer["detail"].lower()
             assert (status == 507) == full and str(file) in answer["detail"], (name, answer)
             assert disk.failed > failed_before, "%s was refused though nothing failed: %s" % (name, answer)
-            if call("GET", "")[0] != 200:  # nobody can cut a torn tail off where nothing can be cut
-                assert "truncate" in disk.faults
+            if call("GET", "")[0] != 200:  # what can't be cut, or opened, can't be read either
+                assert {"truncate", "open"} & set(disk.faults), name
                 continue
             check_same(contents(call.store.state), kept, "%s was refused and is there after all" % name)
         kept = contents(call.store.state)
@@ -109,7 +109,7 @@ def test_a_disk_that_fails_at_any_call(monkeypatch, tmp_path, words, faults, is_
             for turn in range(setting("ERRNOS")):
                 number = ERRNOS[(k + turn) % len(ERRNOS)]
                 if number == errno.EINTR and times == FOR_EVER and "write" in words:
-                    continue  # a call that is interrupted is made again, for as long as it is
+                    number = errno.EIO  # a write that is interrupted is made again, for as long as it is
                 folder = tmp_path / ("%d-%d-%d" % (times, k, turn))
                 folder.mkdir()
                 call, disk = start_failing(monkeypatch, folder / "journal.jsonl", is_server, faults(k, number, times))
@@ -187,8 +187,11 @@ def test_a_full_disk_for_the_heartbeats_of_embedded_runs_is_told_like_any_other(
     beat = call("POST", "tasks/%s/heartbeat" % task["task_id"], None, {"run_id": task["run_id"]})
     assert beat[0] in (204, 507)
     status, answer = call("POST", "tasks/next", {"heartbeat_timeout": 60})
-    running = call("POST", "tasks/search", {"status": "running"})[1]["content"]
-    assert (status, len(running)) in ((200, 2), (507, 1)), "answered %d, and %d tasks are running" % (status, len(running))
+    state, journal = faulty.opened(file)
+    journal.close()
+    running = sum(len(queue.running) for queue in state.queues.values())
+    assert (status, running) in ((200, 2), (507, 1)), "answered %d, and %d tasks are running" % (status, running)
+    assert call("POST", "tasks/search", {})[0] == 200
     check_same(contents(call.store.state), faulty.replayed(file), "memory and file")
 
 
@@ -404,7 +407,7 @@ def test_a_power_cut_around_a_failed_sync(monkeypatch, file, tmp_path, failing):
         statuses.append(step(call, made)[0])
         if statuses[-1] < 400:
             disk.acknowledge(file)
-    assert 503 in statuses and statuses[-1] == 200
+    assert 503 in statuses and min(statuses[statuses.index(503) + 1:]) == 200
     ways = max(3, setting("CUTS") // len(disk.events))
     cut_everywhere(disk, file, tmp_path, monkeypatch, lambda count: [dice.randrange] * ways)
 
