@@ -4,6 +4,7 @@ The long versions are chosen by the environment, one variable a row of SETTINGS,
 LT_TEST_KILLS=1000 LT_TEST_STEPS=1000000 LT_TEST_CUTS=20000 LT_TEST_BITS=20000 LT_TEST_LAST_BYTES=4096 LT_TEST_RACES=100
 LT_TEST_ERRNOS=5. LT_TEST_SEED=n is another course of things; each test that rolls dice prints its seed.
 """
+import errno
 import itertools
 import json
 import os
@@ -294,11 +295,12 @@ class PowerDisk:
     """Writes to the real files and notes every change, so that `image` can say what a power cut would have left.
 
     `events` has ("write", file, offset, bytes), ("truncate", file, size), ("create", path, file),
-    ("rename", source, path), ("sync", file or None for the folder), ("acknowledged", bytes of the journal).
-    `killed_at` is the count of a sync that raises Killed instead of syncing."""
+    ("rename", source, path), ("sync" or "failed sync", file or None for the folder), ("acknowledged", what).
+    `killed_at` is the count of the sync, `fails` has the counts of the (name, call), that raise instead of doing it."""
 
-    def __init__(self, folder, killed_at=None):
-        self.folder, self.events, self.killed_at, self.syncs = str(folder), [], killed_at, 0
+    def __init__(self, folder, killed_at=None, fails=()):
+        self.folder, self.events, self.killed_at, self.fails = str(folder), [], killed_at, fails
+        self.calls = dict.fromkeys(REAL, 0)
         self.functions = {name: getattr(self, name) for name in REAL}
 
     def open(self, path, flags, mode=0o777):
@@ -315,18 +317,25 @@ class PowerDisk:
         self.events.append(("write", os.fstat(fd).st_ino, offset, data))
         return REAL["write"](fd, data)
 
+    def _is_failing(self, name):
+        self.calls[name] += 1
+        return (name, self.calls[name]) in self.fails
+
     def sync(self, fd):
-        self.syncs += 1
-        if self.syncs == self.killed_at:
+        kind, failing = os.fstat(fd), self._is_failing("sync")
+        if self.calls["sync"] == self.killed_at:
             raise Killed()
-        kind = os.fstat(fd)
-        self.events.append(("sync", None if stat.S_ISDIR(kind.st_mode) else kind.st_ino))
+        self.events.append(("failed sync" if failing else "sync", None if stat.S_ISDIR(kind.st_mode) else kind.st_ino))
+        if failing:
+            raise OSError(errno.EIO, "Input/output error")
 
     def truncate(self, fd, size):
         self.events.append(("truncate", os.fstat(fd).st_ino, size))
         REAL["truncate"](fd, size)
 
     def rename(self, source, path):
+        if self._is_failing("rename"):
+            raise OSError(errno.EIO, "Input/output error")
         self.events.append(("rename", source, path))
         REAL["rename"](source, path)
 
@@ -336,25 +345,26 @@ class PowerDisk:
             self.events.append(("acknowledged", file.read()))
 
     def image(self, count, choose):
-        """Return ({path: bytes}, bytes acknowledged) after a cut that follows the first `count` events.
+        """Return ({path: bytes}, what was acknowledged last) after a cut that follows the first `count` events.
 
-        `choose(number)` returns from 0 to number - 1: what of the unsynced becomes of each piece and of the names."""
-        files, names, pending, unnamed, acknowledged = {}, {}, {}, [], b""
+        `choose(number)` returns from 0 to number - 1: what of the unsynced becomes of each piece and of the names. What
+        was written before a sync that failed is never durable by a later one: the system calls it clean."""
+        files, names, unnamed, acknowledged = {}, {}, [], b""
         for event in self.events[:count]:
             kind = event[0]
             if kind == "acknowledged":
                 acknowledged = event[1]
             elif kind in ("create", "rename"):
                 unnamed.append(event)
-            elif kind != "sync":
-                pending.setdefault(event[1], []).append(event)
+            elif kind in ("write", "truncate"):
+                files.setdefault(event[1], []).append([event, "pending"])
             elif event[1] is None:
-                names, unnamed = named(names, unnamed), []
+                names, unnamed = (named(names, unnamed), []) if kind == "sync" else (names, unnamed)
             else:
-                changes = pending.pop(event[1], [])
-                files[event[1]] = changed(files.get(event[1], b""), changes, lambda number: number - 1)
+                for change in files.get(event[1], ()):
+                    change[1] = ("durable" if kind == "sync" else "dropped") if change[1] == "pending" else change[1]
         names = named(names, unnamed[:choose(len(unnamed) + 1)])
-        return {path: changed(files.get(file, b""), pending.get(file, []), choose) for path, file in names.items()}, acknowledged
+        return {path: built(files.get(file, ()), choose) for path, file in names.items()}, acknowledged
 
 
 def named(names, events):
@@ -365,21 +375,23 @@ def named(names, events):
     return names
 
 
-def changed(content, changes, choose):
-    """Return the bytes of a file after those of these changes, cut into pieces of the disk, that `choose` picks.
+def built(changes, choose):
+    """Return the bytes of a file after these changes: the durable ones, and of the others the pieces that `choose` picks.
 
     What is missing before a piece that is there is zeros; so may be what is missing at the end."""
-    for kind, _, offset, *data in changes:
+    content = b""
+    for (kind, _, offset, *data), state in changes:
+        pick = (lambda number: number - 1) if state == "durable" else choose
         if kind == "truncate":
-            content = (content[:offset] + bytes(offset - len(content[:offset]))) if choose(2) else content
+            content = content[:offset].ljust(offset, b"\0") if pick(2) else content
             continue
         data, end = data[0], offset + len(data[0])
         while offset < end:
             size = min(end, offset - offset % PIECE + PIECE) - offset
-            if choose(2):
+            if pick(2):
                 content = content[:offset].ljust(offset, b"\0") + data[:size] + content[offset + size:]
             data, offset = data[size:], offset + size
-        if len(content) < end and choose(2):
+        if len(content) < end and pick(2):
             content = content.ljust(end, b"\0")
     return content
 

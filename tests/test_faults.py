@@ -388,26 +388,21 @@ def test_a_power_cut_during_recovery_from_a_power_cut(monkeypatch, file, tmp_pat
     assert tried > 100
 
 
-@pytest.mark.parametrize("failing", [{"sync": 5}, {"sync": 5, "rename": 1}, {"sync": 7}], ids=str)
-def test_a_power_cut_around_a_failed_sync(monkeypatch, file, tmp_path, failing):
-    """After a failed sync the file is written anew: cut anywhere there. The failed sync makes nothing durable."""
-    disk, dice, calls = powered(monkeypatch, file), faulty.dice("power cuts around a failed sync"), {"sync": 0, "rename": -1}
+FAILED_SYNCS = [[("sync", 5)], [("sync", 5), ("rename", 2)], [("sync", 7)], [("sync", 5), ("sync", 6)], [("sync", 5), ("sync", 7)]]
 
-    def fails(name):
-        def call(*args):
-            calls[name] += 1
-            if calls[name] == failing.get(name):
-                raise OSError(errno.EIO, "Input/output error")
-            return disk.functions[name](*args)
-        return call
-    faulty.put_in(monkeypatch, {"sync": fails("sync"), "rename": fails("rename")})
-    call = Caller(file)
+
+@pytest.mark.parametrize("who", ["one process", "two processes", "server"])
+@pytest.mark.parametrize("fails", FAILED_SYNCS, ids=str)
+def test_a_power_cut_around_a_failed_sync(monkeypatch, file, tmp_path, fails, who):
+    """After a failed sync the file is written anew: cut anywhere there. What it did not sync no later sync does."""
+    disk, dice = powered(monkeypatch, file, fails=fails), faulty.dice("power cuts around a failed sync")
+    calls = [Caller(file, who == "server") for _ in range(2 if who == "two processes" else 1)]
     made, statuses = {}, []
-    for _, step in STEPS[:10]:
-        statuses.append(step(call, made)[0])
+    for place, (_, step) in enumerate(STEPS[:10]):
+        statuses.append(step(calls[place % len(calls)], made)[0])
         if statuses[-1] < 400:
             disk.acknowledge(file)
-    assert 503 in statuses and min(statuses[statuses.index(503) + 1:]) == 200
+    assert 503 in statuses and min(statuses[statuses.index(503) + 1:]) == 200, statuses
     ways = max(3, setting("CUTS") // len(disk.events))
     cut_everywhere(disk, file, tmp_path, monkeypatch, lambda count: [dice.randrange] * ways)
 
@@ -506,6 +501,114 @@ def test_a_request_that_is_refused_leaves_nothing_behind_that_hides_the_work_of_
     assert other("POST", "tasks", {"task_id": "mine", "args": {"a": 1}})[0] == 201
     assert one("GET", "tasks/mine")[0] == 200
     check_same(contents(one.store.state), faulty.replayed(file), "memory and file")
+
+
+# Compaction
+
+
+@pytest.fixture
+def in_this_process(monkeypatch):
+    """What a server has another process do is done here, where the disk can be made to fail."""
+    monkeypatch.setattr(L, "in_other_process", lambda function, *words: json.dumps(getattr(L, function)(*words)))
+
+
+def compact(call):
+    """Compact the store, as whoever has it does."""
+    call.store.compact() if call.store.is_server else L.compact(call.store.path)
+
+
+@pytest.mark.parametrize("is_server", [False, True], ids=["embedded", "server"])
+def test_a_power_cut_anywhere_in_a_compaction(monkeypatch, file, tmp_path, in_this_process, is_server):
+    disk, dice = powered(monkeypatch, file), faulty.dice("power cuts in a compaction")
+    call, made, held = Caller(file, is_server), {}, []
+
+    def go(steps):
+        for _, step in steps:
+            assert step(call, made)[0] < 400
+            held.append(contents(call.store.state))
+            disk.events.append(("acknowledged", len(held)))
+    go(STEPS[:9])
+    first = len(disk.events)
+    compact(call)
+    go(STEPS[9:12])
+    compact(call)
+    go(STEPS[-1:])
+    faulty.put_in(monkeypatch, faulty.REAL)
+    faulty.without_sync(monkeypatch)
+    ways, tried = max(4, setting("CUTS") // (len(disk.events) - first)), 0
+    for count in range(first, len(disk.events) + 1):
+        for _ in range(ways):
+            image, acknowledged = disk.image(count, dice.randrange)
+            tried += 1
+            folder = tmp_path / ("cut-%d" % tried)
+            folder.mkdir()
+            for path, content in image.items():
+                (folder / os.path.basename(path)).write_bytes(content)
+            state, journal = faulty.opened(folder / "journal.jsonl")
+            journal.close()
+            assert contents(state) in held[acknowledged - 1:acknowledged + 1], "cut after event %d, %r" % (
+                count, disk.events[count - 1][:3])
+    print("%d power cuts during compaction" % tried)
+
+
+@pytest.mark.parametrize("is_server", [False, True], ids=["embedded", "server"])
+@pytest.mark.parametrize("name", ["open", "write", "sync", "rename"])
+def test_a_disk_that_fails_at_any_call_of_a_compaction(monkeypatch, tmp_path, in_this_process, name, is_server):
+    failed = 0
+    for k in itertools.count(1):
+        file = tmp_path / str(k) / "journal.jsonl"
+        file.parent.mkdir()
+        faulty.without_sync(monkeypatch)
+        call = Caller(file, is_server, timeout_s=20)
+        play(call, STEPS[:9])
+        before = contents(call.store.state)
+        disk = FailingDisk({name: (k, 1, ERRNOS[k % 2], 0)})
+        faulty.put_in(monkeypatch, disk.functions)
+        try:
+            compact(call)
+        except (L.LabtaskerError, OSError) as error:
+            assert disk.failed, error
+        disk.heal()
+        failed += disk.failed
+        check_same(contents(call.store.state), before, "call %d of %s, after the compaction" % (k, name))
+        play(call, STEPS[-1:])
+        compact(call)
+        play(call, [("submit", faulty.submission("more"))])
+        assert call("GET", "tasks/last")[0] == 200
+        call.close()
+        check_same(contents(call.store.state), faulty.replayed(file), "call %d of %s, memory and file" % (k, name))
+        if not disk.failed:
+            break
+    assert failed > 1
+
+
+@pytest.mark.parametrize("when", ["before", "half", "after"])
+def test_a_process_killed_at_any_call_of_a_compaction(tmp_path, when):
+    killed = 0
+    for k in itertools.count(1):
+        file = tmp_path / str(k) / "journal.jsonl"
+        file.parent.mkdir()
+
+        def work(say):
+            call = Caller(file)
+            play(call, STEPS[:9])
+            say(json.dumps(contents(call.store.state)))
+            for name, function in KillingDisk(k, when).functions.items():
+                setattr(L.Disk, name, staticmethod(function))
+            L.compact(str(file))
+        lines, status = in_child(work)
+        assert status in (0, signal.SIGKILL), lines
+        call = Caller(file)
+        assert call("GET", "")[0] == 200
+        check_same(contents(call.store.state), json.loads(lines[0]), "killed %s call %d" % (when, k))
+        L.compact(str(file))
+        play(call, STEPS[-1:])
+        check_same(contents(call.store.state), faulty.replayed(file), "killed %s call %d, memory and file" % (when, k))
+        call.close()
+        if not status:
+            break
+        killed += 1
+    assert killed > 5
 
 
 # Damage

@@ -494,6 +494,8 @@ class Episode:
             assert [task["task_id"] for task in answer["content"]] == ids
             for task in answer["content"]:
                 self.compare(self.model.task(name, task["task_id"]), task)
+            if any("heartbeat_timeout" in one for one in updates):
+                self.look()  # a run's time may be over by this
 
     def delete(self, name):
         task_id = self.pick("tasks", name)
