@@ -1781,7 +1781,11 @@ class Disk:
             raise
         finally:
             os.close(fd)
-        cls.rename(draft, path)
+        try:
+            cls.rename(draft, path)
+        except OSError:
+            os.unlink(draft)
+            raise
         cls.sync_folder(path)
 
 
@@ -1814,15 +1818,26 @@ class FileLock:
             time.sleep(pause_s)
             pause_s = min(pause_s * 1.5, 0.005)
 
+    def noted(self):
+        """Return what the last holder knew to be on disk: (a line's number, the inode whose name is); zeros else."""
+        words = os.pread(self.fd, 41, 0).split()
+        return tuple(map(int, words)) if len(words) == 2 and b"".join(words).isdigit() else (0, 0)
+
+    def note(self, number, inode):
+        """Leave this for the next holder. It need not be synced: what is too old only costs a sync."""
+        os.pwrite(self.fd, b"%020d %020d" % (number, inode), 0)
+
     def release(self):
         """Return when others may have the lock."""
         fcntl.flock(self.fd, fcntl.LOCK_UN)
 
     def close(self):
         """Return when the lock is given up for good."""
-        if self.fd is not None:
-            os.close(self.fd)
-            self.fd = None
+        fd, self.fd = self.fd, None
+        if fd is not None:
+            os.close(fd)
+
+    __del__ = close
 
 
 def host_id():
@@ -1979,6 +1994,14 @@ def unseal(line):
     return value if isinstance(value, dict) else None
 
 
+def last_durable(data):
+    """Return the highest `durable` in the whole lines that can be found in damaged bytes, also in mid-line; 0."""
+    starts = (found.start() for found in re.finditer(rb'\{"n":', data))
+    lines = (unseal(data[start:data.find(b"\n", start) + 1]) for start in starts)
+    found = [line.get("durable") for line in lines if line]
+    return max([durable for durable in found if type(durable) is int], default=0)
+
+
 class Batch:
     """Lines that go to disk together. `done` is set when they are there, or `error` says why they are not."""
 
@@ -2003,6 +2026,7 @@ class JournalFile:
         self.size = self.n = self.durable = 0  # bytes applied, last line's number, last number on disk
         self.folds = 0  # lines read of those that stand for the folded ones
         self.fenced = None  # why this process must never write again
+        self.named = 0  # the inode whose name in the folder is known to be on disk
         self.header, self.notices = {}, []
 
     def exists(self):
@@ -2015,23 +2039,48 @@ class JournalFile:
     def open(self):
         """Return when the file is open and its header read; a missing or empty one is made."""
         if not self.exists() and self.mode & os.O_RDWR:
-            header = {"journal": "labtasker", "format": FORMAT, "store": new_id(), "created_at": time.time()}
-            self.disk.create(self.path, [sealed(header)])
-        self.fd = self.disk.open(self.path, self.mode | os.O_CLOEXEC)
-        self.inode = os.fstat(self.fd).st_ino
-        line = os.pread(self.fd, 65536, 0).partition(b"\n")[0] + b"\n"
-        self.header = unseal(line)
-        self._check_header()
+            self._make()
+        fd = self.disk.open(self.path, self.mode | os.O_CLOEXEC)
+        try:
+            line = os.pread(fd, 65536, 0).partition(b"\n")[0] + b"\n"
+            header = self._checked_header(unseal(line) or {})
+        except BaseException:
+            os.close(fd)
+            raise
+        self._use(fd, header)
         if not self.size:
-            self.size, self.n = len(line), self.header.get("folded", 0)
+            self.size, self.n = len(line), header.get("folded", 0)
 
-    def _check_header(self):
-        if self.header is None or self.header.get("journal") != "labtasker":
+    def _make(self):
+        """Make a journal with no more than a header; none is there when that fails."""
+        header = {"journal": "labtasker", "format": FORMAT, "store": new_id(), "created_at": time.time()}
+        try:
+            self.disk.create(self.path, [sealed(header)])
+        except OSError:
+            if os.path.exists(self.path):
+                os.unlink(self.path)
+            raise
+
+    def _use(self, fd, header):
+        """Go on with another descriptor, of the same file or of one that has taken its place."""
+        old, self.fd, self.header, self.inode = self.fd, fd, header, os.fstat(fd).st_ino
+        if old is not None:
+            os.close(old)
+
+    def _checked_header(self, header):
+        """Return the header, or raise StoreDamaged."""
+        if header.get("journal") != "labtasker":
             raise StoreDamaged("%s: byte 0: its first line is not the header of a Labtasker journal; "
-                               "nothing was changed" % self.path)
-        if self.header.get("format", 0) > FORMAT:
+                               "nothing was changed. 'labtasker journal repair' saves what follows, if it is one"
+                               % self.path)
+        if header.get("format", 0) > FORMAT:
             raise StoreDamaged("%s was written by a newer Labtasker (journal format %s, this one reads up to %d): "
-                               "use that labtasker.py" % (self.path, self.header.get("format"), FORMAT))
+                               "use that labtasker.py" % (self.path, header.get("format"), FORMAT))
+        return header
+
+    def __del__(self):
+        if self.fd is not None:
+            os.close(self.fd)
 
     def read_new(self):
         """Yield the value of each line after the last one read; damage raises StoreDamaged or is set aside.
@@ -2059,9 +2108,10 @@ class JournalFile:
         if self.size < self.header.get("tail", 0):
             self.folds += value.get("fold") == self.folds + 1
             return value.get("fold") == self.folds
-        if value.get("n") != self.n + value.get("lost", 1):  # `lost`: a repair could not save the lines up to this
-            return False
-        self.n = self.durable = value["n"]
+        n, durable = value.get("n"), value.get("durable")
+        if type(n) is not int or type(durable) is not int or n != self.n + value.get("lost", 1):
+            return False  # `lost`: a repair could not save the lines up to this one
+        self.n, self.durable = n, max(self.durable, durable)
         return True
 
     def changed(self):
@@ -2095,10 +2145,9 @@ class JournalFile:
         """Return whether this process can go on in the file that another has put in the place of the one it read.
 
         It can when it is the same store and all that was read here stands there too, folded or as lines."""
-        store, n, fd = self.header.get("store"), self.n, self.fd
-        self.fd, self.size, self.n, self.folds = None, 0, 0, 0
+        store, n = self.header.get("store"), self.n
+        self.size, self.n, self.folds = 0, 0, 0
         self.open()
-        os.close(fd)
         if self.header.get("store") != store or self.n > n:
             return False
         self.size = max(self.size, self.header.get("tail", 0))
@@ -2114,8 +2163,7 @@ class JournalFile:
         A line says what was durable before it: damage at or before any later line's `durable` is rot."""
         bad_n, end = self.n + 1, os.fstat(self.fd).st_size
         tail = os.pread(self.fd, end - self.size, self.size)
-        later = [value for value in map(unseal, tail.splitlines(True)) if value]
-        if self.size < self.header.get("tail", 0) or any(value.get("durable", 0) >= bad_n for value in later):
+        if self.size < self.header.get("tail", 0) or last_durable(tail) >= bad_n:
             raise StoreDamaged("%s: byte %d: line %d is damaged, and was on disk when later lines were written; "
                                "nothing was changed. 'labtasker journal verify' shows all damage, 'labtasker journal "
                                "repair' saves what can be saved" % (self.path, self.size, bad_n))
@@ -2168,12 +2216,15 @@ class Journal(JournalFile):
                 return
             self.writing = batch
             first = self.n - len(batch.bodies) + 1
-        data = b"".join(seal(b'{"n":%d,"durable":%d,' % (first + i, self.durable) + body[1:-1])
-                        for i, body in enumerate(batch.bodies))
-        synced = False
+        synced, data = False, b""
         try:
+            if self.fsync == "always" and self.durable < first - 1 and not self.broken:
+                self._sync()  # what a process wrote that died before its sync must not be taken for durable
+                self.durable = first - 1
+            data = b"".join(seal(b'{"n":%d,"durable":%d,' % (first + i, self.durable) + body[1:-1])
+                            for i, body in enumerate(batch.bodies))
             synced = self._put_down(data)
-        except (OSError, StoreUnavailable) as error:
+        except Exception as error:  # whatever it is, those who wait must hear of it
             with self.lock:
                 self._take_back(batch, first, error)
         with self.lock:
@@ -2197,17 +2248,20 @@ class Journal(JournalFile):
         self.disk.write_all(self.fd, data)
         due = self.fsync == "interval" and monotonic() - self.synced_at >= SYNC_INTERVAL_S
         if self.fsync == "always" or due:
-            try:
-                self.disk.sync(self.fd)
-            except OSError as error:
-                self.broken = "a sync failed: %s" % error
-                raise
-            self.synced_at = monotonic()
+            self._sync()
         if os.fstat(self.fd).st_size != self.size + len(data) or not self.allowed():
             self.fenced = ("%s got another owner or another writer while this process, which may have been stopped, "
                            "wrote to it" % self.path)
             raise StoreUnavailable(self.fenced)
         return self.fsync == "always" or due
+
+    def _sync(self):
+        try:
+            self.disk.sync(self.fd)
+        except OSError as error:
+            self.broken = "a sync failed: %s" % error
+            raise
+        self.synced_at = monotonic()
 
     def _take_back(self, batch, first, error):
         """Return when the lines of `batch`, and what was added since, are gone from memory and from the file."""
@@ -2218,13 +2272,18 @@ class Journal(JournalFile):
         self.n = first - 1
         if isinstance(error, OSError):
             error = store_error(self.path, error)
+        elif not isinstance(error, LabtaskerError):
+            error = StoreUnavailable("%s can't be written: %s: %s" % (self.path, type(error).__name__, error))
         batch.error = newer.error = error
         newer.done.set()
-        if not (self.broken or self.fenced):
-            try:
-                self.disk.truncate(self.fd, self.size)
-            except OSError as problem:
-                self.broken = "the file could not be cut back: %s" % problem
+        if self.fenced:
+            return
+        try:  # at once: without a server the next to read the file is another process
+            self.disk.truncate(self.fd, self.size)
+            if self.broken:
+                self._write_anew()
+        except OSError as problem:
+            self.broken = self.broken or "the file could not be cut back: %s" % problem
 
     def _write_anew(self):
         """Return when a copy of the lines known to be good stands in the file's place.
@@ -2232,9 +2291,7 @@ class Journal(JournalFile):
         After a failed sync the system may have dropped pages that it calls clean, so the old file is not
         written to again."""
         self.disk.create(self.path, self._bytes(0, self.size))
-        old, self.fd = self.fd, None
-        self.open()
-        os.close(old)
+        self._use(self.disk.open(self.path, self.mode | os.O_CLOEXEC), self.header)
         self.broken = None
 
     def _bytes(self, offset, end):
@@ -2256,14 +2313,16 @@ class Journal(JournalFile):
                 offset = self._append_to(fd, offset)
             with self.io:
                 self._append_to(fd, offset)
+                header = unseal(os.pread(fd, 65536, 0).partition(b"\n")[0] + b"\n")
                 self.disk.rename(draft, self.path)
                 with self.lock:
-                    old, self.fd = self.fd, None
-                    self.size, n, self.n = 0, self.n, 0
-                    self.open()
-                    self.size, self.n = os.fstat(self.fd).st_size, n
-                    os.close(old)
-                self.disk.sync_folder(self.path)
+                    self._use(os.dup(fd), header)
+                    self.size = os.fstat(fd).st_size
+                try:
+                    self.disk.sync_folder(self.path)
+                except OSError as error:  # the old file might come back: nothing more is acknowledged on this one
+                    self.broken = "the folder could not be synced: %s" % error
+                    raise
         finally:
             os.close(fd)
 
@@ -2299,7 +2358,7 @@ class Journal(JournalFile):
 
 def store_error(path, error):
     """Return the error to answer with when the disk refused to take a line."""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return StoreFull("no room for %s (%s): nothing of this request was kept; free some space and it goes on "
                          "by itself" % (path, error.strerror))
     return StoreUnavailable("%s can't be written (%s): nothing of this request was kept" % (path, error.strerror))
@@ -2324,7 +2383,7 @@ def walk(path):
             if offset == 0 and value is not None and value.get("journal") == "labtasker":
                 count = due = n = value.get("folded", 0)
                 tail = value.get("tail", 0)
-            elif not isinstance(count, int):
+            elif type(count) is not int or not (is_fold or type(value.get("durable")) is int):
                 problem = "no line with a checksum that fits" if data.endswith(b"\n") else "a line that is cut off"
             elif count < due:
                 problem = "line %d once more" % count
@@ -2352,6 +2411,7 @@ class Survey:
                 self.bad.append(piece)
             else:
                 self._count(piece)
+        self.durable = max([self.durable] + [last_durable(piece.data) for piece in self.bad])
         self.rotten = [piece for piece in self.bad if piece.due <= self.durable]
         self.rotten += [numbers for numbers in self.lost if numbers[0] <= self.durable]
 
@@ -2492,13 +2552,24 @@ class BeatFiles:
                 os.makedirs(self.folder, 0o700, exist_ok=True)
 
     def start(self, run_id):
-        """Note that a run began now."""
-        self._write(run_id, monotonic())
+        """Note that a run began now; on a full disk it has its time from when there is room."""
+        try:
+            self._write(run_id, monotonic())
+        except OSError:
+            pass
 
     def touch(self, run_id):
-        """Note that a run was heard of now."""
+        """Note that a run was heard of now, or raise StoreUnavailable."""
         known = self._read(run_id)
-        self._write(run_id, known[1] if known else monotonic())
+        try:
+            self._write(run_id, known[1] if known else monotonic())
+        except OSError as error:
+            raise store_error(self._path(run_id), error)
+
+    def clear(self):
+        """Forget all runs: a server took the store, and counts their time itself."""
+        for name in os.listdir(self.folder) if os.path.isdir(self.folder) else ():
+            self.forget(name)
 
     def forget(self, run_id):
         """Note that a run is over."""
@@ -2698,14 +2769,16 @@ class State:
 
     @staticmethod
     def put_back(done):
-        """Undo what `apply` did."""
+        """Undo what `apply` did; tasks go back to their places in the order of last changes."""
+        queues = {}
         for put, key, old, _ in reversed(done):
             put(key, old)
-            if isinstance(old, TaskRecord):  # back to its place in the order of last changes
-                tasks = put.__self__.tasks
-                ordered = sorted(tasks.items(), key=lambda item: item[1].last_modified)
-                tasks.clear()
-                tasks.update(ordered)
+            if isinstance(old, TaskRecord):
+                queues[id(put.__self__)] = put.__self__
+        for queue in queues.values():
+            ordered = sorted(queue.tasks.items(), key=lambda item: item[1].last_modified)
+            queue.tasks.clear()
+            queue.tasks.update(ordered)
 
 
 # What each change on a journal line does: (state, queue id, the rest of the change) -> (put, id, new record).
@@ -2815,7 +2888,7 @@ def _older_events(path, after, last):
     """Yield the Transitions after `after` up to `last` from the journal's file, and first, where some are gone, one
     that says so: of no queue and with text for a record."""
     source, state = JournalFile(path, mode=os.O_RDONLY), State()
-    source.open()
+    source.open()  # closed when this ends
     folded = source.header.get("folded", 0)
     if folded > after[0]:
         text = ("the events after %d.%d up to line %d were compacted away; list the tasks to see what became of them"
@@ -2886,10 +2959,12 @@ class StoreFile:
             self.owner.claim(takeover)
             self.journal.open()
             self.catch_up()
+            self._name_file()
         except OSError as error:
             raise store_error(self.path, error)
         self._begin_epoch()
         self.journal.flush()
+        BeatFiles(self.folder).clear()
         self.writer = threading.Thread(target=self.journal.write_always, name="journal writer", daemon=True)
         self.writer.start()
 
@@ -2935,6 +3010,8 @@ class StoreFile:
             try:
                 begun = writes and not self.owner.holds() and self.owner.claim()
                 self._read_on()
+                if writes:
+                    self._name_file()
                 if begun:
                     self._begin_epoch()
                 elif writes and self.epoch_seen > self.owner.epoch:
@@ -2946,8 +3023,11 @@ class StoreFile:
             except OSError as error:
                 raise store_error(self.path, error)
             finally:
-                self.journal.flush()
-                self.file_lock.release()
+                try:
+                    self.journal.flush()
+                    self.file_lock.note(self.journal.durable, self.journal.named)
+                finally:
+                    self.file_lock.release()
 
     def lock_file(self, timeout_s):
         """Take the file's lock, or raise StoreUnavailable saying who has it or what is wrong with the folder."""
@@ -2959,6 +3039,12 @@ class StoreFile:
             raise store_error(self.path, error)
         raise StoreUnavailable("%s is in use by another process%s" % (self.path, self.holder()))
 
+    def _name_file(self):
+        """Return when the file's name is on disk; who put the file there may have failed to see to that."""
+        if self.journal.named != self.journal.inode:
+            self.journal.disk.sync_folder(self.path)
+            self.journal.named = self.journal.inode
+
     def _read_on(self):
         """Read what others have added to the file, or put in its place; the file's lock is held."""
         if self.journal.fd is None:
@@ -2968,6 +3054,8 @@ class StoreFile:
             self.journal.open()
         if self.journal.changed():
             self.catch_up()
+        durable, self.journal.named = self.file_lock.noted()
+        self.journal.durable = max(self.journal.durable, min(self.journal.n, durable))
         for notice in self.journal.notices:
             print("labtasker: " + notice, file=sys.stderr)
         self.journal.notices = []
@@ -3005,7 +3093,7 @@ class Store(StoreFile):
         super().__init__(path, is_server, fsync)
         self.changed, self.closing = threading.Condition(self.lock), False
         self.beats = Beats() if is_server else BeatFiles(self.folder)
-        self.looked_at = -math.inf
+        self.looked_at, self.looked = -math.inf, {}  # when time-outs were looked for; {queue id or LocalName: when}
         self.filters = {}  # (document as text, names of fields): predicate
         self.logins = {}  # (name or id of a queue, a password that was right): the hash that it was right for
 
@@ -3102,10 +3190,10 @@ class Store(StoreFile):
     def look_for_timeouts(self, queue_id=None):
         """Fail the runs of a queue, or of all, that were silent or have run for too long; at most once a second."""
         with self.lock:
-            if monotonic() - self.looked_at < LOOK_INTERVAL_S:
-                return
-            self.looked_at = monotonic()
             wanted = list(self.state.queues) if queue_id is None else [queue_id]
+            self.looked_at = monotonic()
+            wanted = [one for one in wanted if monotonic() - self.looked.get(one, -math.inf) >= LOOK_INTERVAL_S]
+            self.looked.update((one, monotonic()) for one in wanted)
         for one in wanted:
             try:
                 self.transact(expire_runs, one, None, writes=False)
@@ -3154,7 +3242,8 @@ def _overdue(store, queue):
         if task.heartbeat_timeout is None and task.task_timeout is None:
             continue
         ran_s, silent_s = store.beats.ages(task.run_id)
-        if task.heartbeat_timeout is not None and silent_s > task.heartbeat_timeout:
+        has_beats = task.heartbeat_timeout is not None and task.last_heartbeat is not None
+        if has_beats and silent_s > task.heartbeat_timeout:
             found.append((task, "no heartbeat for %g seconds (heartbeat_timeout)" % task.heartbeat_timeout))
         elif task.task_timeout is not None and ran_s > task.task_timeout:
             found.append((task, "still running after %g seconds (task_timeout)" % task.task_timeout))
@@ -3164,13 +3253,18 @@ def _overdue(store, queue):
 def expire_runs(store, queue, request, at):
     """Decide that the overdue runs failed."""
     changes, strikes = [], collections.Counter()
-    for task, words in _overdue(store, queue):
+    for task, words in sorted(_overdue(store, queue), key=lambda row: row[0].created_at):
         summary = dict(task.summary, labtasker_error=words)
-        changes.append(_failed(task, {"summary": summary, "run_end": "timeout"}, at))
+        changes.append(_failed(task, {"summary": summary, "run_end": "timeout"}, after(at, len(changes))))
         strikes[task.worker_id] += 1
     for worker_id, count in strikes.items():
         changes += _strike(queue, worker_id, count, at)
     return changes, None
+
+
+def after(at, place):
+    """Return the time of the place-th change of a transaction: they differ, so that their order can be seen."""
+    return Instant(round(at + place * 1e-6, 6))
 
 
 def _failed(task, fields, at):
@@ -3274,7 +3368,7 @@ def submit_tasks_op(store, queue, request, at):
     """Decide to create tasks, all or none; one that is there with the same content was submitted before."""
     changes, ids = [], {}
     for place, one in enumerate(request["tasks"]):
-        task_id, fields = _submission(one, Instant(round(at + place * 1e-6, 6)))  # so that their order can be seen
+        task_id, fields = _submission(one, after(at, place))
         there = queue.tasks.get(task_id)
         known = ids.get(task_id) if task_id in ids else there and there.digest
         if task_id in ids or there:
@@ -3370,8 +3464,6 @@ def fetch_task_op(store, queue, request, at):
         fields["cmd"] = request["cmd"]
     if request.get("heartbeat_timeout") is not None:
         fields["heartbeat_timeout"] = request["heartbeat_timeout"]
-    if not request["start_heartbeat"]:
-        fields["heartbeat_timeout"] = None
     if request.get("eta_max_s") is not None:
         fields["task_timeout"] = request["eta_max_s"]
     return [["task", task.task_id, fields, task.status]], {"found": True, "task": revised(task, dict(fields))}
@@ -3518,7 +3610,7 @@ def update_tasks_op(store, queue, request, at):
             problems.append("task %s: %s" % (task_id, error))
             continue
         if fields:
-            fields["last_modified"] = at
+            fields["last_modified"] = after(at, len(changes))
             changes.append(["task", task_id, fields, old_state])
         now_are[task_id] = revised(task, dict(fields))
     if problems:
@@ -3581,8 +3673,9 @@ def delete_worker_op(store, queue, request, at):
     worker_id = _worker(queue, request["worker_id"]).worker_id
     changes = [["worker-", worker_id]]
     if request["cascade_update"]:
-        changes += [["task", task.task_id, {"worker_id": None, "last_modified": at}, None]
-                    for task in queue.running.values() if task.worker_id == worker_id]
+        theirs = sorted((task.created_at, task.task_id) for task in queue.running.values() if task.worker_id == worker_id)
+        changes += [["task", task_id, {"worker_id": None, "last_modified": after(at, place)}, None]
+                    for place, (_, task_id) in enumerate(theirs)]
     return changes, None
 
 

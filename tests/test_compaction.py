@@ -12,7 +12,7 @@ import labtasker as L
 from harness import TESTS, clean_env, wait_until
 from test_service import Clock, Door
 
-pytestmark = pytest.mark.usefixtures("real_path")
+pytestmark = [pytest.mark.usefixtures("real_path"), pytest.mark.slow]
 
 
 @pytest.fixture

@@ -26,7 +26,11 @@ class Host:
 @pytest.fixture
 def hosts(monkeypatch):
     """Return two hosts on a file system whose locks lie."""
-    monkeypatch.setattr(L.FileLock, "acquire", lambda lock, timeout_s: True)
+    def acquire(lock, timeout_s):
+        if lock.fd is None:
+            lock.fd = os.open(lock.path, os.O_RDWR | os.O_CREAT, 0o600)
+        return True
+    monkeypatch.setattr(L.FileLock, "acquire", acquire)
     monkeypatch.setattr(L.FileLock, "release", lambda lock: None)
     monkeypatch.setattr(L, "OWNER_LAPSE_S", 0.5)
     return Host("one", monkeypatch), Host("two", monkeypatch)
