@@ -1794,11 +1794,13 @@ class FileLock:
 
     Not `lockf`: that lock is lost as soon as this process closes any other descriptor of the file."""
 
+    fd = None
+
     def __init__(self, path):
         if fcntl is None:
             raise StoreUnavailable("the store needs POSIX locks, which %s lacks: use a server on another host "
                                    "(labtasker init --url http://host:9321)" % sys.platform)
-        self.path, self.fd = path, None
+        self.path = path
 
     def acquire(self, timeout_s):
         """Return whether the lock was had within `timeout_s` seconds."""
@@ -1941,11 +1943,23 @@ class Owner:
         except FileExistsError:
             self.epoch = None
             return False
+        except OSError:  # no hard links here
+            return self._take_without_links(epoch)
         finally:
-            os.unlink(draft)
+            if os.path.exists(draft):
+                os.unlink(draft)
         for old in self.epochs():
             if old < epoch:
                 os.unlink(self._file(old))
+        return True
+
+    def _take_without_links(self, epoch):
+        try:
+            os.close(os.open(self._file(epoch), os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
+        except FileExistsError:
+            self.epoch = None
+            return False
+        os.replace(self._write(), self._file(epoch))
         return True
 
     def _write(self, **more):
@@ -2026,6 +2040,7 @@ class JournalFile:
         self.size = self.n = self.durable = 0  # bytes applied, last line's number, last number on disk
         self.folds = 0  # lines read of those that stand for the folded ones
         self.fenced = None  # why this process must never write again
+        self.heals = True  # whether a torn end is cut off; not by those who only read
         self.named = 0  # the inode whose name in the folder is known to be on disk
         self.header, self.notices = {}, []
 
@@ -2094,13 +2109,13 @@ class JournalFile:
             for line in lines:
                 value = unseal(line + b"\n")
                 if value is None or not self._is_next(value):
-                    return self._heal() if self.mode & os.O_RDWR else None
+                    return self._heal()
                 self.size += len(line) + 1
                 yield value
             offset = self.size
             if not chunk:
                 break
-        if rest and self.mode & os.O_RDWR:
+        if rest:
             self._heal()
 
     def _is_next(self, value):
@@ -2160,13 +2175,16 @@ class JournalFile:
     def _heal(self):
         """Return after setting the damaged end aside, or raise StoreDamaged when acknowledged lines are damaged.
 
-        A line says what was durable before it: damage at or before any later line's `durable` is rot."""
+        Those who only read leave it where it is: its writer may live. A line says what was durable before it:
+        damage at or before any later line's `durable` is rot."""
         bad_n, end = self.n + 1, os.fstat(self.fd).st_size
         tail = os.pread(self.fd, end - self.size, self.size)
         if self.size < self.header.get("tail", 0) or last_durable(tail) >= bad_n:
             raise StoreDamaged("%s: byte %d: line %d is damaged, and was on disk when later lines were written; "
                                "nothing was changed. 'labtasker journal verify' shows all damage, 'labtasker journal "
                                "repair' saves what can be saved" % (self.path, self.size, bad_n))
+        if not self.heals or self.mode == os.O_RDONLY:
+            return
         aside = "%s.torn-%d-%d" % (self.path, self.size, time.time())
         self.disk.create(aside, [tail])
         self.disk.truncate(self.fd, self.size)
@@ -2254,6 +2272,15 @@ class Journal(JournalFile):
                            "wrote to it" % self.path)
             raise StoreUnavailable(self.fenced)
         return self.fsync == "always" or due
+
+    def settle(self):
+        """Sync what `--fsync interval` has left in the system's hands; called once a second."""
+        with self.io:
+            with self.lock:
+                written = self.n - len(self.batch.bodies)
+            if self.fsync == "interval" and self.durable < written and not (self.broken or self.fenced):
+                self._sync()
+                self.durable = written
 
     def _sync(self):
         try:
@@ -2373,12 +2400,15 @@ class Piece(collections.namedtuple("Piece", "offset data value problem due lost"
 
 def walk(path):
     """Yield a Piece for each line of a journal file, the header included; reads only, also while others write."""
-    folds = n = offset = tail = 0
+    folds = n = offset = tail = 0  # n None: the header is lost, and with it where the numbers begin
     with open(path, "rb") as file:
         for data in file:
-            value, is_fold = unseal(data), 0 < offset < tail
-            due = folds + 1 if is_fold else n + (value or {}).get("lost", 1)
+            value = unseal(data)
+            is_fold = 0 < offset < tail or n is None and "fold" in (value or {})
             count = (value or {}).get("fold" if is_fold else "n")
+            if n is None and type(count) is int and not is_fold:
+                n = count - value.get("lost", 1)
+            due = folds + 1 if is_fold else (n or 0) + (value or {}).get("lost", 1)
             problem = None
             if offset == 0 and value is not None and value.get("journal") == "labtasker":
                 count = due = n = value.get("folded", 0)
@@ -2391,6 +2421,8 @@ def walk(path):
                 folds = count
             else:
                 n = count
+            if offset == 0 and problem:
+                n = None
             lost = 0 if problem else count - due
             yield Piece(offset, data, value, problem, 0 if is_fold else due, lost)
             offset += len(data)
@@ -2439,7 +2471,8 @@ def repair(path, disk=Disk):
     damaged, aside, draft = ("%s.%s-%d" % (path, word, stamp) for word in ("damaged", "bad", "repaired"))
     disk.create(aside, (piece.data for piece in walk(path) if piece.problem))
     body = sum(len(data) for data, is_fold in _good_lines(path) if is_fold)
-    header = found.header or {"journal": "labtasker", "format": FORMAT, "store": new_id()}
+    first = next((piece.value["n"] for piece in walk(path) if not piece.problem and "n" in piece.value), 1)
+    header = found.header or {"journal": "labtasker", "format": FORMAT, "store": new_id(), "folded": first - 1}
     header = dict(header, repaired_at=time.time())
     disk.create(draft, itertools.chain([journal_header(header, body)], (data for data, _ in _good_lines(path))))
     os.link(path, damaged)
@@ -3009,6 +3042,7 @@ class StoreFile:
             self.lock_file(self.LOCK_TIMEOUT_S)
             try:
                 begun = writes and not self.owner.holds() and self.owner.claim()
+                self.journal.heals = writes
                 self._read_on()
                 if writes:
                     self._name_file()
@@ -3673,7 +3707,8 @@ def delete_worker_op(store, queue, request, at):
     worker_id = _worker(queue, request["worker_id"]).worker_id
     changes = [["worker-", worker_id]]
     if request["cascade_update"]:
-        theirs = sorted((task.created_at, task.task_id) for task in queue.running.values() if task.worker_id == worker_id)
+        theirs = sorted((task.created_at, task.task_id) for task in queue.running.values()
+                        if task.worker_id == worker_id)
         changes += [["task", task_id, {"worker_id": None, "last_modified": after(at, place)}, None]
                     for place, (_, task_id) in enumerate(theirs)]
     return changes, None
@@ -4435,6 +4470,7 @@ class _Server:
         try:
             self.store.look_for_timeouts()
             self.store.owner.move()
+            self.store.journal.settle()
         except (StoreUnavailable, OSError):  # a full disk: the next look tries again
             pass
         if self.store.is_bloated() and not (self.compaction and self.compaction.is_alive()):

@@ -204,8 +204,12 @@ def test_a_repair_of_what_is_whole_changes_nothing(door, tmp_path):
     assert (tmp_path / "journal.jsonl").read_bytes() == content
 
 
-def test_a_lost_header_is_repaired(door, tmp_path):
+@pytest.mark.parametrize("folded", [False, True])
+def test_a_lost_header_is_repaired(door, tmp_path, folded):
     busy(door, 5)
+    if folded:
+        L.compact(door.path)
+        busy(door, 3, seed=2)
     path = tmp_path / "journal.jsonl"
     path.write_bytes(b"\0" * 50 + path.read_bytes()[50:])
     assert L.Survey(door.path).bad
@@ -213,6 +217,39 @@ def test_a_lost_header_is_repaired(door, tmp_path):
     mended = Door(tmp_path, door.clock)
     mended("GET", "/api/v1/queues/me")
     assert same(mended, door)
+
+
+def test_reading_leaves_a_torn_end_where_it_is_and_the_next_write_sets_it_aside(door, tmp_path):
+    busy(door, 3)
+    path = tmp_path / "journal.jsonl"
+    with open(str(path), "ab") as file:
+        file.write(b'{"n":99,"durable":1,"half')
+    content = path.read_bytes()
+    reader = Door(tmp_path, door.clock)
+    reader("POST", "tasks/search", {})
+    assert same(reader, door) and path.read_bytes() == content
+    reader.submit()
+    assert path.read_bytes().startswith(content[:-25]) and b"half" not in path.read_bytes()
+    assert [aside.read_bytes() for aside in tmp_path.glob("*.torn-*")] == [content[-25:]]
+
+
+def test_what_fsync_interval_leaves_is_synced_a_second_later(tmp_path):
+    store = L.Store(str(tmp_path / "journal.jsonl"), is_server=True, fsync="interval")
+    store.open()
+    for name in ("a", "b"):
+        assert L.answer_call(store, None, "POST", "/api/v1/queues", {"queue_name": name, "password": "p"})[0] == 201
+    assert store.journal.durable < store.journal.n
+    store.journal.settle()
+    assert store.journal.durable == store.journal.n
+    store.close()
+
+
+def test_a_file_system_without_hard_links_will_do(door, monkeypatch):
+    def link(source, target):
+        raise OSError(1, "Operation not permitted")
+    monkeypatch.setattr(L.os, "link", link)
+    door.submit()
+    assert door.store.owner.holds() and door.store.owner.read(1)["pid"] == os.getpid()
 
 
 @pytest.mark.slow
