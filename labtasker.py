@@ -6689,6 +6689,7 @@ COMFORTS = {  # the commands of labtasker_cli.py, and what they are for
     "config": "Edit the configuration in $EDITOR; it is kept where it can be read.",
     "help filter": "Print the filter language: operators, dates, a task's fields.",
     "help settings": "Print the settings of config.toml, and the variables that win over it.",
+    "help journal": "Print the format of the journal, a line a transaction.",
     "help api": "Print the routes of the REST API.",
 }
 

@@ -10,8 +10,9 @@ import sys
 
 from labtasker import (
     ARITHMETIC, CALLS, COMFORTS, COMMANDS, COMPARISONS, CONFIG_NAME, DATE_FORMS, IDS, INSTEAD, LOGIC,
-    OPERATORS, QUIET, REQUIRED, ROUTES, SELECT, SETTINGS, TASK_FIELDS, Command, LabtaskerError, LabtaskerRuntimeError,
-    LabtaskerValueError, TaskUpdateRequest, ask, chosen_tasks, find_root, is_terminal, load_config, main, note, option,
+    OPERATORS, QUIET, RECORDS, REQUIRED, ROUTES, SELECT, SETTINGS, TASK_FIELDS, Command, LabtaskerError,
+    LabtaskerRuntimeError, LabtaskerValueError, TaskUpdateRequest, ask, chosen_tasks, find_root, is_terminal,
+    load_config, main, note, option,
     read_text, say, show, show_listing, some, table, update_tasks, visible)
 
 __all__ = ["main", "server_main"]
@@ -135,6 +136,23 @@ def settings_reference():
         table([["setting", "variable", "meaning"]] + rows)])
 
 
+def journal_reference():
+    """Return the format of the journal: its lines, and the changes that stand on them."""
+    rows = [["change", "followed by", "meaning"]] + [[name, row.fields, row.meaning] for name, row in RECORDS.items()]
+    return "\n".join([
+        "A journal is a file of JSON lines. The first names the format; each other one is a transaction:", "",
+        '    {"n":18,"durable":17,"at":1763800000.1,"queue":"ID",'
+        '"changes":[["task","ID",{"status":"running"},"pending"]],"crc":"89abcdef"}', "",
+        "n        counts the lines without gaps; a line with lost:K stands for K lines that a repair could not save",
+        "durable  the last n that was known to be on disk when the line was written",
+        "at       when, in seconds since 1970, UTC",
+        "crc      zlib.crc32 of the line's bytes before it",
+        "changes  new values, not commands; what is not named stays as it was:", "", table(rows), "",
+        "After a compaction the first line has folded: N and tail: BYTE; the lines up to that byte, each with fold: K",
+        "for a number, make the state that the lines up to N had made. A line with epoch: E begins another owner's",
+        "time, one with end: true a clean close."])
+
+
 def api_reference():
     """Return the routes of the REST API, each with the fields that it takes."""
     def shown(name, arg):
@@ -161,4 +179,5 @@ comfort("task retry", do_task_retry, "labtasker task retry -f 'args.model == \"v
 comfort("config", do_config, "EDITOR=nano labtasker config")
 comfort("help filter", lambda options: show(filter_reference()), "labtasker help filter")
 comfort("help settings", lambda options: show(settings_reference()), "labtasker help settings")
+comfort("help journal", lambda options: show(journal_reference()), "labtasker help journal")
 comfort("help api", lambda options: show(api_reference()), "labtasker help api")
