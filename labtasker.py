@@ -2185,7 +2185,7 @@ class JournalFile:
                                "repair' saves what can be saved" % (self.path, self.size, bad_n))
         if not self.heals or self.mode == os.O_RDONLY:
             return
-        aside = "%s.torn-%d-%d" % (self.path, self.size, time.time())
+        aside = "%s.torn-%d-%d" % (self.path, self.size, time.time() * 1000)
         self.disk.create(aside, [tail])
         self.disk.truncate(self.fd, self.size)
         self.disk.sync(self.fd)
@@ -2467,7 +2467,7 @@ def repair(path, disk=Disk):
     found = Survey(path)
     if not found.bad and not found.lost:
         return found, None, None
-    stamp = int(time.time())
+    stamp = int(time.time() * 1000)
     damaged, aside, draft = ("%s.%s-%d" % (path, word, stamp) for word in ("damaged", "bad", "repaired"))
     disk.create(aside, (piece.data for piece in walk(path) if piece.problem))
     body = sum(len(data) for data, is_fold in _good_lines(path) if is_fold)

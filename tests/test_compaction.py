@@ -252,28 +252,58 @@ def test_a_file_system_without_hard_links_will_do(door, monkeypatch):
     assert door.store.owner.holds() and door.store.owner.read(1)["pid"] == os.getpid()
 
 
+DYING = """
+import os, sys, labtasker as L
+k, calls = int(sys.argv[3]), [0]
+def dying(real):
+    def call(*args):
+        calls[0] += 1
+        if calls[0] == k:
+            os._exit(9)
+        return real(*args)
+    return staticmethod(call)
+for name in ("open", "write", "sync", "truncate", "rename"):
+    setattr(L.Disk, name, dying(getattr(L.Disk, name)))
+getattr(L, sys.argv[1])(sys.argv[2])
+"""
+
+
+def die_in(function, path, k):
+    """Return the exit code of a process that calls the function and is gone before its k-th call of the disk."""
+    return subprocess.run([sys.executable, "-c", DYING, function, path, str(k)], env=clean_env()).returncode
+
+
+def test_a_repair_killed_at_any_moment_loses_no_good_line(door, tmp_path):
+    busy(door, 10)
+    path = tmp_path / "journal.jsonl"
+    spoil(path, 7, lambda line: line[:30] + bytes([line[30] ^ 1]) + line[31:])
+    content = path.read_bytes()
+    good = content.splitlines(True)[:7] + content.splitlines(True)[8:]
+    codes = []
+    for k in range(1, 40):
+        path.write_bytes(content)
+        codes.append(die_in("repair_store", door.path, k))
+        there = path.read_bytes()
+        assert there == content or all(line in there for line in good[1:])
+        if codes[-1] == 0:
+            break
+        L.repair_store(door.path)
+        assert all(line in path.read_bytes() for line in good[1:]) and not L.Survey(door.path).bad
+    assert codes[-1] == 0 and len(codes) > 6
+
+
 @pytest.mark.slow
 def test_a_compaction_killed_at_any_moment_leaves_the_store_as_it_was(door, tmp_path):
     busy(door, 20)
-    program = ("import os, sys, labtasker as L\n"
-               "k, calls = int(sys.argv[2]), [0]\n"
-               "def dying(real):\n"
-               "    def call(*args):\n"
-               "        calls[0] += 1\n"
-               "        if calls[0] == k: os._exit(9)\n"
-               "        return real(*args)\n"
-               "    return staticmethod(call)\n"
-               "for name in ('open', 'write', 'sync', 'truncate', 'rename'): setattr(L.Disk, name, dying(getattr(L.Disk, name)))\n"
-               "L.compact(sys.argv[1])\n")
     for k in range(1, 40):
-        done = subprocess.run([sys.executable, "-c", program, door.path, str(k)], env=clean_env())
+        code = die_in("compact", door.path, k)
         again = Door(tmp_path, door.clock)
         again("GET", "/api/v1/queues/me")
         assert same(again, door)
-        if done.returncode == 0:
+        if code == 0:
             break
         door.submit(args={"k": k})
-    assert done.returncode == 0 and k > 5
+    assert code == 0 and k > 5
 
 
 def test_journals_of_every_format_that_ever_was_are_read_the_same(tmp_path):

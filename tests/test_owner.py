@@ -1,6 +1,7 @@
 """Section 4: one owner a store, also where a lock that one host takes is not seen on another."""
 import json
 import os
+import signal
 import sys
 import threading
 
@@ -138,6 +139,28 @@ def replayed_before_damage(tmp_path):
     """Return the ids of the tasks in the good part of the file; what comes after was never acknowledged."""
     text = (tmp_path / "journal.jsonl").read_text()
     return {change[1] for line in text.splitlines() for change in json.loads(line).get("changes", ()) if change[0] == "task"}
+
+
+@pytest.mark.slow
+def test_a_server_that_was_stopped_and_superseded_does_not_write_when_it_wakes(hosts, tmp_path, monkeypatch):
+    from harness import Server
+    one, two = hosts
+    with Server(tmp_path) as first:
+        known = first.http("POST", "/api/v1/queues/me/tasks", {"args": {"a": 1}})[1]["task_id"]
+        os.kill(first.process.pid, signal.SIGSTOP)
+        with two:
+            second = server(tmp_path, takeover=True)
+            queue_id = next(iter(second.state.queues))
+            status, answer = L.answer_call(second, lambda: queue_id, "POST", "/api/v1/queues/me/tasks", {"args": {"a": 2}})
+            assert status == 201
+        size = os.stat(second.path).st_size
+        os.kill(first.process.pid, signal.SIGCONT)
+        for _ in range(3):
+            status, told, _ = first.http("POST", "/api/v1/queues/me/tasks", {"args": {"a": 3}})
+            assert status == 503 and "another owner" in told["detail"]
+        assert os.stat(second.path).st_size == size
+        assert first.http("GET", "/health/full")[1]["status"] == "unhealthy"
+        assert replayed(tmp_path) == {known, answer["task_id"]}
 
 
 @pytest.mark.slow
