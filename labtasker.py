@@ -1773,8 +1773,13 @@ class Disk:
         draft = "%s.new-%d" % (path, os.getpid())
         fd = cls.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
         try:
+            waiting = bytearray()
             for piece in pieces:
-                cls.write_all(fd, piece)
+                waiting += piece
+                if len(waiting) >= READ_BYTES:
+                    cls.write_all(fd, bytes(waiting))
+                    waiting.clear()
+            cls.write_all(fd, bytes(waiting))
             cls.sync(fd)
         except OSError:
             os.unlink(draft)
