@@ -302,7 +302,6 @@ def replayed(path):
     for line in source.read_new():
         if "changes" in line:
             state.apply(line["queue"], line["changes"])
-    os.close(source.fd)
     return {queue.record.queue_name: {key: labtasker.in_json(task, True) for key, task in queue.tasks.items()}
             for queue in state.queues.values()}
 
