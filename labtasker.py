@@ -1871,6 +1871,16 @@ def process_start(pid):
         return None
 
 
+def read_server_file(folder):
+    """Return what the server of the store in `folder` says of itself in server.json, or None."""
+    try:
+        with open(os.path.join(folder, "server.json"), encoding="utf-8") as file:
+            told = json.load(file)
+        return told if isinstance(told, dict) else None
+    except (OSError, ValueError):
+        return None
+
+
 class Owner:
     """Which host may write to a store, for file systems on which a lock taken on one host is not seen on another.
 
@@ -1922,11 +1932,12 @@ class Owner:
                 self.epoch, self.moved_at = last, -math.inf
                 return False
             if not (here or takeover or told.get("released") or self._is_silent(last, told)):
+                urls = (read_server_file(os.path.dirname(self.path)) or {}).get("addresses", ())
                 raise StoreUnavailable(
-                    "%s belongs to %s %s on host %s: run commands there, or point them at a server there that "
+                    "%s belongs to %s %s on host %s%s: run commands there, or point them at a server there that "
                     "other hosts can reach (labtasker serve --host 0.0.0.0); if that host is gone for good: labtasker "
-                    "serve --takeover"
-                    % (self.path, "the server" if told.get("server") else "process", told.get("pid"), told.get("host")))
+                    "serve --takeover" % (self.path, "the server" if told.get("server") else "process",
+                                          told.get("pid"), told.get("host"), "".join(", at " + url for url in urls)))
             if self._take(last + 1):
                 return True
 
@@ -3800,16 +3811,6 @@ def repair_store(path):
     text = b"".join(piece.data for piece in found.bad).decode("latin-1")
     ids = re.findall(r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}", text)
     return found, damaged, aside, list(collections.OrderedDict.fromkeys(ids))
-
-
-def read_server_file(folder):
-    """Return what the server of the store in `folder` says of itself in server.json, or None."""
-    try:
-        with open(os.path.join(folder, "server.json"), encoding="utf-8") as file:
-            told = json.load(file)
-        return told if isinstance(told, dict) else None
-    except (OSError, ValueError):
-        return None
 
 
 # 6. API ######################################################################

@@ -5,6 +5,7 @@ import io
 import json
 import os
 import pty
+import re
 import select
 import shutil
 import struct
@@ -949,3 +950,46 @@ def test_exit_codes(monkeypatch, capsys, error, code):
     monkeypatch.setitem(labtasker.COMMANDS, "health", labtasker.COMMANDS["health"]._replace(run=fail))
     assert labtasker.main(["health"]) == code
     assert "Traceback" not in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_journal_commands(home):
+    home.cli("task", "submit", "--", "--a=1")
+    home.cli("task", "submit", "--", "--a=2")
+    path = home.cwd / ".labtasker" / "journal.jsonl"
+    assert re.search(r": fine, 4 lines, %d bytes" % path.stat().st_size, home.cli("journal", "verify").stdout)
+    assert "lines since" in home.cli("journal", "stats").stdout
+    assert home.cli("journal", "repair").stdout.endswith("fine, nothing was changed\n")
+    assert re.search(r": \d+ bytes, now \d+", home.cli("journal", "compact").stdout)
+    for a in (3, 4, 5):
+        home.cli("task", "submit", "--", "--a=%d" % a)
+    content = path.read_bytes()
+    at = content.index(b'"a":4')
+    path.write_bytes(content[:at] + b'"b":4' + content[at + 5:])
+    for command in (["task", "ls"], ["task", "submit", "--", "--a=6"]):
+        done = home.cli(*command, check=False)
+        assert done.returncode == 1 and "labtasker journal repair" in done.stderr and "Traceback" not in done.stderr
+    found = home.cli("journal", "verify", check=False)
+    assert found.returncode == 1 and "byte %d: " % (content.rindex(b"\n", 0, at) + 1) in found.stdout
+    refused = home.cli("journal", "repair", check=False)
+    assert refused.returncode == 2 and "--yes" in refused.stderr
+    mended = home.cli("journal", "repair", "--yes").stdout
+    assert "lost: lines 6 to 6" in mended and ".damaged-" in mended and ".bad-" in mended
+    assert [task["args"] for task in home.tasks()] == [{"a": 1}, {"a": 2}, {"a": 3}, {"a": 5}]
+
+
+@pytest.mark.slow
+def test_journal_commands_beside_a_server(server_home):
+    server_home.submit("--", "--a=1")
+    path = str(server_home.folder / "journal.jsonl")
+    assert "fine" in server_home.cli("journal", "verify", "--db-path", path).stdout
+    for command in ("compact", "repair"):
+        done = server_home.cli("journal", command, "--db-path", path, check=False)
+        assert done.returncode == 1 and server_home.server.url in done.stderr if command == "compact" else "fine" in done.stdout
+    assert server_home.cli("journal", "stats", "--db-path", "nosuch", check=False).returncode == 1
+
+
+def test_serve_help_says_what_each_fsync_may_lose(home):
+    text = " ".join(home.cli("serve", "--help").stdout.split())
+    for words in ("a power cut loses up to a second", "up to half a minute"):
+        assert words in text
