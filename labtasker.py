@@ -4345,6 +4345,12 @@ class _Handler:
             except LabtaskerError as error:
                 method, target, headers, keep = method if keep else "?", "?", {}, False
                 status, answer = error.status, {"detail": getattr(error, "detail", str(error))}
+            except (OSError, EOFError):
+                raise
+            except Exception as error:  # a bug: the log has where, the client hears that it is none of its own
+                import traceback
+                self.server.say("error", traceback.format_exc())
+                status, answer = 500, {"detail": "a bug in labtasker %s: %s" % (__version__, type(error).__name__)}
             keep = keep and not self.server.stopping and not isinstance(answer, Stream)
             self.send(status, answer, keep, EXTENSIONS_HEADER.lower() in headers, method == "HEAD")
         finally:

@@ -9,7 +9,7 @@ import threading
 import pytest
 
 import labtasker as L
-from harness import MODULE, PASSWORD, QUEUE, Server, clean_env, http, run_cli, wait_until
+from harness import MODULE, PASSWORD, QUEUE, Server, clean_env, end_group, http, run_cli, start, wait_until
 
 pytestmark = pytest.mark.slow
 
@@ -220,3 +220,21 @@ def test_the_file_alone_is_enough(tmp_path):
                               universal_newlines=True)
         assert done.returncode == 0, done.stderr
     assert "a=1" in done.stdout
+
+
+def test_a_bug_is_a_500_with_its_place_in_the_log(tmp_path):
+    program = ("import sys, labtasker as L\n"
+               "def bug(*_): raise ValueError('boom')\n"
+               "L.ROUTES['GET /health'] = L.ROUTES['GET /health']._replace(run=bug)\n"
+               "sys.exit(L.serve(sys.argv[1], port=0))\n")
+    log = tmp_path / "log"
+    process = start([sys.executable, "-c", program, tmp_path / "journal.jsonl"], tmp_path, log)
+    try:
+        wait_until(lambda: "listening on" in log.read_text(), "the server listens")
+        url = json.loads((tmp_path / "server.json").read_text())["addresses"][0]
+        status, answer, _ = http("GET", url + "/health")
+        assert status == 500 and "bug" in answer["detail"] and "boom" not in answer["detail"]
+        assert "boom" in log.read_text()
+        assert http("GET", url + "/")[0] == 200
+    finally:
+        end_group(process)
