@@ -2563,9 +2563,9 @@ class Beats:
         self.runs.pop(run_id, None)
 
     def ages(self, run_id):
-        """Return (seconds since the run began, seconds since it was heard of)."""
+        """Return (seconds since the run began, seconds since it was heard of), or None for one that is not known."""
         if run_id not in self.runs:
-            self.start(run_id)
+            return None
         started, last = self.runs[run_id]
         return monotonic() - started, monotonic() - last
 
@@ -2628,11 +2628,10 @@ class BeatFiles:
             pass
 
     def ages(self, run_id):
-        """Return (seconds since the run began, seconds since it was heard of)."""
+        """Return (seconds since the run began, seconds since it was heard of), or None for one that is not known."""
         known = self._read(run_id)
         if known is None:
-            self.start(run_id)
-            return 0.0, 0.0
+            return None
         if known[0] != host_id():
             return math.inf, math.inf
         return monotonic() - known[1], monotonic() - known[2]
@@ -3246,7 +3245,7 @@ class Store(StoreFile):
             self.looked.update((one, monotonic()) for one in wanted)
         for one in wanted:
             try:
-                self.transact(expire_runs, one, None, writes=False)
+                self.transact(expire_runs, one, None)
             except Unauthorized:  # the queue was deleted in between
                 pass
 
@@ -3291,7 +3290,11 @@ def _overdue(store, queue):
     for task in queue.running.values():
         if task.heartbeat_timeout is None and task.task_timeout is None:
             continue
-        ran_s, silent_s = store.beats.ages(task.run_id)
+        ages = store.beats.ages(task.run_id)
+        if ages is None:  # it began under another server, or before this one's restart: it has its full time
+            store.beats.start(task.run_id)
+            continue
+        ran_s, silent_s = ages
         has_beats = task.heartbeat_timeout is not None and task.last_heartbeat is not None
         if has_beats and silent_s > task.heartbeat_timeout:
             found.append((task, "no heartbeat for %g seconds (heartbeat_timeout)" % task.heartbeat_timeout))
@@ -3467,8 +3470,10 @@ def _seen(store, task):
     """Return the record of a running task with the time it was last heard of."""
     if task.last_heartbeat is None:
         return task
-    age_s = store.beats.ages(task.run_id)[1]
-    return task if math.isinf(age_s) else task._replace(last_heartbeat=Instant(max(task.last_heartbeat, now() - age_s)))
+    ages = store.beats.ages(task.run_id)
+    if ages is None or math.isinf(ages[1]):
+        return task
+    return task._replace(last_heartbeat=Instant(max(task.last_heartbeat, round(now() - ages[1], 6))))
 
 
 def _task(queue, task_id):

@@ -453,3 +453,14 @@ def test_every_journal_record_kind_is_documented_and_written(door, tmp_path):
     kinds = {change[0] for line in (tmp_path / "journal.jsonl").read_text().splitlines()[1:]
              for change in json.loads(line).get("changes", ())}
     assert kinds == set(L.RECORDS) and all(row.meaning for row in L.RECORDS.values())
+
+
+def test_listing_writes_no_file_also_where_a_runs_beats_are_missing(door, tmp_path):
+    door.submit()
+    task = door.fetch()
+    beat = tmp_path / "beats" / task["run_id"]
+    beat.unlink()
+    door("POST", "tasks/search", {})
+    assert not beat.exists()
+    door.later(5)
+    assert beat.exists() and door.task(task["task_id"])["status"] == "running"
