@@ -1831,8 +1831,11 @@ class FileLock:
         return tuple(map(int, words)) if len(words) == 2 and b"".join(words).isdigit() else (0, 0)
 
     def note(self, number, inode):
-        """Leave this for the next holder. It need not be synced: what is too old only costs a sync."""
-        os.pwrite(self.fd, b"%020d %020d" % (number, inode), 0)
+        """Leave this for the next holder. It need not be synced, nor be there: what is too old only costs a sync."""
+        try:
+            os.pwrite(self.fd, b"%020d %020d" % (number, inode), 0)
+        except OSError:  # a full disk
+            pass
 
     def release(self):
         """Return when others may have the lock."""
@@ -1989,9 +1992,12 @@ class Owner:
         return draft
 
     def move(self):
-        """Show that the owner lives, every few seconds at the most."""
+        """Show that the owner lives, every few seconds at the most; on a full disk not even then."""
         if monotonic() - self.moved_at > OWNER_LAPSE_S / 4 and self.holds():
-            os.replace(self._write(), self._file(self.epoch))
+            try:
+                os.replace(self._write(), self._file(self.epoch))
+            except OSError:
+                pass
 
     def release(self):
         """Let another host have the store at once."""
@@ -3005,6 +3011,7 @@ class StoreFile:
         self.lock_file(2.0)
         try:
             self.owner.claim(takeover)
+            self._sweep()
             self.journal.open()
             self.catch_up()
             self._name_file()
@@ -3015,6 +3022,13 @@ class StoreFile:
         BeatFiles(self.folder).clear()
         self.writer = threading.Thread(target=self.journal.write_always, name="journal writer", daemon=True)
         self.writer.start()
+
+    def _sweep(self):
+        """Remove the drafts of files that processes which died had begun to make."""
+        name = os.path.basename(self.path)
+        for other in os.listdir(self.folder):
+            if other.startswith((name + ".new-", name + ".fold", name + ".owner.new-", name + ".repaired-")):
+                os.unlink(os.path.join(self.folder, other))
 
     def _begin_epoch(self):
         """Write into the journal that it has a new owner, so that a former one that reads it stops."""

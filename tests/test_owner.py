@@ -220,3 +220,24 @@ def test_a_process_that_died_and_one_that_lives_are_told_apart():
     wait_until(lambda: L.process_start(pid) is None, "a zombie counts as dead")
     os.waitpid(pid, 0)
     assert L.process_start(pid) is None
+
+
+def test_a_full_disk_for_owner_and_lock_file_does_not_spoil_what_was_written(tmp_path, monkeypatch):
+    store = L.Store(str(tmp_path / "journal.jsonl"))
+    assert submit(store)[0] == 201
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr(L.Owner, "_write", full)
+    monkeypatch.setattr(L.os, "pwrite", full)
+    store.owner.moved_at = -1e9
+    assert submit(store)[0] == 201 and len(replayed(tmp_path)) == 2
+
+
+def test_drafts_of_processes_that_died_are_removed_when_a_server_opens(tmp_path):
+    for name in ("journal.jsonl.new-1", "journal.jsonl.fold", "journal.jsonl.fold.new-7", "journal.jsonl.owner.new-3"):
+        (tmp_path / name).write_text("half")
+    (tmp_path / "journal.jsonl.torn-5-5").write_text("kept")
+    store = server(tmp_path)
+    assert sorted(os.listdir(str(tmp_path))) == ["journal.jsonl", "journal.jsonl.lock", "journal.jsonl.owner-1", "journal.jsonl.torn-5-5"]
+    store.close()
