@@ -2182,9 +2182,8 @@ class JournalFile:
         """Return whether this process can go on in the file that another has put in the place of the one it read.
 
         It can when it is the same store and all that was read here stands there too, folded or as lines."""
-        store, n = self.header.get("store"), self.n
-        self.size, self.n, self.folds = 0, 0, 0
-        self.open()
+        store, n, durable = self.header.get("store"), self.n, self.durable
+        self.rewind()
         if self.header.get("store") != store or self.n > n:
             return False
         self.size = max(self.size, self.header.get("tail", 0))
@@ -2192,7 +2191,13 @@ class JournalFile:
         while self.n < n:
             if next(lines, None) is None:
                 return False
+        self.durable = durable
         return True
+
+    def rewind(self):
+        """Open what is there now, to be read from its first line."""
+        self.size = self.n = self.folds = self.durable = 0
+        self.open()
 
     def _heal(self):
         """Return after setting the damaged end aside, or raise StoreDamaged when acknowledged lines are damaged.
@@ -3074,6 +3079,7 @@ class StoreFile:
                 self.journal.heals = writes
                 self._read_on()
                 if writes:
+                    self.journal.allowed = self.owner.holds
                     self._name_file()
                 if begun:
                     self._begin_epoch()
@@ -3113,8 +3119,9 @@ class StoreFile:
         if self.journal.fd is None:
             self.journal.open()
         elif self.journal.replaced() and not self.journal.follow():
-            self.state, self.journal.size = State(), 0
-            self.journal.open()
+            self.state = State()
+            self.events.clear()
+            self.journal.rewind()
         if self.journal.changed():
             self.catch_up()
         durable, self.journal.named = self.file_lock.noted()

@@ -320,3 +320,31 @@ def test_journals_of_every_format_that_ever_was_are_read_the_same(tmp_path):
         copy.write_bytes(path.read_bytes())
         assert json.dumps(make.shown(copy), sort_keys=True) == json.dumps(json.loads(path.with_suffix(".json").read_text()), sort_keys=True)
         assert copy.read_bytes() == path.read_bytes()
+
+
+def test_a_process_too_far_behind_reads_a_folded_file_from_its_start(door, tmp_path):
+    busy(door, 5)
+    behind = Door(tmp_path, door.clock)
+    behind("GET", "/api/v1/queues/me")
+    busy(door, 30, seed=2)
+    L.compact(door.path)
+    assert json.loads((tmp_path / "journal.jsonl").read_text().splitlines()[0])["folded"] > behind.store.journal.n
+    behind.submit(args={"late": 1})
+    door("GET", "/api/v1/queues/me")
+    assert same(behind, door)
+    ids = [(event.n, event.k) for event in behind.store.events]
+    assert ids == sorted(set(ids))
+
+
+def test_a_process_goes_on_when_another_store_was_put_in_its_files_place(door, tmp_path):
+    busy(door, 5)
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    other = Door(elsewhere, door.clock)
+    task_id = other.submit(args={"from": "elsewhere"})
+    os.replace(other.path, door.path)
+    assert door.task(task_id)["args"] == {"from": "elsewhere"}
+    door.submit()
+    fresh = Door(tmp_path, door.clock)
+    fresh("GET", "/api/v1/queues/me")
+    assert same(fresh, door)
