@@ -7642,16 +7642,26 @@ def demo_start(folder, words, suffix="", **streams):
 
 
 def demo_workers(folder, words):
-    """Return the exit codes of two workers that run at once, their lines shown, one worker's after the other's."""
+    """Return the exit codes of two workers that run at once, their lines shown as they come."""
     import subprocess
     workers = []
+
+    def echo(number, worker):
+        try:
+            for line in worker.stdout:
+                say("[worker %d] %s" % (number, clean(line.rstrip("\n"))))
+                sys.stdout.flush()
+        except BrokenPipeError:  # who reads the demo has seen enough; the main thread says so
+            pass
     try:
         for _ in (1, 2):
             workers.append(demo_start(folder, words, " &", stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
                                       universal_newlines=True))
-        for number, worker in enumerate(workers, 1):
-            for line in worker.stdout:
-                say("[worker %d] %s" % (number, clean(line.rstrip("\n"))))
+        readers = [threading.Thread(target=echo, args=pair) for pair in enumerate(workers, 1)]
+        for reader in readers:
+            reader.start()
+        for reader in readers:
+            reader.join()
         return [worker.wait() for worker in workers]
     finally:
         for worker in workers:
