@@ -122,7 +122,7 @@ BAD = [
     ("init --url http://127.0.0.1:9 --yes", 2, ["--password"]),
     ("init --url http://127.0.0.1:9 --queue-name 'a b' --password x", 2, ["a b"]),
     ("config", 1, ["labtasker init"]),
-    ("help nosuch", 2, ["nosuch", "filter, settings, api"]),
+    ("help nosuch", 2, ["nosuch", "filter, settings, journal, api"]),
     ("loop", 2, ["what to run"]),
     ("loop python train.py", 2, ["goes after --"]),
     ("loop -c 'echo %(lr)' -- echo", 2, ["exclude"]),
