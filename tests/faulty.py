@@ -23,6 +23,7 @@ SETTINGS = {  # name: (value of the quick version, meaning)
     "LAST_BYTES": (96, "bytes at a journal's end of which every bit is flipped"),
     "RACES": (20, "rounds of two servers started at once"),
     "ERRNOS": (1, "errors, of five, tried at each call that fails"),
+    "GONE": (30000, "tasks submitted, cancelled and deleted, of which a journal must keep no weight"),
     "SEED": (1, "where the dice start"),
 }
 ME = "/api/v1/queues/me"

@@ -9,6 +9,7 @@ import threading
 import pytest
 
 import labtasker as L
+from faulty import setting
 from harness import TESTS, clean_env, wait_until
 from test_service import Clock, Door
 
@@ -348,3 +349,30 @@ def test_a_process_goes_on_when_another_store_was_put_in_its_files_place(door, t
     fresh = Door(tmp_path, door.clock)
     fresh("GET", "/api/v1/queues/me")
     assert same(fresh, door)
+
+
+def test_tasks_that_are_finished_and_deleted_leave_a_small_file(tmp_path):
+    store = L.Store(str(tmp_path / "journal.jsonl"), is_server=True)
+    store.open()
+    queue_id = L.answer_call(store, None, "POST", "/api/v1/queues", {"queue_name": "q", "password": "p"})[1]["queue_id"]
+
+    def call(method, path, body=None, query=None):
+        status, answer = L.answer_call(store, lambda: queue_id, method, "/api/v1/queues/me/" + path, body, query)
+        assert status < 400, answer
+        return answer
+    kept, compactions = call("POST", "tasks", {"args": {"kept": True}})["task_id"], 0
+    for _ in range(setting("GONE") // 1000):
+        ids = call("POST", "tasks", [{"args": {"i": i, "model": "resnet"}, "metadata": {"text": "x" * 300}} for i in range(1000)])["task_ids"]
+        call("PUT", "tasks", [{"task_id": one, "status": "cancelled"} for one in ids], {"reset_pending": "false"})
+        with store.lock:
+            batch = store._commit(queue_id, [["task-", one] for one in ids])
+        batch.wait()
+        if store.is_bloated():
+            store.compact()
+            compactions += 1
+            assert store.journal.size < 100000
+    assert compactions and os.stat(store.path).st_size < L.SPARE_BYTES + L.LOOK_BYTES + 2 ** 20
+    store.close()
+    again = L.Store(store.path)
+    L.answer_call(again, lambda: L.LocalName("q"), "GET", "/api/v1/queues/me")
+    assert list(again.state.queues[queue_id].tasks) == [kept]
