@@ -370,7 +370,7 @@ def test_tasks_that_are_finished_and_deleted_leave_a_small_file(tmp_path):
         if store.is_bloated():
             store.compact()
             compactions += 1
-            assert store.journal.size < 100000
+            assert store.journal.size < 2 ** 20  # the last line, not yet known to be on disk when folding, stands
     assert compactions and os.stat(store.path).st_size < L.SPARE_BYTES + L.LOOK_BYTES + 2 ** 20
     store.close()
     again = L.Store(store.path)
