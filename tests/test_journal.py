@@ -34,7 +34,7 @@ def read(folder):
 def test_lines_are_read_back_in_order(tmp_path):
     made = journal(tmp_path)
     for batch in add(made, ["a", "\u00e9\ud800\n", {"x": float("inf")}, None]):
-        batch.wait()
+        made.wait(batch)
     made.close(clean=True)
     assert read(tmp_path)[0] == ["a", "\u00e9\ud800\n", {"x": float("inf")}, None]
 
@@ -146,7 +146,7 @@ def test_a_failing_disk_loses_nothing_acknowledged(tmp_path, name, number, k, ti
     for value in range(8):
         try:
             batch = add(made, [value], undone)[0]
-            batch.wait()
+            made.wait(batch)
             kept.append(value)
         except L.StoreUnavailable as error:
             assert isinstance(error, L.StoreFull) == (number in (errno.ENOSPC, errno.EDQUOT))
@@ -163,7 +163,7 @@ def test_short_writes_are_continued(tmp_path):
     made = journal(tmp_path)
     made.disk = type("Short", (L.Disk,), {"write": staticmethod(lambda fd, data: os.write(fd, bytes(data[:7])))})
     for batch in add(made, ["one", "two"]):
-        batch.wait()
+        made.wait(batch)
     made.close()
     assert read(tmp_path)[0] == ["one", "two"]
 
@@ -174,9 +174,9 @@ def test_after_a_failed_sync_the_file_is_written_anew(tmp_path):
     inode = os.stat(made.path).st_ino
     made.disk = FailingDisk.fail("sync", 1, errno.EIO)
     with pytest.raises(L.StoreUnavailable):
-        add(made, ["bad"], undone)[0].wait()
+        made.wait(add(made, ["bad"], undone)[0])
     assert undone == ["bad"]
-    add(made, ["good again"])[0].wait()
+    made.wait(add(made, ["good again"])[0])
     assert os.stat(made.path).st_ino != inode
     made.close()
     assert read(tmp_path)[0] == ["good", "good again"]
@@ -184,9 +184,9 @@ def test_after_a_failed_sync_the_file_is_written_anew(tmp_path):
 
 def test_a_writer_that_finds_another_ones_bytes_stops(tmp_path):
     made, other = journal(tmp_path), journal(tmp_path)
-    add(made, ["one"])[0].wait()
+    made.wait(add(made, ["one"])[0])
     with pytest.raises(L.StoreUnavailable, match="another writer"):
-        add(other, ["two"], [])[0].wait()
+        other.wait(add(other, ["two"], [])[0])
     with pytest.raises(L.StoreUnavailable, match="another writer"):
         other.add(b"{}", None)
     assert read(tmp_path)[0] == ["one"]
@@ -199,22 +199,17 @@ def test_threads_share_syncs_and_each_knows_when_its_own_line_is_down(tmp_path):
         syncs.append(fd)
         os.fsync(fd)
     made.disk = type("Counting", (L.Disk,), {"sync": staticmethod(slow_sync)})
-    writer = threading.Thread(target=made.write_always)
-    writer.start()
 
     def work(k):
         for i in range(50):
             with made.lock:
                 batch = made.add(json.dumps({"value": [k, i]}).encode(), None)
-            batch.wait()
+            made.wait(batch)
     threads = [threading.Thread(target=work, args=(k,)) for k in range(8)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    made.closing = True
-    made.filled.set()
-    writer.join()
     made.close()
     values = read(tmp_path)[0]
     assert sorted(values) == sorted([k, i] for k in range(8) for i in range(50))
