@@ -34,6 +34,7 @@ if __name__ == "__main__":  # `import labtasker` in this process finds this very
 import collections
 import datetime
 import errno
+import gc
 import heapq
 import itertools
 import json
@@ -256,9 +257,15 @@ def _plain(value):
     for key, item in value.items():
         if type(item) is dict or type(item) is list and any(type(each) in (dict, list) for each in item):
             return False
-        if not (type(key) is str and NAME.match(key)):
-            return False
+        if key not in _PLAIN_KEYS:
+            if not (type(key) is str and NAME.match(key)):
+                return False
+            if len(_PLAIN_KEYS) < 10000:
+                _PLAIN_KEYS.add(key)
     return True
+
+
+_PLAIN_KEYS = set()  # keys that were found in order: a sweep's tasks all have the same ones
 
 
 def nest(mapping, where="args"):
@@ -365,7 +372,17 @@ def to_datetime(instant):
 
 def format_time(instant):
     """Return an instant as ISO 8601 text in UTC, always with microseconds."""
-    return datetime.datetime.fromtimestamp(instant, UTC).isoformat(timespec="microseconds")
+    second, micro = divmod(round(instant * 1000000), 1000000)
+    text = _SECONDS.get(second)
+    if text is None:
+        if len(_SECONDS) > 1000:
+            _SECONDS.clear()
+        text = _SECONDS[second] = (EPOCH + datetime.timedelta(seconds=second)).strftime("%Y-%m-%dT%H:%M:%S.")
+    return "%s%06d+00:00" % (text, micro)
+
+
+EPOCH = datetime.datetime(1970, 1, 1, tzinfo=UTC)
+_SECONDS = {}  # second since the epoch: its text; most times in an answer are of the same few seconds
 
 
 def parse_time(text):
@@ -1813,7 +1830,7 @@ class FileLock:
         """Return whether the lock was had within `timeout_s` seconds."""
         if self.fd is None:
             self.fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        give_up_at, pause_s = monotonic() + timeout_s, 0.0002
+        give_up_at, pause_s = monotonic() + timeout_s, 0.00005
         while True:
             try:
                 fcntl.flock(self.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -1825,7 +1842,7 @@ class FileLock:
                 raise StoreUnavailable("the file system of %s can't lock files (%s): run one server for all, on a "
                                        "folder that can, with --db-path" % (self.path, error.strerror))
             time.sleep(pause_s)
-            pause_s = min(pause_s * 1.5, 0.005)
+            pause_s = min(pause_s * 1.2, 0.005)
 
     def noted(self):
         """Return what the last holder knew to be on disk: (a line's number, the inode whose name is); zeros else."""
@@ -2026,10 +2043,13 @@ def unseal(line):
     if line[-19:-11] != b',"crc":"' or line[-3:] != b'"}\n' or b"%08x" % zlib.crc32(line[:-19]) != line[-11:-3]:
         return None
     try:
-        value = json.loads(line.decode("ascii"))
+        value, _ = _read_json(line.decode("ascii"))
     except ValueError:
         return None
     return value if isinstance(value, dict) else None
+
+
+_read_json = json.JSONDecoder().raw_decode  # without the search for white space around, half of json.loads' time
 
 
 def last_durable(data):
@@ -2646,10 +2666,16 @@ class BeatFiles:
 class Standing:
     """A filter that fetches ask for again and again: its matches in order, and how far it has read the log."""
 
-    __slots__ = ("required", "predicate", "heap", "cursor")
+    __slots__ = ("required", "predicate", "heap", "cursor", "ready")
 
     def __init__(self, required, predicate, cursor):
-        self.required, self.predicate, self.heap, self.cursor = required, predicate, [], cursor
+        self.required, self.predicate, self.heap, self.cursor, self.ready = required, predicate, [], cursor, False
+
+    def collect(self, entries):
+        """Take the matches among a copy of all entries; needs no lock: what changes meanwhile is in the log."""
+        self.heap = [entry for entry in entries if self.predicate(entry[4])]
+        heapq.heapify(self.heap)
+        self.ready = True
 
 
 class Pending:
@@ -2673,12 +2699,13 @@ class Pending:
 
     def shape(self, args):
         """Return the set of paths in `args`."""
+        for value in args.values():
+            if type(value) is dict and value:
+                return paths_of(args)
         keys = tuple(args)
         found = self.flat.get(keys)
-        if found is None or any(type(value) is dict for value in args.values()):
-            found = paths_of(args)
-            if all(len(path) == 1 for path in found):
-                self.flat[keys] = found
+        if found is None:
+            found = self.flat[keys] = paths_of(args)
         return found
 
     def offer(self, task):
@@ -2725,22 +2752,27 @@ class Pending:
         key = (required, text)
         asked = self.standing.get(key)
         if asked is None:
-            if len(self.standing) >= MAX_STANDING:
-                self.standing.popitem(last=False)
-            asked = Standing(required, predicate, self.log_start + len(self.log))
-            self._take_in(asked, [entry for heap in self.heaps.values() for entry in heap if self.alive(entry)])
-            self.standing[key] = asked
-        self._take_in(asked, self.log[asked.cursor - self.log_start:])
+            asked, entries = self.begin_standing(required, text, predicate)
+            asked.collect(entries)
+        for entry in self.log[asked.cursor - self.log_start:]:
+            task = entry[4]
+            if self.alive(entry) and covers(asked.required, self.shape(task.args)) and asked.predicate(task):
+                heapq.heappush(asked.heap, entry)
         asked.cursor = self.log_start + len(self.log)
         self.standing.move_to_end(key)
         top = self._top(asked.heap)
         return top[4] if top else None
 
-    def _take_in(self, asked, entries):
-        for entry in entries:
-            task = entry[4]
-            if self.alive(entry) and covers(asked.required, self.shape(task.args)) and asked.predicate(task):
-                heapq.heappush(asked.heap, entry)
+    def begin_standing(self, required, text, predicate):
+        """Return (a new Standing, the entries from which it has to collect its first matches)."""
+        if len(self.standing) >= MAX_STANDING:
+            self.standing.popitem(last=False)
+        asked = self.standing[required, text] = Standing(required, predicate, self.log_start + len(self.log))
+        entries = []
+        for shape, heap in self.heaps.items():
+            if covers(required, shape):
+                entries += heap
+        return asked, entries
 
 
 class LocalName(str):
@@ -2865,7 +2897,9 @@ def _apply_task(state, queue_id, task_id, fields, old_state=None):
     queue = _queue_of(state, queue_id)
     record = queue.tasks.get(task_id)
     if record is None and "created_at" in fields:
-        record = TaskRecord(task_id=task_id, queue_id=queue_id)
+        at = Instant(fields["created_at"])
+        fields = dict(fields, created_at=at, last_modified=Instant(fields.get("last_modified", at)))
+        record = TaskRecord(task_id, queue_id)
     return queue.put_task, task_id, record and revised(record, fields)  # None: a repair could not save its creation
 
 
@@ -2877,7 +2911,7 @@ def _apply_worker(state, queue_id, worker_id, fields, old_state=None):
     queue = _queue_of(state, queue_id)
     record = queue.workers.get(worker_id)
     if record is None and "created_at" in fields:
-        record = WorkerRecord(worker_id=worker_id, queue_id=queue_id)
+        record = WorkerRecord(worker_id, queue_id)
     return queue.put_worker, worker_id, record and revised(record, fields)
 
 
@@ -3054,12 +3088,29 @@ class StoreFile:
         self.file_lock.close()
 
     def catch_up(self):
-        """Apply the lines that others have added."""
+        """Apply the lines that others have added. Without the search for cycles, which there are none of, while
+        much is read: it would take half of the time."""
+        was_on = gc.isenabled()
+        gc.disable()
+        try:
+            self._catch_up()
+        finally:
+            if was_on:
+                gc.enable()
+
+    def _catch_up(self):
+        latest, count = collections.deque(), 0  # of the lines: what makes the last MAX_EVENTS events
         for line in self.journal.read_new():
             if "changes" in line:
                 done = self.state.apply(line["queue"], line["changes"])
-                self.events.extend(transitions(line.get("n"), line.get("at"), line["queue"], line["changes"], done))
-            self.epoch_seen = max(self.epoch_seen, line.get("epoch", 0))
+                latest.append((line.get("n"), line.get("at"), line["queue"], line["changes"], done))
+                count += len(done)
+                while count - len(latest[0][3]) >= MAX_EVENTS:
+                    count -= len(latest.popleft()[3])
+            elif "epoch" in line:
+                self.epoch_seen = max(self.epoch_seen, line["epoch"])
+        for row in latest:
+            self.events.extend(transitions(*row))
 
     def alone(self, action, writes=True):
         """Return action(), called with the file's lock held and all read that others have written; embedded.
@@ -3161,6 +3212,7 @@ class Store(StoreFile):
         self.logins = {}  # (name or id of a queue, a password that was right): the hash that it was right for
         self.waited, self.stirred = set(), set()  # ids of tasks and queues: that a server waits for, that changed since
         self.on_stir = lambda: None
+        self.collecting = threading.Lock()  # one thread at a time has the tasks looked through for a new filter
 
     def begin(self, operation, queue_id, request, writes=True):
         """Return (batch, answer) of an operation that was decided; the answer may leave once the batch is on disk.
@@ -3276,6 +3328,23 @@ class Store(StoreFile):
                 self.transact(expire_runs, one, None)
             except Unauthorized:  # the queue was deleted in between
                 pass
+
+    def has_standing(self, queue_id, request):
+        """Return whether the filter of a fetch is kept current already, so that its answer takes no time."""
+        queue = self.state.queues.get(self.state.names.get(queue_id, queue_id))
+        asked = queue and queue.pending.standing.get((_required(request), request["filter_text"]))
+        return bool(asked and asked.ready)
+
+    def stand(self, queue_id, request):
+        """Have the filter of a fetch kept current from now on: a million tasks are looked at without the lock."""
+        with self.collecting:
+            if self.has_standing(queue_id, request):
+                return
+            with self.lock:
+                queue = self._queue(queue_id, False)
+                asked, entries = queue.pending.begin_standing(
+                    _required(request), request["filter_text"], request["predicate"])
+            asked.collect(entries)
 
     def predicate(self, document, fields):
         """Return the predicate of a query document and its text; the latest are remembered."""
@@ -3433,21 +3502,24 @@ def delete_queue_op(store, queue, request, at):
 # Operations: tasks
 
 
+_PLAIN_INPUT = [(name, TASK_FIELDS[name].default) for name in (
+    "task_name", "cmd", "heartbeat_timeout", "task_timeout", "max_retries", "priority")]
+
+
 def _submission(request, at):
     """Return (task id, fields) of a task to be created."""
-    if not request.get("args") and not request.get("cmd"):
+    if not request["args"] and not request["cmd"]:
         raise BadRequest("a task needs args or cmd: both are empty")
-    fields = {"status": "pending", "created_at": at, "last_modified": at}
+    fields = {"status": "pending", "created_at": at}
     for name in ("args", "metadata"):
-        if request.get(name):
+        if request[name]:
             fields[name] = nest(request[name], name)
-    for name in ("task_name", "cmd", "heartbeat_timeout", "task_timeout", "max_retries", "priority"):
-        value = request.get(name)
-        if value is not None and value != TASK_FIELDS[name].default:
-            fields[name] = value
-    task_id = request.get("task_id")
+    for name, default in _PLAIN_INPUT:
+        if request[name] != default and request[name] is not None:
+            fields[name] = request[name]
+    task_id = request["task_id"]
     if task_id:
-        content = {key: value for key, value in fields.items() if key not in ("created_at", "last_modified")}
+        content = {key: value for key, value in fields.items() if key != "created_at"}
         fields["digest"] = zlib.crc32(json.dumps(content, sort_keys=True).encode())
     return task_id or new_id(), fields
 
@@ -3469,7 +3541,9 @@ def submit_tasks_op(store, queue, request, at):
 
 
 def _selected(store, records, request, id_field, name_field):
-    """Return the function that answers a search over a list of records, filtered, sorted and cut."""
+    """Return the function that answers a search over a list of records, filtered, sorted and cut.
+
+    A running task shows when it was last heard of."""
     tests = []
     for field, name in ((id_field, id_field), (name_field, name_field), ("status", "status")):
         if request.get(name) is not None:
@@ -3479,7 +3553,7 @@ def _selected(store, records, request, id_field, name_field):
     offset, limit = request["offset"], request["limit"]
 
     def answer():
-        found = records
+        found = map(lambda record: _seen(store, record) if record.status == "running" else record, records)
         for test in tests:
             found = filter(test, found)
         if request.get("sort"):
@@ -3494,10 +3568,10 @@ def search_tasks_op(store, queue, request, at):
     if request.get("task_id") is not None:
         records = [queue.tasks[request["task_id"]]] if request["task_id"] in queue.tasks else []
     else:
-        records = list(queue.tasks.values())
-    beats = {task_id: _seen(store, task) for task_id, task in queue.running.items()}
-    if beats:
-        records = [beats.get(record.task_id, record) if record.status == "running" else record for record in records]
+        records = queue.tasks.values()
+        if not any(request.get(name) for name in ("task_name", "status", "extra_filter", "sort")):
+            records = itertools.islice(records, request["offset"] + request["limit"])
+        records = list(records)
     return [], _selected(store, records, request, "task_id", "task_name")
 
 
@@ -3524,9 +3598,13 @@ def get_task_op(store, queue, request, at):
     return [], _seen(store, task) if task.status == "running" else task
 
 
+def _required(request):
+    return tuple(sorted(set(request["required_fields"] or ())))
+
+
 def _next_task(store, queue, request):
-    required = tuple(sorted(set(request.get("required_fields") or ())))
-    if request.get("extra_filter") is None:
+    required = _required(request)
+    if request["extra_filter"] is None:
         return queue.pending.first(required)
     return queue.pending.first_matching(required, request["filter_text"], request["predicate"])
 
@@ -4016,6 +4094,15 @@ class Arg(collections.namedtuple("Arg", "kind default")):
 REQUIRED = object()
 
 
+class Fields(dict):
+    """The fields of a request by name, and what it has when nothing is given."""
+
+    def __init__(self, fields):
+        super().__init__(fields)
+        self.defaults = {name: arg.default for name, arg in fields.items()}
+        self.required = [name for name, arg in fields.items() if arg.default is REQUIRED]
+
+
 def _arg(kind, default=None):
     return Arg(kind, default)
 
@@ -4026,7 +4113,7 @@ def checked(spec, given, where):
     null is the same as not given; what the spec does not know is ignored."""
     if not isinstance(given, dict):
         raise InvalidFields([(where, "should be an object, not %s" % type(given).__name__)])
-    found, problems = {name: arg.default for name, arg in spec.items()}, []
+    found, problems = spec.defaults.copy(), []
     for name, value in given.items():
         if value is None or name not in spec:
             continue
@@ -4035,9 +4122,9 @@ def checked(spec, given, where):
         except ValueError as error:
             problems.append((where + [name], str(error)))
             found[name] = None
-    problems += [(where + [name], "is required") for name, value in found.items() if value is REQUIRED]
+    problems += [(where + [name], "is required") for name in spec.required if found[name] is REQUIRED]
     if problems:
-        raise InvalidFields(problems)
+        raise InvalidFields(sorted(problems, key=lambda problem: list(spec).index(problem[0][-1])))
     return found
 
 
@@ -4089,6 +4176,8 @@ def _run(store, caller, request, route):
 
 def _run_fetch(store, caller, request, route):
     store.look_for_timeouts(caller)
+    if store.is_server and request["extra_filter"] is not None:
+        store.stand(caller, request)
     return _run(store, caller, request, route)
 
 
@@ -4171,7 +4260,7 @@ def _always(store, call):
 
 
 def _unless_new_filter(store, call):
-    return call.request["extra_filter"] is None
+    return call.request["extra_filter"] is None or store.has_standing(call.caller, call.request)
 
 
 class Route(collections.namedtuple(
@@ -4184,7 +4273,8 @@ class Route(collections.namedtuple(
 
 def _route(operation, meaning, fields=None, query=None, status=200, writes=True, open=False, body="object",
            prepare=None, run=_run, waits=None, quick=None):
-    return Route(operation, fields or {}, query or {}, status, writes, open, body, prepare, run, waits, quick, meaning)
+    return Route(operation, Fields(fields or {}), Fields(query or {}), status, writes, open, body, prepare, run, waits, quick,
+                 meaning)
 
 
 _TASK_INPUT = {
@@ -4213,8 +4303,9 @@ ROUTES = {
     "DELETE " + _QUEUE: _route(
         delete_queue_op, "delete a queue, its tasks and workers", status=204,
         query={"cascade_delete": _arg("bool", False)}),
-    "POST " + _TASKS: _route(submit_tasks_op, "submit a task, or a list of them in one transaction", status=201,
-                             fields=_TASK_INPUT, body="either", quick=_always),
+    "POST " + _TASKS: _route(
+        submit_tasks_op, "submit a task, or a list of them in one transaction", status=201,
+        fields=_TASK_INPUT, body="either", quick=_always),
     "PUT " + _TASKS: _route(
         update_tasks_op, "update tasks, all or none", body="list", prepare=_prepare_updates,
         query={"reset_pending": _arg("bool", True)},
@@ -4469,7 +4560,8 @@ class HttpRequest(collections.namedtuple("HttpRequest", "method target head keep
 class Connection:
     """A peer: what it has sent and was not read yet, what is to be sent to it, and what it waits for."""
 
-    __slots__ = ("sock", "peer", "inbox", "outbox", "line", "head", "busy", "closing", "parked", "handshake", "heard_at")
+    __slots__ = ("sock", "peer", "inbox", "outbox", "line", "head", "busy", "closing", "parked", "handshake",
+                 "heard_at")
 
     def __init__(self, sock, peer, is_tls):
         self.sock, self.peer, self.inbox, self.outbox = sock, peer, bytearray(), b""
@@ -4539,7 +4631,7 @@ def _http_start(status, extensions, keep):
 
 
 class _Loop:
-    """The loop of a server: connections, what they wait for, what is to be sent. One thread runs it."""
+    """The connections of a server, and the turns in which one thread attends to them."""
 
     def prepare_loop(self):
         """Set what the loop works with."""
@@ -4569,6 +4661,7 @@ class _Loop:
     def serve_forever(self, poll_interval=LOOK_INTERVAL_S):
         """Answer until `stopping` is set and what runs has ended, or its grace is over."""
         sys.setswitchinterval(SWITCH_S)
+        gc.disable()  # requests leave no cycles behind (a test counts them); a search through a million tasks takes 1 s
         while not self.stopping:
             self.turn(min(self.due_at, self.give_up_at) - monotonic())
             self.service_actions()
@@ -4666,6 +4759,36 @@ class _Loop:
         conn.heard_at = monotonic()
         if not conn.busy:
             self.read_requests(conn)
+
+    def send(self, conn, data):
+        """Send what is waiting and this; what does not go out now goes when the peer has read."""
+        data = conn.outbox + data
+        try:
+            sent = conn.sock.send(data)
+        except (BlockingIOError, InterruptedError):
+            sent = 0
+        except OSError as error:
+            if type(error).__name__ not in ("SSLWantReadError", "SSLWantWriteError"):
+                return self.drop(conn)
+            sent = 0
+        had, conn.outbox = conn.outbox, data[sent:]
+        if conn in self.connections and bool(had) != bool(conn.outbox):
+            self.selector.modify(conn.sock, 3 if conn.outbox else 1, conn)
+        if not conn.outbox and conn.closing:
+            self.drop(conn)
+
+    def sweep(self):
+        """Close the connections that were silent for too long."""
+        moment = monotonic()
+        self.swept_at = moment
+        for conn in list(self.connections):
+            unfinished = conn.handshake or conn.outbox or (not conn.busy and (conn.inbox or conn.head))
+            if moment - conn.heard_at > (SLOW_SENDER_S if unfinished else IDLE_S) and not conn.parked:
+                self.drop(conn)
+
+
+class _Answers(_Loop):
+    """What the loop does with requests: answers them, parks those that wait, gives to threads what takes long."""
 
     def read_requests(self, conn):
         """Take each whole request that a connection has sent; a thread takes the connection with it."""
@@ -4795,34 +4918,8 @@ class _Loop:
         if conn.inbox and not conn.outbox:
             self.read_requests(conn)
 
-    def send(self, conn, data):
-        """Send what is waiting and this; what does not go out now goes when the peer has read."""
-        data = conn.outbox + data
-        try:
-            sent = conn.sock.send(data)
-        except (BlockingIOError, InterruptedError):
-            sent = 0
-        except OSError as error:
-            if type(error).__name__ not in ("SSLWantReadError", "SSLWantWriteError"):
-                return self.drop(conn)
-            sent = 0
-        had, conn.outbox = conn.outbox, data[sent:]
-        if conn in self.connections and bool(had) != bool(conn.outbox):
-            self.selector.modify(conn.sock, 3 if conn.outbox else 1, conn)
-        if not conn.outbox and conn.closing:
-            self.drop(conn)
 
-    def sweep(self):
-        """Close the connections that were silent for too long."""
-        moment = monotonic()
-        self.swept_at = moment
-        for conn in list(self.connections):
-            unfinished = conn.handshake or conn.outbox or (not conn.busy and (conn.inbox or conn.head))
-            if moment - conn.heard_at > (SLOW_SENDER_S if unfinished else IDLE_S) and not conn.parked:
-                self.drop(conn)
-
-
-class _Server(_Loop):
+class _Server(_Answers):
     """The listening socket and what the loop and the threads share; stands before ThreadingMixIn and HTTPServer."""
 
     daemon_threads = True
@@ -5531,7 +5628,7 @@ class TaskUpdateRequest:
                 hint = nearest(name, self.FIELDS)
                 raise LabtaskerTypeError("TaskUpdateRequest has no field %r%s; it has %s" % (
                     name, ", did you mean %r?" % hint if hint else "", ", ".join(self.FIELDS)))
-        checked({name: arg._replace(default=None) for name, arg in self.FIELDS.items()}, given, ["update"])
+        checked(Fields({name: arg._replace(default=None) for name, arg in self.FIELDS.items()}), given, ["update"])
         self.task_id, self.given = task_id, given
 
     FIELDS = {name: arg for name, arg in ROUTES["PUT /api/v1/queues/me/tasks"].fields.items()
