@@ -1,0 +1,273 @@
+"""Section 7's loop: what waits, what takes long, what arrives in pieces, and what fails while it is written."""
+import base64
+import errno
+import gc
+import json
+import os
+import socket
+import threading
+import time
+
+import pytest
+
+import labtasker as L
+from harness import wait_until
+from test_journal import FailingDisk
+
+ME = "/api/v1/queues/me"
+
+
+class Wire:
+    """Stands for a socket: takes `room` bytes a send."""
+
+    def __init__(self, room=10 ** 9):
+        self.room, self.sent = room, b""
+
+    def send(self, data):
+        self.sent += data[:self.room]
+        return min(len(data), self.room)
+
+    def fileno(self):
+        return -1
+
+    def close(self):
+        pass
+
+
+class Loop:
+    """A server in this process whose loop is turned by hand, and clients whose bytes are put into it."""
+
+    def __init__(self, folder, **options):
+        self.store = L.Store(str(folder / "journal.jsonl"), is_server=True, **options)
+        self.store.open()
+        self.server = L._make_server("127.0.0.1", 0, self.store, None, "warning")
+        L.answer_call(self.store, None, "POST", "/api/v1/queues", {"queue_name": "q", "password": "p"})
+        self.store.login("q", "p")
+        self.auth = base64.b64encode(b"q:p").decode()
+
+    def client(self):
+        return L.Connection(Wire(), "test", False)
+
+    def bytes(self, method, path, body=None, extensions=True):
+        data = b"" if body is None else json.dumps(body).encode()
+        return ("%s %s HTTP/1.1\r\nHost: x\r\nAuthorization: Basic %s\r\n%sContent-Length: %d\r\n\r\n" % (
+            method, path if path.startswith("/api") else ME + path, self.auth,
+            "Labtasker-Extensions: 1\r\n" if extensions else "", len(data))).encode() + data
+
+    def say(self, client, data):
+        client.inbox += data
+        if not client.busy:
+            self.server.read_requests(client)
+        self.server.settle()
+
+    def call(self, client, *request):
+        """Return (status, answer), or None where the answer has not come yet."""
+        client.sock.sent = b""
+        self.say(client, self.bytes(*request))
+        return self.answer(client)
+
+    def answer(self, client):
+        head, _, body = client.sock.sent.partition(b"\r\n\r\n")
+        return (int(head[9:12]), json.loads(body.decode()) if body else None) if head else None
+
+    def close(self):
+        self.server.server_close()
+        for end in (self.server.waker, self.server.woken):
+            end.close()
+        self.server.selector.close()
+        self.store.close()
+
+
+@pytest.fixture
+def loop(tmp_path):
+    made = Loop(tmp_path)
+    yield made
+    made.close()
+
+
+def fetch(wait_s=0, **more):
+    return "POST", "/tasks/next", dict(more, heartbeat_timeout=60, wait_s=wait_s)
+
+
+def submit(**args):
+    return "POST", "/tasks", {"args": args}
+
+
+def test_requests_that_come_together_are_answered_in_order(loop):
+    client = loop.client()
+    loop.say(client, loop.bytes("POST", "/tasks", {"args": {"i": 1}}) + loop.bytes("GET", "") + loop.bytes("GET", "/nosuch"))
+    assert [part[:3] for part in client.sock.sent.split(b"HTTP/1.1 ")[1:]] == [b"201", b"200", b"404"]
+
+
+def test_a_request_may_come_byte_by_byte(loop):
+    client = loop.client()
+    for byte in loop.bytes(*submit(text="\u00e9\u4e2d")):
+        assert client.sock.sent == b""
+        loop.say(client, bytes([byte]))
+    assert loop.answer(client)[0] == 201
+
+
+def test_an_answer_goes_out_as_the_peer_reads(loop):
+    client = loop.client()
+    client.sock.room = 10
+    loop.server.connections.add(client)
+    loop.server.selector.modify = lambda *_: None  # there is no real socket to wait for
+    loop.say(client, loop.bytes("GET", ""))
+    while client.outbox:
+        size = len(client.sock.sent)
+        loop.server.send(client, b"")
+        assert len(client.sock.sent) <= size + 10
+    loop.server.connections.discard(client)
+    assert loop.answer(client)[1]["queue_name"] == "q"
+
+
+def test_of_many_that_wait_one_gets_the_task_that_comes(loop):
+    waiting = [loop.client() for _ in range(50)]
+    for client in waiting:
+        assert loop.call(client, *fetch(30)) is None
+    task_id = loop.call(loop.client(), *submit(i=1))[1]["task_id"]
+    found = [loop.answer(client) for client in waiting]
+    assert found[0][1]["task"]["task_id"] == task_id and found[1:] == [None] * 49
+    loop.call(loop.client(), "POST", "/tasks", [{"args": {"i": i}} for i in range(60)])
+    found = [loop.answer(client)[1]["task"]["task_id"] for client in waiting]
+    assert len(set(found)) == 50
+    assert not loop.server.parked and not loop.store.waited
+
+
+def test_each_that_waits_gets_what_it_asked_for(loop):
+    wishes = [{"required_fields": ["a"]}, {"required_fields": ["b"]}, {"extra_filter": "args.a == 3"}]
+    waiting = [loop.client() for _ in wishes]
+    for client, wish in zip(waiting, wishes):
+        loop.store.stand(loop.store.state.names["q"], L.read_call(
+            loop.store, None, *L.find_route("POST", ME + "/tasks/next"), dict(wish, heartbeat_timeout=60), {}).request) \
+            if "extra_filter" in wish else None
+        assert loop.call(client, *fetch(30, **wish)) is None
+    loop.call(loop.client(), *submit(b=1))
+    assert [bool(loop.answer(client)) for client in waiting] == [False, True, False]
+    loop.call(loop.client(), *submit(a=3))
+    assert [bool(loop.answer(client)) for client in waiting] == [True, True, False]
+    loop.call(loop.client(), *submit(a=3))
+    assert [loop.answer(client)[1]["task"]["args"] for client in waiting] == [{"a": 3}, {"b": 1}, {"a": 3}]
+
+
+def test_who_left_gets_no_task(loop):
+    gone, there = loop.client(), loop.client()
+    assert loop.call(gone, *fetch(30)) is None and loop.call(there, *fetch(30)) is None
+    loop.server.drop(gone)
+    loop.call(loop.client(), *submit(i=1))
+    assert loop.answer(gone) is None and loop.answer(there)[1]["found"]
+
+
+def test_who_has_waited_long_enough_hears_that_there_is_nothing(loop):
+    first, second = loop.client(), loop.client()
+    assert loop.call(first, *fetch(0.05)) is None and loop.call(second, *fetch(30)) is None
+    time.sleep(0.06)
+    loop.server.settle()
+    assert loop.answer(first) == (200, {"found": False, "task": None}) and loop.answer(second) is None
+    assert loop.server.give_up_at > L.monotonic() + 20
+
+
+def test_a_waiting_heartbeat_hears_at_once_of_the_end_of_its_run(loop):
+    task_id = loop.call(loop.client(), *submit(i=1))[1]["task_id"]
+    run_id = loop.call(loop.client(), *fetch())[1]["task"]["run_id"]
+    beating = loop.client()
+    path = "/tasks/%s/heartbeat?answer=status&wait_s=30&run_id=%s" % (task_id, run_id)
+    assert loop.call(beating, "POST", path) is None
+    assert loop.call(loop.client(), "POST", "/tasks/%s/status" % task_id, {"status": "cancelled"})[0] == 200
+    assert loop.answer(beating) == (200, {"status": "cancelled"})
+
+
+def test_a_thread_that_submits_wakes_who_waits(loop):
+    client = loop.client()
+    assert loop.call(client, *fetch(30)) is None
+    queue_id = loop.store.state.names["q"]
+    thread = threading.Thread(target=L.answer_call, args=(
+        loop.store, lambda: queue_id, "POST", ME + "/tasks", {"args": {"i": 1}}))
+    thread.start()
+    thread.join()
+    assert loop.answer(client) is None
+    loop.server.turn(5)
+    assert loop.answer(client)[1]["found"]
+
+
+@pytest.mark.parametrize("name", ["write", "sync"])
+@pytest.mark.parametrize("number, status", [(errno.ENOSPC, 507), (errno.EIO, 503)])
+def test_all_that_was_decided_in_a_turn_fails_with_its_line(loop, name, number, status):
+    clients = [loop.client() for _ in range(3)]
+    loop.store.journal.disk = FailingDisk.fail(name, 1, number)
+    for client, request in zip(clients, (submit(i=1), submit(i=2), ("GET", "/tasks/none"))):
+        client.inbox += loop.bytes(*request)
+        loop.server.read_requests(client)
+    loop.server.settle()
+    assert [loop.answer(client)[0] for client in clients] == [status, status, 404]
+    assert not next(iter(loop.store.state.queues.values())).tasks
+    assert loop.call(clients[0], *submit(i=3))[0] == 201
+    assert [task.args["i"] for task in next(iter(loop.store.state.queues.values())).tasks.values()] == [3]
+
+
+def test_requests_leave_no_cycles_behind(loop):
+    """The server runs without Python's search for cycles."""
+    def round_of(client):
+        loop.call(client, *submit(i=1))
+        task = loop.call(client, *fetch())[1]["task"]
+        loop.call(client, "POST", "/tasks/%s/heartbeat?run_id=%s" % (task["task_id"], task["run_id"]))
+        loop.call(client, "POST", "/tasks/%s/status" % task["task_id"], {"status": "success"})
+        loop.call(client, "POST", "/tasks/%s/status" % task["task_id"], {"status": "running"})
+        loop.call(client, "POST", "/tasks", {"args": 3})
+        loop.call(client, "GET", "/nosuch")
+        waiting = loop.client()
+        loop.call(waiting, *fetch(30))
+        loop.server.drop(waiting)
+        bad = loop.client()
+        loop.say(bad, b"nonsense\r\n\r\n")
+    client = loop.client()
+    round_of(client)
+    gc.collect()
+    gc.disable()
+    try:
+        for _ in range(50):
+            round_of(client)
+        assert gc.collect() < 20
+    finally:
+        gc.enable()
+
+
+@pytest.mark.slow
+def test_others_are_answered_while_a_listing_runs(server):
+    server.http("POST", ME + "/tasks", [{"args": {"i": i}} for i in range(5000)])
+    ended = []
+
+    def search():
+        for _ in range(5):
+            body = {"extra_filter": "args.i >= 0 and regex(task_id, '[0-9a-f]+')", "limit": 5000, "sort": [["args.i", -1]]}
+            ended.append(server.http("POST", ME + "/tasks/search", body)[0])
+    threads = [threading.Thread(target=search) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    count = 0
+    while any(thread.is_alive() for thread in threads):
+        assert server.http("GET", "/health")[0] == 200
+        count += 1
+    assert ended == [200] * 10 and count > 10
+
+
+@pytest.mark.slow
+def test_a_server_that_is_told_to_stop_answers_those_who_wait(server):
+    got, before = [], len(os.listdir("/proc/%d/fd" % server.process.pid))
+
+    def wait():
+        got.append(server.http("POST", ME + "/tasks/next", {"heartbeat_timeout": 60, "wait_s": 50}))
+    threads = [threading.Thread(target=wait) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    host, port = server.url[7:].split(":")
+    wait_until(lambda: len(os.listdir("/proc/%d/fd" % server.process.pid)) >= before + 3, "three are connected")
+    half = socket.create_connection((host, int(port)))
+    half.sendall(b"POST /api/v1/queues/me/tasks HTTP/1.1\r\nContent-Length: 1000\r\n\r\n{")
+    began = L.monotonic()
+    server.stop()
+    assert L.monotonic() - began < 10
+    for thread in threads:
+        thread.join(10)
+    half.close()
+    assert [status for status, _, _ in got] == [200] * 3 and not any(answer["found"] for _, answer, _ in got)
