@@ -4176,8 +4176,6 @@ def _run(store, caller, request, route):
 
 def _run_fetch(store, caller, request, route):
     store.look_for_timeouts(caller)
-    if store.is_server and request["extra_filter"] is not None:
-        store.stand(caller, request)
     return _run(store, caller, request, route)
 
 
@@ -4409,7 +4407,7 @@ def run_call(store, call):
         seen = store.journal.n
         answer = route.run(store, caller, request, route)
         left_s = give_up_at - monotonic()
-        if left_s <= 0 or not (route.waits and route.waits(store, caller, request, answer)):
+        if left_s <= 0 or store.closing or not (route.waits and route.waits(store, caller, request, answer)):
             return answer
         store.wait_for(lambda: store.journal.n != seen, left_s if store.is_server else min(left_s, WAIT_SLICE_S))
 
@@ -4560,8 +4558,8 @@ class HttpRequest(collections.namedtuple("HttpRequest", "method target head keep
 class Connection:
     """A peer: what it has sent and was not read yet, what is to be sent to it, and what it waits for."""
 
-    __slots__ = ("sock", "peer", "inbox", "outbox", "line", "head", "busy", "closing", "parked", "handshake",
-                 "heard_at")
+    __slots__ = ("sock", "peer", "inbox", "outbox", "line", "head", "busy", "closing", "parked", "prepared",
+                 "handshake", "heard_at")
 
     def __init__(self, sock, peer, is_tls):
         self.sock, self.peer, self.inbox, self.outbox = sock, peer, bytearray(), b""
@@ -4569,6 +4567,7 @@ class Connection:
         self.busy = False  # whether a request is being answered; the next one waits
         self.closing = False  # whether it is closed once all is sent
         self.parked = None  # (Call, HttpRequest, when to give up, id waited for) of a request that waits
+        self.prepared = None  # (Call, HttpRequest) that a thread has read, for the loop to wait with
         self.handshake, self.heard_at = is_tls, monotonic()
 
     def next_request(self, heads):
@@ -4693,14 +4692,14 @@ class _Loop:
             pass
         while self.returned:
             conn = self.returned.popleft()
-            if conn.closing or self.stopping:
+            if conn.closing or self.stopping and not conn.prepared:
                 self.drop(conn)
                 continue
             conn.sock.setblocking(False)
-            conn.busy, conn.heard_at = False, monotonic()
+            conn.heard_at = monotonic()
             self.connections.add(conn)
             self.selector.register(conn.sock, 1, conn)
-            self.read_requests(conn)
+            self.go_on(conn)
 
     def accept_all(self):
         """Take in the connections that wait."""
@@ -4793,20 +4792,36 @@ class _Answers(_Loop):
     def read_requests(self, conn):
         """Take each whole request that a connection has sent; a thread takes the connection with it."""
         while conn.inbox and not conn.busy and not conn.closing:
-            request = None
             try:
                 request = conn.next_request(self.heads)
-                if request is None:
-                    return
-                conn.busy = True
-                self.take(conn, request)
             except LabtaskerError as error:
-                keep = request is not None and request.keep
-                self.answered.append((conn, request, keep, None, error.status, shown_error(error)[1]))
                 conn.busy = True
-            except Exception as error:
-                self.answered.append((conn, request, False, None, 500, self.bug(error)))
-                conn.busy = True
+                self.answered.append((conn, None, False, None) + shown_error(error))
+                return
+            if request is None:
+                return
+            conn.busy = True
+            self.attempt(conn, request, self.take)
+
+    def go_on(self, conn):
+        """Go on with a connection that a thread has given back: with the call that is to wait, or the next request."""
+        prepared, conn.prepared = conn.prepared, None
+        if prepared:
+            call, request = prepared
+            wait_s = 0 if self.stopping else call.request["wait_s"]
+            self.attempt(conn, request, self.begin, call, monotonic() + wait_s)
+        else:
+            conn.busy = False
+            self.read_requests(conn)
+
+    def attempt(self, conn, request, action, *more):
+        """Do something that leads to an answer; an error is one."""
+        try:
+            action(conn, request, *more)
+        except LabtaskerError as error:
+            self.answered.append((conn, request, request.keep, None) + shown_error(error))
+        except Exception as error:
+            self.answered.append((conn, request, False, None, 500, self.bug(error)))
 
     def take(self, conn, request):
         """Answer a request, or park it, or give it to a thread."""
@@ -4866,10 +4881,7 @@ class _Answers(_Loop):
     def retry(self, conn, is_last=False):
         """Run a parked request again; return whether it waits on."""
         call, request, give_up_at, _ = self.unpark(conn)
-        try:
-            self.begin(conn, request, call, -math.inf if is_last else give_up_at)
-        except LabtaskerError as error:
-            self.answered.append((conn, request, request.keep, None, error.status, shown_error(error)[1]))
+        self.attempt(conn, request, self.begin, call, -math.inf if is_last else give_up_at)
         return conn.parked is not None
 
     def give_up(self, at):
@@ -4952,7 +4964,13 @@ class _Server(_Answers):
         """Answer a request in a thread of its own."""
         conn, request = asked
         try:
-            status, answer = self.answer_slowly(request)
+            call = self.slow_call(request)
+            if call.route.waits and call.request["wait_s"]:  # here it would hold a thread: the loop waits with it
+                conn.prepared = (call, request)
+                return
+            status, answer = shown(call.route, run_call(self.store, call), request.head.extensions)
+        except LabtaskerError as error:
+            status, answer = shown_error(error)
         except Exception as error:
             status, answer = 500, self.bug(error)
         conn.closing = not request.keep or self.stopping or isinstance(answer, Stream)
@@ -4974,14 +4992,13 @@ class _Server(_Answers):
             self.returned.append(asked[0])
             self.wake()
 
-    def answer_slowly(self, request):
-        """Return (status, answer in JSON types) of a request, however long it takes."""
-        try:
-            route, ids, query = self.find(request)
-            call = self.read(request, None if route.open else self.login(request.head.login), route, ids, query)
-            return shown(call.route, run_call(self.store, call), request.head.extensions)
-        except LabtaskerError as error:
-            return shown_error(error)
+    def slow_call(self, request):
+        """Return the Call of a request, however long it takes to read it."""
+        route, ids, query = self.find(request)
+        call = self.read(request, None if route.open else self.login(request.head.login), route, ids, query)
+        if call.request.get("filter_text") and route.waits:
+            self.store.stand(call.caller, call.request)
+        return call
 
     @staticmethod
     def find(request):
