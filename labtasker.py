@@ -57,7 +57,7 @@ __version__ = "0.1.0"
 #
 # What everything above is made of: errors, ids, names, dotted keys, instants, durations, relative
 # dates. Knows nothing of tasks. The only section that reads a clock. Tests: test_values.py,
-# test_dates.py.
+# test_dates.py, test_dateparser.py.
 
 
 class LabtaskerError(Exception):
@@ -416,7 +416,10 @@ def _instant(wall, zone):
     return Instant(wall.replace(tzinfo=zone).timestamp())
 
 
-QUANTITY = re.compile(r"(\d+(?:\.\d+)?|an?\b|one\b) ?([a-z]+) ?(?:(?:, ?and\b|,|and\b) ?(?=.))?", re.ASCII)
+COUNT_WORDS = "one two three four five six seven eight nine ten eleven twelve".split()
+COUNTS = dict({word: place + 1 for place, word in enumerate(COUNT_WORDS)}, a=1, an=1)
+QUANTITY = re.compile(r"(\d+(?:\.\d+)?|(?:%s)\b) ?([a-z]+) ?(?:(?:, ?and\b|,|and\b) ?(?=.))?" % "|".join(COUNTS),
+                      re.ASCII)
 
 
 def _quantities(text):
@@ -426,8 +429,8 @@ def _quantities(text):
         match = QUANTITY.match(text, end)
         if not match or match.group(2) not in SPELLINGS:
             return None
-        amount = float(match.group(1)) if match.group(1)[0].isdigit() else 1.0
-        found.append((amount, SPELLINGS[match.group(2)]))
+        amount = COUNTS.get(match.group(1)) or match.group(1)
+        found.append((float(amount), SPELLINGS[match.group(2)]))
         end = match.end()
     return found or None
 
@@ -469,16 +472,8 @@ def parse_date(text, now):
 # another form; ValueError or OverflowError where it has this form but names no date.
 
 
-def _day_name(text, now):
-    if text == "now":
-        return (now,)
-    if text not in DAY_NAMES:
-        return None
-    return (_instant(_midnight(now) + datetime.timedelta(days=DAY_NAMES[text]), None),)
-
-
-def _midnight(now):
-    return datetime.datetime.fromtimestamp(now).replace(hour=0, minute=0, second=0, microsecond=0, fold=0)
+def _now(text, now):
+    return (now,) if text == "now" else None
 
 
 def _ago(text, now):
@@ -486,11 +481,13 @@ def _ago(text, now):
 
 
 def _ahead(text, now):
+    if text.endswith(" from now"):
+        return _shifted(text[:-9], now, 1)
     return _shifted(text[3:], now, 1) if text.startswith("in ") else None
 
 
 def _short(text, now):
-    return _shifted(text, now, -1)
+    return _shifted(text[text.startswith("-"):], now, -1)
 
 
 def _shifted(text, now, sign):
@@ -521,16 +518,12 @@ def _calendar_shift(now, months, days):
     return _instant(wall + datetime.timedelta(days=days), None)
 
 
-def _last(text, now):
-    """Read `last week` (that long ago) and `last monday` (its midnight, before today)."""
-    word = text[5:] if text.startswith("last ") else ""
-    if word in ("week", "month", "year"):
-        return _shifted("1 " + word, now, -1)
-    if word not in WEEKDAYS:
+def _one_unit(text, now):
+    """Read `last week` and `next month`: that long ago, or ahead."""
+    word, _, unit = text.partition(" ")
+    if word not in ("last", "next") or unit not in ("week", "month", "year"):
         return None
-    today = _midnight(now)
-    back = (today.weekday() - WEEKDAYS.index(word) - 1) % 7 + 1
-    return (_instant(today - datetime.timedelta(days=back), None),)
+    return _shifted("1 " + unit, now, -1 if word == "last" else 1)
 
 
 def _iso(text, now):
@@ -538,38 +531,69 @@ def _iso(text, now):
     return found and (_iso_instant(found, None),)
 
 
-CLOCK = r"(\d\d?):(\d\d)(?::(\d\d))?"
-ZONE = r" ?(z|utc|[+-]\d\d(?::?\d\d)?)?\Z"
-REST_OF_DATE = r"(?:,? (?P<year>\d{4}))?(?:,? " + CLOCK + ")?" + ZONE
-CLOCK_ONLY = re.compile(CLOCK + ZONE, re.ASCII)
-MONTH_DAY = re.compile(r"(?P<month>[a-z]+)\.? (?P<day>\d\d?)" + REST_OF_DATE, re.ASCII)
-DAY_MONTH = re.compile(r"(?P<day>\d\d?) (?P<month>[a-z]+)\.?" + REST_OF_DATE, re.ASCII)
+def _epoch(text, now):
+    return (Instant(text),) if re.match(r"\d{10}\Z", text) else None
 
 
-def _clock(text, now):
-    found = CLOCK_ONLY.match(text)
-    return found and (_on_day(now, found.groups(), {}),)
+DAY_AND_CLOCK = re.compile(
+    r"(?P<day>.*?)(?:(?:^|,? at |,? )(?P<hour>\d\d?)(?=:| ?[ap]m)(?::(?P<minute>\d\d))?(?::(?P<second>\d\d))?"
+    r"(?: ?(?P<half>[ap]m))?(?: ?(?P<zone>z|utc|gmt|[+-]\d\d(?::?\d\d)?))?(?: (?P<year>\d{4}))?)?(?P<utc> utc| gmt)?\Z",
+    re.ASCII)
 
 
-def _month_day(text, now):
-    found = MONTH_DAY.match(text) or DAY_MONTH.match(text)
-    month = found and MONTHS.get(found.group("month"))
-    if not month:
+def _day_and_clock(text, now):
+    """Read a day, a time of day, or both; what is not said is as it is now, in the same zone, and without a clock the
+    day's midnight."""
+    found = DAY_AND_CLOCK.match(" ".join(CLOCK_WORDS.get(word, word) for word in text.split()))
+    if not found or found.group("zone") and found.group("utc"):
         return None
-    day = {"month": month, "day": int(found.group("day"))}
-    if found.group("year"):
-        day["year"] = int(found.group("year"))
-    return (_on_day(now, found.groups()[-4:], day),)
+    zone = _zone((found.group("zone") or found.group("utc") or "").strip())
+    today, day = datetime.datetime.fromtimestamp(now, zone), found.group("day") + " " + (found.group("year") or "")
+    date = next(filter(None, (read(day.strip() or "today", today) for read in DAY_FORMS)), None)
+    if not date:
+        return None
+    hour, half = int(found.group("hour") or 0), found.group("half")
+    if half:
+        hour = hour % 12 + 12 * (half == "pm") if 1 <= hour <= 12 else 24
+    clock = datetime.time(hour, int(found.group("minute") or 0), int(found.group("second") or 0))
+    return (_instant(datetime.datetime.combine(date, clock), zone),)
 
 
-def _on_day(now, clock_and_zone, day):
-    """Return the Instant of a clock's time; what `day` does not say is as it is now, in the same zone."""
-    hour, minute, second, zone_text = clock_and_zone
-    zone = _zone(zone_text)
-    wall = datetime.datetime.fromtimestamp(now, zone)
-    wall = wall.replace(hour=int(hour or 0), minute=int(minute or 0), second=int(second or 0),
-                        microsecond=0, fold=0, **day)
-    return _instant(wall, zone)
+# Each form of a day is a function (lower-case text, today as a datetime) -> date, or None where the text has another.
+
+
+def _day_name(text, today):
+    return today.date() + datetime.timedelta(days=DAY_NAMES[text]) if text in DAY_NAMES else None
+
+
+def _weekday(text, today):
+    """Read `monday` (the latest, today included), `last monday` (before today) and `next monday` (after it)."""
+    word, _, name = text.rpartition(" ")
+    if name not in WEEKDAYS or word not in ("", "last", "next"):
+        return None
+    back = (today.weekday() - WEEKDAYS[name]) % 7
+    days = 7 - back if word == "next" else -(back or 7 * (word == "last"))
+    return today.date() + datetime.timedelta(days=days)
+
+
+def _iso_day(text, today):
+    found = re.match(r"(\d{4})([-/.])(\d\d?)\2(\d\d?)\Z", text, re.ASCII)
+    return found and datetime.date(int(found.group(1)), int(found.group(3)), int(found.group(4)))
+
+
+MONTH_DAY = re.compile(r"(?P<month>[a-z]+)\.? (?P<day>\d\d?)(?:st|nd|rd|th)?(?:,? (?P<year>\d{4}))?\Z", re.ASCII)
+DAY_MONTH = re.compile(r"(?P<day>\d\d?)(?:st|nd|rd|th)?[ -](?P<month>[a-z]+)\.?(?:(?:,? |-)(?P<year>\d{4}))?\Z",
+                       re.ASCII)
+
+
+def _month_day(text, today):
+    """Read `Jul 28`, `28 July 2025`, and `Mon, 28 Jul 2025`, of which the weekday says nothing more."""
+    name, _, rest = text.partition(" ")
+    text = rest if name.rstrip(",") in WEEKDAYS else text
+    found = MONTH_DAY.match(text) or DAY_MONTH.match(text)
+    if not found or found.group("month") not in MONTHS:
+        return None
+    return datetime.date(int(found.group("year") or today.year), MONTHS[found.group("month")], int(found.group("day")))
 
 
 Unit = collections.namedtuple("Unit", "spellings months days seconds")
@@ -587,21 +611,23 @@ SPELLINGS = {word: name for name, unit in UNITS.items() for word in unit.spellin
 DURATIONS = ("90", "50s", "10 min", "1.5h", "1h30m", "1 hour, 30 minutes")
 
 DAY_NAMES = {"today": 0, "yesterday": -1, "tomorrow": 1}
-WEEKDAYS = ("monday", "tuesday", "wednesday", "thursday", "friday", "saturday", "sunday")
+CLOCK_WORDS = {"noon": "12:00", "midnight": "00:00"}
+WEEKDAY_NAMES = ("monday", "tuesday", "wednesday", "thursday", "friday", "saturday", "sunday")
+WEEKDAYS = {name[:size]: place for place, name in enumerate(WEEKDAY_NAMES) for size in range(3, len(name) + 1)}
 MONTH_NAMES = ("january", "february", "march", "april", "may", "june", "july", "august", "september", "october",
                "november", "december")
-MONTHS = {name[:size]: place + 1 for place, name in enumerate(MONTH_NAMES) for size in (3, len(name))}
-MONTHS["sept"] = 9
+MONTHS = {name[:size]: place + 1 for place, name in enumerate(MONTH_NAMES) for size in range(3, len(name) + 1)}
 
+DAY_FORMS = (_day_name, _weekday, _month_day, _iso_day)
 DATE_FORMS = {  # what the message about a date that is not understood shows -> its reader
-    "now, today, yesterday, tomorrow": _day_name,
-    "3 hours ago": _ago,
-    "in 2 days": _ahead,
+    "now": _now,
+    "3 hours ago, two days ago": _ago,
+    "in 2 days, 2 days from now": _ahead,
     "1h30m": _short,
-    "last week, last monday": _last,
+    "last week, next month": _one_unit,
     "2026-11-22 06:00, 2026/11/22 06:00 UTC": _iso,
-    "11:25": _clock,
-    "Jul 28 2025 11:25 +02:00, 28 July": _month_day,
+    "today, yesterday at 3pm, last monday, 11:25, 28 July, Jul 28 2025 11:25 +02:00": _day_and_clock,
+    "1753701930": _epoch,
 }
 
 
@@ -609,7 +635,7 @@ DATE_FORMS = {  # what the message about a date that is not understood shows -> 
 #
 # Text -> tree, query document <-> tree, tree -> predicate; and the order in which values are sorted.
 # Knows nothing of the journal or HTTP, nor which fields a record has. Grammar: the docstrings of
-# _Parser. Uses 1. Tests: test_filters.py.
+# _Parser. Uses 1. Tests: test_filters.py, test_mongomock.py.
 #
 # A tree is nested tuples. Tests: ("$and" or "$or" or "$nor", (test, ...)); ("field", path, operator, constant);
 # ("$expr", value). Values: ("const", constant); ("path", path); (operator, (value, ...)). A path is a tuple of
@@ -1325,7 +1351,9 @@ def _field_predicate(path, test):
 
 
 def _spread(value, keys):
-    """Yield each value that a dotted path reaches from `value`: through an array's dicts, and by index."""
+    """Yield each value that a dotted path reaches from `value`: through an array's dicts, and by index.
+
+    Past a scalar it reaches MISSING, past one that an index picked nothing at all, as in MongoDB."""
     if not keys:
         yield value
         if type(value) is list:
@@ -1333,8 +1361,9 @@ def _spread(value, keys):
     elif type(value) is dict:
         yield from _spread(value.get(keys[0], MISSING), keys[1:])
     elif type(value) is list:
-        if _is_index(keys[0], value):
-            yield from _spread(value[int(keys[0])], keys[1:])
+        picked = value[int(keys[0])] if _is_index(keys[0], value) else MISSING
+        if picked is not MISSING and (len(keys) == 1 or type(picked) in (dict, list)):
+            yield from _spread(picked, keys[1:])
         for item in value:
             if type(item) is dict:
                 yield from _spread(item, keys)
@@ -1524,7 +1553,7 @@ def _order(value):
     if kind is list:
         return BRACKETS[kind], tuple(map(_order, value))
     if kind is dict:
-        return BRACKETS[kind], tuple((_order(each)[0], key, _order(each)) for key, each in value.items())
+        return BRACKETS[kind], tuple((BRACKETS[type(each)], key, _order(each)) for key, each in value.items())
     if value is None or value is MISSING:
         return NULL_ORDER
     return (BRACKETS[kind], value) if value == value else NAN_ORDER
@@ -3421,7 +3450,7 @@ def expire_runs(store, queue, request, at):
 
 def after(at, place):
     """Return the time of the place-th change of a transaction: they differ, so that their order can be seen."""
-    return Instant(round(at + place * 1e-6, 6))
+    return Instant(round(at + place * 1e-6, 6)) if place else at
 
 
 def _failed(task, fields, at):
@@ -3802,14 +3831,18 @@ def _worker(queue, worker_id):
 
 
 def create_worker_op(store, queue, request, at):
-    """Decide to register a worker."""
+    """Decide to register a worker; one that is there under this id was registered before."""
+    worker_id = request.get("worker_id") or new_id()
+    if worker_id in queue.workers:
+        if queue.workers[worker_id].worker_name != request.get("worker_name"):
+            raise Conflict("worker %s is there already, with another name" % worker_id)
+        return [], {"worker_id": worker_id}
     fields = {"status": move(WORKER_MOVES, "created", "register", "worker"), "created_at": at, "last_modified": at}
     if request.get("metadata"):
         fields["metadata"] = nest(request["metadata"], "metadata")
     for name in ("worker_name", "max_retries"):
         if request.get(name) is not None:
             fields[name] = request[name]
-    worker_id = new_id()
     return [["worker", worker_id, fields, "created"]], {"worker_id": worker_id}
 
 
@@ -4271,8 +4304,8 @@ class Route(collections.namedtuple(
 
 def _route(operation, meaning, fields=None, query=None, status=200, writes=True, open=False, body="object",
            prepare=None, run=_run, waits=None, quick=None):
-    return Route(operation, Fields(fields or {}), Fields(query or {}), status, writes, open, body, prepare, run, waits, quick,
-                 meaning)
+    return Route(operation, Fields(fields or {}), Fields(query or {}), status, writes, open, body, prepare, run, waits,
+                 quick, meaning)
 
 
 _TASK_INPUT = {
@@ -4332,7 +4365,8 @@ ROUTES = {
         run=_run_events, query={"last_event_id": _arg("event_id")}),
     "POST " + _WORKERS: _route(
         create_worker_op, "register a worker", status=201, quick=_always,
-        fields={"worker_name": _arg("name"), "metadata": _arg("dict"), "max_retries": _arg("count", 3)}),
+        fields={"worker_id": _arg("id"), "worker_name": _arg("name"), "metadata": _arg("dict"),
+                "max_retries": _arg("count", 3)}),
     "POST " + _WORKERS + "/search": _route(
         search_workers_op, "workers that match", writes=False, prepare=_read_filter(visible(WORKER_FIELDS)),
         fields=dict(_PAGE, worker_id=_arg("id"), worker_name=_arg("text"), status=_arg("worker_status"))),
@@ -5207,12 +5241,28 @@ def _remove_server_file(server, store):
 #
 # Where the store is (configuration), how to reach it (the two transports), and the public functions.
 # Without a server the request goes through the same door in this process. Reads no configuration and
-# opens nothing before the first call. Uses 1 to 7. Tests: test_client.py, test_skill.py.
+# opens nothing before the first call. Uses 1 to 7. Tests: test_client.py, test_network.py, test_skill.py.
 
 EXTENSIONS = "Labtasker-Extensions"
 CONFIG_NAME, OLD_CONFIG_NAME = "config.toml", "client.toml"  # the second is that of Labtasker 1.0.1
 REQUEST_TIMEOUT_S = 60.0  # silence after which a server counts as away; long polls add theirs
 CHUNK_TASKS = 5000  # tasks that submit_tasks sends in one transaction
+REPEAT_AFTER_S = (0.05, 0.1, 0.2, 0.5, 1.0, 2.0)  # pauses before asking again when a connection broke
+
+# What must not be done twice -> (the field of the request whose id makes asking again harmless where the server has
+# the extensions, or None; what a user is told where that isn't so and the answer was lost). Anything else may be asked
+# again.
+ONCE = {
+    "POST /api/v1/queues": (None, "the queue may have been created"),
+    "PUT " + _QUEUE: (None, "the queue may have been changed"),
+    "DELETE " + _QUEUE: (None, "the queue may be gone"),
+    "POST " + _TASKS: ("task_id", "the task may have been submitted"),
+    "PUT " + _TASKS: (None, "the tasks may have been updated"),
+    "POST " + _TASKS + "/next": ("fetch_id", "a task may have been given out, and will fail with its timeout"),
+    "POST " + _TASKS + "/{task_id}/status": ("run_id", "the report may have been taken"),
+    "POST " + _WORKERS: ("worker_id", "a worker may have been registered"),
+    "POST " + _WORKERS + "/{worker_id}/status": (None, "the worker may have its new status"),
+}
 
 Config = collections.namedtuple("Config", "root url queue_name password heartbeat_interval_s source")
 
@@ -5360,29 +5410,78 @@ class HttpTransport:
         self.opener = _keeping_opener()
 
     def call(self, method, path, query, body):
-        """Return (status, answer), or raise LabtaskerConnectError when the server can't be reached."""
-        import urllib.error
+        """Return (status, answer), or raise LabtaskerConnectError when the server can't be reached.
+
+        What a broken connection kept from arriving is sent again; so is what may have arrived, unless ONCE forbids
+        it."""
+        from http.client import HTTPException
+        lost = False
+        for pause_s in REPEAT_AFTER_S + (None,):
+            request = self._request(method, path, query, body)
+            try:
+                status, answer = self._ask(request)
+            except (OSError, HTTPException) as error:
+                self.close()
+                lost = lost or request.is_sent
+                self._check_repeat(method, path, body, error, lost, pause_s)
+                time.sleep(pause_s)
+            else:
+                gone = lost and method == "DELETE" and status == 404  # by the request whose answer was lost
+                return (204, None) if gone else (status, answer)
+
+    def _request(self, method, path, query, body):
         import urllib.parse
         import urllib.request
-        from http.client import HTTPException
         asked = {key: value for key, value in (query or {}).items() if value is not None}
         url = self.url + path + ("?" + urllib.parse.urlencode(asked) if asked else "")
-        data = None if body is None else body.encode()
-        request = urllib.request.Request(url, data, self.headers, method=method)
-        request.repeatable = method == "GET" or bool(self.extensions)
+        request = urllib.request.Request(url, None if body is None else body.encode(), self.headers, method=method)
+        request.wait_s = REQUEST_TIMEOUT_S + float(asked.get("wait_s", 0))
+        request.is_sent = False  # whether all of it was handed to the system: before that nothing is done
+        return request
+
+    def _ask(self, request):
+        """Return (status, answer), or raise what went wrong, also with an answer that is cut off."""
+        from http.client import IncompleteRead
+        response = self.opener.open(request, timeout=request.wait_s)
+        status, headers, is_whole = response.status, response.headers, response.chunked or response.length is not None
+        content = response.read()
+        if not (content or is_whole):
+            raise IncompleteRead(content)  # its head was cut off, which http.client does not notice
+        if headers.get(EXTENSIONS) or (status != 204 and status < 500):  # of an empty answer the head may be cut off
+            self.extensions = headers.get(EXTENSIONS) == "1"
         try:
-            answer = self.opener.open(request, timeout=REQUEST_TIMEOUT_S + float(asked.get("wait_s", 0)))
-            content = answer.read()
-        except (OSError, HTTPException) as error:
-            reason = str(error) or type(error).__name__
+            return status, json.loads(content.decode()) if content else None
+        except ValueError:
+            raise LabtaskerConnectError("%s answered %s %s with what is no JSON: is it a Labtasker server?" % (
+                self.url, request.get_method(), request.selector.partition("?")[0])) from None
+
+    def _check_repeat(self, method, path, body, error, lost, pause_s):
+        """Raise LabtaskerConnectError where a request that failed with `error` must not be sent again."""
+        from http.client import HTTPException
+        reason = str(error) or type(error).__name__
+        risk = lost and self._risk(method, path, body)
+        if risk:
+            raise LabtaskerConnectError("the connection to %s broke before the answer came (%s): %s; look before you "
+                                        "ask again" % (self.url, reason, risk)) from None
+        broken = isinstance(error, (ConnectionError, HTTPException)) or type(error).__name__ == "SSLEOFError"
+        if pause_s is None or not broken or isinstance(error, ConnectionRefusedError):
             raise LabtaskerConnectError("no answer from %s (%s): is the server running? Start it with 'labtasker "
                                         "serve', or mend the URL with 'labtasker init'" % (self.url, reason)) from None
-        self.extensions = answer.headers.get(EXTENSIONS) == "1"
-        try:
-            return answer.status, json.loads(content.decode()) if content else None
-        except ValueError:
-            raise LabtaskerConnectError("%s answered %s %s with what is no JSON: is it a Labtasker server?"
-                                        % (self.url, method, path)) from None
+
+    def _risk(self, method, path, body):
+        """Return what may have been done that must not be done twice, or None."""
+        field, words = next((ONCE[method + " " + template] for template, _ in _readings(path)
+                             if method + " " + template in ONCE), (None, None))
+        if not field:
+            return words
+        if self.extensions is None:
+            try:
+                self.call("GET", "/health", None, None)
+            except LabtaskerConnectError:
+                return words
+        given = json.loads(body)
+        has_ids = all(item.get(field) for item in (given if isinstance(given, list) else [given]))
+        return None if self.extensions and has_ids else words
 
     def close(self):
         """Close this thread's connection."""
@@ -5393,29 +5492,21 @@ class _KeepingHandler:
     """Opens http and https with a connection that is kept; stands before urllib's AbstractHTTPHandler."""
 
     def keep_open(self, request):
-        """Return the response to a request. A kept connection that the server has closed since is opened anew,
-        where asking twice does no harm."""
+        """Return the response to a request, over the connection that is kept, or a new one where that was closed."""
         kept = self.parent.kept
-        for fresh in (False, True):
-            connection = None if fresh else getattr(kept, request.host, None)
-            if connection is None:
-                fresh = True
-                connection = self.connect(request)
-                setattr(kept, request.host, connection)
-            connection.timeout = request.timeout
-            if connection.sock is not None:
-                connection.sock.settimeout(request.timeout)
-            try:
-                connection.request(request.get_method(), request.selector, request.data,
-                                   dict(request.headers, **request.unredirected_hdrs))
-                response = connection.getresponse()
-                response.msg = response.reason
-                return response
-            except Exception as error:
-                connection.close()
-                delattr(kept, request.host)
-                if fresh or not request.repeatable or not isinstance(error, (ConnectionError, EOFError)):
-                    raise
+        connection = getattr(kept, request.host, None)
+        if connection is None or connection.sock is None or _is_readable(connection.sock):
+            connection = self.connect(request)
+            setattr(kept, request.host, connection)
+        connection.timeout = request.timeout
+        if connection.sock is not None:
+            connection.sock.settimeout(request.timeout)
+        connection.request(request.get_method(), request.selector, request.data,
+                           dict(request.headers, **request.unredirected_hdrs))
+        request.is_sent = True
+        response = connection.getresponse()
+        response.msg = response.reason
+        return response
 
     def connect(self, request):
         """Return a new connection."""
@@ -5425,6 +5516,16 @@ class _KeepingHandler:
         return http.client.HTTPSConnection(request.host, timeout=request.timeout)
 
     http_open = https_open = keep_open
+
+
+def _is_readable(sock):
+    """Return whether there is something to read; on a connection that waits for a request that is its end."""
+    import select
+    if not hasattr(select, "poll"):  # Windows
+        return bool(select.select([sock], [], [], 0)[0])
+    poll = select.poll()
+    poll.register(sock, select.POLLIN)
+    return bool(poll.poll(0))
 
 
 def _keeping_opener():
@@ -5664,7 +5765,8 @@ class TaskUpdateRequest:
         return "TaskUpdateRequest(task_id=%r, %s)" % (self.task_id, ", ".join("%s=%r" % p for p in self.given.items()))
 
 
-# Public functions. Each raises LabtaskerHTTPStatusError when it is refused, LabtaskerConnectError when nobody answers.
+# Public functions. Each raises LabtaskerHTTPStatusError when it is refused, LabtaskerConnectError when nobody answers,
+# or when the answer was lost and asking again could do it twice (ONCE).
 
 
 def _given(**values):
@@ -5741,8 +5843,8 @@ def fetch_task(worker_id=None, eta_max=None, heartbeat_timeout=None, start_heart
     args must have, no more, no less; with "*" more are taken. Raises WorkerSuspended."""
     body = _given(worker_id=worker_id, eta_max=eta_max, heartbeat_timeout=heartbeat_timeout,
                   start_heartbeat=start_heartbeat, required_fields=required_fields, extra_filter=_query(extra_filter),
-                  cmd=cmd, fetch_id=fetch_id, wait_s=wait_s)
-    answer = client().call("POST", _TASKS + "/next", body)
+                  cmd=cmd, fetch_id=fetch_id or new_id(), wait_s=wait_s)
+    answer = client().call("POST", _TASKS + "/next", body, _given(wait_s=wait_s))  # the transport waits so much longer
     return TaskFetchResponse(found=answer["found"], task=answer.get("task") and Task(answer["task"]))
 
 
@@ -5800,7 +5902,7 @@ def delete_task(task_id):
 def create_worker(worker_name=None, metadata=None, max_retries=3):
     """Return the id of a new worker; it gets no more tasks after `max_retries` failed runs."""
     body = _given(worker_name=worker_name, metadata=metadata, max_retries=max_retries)
-    return client().call("POST", _WORKERS, body)["worker_id"]
+    return client().call("POST", _WORKERS, dict(body, worker_id=new_id()))["worker_id"]
 
 
 def ls_workers(worker_id=None, worker_name=None, status=None, extra_filter=None, limit=100, offset=0, sort=None):

@@ -2,7 +2,7 @@
 
 The long versions are chosen by the environment, one variable a row of SETTINGS, read by `setting` alone:
 LT_TEST_KILLS=1000 LT_TEST_STEPS=1000000 LT_TEST_CUTS=20000 LT_TEST_BITS=20000 LT_TEST_LAST_BYTES=4096 LT_TEST_RACES=100
-LT_TEST_ERRNOS=5. LT_TEST_SEED=n is another course of things; each test that rolls dice prints its seed.
+LT_TEST_ERRNOS=5 LT_TEST_QUERIES=5000 LT_TEST_DATES=3000 LT_TEST_CUTS_NET=6000. LT_TEST_SEED=n is another course of things; each test that rolls dice prints its seed.
 """
 import errno
 import itertools
@@ -24,6 +24,9 @@ SETTINGS = {  # name: (value of the quick version, meaning)
     "RACES": (20, "rounds of two servers started at once"),
     "ERRNOS": (1, "errors, of five, tried at each call that fails"),
     "GONE": (30000, "tasks submitted, cancelled and deleted, of which a journal must keep no weight"),
+    "QUERIES": (200, "query documents that each seed asks of mongomock too"),
+    "DATES": (150, "dates made at random that dateparser reads too, in each zone"),
+    "CUTS_NET": (150, "operations through a proxy that cuts connections"),
     "SEED": (1, "where the dice start"),
 }
 ME = "/api/v1/queues/me"
