@@ -2976,20 +2976,30 @@ def transitions(n, at, queue_id, changes, done):
 
 
 def follow(store, queue_id, after, pause_s):
-    """Yield the Transitions of a queue after the event `after`, (n, k), or from now on for None; None after every
+    """Yield the Transitions of a queue, an id or a LocalName, after the event `after`, (n, k); None after every
     `pause_s` without any; text where events were compacted away. Ends when the store closes."""
-    if after is None:
-        after = _news(store, (math.inf, 0))[2]
+    quiet_since = monotonic()
     while not store.closing:
         gap, news, last = _news(store, after)
         if gap:
             news = _older_events(store.path, after, last)
         for event in news:
             after = (event.n, event.k)
-            if event.queue_id in (queue_id, None):
+            named = store.state.names.get(queue_id) if isinstance(queue_id, LocalName) else queue_id
+            if event.queue_id in (named, None):
                 yield event
-        if not gap and not news and not _wait_for_news(store, after, pause_s):
+                quiet_since = monotonic()
+        if not gap and not news:
+            _wait_for_news(store, after, quiet_since + pause_s - monotonic())
+        if monotonic() - quiet_since >= pause_s:  # other queues' events are no sign of life
             yield None
+            quiet_since = monotonic()
+
+
+def last_event(store):
+    """Return the place (n, k) of the last event: who listens after it hears all that come."""
+    n, k = _news(store, (math.inf, 0))[2]
+    return n, max(k, 0)
 
 
 def _news(store, after):
@@ -3025,15 +3035,12 @@ def _older_events(path, after, last):
 
 
 def _wait_for_news(store, after, timeout_s):
-    """Return whether there may be events after `after` before so many seconds have passed."""
+    """Return once there may be events after `after`, or after so many seconds."""
     give_up_at = monotonic() + timeout_s
-    while not store.closing and _news(store, after)[2] <= after:
-        if monotonic() >= give_up_at:
-            return False
+    while not store.closing and _news(store, after)[2] <= after and monotonic() < give_up_at:
         store.wait_for(lambda: _news(store, after)[2] > after, give_up_at - monotonic())
         if not store.is_server and store.journal.exists():
             store.alone(lambda: None, writes=False)
-    return True
 
 
 def _other_process(function, *words):
@@ -3586,7 +3593,8 @@ def _selected(store, records, request, id_field, name_field):
         for test in tests:
             found = filter(test, found)
         if request.get("sort"):
-            found = sort_records(found, request["sort"], lambda record: (record.created_at, getattr(record, id_field)))
+            sort = [[id_field if field == "_id" else field, way] for field, way in request["sort"]]
+            found = sort_records(found, sort, lambda record: (record.created_at, getattr(record, id_field)))
         content = list(itertools.islice(found, offset, offset + limit))
         return {"found": bool(content), "content": content}
     return answer
@@ -4118,8 +4126,9 @@ KINDS = {
 }
 
 
-class Arg(collections.namedtuple("Arg", "kind default")):
-    """A field of a request: its kind, and what it is when it was not given (REQUIRED: it must be)."""
+class Arg(collections.namedtuple("Arg", "kind default is_ours")):
+    """A field of a request: its kind, what it is when it was not given (REQUIRED: it must be), and whether it is an
+    extension, which a server that speaks the plain protocol is not sent."""
 
     __slots__ = ()
 
@@ -4137,7 +4146,11 @@ class Fields(dict):
 
 
 def _arg(kind, default=None):
-    return Arg(kind, default)
+    return Arg(kind, default, False)
+
+
+def _ours(kind, default=None):
+    return Arg(kind, default, True)
 
 
 def checked(spec, given, where):
@@ -4212,6 +4225,12 @@ def _run_fetch(store, caller, request, route):
     return _run(store, caller, request, route)
 
 
+def _run_worker(store, caller, request, route):
+    """Return a worker with `_id` for its id: so a 1.0.1 server calls it on this one answer."""
+    shown = in_json(_run(store, caller, request, route), False)
+    return dict(shown, _id=shown.pop("worker_id"))
+
+
 class Stream:
     """An answer without an end: server-sent events, an iterator of bytes."""
 
@@ -4220,15 +4239,18 @@ class Stream:
 
 
 def _run_events(store, caller, request, route):
-    """Return the Stream of a queue's events, from after the one whose id was given."""
-    after = request["last_event_id"]
+    """Return the Stream of a queue's events, from after the one whose id was given, else from this moment on."""
     queue_id = _run(store, caller, request, route).queue_id
-    return Stream(_event_pieces(follow(store, queue_id, after and tuple(map(int, after.split("."))), PING_S)))
+    after = request["last_event_id"]
+    after = tuple(map(int, after.split("."))) if after else last_event(store)
+    if isinstance(caller, LocalName):  # its queue may be made later
+        return Stream(_event_pieces(follow(store, caller, after, min(PING_S, WAIT_SLICE_S)), after))
+    return Stream(_event_pieces(follow(store, queue_id, after, PING_S), after))
 
 
-def _event_pieces(events):
+def _event_pieces(events, after):
     hello = {"status": "connected", "client_id": new_id()}
-    yield ("retry: 3000\nevent: connection\ndata: %s\n\n" % json.dumps(hello)).encode()
+    yield ("retry: 3000\nevent: connection\nid: %d.%d\ndata: %s\n\n" % (after + (json.dumps(hello),))).encode()
     count = 0
     for event in events:
         if event is None:
@@ -4309,7 +4331,7 @@ def _route(operation, meaning, fields=None, query=None, status=200, writes=True,
 
 
 _TASK_INPUT = {
-    "task_id": _arg("id"), "task_name": _arg("name"), "args": _arg("dict"), "metadata": _arg("dict"),
+    "task_id": _ours("id"), "task_name": _arg("name"), "args": _arg("dict"), "metadata": _arg("dict"),
     "cmd": _arg("cmd"), "heartbeat_timeout": _arg("seconds"), "task_timeout": _arg("seconds"),
     "max_retries": _arg("count", 3), "priority": _arg("int", 0),
 }
@@ -4340,8 +4362,9 @@ ROUTES = {
     "PUT " + _TASKS: _route(
         update_tasks_op, "update tasks, all or none", body="list", prepare=_prepare_updates,
         query={"reset_pending": _arg("bool", True)},
-        fields=dict(_TASK_INPUT, _id=_arg("id"), replace_fields=_arg("texts"), status=_arg("status"),
-                    retries=_arg("count"), max_retries=_arg("count"), priority=_arg("int"), summary=_arg("dict"))),
+        fields=dict(_TASK_INPUT, task_id=_arg("id"), _id=_arg("id"), replace_fields=_arg("texts"),
+                    status=_arg("status"), retries=_arg("count"), max_retries=_arg("count"), priority=_arg("int"),
+                    summary=_arg("dict"))),
     "POST " + _TASKS + "/search": _route(
         search_tasks_op, "tasks that match", writes=False, prepare=_read_task_filter,
         fields=dict(_PAGE, task_id=_arg("id"), task_name=_arg("text"), status=_arg("status"))),
@@ -4350,27 +4373,29 @@ ROUTES = {
         waits=_until_found, quick=_unless_new_filter,
         fields={"worker_id": _arg("id"), "eta_max": _arg("duration"), "heartbeat_timeout": _arg("seconds"),
                 "start_heartbeat": _arg("bool", True), "required_fields": _arg("texts"), "extra_filter": _arg("filter"),
-                "cmd": _arg("cmd"), "fetch_id": _arg("id"), "wait_s": _arg("wait", 0.0)}),
+                "cmd": _arg("cmd"), "fetch_id": _ours("id"), "wait_s": _ours("wait", 0.0)}),
     "GET " + _TASKS + "/{task_id}": _route(get_task_op, "one task", writes=False, quick=_always),
     "DELETE " + _TASKS + "/{task_id}": _route(delete_task_op, "delete a task", status=204, quick=_always),
     "POST " + _TASKS + "/{task_id}/status": _route(
         report_task_op, "report on a run, or on a task", quick=_always,
         fields={"status": _arg("status", REQUIRED), "worker_id": _arg("id"), "summary": _arg("dict"),
-                "run_id": _arg("id"), "reason": _arg("text")}),
+                "run_id": _ours("id"), "reason": _ours("text")}),
     "POST " + _TASKS + "/{task_id}/heartbeat": _route(
         heartbeat_op, "say that a run is alive", status=204, writes=False, waits=_until_over, quick=_always,
-        query={"worker_id": _arg("id"), "run_id": _arg("id"), "answer": _arg("answer"), "wait_s": _arg("wait", 0.0)}),
+        query={"worker_id": _arg("id"), "run_id": _ours("id"), "answer": _ours("answer"),
+               "wait_s": _ours("wait", 0.0)}),
     "GET " + _QUEUE + "/events": _route(
         get_queue_op, "a stream of server-sent events, one for each step of a state machine", writes=False,
-        run=_run_events, query={"last_event_id": _arg("event_id")}),
+        run=_run_events, query={"last_event_id": _ours("event_id")}),
     "POST " + _WORKERS: _route(
         create_worker_op, "register a worker", status=201, quick=_always,
-        fields={"worker_id": _arg("id"), "worker_name": _arg("name"), "metadata": _arg("dict"),
+        fields={"worker_id": _ours("id"), "worker_name": _arg("name"), "metadata": _arg("dict"),
                 "max_retries": _arg("count", 3)}),
     "POST " + _WORKERS + "/search": _route(
         search_workers_op, "workers that match", writes=False, prepare=_read_filter(visible(WORKER_FIELDS)),
         fields=dict(_PAGE, worker_id=_arg("id"), worker_name=_arg("text"), status=_arg("worker_status"))),
-    "GET " + _WORKERS + "/{worker_id}": _route(get_worker_op, "one worker", writes=False, quick=_always),
+    "GET " + _WORKERS + "/{worker_id}": _route(get_worker_op, "one worker, its id as _id", writes=False,
+                                            run=_run_worker),
     "DELETE " + _WORKERS + "/{worker_id}": _route(
         delete_worker_op, "delete a worker", status=204, query={"cascade_update": _arg("bool", True)}),
     "POST " + _WORKERS + "/{worker_id}/status": _route(
@@ -5247,6 +5272,7 @@ EXTENSIONS = "Labtasker-Extensions"
 CONFIG_NAME, OLD_CONFIG_NAME = "config.toml", "client.toml"  # the second is that of Labtasker 1.0.1
 REQUEST_TIMEOUT_S = 60.0  # silence after which a server counts as away; long polls add theirs
 CHUNK_TASKS = 5000  # tasks that submit_tasks sends in one transaction
+PLAIN_LIMIT = 1000  # tasks that a server without the extensions shows, or updates, at a time
 REPEAT_AFTER_S = (0.05, 0.1, 0.2, 0.5, 1.0, 2.0)  # pauses before asking again when a connection broke
 
 # What must not be done twice -> (the field of the request whose id makes asking again harmless where the server has
@@ -5376,7 +5402,8 @@ def write_config(root, url, queue_name, password):
     return path
 
 
-# Transports: each has call(method, path, query, body) -> (status, answer), `where` and `extensions`.
+# Transports: each has call(method, path, query, body) -> (status, answer), `where` and `extensions`, and
+# listen(after, timeout_s) -> (status, answer), where the answer to a listener who is let in is its lines, with close().
 
 
 class StoreTransport:
@@ -5393,9 +5420,31 @@ class StoreTransport:
         body = None if body is None else parse_json(body)
         return answer_call(self.store, lambda: self.queue_name, method, path, body, query)
 
+    def listen(self, after, timeout_s):
+        """Return (status, LocalLines of the queue's events after the one with the id `after`).
+
+        The lines end soon where a server takes the store, so that the listener goes to it."""
+        self.store.LOCK_TIMEOUT_S = 1.0
+        status, answer = self.call("GET", _QUEUE + "/events", _given(last_event_id=after), None)
+        return status, LocalLines(self.store, answer.pieces) if isinstance(answer, Stream) else answer
+
     def close(self):
         """Give the store up."""
         self.store.close()
+
+
+class LocalLines:
+    """The lines of a stream of events that this process makes from the file."""
+
+    def __init__(self, store, pieces):
+        self.store, self.pieces = store, pieces
+
+    def __iter__(self):
+        return (line for piece in self.pieces for line in piece.splitlines())
+
+    def close(self):
+        """Have the lines end."""
+        self.store.closing = True
 
 
 class HttpTransport:
@@ -5452,21 +5501,21 @@ class HttpTransport:
         try:
             return status, json.loads(content.decode()) if content else None
         except ValueError:
+            if status >= 400:  # a proxy's page, or a bug of a 1.0.1 server
+                return status, {"detail": content[:200].decode("utf-8", "replace")}
             raise LabtaskerConnectError("%s answered %s %s with what is no JSON: is it a Labtasker server?" % (
                 self.url, request.get_method(), request.selector.partition("?")[0])) from None
 
     def _check_repeat(self, method, path, body, error, lost, pause_s):
         """Raise LabtaskerConnectError where a request that failed with `error` must not be sent again."""
         from http.client import HTTPException
-        reason = str(error) or type(error).__name__
         risk = lost and self._risk(method, path, body)
         if risk:
             raise LabtaskerConnectError("the connection to %s broke before the answer came (%s): %s; look before you "
-                                        "ask again" % (self.url, reason, risk)) from None
+                                        "ask again" % (self.url, str(error) or type(error).__name__, risk)) from None
         broken = isinstance(error, (ConnectionError, HTTPException)) or type(error).__name__ == "SSLEOFError"
         if pause_s is None or not broken or isinstance(error, ConnectionRefusedError):
-            raise LabtaskerConnectError("no answer from %s (%s): is the server running? Start it with 'labtasker "
-                                        "serve', or mend the URL with 'labtasker init'" % (self.url, reason)) from None
+            raise self.away(error) from None
 
     def _risk(self, method, path, body):
         """Return what may have been done that must not be done twice, or None."""
@@ -5483,9 +5532,62 @@ class HttpTransport:
         has_ids = all(item.get(field) for item in (given if isinstance(given, list) else [given]))
         return None if self.extensions and has_ids else words
 
+    def away(self, error):
+        """Return the LabtaskerConnectError of an error that a connection met."""
+        return LabtaskerConnectError(
+            "no answer from %s (%s): is the server running? Start it with 'labtasker serve', or mend the URL with "
+            "'labtasker init'" % (self.url, str(error) or type(error).__name__))
+
+    def listen(self, after, timeout_s):
+        """Return (status, RemoteLines of the queue's events after the one with the id `after`), or raise
+        LabtaskerConnectError where there is no answer within so many seconds."""
+        import urllib.request
+        from http.client import HTTPException
+        request = urllib.request.Request(self.url + _QUEUE + "/events")
+        request.timeout = timeout_s
+        headers = dict(self.headers, Accept="text/event-stream", **({"Last-Event-ID": after} if after else {}))
+        try:
+            connection = _connection(request)
+            connection.connect()
+            sock = connection.sock
+            connection.request("GET", request.selector, headers=headers)
+            response = connection.getresponse()
+            if response.status != 200:
+                return response.status, json.loads(response.read().decode())
+            sock.settimeout(REQUEST_TIMEOUT_S)
+        except (OSError, HTTPException, ValueError) as error:
+            raise self.away(error) from None
+        self.extensions = response.getheader(EXTENSIONS) == "1"
+        return 200, RemoteLines(sock, response)
+
     def close(self):
         """Close this thread's connection."""
         self.opener.kept.__dict__.clear()
+
+
+class RemoteLines:
+    """The lines of a server's stream of events; they end with the connection."""
+
+    def __init__(self, sock, response):
+        self.sock, self.response = sock, response
+
+    def __iter__(self):
+        from http.client import HTTPException
+        try:
+            for line in self.response:
+                yield line
+        except (OSError, HTTPException, ValueError):  # the server went away, or was silent too long
+            pass
+        finally:
+            self.response.close()
+            self.sock.close()
+
+    def close(self):
+        """Have the lines end; from any thread."""
+        try:
+            self.sock.shutdown(2)
+        except OSError:  # it is closed already
+            pass
 
 
 class _KeepingHandler:
@@ -5496,7 +5598,7 @@ class _KeepingHandler:
         kept = self.parent.kept
         connection = getattr(kept, request.host, None)
         if connection is None or connection.sock is None or _is_readable(connection.sock):
-            connection = self.connect(request)
+            connection = _connection(request)
             setattr(kept, request.host, connection)
         connection.timeout = request.timeout
         if connection.sock is not None:
@@ -5507,13 +5609,6 @@ class _KeepingHandler:
         response = connection.getresponse()
         response.msg = response.reason
         return response
-
-    def connect(self, request):
-        """Return a new connection."""
-        import http.client
-        if request.type == "http":
-            return http.client.HTTPConnection(request.host, timeout=request.timeout)
-        return http.client.HTTPSConnection(request.host, timeout=request.timeout)
 
     http_open = https_open = keep_open
 
@@ -5526,6 +5621,13 @@ def _is_readable(sock):
     poll = select.poll()
     poll.register(sock, select.POLLIN)
     return bool(poll.poll(0))
+
+
+def _connection(request):
+    """Return a new connection to the host of a urllib request."""
+    import http.client
+    kind = http.client.HTTPConnection if request.type == "http" else http.client.HTTPSConnection
+    return kind(request.host, timeout=request.timeout)
 
 
 def _keeping_opener():
@@ -5558,7 +5660,8 @@ class Client:
 
     def call(self, method, path, body=None, query=None):
         """Return the decoded answer (None where there is none), or raise LabtaskerHTTPStatusError or
-        LabtaskerConnectError."""
+        LabtaskerConnectError. A server that speaks the plain protocol is sent nothing else."""
+        body, query = self.plain(method, path, body, query)
         if body is not None:
             try:
                 body = json.dumps(body)
@@ -5569,13 +5672,31 @@ class Client:
             status, answer = self.transport.call(method, path, query, body)
         except InvalidFields as error:
             status, answer = error.status, {"detail": error.detail}
-        if status < 400:
-            self.show_notifications(answer)
-            return answer
+        if status >= 400:
+            raise self.refusal(status, answer, path)
+        self.show_notifications(answer)
+        return answer
+
+    def plain(self, method, path, body, query):
+        """Return body and query, without the extensions in them where the server has none."""
+        ours = () if self.transport.extensions else OUR_FIELDS.get((method, path.rsplit("/", 1)[-1]), ())
+        if not any(name in (one or ()) for name in ours for one in (body, query)) or self.extensions:
+            return body, query
+        return [one and {name: value for name, value in one.items() if name not in ours} for one in (body, query)]
+
+    def refusal(self, status, answer, path):
+        """Return the error that says why a request was refused."""
         detail = answer.get("detail", answer) if isinstance(answer, dict) else answer
         if status == 403 and path.endswith("/tasks/next"):
-            raise WorkerSuspended(detail_text(detail))
-        raise LabtaskerHTTPStatusError(status, detail, getattr(self.transport, "url", None))
+            return WorkerSuspended(detail_text(detail))
+        return LabtaskerHTTPStatusError(status, detail, getattr(self.transport, "url", None))
+
+    def listen(self, after, timeout_s):
+        """Return the lines of the queue's events after the one with the id `after`; raises as `call` does."""
+        status, answer = self.transport.listen(after, timeout_s)
+        if status != 200:
+            raise self.refusal(status, answer, _QUEUE + "/events")
+        return answer
 
     @staticmethod
     def show_notifications(answer):
@@ -5583,6 +5704,14 @@ class Client:
         for note in (answer.get("notification") if isinstance(answer, dict) else None) or ():
             print("labtasker: %s: %s" % (note.get("type", "info"), note.get("details", "")), file=sys.stderr)
 
+
+def _our_fields(route):
+    return frozenset(name for fields in (route.fields, route.query) for name, arg in fields.items() if arg.is_ours)
+
+
+# (method, last word of a route's path): the fields that only a server with the extensions is sent
+OUR_FIELDS = {(key.split(" ")[0], key.rsplit("/", 1)[-1]): _our_fields(route)
+              for key, route in ROUTES.items() if _our_fields(route)}
 
 _client = None
 
@@ -5687,6 +5816,26 @@ class Queue(Answer):
     """A queue: queue_id, queue_name, metadata, created_at, last_modified."""
 
     FIELDS = visible(QUEUE_FIELDS)
+
+
+class StateTransitionEvent(Answer):
+    """A step of a state machine: entity_type ("task" or "worker"), entity_id, old_state, new_state, timestamp,
+    entity_data (the task or worker then, as a dict, its id under "_id"), queue_id, type, metadata."""
+
+    FIELDS = {name: Field("time" if name == "timestamp" else "dict" if name in ("metadata", "entity_data") else "text",
+                          None, False, "") for name in (
+        "type", "queue_id", "timestamp", "metadata", "entity_type", "entity_id", "old_state", "new_state",
+        "entity_data")}
+
+
+class EventResponse(Answer):
+    """What an EventListener gives: `.event` (a StateTransitionEvent), `.timestamp`, `.sequence` (a count)."""
+
+    FIELDS = {"sequence": Field("int", None, False, ""), "timestamp": Field("time", None, False, "")}
+
+    def __init__(self, values):
+        super().__init__(values)
+        self.event = StateTransitionEvent(values["event"])
 
 
 class Response:
@@ -5826,7 +5975,11 @@ def submit_tasks(tasks):
     a failure. A server without the extension gets them one by one."""
     bodies = [dict(_given(**task), task_id=new_id()) for task in tasks]
     if not client().extensions:
-        return [client().call("POST", _TASKS, body)["task_id"] for body in bodies]
+        if len(bodies) > 1:
+            print("labtasker: %s lacks submitting many tasks at once: they go one by one" % client().where,
+                  file=sys.stderr)
+        plain = {name: _TASK_INPUT[name].default for name in ("max_retries", "priority")}
+        return [client().call("POST", _TASKS, dict(plain, **body))["task_id"] for body in bodies]
     if len(bodies) > CHUNK_TASKS:
         print("labtasker: submitting %d tasks in transactions of %d" % (len(bodies), CHUNK_TASKS), file=sys.stderr)
     ids = []
@@ -5873,6 +6026,37 @@ def get_task(task_id):
     return Task(client().call("GET", "%s/%s" % (_TASKS, task_id)))
 
 
+def _found(path, id_field, body):
+    """Return what a search finds, as dicts."""
+    document = body.get("extra_filter")
+    if isinstance(document, dict) and any(name in document for name in ("status", "task_name", "worker_name", "_id")):
+        body["extra_filter"] = {"$and": [document]}  # a 1.0.1 server lets other fields of the body replace these
+    many = type(body.get("limit")) is int and body["limit"] > PLAIN_LIMIT
+    if many and not client().extensions:
+        return _found_by_pages(path, id_field, body)
+    return client().call("POST", path + "/search", body)["content"]
+
+
+def _found_by_pages(path, id_field, body):
+    """Return what a search finds where the server shows PLAIN_LIMIT at most, sorted here.
+
+    The pages go by id: by offset, what changes meanwhile would be left out or come twice."""
+    found, page = [], []
+    wished = [body["extra_filter"]] if body.get("extra_filter") else []
+    while not found or len(page) == PLAIN_LIMIT:
+        after = [{"_id": {"$gt": found[-1][id_field]}}] if found else []
+        query = {"$and": wished + after} if wished + after else None
+        page = client().call("POST", path + "/search", dict(
+            body, offset=0, limit=PLAIN_LIMIT, sort=[["_id", 1]], extra_filter=query))["content"]
+        found += page
+        if not found:
+            break
+    sort = [[id_field if field == "_id" else field, way] for field, way in body.get("sort") or [["last_modified", 1]]]
+    rows = sort_records([Response(**row) for row in found], sort, lambda row: (row.created_at, getattr(row, id_field)))
+    begin = body.get("offset") or 0
+    return [vars(row) for row in rows[begin:begin + body["limit"]]]
+
+
 def ls_tasks(task_id=None, task_name=None, status=None, extra_filter=None, limit=100, offset=0, sort=None):
     """Return `.content`, the Tasks that match all that is given, the longest unchanged first.
 
@@ -5880,18 +6064,43 @@ def ls_tasks(task_id=None, task_name=None, status=None, extra_filter=None, limit
     [field, 1 or -1]. Only `limit` tasks are returned."""
     body = _given(task_id=task_id, task_name=task_name, status=status, extra_filter=_query(extra_filter), limit=limit,
                   offset=offset, sort=sort)
-    answer = client().call("POST", _TASKS + "/search", body)
-    return TaskLsResponse(found=answer["found"], content=[Task(task) for task in answer["content"]])
+    found = _found(_TASKS, "task_id", body)
+    return TaskLsResponse(found=bool(found), content=[Task(task) for task in found])
+
+
+def flat(mapping, prefix=""):
+    """Yield (dotted key, value) for each leaf of nested dicts."""
+    for key, value in mapping.items():
+        if isinstance(value, dict) and value:
+            yield from flat(value, prefix + key + ".")
+        else:
+            yield prefix + key, value
+
+
+def _by_dotted_keys(update):
+    """Return an update with the dicts that it merges written by dotted keys: a 1.0.1 server merges no deeper ones."""
+    merged = [name for name, value in update.items() if TASK_FIELDS.get(name, TASK_FIELDS["status"]).kind == "dict"
+              and isinstance(value, dict) and name not in update.get("replace_fields", ())]
+    return dict(update, **{name: dict(flat(update[name])) for name in merged})
 
 
 def update_tasks(task_updates, reset_pending=False):
     """Return `.content`, the Tasks as they are after these TaskUpdateRequests: all are done, or none.
 
-    `reset_pending`: they become pending again with retries at 0."""
-    body = [update.to_dict() if isinstance(update, TaskUpdateRequest) else TaskUpdateRequest(**update).to_dict()
-            for update in task_updates]
-    answer = client().call("PUT", _TASKS, body, {"reset_pending": str(bool(reset_pending)).lower()})
-    return TaskLsResponse(found=answer["found"], content=[Task(task) for task in answer["content"]])
+    Of more than a server takes at once (10,000; 1,000 at a 1.0.1 server) a message on stderr says that they go
+    in parts; and a 1.0.1 server may do some of a part. `reset_pending`: they become pending again with retries at 0."""
+    bodies = [update.to_dict() if isinstance(update, TaskUpdateRequest) else TaskUpdateRequest(**update).to_dict()
+              for update in task_updates]
+    query = {"reset_pending": str(bool(reset_pending)).lower()}
+    size = TRANSACTION_TASKS
+    if not client().extensions:
+        bodies, size = [_by_dotted_keys(body) for body in bodies], PLAIN_LIMIT
+    if len(bodies) > size:
+        print("labtasker: updating %d tasks, %d at a time" % (len(bodies), size), file=sys.stderr)
+    content = []
+    for at in range(0, len(bodies) or 1, size):
+        content += client().call("PUT", _TASKS, bodies[at:at + size], query)["content"]
+    return TaskLsResponse(found=bool(content), content=[Task(task) for task in content])
 
 
 def delete_task(task_id):
@@ -5911,8 +6120,8 @@ def ls_workers(worker_id=None, worker_name=None, status=None, extra_filter=None,
         extra_filter = tree_to_query(parse_filter(extra_filter, visible(WORKER_FIELDS), now()))
     body = _given(worker_id=worker_id, worker_name=worker_name, status=status, extra_filter=extra_filter, limit=limit,
                   offset=offset, sort=sort)
-    answer = client().call("POST", _WORKERS + "/search", body)
-    return WorkerLsResponse(found=answer["found"], content=[Worker(worker) for worker in answer["content"]])
+    found = _found(_WORKERS, "worker_id", body)
+    return WorkerLsResponse(found=bool(found), content=[Worker(worker) for worker in found])
 
 
 def report_worker_status(worker_id, status):
@@ -5926,11 +6135,160 @@ def delete_worker(worker_id, cascade_update=True):
     client().call("DELETE", "%s/%s" % (_WORKERS, worker_id), query=query)
 
 
+# Events
+
+
+def is_away(error):
+    """Return whether the error says that the server, or the store's disk, may be back later."""
+    return isinstance(error, LabtaskerConnectError) or getattr(error, "status", None) in (502, 503, 504, 507)
+
+
+def parse_events(lines):
+    """Yield {"event", "data", "id", ...} for each server-sent event in lines of bytes; one that is cut off is none."""
+    found = {}
+    for line in lines:
+        line = line.decode("utf-8", "replace").rstrip("\r\n")
+        if not line:
+            if "data" in found:
+                yield found
+            found = {}
+        name, _, value = line.partition(":")
+        if name:  # else a comment
+            value = value[1:] if value.startswith(" ") else value
+            found[name] = found[name] + "\n" + value if name == "data" and name in found else value
+
+
+class EventListener:
+    """Hears the steps of the queue's tasks and workers from `start` on, in a thread that reconnects for ever.
+
+    Where the store or the server gives events ids, none is lost meanwhile; else stderr says that some may be."""
+
+    def __init__(self):
+        self.lock = threading.Condition()  # guards all attributes
+        self.waiting, self.client, self.lines, self.error = collections.deque(), None, None, None
+        self.client_id, self.last_id, self.stopped = None, None, False
+
+    def start(self, timeout=10):
+        """Return this listener once it is connected; raises what any call does where it can't be within `timeout` s."""
+        self.config, self.timeout_s = load_config(), timeout
+        events = self._connect()
+        threading.Thread(target=self._listen, args=(events,), name="labtasker events", daemon=True).start()
+        return self
+
+    def stop(self):
+        """Listen no more; who waits for an event gets None."""
+        with self.lock:
+            self.stopped, self.client_id = True, None
+            if self.lines:
+                self.lines.close()
+            self.lock.notify_all()
+
+    def is_connected(self):
+        """Return whether the stream is open at this moment."""
+        return self.client_id is not None
+
+    def get_client_id(self):
+        """Return the id that the server gave this listener, None while there is no connection."""
+        return self.client_id
+
+    def get_event(self, timeout=None):
+        """Return the next EventResponse, waited for; None after `timeout` seconds, or when the listener was stopped.
+
+        Raises LabtaskerRuntimeError where it was not started, or why it can't go on."""
+        give_up_at = math.inf if timeout is None else monotonic() + timeout
+        with self.lock:
+            if self.client is None:
+                raise LabtaskerRuntimeError("this listener was not started: call its start(), or connect_events()")
+            while not (self.waiting or self.stopped or monotonic() >= give_up_at):
+                self.lock.wait(min(give_up_at - monotonic(), 1.0))
+            if self.waiting:
+                return EventResponse(json.loads(self.waiting.popleft()))
+            if self.error:
+                raise self.error
+            return None
+
+    def iter_events(self):
+        """Yield each event as it comes, until the listener is stopped."""
+        event = self.get_event()
+        while event is not None:
+            yield event
+            event = self.get_event()
+
+    def _connect(self):
+        """Return the events of a new connection, the first of which said who we are."""
+        client = Client(_transport(self.config))
+        lines = client.listen(self.last_id, self.timeout_s)
+        events = parse_events(lines)
+        hello = next(events, None)
+        if hello is None:
+            raise LabtaskerConnectError("%s ended the stream of events before it began" % client.where)
+        with self.lock:
+            self.client, self.lines, self.client_id = client, lines, json.loads(hello["data"]).get("client_id")
+            if self.last_id is None:
+                self.last_id = hello.get("id")
+            if self.stopped:
+                lines.close()
+        return events
+
+    def _listen(self, events):
+        """Take events, and connect anew when they end, until the listener is stopped or not wanted any more."""
+        delay_s = 0.1
+        while not self.stopped:
+            try:
+                for event in events:
+                    self._take(event)
+                    delay_s = 0.1
+                events = ()
+                self._pause(delay_s)
+                delay_s = min(delay_s * 2, 3.0)
+                events = () if self.stopped else self._reconnect()
+            except Exception as error:  # raised where the events are asked for
+                events = ()
+                if not is_away(error):
+                    with self.lock:
+                        self.error, self.stopped = error, True
+        self._pause(0)
+
+    def _pause(self, seconds):
+        """Note that the stream has ended, and wait so long, or until the listener is stopped."""
+        with self.lock:
+            self.client_id = None
+            self.client.transport.close()
+            self.lock.notify_all()
+            if not self.stopped:
+                self.lock.wait(seconds)
+
+    def _reconnect(self):
+        """Return the events of a new connection, after the last one; says so where some may be missing."""
+        if self.last_id is None:
+            print("labtasker: the connection to %s was lost; that server can't say which events came meanwhile"
+                  % self.client.where, file=sys.stderr)
+        return self._connect()
+
+    def _take(self, event):
+        """Keep an event for who asks; a listener that nobody asks lets the server wait."""
+        if event.get("event") == "too_old":
+            print("labtasker: %s" % json.loads(event["data"]).get("detail"), file=sys.stderr)
+        if event.get("event") != "event":
+            return
+        with self.lock:
+            while len(self.waiting) >= MAX_EVENTS and not self.stopped:
+                self.lock.wait(0.1)
+            self.waiting.append(event["data"])
+            self.last_id = event.get("id", self.last_id)
+            self.lock.notify_all()
+
+
+def connect_events(timeout=10):
+    """Return an EventListener that hears the queue's events from now on; raises where it can't within `timeout` s."""
+    return EventListener().start(timeout)
+
+
 # `from labtasker.api_models import TaskUpdateRequest` works with nothing but this file.
 _api_models = type(sys)("labtasker.api_models", "The classes of requests and answers.")
 _api_models.__dict__.update((kind.__name__, kind) for kind in (
     Task, Worker, Queue, TaskUpdateRequest, TaskSubmitResponse, TaskFetchResponse, TaskLsResponse, WorkerLsResponse,
-    HealthCheckResponse))
+    HealthCheckResponse, EventResponse, StateTransitionEvent))
 sys.modules["labtasker.api_models"] = api_models = _api_models
 
 
@@ -6340,11 +6698,6 @@ def remark(text):
         sys.stderr.flush()
     except (OSError, ValueError, AttributeError):
         pass
-
-
-def is_away(error):
-    """Return whether the error says that the server, or the store's disk, may be back later."""
-    return isinstance(error, LabtaskerConnectError) or getattr(error, "status", None) in (502, 503, 504, 507)
 
 
 def patiently(action, pause, limit_s):
@@ -7352,6 +7705,7 @@ def show(text, no_pager=False):
 COMFORTS = {  # the commands of labtasker_cli.py, and what they are for
     "task retry": "Make failed (or selected) tasks pending again, with their retries at 0.",
     "config": "Edit the configuration in $EDITOR; it is kept where it can be read.",
+    "event listen": "Print the steps of tasks and workers as they come, until Ctrl-C; reconnects.",
     "help filter": "Print the filter language: operators, dates, a task's fields.",
     "help settings": "Print the settings of config.toml, and the variables that win over it.",
     "help journal": "Print the format of the journal, a line a transaction.",
@@ -7375,15 +7729,6 @@ def comforts():
 
 
 # ---- Listings: table, yaml, jsonl, csv
-
-
-def flat(mapping, prefix=""):
-    """Yield (dotted key, value) for each leaf of nested dicts."""
-    for key, value in mapping.items():
-        if isinstance(value, dict) and value:
-            yield from flat(value, prefix + key + ".")
-        else:
-            yield prefix + key, value
 
 
 def brief(value):
@@ -8137,9 +8482,9 @@ def do_health(options):
     began = monotonic()
     answer = health_check()
     spent_ms = 1000 * (monotonic() - began)
-    version = client().call("GET", "/").get("version", "an unknown version")
+    version = "version %s" % client().call("GET", "/").get("version") if client().extensions else "Labtasker 1.0"
     healthy = answer.status == "healthy"
-    say("%s: %s, version %s, %.1f ms%s" % (answer.status, client().where, version, spent_ms,
+    say("%s: %s, %s, %.1f ms%s" % (answer.status, client().where, version, spent_ms,
                                            "" if healthy else ", " + answer.database))
     return 0 if healthy else 1
 

@@ -11,9 +11,9 @@ import sys
 from labtasker import (
     ARITHMETIC, CALLS, COMFORTS, COMMANDS, COMPARISONS, CONFIG_NAME, DATE_FORMS, IDS, INSTEAD, LOGIC,
     OPERATORS, QUIET, RECORDS, REQUIRED, ROUTES, SELECT, SETTINGS, TASK_FIELDS, Command, LabtaskerError,
-    LabtaskerRuntimeError, LabtaskerValueError, TaskUpdateRequest, ask, chosen_tasks, find_root, is_terminal,
-    load_config, main, note, option,
-    read_text, say, show, show_listing, some, table, update_tasks, visible)
+    LabtaskerRuntimeError, LabtaskerValueError, TaskUpdateRequest, ask, chosen_tasks, clean, connect_events, find_root,
+    format_time, is_terminal, load_config, main, note, option, pairs, read_text, say, seconds, show, show_listing, some,
+    table, update_tasks, visible)
 
 __all__ = ["main", "server_main"]
 
@@ -48,6 +48,35 @@ def do_task_retry(options):
         update_tasks([TaskUpdateRequest(_id=task.task_id) for task in tasks], reset_pending=True)
     if not options.quiet:
         say("%s pending again" % some(tasks))
+
+
+# ---- Events
+
+
+def do_event_listen(options):
+    listener = connect_events(options.timeout)
+    note("Connected; Ctrl-C ends it.")
+    for event in listener.iter_events():
+        if options.raw:
+            say(json.dumps(event.to_dict()))
+        else:
+            say(clean(event_line(event) if options.compact else event_text(event)))
+        sys.stdout.flush()
+
+
+def event_line(response):
+    """Return an event as one line: when, what, its id, and the step."""
+    event = response.event
+    return "%s  %-6s  %s  %s -> %s" % (format_time(event.timestamp.timestamp())[:19].replace("T", " "),
+                                       event.entity_type, event.entity_id, event.old_state, event.new_state)
+
+
+def event_text(response):
+    """Return an event with what there is to know of its task or worker."""
+    data = response.event.entity_data
+    known = [data.get("task_name") or data.get("worker_name"), pairs(data.get("args") or {}),
+             pairs(data.get("summary") or {})]
+    return event_line(response) + "\n    " + "  ".join(text for text in known if text)
 
 
 # ---- Editing
@@ -157,12 +186,13 @@ def api_reference():
     """Return the routes of the REST API, each with the fields that it takes."""
     def shown(name, arg):
         default = "" if arg.default is None else "=" + json.dumps(arg.default) if arg.default is not REQUIRED else None
-        return "%s %s%s" % (name, arg.kind, " (required)" if default is None else default)
+        return "%s%s %s%s" % (name, "*" if arg.is_ours else "", arg.kind, " (required)" if default is None else default)
     lines = []
     for name, route in ROUTES.items():
         lines.append("%s -> %d%s\n    %s" % (name, route.status, " (no password)" if route.open else "", route.meaning))
         lines += ["    %s: %s" % (what, ", ".join(shown(*field) for field in fields.items()))
                   for what, fields in (("URL", route.query), ("body", route.fields)) if fields]
+    lines += ["", "* An extension: servers that know it answer with the header Labtasker-Extensions: 1."]
     return "\n".join(lines)
 
 
@@ -177,6 +207,9 @@ def comfort(path, run, example, options=()):
 comfort("task retry", do_task_retry, "labtasker task retry -f 'args.model == \"vit\"' --dry-run",
         [IDS] + SELECT + [option("--dry-run", "only show which"), QUIET])
 comfort("config", do_config, "EDITOR=nano labtasker config")
+comfort("event listen", do_event_listen, "labtasker event listen --compact", [
+    option("-c --compact", "one line for each"), option("--raw", "JSON as it came, one line for each"),
+    option("--timeout TIME", "how long to try to connect at first (10)", type=seconds, default=10)])
 comfort("help filter", lambda options: show(filter_reference()), "labtasker help filter")
 comfort("help settings", lambda options: show(settings_reference()), "labtasker help settings")
 comfort("help journal", lambda options: show(journal_reference()), "labtasker help journal")

@@ -1,9 +1,11 @@
 """Section 6: the table of routes, what a request may hold, what bad ones get, what answers show."""
+import itertools
 import json
 
 import pytest
 
 import labtasker as L
+from test_service import clock, door  # noqa: F401 (fixtures)
 
 ME = "/api/v1/queues/me"
 
@@ -150,6 +152,8 @@ def test_search_offsets_limits_sorts_and_ands(call):
     assert found(limit=0) == []
     assert found(sort=[["args.even", -1], ["args.i", -1]]) == [8, 6, 4, 2, 0, 9, 7, 5, 3, 1]
     assert found(task_name="t1", extra_filter={"args.even": True}) == [4]
+    by_id = sorted(range(10), key=lambda i: call("POST", ME + "/tasks/search", {"extra_filter": {"args.i": i}})[1]["content"][0]["task_id"])
+    assert found(sort=[["_id", 1]]) == found(sort=[["task_id", 1]]) == by_id == found(sort=[["_id", -1]])[::-1]
     assert found(status="running") == []
     assert found(extra_filter='args.i > 7 or task_name == "t0"') == [0, 3, 6, 8, 9]
     assert found(task_name="nosuch", extra_filter={"task_name": "t1"}) == []
@@ -173,3 +177,272 @@ def test_queues(call):
 def test_a_transaction_is_bounded(call):
     status, answer = call("POST", ME + "/tasks", [{"args": {"a": 1}}] * (L.TRANSACTION_TASKS + 1))
     assert status == 413 and "10000" in answer["detail"]
+
+
+# ---- Both state machines: what every event does in every state, over the wire
+
+# A word: the state after it. =: it is taken and the state stays. A number: it is refused so, and nothing changes.
+TASK_TABLE = """
+event             pending    running    success    failed     cancelled
+fetch             running    =          =          =          =
+report_success    400        success    =          400        400
+report_failed     400        pending    400        =          400
+report_cancelled  cancelled  cancelled  cancelled  cancelled  =
+report_running    400        =          400        400        400
+report_pending    =          pending    400        400        400
+put_pending       =          pending    pending    pending    pending
+put_success       400        success    =          400        400
+put_failed        400        failed     400        =          400
+put_cancelled     cancelled  cancelled  cancelled  cancelled  =
+put_running       400        =          400        400        400
+put_fields        =          =          =          =          =
+reset             pending    pending    pending    pending    pending
+heartbeat         404        =          404        404        404
+silence           =          pending    =          =          =
+too_long          =          pending    =          =          =
+other_worker      409        409        409        409        409
+delete            gone       gone       gone       gone       gone
+"""
+WORKER_TABLE = """
+event             active     suspended  crashed
+report_active     active     active     active
+report_suspended  suspended  400        400
+report_crashed    crashed    400        crashed
+fetch             =          403        403
+fail              active     =          =
+last_fail         crashed    =          =
+silence           active     =          =
+last_silence      crashed    =          =
+delete            gone       gone       gone
+"""
+
+
+def cells(table):
+    """Return [(event, state, what it does)] of a table's text."""
+    head, *rows = [line.split() for line in table.strip().split("\n")]
+    return [(row[0], state, cell) for row in rows for state, cell in zip(head[1:], row[1:])]
+
+
+def task_event(door, task_id, event):
+    """Return the status of the answer to the event."""
+    verb, _, status = event.partition("_")
+    if event in ("silence", "too_long"):
+        door.later(61 if event == "silence" else 601)
+        return 200
+    method, path, body, query = {
+        "fetch": ("POST", "/tasks/next", {"heartbeat_timeout": 60}, {}),
+        "report": ("POST", "/tasks/%s/status" % task_id, {"status": status, "summary": {"told": 1}}, {}),
+        "other": ("POST", "/tasks/%s/status" % task_id, {"status": "success", "worker_id": L.new_id()}, {}),
+        "put": ("PUT", "/tasks", [{"_id": task_id, **({"priority": 7} if status == "fields" else {"status": status})}], {"reset_pending": "false"}),
+        "reset": ("PUT", "/tasks", [{"_id": task_id}], {}),
+        "heartbeat": ("POST", "/tasks/%s/heartbeat" % task_id, None, {}),
+        "delete": ("DELETE", "/tasks/" + task_id, None, {}),
+    }[verb]
+    door.clock.pass_s(0.001)
+    status, answer = L.answer_call(door.store, lambda: door.queue, method, ME + path, body, query, False)
+    if status == 400:
+        assert "InvalidStateTransition" in answer["detail"]
+    assert status < 400 or isinstance(answer["detail"], str)
+    return status
+
+
+def task_in(door, state):
+    """Return the id of a task in this state that has failed once before."""
+    task_id = door.submit(max_retries=3, task_timeout=600)
+    door.report(door.fetch(), "failed")
+    if state in ("running", "success", "failed"):
+        task = door.fetch()
+    if state in ("success", "failed"):
+        door.update(task_id, max_retries=2)
+        door.report(task, state)
+        door.update(task_id, max_retries=3)
+    if state == "cancelled":
+        door.report(task_id, "cancelled")
+    return task_id
+
+
+@pytest.mark.parametrize("event, state, then", cells(TASK_TABLE))
+def test_every_event_in_every_state_of_a_task(door, event, state, then):
+    task_id = task_in(door, state)
+    before = door.task(task_id)
+    assert before["status"] == state
+    status = task_event(door, task_id, event)
+    if then == "gone":
+        door("GET", "tasks/" + task_id, expect=404)
+        return
+    task = door.task(task_id)
+    assert task["status"] == (then if then.isalpha() else state)
+    if then.isdigit():
+        assert (status, task) == (int(then), before)
+        return
+    failed = state == "running" and event in ("report_failed", "silence", "too_long")
+    assert status in (200, 204) and task["retries"] == (0 if event == "reset" else before["retries"] + failed)
+    assert task["start_time"] is not None and (event == "fetch" or task["worker_id"] is None)
+    assert ("labtasker_error" in task["summary"]) == (state == "running" and event in ("silence", "too_long"))
+    assert ("told" in task["summary"]) == event.startswith("report_")
+
+
+@pytest.mark.parametrize("event, state, then", cells(WORKER_TABLE))
+def test_every_event_in_every_state_of_a_worker(door, event, state, then):
+    worker_id = door.worker(max_retries=2 if event.startswith("last_") else 9)
+    for _ in range(2):
+        door.submit(max_retries=9)
+    for _ in range(1 + event.startswith("last_")):
+        task = door.fetch(worker_id=worker_id)
+        if event.startswith("last_") and not door("POST", "workers/search", {"worker_id": worker_id})["content"][0]["retries"]:
+            door.report(task, "failed", worker_id=worker_id)
+    if state != "active":
+        door("POST", "workers/%s/status" % worker_id, {"status": state})
+    retries = door("POST", "workers/search", {"worker_id": worker_id})["content"][0]["retries"]
+    verb, _, wanted = event.partition("_")
+    if verb == "report":
+        status, answer = L.answer_call(door.store, lambda: door.queue, "POST", ME + "/workers/%s/status" % worker_id, {"status": wanted})
+    elif event == "fetch":
+        status, answer = L.answer_call(door.store, lambda: door.queue, "POST", ME + "/tasks/next", {"worker_id": worker_id})
+    elif event.endswith("fail"):
+        status, answer = 200, door.report(task["task_id"], "failed", worker_id=worker_id)
+    elif event.endswith("silence"):
+        status, answer = 200, door.later(61)
+    else:
+        door("DELETE", "workers/" + worker_id)
+        assert door.task(task["task_id"])["worker_id"] is None
+        door("GET", "workers/" + worker_id, expect=404)
+        return
+    assert status == (int(then) if then.isdigit() else 200)
+    assert "InvalidStateTransition" in answer["detail"] if status == 400 else True
+    worker, = door("POST", "workers/search", {"worker_id": worker_id})["content"]
+    assert worker["status"] == (then if then.isalpha() else state)
+    struck = event.endswith(("fail", "silence"))
+    assert worker["retries"] == (0 if event == "report_active" else retries + struck)
+
+
+def test_the_tables_have_every_state_and_every_status_that_can_be_told():
+    for table, states, told in ((TASK_TABLE, L.TASK_STATES, "report put".split()), (WORKER_TABLE, L.WORKER_STATES, ["report"])):
+        rows = cells(table)
+        assert {state for _, state, _ in rows} == set(states)
+        assert len(rows) == len({row[:2] for row in rows})
+        assert {"%s_%s" % pair for pair in itertools.product(told, states)} <= {event for event, _, _ in rows}
+
+
+# ---- Every field of every route
+
+BAD_VALUES = {  # kind of field: values that are none
+    "text": [1, []], "id": [1, {}], "name": ["", "a b", "x" * 101, "a\n", "\xe4", 1], "password": ["", "x" * 101, 1], "dict": [1, [], "x"],
+    "filter": [1, []], "seconds": [0, -1, "60", True, float("inf"), float("nan")], "duration": ["soon", "", 0, [], "-1h"], "wait": ["x", []],
+    "bool": ["maybe", 2, [], ""], "int": ["x", 1.5, True, 2 ** 63], "count": [-1, 1.5, "3", 2 ** 31 + 1], "whole": [-1, "x", 1.5, "-1"],
+    "status": ["done", 1, "created"], "worker_status": ["failed", 1], "event_id": ["x", "1", "1.x"], "answer": ["x"], "texts": ["x", [1]],
+    "cmd": [1, [1], {}], "sort": ["x", [["a", 2]], [["a"]], [[1, 1]], {}],
+}
+
+
+def every_field():
+    """Return (route, place, field, kind) of every field that a request may have."""
+    return [(key, place, name, arg.kind) for key, route in L.ROUTES.items()
+            for place, fields in (("query", route.query), ("body", route.fields)) for name, arg in fields.items()]
+
+
+@pytest.mark.parametrize("key, place, name, kind", every_field())
+def test_a_bad_field_is_a_422_that_names_it(call, key, place, name, kind):
+    method, path = key.split(" ")
+    route = L.ROUTES[key]
+    for value in BAD_VALUES[kind]:
+        body, query = ({}, {name: value}) if place == "query" else ({name: value}, {})
+        loc = [place, name]
+        if route.body == "list":
+            body, loc = [body], loc if place == "query" else ["body", 0, name]
+        status, answer = L.answer_call(None, lambda: None, method, path, body, query)
+        rows = [row for row in answer["detail"] if row["loc"] == loc]
+        assert status == 422 and len(rows) == 1 and rows[0]["msg"] and rows[0]["type"], (value, answer)
+        assert rows[0]["msg"] != "is required"
+
+
+def test_every_kind_of_field_has_bad_values():
+    assert set(BAD_VALUES) == set(L.KINDS) >= {kind for _, _, _, kind in every_field()}
+
+
+DEFAULTS = {  # the page's; what is not here has none
+    "DELETE " + ME: {"cascade_delete": False}, "PUT " + ME + "/tasks": {"reset_pending": True},
+    "POST " + ME + "/tasks": {"max_retries": 3, "priority": 0}, "POST " + ME + "/tasks/search": {"offset": 0, "limit": 100},
+    "POST " + ME + "/tasks/next": {"start_heartbeat": True, "wait_s": 0}, "POST " + ME + "/tasks/{task_id}/heartbeat": {"wait_s": 0},
+    "POST " + ME + "/workers": {"max_retries": 3}, "POST " + ME + "/workers/search": {"offset": 0, "limit": 100},
+    "DELETE " + ME + "/workers/{worker_id}": {"cascade_update": True},
+}
+REQUIRED = {"POST /api/v1/queues": {"queue_name", "password"}, "POST " + ME + "/tasks/{task_id}/status": {"status"},
+            "POST " + ME + "/workers/{worker_id}/status": {"status"}}
+
+
+def test_defaults_and_required_fields_are_those_of_the_page(call):
+    for key, route in L.ROUTES.items():
+        fields = dict(route.fields, **route.query)
+        required = {name for name, arg in fields.items() if arg.default is L.REQUIRED}
+        assert required == REQUIRED.get(key, set()), key
+        assert {name: arg.default for name, arg in fields.items() if arg.default is not None and name not in required} == DEFAULTS.get(key, {}), key
+        if required:
+            status, answer = L.answer_call(None, lambda: None, *key.split(" "), {})
+            assert status == 422 and {row["loc"][1] for row in answer["detail"]} == required
+    status, answer = call("PUT", ME + "/tasks", [{"priority": 1}])
+    assert status == 422 and answer["detail"][0]["loc"] == ["body", 0, "task_id"]
+
+
+# ---- Every route's answer
+
+WORKER = {"worker_id", "queue_id", "status", "worker_name", "metadata", "retries", "max_retries", "created_at", "last_modified"}
+QUEUE = {"queue_id", "queue_name", "created_at", "last_modified", "metadata"}
+ANSWERS = [  # route, body or query, status, what the answer's objects hold; in this order. {t}: a task, {w}: a worker
+    ("GET /", {}, 200, {"message", "versions", "version", "server"}), ("GET /health", {}, 200, {"connection"}),
+    ("GET /health/full", {}, 200, {"status", "database"}), ("GET /api/v1/polling", {}, 200, {"prev_polling", "next_eta", "polling_interval"}),
+    ("POST /api/v1/queues", {"queue_name": "q", "password": "p", "metadata": {}}, 201, {"queue_id"}),
+    ("GET " + ME, {}, 200, QUEUE), ("PUT " + ME, {"metadata_update": {"a": 1}}, 200, QUEUE),
+    ("POST " + ME + "/workers", {"worker_name": "w"}, 201, {"worker_id"}), ("POST " + ME + "/tasks", {"args": {"a": 1}}, 201, {"task_id"}),
+    ("POST " + ME + "/tasks", [{"args": {"a": 2}}], 201, {"task_ids"}),
+    ("POST " + ME + "/tasks/search", {}, 200, {"found", "content"}), ("POST " + ME + "/tasks/next", {"worker_id": "{w}"}, 200, {"found", "task"}),
+    ("POST " + ME + "/tasks/{t}/heartbeat", {}, 204, None), ("POST " + ME + "/tasks/{t}/heartbeat", {"answer": "status"}, 200, {"status"}),
+    ("POST " + ME + "/tasks/{t}/status", {"status": "success"}, 200, set()), ("GET " + ME + "/tasks/{t}", {}, 200, TASK),
+    ("PUT " + ME + "/tasks", [{"_id": "{t}"}], 200, {"found", "content"}), ("DELETE " + ME + "/tasks/{t}", {}, 204, None),
+    ("POST " + ME + "/workers/search", {}, 200, {"found", "content"}), ("POST " + ME + "/workers/{w}/status", {"status": "suspended"}, 200, set()),
+    ("GET " + ME + "/workers/{w}", {}, 200, WORKER - {"worker_id"} | {"_id"}), ("DELETE " + ME + "/workers/{w}", {}, 204, None),
+    ("DELETE " + ME, {"cascade_delete": "true"}, 204, None),
+]
+
+
+def test_every_route_answers_with_its_status_and_fields(call):
+    known, seen = {}, {"GET " + ME + "/events"}
+    for key, given, status, fields in ANSWERS:
+        method, path = key.split(" ")
+        seen.add(key.replace("{t}", "{task_id}").replace("{w}", "{worker_id}"))
+        for name, value in known.items():
+            path, given = path.replace(name, value), json.loads(json.dumps(given).replace(name, value))
+        is_query = method == "DELETE" or path.endswith("heartbeat")
+        got, answer = call(method, path, None if is_query else given, given if is_query else None, extensions=False)
+        assert (got, answer if answer is None else set(answer)) == (status, fields), key
+        known.setdefault("{t}", answer.get("task_id")) if answer and "task_id" in answer else None
+        known.setdefault("{w}", answer.get("worker_id")) if answer and "worker_id" in answer else None
+        for one in (answer or {}).get("content") or ([answer["task"]] if answer and answer.get("task") else []):
+            assert set(one) == (WORKER if "workers" in path else TASK)
+    assert seen == set(L.ROUTES)
+
+
+@pytest.mark.parametrize("key", sorted(L.ROUTES))
+def test_who_has_no_password_is_let_in_nowhere_but_where_the_page_says(call, key):
+    def login():
+        raise L.Unauthorized("Invalid credentials")
+    method, path = key.split(" ")
+    is_open = key in ("GET /", "GET /health", "GET /health/full", "GET /api/v1/polling", "POST /api/v1/queues")
+    if not is_open:
+        assert L.answer_call(None, login, method, path, None, {}) == (401, {"detail": "Invalid credentials"})
+    assert L.ROUTES[key].open is is_open
+
+
+def test_help_api_prints_every_route_with_all_its_fields(capsys):
+    assert L.main(["help", "api"]) in (0, None)
+    pieces = dict(zip(L.ROUTES, capsys.readouterr().out.split("\n\n")[0].replace("\n    ", "\t").splitlines()))
+    assert len(pieces) == len(L.ROUTES)
+    for key, route in L.ROUTES.items():
+        head, meaning, *fields = pieces[key].split("\t")
+        assert head.startswith("%s -> %d" % (key, route.status)) and ("no password" in head) == route.open and meaning == route.meaning
+        shown = [field for line in fields for field in line.partition(": ")[2].split(", ")]
+        spec = list(route.query.items()) + list(route.fields.items())
+        assert [field.split(" ")[0] for field in shown] == [name + "*" * arg.is_ours for name, arg in spec]
+        for field, (_, arg) in zip(shown, spec):
+            assert field.split(" ", 1)[1] == arg.kind + (
+                " (required)" if arg.default is L.REQUIRED else "" if arg.default is None else "=" + json.dumps(arg.default))

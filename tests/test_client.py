@@ -191,3 +191,55 @@ def test_two_processes_share_a_store_without_a_server(folder):
     workers = [subprocess.Popen([sys.executable, "-c", text], env=clean_env(), cwd=str(folder)) for _ in range(3)]
     assert [worker.wait(60) for worker in workers] == [0, 0, 0]
     assert len(L.ls_tasks(limit=1000).content) == 300
+
+
+class PlainTransport(L.StoreTransport):
+    """The store behind a server that speaks the plain protocol: shows 1000 tasks at most, takes one at a time, and is
+    sent no field of ours."""
+
+    extensions, url, most = None, "http://plain", 4
+
+    def call(self, method, path, query, body):
+        self.extensions = False
+        given = json.loads(body) if body else {}
+        names = set(query or {}) | set(given if isinstance(given, dict) else ())
+        assert not names & set(L.OUR_FIELDS.get((method, path.rsplit("/", 1)[-1]), ())), (path, names)
+        assert not (method == "POST" and isinstance(given, list)) and len(given) <= max(self.most, len(names))
+        assert path[-7:] != "/search" or given["limit"] <= self.most
+        return super().call(method, path, query, body)
+
+
+@pytest.fixture
+def plain(folder, monkeypatch):
+    monkeypatch.setattr(L, "PLAIN_LIMIT", PlainTransport.most)
+    L.use_client(L.Client(PlainTransport(str(folder / ".labtasker"), "default")))
+
+
+def test_a_server_without_the_extensions_is_sent_and_asked_what_it_knows(plain, capsys):
+    ids = [L.submit_task(args={"i": 0, "deep": {"x": 1, "y": 1}}).task_id]
+    ids += L.submit_tasks([{"args": {"i": i}, "priority": i} for i in range(1, 11)])
+    assert "one by one" in capsys.readouterr().err
+    assert [task.task_id for task in L.ls_tasks(limit=4, offset=3).content] == ids[3:7]
+    assert [task.task_id for task in L.ls_tasks(limit=10 ** 9).content] == ids
+    assert [task.task_id for task in L.ls_tasks(limit=5, offset=2, sort=[["args.i", -1]]).content] == ids[::-1][2:7]
+    assert [task.task_id for task in L.ls_tasks(limit=99, sort=[["_id", -1]], extra_filter="args.i > 5", status="pending").content] == sorted(ids[6:])[::-1]
+    assert L.ls_tasks(limit=99, task_name="nosuch").content == [] and L.ls_tasks(limit=99, task_name="nosuch").found is False
+    updates = [L.TaskUpdateRequest(task_id=task_id, args={"deep": {"x": 2}}, priority=1) for task_id in ids]
+    changed = L.update_tasks(updates).content
+    assert [task.task_id for task in changed] == ids and changed[0].args["deep"] == {"x": 2, "y": 1}
+    assert "11 tasks, 4 at a time" in capsys.readouterr().err
+    task = L.fetch_task(heartbeat_timeout=60, fetch_id=L.new_id(), wait_s=30).task
+    L.deliver(task.task_id, "running", {"a": 1}, None, task.run_id)
+    assert L.send_heartbeat(task.task_id, run_id=task.run_id, wait_s=30) is None
+    L.deliver(task.task_id, "pending", {"b": {"c": 2}}, None, task.run_id, "a reason")
+    after = L.get_task(task.task_id)
+    assert (after.status, after.retries, after.summary) == ("pending", 0, {"a": 1, "b": {"c": 2}})
+    assert L.create_worker("w") and len(L.ls_workers(limit=99).content) == 1
+
+
+def test_a_filter_of_a_field_that_is_selected_too_is_anded_everywhere(folder):
+    L.submit_task(args={"a": 1}, task_name="x")
+    sent = []
+    L.client().transport.call, call = lambda *words: sent.append(words) or call(*words), L.client().transport.call
+    assert L.ls_tasks(task_name="x", extra_filter='task_name == "y"').content == []
+    assert json.loads(sent[0][3])["extra_filter"] == {"$and": [{"task_name": "y"}]}

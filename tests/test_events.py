@@ -1,11 +1,14 @@
 """Events: one for each step of a state machine, in order, none lost over a reconnect while the log has it."""
+import io
 import json
+import re
+import signal
 import threading
 
 import pytest
 
 import labtasker as L
-from harness import http
+from harness import http, wait_until
 from test_service import Clock, Door
 
 
@@ -113,7 +116,7 @@ def test_over_http_other_queues_are_not_heard_and_a_stopping_server_ends_the_str
     request.add_header("Authorization", "Basic " + base64.b64encode(("%s:%s" % (server.queue, server.password)).encode()).decode())
     with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=20) as stream:
         assert stream.headers["Content-Type"] == "text/event-stream"
-        for _ in range(4):
+        for _ in range(5):
             stream.readline()
         http("POST", server.url + "/api/v1/queues/me/tasks", {"args": {"a": 1}}, auth=("other", "p"))
         task_id = server.http("POST", "/api/v1/queues/me/tasks", {"args": {"a": 1}})[1]["task_id"]
@@ -121,3 +124,129 @@ def test_over_http_other_queues_are_not_heard_and_a_stopping_server_ends_the_str
         assert lines[1] == "event: event\n" and json.loads(lines[2][6:])["event"]["entity_id"] == task_id
         assert server.stop() == 0
         assert stream.read() in (b"", b"\n")
+
+
+@pytest.mark.parametrize("size", [1, 3, 10000])
+def test_a_stream_is_read_whole_byte_by_byte_and_with_a_torn_end(size):
+    text = b"retry: 3000\nevent: connection\ndata: {}\n\n: a comment\r\n\r\nid: 1.0\ndata: a\ndata:b\nshiny\n\nevent: ping\n\ndata: cut"
+    lines = io.BufferedReader(io.BytesIO(text), size)
+    assert list(L.parse_events(lines)) == [{"retry": "3000", "event": "connection", "data": "{}"},
+                                           {"id": "1.0", "data": "a\nb", "shiny": ""}]
+
+
+def heard(listener, count):
+    """Return the next `count` events as (entity type, old state, new state)."""
+    found = []
+    while len(found) < count:
+        event = listener.get_event(timeout=20)
+        assert event is not None, found
+        found.append((event.event.entity_type, event.event.old_state, event.event.new_state))
+    return found
+
+
+def run_one():
+    """Submit a task and run it to its success."""
+    task_id = L.submit_task(task_name="heard", args={"a": 1}).task_id
+    L.fetch_task(heartbeat_timeout=60)
+    L.report_task_status(task_id, "success", {"acc": 1})
+    return task_id
+
+
+RAN = [("task", "created", "pending"), ("task", "pending", "running"), ("task", "running", "success")]
+
+
+def test_a_script_hears_events_with_and_without_a_server(both):
+    listener = L.connect_events()
+    assert listener.is_connected() and listener.get_client_id()
+    assert listener.get_event(timeout=0) is None
+    task_id = run_one()
+    first = listener.get_event(timeout=20)
+    assert (first.event.entity_id, first.event.type, first.event.entity_data["args"]) == (task_id, "state_transition", {"a": 1})
+    assert first.timestamp.tzinfo and first.event.timestamp.tzinfo and first.to_dict()["event"]["entity_type"] == "task"
+    assert heard(listener, 2) == RAN[1:]
+    run_one()
+    events = listener.iter_events()
+    assert [next(events).event.new_state for _ in range(3)] == ["pending", "running", "success"]
+    listener.stop()
+    assert not listener.is_connected() and listener.get_event() is None and list(events) == []
+
+
+def test_a_listener_that_cannot_be_raises_at_once(home, monkeypatch):
+    with pytest.raises(L.LabtaskerRuntimeError, match="was not started"):
+        L.EventListener().get_event()
+    monkeypatch.setenv("LABTASKER_QUEUE", "nosuch")
+    with pytest.raises(L.LabtaskerHTTPStatusError, match="no queue 'nosuch'"):
+        L.connect_events()
+    monkeypatch.setenv("LABTASKER_URL", "http://127.0.0.1:9")
+    monkeypatch.setenv("LABTASKER_PASSWORD", "p")
+    with pytest.raises(L.LabtaskerConnectError):
+        L.connect_events(timeout=1)
+
+
+def test_other_queues_events_are_no_sign_of_life(door):
+    """A listener of a quiet queue gets its pings also where another queue is busy."""
+    L.answer_call(door.store, None, "POST", "/api/v1/queues", {"queue_name": "busy", "password": "p"})
+    pieces = L._event_pieces(L.follow(door.store, "busy's id", (0, 0), 0.1), (0, 0))
+    next(pieces)
+    ended = threading.Event()
+
+    def be_busy():
+        while not ended.wait(0.01):
+            door.submit(args={"a": 1})
+    thread = threading.Thread(target=be_busy)
+    thread.start()
+    try:
+        assert next(pieces).startswith(b"event: ping\n")
+    finally:
+        ended.set()
+        thread.join()
+
+
+@pytest.mark.slow
+def test_a_listener_misses_nothing_while_its_server_is_away_or_another_process_takes_the_store(server_home, monkeypatch):
+    """Also one that has heard no event yet, and one that goes on with the store's file, then with its next server."""
+    server, folder = server_home.server, server_home.server.folder
+    port = int(server.url.rpartition(":")[2])
+    by_url = L.connect_events()
+    for name in server_home.env:
+        monkeypatch.delenv(name)
+    config = L.Config(str(folder), None, server.queue, None, 10, None)
+    monkeypatch.setattr(L, "load_config", lambda: config)
+    by_folder = L.connect_events()
+    listeners = [by_url, by_folder]
+    for turn in range(3):
+        (server.stop if turn != 1 else server.kill)()
+        L.use_client(None)
+        run_one()  # by the file, which no server has now
+        assert heard(by_folder, 3) == RAN
+        L.client().transport.close()
+        server.start(port)
+        assert heard(by_url, 3) == RAN
+        L.use_client(None)
+        run_one()
+        assert [heard(listener, 3) for listener in listeners] == [RAN, RAN]
+    for listener in listeners:
+        listener.stop()
+
+
+@pytest.mark.slow
+def test_a_queue_that_is_deleted_ends_its_listener(server_home):
+    listener = L.connect_events()
+    L.delete_queue()
+    server_home.server.stop()
+    server_home.server.start(int(server_home.server.url.rpartition(":")[2]))
+    with pytest.raises(L.LabtaskerHTTPStatusError, match="Invalid credentials"):
+        listener.get_event(timeout=20)
+
+
+@pytest.mark.parametrize("words, line", [
+    (["--compact"], r"[\d-]{10} [\d:]{8}  task    ID  created -> pending"), (["--raw"], r'\{"sequence": 1, .*"entity_id": "ID".*\}'),
+    ([], r"[\d-]{10} [\d:]{8}  task    ID  created -> pending\n    heard  a=1")])
+def test_event_listen(home, words, line):
+    process = home.start_cli("event", "listen", *words)
+    wait_until(lambda: "Connected" in process.log_path.read_text(), "it is connected")
+    task_id = home.submit("--name", "heard", "--", "--a=1")
+    pattern = re.compile(line.replace("ID", task_id) + "\n")
+    wait_until(lambda: pattern.search(process.log_path.read_text()), "the event", never=lambda _: process.poll() is not None)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(20) == 130 and "Traceback" not in process.log_path.read_text()

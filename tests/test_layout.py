@@ -51,6 +51,13 @@ def test_map_in_the_docstring_is_the_banners_in_the_file():
     assert [int(number) for number, _ in in_map] == list(range(1, 11))
 
 
+def test_no_name_of_the_module_is_given_twice():
+    """In one file a second function of the same name silently takes the place of the first."""
+    names = [node.name for node in TREE.body if isinstance(node, (ast.FunctionDef, ast.ClassDef))]
+    names += [target.id for node in TREE.body if isinstance(node, ast.Assign) for target in node.targets if isinstance(target, ast.Name)]
+    assert len(names) > 500 and sorted(names) == sorted(set(names))
+
+
 @pytest.mark.parametrize("line", [line for line, _, _ in banners()])
 def test_banner_reaches_column_79_and_says_what_the_section_is_for(line):
     assert len(LINES[line - 1]) == 79
