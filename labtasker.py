@@ -3198,10 +3198,12 @@ class StoreFile:
         """Read what others have added to the file, or put in its place; the file's lock is held."""
         if self.journal.fd is None:
             self.journal.open()
-        elif self.journal.replaced() and not self.journal.follow():
-            self.state = State()
-            self.events.clear()
-            self.journal.rewind()
+        elif self.journal.replaced():
+            self.look_again_bytes = SPARE_BYTES
+            if not self.journal.follow():
+                self.state = State()
+                self.events.clear()
+                self.journal.rewind()
         if self.journal.changed():
             self.catch_up()
         durable, self.journal.named = self.file_lock.noted()
