@@ -993,3 +993,24 @@ def test_serve_help_says_what_each_fsync_may_lose(home):
     text = " ".join(home.cli("serve", "--help").stdout.split())
     for words in ("a power cut loses up to a second", "up to half a minute"):
         assert words in text
+
+
+SLOW_TO_IMPORT = {"argparse", "ast", "asyncio", "base64", "email", "gettext", "hashlib", "http", "inspect", "locale",
+                  "logging", "pathlib", "random", "selectors", "shutil", "socket", "ssl", "subprocess", "tempfile",
+                  "typing", "urllib", "uuid"}
+STARTS = {  # what is started: what it may import of those, having no other way
+    "import labtasker": set(),
+    "import labtasker; labtasker.main(['task', 'submit', '--', '--lr=0.1', '--model=resnet-50'])":
+        {"argparse", "gettext", "locale", "shutil"},
+    "import labtasker; labtasker.main(['--help'])": {"typing"},  # by importlib.util of Python 3.9
+}
+
+
+@pytest.mark.parametrize("text", STARTS)
+def test_a_start_imports_nothing_that_is_slow(both, text):
+    """A timing depends on the machine; what makes a start slow does not."""
+    program = "import sys; %s; print(*{name.split('.')[0] for name in sys.modules})" % text
+    found = harness.run([sys.executable, "-S", "-c", program], both.cwd, env=both.env).lines[-1].split()
+    assert "json" in found
+    allowed = STARTS[text] | ({"socket", "selectors"} if both.kind == "server" and "submit" in text else set())
+    assert not (SLOW_TO_IMPORT - allowed).intersection(found)

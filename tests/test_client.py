@@ -2,8 +2,10 @@
 import datetime
 import json
 import os
+import socket
 import subprocess
 import sys
+import threading
 
 import pytest
 
@@ -110,6 +112,60 @@ def test_a_server_that_is_not_there(folder, monkeypatch):
     monkeypatch.setenv("LABTASKER_PASSWORD", "p")
     with pytest.raises(L.LabtaskerConnectError, match="http://127.0.0.1:1 .*refused.*labtasker serve"):
         L.ls_tasks()
+
+
+class Canned:
+    """A server that answers each connection with the next of these bytes; `heads` are the request lines it saw."""
+
+    def __init__(self, *answers):
+        self.heads, self.socket = [], socket.socket()
+        self.socket.bind(("127.0.0.1", 0))
+        self.socket.listen(5)
+        self.url = "http://127.0.0.1:%d" % self.socket.getsockname()[1]
+        threading.Thread(target=self.live, args=(answers,), daemon=True).start()
+
+    def live(self, answers):
+        for answer in answers:
+            connection, _ = self.socket.accept()
+            with connection:
+                self.heads.append(connection.recv(65536).split(b"\r\n")[0].decode())
+                connection.sendall(answer)
+        self.socket.close()
+
+
+FINE = b'HTTP/1.1 200 OK\r\nlabtasker-extensions: 1\r\nContent-Length: 2\r\n\r\n{}'
+
+
+def test_the_first_requests_of_a_process_do_without_urllib():
+    server = Canned(FINE, FINE, FINE)
+    transport = L.HttpTransport(server.url + "/prefix/", "q", "p")
+    for _ in range(3):
+        assert transport.call("GET", "/health", {"a": "b c", "none": None}, None) == (200, {}) and transport.extensions
+    assert server.heads == ["GET /prefix/health?a=b+c HTTP/1.%d" % minor for minor in (0, 0, 1)]
+    transport.close()
+
+
+@pytest.mark.parametrize("answer", [b"", b"HTTP/1.1 200 OK\r\n", FINE[:-1], b"nonsense\r\n\r\n", b"HTTP/1.1 200 OK\r\n\r\nno JSON"])
+def test_half_an_answer_is_none(answer):
+    with pytest.raises(L.LabtaskerConnectError, match="http://127.0.0.1:"):
+        L.HttpTransport(Canned(answer).url, "q", "p").call("GET", "/health", None, None)
+
+
+@pytest.mark.parametrize("url, found", [
+    ("http://host", ("host", None, None)), ("http://10.0.0.1:9321", ("10.0.0.1", "9321", None)),
+    ("http://[::1]:80/a/b-c", ("[::1]", "80", "/a/b-c")), ("https://host", None), ("http://user:word@host", None),
+    ("http://h\u00f6st", None), ("http://host/a?b", None), ("http://host:http", None)])
+def test_what_only_urllib_can_read_is_left_to_it(url, found):
+    match = L.HttpTransport(url, "q", "p").plain
+    assert (match and match.groups()) == found
+
+
+@pytest.mark.parametrize("task_id", ["a b", "a\r\nX: y", "a\x00"])
+def test_an_id_can_not_end_the_line_of_a_request(task_id):
+    server = Canned(FINE)
+    with pytest.raises(L.LabtaskerConnectError):
+        L.HttpTransport(server.url, "q", "p").call("GET", "/api/v1/queues/me/tasks/" + task_id, None, None)
+    assert not server.heads
 
 
 def test_reading_makes_nothing(folder):
