@@ -1712,6 +1712,7 @@ def _record_type(name, fields):
 TaskRecord = _record_type("TaskRecord", TASK_FIELDS)
 WorkerRecord = _record_type("WorkerRecord", WORKER_FIELDS)
 QueueRecord = _record_type("QueueRecord", QUEUE_FIELDS)
+BLANK_TASK = TaskRecord()
 
 # state: {event: next state}. A missing cell is an illegal move, never a forgotten one.
 TASK_MOVES = {
@@ -2111,6 +2112,21 @@ def unseal(line):
 _read_json = json.JSONDecoder().raw_decode  # without the search for white space around, half of json.loads' time
 
 
+def unseal_all(lines):
+    """Return the JSON value of each of these lines without their newlines, or None for a damaged one.
+
+    When all are whole they are parsed as one text, in two thirds of the time."""
+    if all([line[-18:-10] == b',"crc":"' and line[-2:] == b'"}' and b"%08x" % zlib.crc32(line[:-18]) == line[-10:-2]
+            for line in lines]):
+        try:
+            values, _ = _read_json("[%s]" % b",".join(lines).decode("ascii"))
+            if len(values) == len(lines) and all([type(value) is dict for value in values]):
+                return values
+        except ValueError:
+            pass
+    return [unseal(line + b"\n") for line in lines]
+
+
 def last_durable(data):
     """Return the highest `durable` in the whole lines that can be found in damaged bytes, also in mid-line; 0."""
     starts = (found.start() for found in re.finditer(rb'\{"n":', data))
@@ -2203,8 +2219,7 @@ class JournalFile:
             chunk = os.pread(self.fd, READ_BYTES, offset + len(rest))
             lines = (rest + chunk).split(b"\n")
             rest = lines.pop()
-            for line in lines:
-                value = unseal(line + b"\n")
+            for line, value in zip(lines, unseal_all(lines)):
                 if value is None or not self._is_next(value):
                     return self._heal()
                 self.size += len(line) + 1
@@ -2957,8 +2972,9 @@ def _apply_task(state, queue_id, task_id, fields, old_state=None):
     record = queue.tasks.get(task_id)
     if record is None and "created_at" in fields:
         at = Instant(fields["created_at"])
-        fields = dict(fields, created_at=at, last_modified=Instant(fields.get("last_modified", at)))
-        record = TaskRecord(task_id, queue_id)
+        fields = dict(fields, task_id=task_id, queue_id=queue_id, created_at=at,
+                      last_modified=Instant(fields["last_modified"]) if "last_modified" in fields else at)
+        record = BLANK_TASK
     return queue.put_task, task_id, record and revised(record, fields)  # None: a repair could not save its creation
 
 
@@ -3165,18 +3181,19 @@ class StoreFile:
                 gc.enable()
 
     def _catch_up(self):
-        latest, count = collections.deque(), 0  # of the lines: what makes the last MAX_EVENTS events
+        latest, count, apply = collections.deque(), 0, self.state.apply  # the lines of the last MAX_EVENTS events
         for line in self.journal.read_new():
             if "changes" in line:
-                done = self.state.apply(line["queue"], line["changes"])
-                latest.append((line.get("n"), line.get("at"), line["queue"], line["changes"], done))
+                done = apply(line["queue"], line["changes"])
+                latest.append((line, done))
                 count += len(done)
-                while count - len(latest[0][3]) >= MAX_EVENTS:
-                    count -= len(latest.popleft()[3])
+                if count > 3 * MAX_EVENTS:
+                    while count - len(latest[0][1]) >= MAX_EVENTS:
+                        count -= len(latest.popleft()[1])
             elif "epoch" in line:
                 self.epoch_seen = max(self.epoch_seen, line["epoch"])
-        for row in latest:
-            self.events.extend(transitions(*row))
+        for line, done in latest:
+            self.events.extend(transitions(line.get("n"), line.get("at"), line["queue"], line["changes"], done))
 
     def alone(self, action, writes=True):
         """Return action(), called with the file's lock held and all read that others have written; embedded.
