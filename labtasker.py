@@ -4775,6 +4775,7 @@ class _Loop:
         self.selector.register(self.woken, selectors.EVENT_READ, self.wake_up)
         self.selector.register(self.socket, selectors.EVENT_READ, self.accept_all)
         self.store.on_stir = self.wake
+        self.is_writing, self.to_write = False, threading.Semaphore(0)
         self.swept_at = monotonic()
 
     def wake(self):
@@ -4787,6 +4788,7 @@ class _Loop:
     def serve_forever(self, poll_interval=LOOK_INTERVAL_S):
         """Answer until `stopping` is set and what runs has ended, or its grace is over."""
         sys.setswitchinterval(SWITCH_S)
+        threading.Thread(target=self.write_always, name="journal writer", daemon=True).start()
         gc.disable()  # requests leave no cycles behind (a test counts them); a search through a million tasks takes 1 s
         while not self.stopping:
             self.turn(min(self.due_at, self.give_up_at) - monotonic())
@@ -4797,6 +4799,9 @@ class _Loop:
             self.store.changed.notify_all()
         self.give_up(math.inf)
         give_up_at = monotonic() + STOP_GRACE_S
+        self.is_writing = False
+        self.to_write.release()
+        self.store.journal.flush()
         self.turn(0)
         while (self.running or any(conn.outbox for conn in self.connections)) and monotonic() < give_up_at:
             self.turn(0.05)
@@ -5029,15 +5034,40 @@ class _Answers(_Loop):
         if self.give_up_at <= monotonic():
             self.give_up(monotonic())
         while self.answered or self.store.stirred:
-            if any(row[3] is not None and not row[3].done for row in self.answered):
-                self.store.journal.flush()
-            answered, self.answered = self.answered, []
-            for row in answered:
+            self.write_down()
+            ready = [row for row in self.answered if row[3] is None or row[3].done]
+            if not ready and not self.store.stirred:
+                return  # the writer wakes the loop
+            self.answered = [row for row in self.answered if not (row[3] is None or row[3].done)]
+            for row in ready:
                 self.deliver(*row)
             with self.store.lock:
                 stirred, self.store.stirred = self.store.stirred, set()
             for key in stirred:
                 self.stir(self.parked.get(key, ()))
+
+    def write_down(self):
+        """Have what was decided written: here, when half of those connected wait for it, else by the writer, while
+        the loop takes in more, which goes down together with the next sync (measured: a third more for 4 clients)."""
+        undone = sum(row[3] is not None and not row[3].done for row in self.answered)
+        if undone and not self.is_writing:
+            if 2 * undone >= len(self.connections):
+                self.store.journal.flush()
+            else:
+                self.is_writing = True
+                self.to_write.release()
+
+    def write_always(self):
+        """Write whenever the loop says so: the writer's thread."""
+        while True:
+            self.to_write.acquire()
+            if self.stopping:
+                return
+            try:
+                self.store.journal.flush()
+            finally:
+                self.is_writing = False
+                self.wake()
 
     def stir(self, waiting):
         """Run the requests again that wait for the same thing, the oldest first; of two fetches that ask for the
