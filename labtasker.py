@@ -705,7 +705,8 @@ class _Tokens:
     def _fail_character(self, place):
         if self.text[place] in "\"'":
             self.fail("this quote is never closed", place)
-        self.fail("%r means nothing in a filter" % self.text[place], place)
+        hint = "; compare a dict key by key: args.opt.k == 1" if self.text[place] in "{}" else ""
+        self.fail("%r means nothing in a filter%s" % (self.text[place], hint), place)
 
     def _unquote(self, found):
         body = found.group("body")
@@ -777,17 +778,18 @@ class _Terms(_Tokens):
     """The smallest parts: constants, lists, fields and calls; some hold a `sum` or an `or_test` of _Parser's."""
 
     def array(self):
-        """array: "[" [sum ("," sum)* [","]] "]" """
+        """array: "[" [sum ("," sum)* [","]] "]"; after `in` the brackets may be round"""
         opening = self.take()
+        closing = {"[": "]", "(": ")"}[opening.text]
         self.deeper()
         items = []
-        while not self.next_is("]"):
+        while not self.next_is(closing):
             item = self.sum()
             if item.kind != "const":
                 self.fail("a list can only hold constants", item.column)
             items.append(item.node[1])
-            if not self.next_is("]"):
-                self._separator(opening, "list", "]")
+            if not self.next_is(closing):
+                self._separator(opening, "list", closing)
         self.take()
         self.nesting -= 1
         return Read("const", ("const", items), opening.column)
@@ -978,7 +980,7 @@ class _Parser(_Terms):
 
     def members(self, left, sign):
         """members: "[" constants "]" | "list" "(" path ")" | "dict" "(" path ")" """
-        if self.next_is("["):
+        if self.next_is("[", "("):
             if left.kind != "path":
                 self.fail("only a field can stand before in [...]", left.column)
             return "field", left.node[1], "$in", self.array().node[1]
