@@ -64,7 +64,7 @@ class Cycle:
 
     def turn(self, n):
         """Return the seconds of a submission, of the fetch that can take it, and of the report."""
-        number = 7 if self.make is like_all and self.ask(0) == self.ask(1) else n  # one that the filter takes
+        number = 7 if self.make is like_all and self.ask(0) == self.ask(1) else n % 100  # one that the filter takes
         _, submit_s = self.timed("POST", clients.ME + "/tasks", self.make(number))
         answer, fetch_s = self.timed("POST", clients.ME + "/tasks/next", json.dumps(
             dict(self.ask(n), worker_id=self.worker, heartbeat_timeout=60)))
