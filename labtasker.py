@@ -3230,7 +3230,8 @@ class StoreFile:
     def lock_file(self, timeout_s):
         """Take the file's lock, or raise StoreUnavailable saying who has it or what is wrong with the folder."""
         try:
-            os.makedirs(self.folder, 0o700, exist_ok=True)
+            if self.file_lock.fd is None:
+                os.makedirs(self.folder, 0o700, exist_ok=True)
             if self.file_lock.acquire(timeout_s):
                 return
         except OSError as error:
