@@ -1673,6 +1673,8 @@ TASK_FIELDS = {
     "run_end": Field("text", None, True, "how that run ended: success, failed, cancelled, pending or timeout"),
     "interruptions": Field("count", 0, True, "runs handed back without being charged a retry"),
     "reason": Field("text", None, True, "why the last run was handed back"),
+    "attempts": Field("list", [], True, "its last runs: host, pid, worker_id, git, log, start, end, status, exit_code"),
+    "git": Field("text", None, True, "the commit it was submitted from, with -dirty where files were changed since"),
     "fetch_id": Field("id", None, None, "the client's id of the fetch that started the run"),
     "digest": Field("int", None, None, "checksum of the submission, by which a repeat of it is known"),
 }
@@ -1719,11 +1721,13 @@ BLANK_TASK = TaskRecord()
 # state: {event: next state}. A missing cell is an illegal move, never a forgotten one.
 TASK_MOVES = {
     "created": {"submit": "pending"},
-    "pending": {"fetch": "running", "reset": "pending", "cancel": "cancelled", "succeed_late": "success"},
+    "pending": {"fetch": "running", "reset": "pending", "cancel": "cancelled", "succeed_late": "success",
+                "hand_back_late": "pending"},
     "running": {"succeed": "success", "retry": "pending", "fail": "failed", "hand_back": "pending",
                 "requeue": "pending", "reset": "pending", "cancel": "cancelled"},
     "success": {"requeue": "pending", "reset": "pending", "cancel": "cancelled"},
-    "failed": {"requeue": "pending", "reset": "pending", "cancel": "cancelled", "succeed_late": "success"},
+    "failed": {"requeue": "pending", "reset": "pending", "cancel": "cancelled", "succeed_late": "success",
+               "hand_back_late": "pending"},
     "cancelled": {"requeue": "pending", "reset": "pending"},
 }
 WORKER_MOVES = {
@@ -2631,6 +2635,8 @@ def _good_lines(path):
 
 TRANSACTION_TASKS = 10000  # tasks one transaction may submit or update: keeps a line readable, a lock short
 MAX_INTERRUPTIONS = 100  # runs handed back before a task fails, so that none goes round for ever
+MAX_ATTEMPTS = 20  # the latest runs that a task keeps
+SLEPT_S = 2.0  # a server that wakes so much later than it meant to was stopped, and heard of nobody meanwhile
 MAX_STANDING = 200  # filters of fetches that are kept current in a queue
 SPARE_BYTES = 16 << 20  # a journal may be twice as long as its live data, and this
 LOOK_BYTES = 4 << 20  # how far it grows before its live data is estimated again
@@ -2638,6 +2644,7 @@ FOLD_CHANGES = 100  # on a line of a folded journal: some ten kilobytes
 MAX_EVENTS = 10000  # the latest, kept in memory for those who listen
 MAX_LOG = 100000  # newly pending tasks remembered for those filters to catch up with
 DEFAULT_QUEUE = "default"  # of the store without a server, made at the first write
+SERVER_LOCK_S = 1.0  # a file that is locked for longer may be a server's
 EMBEDDED_POLL_S = 0.1  # how often a waiting process without a server looks at the file
 LOOK_INTERVAL_S = 1.0  # how often time-outs are looked for at the most
 
@@ -2663,6 +2670,11 @@ class Beats:
     def forget(self, run_id):
         """Note that a run is over."""
         self.runs.pop(run_id, None)
+
+    def pardon(self, slept_s):
+        """Give every run its full time again, after a time in which none could be heard of."""
+        for one in self.runs.values():
+            one[:] = one[0] + slept_s, monotonic()
 
     def ages(self, run_id):
         """Return (seconds since the run began, seconds since it was heard of), or None for one that is not known."""
@@ -3232,11 +3244,18 @@ class StoreFile:
         try:
             if self.file_lock.fd is None:
                 os.makedirs(self.folder, 0o700, exist_ok=True)
-            if self.file_lock.acquire(timeout_s):
+            if self.file_lock.acquire(min(timeout_s, SERVER_LOCK_S)):
+                return
+            if not self._has_server() and self.file_lock.acquire(timeout_s - SERVER_LOCK_S):
                 return
         except OSError as error:
             raise store_error(self.path, error)
         raise StoreUnavailable("%s is in use by another process%s" % (self.path, self.holder()))
+
+    def _has_server(self):
+        """Return whether a server of this host holds the file's lock, for as long as it lives."""
+        told = {} if self.is_server else read_server_file(self.folder) or {}
+        return told.get("host_id") == host_id() and process_start(told.get("pid", 0)) is not None
 
     def _name_file(self):
         """Return when the file's name is on disk; who put the file there may have failed to see to that."""
@@ -3517,8 +3536,9 @@ def expire_runs(store, queue, request, at):
     """Decide that the overdue runs failed. Answer in how many seconds others may."""
     changes, strikes, (overdue, quiet_s) = [], collections.Counter(), _overdue(store, queue)
     for task, words in sorted(overdue, key=lambda row: row[0].created_at):
-        summary = dict(task.summary, labtasker_error=words)
-        changes.append(_failed(task, {"summary": summary, "run_end": "timeout"}, after(at, len(changes))))
+        fields = {"summary": dict(task.summary, labtasker_error=words), "run_end": "timeout"}
+        fields.update(_attempt_over(task, at, "timeout", words))
+        changes.append(_failed(task, fields, after(at, len(changes))))
         strikes[task.worker_id] += 1
     for worker_id, count in strikes.items():
         changes += _strike(queue, worker_id, count, at)
@@ -3627,6 +3647,8 @@ def _submission(request, at):
     if task_id:
         content = {key: value for key, value in fields.items() if key != "created_at"}
         fields["digest"] = zlib.crc32(json.dumps(content, sort_keys=True).encode())
+    if request.get("git"):
+        fields["git"] = request["git"]
     return task_id or new_id(), fields
 
 
@@ -3741,7 +3763,32 @@ def fetch_task_op(store, queue, request, at):
         fields["heartbeat_timeout"] = request["heartbeat_timeout"]
     if request.get("eta_max_s") is not None:
         fields["task_timeout"] = request["eta_max_s"]
+    if request.get("attempt"):
+        fields["attempts"] = _attempts_with(task, request["attempt"], fields)
     return [["task", task.task_id, fields, task.status]], {"found": True, "task": revised(task, dict(fields))}
+
+
+def _attempts_with(task, told, run):
+    """Return a task's attempts and the one that begins: what its worker tells of it, and what is known here.
+
+    `{task_id}` and `{run_id}` in its texts are filled in, as only now the run has its id."""
+    told = {key: value.replace("{task_id}", task.task_id).replace("{run_id}", run["run_id"])
+            if isinstance(value, str) else value for key, value in told.items()}
+    known = {"run_id": run["run_id"], "worker_id": run["worker_id"], "start": format_time(run["start_time"])}
+    return task.attempts[1 - MAX_ATTEMPTS:] + [dict(told, **known)]
+
+
+def _attempt_told(task, facts):
+    """Return the field `attempts` with these facts of the task's run, or nothing where its worker told nothing."""
+    if not facts or not task.attempts or task.attempts[-1]["run_id"] != task.run_id:
+        return {}
+    known = dict(task.attempts[-1], **facts)
+    return {"attempts": task.attempts[:-1] + [{key: value for key, value in known.items() if value is not None}]}
+
+
+def _attempt_over(task, at, status, reason=None, told=None):
+    """Return the field `attempts` with the end of the task's run, or nothing where its worker told nothing."""
+    return _attempt_told(task, dict({"reason": reason}, **dict(told or {}, end=format_time(at), status=status)))
 
 
 def report_task_op(store, queue, request, at):
@@ -3754,10 +3801,14 @@ def report_task_op(store, queue, request, at):
     fields = _summarised(task, request)
     if run_id is None and request.get("worker_id") not in (None, task.worker_id):
         raise Conflict("task %s is not run by worker %s (it is %s)" % (task.task_id, request["worker_id"], task.status))
-    if status == task.status:
+    is_late = run_id is not None and task.status != "running" and status != "cancelled"
+    if status == task.status and not (is_late and task.run_end == "timeout"):
+        fields.update(_attempt_told(task, request.get("attempt")) if run_id else {})
         return _changed(task, fields, None, at), None
-    if run_id is not None and task.status != "running" and status != "cancelled":
+    if is_late:
         return _report_late(task, request, at), None
+    if task.attempts and task.status == "running":
+        fields.update(_attempt_over(task, at, status, request.get("reason"), request.get("attempt")))
     return REPORTS[status](queue, task, fields, request, at), None
 
 
@@ -3773,18 +3824,27 @@ def _changed(task, fields, old_state, at):
 def _report_late(task, request, at):
     """Return the changes of a report on a run that has ended already, or raise Conflict.
 
-    The repeat of the report that ended it changes nothing. A run that was given up on and then ends well is
-    taken while nobody has taken the task since, and the retry that it cost is given back."""
-    if request["status"] == task.run_end or (request["status"], task.run_end) == ("failed", "timeout"):
-        return []
-    if (request["status"], task.run_end) != ("success", "timeout"):
+    The repeat of the report that ended it adds at most to what is known of the attempt. A run that was given up on and
+    then ends well, or is handed back, is taken while nobody has taken the task since, and the retry that it cost is
+    given back."""
+    status, told = request["status"], request.get("attempt")
+    if status == task.run_end or (status, task.run_end) == ("failed", "timeout"):
+        return _changed(task, _attempt_told(task, told), None, at)
+    if task.run_end != "timeout" or status not in LATE_REPORTS:
         raise Conflict("run %s of task %s has ended already: %s" % (task.run_id, task.task_id, task.run_end))
-    status = move(TASK_MOVES, task.status, "succeed_late", "task " + task.task_id)
+    next_status = move(TASK_MOVES, task.status, LATE_REPORTS[status], "task " + task.task_id)
     summary = {key: value for key, value in task.summary.items() if key != "labtasker_error"}
-    fields = dict(_summarised(task._replace(summary=summary), request), status=status, run_end="success",
+    fields = dict(_summarised(task._replace(summary=summary), request), status=next_status, run_end=status,
                   retries=max(0, task.retries - 1))
     fields.setdefault("summary", summary)
+    if status == "pending":
+        fields.update(interruptions=task.interruptions + 1, reason=request.get("reason"))
+    fields.update(_attempt_over(task, at, status, request.get("reason"), told))
     return _changed(task, fields, task.status, at)
+
+
+# status reported of a run that was given up on: the event that it is then
+LATE_REPORTS = {"success": "succeed_late", "pending": "hand_back_late"}
 
 
 def _report_success(queue, task, fields, request, at):
@@ -3884,6 +3944,8 @@ def update_tasks_op(store, queue, request, at):
         except LabtaskerError as error:
             problems.append("task %s: %s" % (task_id, error))
             continue
+        if old_state == "running" and fields["status"] != "running":
+            fields.update(_attempt_over(task, at, "reset" if request["reset_pending"] else fields["status"]))
         if fields:
             fields["last_modified"] = after(at, len(changes))
             changes.append(["task", task_id, fields, old_state])
@@ -4050,6 +4112,7 @@ def repair_store(path):
 
 MAX_BODY_BYTES = 16 << 20  # a request's body: a thousand rich tasks are a tenth of it
 MAX_WAIT_S = 60  # a long poll
+ATTEMPT_BYTES = 2000  # what a worker may tell of a run
 PING_S = 15.0  # between the signs of life of a stream of events
 WAIT_SLICE_S = 1.0  # after which a waiting request without a server looks for time-outs again
 
@@ -4172,6 +4235,22 @@ def _whole(value):
     return _int_between(0, 2 ** 63)(int(value) if isinstance(value, str) and value.isdigit() else value)
 
 
+def _attempt(value):
+    """What a worker tells of a run: a few texts and numbers under plain names."""
+    if not isinstance(value, dict) or not all(
+            NAME.match(key) and isinstance(item, (str, int, float, type(None))) for key, item in value.items()):
+        raise ValueError("should be an object of names with texts and numbers")
+    if len(json.dumps(value)) > ATTEMPT_BYTES:
+        raise ValueError("should be at most %d bytes" % ATTEMPT_BYTES)
+    return value
+
+
+def _git(value):
+    if not isinstance(value, str) or not re.match("[0-9a-f]{7,64}(-dirty)?\\Z", value):
+        raise ValueError("should be a commit's id, with -dirty where files were changed since, not %.120r" % (value,))
+    return value
+
+
 def _event_id(value):
     if not isinstance(value, str) or not re.match(r"\d{1,15}\.\d{1,6}\Z", value):
         raise ValueError("should be an event's id, like 17.0")
@@ -4193,6 +4272,7 @@ KINDS = {
     "int": _int_between(-2 ** 63, 2 ** 63 - 1), "count": _int_between(0, 2 ** 31), "whole": _whole,
     "status": _one_of(*TASK_STATES), "worker_status": _one_of(*WORKER_STATES),
     "event_id": _event_id, "answer": _one_of("status"), "texts": _texts, "cmd": _command, "sort": _sort,
+    "attempt": _attempt, "git": _git,
 }
 
 
@@ -4428,7 +4508,7 @@ ROUTES = {
         query={"cascade_delete": _arg("bool", False)}),
     "POST " + _TASKS: _route(
         submit_tasks_op, "submit a task, or a list of them in one transaction", status=201,
-        fields=_TASK_INPUT, body="either", quick=_always),
+        fields=dict(_TASK_INPUT, git=_ours("git")), body="either", quick=_always),
     "PUT " + _TASKS: _route(
         update_tasks_op, "update tasks, all or none", body="list", prepare=_prepare_updates,
         query={"reset_pending": _arg("bool", True)},
@@ -4443,13 +4523,14 @@ ROUTES = {
         waits=_until_found, quick=_unless_new_filter,
         fields={"worker_id": _arg("id"), "eta_max": _arg("duration"), "heartbeat_timeout": _arg("seconds"),
                 "start_heartbeat": _arg("bool", True), "required_fields": _arg("texts"), "extra_filter": _arg("filter"),
-                "cmd": _arg("cmd"), "fetch_id": _ours("id"), "wait_s": _ours("wait", 0.0)}),
+                "cmd": _arg("cmd"), "fetch_id": _ours("id"), "wait_s": _ours("wait", 0.0),
+                "attempt": _ours("attempt")}),
     "GET " + _TASKS + "/{task_id}": _route(get_task_op, "one task", writes=False, quick=_always),
     "DELETE " + _TASKS + "/{task_id}": _route(delete_task_op, "delete a task", status=204, quick=_always),
     "POST " + _TASKS + "/{task_id}/status": _route(
         report_task_op, "report on a run, or on a task", quick=_always,
         fields={"status": _arg("status", REQUIRED), "worker_id": _arg("id"), "summary": _arg("dict"),
-                "run_id": _ours("id"), "reason": _ours("text")}),
+                "run_id": _ours("id"), "reason": _ours("text"), "attempt": _ours("attempt")}),
     "POST " + _TASKS + "/{task_id}/heartbeat": _route(
         heartbeat_op, "say that a run is alive", status=204, writes=False, waits=_until_over, quick=_always,
         query={"worker_id": _arg("id"), "run_id": _ours("id"), "answer": _ours("answer"),
@@ -5110,7 +5191,7 @@ class _Server(_Answers):
         self.id = store.server_id = new_id()
         self.key = os.urandom(24).hex()  # the key stands in server.json, for who may read it
         self.stopping, self.running, self.counting = False, 0, threading.Lock()
-        self.due_at, self.housekept_at, self.compaction = 0.0, -math.inf, None
+        self.due_at, self.housekept_at, self.compaction = monotonic(), -math.inf, None
         self.prepare_loop()
 
     def server_bind(self):
@@ -5200,7 +5281,11 @@ class _Server(_Answers):
         if self.store.run_began:
             self.store.run_began = False
             self.due_at = min(self.due_at, self.housekept_at + LOOK_INTERVAL_S)
-        if monotonic() >= self.due_at:
+        late_s = monotonic() - self.due_at
+        if late_s >= 0:
+            if late_s > SLEPT_S:
+                with self.store.lock:
+                    self.store.beats.pardon(late_s)
             self.housekeep()
             is_quiet = self.store.quiet_s() > QUIET_LOOK_S and self.store.journal.fsync != "interval"
             self.housekept_at = monotonic()
@@ -5836,10 +5921,12 @@ class Client:
             status, answer = self.transport.call(method, path, query, body)
         except InvalidFields as error:
             status, answer = error.status, {"detail": error.detail}
-        if status >= 400:
-            raise self.refusal(status, answer, path)
-        self.show_notifications(answer)
-        return answer
+        if status < 400:
+            self.show_notifications(answer)
+            return answer
+        if status == 503 and self.find_server():
+            return self.call(method, path, json.loads(body) if body else None, query)
+        raise self.refusal(status, answer, path)
 
     def plain(self, method, path, body, query):
         """Return body and query, without the extensions in them where the server has none."""
@@ -5861,6 +5948,15 @@ class Client:
         if status != 200:
             raise self.refusal(status, answer, _QUEUE + "/events")
         return answer
+
+    def find_server(self):
+        """Return whether a server holds the store that this went to without one, and go to it from now on."""
+        found = isinstance(self.transport, StoreTransport) and _living_server(
+            os.path.dirname(self.transport.where), self.transport.queue_name)
+        if found:
+            self.transport.close()
+            self.transport = found
+        return bool(found)
 
     @staticmethod
     def show_notifications(answer):
@@ -5927,6 +6023,20 @@ def _living_server(folder, queue_name):
         if status == 200 and isinstance(answer, dict) and answer.get("server") == told.get("server"):
             return transport
     return None
+
+
+def look_anew():
+    """Have this process go to the server that the configured folder names now: it may have moved.
+
+    A store is never opened instead of a server that is away: that would keep it from coming back elsewhere."""
+    config = load_config()
+    folder = store_folder(config)
+    found = folder and _living_server(folder, config.queue_name)
+    if found:
+        old = _client
+        use_client(Client(found))
+        if old:
+            old.transport.close()
 
 
 # Answers
@@ -6093,6 +6203,38 @@ def _query(extra_filter):
     return extra_filter
 
 
+def code_version():
+    """Return the commit of the git repository that the working folder is in, with "-dirty" where files that git knows
+    were changed since; None without one. Asked of git once a process and folder."""
+    try:
+        folder = here = os.getcwd()
+    except OSError:  # somebody removed it
+        return None
+    while not os.path.exists(os.path.join(folder, ".git")):
+        if os.path.dirname(folder) == folder:
+            return None
+        folder = os.path.dirname(folder)
+    if here not in VERSIONS:
+        VERSIONS[here] = _ask_git(here)
+    return VERSIONS[here]
+
+
+def _ask_git(folder):
+    import subprocess
+    words = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--match=-"]  # no tag is called -
+    try:
+        told = subprocess.check_output(words, cwd=folder, stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+                                       timeout=GIT_TIMEOUT_S, env=dict(os.environ, GIT_OPTIONAL_LOCKS="0"))
+        told = told.decode("ascii", "replace").strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return told if re.match("[0-9a-f]{7,64}(-dirty)?\\Z", told) else None
+
+
+VERSIONS = {}  # folder: its code_version
+GIT_TIMEOUT_S = 5  # a large repository on a slow disk is not waited for
+
+
 def health_check():
     """Return `.status` "healthy" or "unhealthy", and `.database`: "connected" or why not."""
     answer = client().call("GET", "/health/full")
@@ -6128,7 +6270,7 @@ def submit_task(task_name=None, args=None, metadata=None, cmd=None, heartbeat_ti
     `args` is what the job is run with: its keys must be exactly what the job requires. The timeouts are seconds;
     a higher priority is fetched first. Asking again after a lost answer is safe: the id is made here."""
     body = _given(task_name=task_name, args=args, metadata=metadata, cmd=cmd, heartbeat_timeout=heartbeat_timeout,
-                  task_timeout=task_timeout, max_retries=max_retries, priority=priority)
+                  task_timeout=task_timeout, max_retries=max_retries, priority=priority, git=code_version())
     return TaskSubmitResponse(task_id=client().call("POST", _TASKS, dict(body, task_id=new_id()))["task_id"])
 
 
@@ -6137,7 +6279,7 @@ def submit_tasks(tasks):
 
     Up to 5,000 are one transaction; of more, a message on stderr says so, since part of them may be there after
     a failure. A server without the extension gets them one by one."""
-    bodies = [dict(_given(**task), task_id=new_id()) for task in tasks]
+    bodies = [dict(_given(git=code_version(), **task), task_id=new_id()) for task in tasks]
     if not client().extensions:
         if len(bodies) > 1:
             print("labtasker: %s lacks submitting many tasks at once: they go one by one" % client().where,
@@ -6153,21 +6295,22 @@ def submit_tasks(tasks):
 
 
 def fetch_task(worker_id=None, eta_max=None, heartbeat_timeout=None, start_heartbeat=True, required_fields=None,
-               extra_filter=None, cmd=None, fetch_id=None, wait_s=None):
+               extra_filter=None, cmd=None, fetch_id=None, wait_s=None, attempt=None):
     """Return `.found` and `.task`: the next task that matches, which is running now.
 
     `eta_max` is a duration ("1h30m"), `heartbeat_timeout` seconds. `required_fields`: the keys that the task's
-    args must have, no more, no less; with "*" more are taken. Raises WorkerSuspended."""
+    args must have, no more, no less; with "*" more are taken. `attempt` is what the task keeps of this run: a dict of
+    texts and numbers. Raises WorkerSuspended."""
     body = _given(worker_id=worker_id, eta_max=eta_max, heartbeat_timeout=heartbeat_timeout,
                   start_heartbeat=start_heartbeat, required_fields=required_fields, extra_filter=_query(extra_filter),
-                  cmd=cmd, fetch_id=fetch_id or new_id(), wait_s=wait_s)
+                  cmd=cmd, fetch_id=fetch_id or new_id(), wait_s=wait_s, attempt=attempt)
     answer = client().call("POST", _TASKS + "/next", body, _given(wait_s=wait_s))  # the transport waits so much longer
     return TaskFetchResponse(found=answer["found"], task=answer.get("task") and Task(answer["task"]))
 
 
-def send_report(task_id, status, summary=None, worker_id=None, run_id=None, reason=None):
+def send_report(task_id, status, summary=None, worker_id=None, run_id=None, reason=None, attempt=None):
     """Report on a task as report_task_status does, for a run and a worker that are named."""
-    body = _given(status=status, summary=summary, worker_id=worker_id, run_id=run_id, reason=reason)
+    body = _given(status=status, summary=summary, worker_id=worker_id, run_id=run_id, reason=reason, attempt=attempt)
     client().call("POST", "%s/%s/status" % (_TASKS, task_id), body)
 
 
@@ -6303,8 +6446,12 @@ def delete_worker(worker_id, cascade_update=True):
 
 
 def is_away(error):
-    """Return whether the error says that the server, or the store's disk, may be back later."""
-    return isinstance(error, LabtaskerConnectError) or getattr(error, "status", None) in (502, 503, 504, 507)
+    """Return whether the error says that the server, or the store's disk, may be back later.
+
+    A server that was found through its folder knows no password of before its restart, only the folder has the new."""
+    status = getattr(error, "status", None)
+    return isinstance(error, LabtaskerConnectError) or status in (502, 503, 504, 507) or (
+        status == 401 and store_folder(load_config()) is not None)
 
 
 def parse_events(lines):
@@ -6461,7 +6608,7 @@ sys.modules["labtasker.api_models"] = api_models = _api_models
 # Takes tasks and runs them: casts and Required (what a function wants of a task's args), templates
 # (what a command wants), the run under way, heartbeats by a process of their own, the loop, and the
 # two ways to run a task: call a function, start a command. Knows nothing of argparse.
-# Uses 1, 2, 3, 8. Tests: test_required.py, test_template.py, test_worker.py.
+# Uses 1, 2, 3, 4, 8. Tests: test_required.py, test_template.py, test_worker.py, test_signals.py.
 
 
 class _Refused(ValueError):
@@ -6877,18 +7024,19 @@ def patiently(action, pause, limit_s):
                 raise
             if delay_s == 1:
                 remark("%s\nlabtasker: waiting for it to come back" % error)
+            look_anew()
         else:
             if delay_s > 1:
                 remark("it is back")
             return answer
         pause(delay_s)
-        delay_s = min(delay_s * 2, 30)
+        delay_s = min(delay_s * 2, LONGEST_PAUSE_S)
 
 
-def deliver(task_id, status, summary=None, worker_id=None, run_id=None, reason=None):
+def deliver(task_id, status, summary=None, worker_id=None, run_id=None, reason=None, attempt=None):
     """Send a report; what the plain protocol has no report for, a server without the extensions gets by PUT."""
     if status not in ("pending", "running") or client().extensions:
-        return send_report(task_id, status, summary, worker_id, run_id, reason)
+        return send_report(task_id, status, summary, worker_id, run_id, reason, attempt)
     task = get_task(task_id)
     if worker_id and (task.status, task.worker_id) != ("running", worker_id):
         raise LabtaskerHTTPStatusError(409, "task %s is not run by worker %s (it is %s)" % (
@@ -6897,13 +7045,168 @@ def deliver(task_id, status, summary=None, worker_id=None, run_id=None, reason=N
     update_tasks([TaskUpdateRequest(task_id=task_id, **dict(fields, **({"summary": summary} if summary else {})))])
 
 
+# Reports that can't be delivered, as the server is away, wait in the configuration's folder `outbox`: a file each,
+# named so that they sort by age. Whoever uses that configuration next delivers them: this loop, another, or any
+# command. All can be delivered twice, as they name their run.
+
+
+def outbox():
+    """Return the folder in which reports wait; what they say is for nobody else to read."""
+    return os.path.join(os.path.abspath(load_config().root), "outbox")
+
+
+def kept_reports(run=None):
+    """Return the paths of the reports that wait, oldest first; of one run, or all."""
+    try:
+        names = sorted(os.listdir(outbox()))
+    except OSError:
+        return []
+    return [os.path.join(outbox(), name) for name in names
+            if name.endswith(".json") and (run is None or run.key in name)]
+
+
+def keep_report(run, report):
+    """Put a report of a run into the outbox; one that only adds to the summary takes in the one before it."""
+    config, old = load_config(), run.kept
+    if report["status"] == "running" and old and os.path.exists(old[0]):
+        report = dict(report, summary=merge(nest(old[1] or {}, "summary"), nest(report["summary"] or {}, "summary")))
+    else:
+        old = None
+    os.makedirs(outbox(), 0o700, exist_ok=True)
+    path = os.path.join(outbox(), "%017.6f-%s-%d.json" % (now(), run.key, os.getpid()))
+    content = dict(report, task_id=run.task_id, run_id=run.run_id, queue=config.queue_name, store=_store_name(config))
+    Disk.create(path, [json.dumps(content).encode()])
+    if old:
+        _remove(old[0])
+    run.kept = (path, report["summary"]) if report["status"] == "running" else None
+
+
+def _store_name(config):
+    return store_folder(config) or config.url
+
+
+def _remove(path):
+    """Remove a file; it is no error where another was faster."""
+    try:
+        os.unlink(path)
+    except FileNotFoundError:
+        pass
+
+
+def deliver_kept(run=None):
+    """Return how many reports of the outbox, of one run or all, were delivered; raises what says that the server is
+    away.
+
+    One that is refused, as the task was taken by another meanwhile, say, is told of and forgotten: what the run came to
+    stays in its log folder."""
+    config, count = load_config(), 0
+    for path in kept_reports(run):
+        report = read_json(path)
+        queue, store = report.pop("queue", None), report.pop("store", None)  # None: another was faster
+        if queue == config.queue_name and _deliver_one(report, store == _store_name(config)):
+            _remove(path)
+            count += 1
+    return count
+
+
+def _deliver_one(report, is_its_store):
+    """Return whether a report was delivered, or never can be. A server that knows nothing of it may be another one."""
+    try:
+        deliver(**report)
+    except LabtaskerHTTPStatusError as error:
+        if is_away(error):
+            raise
+        if error.status_code == 401 or error.status_code >= 500 or error.status_code == 404 and not is_its_store:
+            return False
+        remark("task %s: its report of %r, which was kept, is not taken: %s" % (
+            report["task_id"], report["status"], error))
+    return True
+
+
+def post(run, report, pause=time.sleep, limit_s=lambda: SERVER_LOST_S):
+    """Return whether a report of a run was delivered; where the server is away it waits in the outbox, after those of
+    this run that do already. `pause` and `limit_s` are for a disk that is full too, as in `patiently`."""
+    if monotonic() >= run.away_until:
+        try:
+            deliver_kept(run)
+            deliver(run.task_id, run_id=run.run_id, **report)
+            return True
+        except LabtaskerError as error:
+            if not is_away(error):
+                raise
+            look_anew()
+            run.away_until = monotonic() + AWAY_S
+    try:
+        keep_report(run, report)
+        return False
+    except OSError:  # no place there either
+        patiently(lambda: deliver(run.task_id, run_id=run.run_id, **report), pause, limit_s)
+        return True
+
+
+def post_unless_stopped(wake, run, report, limit_s):
+    """Return as `post` does, but keep the report at once when a signal comes, or before it is sent where one came: a
+    server that was stopped holds up an answer for a minute, and who sent the signal kills sooner."""
+    if wake.stop:
+        return _keep_and_post(run, report, wake.pause, limit_s)
+
+    def cut_short(signum):
+        if signum is not None:
+            wake.interrupt = None
+            raise LabtaskerConnectError("%s came before the server's answer" % signal_name(signum))
+    if isinstance(client().transport, HttpTransport):  # a store without a server must not be left in the middle
+        wake.interrupt = cut_short
+    try:
+        return post(run, report, wake.pause, limit_s)
+    except LabtaskerConnectError:
+        keep_report(run, report)
+        return False
+    finally:
+        wake.interrupt = None
+
+
+def _keep_and_post(run, report, pause, limit_s):
+    try:
+        keep_report(run, report)
+    except OSError:
+        return post(run, report, pause, limit_s)
+    try:
+        return deliver_kept(run) > 0
+    except LabtaskerError as error:
+        if not is_away(error):
+            raise
+        return False
+
+
+def write_json(path, value):
+    """Put a JSON value into a file, or in its place, that only its owner can read; a full disk is told of."""
+    draft = "%s.%d" % (path, os.getpid())
+    try:
+        with open(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
+            file.write(json.dumps(value, indent=2) + "\n")
+        os.replace(draft, path)
+    except OSError as error:
+        remark("can't write %s: %s" % (path, error.strerror))
+
+
+def read_json(path):
+    """Return the dict in a file, {} where there is none."""
+    try:
+        with open(path) as file:
+            return json.load(file)
+    except (OSError, ValueError):
+        return {}
+
+
 class Run:
-    """A run of a task, as the loop and the job see it."""
+    """A run of a task, as the loop and the job see it. Its folder holds task.json (the task as it was fetched), run.log
+    (the job's output), summary.json (what the job reported) and, once the job or the loop has ended it, status.json."""
 
     def __init__(self, task_id, run_id, worker_id, task=None, log_dir=None):
         self.task_id, self.run_id, self.worker_id, self.task = task_id, run_id, worker_id, task
         self.key = run_id or new_id()
         self.pid, self.ended, self.lost, self.interrupted = os.getpid(), None, None, False
+        self.away_until, self.kept = 0, None  # until then the server isn't asked; (path, summary) of what waits
         self.log_dir = log_dir or os.path.join(os.path.abspath(load_config().root), "logs", task_id, self.key)
 
     def environment(self):
@@ -6913,28 +7216,42 @@ class Run:
                 "LABTASKER_ROOT": os.path.abspath(load_config().root)}
 
     def report(self, status, summary=None, worker_id=None):
-        """Send what the job itself says of its task, and remember where that ends the run."""
-        patiently(lambda: deliver(self.task_id, status, summary, worker_id or self.worker_id, self.run_id),
-                  time.sleep, lambda: SERVER_LOST_S)
+        """Send what the job itself says of its task, or keep it where the server is away; remember where that ends
+        the run."""
+        post(self, {"status": status, "summary": summary, "worker_id": worker_id or self.worker_id})
+        self.note_summary(summary)
         if status != "running":
             self.note_end(status)
 
-    def note_end(self, status):
-        """Remember that the job itself set `status`; a process of the job tells the loop by a file."""
+    def path(self, name):
+        """Return the path of a file in the run's folder."""
+        return os.path.join(self.log_dir, name)
+
+    def begin(self):
+        """Write down what is run; a disk that can't take it is told of."""
+        try:
+            self.make_log_dir()
+        except OSError as error:
+            return remark("can't write to %s: %s" % (self.log_dir, error.strerror))
+        write_json(self.path("task.json"), self.task.to_dict())
+
+    def note_summary(self, summary):
+        """Merge into the file of the run's summary."""
+        if summary:
+            self.make_log_dir()
+            write_json(self.path("summary.json"), merge(read_json(self.path("summary.json")), nest(summary, "summary")))
+
+    def note_end(self, status, **facts):
+        """Remember, in a file too, that the run ended; from a process of the job the loop hears of it by that file."""
         self.ended = status
-        if os.getpid() != self.pid or self.task is None:
-            path = os.path.join(self.make_log_dir(), "status.json")
-            with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
-                json.dump({"status": status}, file)
+        if os.path.isdir(self.log_dir) or self.task is None:
+            self.make_log_dir()
+            write_json(self.path("status.json"), dict(facts, status=status))
 
     def ended_by_job(self):
         """Return the status that the job, in whichever of its processes, has set itself, or None."""
         if self.ended is None:
-            try:
-                with open(os.path.join(self.log_dir, "status.json")) as file:
-                    self.ended = json.load(file)["status"]
-            except (OSError, ValueError, KeyError):
-                pass
+            self.ended = read_json(self.path("status.json")).get("status")
         return self.ended
 
     def make_log_dir(self):
@@ -6944,6 +7261,8 @@ class Run:
 
 RUNS = {}  # thread or, for a job's process, its task and run -> Run
 SERVER_LOST_S = 3600  # how long a server may be away
+AWAY_S = 10  # after a report that could not be delivered: how long those that follow are kept without asking
+LONGEST_PAUSE_S = 5  # between two looks whether the server is back
 
 
 def find_run():
@@ -7049,7 +7368,8 @@ class Wake:
             quiet = {"warn_on_full_buffer": False} if sys.version_info >= (3, 7) else {}
             self.wakeup_fd = signal.set_wakeup_fd(self.write_end, **quiet)
             for signum in self.signals:
-                self._handle(signum)
+                if not self._is_taken(signum):
+                    self._handle(signum)
             if not WAKES and hasattr(os, "register_at_fork"):  # not before 3.7, where `_in_child` has to do
                 os.register_at_fork(after_in_child=_leave_loops)
             WAKES.append(self)
@@ -7061,6 +7381,12 @@ class Wake:
         if self.handlers[signum] == signal.SIG_IGN:  # nohup, or started in the background by a script
             self.ignored.add(signum)
         signal.signal(signum, self.on_child if signum == getattr(signal, "SIGCHLD", None) else self.on_signal)
+
+    @staticmethod
+    def _is_taken(signum):
+        """Return whether the user's script does something of its own at a signal that is there for that."""
+        import signal
+        return signal_name(signum) in ("SIGUSR1", "SIGUSR2", "SIGXCPU") and callable(signal.getsignal(signum))
 
     def restore(self):
         """Give the signals back to who had them before."""
@@ -7240,9 +7566,12 @@ class Heart:
         try:
             return send_heartbeat(one["task_id"], one["worker_id"], one["run_id"], one["interval_s"]) or "running"
         except LabtaskerHTTPStatusError as error:
-            return self.look() if error.status_code in (403, 404, 409) else "running"
+            if error.status_code in (403, 404, 409):
+                return self.look()
         except LabtaskerError:
-            return "running"
+            pass
+        look_anew()
+        return "running"
 
     def look(self):
         """Return what became of a task whose heartbeat is not wanted any more."""
@@ -7301,9 +7630,10 @@ def _end_orphans(hearts):
 
 
 def loop_signals():
-    """Return the signals that ask a loop to leave."""
+    """Return the signals that ask a loop to leave: a person's, a shell's, and what schedulers announce an end with."""
     import signal
-    return [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    names = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU")
+    return [getattr(signal, name) for name in names if hasattr(signal, name)]
 
 
 def signal_group(group, signum):
@@ -7317,17 +7647,56 @@ def signal_group(group, signum):
         return signum != 0
 
 
+def is_group_alive(group):
+    """Return whether a process of the group runs; zombies, which in a container may stay for long, do not."""
+    if not signal_group(group, 0):
+        return False
+    try:
+        pids = [name for name in os.listdir("/proc") if name.isdigit()]
+    except OSError:  # not Linux
+        return True
+    return any(_state_in_group(pid, group) not in "ZX" for pid in pids)
+
+
+def _state_in_group(pid, group):
+    """Return the letter of a process' state, "X" (dead) where it is not in the group."""
+    try:
+        with open("/proc/%s/stat" % pid) as file:
+            state, _, its_group = file.read().rpartition(")")[2].split()[:3]
+    except (OSError, ValueError):
+        return "X"
+    return state if int(its_group) == group else "X"
+
+
 def end_group(group, give_up_at, pause):
     """Send TERM to a process group, and KILL to what is left of it at `give_up_at`."""
     import signal
     signal_group(group, signal.SIGTERM)
-    while signal_group(group, 0) and monotonic() < give_up_at:
+    while is_group_alive(group) and monotonic() < give_up_at:
         pause(0.02)
     signal_group(group, signal.SIGKILL)
 
 
-Outcome = collections.namedtuple("Outcome", "status summary reason fatal")
-Outcome.__new__.__defaults__ = (None, None, None)  # status None: nothing to report; fatal: why the loop must end
+class PinnedRoot:
+    """A context in which the configuration stays that of its beginning, wherever a function changes the folder to.
+
+    Only the main thread's loop does that, as the environment belongs to all threads."""
+
+    def __enter__(self):
+        self.is_on = threading.current_thread() is threading.main_thread()
+        self.before = os.environ.get("LABTASKER_ROOT")
+        if self.is_on:
+            os.environ["LABTASKER_ROOT"] = os.path.abspath(load_config().root)
+
+    def __exit__(self, *_):
+        if self.is_on:
+            os.environ.pop("LABTASKER_ROOT", None)
+            os.environ.update({"LABTASKER_ROOT": self.before} if self.before is not None else {})
+
+
+Outcome = collections.namedtuple("Outcome", "status summary reason fatal facts")
+# status None: nothing to report; fatal: why the loop must end; facts: what the task's attempt keeps of the end
+Outcome.__new__.__defaults__ = (None, None, None, None)
 
 
 class Loop:
@@ -7336,29 +7705,50 @@ class Loop:
     `request`: what is asked of `fetch_task`. `run` returns an exit code."""
 
     def __init__(self, execute, request, worker=None, signals=(), max_tasks=None, idle_timeout_s=None, grace_s=None,
-                 verbose=False):
+                 verbose=False, server_lost_s=None):
         self.execute, self.request, self.worker, self.verbose = execute, request, worker, verbose
         self.max_tasks, self.idle_timeout_s = max_tasks, idle_timeout_s or 0
+        self.server_lost_s = SERVER_LOST_S if server_lost_s is None else server_lost_s
         self.grace_s = GRACE_S if grace_s is None else grace_s
         self.wake = Wake(loop_signals() + list(signals))
         self.beats = Heartbeats(self.on_lost)
         self.current, self.counts, self.errors, self.fatal = None, collections.Counter(), 0, None
-        self.begun = False
+        self.begun, self.waiting = False, {}  # {key of a run whose report waits in the outbox: Run}
 
     def run(self):
         """Return the exit code: 0 once there are no more tasks, 1 on a failure, 128 + its number on a signal."""
-        with self.wake:
+        with self.wake, PinnedRoot():
             try:
                 self._register()
                 self._drain()
             except LabtaskerError as error:
                 self.fatal = str(error)
             finally:
+                self._leave()
                 self.beats.close()
         if self.fatal:
             remark(self.fatal)
         remark("%s: %s" % (self._why(), self._tally()))
         return 128 + self.wake.stop if self.wake.stop else 1 if self.fatal else 0
+
+    def _leave(self):
+        """Try to deliver what waits, as long as there is time, and say where it is kept."""
+        try:
+            if self.waiting:
+                patiently(self._deliver_kept, self.wake.pause, lambda: LEAVING_S if self.wake.stop else 0)
+        except LabtaskerError as error:
+            if not is_away(error):
+                remark(error)
+        if self.waiting:
+            remark("%s is kept in %s: the next labtasker command here delivers it once the server is back" % (
+                ", ".join("the report of task " + run.task_id for run in self.waiting.values()), outbox()))
+
+    def _deliver_kept(self):
+        """Deliver what waits in the outbox; runs of this loop that waited need no heartbeats then."""
+        if kept_reports():
+            deliver_kept()
+        for run in [run for run in self.waiting.values() if not kept_reports(run)]:
+            self.beats.drop(self.waiting.pop(run.key))
 
     def _why(self):
         if self.wake.stop:
@@ -7379,6 +7769,7 @@ class Loop:
             remark("no field of args is asked for: every task fits, whatever its args")
         if not self.request.get("worker_id"):
             self.request["worker_id"] = create_worker(**dict(default_worker(), **(self.worker or {})))
+        self.request["attempt"] = attempt_facts()
 
     def _drain(self):
         """Run what there is, then wait for more as long as was asked."""
@@ -7419,18 +7810,31 @@ class Loop:
                 outcome = self.handed_back()
             else:
                 remark("task %s" % describe(task, self.verbose))
+                run.begin()
                 outcome = self.execute(self, run)
             self._close(run, outcome)
         finally:
             self.current, self.wake.has_run = None, False
-            self.beats.drop(run)
+            self._end_beats(run)
         return True
 
+    def _end_beats(self, run):
+        """Have a run kept alive no more, unless its report waits in the outbox."""
+        if kept_reports(run):
+            self.waiting[run.key] = run
+            self.start_beats(run)  # without the job, whose number another process may have next
+        else:
+            self.beats.drop(run)
+
     def _fetch(self, wait_s):
-        """Return the next Task or None; waits for a server that is away, unless it was never there."""
+        """Return the next Task or None; waits for a server that is away, unless it was never there. What waits for it
+        goes first."""
         request = dict(self.request, fetch_id=new_id(), wait_s=wait_s or None)
-        answer = patiently(lambda: fetch_task(**request), self.wake.pause,
-                           lambda: 0 if self.wake.stop or not self.begun else SERVER_LOST_S)
+
+        def ask():
+            self._deliver_kept()
+            return fetch_task(**request)
+        answer = patiently(ask, self.wake.pause, lambda: 0 if self.wake.stop or not self.begun else self.server_lost_s)
         self.begun = True
         return answer.task if answer.found else None
 
@@ -7446,55 +7850,78 @@ class Loop:
             run.lost = status
             self.wake.nudge()
 
-    def handed_back(self):
+    def handed_back(self, facts=None):
         """Return the Outcome of a run that a signal to the loop has ended."""
-        return Outcome("pending", reason="the loop was stopped by %s" % signal_name(self.wake.stop))
+        return Outcome("pending", reason="the loop was stopped by %s" % signal_name(self.wake.stop), facts=facts)
 
     def _close(self, run, outcome):
         """Report what the run came to, unless the job itself or another has ended it."""
-        status = outcome.status
-        self.fatal = outcome.fatal
+        status, self.fatal = outcome.status, outcome.fatal
+        facts = dict(outcome.facts or {})
+        if status == "failed":
+            facts["reason"] = failure_text(outcome.summary or {})[:REASON_LIMIT]
         if run.ended_by_job():
             status = run.ended
             remark("task %s: %s, as the job itself reported" % (run.task_id, status))
+            self._report(run, Outcome(status), facts) if facts and run.run_id else None
         elif status is None:
             remark("task %s: ended, as it is %s" % (run.task_id, run.lost))
         else:
-            status = self._report(run, outcome)
+            status = self._report(run, outcome, facts)
+            run.note_summary(outcome.summary)
+        run.note_end(status or run.lost or "lost", **dict(facts, reason=outcome.reason or facts.get("reason")))
         self.counts[status] += 1
         if status == "pending" and not self.wake.stop:
             self.wake.pause(HANDED_BACK_PAUSE_S)
 
-    def _report(self, run, outcome):
-        """Return the status once it is delivered, or None where somebody else has ended the run."""
+    def _report(self, run, outcome, facts):
+        """Return the status once it is delivered or kept, or None where somebody else has ended the run."""
         try:
-            patiently(lambda: deliver(run.task_id, outcome.status, outcome.summary, run.worker_id, run.run_id,
-                                      outcome.reason),
-                      self.wake.pause, lambda: LEAVING_S if self.wake.stop else SERVER_LOST_S)
+            delivered = post_unless_stopped(
+                self.wake, run, {"status": outcome.status, "summary": outcome.summary, "worker_id": run.worker_id,
+                                 "reason": outcome.reason, "attempt": facts or None},
+                lambda: LEAVING_S if self.wake.stop else self.server_lost_s)
         except LabtaskerHTTPStatusError as error:
             if error.status_code not in (404, 409):
                 raise
-            remark("task %s: %s is not taken: %s" % (run.task_id, outcome.status, error))
+            if not run.ended:
+                remark("task %s: %s is not taken: %s" % (run.task_id, outcome.status, error))
             return None
         words = {"pending": "handed back, no retry is charged: %s" % outcome.reason,
                  "failed": "failed, attempt %d of %d: %s" % (
                      run.task.retries + 1, run.task.max_retries, failure_text(outcome.summary or {}))}
-        remark("task %s: %s" % (run.task_id, words.get(outcome.status, outcome.status)))
+        if not run.ended:
+            remark("task %s: %s" % (run.task_id, words.get(outcome.status, outcome.status)))
+        if not delivered:
+            remark("task %s: the server is away, so this is kept in %s until it is back" % (run.task_id, outbox()))
         return outcome.status
 
 
 IDLE_WAIT_S = 2  # a wait for tasks on the server's side; a signal waits as long at most
 LEAVING_S = 10  # how long a loop that must leave tries to hand its task back
-LOST_GRACE_S = 2  # from TERM to KILL for the job of a task that was cancelled or taken away
+LOST_GRACE_S = 1  # from TERM to KILL for the job of a task that was cancelled or taken away
 GRACE_S = 10  # from the signal that stops the loop to KILL
+OWN_SIGNAL_S = 1  # after a job that died of a signal: how long the loop looks whether it gets the same one
+REASON_LIMIT = 300  # letters of the reason that an attempt keeps
 HANDED_BACK_PAUSE_S = 1  # a job that can't work now will not a millisecond later
 WORKER_MAX_RETRIES = 1000000  # a loop's own worker: tasks fail for their own reasons
 LOOP_SETTINGS = {"on_internal_error": None, "prompt_on_failure": False}
 
 
+def host_name():
+    """Return this machine's name."""
+    return os.uname().nodename if hasattr(os, "uname") else os.environ.get("COMPUTERNAME", "host")
+
+
+def attempt_facts():
+    """Return what each task that a loop runs keeps of that: who runs what, and where its output is."""
+    log = os.path.join(os.path.abspath(load_config().root), "logs", "{task_id}", "{run_id}", "run.log")
+    return _given(host=host_name(), pid=os.getpid(), git=code_version(), log=log)
+
+
 def default_worker():
     """Return what a loop registers its worker with."""
-    host = os.uname().nodename if hasattr(os, "uname") else os.environ.get("COMPUTERNAME", "host")
+    host = host_name()
     return {"worker_name": "%s-%d" % (re.sub(r"[^a-zA-Z0-9_-]", "-", host)[:80], os.getpid()),
             "metadata": {"host": host, "pid": os.getpid()}, "max_retries": WORKER_MAX_RETRIES}
 
@@ -7598,6 +8025,8 @@ def run_function(loop_, run, call):
     loop_.start_beats(run)
     os.environ.update(names)
     RUNS[thread] = run
+    log = RunLog(run.path("run.log"))
+    tees = _listen_in(log) if wake.in_main else ()
     try:
         try:
             wake.interrupt = lambda signum: _interrupt(run, signum)
@@ -7609,9 +8038,47 @@ def run_function(loop_, run, call):
         wake.interrupt = None
         return _outcome_of_error(loop_, run, error)
     finally:
+        _listen_no_more(tees)
+        log.close()
         RUNS.pop(thread, None)
         for name in names:
             os.environ.pop(name, None) if before[name] is None else os.environ.update({name: before[name]})
+
+
+class Tee:
+    """A text stream that a run's log gets a copy of; for anything but writing it is the stream itself."""
+
+    def __init__(self, stream, feed):
+        self.stream, self.feed = stream, feed
+
+    def write(self, text):
+        """Write, and return what the stream returns."""
+        answer = self.stream.write(text)
+        self.feed(text.encode("utf-8", "replace"))
+        return answer
+
+    def writelines(self, lines):
+        """Write them one by one."""
+        for line in lines:
+            self.write(line)
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+
+def _listen_in(log):
+    """Have what the function prints copied to its log; return {name in sys: Tee}.
+
+    What it writes past Python's own streams isn't seen: to take that too would lose the last words of a crash."""
+    tees = {name: Tee(getattr(sys, name), log.channel()) for name in ("stdout", "stderr") if getattr(sys, name)}
+    vars(sys).update(tees)
+    return tees
+
+
+def _listen_no_more(tees):
+    for name in tees:
+        if getattr(sys, name) is tees[name]:  # else the function has put something else there
+            setattr(sys, name, tees[name].stream)
 
 
 def _interrupt(run, signum):
@@ -7722,7 +8189,7 @@ def write_script(text, folder):
 
 def command_loop(argv=None, shell=None, script_path=None, executable=None, extra_filter=None, worker_id=None,
                  eta_max=None, heartbeat_timeout=None, max_tasks=None, idle_timeout_s=None, verbose=False,
-                 grace_s=None):
+                 grace_s=None, server_lost_s=None, use_pty=True):
     """Return the exit code after running the command for one pending task after another.
 
     0: no more tasks; 1: it could not go on; 128 + the signal that stopped it. Raises TemplateError, FilterError and
@@ -7730,39 +8197,223 @@ def command_loop(argv=None, shell=None, script_path=None, executable=None, extra
     import signal
     command = JobCommand(argv, shell, script_path, executable)
     request = fetch_request(command.keys, extra_filter, command.cmd, worker_id, eta_max, heartbeat_timeout)
-    return Loop(lambda loop_, run: run_job(loop_, run, command), request, signals=[signal.SIGCHLD],
-                max_tasks=max_tasks, idle_timeout_s=idle_timeout_s, grace_s=grace_s, verbose=verbose).run()
+    return Loop(lambda loop_, run: run_job(loop_, run, command, use_pty), request, signals=[signal.SIGCHLD],
+                max_tasks=max_tasks, idle_timeout_s=idle_timeout_s, grace_s=grace_s, verbose=verbose,
+                server_lost_s=server_lost_s).run()
 
 
-def run_job(loop_, run, command):
-    """Return the Outcome of the command in a process group of its own; its output goes where the loop's goes."""
-    script = None
+class RunLog:
+    """A run's file of output: what came, as it came, but that a line which was overwritten (a progress bar) is kept as
+    a line of its own, at most once a second, and that no line has parts of two streams."""
+
+    def __init__(self, path):
+        self.lock = threading.Lock()  # guards fd and unfinished
+        self.unfinished = None  # the stream whose line has no end yet
+        try:
+            self.fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+        except OSError:  # Run.begin has said so
+            self.fd = None
+
+    def channel(self):
+        """Return a function that takes the bytes of one stream; None ends it."""
+        line = Progress()
+        return lambda data: self._write(line, line.feed(data, monotonic()) if data is not None else line.rest())
+
+    def _write(self, line, data):
+        with self.lock:
+            if not data or self.fd is None:
+                return
+            data = b"\n" * (self.unfinished not in (None, line)) + data
+            self.unfinished = None if data.endswith(b"\n") else line
+            try:
+                os.write(self.fd, data)
+            except OSError:  # the job goes on where the disk is full
+                pass
+
+    def close(self):
+        """Close the file; what comes now goes nowhere."""
+        with self.lock:
+            if self.fd is not None:
+                os.close(self.fd)
+            self.fd = None
+
+
+class Progress:
+    """Makes readable lines of a stream with carriage returns."""
+
+    STEP_S = 1.0  # between two states of a line that are kept
+
+    def __init__(self):
+        self.held, self.is_held, self.shown_at = b"", False, -math.inf
+        self.ends_in_return, self.is_line_empty = False, True
+
+    def feed(self, data, at):
+        """Return what of `data`, which came at the time `at`, goes to the file now."""
+        data = b"\r" * self.ends_in_return + data
+        self.ends_in_return = data.endswith(b"\r")  # the next byte decides whether it only ends a line
+        parts = re.sub(b"\r+\n", b"\n", data.rstrip(b"\r") if self.ends_in_return else data).split(b"\r")
+        found = self._part(parts[0])
+        for part in parts[1:]:
+            self.held, self.is_held = b"", at - self.shown_at < self.STEP_S
+            if not self.is_held:
+                self.shown_at = at
+                found += b"" if self.is_line_empty else b"\n"
+                self.is_line_empty = True
+            found += self._part(part)
+        return found
+
+    def _part(self, part):
+        """Return what of bytes without a carriage return is kept now."""
+        if self.is_held:
+            self.held += part
+            return self.rest() if b"\n" in part else b""
+        if part:
+            self.is_line_empty = part.endswith(b"\n")
+        return part
+
+    def rest(self):
+        """Return the state of the line that was held back."""
+        found, self.held, self.is_held = self.held, b"", False
+        found = (b"" if self.is_line_empty or not found else b"\n") + found
+        self.is_line_empty = found.endswith(b"\n") if found else self.is_line_empty
+        return found
+
+
+class Output:
+    """Takes what a job writes to its log and, as it comes, to where this process's own output goes.
+
+    `ends` are what the job gets as stdout and stderr: pseudo-terminals, so that it behaves as on a terminal, or pipes.
+    Where both go to the same place they are one, so that all stays in order; on Windows too, which can't wait for
+    two."""
+
+    DRAIN_S = 1  # what a process that outlived its job goes on to write is not waited for any longer
+
+    def __init__(self, log, use_pty):
+        self.log, self.sources, opened = log, {}, {}  # sources: {our end: (where it goes, what takes it for the log)}
+        places = [_place_of(number) if fcntl else 1 for number in (1, 2)]
+        for number, place in zip((1, 2), places):
+            if place not in opened:
+                ours, opened[place] = use_pty and _open_pty() or os.pipe()
+                self.sources[ours] = (number, log.channel())
+        self.ends = [opened[place] for place in places]
+        self.thread = threading.Thread(target=self._copy, daemon=True)
+
+    def listen(self):
+        """Begin, once the job has its ends: then it alone holds them."""
+        for end in set(self.ends):
+            os.close(end)
+        self.thread.start()
+
+    def _copy(self):
+        import select
+        while self.sources:
+            ready = select.select(sorted(self.sources), [], [])[0] if len(self.sources) > 1 else list(self.sources)
+            for ours in ready:
+                target, feed = self.sources[ours]
+                try:
+                    data = os.read(ours, 65536)
+                except OSError:  # so Linux says of a pseudo-terminal that nobody holds any more
+                    data = b""
+                _write_out(target, data)
+                feed(data or None)
+                if not data:
+                    del self.sources[ours]
+                    os.close(ours)
+        self.log.close()
+
+    def finish(self):
+        """Return once all that the job wrote is where it belongs."""
+        self.thread.join(self.DRAIN_S)
+
+
+def _place_of(number):
+    """Return what tells the file behind a descriptor from others; the number itself where it is closed."""
+    try:
+        found = os.fstat(number)
+        return found.st_dev, found.st_ino
+    except OSError:
+        return number
+
+
+def _open_pty():
+    """Return (our end, the job's end) of a pseudo-terminal that changes nothing of what goes through it, or None."""
+    try:
+        import struct
+        import termios
+        ours, theirs = os.openpty()
+    except (ImportError, AttributeError, OSError):  # there is none here, or none is left
+        return None
+    modes = termios.tcgetattr(theirs)
+    modes[1] &= ~termios.OPOST
+    termios.tcsetattr(theirs, termios.TCSANOW, modes)
+    try:
+        columns, lines = os.get_terminal_size(1)
+    except OSError:
+        columns, lines = 80, 24
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", lines or 24, columns or 80, 0, 0))
+    return ours, theirs
+
+
+def _write_out(number, data):
+    """Write all of `data`, unless nobody is there to read it."""
+    import select
+    view = memoryview(data)
+    while view:
+        try:
+            view = view[os.write(number, view):]
+        except BlockingIOError:  # a terminal that another program has set so
+            select.select([], [number], [], 1)
+        except OSError:
+            return
+
+
+def run_job(loop_, run, command, use_pty=True):
+    """Return the Outcome of the command in a process group of its own."""
+    script, output = None, Output(RunLog(run.path("run.log")), use_pty)
     try:
         words, script = command.words(run.task.args, run.make_log_dir())
-        process = _start_job(words, run)
+        process = _start_job(words, run, output.ends)
     except (OSError, ValueError) as error:
+        output.listen()
         why = "can't start the command: %s" % error
         if command.is_for_this_task(error):
             return Outcome("failed", {"labtasker_error": why})
         return Outcome("pending", reason=why, fatal=why)
     else:
-        code = watch(loop_, run, process)
+        output.listen()
+        is_own_end = watch(loop_, run, process)
     finally:
+        output.finish()
         if script:
             os.unlink(script)
-    if code is not None:
-        return outcome_of_exit(code)
-    return Outcome(None) if run.lost else loop_.handed_back()
+    facts = exit_facts(process.returncode)
+    if is_own_end and not _is_of_own_signal(loop_.wake, process.returncode):
+        return outcome_of_exit(process.returncode)._replace(facts=facts)
+    return Outcome(None, facts=facts) if run.lost else loop_.handed_back(facts)
 
 
-def _start_job(words, run):
+def _start_job(words, run, ends):
     import subprocess
-    return subprocess.Popen(words, stdin=subprocess.DEVNULL, env=dict(os.environ, **run.environment()),
-                            start_new_session=True)
+    return subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=ends[0], stderr=ends[1], start_new_session=True,
+                            env=dict(os.environ, **run.environment()))
+
+
+def exit_facts(code):
+    """Return how a process ended, as its task's attempt keeps it."""
+    return {"exit_code": code} if code >= 0 else {"signal": signal_name(-code)}
+
+
+def _is_of_own_signal(wake, code):
+    """Return whether a job died of a signal that the loop got too: schedulers send it to every process at once."""
+    number = -code if code < 0 else code - 128  # a shell's way to say that what it ran died of a signal
+    give_up_at = monotonic() + OWN_SIGNAL_S
+    while number in loop_signals() and not wake.stop and monotonic() < give_up_at:
+        wake.pause(give_up_at - monotonic())
+    return number in loop_signals() and bool(wake.stop)
 
 
 def watch(loop_, run, process):
-    """Return the job's exit code once it ends; None where it was ended: the loop must leave or the run is lost."""
+    """Return whether the job ended by itself; False where it was ended: the loop must leave or the run is lost."""
     import signal
     loop_.start_beats(run, process.pid)
     wake, kill_at = loop_.wake, None
@@ -7776,9 +8427,9 @@ def watch(loop_, run, process):
             signal_group(process.pid, signal.SIGKILL)
         wake.pause(min(1 if wake.in_main else 0.05, max(0.02, (kill_at or math.inf) - monotonic())))
     if kill_at is None:
-        return process.returncode
+        return True
     end_group(process.pid, min(kill_at, monotonic() + 1), wake.pause)
-    return None
+    return False
 
 
 # 10. Command line ############################################################
@@ -7868,6 +8519,7 @@ def show(text, no_pager=False):
 
 COMFORTS = {  # the commands of labtasker_cli.py, and what they are for
     "task retry": "Make failed (or selected) tasks pending again, with their retries at 0.",
+    "task logs": "Print what a task's last run, or an earlier one, has written.",
     "config": "Edit the configuration in $EDITOR; it is kept where it can be read.",
     "event listen": "Print the steps of tasks and workers as they come, until Ctrl-C; reconnects.",
     "help filter": "Print the filter language: operators, dates, a task's fields.",
@@ -8598,7 +9250,8 @@ def do_loop(options):
         argv=options.rest, shell=options.cmd, script_path=options.script_path, executable=options.executable,
         extra_filter=filter_of(options), worker_id=options.worker_id, eta_max=options.eta_max,
         heartbeat_timeout=options.heartbeat_timeout, max_tasks=options.max_tasks,
-        idle_timeout_s=options.idle_timeout, verbose=options.verbose, grace_s=options.grace)
+        idle_timeout_s=options.idle_timeout, verbose=options.verbose, grace_s=options.grace,
+        server_lost_s=options.server_lost, use_pty=options.use_pty is not False)
 
 
 def journal_path(options):
@@ -8974,7 +9627,19 @@ def run_command(words):
         text = help_of("" if not words or asked[0] else words[0])
         return say(text) if words else note(text) or 2
     path, words = find_command(words)
-    return COMMANDS[path].run(parse(path, words))
+    options = parse(path, words)
+    if path.split()[0] in ("task", "worker", "health", "loop"):
+        bring_what_waits()
+    return COMMANDS[path].run(options)
+
+
+def bring_what_waits():
+    """Deliver the reports that loops here could not; that the server is still away the command itself will tell."""
+    try:
+        if kept_reports() and deliver_kept():
+            note("Delivered what loops here had kept while the server was away.")
+    except LabtaskerError:
+        pass
 
 
 def main(argv=None):
@@ -9099,7 +9764,8 @@ COMMANDS = {
             option("--max-tasks N", "end after N tasks", type=count),
             option("--idle-timeout TIME", "stay that long for tasks to come", type=seconds),
             option("--grace TIME", "from the signal that stops a job to KILL (10)", type=seconds),
-            option("--use-pty", "run it on a pseudo-terminal", default=None),
+            option("--server-lost TIME", "how long to wait for a server that is away (1h)", type=seconds),
+            option("--use-pty", "run it on a pseudo-terminal (where there is one, this is the default)", default=None),
             option("--no-use-pty", "run it on pipes", dest="use_pty", action="store_false"),
             option("-v --verbose", "say more")],
         "[-- COMMAND ...]"),

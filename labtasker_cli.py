@@ -6,14 +6,16 @@ table `COMMANDS`; what it is for stands in `COMFORTS`. Tests: test_cli.py.
 """
 import json
 import os
+import re
 import sys
+import time
 
 from labtasker import (
-    ARITHMETIC, CALLS, COMFORTS, COMMANDS, COMPARISONS, CONFIG_NAME, DATE_FORMS, IDS, INSTEAD, LOGIC,
+    ARITHMETIC, CALLS, COMFORTS, COMMANDS, COMPARISONS, CONFIG_NAME, DATE_FORMS, ID, IDS, INSTEAD, LOGIC,
     OPERATORS, QUIET, RECORDS, REQUIRED, ROUTES, SELECT, SETTINGS, TASK_FIELDS, Command, LabtaskerError,
-    LabtaskerRuntimeError, LabtaskerValueError, TaskUpdateRequest, ask, chosen_tasks, clean, connect_events, find_root,
-    format_time, is_terminal, load_config, main, note, option, pairs, read_text, say, seconds, show, show_listing, some,
-    table, update_tasks, visible)
+    LabtaskerRuntimeError, LabtaskerValueError, TaskUpdateRequest, ask, chosen_tasks, clean, connect_events, count,
+    find_root, format_time, full_id, get_task, is_terminal, load_config, main, note, option, pairs, read_text, say,
+    seconds, show, show_listing, some, table, update_tasks, visible)
 
 __all__ = ["main", "server_main"]
 
@@ -77,6 +79,86 @@ def event_text(response):
     known = [data.get("task_name") or data.get("worker_name"), pairs(data.get("args") or {}),
              pairs(data.get("summary") or {})]
     return event_line(response) + "\n    " + "  ".join(text for text in known if text)
+
+
+# ---- Logs
+
+
+def do_task_logs(options):
+    task = get_task(full_id(options.task_id))
+    attempt = chosen_attempt(task, options.attempt)
+    path = log_path(task, attempt)
+    is_there = os.path.exists(path)
+    if not is_there and not (options.follow and attempt and "end" not in attempt):
+        raise LabtaskerRuntimeError("the output is not here: %s%s" % (path, attempt.get("host") and (
+            " on the host %s" % attempt["host"]) or ""))
+    if attempt:
+        note("task %s, attempt %d of %d on %s: %s" % (
+            task.task_id, task.attempts.index(attempt) + 1, len(task.attempts), attempt.get("host"),
+            attempt.get("status", "running")))
+    follow_log(path, lambda: options.follow and is_under_way(task.task_id, attempt.get("run_id")))
+
+
+def chosen_attempt(task, number):
+    """Return a task's last attempt or the `number`th that it keeps, {} where none is kept; raises where it has none."""
+    if number is not None and not 1 <= number <= len(task.attempts):
+        raise LabtaskerValueError("task %s has %d attempts, and no %d" % (task.task_id, len(task.attempts), number))
+    if not task.attempts and not task.start_time:
+        raise LabtaskerRuntimeError("task %s has not been run yet" % task.task_id)
+    return task.attempts[(number or 0) - 1] if task.attempts else {}
+
+
+def log_path(task, attempt):
+    """Return where a run's output is: where its worker said, or in the configuration's folder here."""
+    here = os.path.join(os.path.abspath(find_root()), "logs", task.task_id, attempt.get("run_id") or task.run_id or "",
+                        "run.log")
+    told = attempt.get("log")
+    return told if told and (os.path.exists(told) or not os.path.exists(here)) else here
+
+
+def is_under_way(task_id, run_id):
+    """Return whether the run goes on."""
+    task = get_task(task_id)
+    return task.status == "running" and task.run_id == run_id
+
+
+def follow_log(path, goes_on):
+    """Print a file, and what is added to it while `goes_on()`; a person gets no control characters but colours."""
+    position, look_at, is_going = 0, 0, True
+    while is_going:
+        if time.monotonic() >= look_at:  # before the reading: what came until the end is printed too
+            is_going, look_at = goes_on(), time.monotonic() + LOOK_S
+        position = print_from(path, position)
+        time.sleep(POLL_S if is_going else 0)
+
+
+POLL_S, LOOK_S = 0.2, 1.0  # between two looks at a file that grows, and at the task whose output it is
+COLOURS = re.compile("\x1b\\[[0-9;]*m")
+
+
+def print_from(path, position):
+    """Return the new position after printing what is in the file from there on."""
+    try:
+        with open(path, "rb") as file:
+            file.seek(position)
+            for data in iter(lambda: file.read(1 << 20), b""):
+                print_output(data)
+            position = file.tell()
+    except FileNotFoundError:  # not yet
+        pass
+    sys.stdout.flush()
+    return position
+
+
+def print_output(data):
+    """Write a job's bytes to stdout: as they are, but to a terminal without what could play with it."""
+    if is_terminal(sys.stdout):
+        text = data.decode("utf-8", "replace")
+        pieces = re.split("(%s)" % COLOURS.pattern, text)
+        sys.stdout.write("".join(piece if COLOURS.match(piece) else clean(piece) for piece in pieces))
+    else:
+        sys.stdout.flush()
+        sys.stdout.buffer.write(data)
 
 
 # ---- Editing
@@ -206,6 +288,9 @@ def comfort(path, run, example, options=()):
 
 comfort("task retry", do_task_retry, "labtasker task retry -f 'args.model == \"vit\"' --dry-run",
         [IDS] + SELECT + [option("--dry-run", "only show which"), QUIET])
+comfort("task logs", do_task_logs, "labtasker task logs 3f2a -f",
+        [ID, option("-f --follow", "go on printing while it runs"),
+         option("--attempt N", "the Nth of the attempts that the task keeps (the last)", type=count)])
 comfort("config", do_config, "EDITOR=nano labtasker config")
 comfort("event listen", do_event_listen, "labtasker event listen --compact", [
     option("-c --compact", "one line for each"), option("--raw", "JSON as it came, one line for each"),

@@ -2,7 +2,8 @@
 
 The long versions are chosen by the environment, one variable a row of SETTINGS, read by `setting` alone:
 LT_TEST_KILLS=1000 LT_TEST_STEPS=1000000 LT_TEST_CUTS=20000 LT_TEST_BITS=20000 LT_TEST_LAST_BYTES=4096 LT_TEST_RACES=100
-LT_TEST_ERRNOS=5 LT_TEST_QUERIES=5000 LT_TEST_DATES=3000 LT_TEST_CUTS_NET=6000. LT_TEST_SEED=n is another course of things; each test that rolls dice prints its seed.
+LT_TEST_ERRNOS=5 LT_TEST_QUERIES=5000 LT_TEST_DATES=3000 LT_TEST_CUTS_NET=6000 LT_TEST_SOAK=600 LT_TEST_SOAK_WORKERS=50. LT_TEST_SEED=n is another course of things; each test
+that rolls dice prints its seed.
 """
 import errno
 import itertools
@@ -27,6 +28,8 @@ SETTINGS = {  # name: (value of the quick version, meaning)
     "QUERIES": (200, "query documents that each seed asks of mongomock too"),
     "DATES": (150, "dates made at random that dateparser reads too, in each zone"),
     "CUTS_NET": (150, "operations through a proxy that cuts connections"),
+    "SOAK": (25, "seconds in which workers, jobs and server are killed and stopped"),
+    "SOAK_WORKERS": (12, "loops that run at once meanwhile"),
     "SEED": (1, "where the dice start"),
 }
 ME = "/api/v1/queues/me"

@@ -121,7 +121,7 @@ def test_fields_beyond_the_protocol_are_shown_to_those_who_ask_for_them(call):
     plain = call("POST", ME + "/tasks/next", {"heartbeat_timeout": 9}, extensions=False)[1]["task"]
     assert set(plain) == TASK
     extended = call("POST", ME + "/tasks/search", {})[1]["content"][0]
-    assert set(extended) - TASK == {"run_id", "run_end", "interruptions", "reason"}
+    assert set(extended) - TASK == {"run_id", "run_end", "interruptions", "reason", "attempts", "git"}
     assert set(call("GET", ME)[1]) == {"queue_id", "queue_name", "created_at", "last_modified", "metadata"}
 
 
@@ -331,6 +331,7 @@ BAD_VALUES = {  # kind of field: values that are none
     "filter": [1, []], "seconds": [0, -1, "60", True, float("inf"), float("nan")], "duration": ["soon", "", 0, [], "-1h"], "wait": ["x", []],
     "bool": ["maybe", 2, [], ""], "int": ["x", 1.5, True, 2 ** 63], "count": [-1, 1.5, "3", 2 ** 31 + 1], "whole": [-1, "x", 1.5, "-1"],
     "status": ["done", 1, "created"], "worker_status": ["failed", 1], "event_id": ["x", "1", "1.x"], "answer": ["x"], "texts": ["x", [1]],
+    "attempt": [1, [], "x", {"a": {}}, {"a": "x" * 3000}], "git": [1, [], "x" * 1000],
     "cmd": [1, [1], {}], "sort": ["x", [["a", 2]], [["a"]], [[1, 1]], {}],
 }
 

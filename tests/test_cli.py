@@ -870,7 +870,7 @@ def test_labtasker_alone_does_the_work_and_says_what_it_lacks(alone, home):
     assert run_alone(alone, home, "task", "ls", "-q").lines == [t["task_id"] for t in home.tasks()]
     for words in (["help"], ["--help"], ["help", "task"], ["task", "--help"], ["task", "ls", "--help"]):
         assert "task ls" in run_alone(alone, home, *words).stdout
-    assert "labtasker_cli.py beside labtasker.py also: task retry, config" in run_alone(alone, home, "help").stdout
+    assert "labtasker_cli.py beside labtasker.py also: task retry, task logs, config" in run_alone(alone, home, "help").stdout
     assert "did you mean config" in run_alone(alone, home, "confg", check=False).stderr
 
 

@@ -319,7 +319,12 @@ def test_journals_of_every_format_that_ever_was_are_read_the_same(tmp_path):
     for path in kept:
         copy = tmp_path / path.name
         copy.write_bytes(path.read_bytes())
-        assert json.dumps(make.shown(copy), sort_keys=True) == json.dumps(json.loads(path.with_suffix(".json").read_text()), sort_keys=True)
+        found, told = make.shown(copy), json.loads(path.with_suffix(".json").read_text())
+        known = {name for queue in told for task in queue["tasks"] for name in task}
+        for task in [task for queue in found for task in queue["tasks"]]:
+            for name in set(task) - known:  # a field that came later has its default
+                assert task.pop(name) == L.TASK_FIELDS[name].default
+        assert json.dumps(found, sort_keys=True) == json.dumps(told, sort_keys=True)
         assert copy.read_bytes() == path.read_bytes()
 
 

@@ -230,6 +230,36 @@ def test_requests_leave_no_cycles_behind(loop):
         gc.enable()
 
 
+def test_a_quiet_server_gives_up_a_silent_run_in_time_and_one_that_was_stopped_does_not(loop, monkeypatch):
+    clock = [1000.0]
+    monkeypatch.setattr(L, "monotonic", lambda: clock[0])
+    loop.server.due_at = clock[0]
+    ids = [loop.call(loop.client(), *submit(i=i))[1]["task_id"] for i in range(2)]
+
+    def status(task_id):
+        return loop.call(loop.client(), "GET", "/tasks/" + task_id)[1]["status"]
+
+    def serve_for(seconds):
+        """Do what is due, each a little late."""
+        end, looks = clock[0] + seconds, 0
+        while clock[0] < end:
+            clock[0] = max(clock[0], loop.server.due_at) + 0.01
+            loop.server.service_actions()
+            looks += 1
+        return looks
+    loop.call(loop.client(), *fetch())
+    assert serve_for(55) < 20 and status(ids[0]) == "running"
+    serve_for(10)
+    assert status(ids[0]) == "pending"
+    loop.call(loop.client(), *fetch())
+    serve_for(30)
+    clock[0] += 600
+    serve_for(55)
+    assert status(ids[1]) == "running" or status(ids[0]) == "running"
+    serve_for(10)
+    assert status(ids[0]) == status(ids[1]) == "pending"
+
+
 @pytest.mark.slow
 def test_others_are_answered_while_a_listing_runs(server):
     server.http("POST", ME + "/tasks", [{"args": {"i": i}} for i in range(5000)])

@@ -256,6 +256,40 @@ def test_a_late_success_counts_while_nobody_has_taken_the_task_and_gives_the_ret
     assert door.fetch() is None
 
 
+@pytest.mark.parametrize("max_retries, status", [(1, "failed"), (3, "pending")])
+def test_a_late_handing_back_counts_as_the_late_success_does(door, max_retries, status):
+    task_id = door.submit(max_retries=max_retries)
+    run = door.fetch(heartbeat_timeout=5, attempt={"host": "there"})
+    door.later(10)
+    assert door.task(task_id)["status"] == status
+    for _ in range(2):  # the second is the repeat of the first
+        door.report(run, "pending", reason="preempted", attempt={"signal": "SIGTERM"})
+        task = door.task(task_id)
+        assert (task["status"], task["retries"], task["interruptions"], task["summary"]) == ("pending", 0, 1, {})
+        attempt, = task["attempts"]
+        assert (attempt["status"], attempt["reason"], attempt["signal"]) == ("pending", "preempted", "SIGTERM")
+
+
+def test_attempts_are_kept_where_a_worker_tells_of_them_and_only_there(door):
+    task_id = door.submit()
+    door.report(door.fetch(), "failed", attempt={"exit_code": 1})
+    assert door.task(task_id)["attempts"] == []
+    run = door.fetch(attempt={"host": "h", "log": "/{task_id}/{run_id}"})
+    assert run["attempts"][0]["log"] == "/%s/%s" % (task_id, run["run_id"])
+    door.report(run, "failed", attempt={"exit_code": 1, "reason": "no luck"})
+    door.report(run, "failed", attempt={"more": 2})
+    attempt, = door.task(task_id)["attempts"]
+    assert (attempt["status"], attempt["exit_code"], attempt["reason"], attempt["more"]) == ("failed", 1, "no luck", 2)
+    door.report(door.fetch(), "success", attempt={"exit_code": 0})
+    assert [a["exit_code"] for a in door.task(task_id)["attempts"]] == [1], "that run's worker had told nothing"
+
+
+def test_a_submission_says_which_commit_it_was_and_that_makes_it_no_other(door):
+    task_id = door.submit(task_id="6f1c1e9e-5a0e-4b7c-8a51-0f6d3c6f9b11", git="0123abcd-dirty")
+    assert door.submit(task_id=task_id, git="4567abcd") == task_id and door.task(task_id)["git"] == "0123abcd-dirty"
+    door("POST", "tasks", {"args": {"a": 1}, "git": "; rm"}, expect=422)
+
+
 def test_a_late_report_is_refused_once_the_task_was_taken(door):
     door.submit()
     first = door.fetch(heartbeat_timeout=5)

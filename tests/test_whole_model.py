@@ -182,10 +182,11 @@ class Model:
             raise No(409)
         if run_id is None and request.get("worker_id") not in (None, task["worker_id"]):
             raise No(409)
-        if status == task["status"]:
+        is_late = run_id is not None and task["status"] != "running" and status != "cancelled"
+        if status == task["status"] and not (is_late and task["_end"] == "timeout"):
             if summary:
                 self.change(task, summary=merged(task["summary"], summary))
-        elif run_id is not None and task["status"] != "running" and status != "cancelled":
+        elif is_late:
             self.report_late(task, status, summary)
         else:
             if status not in MOVES[task["status"]]:
@@ -193,13 +194,15 @@ class Model:
             self.end(name, task, status, merged(task["summary"], summary), request.get("reason"))
 
     def report_late(self, task, status, summary):
-        """A report on a run that is over: its repeat, or the late success of one that was given up on."""
+        """A report on a run that is over: its repeat, or the late success or handing back of one that was given up on."""
         if status == task["_end"] or (status, task["_end"]) == ("failed", "timeout"):
             return
-        if (status, task["_end"]) != ("success", "timeout"):
+        if task["_end"] != "timeout" or status not in ("success", "pending"):
             raise No(409)
         kept = {key: value for key, value in task["summary"].items() if key != "labtasker_error"}
-        self.change(task, status="success", _end="success", summary=merged(kept, summary), retries=max(0, task["retries"] - 1))
+        self.change(task, status=status, _end=status, summary=merged(kept, summary), retries=max(0, task["retries"] - 1))
+        if status == "pending":
+            task["interruptions"] += 1
 
     def end(self, name, task, status, summary, reason):
         """End the run of a task, or cancel it."""

@@ -401,6 +401,8 @@ def test_exit_code_75_hands_the_task_back(home):
     home.cli("loop", "--", "sh", "-c", "test -e been || { touch been; exit 75; }", "%(n)")
     done = task(one)
     assert (done.status, done.retries, done.interruptions) == ("success", 0, 1)
+    assert [(a["status"], a["exit_code"]) for a in done.attempts] == [("pending", 75), ("success", 0)]
+    assert "75" in done.attempts[0]["reason"]
 
 
 def test_a_job_sees_its_run_and_speaks_for_itself(both):
@@ -490,6 +492,202 @@ def test_what_a_task_holds_can_not_play_with_the_terminal(home):
     assert "\x1b" not in run.stderr and "\x07" not in run.stderr
 
 
+# What a run leaves on disk and on its task
+
+
+def run_folders(place):
+    """Return the folders of all runs, oldest first."""
+    return sorted((place.cwd / ".labtasker" / "logs").glob("*/*"), key=lambda path: (path / "task.json").stat().st_mtime)
+
+
+def read(path):
+    return json.loads(path.read_text())
+
+
+TALKER = """
+import sys, labtasker
+print("out", sys.stdout.isatty(), sys.stderr.isatty(), flush=True)
+for percent in range(50):
+    sys.stderr.write("\\rstep %d" % percent)
+    sys.stderr.flush()
+sys.stderr.write("\\n")
+labtasker.report_task_status(labtasker.current_task_id(), "running", {"acc": {"top1": 0.5}})
+labtasker.report_task_status(labtasker.current_task_id(), "running", {"acc": {"top5": 0.9}})
+sys.exit(int(sys.argv[1]))
+"""
+
+
+@pytest.mark.parametrize("option, is_terminal", [("--use-pty", True), ("--no-use-pty", False)])
+def test_a_command_run_leaves_its_files_and_shows_its_output(both, option, is_terminal):
+    one = labtasker.submit_task(args={"n": 3}, max_retries=1).task_id
+    script = both.write("job.py", TALKER)
+    run = both.cli("loop", option, "--", sys.executable, script, "%(n)")
+    assert run.stdout == "out %s %s\n" % (is_terminal, is_terminal) and "step 0\nstep 1\n" in run.stderr  # read as text, \r is \n
+    folder, = run_folders(both)
+    log = (folder / "run.log").read_text()
+    assert run.lines[0] in log.splitlines() and "\r" not in log
+    assert "step 0\n" in log and "step 49\n" in log and log.count("step") < 10
+    assert read(folder / "task.json")["task_id"] == one and read(folder / "task.json")["status"] == "running"
+    assert read(folder / "summary.json") == {"acc": {"top1": 0.5, "top5": 0.9}, "labtasker_error": "exit code 3"}
+    assert read(folder / "status.json") == {"status": "failed", "exit_code": 3, "reason": "exit code 3"}
+    assert {path.stat().st_mode & 0o077 for path in [folder] + list(folder.iterdir())} == {0}
+    assert task(one).summary == read(folder / "summary.json")
+
+
+def test_without_a_pseudo_terminal_pipes_do(home, monkeypatch, capfd):
+    def none_left():
+        raise OSError("out of pty devices")
+    monkeypatch.setattr(os, "openpty", none_left)
+    submit()
+    assert labtasker.command_loop([sys.executable, "-c", "import sys; print(sys.stdout.isatty())", "%(n)"]) == 0
+    assert capfd.readouterr().out == "False\n"
+
+
+def test_stdout_and_stderr_that_go_to_one_place_stay_in_order(home):
+    submit()
+    script = home.write("job.py", "import os\nfor i in range(500):\n    os.write(1 + i % 2, b'%d\\n' % i)\n")
+    loop = home.start_cli("loop", "--", sys.executable, script, "%(n)")
+    assert wait_for_end(loop) == 0
+    wanted = [str(i) for i in range(500)]
+    assert [line for line in output(loop).splitlines() if line.isdigit()] == wanted
+    folder, = run_folders(home)
+    assert (folder / "run.log").read_text().split() == wanted
+
+
+def test_a_job_that_leaves_a_process_behind_is_over_when_it_ends(home):
+    one, = submit()
+    loop = home.start_cli("loop", "--", "sh", "-c", "sleep 600 & echo pid $!", "%(n)")
+    assert wait_for_end(loop) == 0
+    assert task(one).status == "success"
+    os.kill(int(output(loop).split("pid ")[1].split()[0]), signal.SIGKILL)
+
+
+def test_a_decorated_run_leaves_its_files_too(home, capfd):
+    submit(max_retries=1)
+
+    @labtasker.loop()
+    def main(n=Required()):
+        print("prints")
+        print("complains", file=sys.stderr)
+        labtasker.report_task_status(labtasker.current_task_id(), "running", {"acc": 1})
+        raise ValueError("no luck")
+    main()
+    folder, = run_folders(home)
+    log = (folder / "run.log").read_text()
+    assert log.startswith("prints\ncomplains\n") and "ValueError: no luck" in log
+    assert read(folder / "summary.json")["acc"] == 1 and read(folder / "status.json")["status"] == "failed"
+    assert read(folder / "summary.json")["labtasker_exception"]["type"] == "ValueError"
+    shown = capfd.readouterr()
+    assert shown.out == "prints\n" and "complains\n" in shown.err
+
+
+def test_a_function_that_changes_the_folder_changes_nothing_for_the_loop(home, tmp_path):
+    ids = submit(2)
+
+    @labtasker.loop()
+    def main(n=Required()):
+        os.chdir(str(tmp_path))
+    main()
+    assert "LABTASKER_ROOT" not in os.environ
+    os.chdir(str(home.cwd))
+    assert [task(i).status for i in ids] == ["success"] * 2 and len(run_folders(home)) == 2
+
+
+def test_every_attempt_is_kept_on_the_task(both):
+    one, = submit(max_retries=30)
+    both.cli("loop", "--max-tasks", "24", "--", "sh", "-c", "exit 3", "%(n)")
+    both.cli("loop", "--", "true", "%(n)")
+    attempts = task(one).attempts
+    assert len(attempts) == 20 and attempts[-1]["run_id"] == task(one).run_id
+    last, before = attempts[-1], attempts[-2]
+    assert (last["status"], last["exit_code"], before["status"], before["exit_code"]) == ("success", 0, "failed", 3)
+    assert before["reason"] == "exit code 3" and "reason" not in last
+    assert last["host"] == os.uname().nodename and last["pid"] > 0 and before["start"] < before["end"] < last["start"]
+    assert {a["worker_id"] for a in attempts} == {w.worker_id for w in labtasker.ls_workers().content}
+    assert pathlib.Path(last["log"]).name == "run.log" and pathlib.Path(last["log"]).exists()
+    found = labtasker.ls_tasks(extra_filter='attempts[19].exit_code == 0').content
+    assert [t.task_id for t in found] == [one]
+
+
+def test_a_job_that_ends_its_run_itself_leaves_its_exit_code(both):
+    one, = submit()
+    both.cli("loop", "--", sys.executable, "-c", "import labtasker, sys; labtasker.finish('success'); sys.exit(4)", "%(n)")
+    last, = task(one).attempts
+    assert (task(one).status, last["status"], last["exit_code"]) == ("success", "success", 4)
+
+
+def test_cancelled_and_reset_runs_are_closed_attempts(home):
+    one, two = submit(2)
+    attempt = {"host": "here", "log": "/logs/{task_id}/{run_id}"}
+    for _ in range(2):
+        labtasker.fetch_task(heartbeat_timeout=60, attempt=attempt)
+    cancel(one)
+    labtasker.update_tasks([TaskUpdateRequest(task_id=two)], reset_pending=True)
+    assert [a["status"] for t in (one, two) for a in task(t).attempts] == ["cancelled", "reset"]
+    assert task(one).attempts[0]["log"].startswith("/logs/%s/" % one) and "end" in task(one).attempts[0]
+
+
+@pytest.mark.parametrize("attempt", [{"a b": 1}, {"a": {}}, {"a": "x" * 3000}, ["a"]])
+def test_what_is_no_attempt_is_refused(home, attempt):
+    submit()
+    with pytest.raises(labtasker.LabtaskerHTTPStatusError, match="attempt"):
+        labtasker.fetch_task(heartbeat_timeout=60, attempt=attempt)
+
+
+def git(place, *words):
+    return harness.run(["git", "-c", "user.name=x", "-c", "user.email=x@y"] + list(words), place.cwd).stdout.strip()
+
+
+def test_the_commit_is_kept_at_submission_and_at_each_start(home):
+    one, = submit()
+    assert task(one).git is None
+    home.write("train.py", "1")
+    home.write(".gitignore", ".labtasker\n")
+    git(home, "init", "-q")
+    git(home, "add", "train.py")
+    git(home, "commit", "-qm", "first")
+    commit = git(home, "rev-parse", "HEAD")
+    two = home.submit("--", "--n=1")
+    home.write("train.py", "2")
+    three = home.submit("--", "--n=1")
+    assert [task(i).git for i in (two, three)] == [commit, commit + "-dirty"]
+    home.cli("loop", "--", "true", "%(n)")
+    assert {a["git"] for i in (one, two, three) for a in task(i).attempts} == {commit + "-dirty"}
+    assert labtasker.ls_tasks(extra_filter='regex(git, "dirty")').content[0].task_id == three
+    assert task(three).metadata == {}
+    home.cli("task", "submit", "--", "--n=1", env={"PATH": "/nowhere"})
+    assert task(home.tasks()[-1]["task_id"]).git is None
+
+
+def test_logs_are_printed_and_followed(both):
+    one, = submit(max_retries=2)
+    loop = both.start_cli("loop", "--", "sh", "-c", "echo begins; until test -e gate; do sleep 0.05; done; echo ends; exit 3",
+                          "%(n)")
+    wait_for_line(loop, "begins")
+    follower = both.start_cli("task", "logs", one[:8], "-f")
+    wait_for_line(follower, "begins")
+    assert "ends" not in both.cli("task", "logs", one).stdout
+    both.write("gate", "")
+    assert wait_for_end(follower) == 0
+    assert output(follower).splitlines()[-2:] == ["begins", "ends"] and "attempt 1 of 1" in output(follower)
+    assert wait_for_end(loop) == 0
+    run = both.cli("task", "logs", one, "--attempt", "1")
+    assert run.stdout == "begins\nends\n" and "attempt 1 of 2" in run.stderr and "failed" in run.stderr
+    assert both.cli("task", "logs", one, "--attempt", "3", check=False).returncode == 1
+    never, = submit()
+    assert "has not been run" in both.cli("task", "logs", never, check=False).stderr
+
+
+def test_lines_that_are_overwritten_become_lines_of_their_own():
+    def made(*pieces):
+        line = labtasker.Progress()
+        return b"".join(line.feed(data, at) for at, data in pieces) + line.rest()
+    assert made((0, b"a\r"), (0, b"\nb\r\r\nc")) == b"a\nb\nc"
+    assert made((0, b"\r1%"), (0.5, b"\r2%"), (1.5, b"\r3%"), (1.6, b"\r4%"), (1.7, b"\r5%\nend\n")) == b"1%\n3%\n5%\nend\n"
+    assert made((0, b"1%\r"), (0.1, b"2%\r"), (0.2, b"3%")) == b"1%\n2%\n3%"
+    assert made((0, b"\r\r\r"), (0, b"x")) == b"x"
+
+
 # Signals
 
 
@@ -500,7 +698,7 @@ if mode == "deaf":
     for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(s, signal.SIG_IGN)
 if mode == "polite":
-    for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU):
         signal.signal(s, lambda s, f: (os.write(1, ("job got %d" % s).encode() + bytes([10])), sys.exit(0)))
 child = subprocess.Popen(["sleep", "600"])
 print("pids %d %d" % (os.getpid(), child.pid), flush=True)
@@ -518,7 +716,7 @@ def start_job(place, mode, grace_s=None):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU"])
 def test_a_signal_hands_the_task_back_uncharged(both, name):
     one, = submit()
     loop, pids = start_job(both, "polite")
@@ -577,8 +775,9 @@ print("after main")
 """
 
 
-@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
-@pytest.mark.parametrize("then", ["raise", "return", "raise ValueError('in cleaning up')"])
+@pytest.mark.parametrize("name, then", [
+    ("SIGINT", "raise"), ("SIGINT", "return"), ("SIGINT", "raise ValueError('in cleaning up')"), ("SIGTERM", "raise"),
+    ("SIGTERM", "return"), ("SIGHUP", "raise"), ("SIGUSR1", "raise"), ("SIGUSR2", "return"), ("SIGXCPU", "raise")])
 def test_a_signal_is_an_exception_in_the_function(home, name, then):
     one, two = submit(2)
     loop = start_script(home, SLEEPER % ("KeyboardInterrupt", then))
@@ -706,7 +905,8 @@ def test_beats_that_die_are_started_again(home):
     one, = submit(max_retries=1)
     loop = home.start_cli("loop", "--", "sh", "-c", "echo pids; sleep 6", "%(n)")
     wait_for_line(loop, "pids")
-    beats, = [pid for pid in children(loop.pid) if b"__beats" in pathlib.Path("/proc/%d/cmdline" % pid).read_bytes()]
+    beats, = wait_until(lambda: [pid for pid in children(loop.pid) if b"__beats" in pathlib.Path(
+        "/proc/%d/cmdline" % pid).read_bytes()], "the loop has its heartbeats")
     os.kill(beats, signal.SIGKILL)
     assert wait_for_end(loop) == 0, output(loop)
     assert (task(one).status, task(one).retries) == ("success", 0)

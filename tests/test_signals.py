@@ -1,0 +1,529 @@
+"""What is handed back, kept, delivered late and ended: signals, heartbeats, a server that is away. Real processes, real signals.
+
+The soak at the end kills and stops workers, jobs and the server at random; LT_TEST_SOAK is for how many seconds."""
+import collections
+import json
+import os
+import pathlib
+import signal
+import stat
+import time
+
+import pytest
+
+import faulty
+import harness
+import labtasker
+from harness import wait_until
+from test_worker import (
+    beat_fast, cancel, children, is_alive, output, start_job, start_script, submit, task, wait_for_end, wait_for_line,
+    wait_for_task)
+
+pytestmark = pytest.mark.slow
+
+SIGNALS = ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU")
+GATED = ("sh", "-c", "echo begins $0; until test -e gate; do sleep 0.05; done; exit $0")
+
+
+def start_gated(place, *options):
+    """Return the Popen of a loop whose jobs, once they have begun, end when the file `gate` is there."""
+    loop = place.start_cli("loop", *(options + ("--",) + GATED + ("%(n)",)))
+    wait_for_line(loop, "begins")
+    return loop
+
+
+def open_gate(place):
+    (place.cwd / "gate").write_text("")
+
+
+def pass_time(seconds):
+    """Return after so many seconds, in which what should not happen could."""
+    until = time.monotonic() + seconds
+    wait_until(lambda: time.monotonic() > until, "the time passes", timeout_s=seconds + 60)
+
+
+def outbox(place):
+    """Return the paths of the reports that wait."""
+    return sorted((place.cwd / ".labtasker" / "outbox").glob("*.json"))
+
+
+def port_of(server):
+    return int(server.url.rpartition(":")[2])
+
+
+def beats_of(loop):
+    """Return the pid of a loop's heartbeats."""
+    def find():
+        return [pid for pid in children(loop.pid) if b"__beats" in pathlib.Path("/proc/%d/cmdline" % pid).read_bytes()]
+    return wait_until(find, "the loop has its heartbeats")[0]
+
+
+# Signals
+
+
+def test_a_job_that_dies_of_the_signal_before_the_loop_hears_of_it_is_handed_back(both):
+    one, = submit(max_retries=1)
+    loop, pids = start_job(both, "plain")
+    os.killpg(pids[0], signal.SIGTERM)
+    loop.send_signal(signal.SIGTERM)
+    assert wait_for_end(loop) == 143, output(loop)
+    back = task(one)
+    assert (back.status, back.retries, back.interruptions) == ("pending", 0, 1), output(loop)
+    assert back.attempts[0]["signal"] == "SIGTERM" and back.attempts[0]["status"] == "pending"
+
+
+def test_a_job_that_is_killed_by_another_failed(home):
+    one, = submit(max_retries=1)
+    loop, pids = start_job(home, "plain")
+    os.killpg(pids[0], signal.SIGTERM)
+    assert wait_for_end(loop) == 0, output(loop)
+    assert (task(one).status, task(one).summary) == (
+        "failed", {"labtasker_error": "killed by signal 15 (SIGTERM)"})
+
+
+def test_how_long_it_takes_to_hand_back_and_to_end_what_was_cancelled(both):
+    """Printed, not asserted: a second or so at most, most of it for what ignores the signal."""
+    for name in ("SIGTERM", "SIGUSR1"):
+        one, = submit()
+        loop, pids = start_job(both, "polite")
+        loop.send_signal(getattr(signal, name))
+        wait_until(lambda: not is_alive(pids[0]), "the job is gone")
+        began = time.monotonic()
+        wait_for_task(one, "pending")
+        print("%s, %s: pending %.3f s after the job's end" % (both.kind, name, time.monotonic() - began))
+        assert wait_for_end(loop) == 128 + getattr(signal, name)
+        labtasker.delete_task(one)
+    for mode in ("plain", "deaf"):
+        one, = submit()
+        loop, pids = start_job(both, mode)
+        began = time.monotonic()
+        cancel(one)
+        wait_until(lambda: not [pid for pid in pids if is_alive(pid)], "the job and its child are gone")
+        print("%s, %s: group gone %.3f s after the cancelling" % (both.kind, mode, time.monotonic() - began))
+        assert wait_for_end(loop) == 0
+
+
+def test_a_script_keeps_its_own_use_of_a_user_signal(home):
+    submit()
+    loop = start_script(home, """
+signal.signal(signal.SIGUSR1, lambda *_: print("checkpoint", flush=True))
+@labtasker.loop()
+def main(n=Required()):
+    os.kill(os.getpid(), signal.SIGUSR1)
+    print("goes on", flush=True)
+main()
+""")
+    assert wait_for_end(loop) == 0, output(loop)
+    assert "checkpoint\ngoes on" in output(loop)
+
+
+# Heartbeats
+
+
+def test_a_job_that_holds_the_interpreter_for_three_time_outs_is_not_declared_dead(both):
+    beat_fast(both)
+    one, = submit(max_retries=1)
+    loop = start_script(both, """
+import ctypes
+@labtasker.loop()
+def main(n=Required()):
+    print("holds it", flush=True)
+    ctypes.PyDLL(None).sleep(10)
+main()
+""")
+    wait_for_line(loop, "holds it")
+    other = both.start_cli("loop", "--idle-timeout", "600", "--", "true", "%(n)")  # looks for time-outs all the while
+    assert wait_for_end(loop) == 0, output(loop)
+    done = task(one)
+    assert (done.status, done.retries, done.heartbeat_timeout) == ("success", 0, 3), output(loop)
+    other.terminate()
+    assert wait_for_end(other) == 143
+
+
+@pytest.mark.parametrize("how", ["stopped", "restarted"])
+def test_a_server_that_was_away_expires_nothing(server_home, how):
+    beat_fast(server_home)
+    one, = submit(max_retries=1)
+    server, loop = server_home.server, start_gated(server_home)
+    run_id = task(one).run_id
+    if how == "stopped":
+        server.process.send_signal(signal.SIGSTOP)
+        pass_time(10)
+        server.process.send_signal(signal.SIGCONT)
+    else:
+        server.kill()
+        pass_time(10)
+        server.start(port_of(server))
+    pass_time(5)  # in which time-outs are looked for, and heartbeats come again
+    now = task(one)
+    assert (now.status, now.run_id, now.retries) == ("running", run_id, 0), output(loop)
+    open_gate(server_home)
+    assert wait_for_end(loop) == 0, output(loop)
+    assert (task(one).status, task(one).retries) == ("success", 0)
+
+
+def test_a_job_whose_heartbeats_failed_to_come_is_ended(both):
+    beat_fast(both)
+    one, = submit(max_retries=2)
+    loop, pids = start_job(both, "deaf")
+    beats = beats_of(loop)
+    os.kill(beats, signal.SIGSTOP)
+    other = both.start_cli("loop", "--idle-timeout", "600", "--", "sleep", "600", "%(n)")
+    wait_until(lambda: task(one).retries == 1, "the run is given up", timeout_s=40)
+    os.kill(beats, signal.SIGCONT)
+    wait_until(lambda: not [pid for pid in pids if is_alive(pid)], "the job and its child are gone")
+    attempts = wait_for_task(one, "running").attempts
+    assert [a.get("status") for a in attempts] == ["timeout", None] and "heartbeat" in attempts[0]["reason"]
+    assert wait_for_end(loop) == 0, output(loop)
+    other.terminate()
+    assert wait_for_end(other) == 143
+
+
+def test_a_job_that_takes_longer_than_it_may_is_ended(both):
+    one, = submit(max_retries=1)
+    loop = both.start_cli("loop", "--eta-max", "2s", "--", "sh", "-c", "echo pids $$; sleep 600", "%(n)")
+    pid = int(wait_for_line(loop, "pids ").split("pids ")[1].split()[0])
+    other = both.start_cli("loop", "--idle-timeout", "600", "--", "true", "%(n)")
+    assert wait_for_end(loop) == 0, output(loop)
+    assert not is_alive(pid)
+    done = task(one)
+    assert (done.status, done.retries, done.run_end) == ("failed", 1, "timeout") and "task_timeout" in str(done.summary)
+    other.terminate()
+    assert wait_for_end(other) == 143
+
+
+# A server that is away
+
+
+def test_a_result_is_kept_and_the_same_loop_delivers_it(server_home):
+    first, second = submit(2, max_retries=1)
+    server, loop = server_home.server, start_gated(server_home)
+    server.kill()
+    open_gate(server_home)
+    kept, = wait_until(lambda: outbox(server_home), "the result is kept")
+    assert stat.S_IMODE(kept.stat().st_mode) == 0o600 and stat.S_IMODE(kept.parent.stat().st_mode) == 0o700
+    assert json.loads(kept.read_text())["task_id"] == first and harness.PASSWORD not in kept.read_text()
+    server.start(port_of(server))
+    assert wait_for_end(loop) == 0, output(loop)
+    assert [(task(i).status, task(i).retries) for i in (first, second)] == [("success", 0), ("failed", 1)]
+    assert not outbox(server_home) and "is kept in" in output(loop)
+
+
+def test_what_is_handed_back_while_a_stopped_server_is_asked_is_not_lost_with_the_loop(server_home):
+    one, = submit(max_retries=1)
+    server, loop = server_home.server, start_gated(server_home)
+    server.process.send_signal(signal.SIGSTOP)
+    loop.send_signal(signal.SIGTERM)
+    wait_until(lambda: outbox(server_home), "the report is kept", timeout_s=10)
+    os.kill(loop.pid, signal.SIGKILL)
+    server.process.send_signal(signal.SIGCONT)
+    assert server_home.cli("task", "ls", "-s", "pending", "-q").lines == [one]
+    assert (task(one).retries, task(one).interruptions) == (0, 1)
+
+
+@pytest.mark.parametrize("how", ["SIGTERM", "SIGKILL"])
+def test_a_result_that_a_loop_left_is_delivered_by_the_next_command_wherever_the_server_is(server_home, how, monkeypatch):
+    first, second = submit(2)
+    server, loop = server_home.server, start_gated(server_home)
+    server.kill()
+    open_gate(server_home)
+    wait_for_line(loop, "waiting for it to come back")
+    loop.send_signal(getattr(signal, how))
+    assert wait_for_end(loop, timeout_s=60) == (143 if how == "SIGTERM" else -9)
+    assert "delivers it once the server is back" in output(loop) or how == "SIGKILL"
+    refused = server_home.cli("task", "ls", check=False)
+    assert refused.returncode == 1 and len(outbox(server_home)) == 1
+    server.start()  # on another port, as it would be on another host
+    server_home.env.update(server.env)
+    monkeypatch.setenv("LABTASKER_URL", server.url)
+    labtasker.use_client(None)
+    run = server_home.cli("task", "ls", "-s", "success", "-q")
+    assert run.lines == [first] and "Delivered" in run.stderr and not outbox(server_home)
+    assert (task(first).retries, task(second).status) == (0, "pending")
+
+
+def test_a_result_is_kept_when_a_signal_comes_while_a_stopped_server_is_asked(server_home):
+    one, _ = submit(2, max_retries=1)
+    server, loop = server_home.server, start_gated(server_home)
+    server.process.send_signal(signal.SIGSTOP)
+    open_gate(server_home)
+    pass_time(2)  # in which the job ends, and the loop waits for an answer
+    loop.send_signal(signal.SIGTERM)
+    wait_until(lambda: outbox(server_home), "the result is kept", timeout_s=10)
+    os.kill(loop.pid, signal.SIGKILL)
+    server.process.send_signal(signal.SIGCONT)
+    assert server_home.cli("task", "ls", "-s", "success", "-q").lines == [one]
+
+
+def test_a_loop_waits_no_longer_for_a_server_than_it_was_told(server_home):
+    submit(2)
+    loop = start_gated(server_home, "--server-lost", "2s")
+    server_home.server.kill()
+    open_gate(server_home)
+    assert wait_for_end(loop) == 1, output(loop)
+    assert len(outbox(server_home)) == 1 and "delivers it once the server is back" in output(loop)
+
+
+def test_a_task_is_handed_back_while_the_server_is_away_though_it_times_out_meanwhile(server_home):
+    beat_fast(server_home)
+    one, = submit(max_retries=1)
+    server, loop = server_home.server, start_gated(server_home)
+    port = port_of(server)
+    server.kill()
+    loop.send_signal(signal.SIGTERM)
+    assert wait_for_end(loop, timeout_s=60) == 143, output(loop)
+    server.start(port)
+    assert wait_for_task(one, "failed").run_end == "timeout"
+    assert server_home.cli("task", "get", one[:8]).stdout
+    back = task(one)
+    assert (back.status, back.retries, back.interruptions, back.summary) == ("pending", 0, 1, {})
+    assert "SIGTERM" in back.reason and back.attempts[-1]["status"] == "pending"
+
+
+def test_a_kept_result_is_not_counted_where_the_task_was_taken_meanwhile(server_home):
+    beat_fast(server_home)
+    one, = submit()
+    server, loop = server_home.server, start_gated(server_home)
+    port = port_of(server)
+    server.kill()
+    open_gate(server_home)
+    wait_until(lambda: outbox(server_home), "the result is kept")
+    os.kill(loop.pid, signal.SIGKILL)
+    (server_home.cwd / "gate").unlink()
+    kept, = outbox(server_home)
+    aside = kept.with_suffix(".aside")
+    kept.rename(aside)
+    server.start(port)
+    wait_until(lambda: task(one).retries == 1, "the run is given up")
+    other = start_gated(server_home)
+    aside.rename(kept)
+    run = server_home.cli("task", "count")
+    assert "is not taken" in run.stderr and not outbox(server_home)
+    assert (task(one).status, task(one).retries) == ("running", 1)
+    open_gate(server_home)
+    assert wait_for_end(other) == 0
+    assert (task(one).status, task(one).retries) == ("success", 1)
+
+
+def test_what_a_job_reports_while_the_server_is_away_waits_in_order(server_home):
+    one, = submit(max_retries=1)
+    server, loop = server_home.server, start_script(server_home, """
+@labtasker.loop()
+def main(n=Required()):
+    print("begins", flush=True)
+    while not os.path.exists("away"):
+        time.sleep(0.02)
+    for step in range(20):
+        labtasker.report_task_status(labtasker.current_task_id(), "running", {"step": step, "at%d" % step: 1})
+    labtasker.finish("success", {"acc": 0.5})
+    print("finished", flush=True)
+main()
+""")
+    wait_for_line(loop, "begins")
+    server.kill()
+    (server_home.cwd / "away").write_text("")
+    wait_for_line(loop, "finished")
+    assert len(outbox(server_home)) <= 3
+    server.start(port_of(server))
+    assert wait_for_end(loop) == 0, output(loop)
+    done = task(one)
+    assert (done.status, done.summary["step"], done.summary["acc"], len(done.summary)) == ("success", 19, 0.5, 22)
+
+
+def test_a_loop_finds_the_server_of_its_folder_where_it_moved(home):
+    ids = submit(2)
+    labtasker.use_client(None)
+    server = harness.Server(home.cwd / ".labtasker", queue=None)
+    try:
+        loop = start_gated(home)
+        server.kill()
+        open_gate(home)
+        wait_for_line(loop, "waiting for it to come back")
+        server.start()
+        assert wait_for_end(loop) == 0, output(loop)
+        assert [task(i).status for i in ids] == ["success", "pending"] or task(ids[1]).retries
+        assert task(ids[0]).retries == 0
+    finally:
+        labtasker.use_client(None)
+        server.stop()
+
+
+def test_a_loop_without_a_server_goes_on_with_one_that_took_its_store(home):
+    one, = submit()
+    labtasker.use_client(None)
+    loop = start_gated(home)
+    with harness.Server(home.cwd / ".labtasker", queue=None):
+        open_gate(home)
+        assert wait_for_end(loop) == 0, output(loop)
+        assert (task(one).status, task(one).retries) == ("success", 0)
+    labtasker.use_client(None)
+
+
+# The soak
+
+
+class Soak:
+    """Loops, their jobs, and a hand that kills and stops any of them, the server too where there is one."""
+
+    JOB = "sleep 0.$1; echo $LABTASKER_TASK_ID $LABTASKER_RUN_ID >> ledger"
+
+    def __init__(self, place, dice):
+        self.place, self.dice, self.done = place, dice, collections.Counter()
+        self.loops, self.stopped, self.submitted = [], {}, 0
+        self.port, self.server_back_at = place.server and port_of(place.server), None
+        place.env["LT_SOAK"] = str(place.cwd)  # by which whatever is left running is found
+        beat_fast(place)
+
+    def begin(self, workers):
+        self.feed(workers * 4)
+        for _ in range(workers):
+            self.loops.append(self.new_loop())
+
+    def feed(self, count):
+        """Have so many more tasks; what fails for the job's own reasons is tried without end."""
+        submissions = [{"args": {"n": self.dice.randrange(1, 9)}, "max_retries": 10000} for _ in range(count)]
+        labtasker.submit_tasks(submissions)
+        self.submitted += count
+
+    def keep_fed(self):
+        """Have more tasks where there are few, unless the server can't be asked."""
+        if not self.is_server_away() and len(
+                labtasker.ls_tasks(status="pending").content) < 2 * len(self.loops):
+            self.feed(2 * len(self.loops))
+
+    def is_server_away(self):
+        return self.place.server and (self.server_back_at or self.place.server.process.pid in [
+            pid for pid, _ in self.stopped.values()])
+
+    def new_loop(self):
+        return self.place.start_cli("loop", "--idle-timeout", "600", "--grace", "1s", "--",
+                                    "sh", "-c", self.JOB, "job", "%(n)")
+
+    def step(self):
+        """Do one bad thing, and what is due of the repairs."""
+        for at, (pid, _) in [item for item in self.stopped.items() if item[0] < time.monotonic()]:
+            del self.stopped[at]
+            self.send(pid, signal.SIGCONT)
+        if self.server_back_at and time.monotonic() > self.server_back_at:
+            self.server_back_at = None
+            self.place.server.start(self.port)
+        for place, loop in enumerate(self.loops):
+            if loop.poll() is not None:
+                self.loops[place] = self.new_loop()
+        what = self.dice.choice(sorted(self.DEEDS) + ["end a loop", "kill a job", "kill a loop", "kill heartbeats"] * 3)
+        if self.DEEDS[what](self):
+            self.done[what] += 1
+
+    def send(self, pid, signum):
+        try:
+            os.kill(pid, signum)
+            return True
+        except ProcessLookupError:
+            return False
+
+    def stop_for(self, pid, seconds):
+        self.stopped[time.monotonic() + seconds] = (pid, seconds)
+        return self.send(pid, signal.SIGSTOP)
+
+    def some_loop(self):
+        return self.dice.choice(self.loops).pid
+
+    def some_child(self, is_beats):
+        """Return the pid of a loop's job, or of its heartbeats, or None."""
+        try:
+            found = [pid for pid in children(self.some_loop())
+                     if (b"__beats" in pathlib.Path("/proc/%d/cmdline" % pid).read_bytes()) == is_beats]
+        except OSError:
+            found = []
+        return self.dice.choice(found) if found else None
+
+    def kill_job(self):
+        pid = self.some_child(False)
+        return pid and self.send(pid, signal.SIGKILL)
+
+    def kill_beats(self):
+        pid = self.some_child(True)
+        return pid and self.send(pid, signal.SIGKILL)
+
+    def end_loop(self):
+        return self.send(self.some_loop(), getattr(signal, self.dice.choice(SIGNALS)))
+
+    def kill_server(self):
+        if not self.place.server or self.is_server_away():
+            return False
+        getattr(self.place.server, self.dice.choice(("kill", "stop")))()
+        self.server_back_at = time.monotonic() + self.dice.uniform(0, 4)
+        return True
+
+    def stop_server(self):
+        return self.place.server and not self.is_server_away() and self.stop_for(self.place.server.process.pid, self.dice.uniform(0.5, 4))
+
+    DEEDS = {
+        "kill a loop": lambda self: self.send(self.some_loop(), signal.SIGKILL),
+        "end a loop": end_loop,
+        "stop a loop": lambda self: self.stop_for(self.some_loop(), self.dice.uniform(0.5, 6)),
+        "kill a job": kill_job, "kill heartbeats": kill_beats, "kill the server": kill_server,
+        "stop the server": stop_server,
+    }
+
+    def end(self):
+        """Return when all is repaired, every task is done and every loop has left."""
+        for pid, _ in self.stopped.values():
+            self.send(pid, signal.SIGCONT)
+        if self.server_back_at:
+            self.place.server.start(self.port)
+        self.loops = [self.new_loop() if loop.poll() is not None else loop for loop in self.loops]
+        wait_until(lambda: labtasker.ls_tasks(status="success", limit=10 ** 6).content[
+            self.submitted - 1:], "every task is done", timeout_s=180)
+        for loop in self.loops:
+            self.send(loop.pid, signal.SIGTERM)
+        numbers = [getattr(signal, name) for name in SIGNALS]
+        for loop in self.loops:  # one that has only just been started dies of it without a word
+            assert wait_for_end(loop, timeout_s=60) in [128 + n for n in numbers] + [-n for n in numbers], output(loop)[-3000:]
+
+    def left(self):
+        """Return what still runs of all that was started, but for the server."""
+        mark, found = b"LT_SOAK=" + self.place.env["LT_SOAK"].encode(), []
+        for folder in pathlib.Path("/proc").glob("[0-9]*"):
+            try:
+                if mark in (folder / "environ").read_bytes().split(b"\0") and is_alive(int(folder.name)):
+                    found.append((folder.name, (folder / "cmdline").read_bytes()))
+            except OSError:
+                pass
+        return found
+
+
+def successes(journal):
+    """Return {task id: how often it became a success} as the journal has it, compacted or not."""
+    counts = collections.Counter()
+    for line in journal.read_text().splitlines()[1:]:
+        for change in json.loads(line).get("changes", ()):
+            if change[0] == "task" and change[2].get("status") == "success":
+                counts[change[1]] += 1
+    return counts
+
+
+@pytest.mark.parametrize("share", [pytest.param(1, id="server"), pytest.param(2, id="embedded")])
+def test_whatever_is_killed_or_stopped_every_task_is_done_and_counted_once(request, share):
+    place = request.getfixturevalue("server_home" if share == 1 else "home")  # the embedded store has half the time
+    soak = Soak(place, faulty.dice("soak"))
+    soak.begin(faulty.setting("SOAK_WORKERS") // share)
+    until = time.monotonic() + faulty.setting("SOAK") / share
+    while time.monotonic() < until:
+        soak.step()
+        soak.keep_fed()
+        pass_time(soak.dice.uniform(0.05, 0.4))
+    soak.end()
+    wait_until(lambda: not soak.left(), "no process is left", never=None)
+    tasks = labtasker.ls_tasks(limit=10 ** 6).content
+    counted = successes(place.folder / "journal.jsonl")
+    ledger = {tuple(line.split()) for line in (place.cwd / "ledger").read_text().splitlines()}
+    print("soak: %s; %d tasks, %d runs, %d retries, %d interruptions" % (
+        dict(soak.done), len(tasks), sum(len(t.attempts) for t in tasks), sum(t.retries for t in tasks),
+        sum(t.interruptions for t in tasks)))
+    assert len(tasks) == soak.submitted and {t.status for t in tasks} == {"success"}
+    assert set(counted.values()) == {1} and len(counted) == len(tasks)
+    assert {(t.task_id, t.run_id) for t in tasks} <= ledger, "a run that did not end is counted"
+    assert not outbox(place)
+    for t in tasks:
+        assert [a["status"] for a in t.attempts].count("success") == 1 and "end" in t.attempts[-1]
