@@ -217,7 +217,7 @@ def detail_text(detail):
 def nearest(word, choices):
     """Return the choice that looks most like `word`, or None."""
     import difflib
-    return next(iter(difflib.get_close_matches(str(word), [str(c) for c in choices], 1, 0.6)), None)
+    return next(iter(difflib.get_close_matches(str(word)[:100], [str(c) for c in choices], 1, 0.6)), None)
 
 
 def new_id():
@@ -241,6 +241,10 @@ def _uuid4(text):
 _IDS = {}  # pid: [ids that nobody has yet]
 
 
+MAX_DEPTH = 100  # of dicts and lists within each other: what walks them recurses
+MAX_KEYS = 100000  # of one dict with all that is nested in it
+
+
 class Pattern:
     """A regular expression that is compiled when its `match`, `sub`, ... is first used: together that is 4 ms."""
 
@@ -260,7 +264,7 @@ KEY = Pattern(r"[a-zA-Z0-9_-]+(\.[a-zA-Z0-9_-]+)*\Z")
 def check_key(key, where):
     """Raise InvalidFields unless `key` is letters, digits, `_` and `-`, with dots between."""
     if not isinstance(key, str) or not KEY.match(key):
-        raise InvalidFields([(["body"] + where, "the key %r is not made of letters, digits, '_' and '-', "
+        raise InvalidFields([(["body"] + where, "the key %.120r is not made of letters, digits, '_' and '-', "
                               "with dots between nested keys" % (key,))])
 
 
@@ -296,6 +300,8 @@ def _nest_into(tree, mapping, where, prefix, origin):
     for key, value in mapping.items():
         check_key(key, where)
         path = prefix + tuple(key.split("."))
+        if len(path) > MAX_DEPTH or len(origin) > MAX_KEYS:
+            raise InvalidFields([(["body"] + where[:1], "more than %d levels or %d keys" % (MAX_DEPTH, MAX_KEYS))])
         spelled = ".".join(where[1:] + [key])
         if isinstance(value, dict) and value:
             _nest_into(tree, value, where + [key], path, origin)
@@ -647,12 +653,13 @@ DATE_FORMS = {  # what the message about a date that is not understood shows -> 
 #
 # Text -> tree, query document <-> tree, tree -> predicate; and the order in which values are sorted.
 # Knows nothing of the journal or HTTP, nor which fields a record has. Grammar: the docstrings of
-# _Parser. Uses 1. Tests: test_filters.py, test_mongomock.py.
+# _Parser. Uses 1. Tests: test_filters.py, test_mongomock.py; of patterns that explode: test_security.py.
 #
 # A tree is nested tuples. Tests: ("$and" or "$or" or "$nor", (test, ...)); ("field", path, operator, constant);
 # ("$expr", value). Values: ("const", constant); ("path", path); (operator, (value, ...)). A path is a tuple of
 # keys; it starts with "" where no record has such a field.
 
+MAX_FILTER_CHARS = 100000  # of filter text: its tokens take a thousand times that in bytes
 MAX_NESTING = 40      # of parentheses, lists and arithmetic in filter text
 MAX_LEVELS = 100      # of operators and constants in a query document
 MISSING = type("Missing", (), {"__repr__": lambda self: "MISSING", "__slots__": ()})()
@@ -675,6 +682,8 @@ def parse_filter(text, fields, now):
 
     Dates such as "3 hours ago" are resolved here, from `now`.
     """
+    if len(text) > MAX_FILTER_CHARS:
+        raise FilterError("a filter of over %d characters; split it" % MAX_FILTER_CHARS, text, MAX_FILTER_CHARS)
     return _Parser(text, fields, now).filter()
 
 
@@ -1288,17 +1297,256 @@ def _wire_time(text):
                                   "{\"_dt\": \"2026-11-22T06:00:00+00:00\"}" % (text,))
 
 
+# Patterns ----------------------------------------------------------------------
+#
+# `re` holds the interpreter while it backtracks: `(a+)+$` takes 4 s on 26 letters, for every thread. So a pattern is
+# read by re's own parser, what it can cost is counted before it is used, and a text is searched as far as that goes.
+
+PATTERN_CHARS = 1000       # of a pattern
+PATTERN_STEPS = 6000000    # that all patterns together may take on one record: some 20 ms
+SEARCHED = (100, 200, 300, 500, 1000, 2000, 5000, 10000, 20000, 50000, 100000, 200000)  # letters of a text
+FOLDED_RANGE = 2000        # characters of a range like [a-z] under $options i, which re unfolds one by one
+MANY = 1000                # a repeat that may go on for longer is one without end
+ASCII, OTHERS = (1 << 128) - 1, 1 << 128  # a set of characters: a bit for each of ASCII, one for all others
+EVERY_LETTER = ASCII | OTHERS
+
+
 def compile_pattern(pattern, options=""):
-    """Return the compiled pattern, or raise LabtaskerValueError saying what is wrong with it."""
+    """Return the compiled pattern, or raise LabtaskerValueError saying what is wrong with it.
+
+    It tells whether a text matches, not where: repeats that begin or end it are as short as they may be."""
+    return _known_pattern(pattern, options)[0]
+
+
+def _known_pattern(pattern, options):
+    """Return (compiled pattern, [most steps for each length in SEARCHED that can be afforded])."""
+    known = _PATTERNS.get((pattern, options))
+    if known is None:
+        if len(_PATTERNS) > 500:
+            _PATTERNS.clear()
+        known = _PATTERNS[pattern, options] = _new_pattern(pattern, options)
+    return known
+
+
+_PATTERNS = {}  # (pattern, options): what _known_pattern returns
+
+
+def _new_pattern(pattern, options):
+    parser, compiler = _re_modules()
     flags = 0
     for letter in options:
         if letter not in REGEX_OPTIONS:
             raise LabtaskerValueError("the option %r of $options is not one of i, m, s, x" % letter)
         flags |= REGEX_OPTIONS[letter]
     try:
-        return re.compile(pattern, flags)
-    except (re.error, OverflowError, RecursionError) as mistake:
-        raise LabtaskerValueError("the pattern %.100r can't be used: %s" % (pattern, mistake))
+        if len(pattern) > PATTERN_CHARS:
+            raise ValueError("it has over %d characters" % PATTERN_CHARS)
+        tree = parser.parse(pattern, flags)
+        flags |= getattr(tree, "state", None) and tree.state.flags or tree.pattern.flags
+        _Cost().of_all(list(tree), flags, 0)
+        _trim(tree, -1)
+        _trim(tree, 0)
+        steps = _Cost().of_search(tree, flags)
+        return compiler.compile(tree, flags), steps
+    except (re.error, ValueError, OverflowError, RecursionError) as mistake:
+        raise LabtaskerValueError("the pattern %.100r can't be used: %s" % (pattern, mistake)) from None
+
+
+def _re_modules():
+    """Return re's own parser and compiler."""
+    if hasattr(re, "_parser"):
+        return re._parser, re._compiler
+    import sre_compile
+    import sre_parse
+    return sre_parse, sre_compile
+
+
+def _trim(nodes, end):
+    """Cut the repeats at one end of a parsed pattern to what they need: `.*lr.*` is found where `lr` is."""
+    while len(nodes.data):
+        kind, value = nodes.data[end][0].name, nodes.data[end][1]
+        if kind == "SUBPATTERN":
+            return _trim(value[-1], end)
+        if kind not in ("MAX_REPEAT", "MIN_REPEAT") or value[0] == value[1]:
+            return
+        if value[0]:
+            nodes.data[end] = (nodes.data[end][0], (value[0], value[0], value[2]))
+            return
+        del nodes.data[end]
+
+
+class _Cost:
+    """Counts the steps that a parsed pattern can take; raises ValueError where they are too many.
+
+    `ways` of a part is (c, d): it can be matched from one place in at most c * n**d ways, in a text of n letters. Steps
+    are {degree: factor}. A repeat has but one way where what follows it can't begin as it goes on: `\\d+-`."""
+
+    def of_search(self, tree, flags):
+        """Return the most steps of a search, for each of SEARCHED that takes no more than PATTERN_STEPS."""
+        _, steps = self.of_all(list(tree), flags, 0)
+        first = list(tree)[:1]
+        anchored = first and first[0][0].name == "AT" and (
+            first[0][1].name == "AT_BEGINNING_STRING" or
+            first[0][1].name == "AT_BEGINNING" and not flags & re.MULTILINE)
+        start = 0 if anchored else 1
+        found = [int(1 + sum(factor * size ** (degree + start) / math.factorial(degree + start)
+                             for degree, factor in steps.items() if degree < 10)) for size in SEARCHED]
+        found = [count for count in found if count <= PATTERN_STEPS]
+        if not found or max(steps, default=0) >= 10:
+            raise ValueError("it can take too long: it repeats too much where one part can begin as another goes on; "
+                             "write fewer repeats like .* or \\w+, or more between them, or start it with ^")
+        return found
+
+    def of_all(self, nodes, flags, follow):
+        """Return (ways, steps) of nodes in a row, before what may start with the characters `follow`."""
+        factor, degree, steps = 1, 0, {}
+        for place, (op, value) in enumerate(nodes):
+            first, is_empty = self.first(nodes[place + 1:], flags)
+            ways, more = self.of_one(op.name, value, flags, first | (follow if is_empty else 0))
+            for each, count in more.items():
+                steps[each + degree] = min(steps.get(each + degree, 0) + count * factor, 1e30)
+            factor, degree = min(factor * ways[0], 1e30), degree + ways[1]
+        return (factor, degree), steps
+
+    def of_one(self, kind, value, flags, follow):
+        """Return (ways, steps) of one node."""
+        if kind in LETTERS or kind == "AT":
+            kind == "AT" or LETTERS[kind](value, flags)
+            return (1, 0), {0: 1}
+        if kind == "SUBPATTERN":
+            return self.of_all(list(value[-1]), (flags | value[1]) & ~value[2], follow)
+        if kind == "ATOMIC_GROUP":
+            return (1, 0), self.of_all(list(value), flags, 0)[1]
+        if kind in ("ASSERT", "ASSERT_NOT"):  # it is tried anew from each place: a degree more
+            steps = self.of_all(list(value[1]), flags, 0)[1]
+            return (1, 0), {degree + (degree > 0): count for degree, count in steps.items()}
+        if kind == "BRANCH":
+            return self.of_branch([list(each) for each in value[1]], flags, follow)
+        if kind in REPEATS:
+            ways, steps = self.of_repeat(value[0], int(value[1]), value[2], flags, follow)
+            return (ways if kind != "POSSESSIVE_REPEAT" else (1, 0)), steps
+        raise ValueError("it looks back at a group")
+
+    def of_branch(self, branches, flags, follow):
+        """Return (ways, steps) of alternatives: one way where the next character says which."""
+        costs = [self.of_all(nodes, flags, follow) for nodes in branches]
+        seen, is_clear = 0, True
+        for nodes in branches:
+            first, is_empty = self.first(nodes, flags)
+            is_clear = is_clear and not (is_empty or first & seen)
+            seen |= first
+        steps = {0: len(branches)}
+        for _, more in costs:
+            for degree, count in more.items():
+                steps[degree] = steps.get(degree, 0) + count
+        factors = [ways[0] for ways, _ in costs]
+        return (max(factors) if is_clear else sum(factors), max(ways[1] for ways, _ in costs)), steps
+
+    def of_repeat(self, low, high, body, flags, follow):
+        """Return (ways, steps) of a repeat; what is repeated without end has to match in one way only."""
+        first, is_empty = self.first(list(body), flags)
+        (factor, degree), steps = self.of_all(list(body), flags, first | follow)
+        cost = sum(steps.values())
+        if high > MANY:
+            if is_empty or body.getwidth()[0] == 0 or (factor, degree) != (1, 0):
+                raise ValueError("it can take too long: a repeat, or alternatives that begin alike, in a repeat, "
+                                 "such as (a+)+ or (a|ab)*")
+            return (1, 1 if first & follow else 0), {max(1, max(steps)): cost}
+        if high > 60 and (factor > 1 or degree):
+            raise ValueError("it can take too long: a repeat in a repeat")
+        factor = min(factor, 1e4)
+        spread = 1 if low == high or factor == 1 and not first & follow else high - low + 1
+        before = max(high - 1, 0)
+        return (min(spread * factor ** high, 1e30), degree * high), {
+            max(steps, default=0) + degree * before: min(max(high, 1) * cost * factor ** before, 1e30)}
+
+    def first(self, nodes, flags):
+        """Return (the characters that nodes in a row can start with, whether they can match nothing)."""
+        found = 0
+        for op, value in nodes:
+            kind = op.name
+            if kind in LETTERS:
+                return found | LETTERS[kind](value, flags), False
+            if kind == "AT" and value.name in ("AT_END", "AT_END_STRING"):  # no more than a newline comes after it
+                return found | 1 << ord("\n"), False
+            if kind == "AT" or kind in ("ASSERT", "ASSERT_NOT"):
+                continue
+            first, is_empty = self.first_of_group(kind, value, flags)
+            found |= first
+            if not is_empty:
+                return found, False
+        return found, True
+
+    def first_of_group(self, kind, value, flags):
+        """Return the same of one node that holds others."""
+        if kind == "SUBPATTERN":
+            return self.first(list(value[-1]), (flags | value[1]) & ~value[2])
+        if kind == "ATOMIC_GROUP":
+            return self.first(list(value), flags)
+        if kind == "BRANCH":
+            firsts = [self.first(list(each), flags) for each in value[1]]
+            return _union(first for first, _ in firsts), any(is_empty for _, is_empty in firsts)
+        if kind in REPEATS:
+            first, is_empty = self.first(list(value[2]), flags)
+            return first, is_empty or not value[0]
+        raise ValueError("it looks back at a group")
+
+
+def _union(sets):
+    found = 0
+    for each in sets:
+        found |= each
+    return found
+
+
+def _bit(code):
+    return 1 << min(code, 128)
+
+
+def _literal(code, flags):
+    """Return the set of one character, in both cases where case is nothing; Unicode folds some into i, k and s."""
+    if not flags & re.IGNORECASE:
+        return _bit(code)
+    fold = OTHERS if code > 127 or chr(code) in "iIkKsS" else 0
+    return _union(map(_bit, map(ord, "iIkKsS"))) | fold if code > 127 else (
+        _bit(code) | _bit(ord(chr(code).swapcase())) | fold)
+
+
+def _char_class(items, flags):
+    """Return the set of [...]; more than it may hold, never less."""
+    found, negated = 0, False
+    for op, value in items:
+        if op.name == "NEGATE":
+            negated = True
+        elif op.name == "LITERAL":
+            found |= _bit(value) if negated else _literal(value, flags)
+        elif op.name == "CATEGORY":
+            found |= CATEGORIES[value.name]
+        else:
+            low, high = value
+            if flags & re.IGNORECASE and high - low > FOLDED_RANGE:
+                raise ValueError("a range of over %d characters where case is nothing" % FOLDED_RANGE)
+            found |= _union(_bit(code) if negated else _literal(code, flags)
+                            for code in range(low, min(high, low + 3 * FOLDED_RANGE) + 1)) | _bit(high)
+    return EVERY_LETTER & ~(found & ASCII) if negated else found
+
+
+def _set_of(text):
+    return _union(1 << ord(letter) for letter in text)
+
+
+LETTERS = {  # node of a parsed pattern that takes one character: the set of those that it can take
+    "LITERAL": _literal,
+    "NOT_LITERAL": lambda code, flags: EVERY_LETTER & ~(_bit(code) & ASCII),
+    "ANY": lambda value, flags: EVERY_LETTER if flags & re.DOTALL else EVERY_LETTER & ~(1 << ord("\n")),
+    "IN": _char_class,
+}
+REPEATS = ("MAX_REPEAT", "MIN_REPEAT", "POSSESSIVE_REPEAT")
+DIGITS, SPACES = _set_of("0123456789"), _set_of("\t\n\v\f\r\x1c\x1d\x1e\x1f ")
+WORDS = DIGITS | _set_of("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ_")
+CATEGORIES = {"CATEGORY_" + name: found | OTHERS for name, found in (
+    ("DIGIT", DIGITS), ("SPACE", SPACES), ("WORD", WORDS), ("NOT_DIGIT", ASCII & ~DIGITS),
+    ("NOT_SPACE", ASCII & ~SPACES), ("NOT_WORD", ASCII & ~WORDS))}
 
 
 # Predicates --------------------------------------------------------------------
@@ -1306,13 +1554,18 @@ def compile_pattern(pattern, options=""):
 
 def compile_tree(tree):
     """Return the function of a record that tells whether the tree matches it. It never raises."""
+    found = _compiled(tree)
+    return metered(found) if has_pattern(tree) else found
+
+
+def _compiled(tree):
     kind = tree[0]
     if kind == "field":
         found = _field_predicate(tree[1], OPERATORS[tree[2]](tree[3]))
         return _none_of([found]) if tree[2:] == ("$exists", False) else found
     if kind == "$expr":
         return _expression_predicate(tree[1])
-    tests = [compile_tree(each) for each in tree[1]]
+    tests = [_compiled(each) for each in tree[1]]
     return {"$and": _all_of, "$or": _any_of, "$nor": _none_of}[kind](tests)
 
 
@@ -1386,7 +1639,7 @@ def _spread(value, keys):
 
 
 def _is_index(key, array):
-    return key.isdigit() and len(key) < 10 and int(key) < len(array)
+    return key.isdecimal() and len(key) < 10 and int(key) < len(array)
 
 
 # A test maker takes an operator's constant and returns a function (value) -> bool. A value is what a path
@@ -1460,8 +1713,47 @@ def _exists_test(_):
 
 
 def _pattern_test(operand):
-    search = compile_pattern(*operand).search
-    return lambda value: type(value) is str and search(value) is not None
+    """A pattern: searched in so much of a text as can be afforded, and no more once a record has cost too much."""
+    pattern, steps = _known_pattern(*operand)
+    search, longest = pattern.search, SEARCHED[len(steps) - 1]
+
+    def test(value):
+        if type(value) is not str:
+            return False
+        cost = steps[min(_rank(len(value)), len(steps) - 1)]
+        METER.left -= cost
+        return METER.left >= 0 and search(value if len(value) <= longest else value[:longest]) is not None
+    return test
+
+
+def _rank(size):
+    """Return the place in SEARCHED of the first length that is not below `size`."""
+    return next((place for place, length in enumerate(SEARCHED) if length >= size), len(SEARCHED))
+
+
+class _Meter(threading.local):
+    """The steps that patterns may still take on the record that this thread looks at."""
+
+    left = PATTERN_STEPS
+
+
+METER = _Meter()
+
+
+def metered(predicate):
+    """Return the predicate with PATTERN_STEPS anew for each record."""
+    def matches(record):
+        METER.left = PATTERN_STEPS
+        return predicate(record)
+    return matches
+
+
+def has_pattern(tree):
+    """Return whether a tree holds a pattern."""
+    kind = tree[0]
+    if kind == "field":
+        return tree[2] == "$regex" or tree[2] == "$in" and any(type(each) is tuple for each in tree[3])
+    return kind in LOGIC and any(map(has_pattern, tree[1]))
 
 
 def _expression_predicate(value):
@@ -4111,6 +4403,7 @@ def repair_store(path):
 # arrived. Uses 1 to 5. Tests: test_api.py.
 
 MAX_BODY_BYTES = 16 << 20  # a request's body: a thousand rich tasks are a tenth of it
+MAX_CONTAINERS = 300000  # lists and objects in a body: one takes a hundred bytes and more
 MAX_WAIT_S = 60  # a long poll
 ATTEMPT_BYTES = 2000  # what a worker may tell of a run
 PING_S = 15.0  # between the signs of life of a stream of events
@@ -4122,7 +4415,12 @@ def parse_json(text):
     try:
         if isinstance(text, bytes):
             text = text.decode("utf-8")
-        return _decode_json(text)
+        containers = text.count("{") + text.count("[")  # and what looks like one, in a text
+        if containers <= MAX_DEPTH:
+            return _decode_json(text)
+        if containers > MAX_CONTAINERS:
+            raise TooLarge("a body of over %d lists and objects: send it in parts" % MAX_CONTAINERS)
+        return _not_too_deep(_decode_json(text))
     except RecursionError:
         raise InvalidFields([(["body"], "nested too deep")]) from None
     except InvalidFields:
@@ -4131,11 +4429,22 @@ def parse_json(text):
         raise InvalidFields([(["body"], "is not JSON: %s" % error)]) from None
 
 
+def _not_too_deep(value):
+    """Return the value, or raise InvalidFields where lists and objects are nested too deep to be walked through."""
+    level = [value]
+    for _ in range(MAX_DEPTH + 1):
+        level = [item for each in level for item in (each.values() if type(each) is dict else each)
+                 if type(item) in (dict, list)] if type(value) in (dict, list) else []
+        if not level:
+            return value
+    raise InvalidFields([(["body"], "nested more than %d deep" % MAX_DEPTH)])
+
+
 def _no_duplicates(pairs):
     found = dict(pairs)
     if len(found) != len(pairs):
-        keys = [key for key, _ in pairs]
-        twice = next(key for key in keys if keys.count(key) > 1)
+        seen = set()
+        twice = next(key for key, _ in pairs if key in seen or seen.add(key))[:100]
         raise InvalidFields([(["body", twice], "the key %r stands twice in one object" % twice)])
     return found
 
@@ -4164,6 +4473,12 @@ def _is(types, words):
 def _name(value):
     if not isinstance(value, str) or not NAME.match(value):
         raise ValueError("should be 1 to 100 letters, digits, '_' and '-', not %.120r" % (value,))
+    return value
+
+
+def _id(value):
+    if not isinstance(value, str) or not NAME.match(value):  # it goes into paths, logs and listings
+        raise ValueError("should be an id: 1 to 100 letters, digits, '_' and '-', not %.120r" % (value,))
     return value
 
 
@@ -4266,7 +4581,7 @@ def _wait(value):
 
 
 KINDS = {
-    "text": _is((str,), "text"), "id": _is((str,), "text"), "name": _name, "password": _password,
+    "text": _is((str,), "text"), "id": _id, "name": _name, "password": _password,
     "dict": _is((dict,), "an object"), "filter": _is((dict, str), "a query document or filter text"),
     "seconds": _seconds, "duration": _duration, "wait": _wait, "bool": _bool,
     "int": _int_between(-2 ** 63, 2 ** 63 - 1), "count": _int_between(0, 2 ** 31), "whole": _whole,
@@ -4573,8 +4888,8 @@ def find_route(method, path):
     templates = {template for template, _ in _readings(path)}
     allowed = sorted(key.split(" ")[0] for key in ROUTES if key.split(" ")[1] in templates)
     if allowed:
-        raise MethodNotAllowed("%s is not allowed on %s (allowed: %s)" % (method, path, ", ".join(allowed)))
-    raise NotFound("there is nothing at %s; 'labtasker help api' lists what there is" % path)
+        raise MethodNotAllowed("%.20s is not allowed on %.200s (allowed: %s)" % (method, path, ", ".join(allowed)))
+    raise NotFound("there is nothing at %.200s; 'labtasker help api' lists what there is" % path)
 
 
 def read_request(route, body, query):
@@ -4677,19 +4992,47 @@ _SHOWN = {
 # events) is given to a thread with its connection. A thread a connection was measured at half the speed:
 # the interpreter's lock changes hands four times a request. Knows nothing of the journal's format. The
 # class stands on http.server's only when a server starts, so that nobody else pays for that import.
-# Uses 1 to 6. Tests: test_server.py.
+# Uses 1 to 6. Tests: test_server.py, test_loop.py, test_hostile.py, test_security.py, test_fuzz.py.
 
 DEFAULT_PORT = 9321
-MAX_HEAD_BYTES = 65536  # of a request's line and headers together
-QUICK_BYTES = 65536  # a longer body is read by a thread, as parsing it takes milliseconds
+MAX_HEAD_BYTES = 32768  # of a request's line and headers together: anyone may send them
+MAX_HEADERS = 100  # as many as http.client takes
+QUICK_BYTES = 65536  # a longer body is taken only with a right password, and read by a thread: that takes milliseconds
+ROOM_BYTES = MAX_HEAD_BYTES + 3 * QUICK_BYTES  # of what a peer sends without waiting for answers
+HELD_BYTES = 64 << 20  # of requests that are not whole and answers that are not read; over it the slowest are dropped
+LARGE_BYTES = 48 << 20  # of bodies over QUICK_BYTES together: three of the longest; over it 503
+LONG_FILTER_BYTES = 2048  # of a body with a filter that the loop itself may look at
+PIPELINED = 8  # requests of one connection that are answered before all others have their turn
+HANDSHAKES = 16  # TLS handshakes in one turn of the loop: each is 2 ms of arithmetic
 QUIET_LOOK_S = OWNER_LAPSE_S / 3  # how often a server wakes that has no run to look after
 IDLE_S = 3600.0  # a silent connection is closed after this; workers beat more often
-SLOW_SENDER_S = 30.0  # a connection that has sent a part of a request and no more for so long is closed
+SLOW_SENDER_S = 30.0  # a connection whose request's head is not whole after so long is closed
+SLOW_BODY_S = 300.0  # the same for a body: 16 MiB at 55 KB/s
 SLOW_LISTENER_S = 30.0  # a listener who reads nothing for so long is cut off
+LARGE_ANSWER_BYTES = 200000  # it takes the loop 2 ms to write as JSON; the next such one is for a thread
+LINGER_BYTES = 16 << 20  # that are thrown away
+LINGER_S = 2.0  # for a peer to read why its request was refused while it still sends it
+WRONG_PASSWORD_S = 1.0  # until a wrong password is answered
+REST_S = 0.1  # after a wrong password was hashed (41 ms), so that guessing keeps half a core busy at most
+SLOW_ANSWER_S = 1.0  # an answer that takes longer is logged
+LOG_LINES_S = 50  # lines of log a second, but for errors: what is refused must not fill a disk
+MAX_CONNECTIONS = 65536  # and what RLIMIT_NOFILE leaves; beyond, the longest silent are closed
+SPARE_FILES = 64  # of RLIMIT_NOFILE: for the journal, compaction, modules to import
+RETRY_AFTER_S = 1  # what a 503 asks for
 SWEEP_S = 5.0  # between looks for such connections
 STOP_GRACE_S = 4.0  # for requests that run when the server is told to stop
 SWITCH_S = 0.0005  # after which a thread that scans hands the interpreter over, ten times as often as by default
 EXTENSIONS_HEADER = "Labtasker-Extensions"
+SAFE_METHODS = ("GET", "HEAD")  # change nothing
+
+# Threads, by what they are for: how many at a time, for one user, in line, in line for one user.
+GATES = {
+    "passwords": (1, 1, 200, 20),  # that were not right before: hashing, 41 ms each
+    "strangers": (1, 1, 100, 20),  # the same for queues that are not there, and new queues: they hold up nobody else
+    "streams": (200, 50, 0, 0),  # listeners for events
+    "work": (4, 2, 2000, 500),  # listings, large bodies, and what else takes long: they share one interpreter
+    "answers": (1, 1, 4000, 1000),  # large ones, to be written as JSON
+}
 
 
 class BadHead(LabtaskerError):
@@ -4698,23 +5041,38 @@ class BadHead(LabtaskerError):
     status, code = 400, "bad_request"
 
 
-class Head(collections.namedtuple("Head", "fields length login extensions close keep_alive")):
+class HeadTooLarge(BadHead):
+    """A request whose line and headers are too long, or too many."""
+
+    status, code = 431, "head_too_large"
+
+
+class Busy(LabtaskerError):
+    """More is asked at once than there is room for; later it may be less."""
+
+    status, code = 503, "busy"
+
+
+class Head(collections.namedtuple("Head", "fields length login extensions close keep_alive foreign")):
     """A request's headers: all `fields` by their names in small letters, and what the server looks at, read out.
 
-    `login` is (name, password), or None."""
+    `login` is (name, password), or None. `foreign` says why a browser sent it for another site's page, or None."""
 
     __slots__ = ()
 
 
-def read_head(block):
+def read_head(block, own_names=()):
     """Return the Head of a request's header lines, as bytes; raise BadHead or TooLarge.
 
     Strict, and without email.parser, which costs more than all the rest of a request."""
     fields = {}
-    for line in block.decode("latin-1").split("\r\n") if block else ():
+    lines = block.decode("latin-1").split("\r\n") if block else []
+    if len(lines) > MAX_HEADERS:
+        raise HeadTooLarge("more than %d headers" % MAX_HEADERS)
+    for line in lines:
         name, colon, value = line.partition(":")
         name = name.lower()
-        if not colon or not name or name != name.strip() or "\n" in line or "\0" in line:
+        if not colon or not name or name != name.strip() or "\n" in line or "\r" in line or "\0" in line:
             raise BadHead("a header that is none")
         if name in fields and name in ("content-length", "host", "authorization"):
             raise BadHead("two %s headers" % name)
@@ -4724,11 +5082,31 @@ def read_head(block):
     length = fields.get("content-length", "0")
     if not re.match(r"[0-9]+\Z", length):
         raise BadHead("a Content-Length that is no number")
-    if int(length[:20]) > MAX_BODY_BYTES:
+    if len(length) > 18 or int(length) > MAX_BODY_BYTES:
         raise TooLarge("a body of over %d bytes" % MAX_BODY_BYTES)
     wish = fields.get("connection", "").lower()
     return Head(fields, int(length), _basic_login(fields.get("authorization", "")), EXTENSIONS_HEADER.lower() in fields,
-                wish == "close", wish == "keep-alive")
+                wish == "close", wish == "keep-alive", _foreign(fields, own_names))
+
+
+def _foreign(fields, own_names):
+    """Return why a request was sent by a browser for a page of another site, or None.
+
+    Browsers alone send Origin, and with every request that changes something: without one any Host will do, so that
+    aliases, tunnels and proxies need no settings. With one, the page has to be this server's own, and its Host an
+    address or one of `own_names`: any other name can be made to lead here by whoever owns it (DNS rebinding)."""
+    if fields.get("sec-fetch-site", "") in ("cross-site", "same-site"):
+        return "a page of another site"
+    origin = fields.get("origin")
+    if origin is None:
+        return None
+    host = fields.get("host", "").lower()
+    if origin.lower().partition("://")[2] != host or not host:
+        return "a page of another site (%.100s)" % ascii(origin)[1:-1]
+    name = re.sub(r":\d*\Z", "", host)
+    if re.match(r"[\d.]+\Z|\[[0-9a-f:.]+\]\Z", name) or name == "localhost" or name in own_names:
+        return None
+    return "a page under the name %.100s, which is not known here (serve --allow-host)" % ascii(name)[1:-1]
 
 
 def _basic_login(header):
@@ -4745,14 +5123,15 @@ def _basic_login(header):
 class Heads:
     """The Heads of the latest header blocks: a client sends the same ones again and again (12 us each to read)."""
 
-    def __init__(self):
+    def __init__(self, own_names=()):
         self.known = {}  # header block as bytes: Head
+        self.own_names = own_names
 
     def read(self, block):
         """Return the Head of a block."""
         head = self.known.get(block)
         if head is None:
-            head = read_head(block)
+            head = read_head(block, self.own_names)
             if len(self.known) >= 1000:
                 self.known.clear()
             if len(block) < 2000:
@@ -4770,7 +5149,7 @@ class Connection:
     """A peer: what it has sent and was not read yet, what is to be sent to it, and what it waits for."""
 
     __slots__ = ("sock", "peer", "inbox", "outbox", "line", "head", "busy", "closing", "parked", "prepared",
-                 "handshake", "heard_at")
+                 "handshake", "heard_at", "vouched", "counted", "since", "reserved", "lingering", "gate")
 
     def __init__(self, sock, peer, is_tls):
         self.sock, self.peer, self.inbox, self.outbox = sock, peer, bytearray(), b""
@@ -4780,13 +5159,18 @@ class Connection:
         self.parked = None  # (Call, HttpRequest, when to give up, id waited for) of a request that waits
         self.prepared = None  # (Call, HttpRequest) that a thread has read, for the loop to wait with
         self.handshake, self.heard_at = is_tls, monotonic()
+        self.vouched = False  # whether it has shown a right password
+        self.counted, self.since = 0, None  # bytes of it in `held`, and since when there are any
+        self.reserved = 0  # bytes of its large body in `large`
+        self.lingering = 0  # bytes that are still thrown away of one that was refused while it sent
+        self.gate = None  # (gate, user) that its request went through to a thread
 
     def next_request(self, heads):
         """Return the next whole HttpRequest, or None when more bytes must come first; raise BadHead or TooLarge."""
         if self.head is None:
             end = self.inbox.find(b"\r\n\r\n")
             if end > MAX_HEAD_BYTES or end < 0 and len(self.inbox) > MAX_HEAD_BYTES:
-                raise BadHead("headers of more than %d bytes" % MAX_HEAD_BYTES)
+                raise HeadTooLarge("a request line and headers of more than %d bytes" % MAX_HEAD_BYTES)
             if end < 0:
                 return None
             line, _, block = bytes(self.inbox[:end]).partition(b"\r\n")
@@ -4795,8 +5179,6 @@ class Connection:
             if len(self.line) != 3 or not self.line[2].startswith("HTTP/1.") or not self.line[1]:
                 raise BadHead("not an HTTP/1.1 request line")
             self.head = heads.read(block)
-            if self.head.length > len(self.inbox) and self.head.fields.get("expect", "").lower() == "100-continue":
-                self.sock.send(b"HTTP/1.1 100 Continue\r\n\r\n")
         head = self.head
         if len(self.inbox) < head.length:
             return None
@@ -4808,10 +5190,19 @@ class Connection:
         return HttpRequest(method, target, head, keep, body, monotonic())
 
 
-def http_answer(status, answer, request, keep):
+def _json_in_pieces(answer):
+    """Return the JSON of an answer, made an item at a time: all at once would keep the interpreter from the loop."""
+    if not isinstance(answer, dict) or not isinstance(answer.get("content"), list):
+        return dump_json(answer)
+    found = ["%s:[%s]" % (dump_json(key), ",".join([dump_json(item) for item in value])) if isinstance(value, list)
+             else "%s:%s" % (dump_json(key), dump_json(value)) for key, value in answer.items()]
+    return "{%s}" % ",".join(found)
+
+
+def http_answer(status, answer, request, keep, in_text=dump_json):
     """Return the bytes of an answer in JSON types; of a stream, its head."""
     is_stream = isinstance(answer, Stream)
-    body = b"" if answer is None or is_stream else dump_json(answer).encode()
+    body = b"" if answer is None or is_stream else in_text(answer).encode()
     extensions = request is not None and request.head.extensions
     start = _STARTS.get((status, extensions, keep))
     if start is None:
@@ -4833,6 +5224,8 @@ def _http_start(status, extensions, keep):
     lines = ["HTTP/1.1 %d %s" % (status, responses.get(status, ""))]
     if status == 401:
         lines.append("WWW-Authenticate: Basic")
+    if status == 503:
+        lines.append("Retry-After: %d" % RETRY_AFTER_S)
     if extensions:
         lines.append(EXTENSIONS_HEADER + ": 1")
     if not keep:
@@ -4840,15 +5233,58 @@ def _http_start(status, extensions, keep):
     return "\r\n".join(lines + [""]).encode()
 
 
-class _Loop:
+LOG_LEVELS = ("debug", "info", "warning", "error")
+_OF_QUEUES = ("/api/v1/queues", _QUEUE)
+
+
+class _Log:
+    """A server's log: lines on stderr."""
+
+    def say(self, level, text):
+        """Print a log line, where its level is asked for; of those that are no errors LOG_LINES_S in a second."""
+        if LOG_LEVELS.index(level) < LOG_LEVELS.index(self.level):
+            return
+        stamp, second = time.strftime("%Y-%m-%d %H:%M:%S"), int(monotonic())
+        if second != self.log_second:
+            if self.said > LOG_LINES_S:
+                print(stamp, "warning", "%d more lines like these" % (self.said - LOG_LINES_S), file=sys.stderr)
+            self.log_second, self.said = second, 0
+        self.said += level not in ("debug", "error")
+        if self.said <= LOG_LINES_S or level in ("debug", "error"):
+            print(stamp, level, text, file=sys.stderr, flush=True)
+
+    def note(self, conn, request, status):
+        """Log who asked what and how long it took: all at level debug, else what failed, was refused or slow, and what
+        changes a queue. Passwords stand in headers and bodies, which are not logged."""
+        took_s = monotonic() - request.started if request else 0
+        is_noted = status >= 500 or status in (401, 403) or took_s > SLOW_ANSWER_S or request is not None and (
+            request.method not in SAFE_METHODS and request.target.partition("?")[0] in _OF_QUEUES)
+        if not is_noted and self.level != "debug":
+            return
+        level = "error" if status == 500 else "warning" if status > 500 else "info" if is_noted else "debug"
+        if request is None:
+            return self.say(level, "%s a request that was not read -> %d" % (conn.peer, status))
+        self.say(level, "%s %s %s %s -> %d in %.1f ms" % (
+            conn.peer, ascii((request.head.login or ("-",))[0])[1:-1][:100], ascii(request.method)[1:-1][:20],
+            ascii(request.target)[1:-1][:200], status, took_s * 1000))
+
+
+class _Loop(_Log):
     """The connections of a server, and the turns in which one thread attends to them."""
 
     def prepare_loop(self):
         """Set what the loop works with."""
         import selectors
         import socket
-        self.selector, self.heads = selectors.DefaultSelector(), Heads()
+        self.selector, self.heads = selectors.DefaultSelector(), Heads(self.own_names)
         self.connections = set()
+        self.lent = 0  # connections that threads have, or wait in line for one
+        self.held = self.large = 0  # bytes of unfinished requests and unread answers; of large bodies
+        self.handshakes = self.rounds = 0  # in this turn
+        self.eager = []  # connections with a request in hand that have had their turn
+        self.heavy = set()  # (login, target) of requests whose answers are large
+        self.delayed = []  # (when, count, row of `answered`) of answers that are held back, a heap
+        self.gates = {name: _Gate(*row) for name, row in GATES.items()}
         self.answered = []  # (connection, request, keep, batch or None, status, bytes) of this turn
         self.parked = {}  # id of a task or queue: {connection that waits for it: None}
         self.give_up_at = math.inf  # when the first of them gives up
@@ -4882,6 +5318,8 @@ class _Loop:
             self.store.closing = True
             self.store.changed.notify_all()
         self.give_up(math.inf)
+        for conn in [conn for gate in self.gates.values() for conn in gate.dismiss()]:
+            self.drop(conn)
         give_up_at = monotonic() + STOP_GRACE_S
         self.is_writing = False
         self.to_write.release()
@@ -4892,12 +5330,26 @@ class _Loop:
 
     def turn(self, timeout_s):
         """Take in what has come within so many seconds, write what was decided, send the answers."""
-        for key, events in self.selector.select(max(0, timeout_s)):
+        eager, self.eager = self.eager, []
+        self.handshakes = 0
+        for key, events in self.selector.select(0 if eager else max(0, timeout_s)):
             if isinstance(key.data, Connection):
-                self.attend(key.data, events)
+                self.guard(key.data, self.attend, key.data, events)
             else:
                 key.data()
+        for conn in eager:
+            self.read_requests(conn)
         self.settle()
+
+    def guard(self, conn, action, *given):
+        """Do something for a connection; what fails there, also by a bug, is the end of no other."""
+        try:
+            action(*given)
+        except Busy:
+            self.drop(conn)
+        except Exception as error:
+            self.bug(error)
+            self.drop(conn)
 
     def wake_up(self):
         """Take back the connections whose requests threads have answered."""
@@ -4908,32 +5360,24 @@ class _Loop:
             pass
         while self.returned:
             conn = self.returned.popleft()
-            if conn.closing or self.stopping and not conn.prepared:
-                self.drop(conn)
-                continue
-            conn.sock.setblocking(False)
-            conn.heard_at = monotonic()
-            self.connections.add(conn)
-            self.selector.register(conn.sock, 1, conn)
-            self.go_on(conn)
+            self.guard(conn, self.take_back, conn)
 
-    def accept_all(self):
-        """Take in the connections that wait."""
-        for _ in range(100):
-            try:
-                sock, address = self.get_request()
-            except OSError:  # no more, or none that stayed
-                return
-            try:
-                sock.setsockopt(6, 1, 1)  # TCP_NODELAY
-                if self.tls:
-                    sock = self.tls.wrap_socket(sock, server_side=True, do_handshake_on_connect=False)
-                sock.setblocking(False)
-                conn = Connection(sock, address[0], bool(self.tls))
-                self.selector.register(sock, 1, conn)
-                self.connections.add(conn)
-            except OSError:
-                sock.close()
+    def take_back(self, conn):
+        """Go on with a connection whose request a thread has answered, or read for the loop to go on with."""
+        self.leave(conn)
+        if conn.closing and not conn.outbox or self.stopping and not (conn.prepared or conn.outbox):
+            return self.drop(conn)
+        conn.sock.setblocking(False)
+        conn.heard_at = monotonic()
+        self.connections.add(conn)
+        self.selector.register(conn.sock, 1, conn)
+        if conn.outbox:
+            conn.busy, data, conn.outbox = False, conn.outbox, b""
+            self.send(conn, data)
+            if not conn.outbox and conn.inbox and not conn.closing:
+                self.eager.append(conn)
+        else:
+            self.go_on(conn)
 
     def drop(self, conn):
         """Close a connection and forget it."""
@@ -4941,6 +5385,9 @@ class _Loop:
             self.connections.discard(conn)
             self.selector.unregister(conn.sock)
         self.unpark(conn)
+        self.large -= conn.reserved
+        self.held -= conn.counted
+        conn.reserved = conn.counted = 0
         conn.closing = True
         try:
             conn.sock.close()
@@ -4949,14 +5396,19 @@ class _Loop:
 
     def attend(self, conn, events):
         """Take what a connection has sent; send what it waits for."""
-        if conn.closing and not conn.outbox:
+        if conn.closing and not (conn.outbox or conn.lingering):
             return
         if events & 2:  # EVENT_WRITE
             self.send(conn, b"")
+            if conn.inbox and not (conn.outbox or conn.busy or conn.closing):
+                self.eager.append(conn)
         if not events & 1 or conn.outbox:
             return
         try:
             if conn.handshake:
+                self.handshakes += 1
+                if self.handshakes > HANDSHAKES:
+                    return
                 conn.sock.do_handshake()
                 conn.handshake = False
             data = conn.sock.recv(65536)
@@ -4968,16 +5420,21 @@ class _Loop:
             if type(error).__name__ not in ("SSLWantReadError", "SSLWantWriteError"):
                 self.drop(conn)
             return
-        if not data or len(conn.inbox) > MAX_HEAD_BYTES + MAX_BODY_BYTES:
+        if not data or len(conn.inbox) > ROOM_BYTES + conn.reserved:
             return self.drop(conn)
+        if conn.lingering:
+            conn.lingering -= len(data)
+            return self.drop(conn) if conn.lingering <= 0 or monotonic() - conn.heard_at > LINGER_S else None
         conn.inbox += data
         conn.heard_at = monotonic()
         if not conn.busy:
             self.read_requests(conn)
+        if conn.inbox or conn.counted:
+            self.count(conn)
 
     def send(self, conn, data):
-        """Send what is waiting and this; what does not go out now goes when the peer has read."""
-        data = conn.outbox + data
+        """Send what is waiting, or else this; what does not go out now goes when the peer has read."""
+        data = conn.outbox or data
         try:
             sent = conn.sock.send(data)
         except (BlockingIOError, InterruptedError):
@@ -4986,32 +5443,308 @@ class _Loop:
             if type(error).__name__ not in ("SSLWantReadError", "SSLWantWriteError"):
                 return self.drop(conn)
             sent = 0
-        had, conn.outbox = conn.outbox, data[sent:]
+        had, conn.outbox = conn.outbox, b"" if sent == len(data) else memoryview(data)[sent:]
         if conn in self.connections and bool(had) != bool(conn.outbox):
-            self.selector.modify(conn.sock, 3 if conn.outbox else 1, conn)
+            self.selector.modify(conn.sock, 2 if conn.outbox else 1, conn)
+        if conn.outbox or conn.counted:
+            conn.heard_at = monotonic() if sent else conn.heard_at
+            self.count(conn)
         if not conn.outbox and conn.closing:
+            self.finish(conn)
+
+
+class _Limits(_Loop):
+    """What keeps those who send much, slowly or never from the others: bytes, connections, time, delays."""
+
+    def accept_all(self):
+        """Take in the connections that wait."""
+        for _ in range(100):
+            try:
+                sock, address = self.get_request()
+            except OSError as error:  # no more, or none that stayed, or no file descriptor for it
+                if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
+                    self.make_room()
+                return
+            if len(self.connections) + self.lent >= self.most:
+                self.make_room()
+            try:
+                sock.setsockopt(6, 1, 1)  # TCP_NODELAY
+                if self.tls:
+                    sock = self.tls.wrap_socket(sock, server_side=True, do_handshake_on_connect=False)
+                sock.setblocking(False)
+                conn = Connection(sock, address[0], bool(self.tls))
+                self.selector.register(sock, 1, conn)
+                self.connections.add(conn)
+            except OSError:
+                sock.close()
+
+    def finish(self, conn):
+        """Close a connection after its last answer; a peer that still sends is first given time to read that."""
+        if not conn.lingering or self.tls or self.stopping or conn not in self.connections:
+            return self.drop(conn)
+        try:
+            conn.sock.shutdown(1)
+        except OSError:
             self.drop(conn)
+        conn.inbox.clear()
+        conn.heard_at = monotonic()
+        self.due_at = min(self.due_at, conn.heard_at + LINGER_S)
+
+    def count(self, conn):
+        """Note how many bytes of a connection are held, since when, and drop some where all is too much."""
+        held = len(conn.inbox) + len(getattr(conn.outbox, "obj", conn.outbox))  # a view keeps all that it is a part of
+        self.held += held - conn.counted
+        if not held or not conn.counted:
+            conn.since = monotonic()
+        conn.counted = held
+        if self.held > HELD_BYTES:
+            self.shed()
+
+    def shed(self):
+        """Drop those with bytes held until a quarter is free, strangers first, then by how long nothing moved; one
+        may hold as much as it will."""
+        holding = sorted((conn.vouched, conn.heard_at, id(conn), conn) for conn in self.connections if conn.counted)
+        for _, _, _, conn in holding[:-1]:
+            if self.held < HELD_BYTES * 3 // 4:
+                break
+            self.drop(conn)
+        self.say("warning", "over %d MiB of requests and answers under way: the slowest connections were closed" % (
+            HELD_BYTES >> 20))
+
+    def make_room(self):
+        """Close a hundredth of the connections: strangers first, then the longest silent."""
+        there = self.connections
+        for conn in heapq.nsmallest(1 + len(there) // 100, there, key=lambda conn: (conn.vouched, conn.heard_at)):
+            self.drop(conn)
+        if not there:  # threads have them all
+            time.sleep(REST_S)
+        self.say("warning", "%d connections are all there can be: the longest silent were closed" % self.most)
 
     def sweep(self):
-        """Close the connections that were silent for too long."""
+        """Close the connections that were silent, or slow, for too long."""
         moment = monotonic()
         self.swept_at = moment
         for conn in list(self.connections):
-            unfinished = conn.handshake or conn.outbox or (not conn.busy and (conn.inbox or conn.head))
-            if moment - conn.heard_at > (SLOW_SENDER_S if unfinished else IDLE_S) and not conn.parked:
+            sends = conn.handshake or not conn.busy and (conn.inbox or conn.head)
+            if conn.lingering and not conn.outbox:
+                late = moment - conn.heard_at > LINGER_S
+            elif sends and not conn.outbox:
+                began_at = conn.heard_at if conn.handshake else conn.since
+                late = moment - (began_at or moment) > (SLOW_BODY_S if conn.head else SLOW_SENDER_S)
+            else:
+                late = moment - conn.heard_at > (SLOW_LISTENER_S if conn.outbox else IDLE_S) and not conn.parked
+            if late:
                 self.drop(conn)
 
+    def admit_body(self, conn):
+        """Let a large body come, from one whose password is known to be right; strangers' is looked at first."""
+        method, target, _ = conn.line
+        request = HttpRequest(method, target, conn.head, False, b"", monotonic())
+        if self.find(request)[0].open:
+            raise TooLarge("a body of over %d bytes" % QUICK_BYTES)
+        if self.known_caller(conn.head.login) is None:
+            conn.busy = True
+            return self.hand_over(conn, request, self.door(request))
+        if self.large + conn.head.length > LARGE_BYTES:
+            raise Busy("large bodies from others are on their way: try again")
+        conn.vouched, conn.reserved = True, conn.head.length
+        self.large += conn.reserved
+        self.encourage(conn)
 
-class _Answers(_Loop):
+    def door(self, request):
+        """Return the gate of one whose password has to be hashed."""
+        name, state = (request.head.login or (None,))[0], self.store.state
+        return "passwords" if name in state.names or name in state.queues else "strangers"
+
+    @staticmethod
+    def encourage(conn):
+        """Tell one who asked that its body is welcome."""
+        if not conn.inbox and conn.head.fields.get("expect", "").lower() == "100-continue":
+            try:
+                conn.sock.send(b"HTTP/1.1 100 Continue\r\n\r\n")
+            except OSError:  # it hears it from the answer then, or is gone
+                pass
+
+    def hand_over(self, conn, request, kind):
+        """Give a request that takes long to a thread, with its connection, or put it in line for one."""
+        if kind == "work":
+            user = request.head.login
+        elif kind == "answers":
+            user = request[0].head.login
+        else:
+            user = (conn.peer, (request.head.login or (None,))[0])
+        self.gates[kind].enter(user, (conn, request))
+        conn.gate = (self.gates[kind], user)
+        self.lent += 1
+        if conn in self.connections:
+            self.connections.discard(conn)
+            self.selector.unregister(conn.sock)
+        self.start_threads(self.gates[kind])
+
+    def start_threads(self, gate):
+        """Start a thread for each whose turn it is."""
+        for conn, request in gate.begin():
+            try:
+                self.process_request((conn, request), conn.peer)
+            except RuntimeError as error:  # no more threads
+                conn.outbox, conn.closing = http_answer(*shown_error(Busy(str(error))), request, False), True
+                self.shutdown_request((conn, request))
+
+    def leave(self, conn):
+        """Have the next take the place of one that a thread is done with."""
+        (gate, user), conn.gate = conn.gate, None
+        self.lent -= 1
+        self.large -= 0 if conn.prepared else conn.reserved
+        conn.reserved = conn.reserved if conn.prepared else 0
+        gate.leave(user)
+        self.start_threads(gate)
+
+    def delay(self, row):
+        """Hold an answer back for a while."""
+        at = monotonic() + WRONG_PASSWORD_S
+        heapq.heappush(self.delayed, (at, id(row), row))
+        self.give_up_at = min(self.give_up_at, at)
+
+    def release(self, at):
+        """Let the answers go that were held back until `at`."""
+        while self.delayed and self.delayed[0][0] <= at:
+            row = heapq.heappop(self.delayed)[2]
+            if not row[0].closing:
+                self.answered.append(row)
+
+
+def _has_left(sock):
+    """Return whether the peer of a socket that does not block has closed."""
+    import socket
+    try:
+        return not socket.socket.recv(sock, 1, socket.MSG_PEEK | getattr(socket, "MSG_DONTWAIT", 0))
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True
+
+
+class _Gate:
+    """Lets `most` requests run in threads at a time, `each` of them for one user; `line` wait, `own_line` for one.
+
+    Users take turns, so that one who asks for much holds up nobody else. Only the loop's thread uses it."""
+
+    def __init__(self, most, each, line, own_line):
+        self.most, self.each, self.line, self.own_line = most, each, line, own_line
+        self.running = collections.Counter()
+        self.count = self.in_line = 0
+        self.waiting = collections.OrderedDict()  # user: deque of what waits
+
+    def enter(self, user, item):
+        """Take something in, or raise Busy."""
+        own = self.waiting.get(user, ())
+        is_free = self.count < self.most and self.running[user] < self.each and not own
+        if not is_free and (self.in_line >= self.line or len(own) >= self.own_line):
+            raise Busy("too many such requests at once: try again")
+        self.waiting.setdefault(user, collections.deque()).append(item)
+        self.in_line += 1
+
+    def begin(self):
+        """Return what may run now, and count it as running."""
+        found = []
+        for user in list(self.waiting) if self.count < self.most else ():
+            own = self.waiting[user]
+            while own and self.count < self.most and self.running[user] < self.each:
+                found.append(own.popleft())
+                self.count += 1
+                self.running[user] += 1
+            self.waiting.move_to_end(user)
+            if not own:
+                del self.waiting[user]
+            if self.count >= self.most:
+                break
+        self.in_line -= len(found)
+        return found
+
+    def dismiss(self):
+        """Return the connections in line, which is empty then."""
+        found = [conn for own in self.waiting.values() for conn, _ in own]
+        self.waiting.clear()
+        self.in_line = 0
+        return found
+
+    def leave(self, user):
+        """Note that something of a user's ended."""
+        self.count -= 1
+        self.running[user] -= 1
+        if not self.running[user]:
+            del self.running[user]
+
+
+class _Waiting(_Limits):
+    """The requests that wait for something to change."""
+
+    def until(self, wait_s):
+        """Return when a request that may wait so long gives up. Those that wait long do so together, up to a second
+        late: a server that wakes for each of a hundred heartbeats spends four times as much on them."""
+        if not wait_s or self.stopping:
+            return -math.inf
+        return monotonic() + wait_s if wait_s < 10 else math.ceil(monotonic() + wait_s)
+
+    def park(self, conn, request, call, give_up_at, key):
+        """Keep a request until the task or queue with this id changes."""
+        conn.parked = (call, request, give_up_at, key)
+        self.parked.setdefault(key, collections.OrderedDict())[conn] = None
+        self.store.waited.add(key)
+        self.give_up_at = min(self.give_up_at, give_up_at)
+
+    def unpark(self, conn):
+        """Return what a connection's request waited for, and forget that it did."""
+        parked, conn.parked = conn.parked, None
+        if parked:
+            there = self.parked[parked[3]]
+            del there[conn]
+            if not there:
+                del self.parked[parked[3]]
+                self.store.waited.discard(parked[3])
+        return parked
+
+    def retry(self, conn, is_last=False):
+        """Run a parked request again; return whether it waits on."""
+        call, request, give_up_at, _ = self.unpark(conn)
+        request = request._replace(started=monotonic())
+        self.attempt(conn, request, self.begin, call, -math.inf if is_last else give_up_at)
+        return conn.parked is not None
+
+    def give_up(self, at):
+        """Answer the parked requests whose time is over at `at`."""
+        waiting = [conn for there in self.parked.values() for conn in there]
+        for conn in waiting:
+            if conn.parked[2] <= at:
+                self.retry(conn, is_last=True)
+        self.release(at)
+        self.give_up_at = min((conn.parked[2] for there in self.parked.values() for conn in there), default=math.inf)
+        self.give_up_at = min([self.give_up_at] + [row[0] for row in self.delayed[:1]])
+
+    def stir(self, waiting):
+        """Run the requests again that wait for the same thing, the oldest first; of two fetches that ask for the
+        same, the second is not tried when the first found nothing."""
+        in_vain = set()
+        for conn in list(waiting):
+            asked = conn.parked[0].request
+            wish = (str(asked.get("required_fields")), asked.get("filter_text"))
+            if "eta_max_s" not in asked or wish not in in_vain:
+                if self.retry(conn):
+                    in_vain.add(wish)
+
+
+class _Answers(_Waiting):
     """What the loop does with requests: answers them, parks those that wait, gives to threads what takes long."""
 
     def read_requests(self, conn):
         """Take each whole request that a connection has sent; a thread takes the connection with it."""
-        while conn.inbox and not conn.busy and not conn.closing:
+        while (conn.inbox or conn.head) and not conn.busy and not conn.closing:
             try:
                 request = conn.next_request(self.heads)
+                if request is None and conn.head is not None and not conn.reserved:
+                    self.admit_body(conn) if conn.head.length > QUICK_BYTES else self.encourage(conn)
             except LabtaskerError as error:
-                conn.busy = True
+                conn.busy, conn.lingering = True, LINGER_BYTES
                 self.answered.append((conn, None, False, None) + shown_error(error))
                 return
             if request is None:
@@ -5022,7 +5755,13 @@ class _Answers(_Loop):
     def go_on(self, conn):
         """Go on with a connection that a thread has given back: with the call that is to wait, or the next request."""
         prepared, conn.prepared = conn.prepared, None
-        if prepared:
+        if isinstance(prepared, HttpRequest):  # its password was right
+            self.attempt(conn, prepared, self.take)
+        elif prepared and isinstance(prepared[0], Unauthorized):
+            error, request = prepared
+            conn.lingering = LINGER_BYTES if conn.head is not None else 0
+            self.delay((conn, request, request.keep, None) + shown_error(error))
+        elif prepared:
             call, request = prepared
             self.attempt(conn, request, self.begin, call, self.until(call.request["wait_s"]))
         else:
@@ -5040,24 +5779,23 @@ class _Answers(_Loop):
 
     def take(self, conn, request):
         """Answer a request, or park it, or give it to a thread."""
+        head = request.head
+        if head.foreign and request.method not in SAFE_METHODS:
+            raise Forbidden("sent by %s: nothing is changed for it" % head.foreign)
         call = self.quick_call(request)
         if call is None:
-            self.connections.discard(conn)
-            self.selector.unregister(conn.sock)
-            self.process_request((conn, request), conn.peer)
+            route = self.find(request)[0]
+            is_known = not route.open and self.known_caller(head.login) is not None
+            self.hand_over(conn, request, "strangers" if route.open else self.door(request) if not is_known else
+                           "streams" if route.run is _run_events else "work")
         else:
+            conn.vouched = conn.vouched or call.caller is not None
             self.begin(conn, request, call, self.until(call.request.get("wait_s", 0)))
-
-    def until(self, wait_s):
-        """Return when a request that may wait so long gives up. Those that wait long do so together, up to a second
-        late: a server that wakes for each of a hundred heartbeats spends four times as much on them."""
-        if not wait_s or self.stopping:
-            return -math.inf
-        return monotonic() + wait_s if wait_s < 10 else math.ceil(monotonic() + wait_s)
 
     def quick_call(self, request):
         """Return the Call of a request that the loop itself answers, or None; raise what is wrong with it."""
-        if len(request.body) > QUICK_BYTES:
+        if len(request.body) > LONG_FILTER_BYTES and (
+                len(request.body) > QUICK_BYTES or b'"extra_filter"' in request.body):
             return None
         route, ids, query = self.find(request)
         caller = None if route.open or not route.quick else self.known_caller(request.head.login)
@@ -5081,50 +5819,20 @@ class _Answers(_Loop):
         status, answer = shown(route, answer, request.head.extensions)
         self.answered.append((conn, request, request.keep, batch, status, answer))
 
-    def park(self, conn, request, call, give_up_at, key):
-        """Keep a request until the task or queue with this id changes."""
-        conn.parked = (call, request, give_up_at, key)
-        self.parked.setdefault(key, collections.OrderedDict())[conn] = None
-        self.store.waited.add(key)
-        self.give_up_at = min(self.give_up_at, give_up_at)
-
-    def unpark(self, conn):
-        """Return what a connection's request waited for, and forget that it did."""
-        parked, conn.parked = conn.parked, None
-        if parked:
-            there = self.parked[parked[3]]
-            del there[conn]
-            if not there:
-                del self.parked[parked[3]]
-                self.store.waited.discard(parked[3])
-        return parked
-
-    def retry(self, conn, is_last=False):
-        """Run a parked request again; return whether it waits on."""
-        call, request, give_up_at, _ = self.unpark(conn)
-        self.attempt(conn, request, self.begin, call, -math.inf if is_last else give_up_at)
-        return conn.parked is not None
-
-    def give_up(self, at):
-        """Answer the parked requests whose time is over at `at`."""
-        waiting = [conn for there in self.parked.values() for conn in there]
-        for conn in waiting:
-            if conn.parked[2] <= at:
-                self.retry(conn, is_last=True)
-        self.give_up_at = min((conn.parked[2] for there in self.parked.values() for conn in there), default=math.inf)
-
     def settle(self):
         """Have the journal written and the answers sent; then those who wait for what has changed get theirs."""
         if self.give_up_at <= monotonic():
             self.give_up(monotonic())
+        self.rounds = 0
         while self.answered or self.store.stirred:
             self.write_down()
             ready = [row for row in self.answered if row[3] is None or row[3].done]
             if not ready and not self.store.stirred:
                 return  # the writer wakes the loop
             self.answered = [row for row in self.answered if not (row[3] is None or row[3].done)]
+            self.rounds += 1
             for row in ready:
-                self.deliver(*row)
+                self.guard(row[0], self.deliver, *row)
             with self.store.lock:
                 stirred, self.store.stirred = self.store.stirred, set()
             for key in stirred:
@@ -5153,28 +5861,31 @@ class _Answers(_Loop):
                 self.is_writing = False
                 self.wake()
 
-    def stir(self, waiting):
-        """Run the requests again that wait for the same thing, the oldest first; of two fetches that ask for the
-        same, the second is not tried when the first found nothing."""
-        in_vain = set()
-        for conn in list(waiting):
-            asked = conn.parked[0].request
-            wish = (str(asked.get("required_fields")), asked.get("filter_text"))
-            if "eta_max_s" not in asked or wish not in in_vain:
-                if self.retry(conn):
-                    in_vain.add(wish)
-
     def deliver(self, conn, request, keep, batch, status, answer):
         """Send an answer; that the batch could not be written is another one."""
         if batch is not None and batch.error:
             status, answer = shown_error(batch.error)
         keep = keep and not self.stopping
-        if request is not None:
-            self.note(conn, request, status)
+        if self.heavy and request is not None and (request.head.login, request.target) in self.heavy and answer:
+            return self.hand_over(conn, (request, status, answer, keep), "answers")
+        self.note(conn, request, status)
         conn.busy, conn.closing = False, not keep
-        self.send(conn, http_answer(status, answer, request, keep))
-        if conn.inbox and not conn.outbox:
-            self.read_requests(conn)
+        if conn.reserved:
+            self.large -= conn.reserved
+            conn.reserved = 0
+        data = http_answer(status, answer, request, keep)
+        if len(data) > LARGE_ANSWER_BYTES and request is not None:
+            if len(self.heavy) > 1000:
+                self.heavy.clear()
+            self.heavy.add((request.head.login, request.target))
+        self.send(conn, data)
+        if conn.inbox and not (conn.outbox or conn.closing):
+            if self.rounds < PIPELINED:
+                self.read_requests(conn)
+            else:
+                self.eager.append(conn)
+        if conn.counted:
+            self.count(conn)
 
 
 class _Server(_Answers):
@@ -5185,9 +5896,11 @@ class _Server(_Answers):
     allow_reuse_address = True
     request_queue_size = 1024
 
-    def prepare(self, store, tls, level):
-        """Set what the threads share; `counting` guards `running`, the number of requests in threads."""
-        self.store, self.tls, self.level = store, tls, level
+    def prepare(self, store, tls, level, own_names=(), most=1000):
+        """Set what the threads share; `counting` guards `running`, the number of requests in threads. `most` is how
+        many connections there may be."""
+        self.store, self.tls, self.level, self.own_names, self.most = store, tls, level, frozenset(own_names), most
+        self.log_second, self.said = 0, 0  # the second of the last log lines, and their number in it
         self.id = store.server_id = new_id()
         self.key = os.urandom(24).hex()  # the key stands in server.json, for who may read it
         self.stopping, self.running, self.counting = False, 0, threading.Lock()
@@ -5201,14 +5914,24 @@ class _Server(_Answers):
         self.server_name, self.server_port = self.server_address[:2]
 
     def process_request(self, request, client_address):
-        """Have a thread answer a request that may take long."""
+        """Have a thread answer a request that may take long, unless nobody is there any more to hear."""
+        conn = request[0]
         with self.counting:
             self.running += 1
+        if _has_left(conn.sock):
+            conn.closing = True
+            return self.shutdown_request(request)
         super().process_request(request, client_address)
 
     def finish_request(self, asked, client_address):
         """Answer a request in a thread of its own."""
         conn, request = asked
+        if conn.gate[0] is self.gates["answers"]:
+            request, status, answer, keep = request
+            return self.answer(conn, request, status, answer, keep)
+        if conn.gate[0] in (self.gates["passwords"], self.gates["strangers"]) and not self.find(request)[0].open:
+            conn.prepared = self.look_at_password(conn, request)
+            return
         try:
             call = self.slow_call(request)
             if call.route.waits and call.request["wait_s"]:  # here it would hold a thread: the loop waits with it
@@ -5219,16 +5942,36 @@ class _Server(_Answers):
             status, answer = shown_error(error)
         except Exception as error:
             status, answer = 500, self.bug(error)
-        conn.closing = not request.keep or self.stopping or isinstance(answer, Stream)
+        self.answer(conn, request, status, answer, request.keep and not isinstance(answer, Stream))
+        if isinstance(answer, Stream) and request.method != "HEAD":
+            self.stream(conn, answer)
+
+    def answer(self, conn, request, status, answer, keep):
+        """Leave the bytes of an answer for the loop to send."""
+        conn.closing = not keep or self.stopping
         self.note(conn, request, status)
+        conn.outbox = http_answer(status, answer, request, not conn.closing, _json_in_pieces)
+
+    @staticmethod
+    def stream(conn, answer):
+        """Send the pieces of an answer without an end, until that or until nobody reads."""
+        head, conn.outbox = conn.outbox, b""
         conn.sock.settimeout(SLOW_LISTENER_S)
         try:
-            conn.sock.sendall(http_answer(status, answer, request, not conn.closing))
-            if isinstance(answer, Stream) and request.method != "HEAD":
-                for piece in answer.pieces:
-                    conn.sock.sendall(piece)
+            conn.sock.sendall(head)
+            for piece in answer.pieces:
+                conn.sock.sendall(piece)
         except OSError:
-            conn.closing = True
+            pass
+
+    def look_at_password(self, conn, request):
+        """Return what the loop goes on with: the request, or its body to come, or that the password is wrong."""
+        try:
+            self.store.login(*request.head.login)
+        except Unauthorized as error:
+            time.sleep(REST_S)
+            return error, request
+        return None if conn.head is not None else request
 
     def shutdown_request(self, asked):
         """Give the connection back to the loop, which closes it or goes on with it."""
@@ -5250,6 +5993,8 @@ class _Server(_Answers):
     def find(request):
         """Return (route, ids, query) of an HttpRequest's method and target."""
         path, _, query = request.target.partition("?")
+        if "://" in path and not path.startswith("/"):  # the absolute form, which proxies are sent
+            path = "/" + path.split("/", 3)[3] if path.count("/") > 2 else "/"
         asked = {}
         if query or "%" in path:
             from urllib.parse import parse_qsl, unquote
@@ -5272,7 +6017,7 @@ class _Server(_Answers):
         """Say in one line what went wrong with a connection; its thread ends, others don't."""
         error = sys.exc_info()[1]
         if not isinstance(error, OSError):
-            self.say("error", "%s: %s: %s" % (client_address, type(error).__name__, error))
+            self.say("error", "%s: %s: %s" % (client_address, type(error).__name__, ascii(str(error))[1:-1]))
 
     def service_actions(self):
         """Do what is due: once a second while a run's time may be over then, else rarely.
@@ -5327,24 +6072,11 @@ class _Server(_Answers):
         """Return the caller's queue from (name, password), or raise Unauthorized."""
         return self.known_caller(login) or self.store.login(*login)
 
-    def say(self, level, text):
-        """Print a log line, where its level is asked for."""
-        if LOG_LEVELS.index(level) >= LOG_LEVELS.index(self.level):
-            print(time.strftime("%Y-%m-%d %H:%M:%S"), level, text, file=sys.stderr, flush=True)
 
-    def note(self, conn, request, status):
-        """Log a request."""
-        if status >= 500 or self.level == "debug":
-            took_ms = (monotonic() - request.started) * 1000
-            self.say("error" if status >= 500 else "debug", "%s %s -> %d in %.1f ms" % (
-                ascii(request.method)[1:-1][:20], ascii(request.target)[1:-1][:200], status, took_ms))
+def _make_server(host, port, store, tls, level, allow_hosts=(), most=MAX_CONNECTIONS):
+    """Return a listening server, or raise LabtaskerRuntimeError saying who has the port.
 
-
-LOG_LEVELS = ("debug", "info", "warning", "error")
-
-
-def _make_server(host, port, store, tls, level):
-    """Return a listening server, or raise LabtaskerRuntimeError saying who has the port."""
+    `allow_hosts` are names under which browsers may show its pages; `most` connections are open at a time."""
     import http.server
     import socket
     import socketserver
@@ -5353,10 +6085,59 @@ def _make_server(host, port, store, tls, level):
     try:
         server = kind((host, port), None)
     except OSError as error:
+        is_busy = error.errno == errno.EADDRINUSE
         raise LabtaskerRuntimeError("can't listen on %s port %d: %s%s" % (
-            host, port, error.strerror or error, "; try --port 0" if error.errno == errno.EADDRINUSE else ""))
-    server.prepare(store, tls, level)
+            host, port, error.strerror or error, is_busy and _port_owner(port) + "; try --port 0" or ""))
+    own = socket.gethostname().lower()
+    server.prepare(store, tls, level, {own, own.partition(".")[0]} | {name.lower() for name in allow_hosts},
+                   min(most, _raise_file_limit() - SPARE_FILES))
     return server
+
+
+def _raise_file_limit():
+    """Return how many files this process may have open: as many as its hard limit allows."""
+    try:
+        import resource
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        wanted = MAX_CONNECTIONS + SPARE_FILES
+        wanted = wanted if hard == resource.RLIM_INFINITY else min(hard, wanted)
+        if soft != resource.RLIM_INFINITY and soft < wanted:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+            soft = wanted
+        return wanted if soft == resource.RLIM_INFINITY else soft
+    except (ImportError, ValueError, OSError):  # where there is no such limit, or it can't be raised
+        return 256
+
+
+def _port_owner(port):
+    """Return words about who listens on a port, as far as /proc tells: nothing, the user, or the process."""
+    for name in ("/proc/net/tcp", "/proc/net/tcp6"):
+        try:
+            with open(name) as file:
+                rows = [line.split() for line in file]
+        except OSError:
+            continue
+        for row in rows:
+            if row[3] == "0A" and int(row[1].rpartition(":")[2], 16) == port:  # 0A: listening
+                return _socket_owner(row[9], int(row[7]))
+    return ""
+
+
+def _socket_owner(inode, uid):
+    for pid in filter(str.isdigit, os.listdir("/proc")):
+        try:
+            if any(os.readlink("/proc/%s/fd/%s" % (pid, fd)) == "socket:[%s]" % inode
+                   for fd in os.listdir("/proc/%s/fd" % pid)):
+                with open("/proc/%s/cmdline" % pid, "rb") as file:
+                    words = file.read(1000).split(b"\0")[:4]  # no more: passwords may stand among a command's options
+                return "; process %s has it: %.100s" % (pid, ascii(b" ".join(words).decode("latin-1").strip())[1:-1])
+        except OSError:  # it is another user's, or gone
+            continue
+    try:
+        import pwd
+        return "; a process of user %s has it" % pwd.getpwuid(uid).pw_name
+    except (ImportError, KeyError):
+        return "; a process of user %d has it" % uid
 
 
 def _addresses(server, scheme):
@@ -5383,12 +6164,19 @@ def _tls(certfile, keyfile):
         context.load_cert_chain(certfile, keyfile)
     except (OSError, ssl.SSLError) as error:
         raise LabtaskerRuntimeError("can't use the certificate %s: %s" % (certfile, error))
+    if hasattr(context, "minimum_version"):
+        context.minimum_version = ssl.TLSVersion.TLSv1_2
+    else:  # Python 3.6
+        context.options |= ssl.OP_NO_SSLv2 | ssl.OP_NO_SSLv3 | ssl.OP_NO_TLSv1 | ssl.OP_NO_TLSv1_1
+    context.options |= getattr(ssl, "OP_NO_RENEGOTIATION", 0)
     return context
 
 
 def serve(db_path, host="127.0.0.1", port=DEFAULT_PORT, fsync="always", certfile=None, keyfile=None,
-          log_level="info", daemon=False, takeover=False):
+          log_level="info", daemon=False, takeover=False, allow_hosts=(), max_connections=MAX_CONNECTIONS):
     """Return an exit code once the server was told to stop by SIGTERM or Ctrl-C; as a daemon, once it listens."""
+    import warnings
+    warnings.simplefilter("ignore")  # re has some about patterns, which are other people's: not for the log
     announce = None
     if daemon:
         os.makedirs(os.path.dirname(os.path.abspath(db_path)), 0o700, exist_ok=True)
@@ -5399,8 +6187,9 @@ def serve(db_path, host="127.0.0.1", port=DEFAULT_PORT, fsync="always", certfile
     tls = _tls(certfile, keyfile)
     store.open(takeover)
     server = None
-    try:
-        server = _make_server(host, port, store, tls, log_level)
+    try:  # the folder's own users trust the certificate that server.json names
+        server = _make_server(host, port, store, tls, log_level, allow_hosts, max_connections)
+        server.certfile = certfile
         _run_server(server, store, "https" if tls else "http", announce)
     finally:
         if server is not None:
@@ -5437,7 +6226,8 @@ def _run_server(server, store, scheme, announce):
         server.wake()
     urls = _addresses(server, scheme)
     told = {"server": server.id, "key": server.key, "pid": os.getpid(), "host": os.uname().nodename,
-            "host_id": host_id(), "addresses": urls, "started_at": format_time(now())}
+            "host_id": host_id(), "addresses": urls, "started_at": format_time(now()),
+            "ca_file": server.certfile and os.path.abspath(server.certfile)}
     try:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, stop)
@@ -5488,12 +6278,15 @@ ONCE = {
     "POST " + _WORKERS + "/{worker_id}/status": (None, "the worker may have its new status"),
 }
 
-Config = collections.namedtuple("Config", "root url queue_name password heartbeat_interval_s source")
+Config = collections.namedtuple("Config", "root url queue_name password heartbeat_interval_s source ca_file")
+Config.__new__.__defaults__ = (None,)
 
 # key in the file: (attribute of Config, environment variable, kind, meaning)
 SETTINGS = {
     "endpoint.api_base_url": ("url", "LABTASKER_URL", str,
                               "http(s):// URL of a server, or a folder or file: URL of a store without one"),
+    "endpoint.ca_file": ("ca_file", "LABTASKER_CA_FILE", str,
+                         "certificates (PEM) to trust beside the system's: of an https:// server that signs its own"),
     "queue.queue_name": ("queue_name", "LABTASKER_QUEUE", str, "the queue; without any configuration: default"),
     "queue.password": ("password", "LABTASKER_PASSWORD", str, "its password; a store without a server asks none"),
     "task.heartbeat_interval": ("heartbeat_interval_s", None, float, "seconds between heartbeats; 10 unless given"),
@@ -5666,9 +6459,10 @@ class HttpTransport:
 
     SINGLE = 2  # requests before urllib is imported
 
-    def __init__(self, url, queue_name, password):
+    def __init__(self, url, queue_name, password, ca_file=None):
         from binascii import b2a_base64
-        self.where = self.url = url.rstrip("/")
+        self.where, self.ca_file = url.rstrip("/"), ca_file
+        self.url = self.where
         token = b2a_base64(("%s:%s" % (queue_name, password)).encode("utf-8", "surrogatepass"), newline=False).decode()
         self.headers = {"Authorization": "Basic " + token, "Content-Type": "application/json", EXTENSIONS: "1"}
         self.extensions = None  # not known before the first answer
@@ -5721,7 +6515,7 @@ class HttpTransport:
         from http.client import IncompleteRead
         self.opener = self.opener or _keeping_opener()
         request = urllib.request.Request(self.url + asked.target, asked.data, self.headers, method=asked.method)
-        request.exchange = asked
+        request.exchange, request.ca_file = asked, self.ca_file
         response = self.opener.open(request, timeout=asked.timeout_s)
         is_whole = response.chunked or response.length is not None
         content = response.read()
@@ -5788,6 +6582,7 @@ class HttpTransport:
         import urllib.request
         from http.client import HTTPException
         request = urllib.request.Request(self.url + _QUEUE + "/events")
+        request.ca_file = self.ca_file
         request.timeout = timeout_s
         headers = dict(self.headers, Accept="text/event-stream", **({"Last-Event-ID": after} if after else {}))
         try:
@@ -5875,8 +6670,16 @@ def _is_readable(sock):
 def _connection(request):
     """Return a new connection to the host of a urllib request."""
     import http.client
-    kind = http.client.HTTPConnection if request.type == "http" else http.client.HTTPSConnection
-    return kind(request.host, timeout=request.timeout)
+    if request.type == "http":
+        return http.client.HTTPConnection(request.host, timeout=request.timeout)
+    import ssl
+    context = ssl.create_default_context()
+    if request.ca_file:
+        try:
+            context.load_verify_locations(request.ca_file)
+        except (OSError, ssl.SSLError) as error:
+            raise LabtaskerValueError("can't use the certificates in %s (ca_file): %s" % (request.ca_file, error))
+    return http.client.HTTPSConnection(request.host, timeout=request.timeout, context=context)
 
 
 def _keeping_opener():
@@ -5962,7 +6765,8 @@ class Client:
     def show_notifications(answer):
         """Print what a server wants its users to know."""
         for note in (answer.get("notification") if isinstance(answer, dict) else None) or ():
-            print("labtasker: %s: %s" % (note.get("type", "info"), note.get("details", "")), file=sys.stderr)
+            text = "labtasker: %s: %s" % (note.get("type", "info"), note.get("details", ""))
+            print(re.sub("[\x00-\x08\x0b-\x1f\x7f-\x9f]", "?", text), file=sys.stderr)  # a terminal obeys them
 
 
 def _our_fields(route):
@@ -6006,7 +6810,7 @@ def _transport(config):
     if not config.password:
         raise LabtaskerValueError("no password for queue %r on %s: set LABTASKER_PASSWORD, or run 'labtasker init'"
                                   % (config.queue_name, config.url))
-    return HttpTransport(config.url, config.queue_name, config.password)
+    return HttpTransport(config.url, config.queue_name, config.password, config.ca_file)
 
 
 def _living_server(folder, queue_name):
@@ -6015,7 +6819,7 @@ def _living_server(folder, queue_name):
     A server.json can be left over from a server that was killed: its id has to be answered by what listens."""
     told = read_server_file(folder)
     for url in told.get("addresses", ()) if told else ():
-        transport = HttpTransport(url, queue_name, told.get("key"))
+        transport = HttpTransport(url, queue_name, told.get("key"), told.get("ca_file"))
         try:
             status, answer = transport.call("GET", "/", None, None)
         except LabtaskerConnectError:
@@ -9261,7 +10065,7 @@ def journal_path(options):
 
 def do_serve(options):
     return serve(journal_path(options), options.host, options.port, options.fsync, options.certfile, options.keyfile,
-                 options.log_level, options.daemon, options.takeover)
+                 options.log_level, options.daemon, options.takeover, options.allow_host, options.max_connections)
 
 
 def do_journal_verify(options):
@@ -9783,6 +10587,10 @@ COMMANDS = {
             choice("--fsync WHEN", FSYNC_MODES, default="always",
                    help="; ".join("%s: %s" % mode for mode in FSYNC_MODES.items())),
             option("--certfile FILE", "TLS certificate"), option("--keyfile FILE", "its key"),
+            option("--allow-host NAME", "another name under which browsers may use it (repeatable)", action="append",
+                   default=[]),
+            option("--max-connections N", "open at a time (%d, or what the system allows); beyond, the longest silent "
+                   "are closed" % MAX_CONNECTIONS, type=count, default=MAX_CONNECTIONS),
             choice("--log-level LEVEL", ("debug", "info", "warning", "error"), default="info"),
             option("--daemon", "go to the background once it listens"),
             option("--takeover", "take the store from another host's server that is gone for good")]),

@@ -260,6 +260,20 @@ def test_a_quiet_server_gives_up_a_silent_run_in_time_and_one_that_was_stopped_d
     assert status(ids[0]) == status(ids[1]) == "pending"
 
 
+@pytest.mark.parametrize("line", [1, 0], ids=["a-thread-is-free", "none-is"])
+def test_a_large_answer_is_made_by_a_thread_from_its_second_time_on(loop, line):
+    queue = next(iter(loop.store.state.queues))
+    task = {"args": {"text": "x" * 2 * L.LARGE_ANSWER_BYTES}}
+    _, answer = L.answer_call(loop.store, lambda: queue, "POST", ME + "/tasks", task)
+    path, handed = "/tasks/" + answer["task_id"], []
+    loop.server.process_request = lambda asked, peer: handed.append(asked)
+    loop.server.gates["answers"] = L._Gate(line, line, 0, 0)
+    assert loop.call(loop.client(), "GET", path)[0] == 200 and not handed
+    client = loop.client()
+    assert loop.call(client, "GET", path) is None
+    assert len(handed) == line and client.closing == (not line)
+
+
 @pytest.mark.slow
 def test_others_are_answered_while_a_listing_runs(server):
     server.http("POST", ME + "/tasks", [{"args": {"i": i}} for i in range(5000)])

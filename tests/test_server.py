@@ -1,4 +1,5 @@
 """Section 7: a real server and real sockets."""
+import base64
 import json
 import os
 import socket
@@ -42,9 +43,19 @@ BAD_REQUESTS = [
     (b"POST /api/v1/queues HTTP/1.1\r\nContent-Length: 10000000000\r\n\r\n", 413),
     (b"nonsense\r\n\r\n", 400),
     (b"GET /\r\n\r\n", 400),
+    (b"GET / HTTP/0.9\r\n\r\n", 400),
+    (b"PRI * HTTP/2.0\r\n\r\n", 400),
+    (b"GET / HTTP/1.1\r\n" + b"X: y\r\n" * 101 + b"\r\n", 431),
+    (b"GET / HTTP/1.1\r\nHost: a\r\nHost: b\r\n\r\n", 400),
+    (b"GET / HTTP/1.1\r\nX: a\rSet: b\r\n\r\n", 400),
+    (b"GET /health HTTP/1.1\r\nContent-Length: " + b"0" * 5000 + b"1\r\n\r\n", 413),
+    (b"POST /api/v1/queues HTTP/1.1\r\nContent-Length: 70000\r\n\r\n", 413),
+    (b"GET http://x/nosuch HTTP/1.1\r\n\r\n", 404),
+    (b"OPTIONS * HTTP/1.1\r\n\r\n", 404),
+    (b"CONNECT x:1 HTTP/1.1\r\n\r\n", 404),
     (b"GET / HTTP/1.1\r\nbad header\r\n\r\n", 400),
     (b"GET / HTTP/1.1\r\nbad : header\r\n\r\n", 400),
-    (b"GET / HTTP/1.1\r\nX: " + b"a" * 70000 + b"\r\n\r\n", 400),
+    (b"GET / HTTP/1.1\r\nX: " + b"a" * 70000 + b"\r\n\r\n", 431),
     (b"GET /nosuch HTTP/1.1\r\n\r\n", 404),
     (b"BREW / HTTP/1.1\r\n\r\n", 405),
     (b"POST /api/v1/queues HTTP/1.1\r\nContent-Length: 1\r\n\r\n{", 422),
@@ -62,6 +73,25 @@ def test_bad_requests_get_their_status_and_the_server_goes_on(server):
         assert (b"WWW-Authenticate: Basic" in got) == (status == 401)
     assert server.http("GET", "/health")[0] == 200
     assert "Traceback" not in server.output()
+
+
+def test_older_and_longer_forms_of_requests_are_understood(server):
+    assert b"200 OK" in talk(server, b"GET http://any.host:1/health HTTP/1.1\r\nHost: x\r\n\r\n")
+    assert b"Connection: close" in talk(server, b"GET /health HTTP/1.0\r\n\r\n")
+    assert b"Connection: close" not in talk(server, b"GET /health HTTP/1.0\r\nConnection: keep-alive\r\n\r\n")
+
+
+def test_one_who_asks_first_is_told_that_its_body_is_welcome(server):
+    body = json.dumps([{"args": {"text": "x" * 1000}}] * 100).encode()
+    head = b"POST /api/v1/queues/me/tasks HTTP/1.1\r\nAuthorization: Basic %s\r\nExpect: 100-continue\r\n" % (
+        base64.b64encode(("%s:%s" % (QUEUE, PASSWORD)).encode()))
+    host, port = server.url[7:].split(":")
+    for data in (body, body[:2] + body[-2:].replace(b"}", b"")):
+        with socket.create_connection((host, int(port)), timeout=20) as connection:
+            connection.sendall(head + b"Content-Length: %d\r\n\r\n" % len(data))
+            assert connection.recv(65536) == b"HTTP/1.1 100 Continue\r\n\r\n"
+            connection.sendall(data)
+            assert connection.recv(65536).startswith(b"HTTP/1.1 201 " if data is body else b"HTTP/1.1 422 ")
 
 
 def test_wrong_and_right_passwords(server):

@@ -1,0 +1,277 @@
+"""What must be refused, and must not get out: patterns that explode, cross-site requests, secrets, paths, escapes."""
+import os
+import socket
+import stat
+import subprocess
+import sys
+import time
+
+import pytest
+
+import labtasker as L
+from harness import PASSWORD, Server, http, run, run_cli
+from test_loop import ME, loop, submit  # noqa: F401 (a fixture)
+
+# Patterns that people write -> what they find, what they don't.
+ACCEPTED = [
+    (r"^resnet.*", "resnet50", "my-resnet"), ("a|b", "xb", "c"), (r"(foo|bar)-\d+", "x bar-12", "bar-"),
+    (r".*lr.*0\.1.*", "the lr is 0.1!", "lr 0.2"), (r"^exp_\d+_seed\d+_lr[\d.]+_bs\d+$", "exp_1_seed2_lr0.1_bs64", "exp_1"),
+    (r"(\d{1,3}\.){3}\d{1,3}", "at 10.0.0.1", "10.0"), (r"CUDA.*memory", "CUDA out of memory", "CUDA"),
+    (r"a.*b.*c", "aabbcc", "cba"), (r"(\w+/)*\w+", "a/b/c", "/"), (r"epoch=\d+ loss=\d+\.\d+", "epoch=3 loss=0.25", "epoch=3"),
+    ("", "x", None), (".*", "", None), ("^$", "", "x"), (r"\bfoo\b", "a foo", "food"), ("(?i)ResNet|ViT", "VIT", "bert"),
+    (r"^(?!.*test)", "train", "my test"), (r"^(?=.*foo)(?=.*bar)", "bar foo", "foo"), (r"v\d+(\.\d+)*$", "v1.2.3", "v1."),
+    (r"^(train|val|test)(_\w+)?$", "val_1", "valid_"), ("s?ample", "ample", "simple"), (r"^.*/.*/.*$", "a/b/c", "a/b"),
+    ("x{3,5}y", "xxxy", "xxy"), ("(ab)*c", "ababc", "ab"), (r"\s+$", "x \n", "x"), ("(?:a|b)+c", "abac", "ab"),
+    (r"[A-Z]+[a-z]+\d+", "ABab1", "AB1"), (r"(?P<key>\w+)=(?P<value>\S+)", "a=b", "a="), (r"(a+)-(b*)", "aa-", "bb"),
+    (r"^.*\.(py|sh)$", "x.py", "x.pyc"), (r"[^,]+,[^,]+,[^,]+", "a,b,c", "a,b"), (r"\w+?\w+?!", "ab!", "a!"),
+    (r"(?i)[a-z]+-\d{4}", "Run-2026", "Run-26"), (r"model=(vit|swin)_(tiny|small)", "model=swin_tiny", "model=vit"),
+]
+REFUSED = [
+    "(a+)+$", "(a+)+", "(a*)*b", "(a|a)*$", "(a|aa)+$", "([a-zA-Z]+)*$", "(.*a){20}", "(x+x+)+y", r"(\w+\s?)*$", r"(a)\1",
+    "(?P<x>a+)(?P=x)", "a.*b.*c.*d.*e", "(a?){50}a{50}", "((a{1,30}){1,30}){1,30}b", "(?i)[\\x00-\U0010ffff]", "(.*)*",
+    "(a)?(?(1)b|c)", r"\w+\w+\w+\w+\w+!", "(|a)+b", "(" * 300, "a" * 1001, "(?=(a+)+b)", "(a|b|ab)*c", "^(([a-z])+.)+[A-Z]$",
+    r"(?:\d+)*x", r"^(\s*\w*)*$", "x(?:(?:a{0,9}){0,9}){0,9}z", r"(.*)(.*)(.*)(.*)(.*)[^a]", "(?:a.?b?)*c",
+]
+HARD = [("a" * 300000, (r"a.*aaaab", r"a\w+a\w+b", r"(?i)a\w+a\w+b", r"\w+?\w+?!", "a{1,100}a{1,100}b", "^a.*a.*a.*b", "(?:a?a?a?b?){2}c")),
+        ("abb" * 100000, ("a[ab]+(?:a|bb)+c", "a(?:a|bb)*(?:a|bb)*c")), ("a/" * 100000, (r"(\w+/)*\w+!", "^.*/.*/.*!$"))]
+
+
+@pytest.mark.parametrize("pattern, there, missing", ACCEPTED, ids=[row[0] for row in ACCEPTED])
+def test_an_ordinary_pattern_is_accepted_and_finds_what_re_finds(pattern, there, missing):
+    import re
+    test = L._pattern_test((pattern, ""))
+    L.METER.left = L.PATTERN_STEPS
+    assert test(there) and re.search(pattern, there)
+    assert missing is None or not test(missing) and not re.search(pattern, missing)
+
+
+@pytest.mark.parametrize("pattern", REFUSED, ids=[pattern[:20] for pattern in REFUSED])
+def test_a_pattern_that_can_explode_is_refused(pattern):
+    with pytest.raises(L.LabtaskerValueError, match="can't be used"):
+        L.compile_pattern(pattern)
+
+
+def test_the_worst_that_is_accepted_takes_no_second():
+    took = []
+    for text, patterns in HARD:
+        for pattern in patterns:
+            began = time.process_time()
+            matches = L.compile_tree(("field", ("task_name",), "$regex", (pattern, "")))
+            matches(L.TaskRecord(task_name=text))
+            took.append((time.process_time() - began, pattern))
+    print(sorted(took)[-3:])
+    assert max(took)[0] < 1
+
+
+def test_patterns_share_what_they_may_take_on_a_record():
+    tree = ("$or", tuple(("field", ("args", "x"), "$regex", ("a.*b.*c", "")) for _ in range(50)))
+    began = time.process_time()
+    assert not L.compile_tree(tree)(L.TaskRecord(args={"x": ["a" * 1000] * 1000}))
+    assert time.process_time() - began < 1
+    assert L.compile_tree(tree)(L.TaskRecord(args={"x": "abc"}))
+
+
+OWN = {"head", "head.cluster"}
+SITES = [  # headers -> whether a page of another site may have sent it
+    ({}, False), ({"host": "anything:9321"}, False), ({"host": "head:1", "origin": "http://head:1"}, False),
+    ({"host": "127.0.0.1:9321", "origin": "http://127.0.0.1:9321"}, False), ({"host": "[::1]:9", "origin": "http://[::1]:9"}, False),
+    ({"host": "localhost:9321", "origin": "http://localhost:9321"}, False), ({"host": "HEAD.cluster", "origin": "https://head.cluster"}, False),
+    ({"host": "head:1", "origin": "http://evil.example"}, True), ({"host": "head:1", "origin": "null"}, True),
+    ({"host": "evil.example:9321", "origin": "http://evil.example:9321"}, True),  # its name was made to lead here
+    ({"host": "head:1", "origin": "http://head:2"}, True), ({"origin": "http://head"}, True), ({"host": "", "origin": ""}, True),
+    ({"host": "head", "sec-fetch-site": "cross-site"}, True), ({"host": "head", "sec-fetch-site": "same-origin"}, False),
+    ({"host": "1.2.3.4.evil.example", "origin": "http://1.2.3.4.evil.example"}, True),
+]
+
+
+@pytest.mark.parametrize("headers, is_foreign", SITES)
+def test_what_a_browser_sends_for_another_site_is_told(headers, is_foreign):
+    block = "\r\n".join("%s: %s" % row for row in headers.items()).encode()
+    assert bool(L.read_head(block, OWN).foreign) == is_foreign
+
+
+def test_every_method_that_changes_something_is_refused_to_other_sites(loop):
+    changing = [key.split(" ") for key in L.ROUTES if not key.startswith("GET ")]
+    assert len(changing) > 10
+    for method, path in changing:
+        client = loop.client()
+        data = loop.bytes(method, path, {}).replace(b"Host: x", b"Host: x\r\nOrigin: http://evil.example")
+        loop.say(client, data)
+        assert loop.answer(client)[0] == 403, (method, path)
+
+
+ODD_TEXTS = ["../../etc/passwd", "a/b", "..", "a\nb", "a\r\nX: y", "\x1b[31mred", "a\0b", "\u202eabc", "\ud800", "a b", "%2e%2e",
+             "$(id)", "", "x" * 101 + "!"]
+
+
+@pytest.mark.parametrize("text", ODD_TEXTS, ids=ascii)
+def test_names_and_ids_that_are_paths_lines_or_escapes_are_refused(loop, text):
+    for path, body in (("/tasks", {"task_id": text, "args": {"a": 1}}), ("/tasks", {"task_name": text, "args": {"a": 1}}),
+                       ("/workers", {"worker_id": text}), ("/workers", {"worker_name": text}),
+                       ("/tasks", {"args": {text: 1}}), ("/tasks", {"metadata": {"a": {text: 1}}, "cmd": "x"})):
+        status, answer = loop.call(loop.client(), "POST", path, body)
+        assert status == 422, (path, body, answer)
+    assert not next(iter(loop.store.state.queues.values())).tasks
+
+
+def test_a_log_line_is_one_line_of_plain_text_and_holds_no_secret(loop, capsys):
+    loop.server.level = "debug"
+    client = loop.client()
+    loop.say(client, loop.bytes("GET", "/tasks/\x1b[31m\nx\u202e"))
+    loop.say(client, loop.bytes("GET", "/tasks/a%0Ab%1b"))
+    loop.say(loop.client(), b"GE\x1bT /\x07 HTTP/1.1\r\n\r\n")
+    loop.call(loop.client(), "POST", "/tasks", {"args": {"password": "topsecret"}})
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) >= 3 and all(line.isprintable() and line.isascii() for line in lines)
+    assert not [line for line in lines if "topsecret" in line or loop.auth in line]
+    assert any(" test q POST /api/v1/queues/me/tasks -> 201 in " in line for line in lines), lines
+
+
+def test_what_is_refused_does_not_fill_the_log(loop, capsys):
+    loop.server.level = "info"
+    for _ in range(300):
+        loop.say(loop.client(), b"GET /api/v1/queues/me HTTP/1.1\r\n\r\n")
+    assert len(capsys.readouterr().err.splitlines()) <= 4 * (L.LOG_LINES_S + 1)
+
+
+def test_odd_bodies_are_refused_at_once(loop):
+    keys = b",".join(b'"k%d":1' % i for i in range(5000))
+    for body in (b'{"args":{%s,"k4999":2}}' % keys, b'{"args":{"a":1%s}}' % (b"0" * 4000), b'{"args":{"%s":1}}' % b".".join([b"a"] * 20000),
+                 b'{"args":' * 200 + b"{}" + b"}" * 200, b"[" * 60000, b'{"args":{"a":' + b"[" * 150 + b"]" * 150 + b"}}", b"\xff\xfe", b"\0"):
+        client, began = loop.client(), time.process_time()
+        loop.say(client, loop.bytes("POST", "/tasks").replace(b"Content-Length: 0", b"Content-Length: %d" % len(body)) + body)
+        assert loop.answer(client)[0] == 422, body[:60]
+        assert time.process_time() - began < 1
+    assert loop.call(loop.client(), *submit(a="\ud800"))[0] == 201  # JSON may hold half a pair; it stays an escape
+
+
+def test_a_filter_is_bounded(loop):
+    for text in ("(" * 10000, "a" * 200000, "not " * 10000, "-" * 10000, "args.a in [" + "1," * 60000, "args.\u00b2 == 1"):
+        with pytest.raises(L.FilterError):
+            L.parse_filter(text, L.TASK_FIELDS, 0)
+    matches = L.compile_tree(L.query_to_tree({"args.a.\u00b2": 1}, L.TASK_FIELDS))
+    assert not matches(L.TaskRecord(args={"a": [1]}))
+
+
+def test_users_take_turns_and_lines_end():
+    gate = L._Gate(2, 1, 4, 3)
+    gate.enter("greedy", "g0")
+    assert gate.begin() == ["g0"]
+    for name in ("g1", "g2", "g3"):
+        gate.enter("greedy", name)
+    with pytest.raises(L.Busy):
+        gate.enter("greedy", "g4")
+    gate.enter("other", "o0")
+    assert gate.begin() == ["o0"]
+    gate.enter("other", "o1")
+    with pytest.raises(L.Busy):
+        gate.enter("third", "t0")
+    gate.leave("greedy")
+    assert gate.begin() == ["g1"] and gate.begin() == []
+    gate.leave("other")
+    assert gate.begin() == ["o1"]
+
+
+def test_an_unknown_queue_costs_what_a_wrong_password_does(loop, monkeypatch):
+    hashed = []
+    real = L.hash_password
+    monkeypatch.setattr(L, "hash_password", lambda *given: hashed.append(given) or real(*given))
+    for login in (("q", "wrong"), ("nosuch", "wrong")):
+        with pytest.raises(L.Unauthorized, match="Invalid credentials"):
+            loop.store.login(*login)
+    assert len(hashed) == 2 and all(len(bytes.fromhex(salt)) == 16 for _, salt in hashed)
+    loop.store.login("q", "p")
+    assert len(hashed) == 2  # it was right before
+
+
+def test_files_are_their_owners_alone(tmp_path):
+    with Server(tmp_path / "s") as server:
+        modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in server.folder.iterdir() if path != server.log}
+        assert {"journal.jsonl", "server.json"} <= set(modes)
+        assert not {name: oct(mode) for name, mode in modes.items() if mode & 0o077 and not stat.S_ISDIR(mode)}
+
+
+def test_no_secret_is_in_arguments_logs_or_the_journal(tmp_path):
+    with Server(tmp_path / "s", args=["--log-level", "debug"]) as server:
+        server.http("POST", "/api/v1/queues", {"queue_name": "other", "password": "topsecret"})
+        http("GET", server.url + ME, auth=("other", "topsecret-wrong"))
+        server.http("PUT", ME, {"new_password": "evenmore"})
+        with open("/proc/%d/cmdline" % server.process.pid, "rb") as file:
+            told = file.read().decode()
+        told += server.output() + server.journal.read_text()
+        assert "other" in told and not [word for word in ("topsecret", "evenmore", PASSWORD) if word in told]
+
+
+def test_a_busy_port_is_named_with_its_owner(tmp_path):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen(1)
+        done = run_cli(["serve", "--port", taken.getsockname()[1], "--db-path", tmp_path / "j.jsonl"], tmp_path, check=False)
+    assert done.returncode == 1 and "process %d has it" % os.getpid() in done.stderr
+
+
+def test_terminal_escapes_stay_text_in_listings(home):
+    evil = "\x1b]0;owned\x07\x1b[2J\u202e\x9b31m\r"
+    home.python("import labtasker as L\nL.submit_task(args={'a': %r}, cmd=%r)" % (evil, evil))
+    for args in (["task", "ls"], ["task", "ls", "-v"], ["task", "ls", "--fmt", "yaml"], ["task", "ls", "--fmt", "jsonl"], ["task", "count", "--by", "args.a"]):
+        shown = home.cli(*args).stdout
+        assert not [letter for letter in evil if letter in shown and not letter.isprintable()], (args, shown)
+        assert "owned" in shown
+
+
+@pytest.fixture(scope="module")
+def certificate(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tls")
+    made = subprocess.run(["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-keyout", "key.pem", "-out", "cert.pem", "-days", "2",
+                           "-subj", "/CN=localhost", "-addext", "subjectAltName=IP:127.0.0.1"], cwd=str(folder), stderr=subprocess.DEVNULL)
+    if made.returncode:
+        pytest.skip("openssl, which makes the certificate, is not there")
+    return folder / "cert.pem", folder / "key.pem"
+
+
+def test_tls_with_a_ca_file_and_silent_clients(certificate, tmp_path):
+    certfile, keyfile = certificate
+    with Server(tmp_path / "s", queue=None, args=["--certfile", certfile, "--keyfile", keyfile]) as server:
+        host, port = server.url[8:].split(":")
+        silent = [socket.create_connection((host, int(port))) for _ in range(100)]
+        for number, sock in enumerate(silent):
+            sock.sendall((b"", b"\x16\x03\x01", b"GET / HTTP/1.1\r\n\r\n")[number % 3])
+        env = {"LABTASKER_URL": server.url, "LABTASKER_QUEUE": "q", "LABTASKER_PASSWORD": "p", "LABTASKER_CA_FILE": str(certfile)}
+        run_cli(["queue", "create-from-config"], tmp_path, env=env)
+        run_cli(["task", "submit", "--", "--a=1"], tmp_path, env=env)
+        assert run_cli(["task", "ls", "-q"], tmp_path, env=env).lines
+        folder = {"LABTASKER_ROOT": str(server.folder), "LABTASKER_QUEUE": "q"}  # server.json names the certificate
+        assert run_cli(["task", "ls", "-q"], tmp_path, env=folder).lines
+        missing = run_cli(["task", "ls"], tmp_path, env=dict(env, LABTASKER_CA_FILE="/nosuch.pem"), check=False)
+        assert missing.returncode == 1 and "ca_file" in missing.stderr
+        old = run([sys.executable, "-c", OLD_TLS, host, port], tmp_path, check=False)
+        assert "refused" in old.stdout, old
+        for sock in silent:
+            sock.close()
+        assert "Traceback" not in server.output()
+
+
+OLD_TLS = """
+import socket, ssl, sys, warnings
+warnings.simplefilter("ignore")
+context = ssl.SSLContext(ssl.PROTOCOL_TLS)
+context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+try:
+    context.maximum_version = ssl.TLSVersion.TLSv1_1
+    context.wrap_socket(socket.create_connection((sys.argv[1], int(sys.argv[2]))))
+    print("taken")
+except (OSError, AttributeError, ValueError):
+    print("refused")
+"""
+
+
+def test_help_shows_the_limits_that_can_be_set():
+    text = run_cli(["serve", "--help"], "/").stdout
+    assert "--max-connections" in text and "--allow-host" in text and str(L.MAX_CONNECTIONS) in text
+
+
+def test_a_cross_site_request_is_answered_403_by_a_server(server):
+    for headers in ({"Origin": "http://evil.example"}, {"Sec-Fetch-Site": "cross-site"}):
+        status, answer, _ = server.http("POST", ME + "/tasks", {"args": {"a": 1}}, headers)
+        assert status == 403 and "nothing is changed" in answer["detail"]
+    assert server.http("POST", ME + "/tasks", {"args": {"a": 1}}, {"Origin": server.url})[0] == 201
