@@ -3767,7 +3767,8 @@ class Store(StoreFile):
         if known is None:
             if len(self.filters) > MAX_STANDING:
                 self.filters.clear()
-            known = self.filters[text, tuple(fields)] = compile_tree(query_to_tree(document, fields))
+            known = self.filters[text, tuple(fields)] = compile_tree(query_to_tree(
+                document, fields, "task_id" if "task_id" in fields else "worker_id"))
         return known, text
 
     def login(self, name, password):
@@ -6924,10 +6925,11 @@ class Response:
 
     def to_dict(self):
         """Return the attributes in JSON types."""
-        return {name: _to_json(value) for name, value in vars(self).items()}
+        return {name: _to_json(value) for name, value in vars(self).items() if name[0] != "_"}
 
     def __repr__(self):
-        return "%s(%s)" % (type(self).__name__, ", ".join("%s=%r" % pair for pair in vars(self).items()))
+        return "%s(%s)" % (type(self).__name__, ", ".join("%s=%r" % pair for pair in vars(self).items()
+                                                          if pair[0][0] != "_"))
 
 
 def _to_json(value):
@@ -6944,11 +6946,23 @@ class TaskFetchResponse(Response):
     """`.found`, `.task` (a Task or None)"""
 
 
-class TaskLsResponse(Response):
+class Listing(Response):
+    """Iterating goes on after `.content` to all that match, unless a limit was given."""
+
+    def __iter__(self):
+        return itertools.chain(self.content, self._rest() if vars(self).get("_rest") else ())
+
+    def to_records(self):
+        """Return all of it as flat dicts, as `pandas.DataFrame` takes them: `args.lr`, `summary.acc` and the like."""
+        return [{key: value for key, value in flat({name: getattr(item, name) for name in item.FIELDS}) if value != {}}
+                for item in self]
+
+
+class TaskLsResponse(Listing):
     """`.found`, `.content` (a list of Task)"""
 
 
-class WorkerLsResponse(Response):
+class WorkerLsResponse(Listing):
     """`.found`, `.content` (a list of Worker)"""
 
 
@@ -7078,12 +7092,16 @@ def submit_task(task_name=None, args=None, metadata=None, cmd=None, heartbeat_ti
     return TaskSubmitResponse(task_id=client().call("POST", _TASKS, dict(body, task_id=new_id()))["task_id"])
 
 
-def submit_tasks(tasks):
+def submit_tasks(tasks, unique=False):
     """Return the ids of many new tasks, given as dicts of submit_task's arguments.
 
-    Up to 5,000 are one transaction; of more, a message on stderr says so, since part of them may be there after
-    a failure. A server without the extension gets them one by one."""
-    bodies = [dict(_given(git=code_version(), **task), task_id=new_id()) for task in tasks]
+    `unique`: one whose args a task of the queue has already is not submitted again; the id is then that task's. Up to
+    5,000 are one transaction; of more, a message on stderr says so, since part of them may be there after a failure.
+    A server without the extension gets them one by one."""
+    if unique:
+        new, ids = unseen(tasks)
+        return submit_tasks(new) and ids if new else ids
+    bodies = [dict({"task_id": new_id()}, **_given(git=code_version(), **task)) for task in tasks]
     if not client().extensions:
         if len(bodies) > 1:
             print("labtasker: %s lacks submitting many tasks at once: they go one by one" % client().where,
@@ -7096,6 +7114,39 @@ def submit_tasks(tasks):
     for at in range(0, len(bodies), CHUNK_TASKS):
         ids += client().call("POST", _TASKS, bodies[at:at + CHUNK_TASKS])["task_ids"]
     return ids
+
+
+def submit_grid(grid, unique=False, **fields):
+    """Return the ids of new tasks, one for each combination: submit_grid({"lr": [0.1, 0.01], "seed": range(3)}).
+
+    `fields` are submit_task's arguments; `args` among them are what all the tasks have besides."""
+    for key, values in grid.items():
+        if isinstance(values, (str, bytes, dict)) or not hasattr(values, "__iter__"):
+            raise LabtaskerTypeError("submit_grid takes a list of values for each key, not %s=%r" % (key, values))
+    fixed, rows = fields.pop("args", None) or {}, itertools.product(*grid.values())
+    return submit_tasks([dict(fields, args=dict(fixed, **dict(zip(grid, row)))) for row in rows], unique)
+
+
+def unseen(tasks):
+    """Return (those of the submissions whose args no task has yet, each once; the id of the task for each submission).
+
+    Of tasks without args the command counts. The ids are made of what counts: two who submit the same at once submit
+    it once."""
+    import hashlib
+
+    def identity(args, cmd):
+        return json.dumps(nest(args) if args else [cmd], sort_keys=True)
+    there = {identity(task.args, task.cmd): task.task_id for task in ls_tasks(limit=10 ** 9).content}
+    taken, new, ids = set(there.values()), [], []
+    for task in tasks:
+        key = identity(task.get("args"), task.get("cmd"))
+        if key not in there:
+            digits = hashlib.sha256(key.encode()).hexdigest()
+            made = "-".join((digits[:8], digits[8:12], "4" + digits[12:15], "8" + digits[15:18], digits[18:30]))
+            there[key] = new_id() if made in taken else made  # that task has other args since an update
+            new.append(dict(task, task_id=there[key]))
+        ids.append(there[key])
+    return new, ids
 
 
 def fetch_task(worker_id=None, eta_max=None, heartbeat_timeout=None, start_heartbeat=True, required_fields=None,
@@ -7168,15 +7219,32 @@ def _found_by_pages(path, id_field, body):
     return [vars(row) for row in rows[begin:begin + body["limit"]]]
 
 
-def ls_tasks(task_id=None, task_name=None, status=None, extra_filter=None, limit=100, offset=0, sort=None):
+LIMIT = type("Limit", (int,), {})(100)  # the limit where none is given
+
+
+def _listing(answer, kind, path, id_field, body):
+    """Return the Listing of a search; without a limit it can be iterated to its end."""
+    found = _found(path, id_field, body)
+    listing = answer(found=bool(found), content=[kind(item) for item in found])
+
+    def rest():  # all at once and from the start: by offset, what changes meanwhile would be left out or come twice
+        seen = {item[id_field] for item in found}
+        every = _found(path, id_field, dict(body, limit=10 ** 9)) if len(found) == LIMIT else ()
+        return (kind(item) for item in every if item[id_field] not in seen)
+    if body["limit"] is LIMIT:
+        listing._rest = rest
+    return listing
+
+
+def ls_tasks(task_id=None, task_name=None, status=None, extra_filter=None, limit=LIMIT, offset=0, sort=None):
     """Return `.content`, the Tasks that match all that is given, the longest unchanged first.
 
     `extra_filter` is filter text ('args.lr > 0.01 and summary.acc > 0.9') or a query document; `sort` a list of
-    [field, 1 or -1]. Only `limit` tasks are returned."""
-    body = _given(task_id=task_id, task_name=task_name, status=status, extra_filter=_query(extra_filter), limit=limit,
-                  offset=offset, sort=sort)
-    found = _found(_TASKS, "task_id", body)
-    return TaskLsResponse(found=bool(found), content=[Task(task) for task in found])
+    [field, 1 or -1]. Only `limit` tasks are in `.content`; where none is given, `for task in ls_tasks():` and
+    `.to_records()`, which pandas.DataFrame takes, go on to all."""
+    return _listing(TaskLsResponse, Task, _TASKS, "task_id", _given(
+        task_id=task_id, task_name=task_name, status=status, extra_filter=_query(extra_filter), limit=limit,
+        offset=offset, sort=sort))
 
 
 def flat(mapping, prefix=""):
@@ -7225,14 +7293,13 @@ def create_worker(worker_name=None, metadata=None, max_retries=3):
     return client().call("POST", _WORKERS, dict(body, worker_id=new_id()))["worker_id"]
 
 
-def ls_workers(worker_id=None, worker_name=None, status=None, extra_filter=None, limit=100, offset=0, sort=None):
-    """Return `.content`, the Workers that match all that is given."""
+def ls_workers(worker_id=None, worker_name=None, status=None, extra_filter=None, limit=LIMIT, offset=0, sort=None):
+    """Return `.content`, the Workers that match all that is given; iterating goes on as with ls_tasks."""
     if isinstance(extra_filter, str):
         extra_filter = tree_to_query(parse_filter(extra_filter, visible(WORKER_FIELDS), now()))
-    body = _given(worker_id=worker_id, worker_name=worker_name, status=status, extra_filter=extra_filter, limit=limit,
-                  offset=offset, sort=sort)
-    found = _found(_WORKERS, "worker_id", body)
-    return WorkerLsResponse(found=bool(found), content=[Worker(worker) for worker in found])
+    return _listing(WorkerLsResponse, Worker, _WORKERS, "worker_id", _given(
+        worker_id=worker_id, worker_name=worker_name, status=status, extra_filter=extra_filter, limit=limit,
+        offset=offset, sort=sort))
 
 
 def report_worker_status(worker_id, status):
@@ -9242,7 +9309,7 @@ def watch(loop_, run, process):
 # Knows nothing of the journal and of HTTP: a command calls the functions that scripts call too.
 # Results go to stdout, everything else to stderr. A command function takes the parsed options and
 # returns its exit code (None: 0). labtasker_cli.py adds to the table what work can do without.
-# Uses 1, 2, 3, 4, 6, 7, 8, 9. Tests: test_cli.py.
+# Uses 1, 2, 3, 4, 6, 7, 8, 9. Tests: test_cli.py, test_terminal.py.
 
 EVERY = 10 ** 9  # the limit of a listing that leaves nothing out
 CONTROL = Pattern("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
@@ -9296,10 +9363,10 @@ def hint(word, choices):
     return "; did you mean %s?" % best if best else ""
 
 
-def screen_size():
+def screen_size(stream=None):
     """Return (columns, lines) of the terminal; COLUMNS wins, as everywhere. (shutil's takes 3 ms to import.)"""
     try:
-        columns, lines = os.get_terminal_size(sys.stdout.fileno())
+        columns, lines = os.get_terminal_size((stream or sys.stdout).fileno())
     except (OSError, ValueError):
         columns = lines = 0
     wished = os.environ.get("COLUMNS", "")
@@ -9324,8 +9391,16 @@ def show(text, no_pager=False):
 COMFORTS = {  # the commands of labtasker_cli.py, and what they are for
     "task retry": "Make failed (or selected) tasks pending again, with their retries at 0.",
     "task logs": "Print what a task's last run, or an earlier one, has written.",
+    "task why": "Say what is in the way of a task's running, and where it stands in line.",
+    "watch": "Show what goes on, live: counts, rate, what runs, last failures; keys open, cancel, retry.",
     "config": "Edit the configuration in $EDITOR; it is kept where it can be read.",
+    "journal verify": "Look for damage in a journal, also in one that is in use; exit 1 where there is any.",
+    "journal compact": "Fold a journal to its live data; this happens by itself too.",
+    "journal stats": "Print how long a journal is, and of what.",
     "event listen": "Print the steps of tasks and workers as they come, until Ctrl-C; reconnects.",
+    "completion": "Print what makes bash, zsh or fish complete commands, options, statuses, fields, ids. In ~/.bashrc: "
+                  "eval \"$(labtasker completion bash)\"; in ~/.zshrc after compinit the same with zsh; for fish, "
+                  "write it to ~/.config/fish/completions/labtasker.fish.",
     "help filter": "Print the filter language: operators, dates, a task's fields.",
     "help settings": "Print the settings of config.toml, and the variables that win over it.",
     "help journal": "Print the format of the journal, a line a transaction.",
@@ -9348,7 +9423,12 @@ def comforts():
     return sys.modules.get("labtasker_cli")
 
 
-# ---- Listings: table, yaml, jsonl, csv
+def second_file_needed():
+    """Return what to say of something that only labtasker_cli.py can do."""
+    return "needs labtasker_cli.py beside labtasker.py, in %s" % os.path.dirname(os.path.realpath(__file__))
+
+
+# ---- Listings: table, jsonl
 
 
 def brief(value):
@@ -9366,13 +9446,27 @@ def pairs(mapping):
                     if key != "labtasker_exception.traceback")
 
 
-def age(moment):
-    """Return how long ago an aware datetime was, in its two leading digits or so: 45s, 12m, 3h, 5d."""
-    seconds = max(0, int(now() - moment.timestamp()))
+def span(seconds):
+    """Return a length of time in its two leading digits or so: 45s, 12m, 3h, 5d."""
     for size, unit in ((86400, "d"), (3600, "h"), (60, "m")):
         if seconds >= 2 * size:
             return "%d%s" % (seconds // size, unit)
-    return "%ds" % seconds
+    return "%ds" % max(0, seconds)
+
+
+def age(moment):
+    """Return how long ago an aware datetime was, as `span` does."""
+    return span(now() - moment.timestamp())
+
+
+def spent_s(task):
+    """Return the seconds that a task's run takes by now, or took until the task last changed; None without a run."""
+    if task.start_time is None or task.status == "pending":
+        return None
+    last = (vars(task).get("attempts") or [{}])[-1]
+    told = last.get("end") if last.get("run_id") == vars(task).get("run_id") else None
+    end = now() if task.status == "running" else parse_time(told) if told else task.last_modified.timestamp()
+    return max(0.0, end - task.start_time.timestamp())
 
 
 def cells_wide(text):
@@ -9387,9 +9481,9 @@ def fitted(text, width):
     """Return `text` cut and padded to exactly `width` cells."""
     if cells_wide(text) > width:
         text = text[:width]
-        while cells_wide(text) > width - 2:
+        while text and cells_wide(text) > width - 2:
             text = text[:-1]
-        text += ".."
+        text += ".."[:width]
     return text + " " * (width - cells_wide(text))
 
 
@@ -9411,13 +9505,15 @@ def _table_line(row, widths, colour):
     if colour:
         cells = ["\x1b[%sm%s\x1b[0m" % (STATUS_COLOURS[cell], padded) if cell in STATUS_COLOURS else padded
                  for cell, padded in zip(row, cells)]
-    return "  ".join(cells)
+    return "  ".join(cells).rstrip()
 
 
 TASK_COLUMNS = {
     "status": lambda task: task.status,
     "name": lambda task: task.task_name or "",
     "age": lambda task: age(task.created_at),
+    "duration": lambda task: "" if spent_s(task) is None else span(spent_s(task)),
+    "worker": lambda task: (task.worker_id or "")[:8],
     "retries": lambda task: "%d/%d" % (task.retries, task.max_retries) if task.retries else "",
     "args": lambda task: pairs(task.args) or brief(task.cmd or ""),
     "summary": lambda task: pairs(task.summary),
@@ -9434,20 +9530,77 @@ WORKER_COLUMNS = {
     "retries": lambda worker: "%d/%d" % (worker.retries, worker.max_retries),
     "metadata": lambda worker: pairs(worker.metadata),
 }
+SHORT = {"id": "task_id", "name": "task_name", "worker": "worker_id"}  # what a table calls these fields
+WIDEST = 20  # cells that an argument's column may want; wider ones share a column
 
 
 def item_table(items, options):
     """Return tasks or workers as a table that fits the terminal; --verbose cuts nothing."""
-    columns, size, ids = WORKER_COLUMNS, 36, ids_of(items)
-    if isinstance(items[0], Task):
-        columns = dict(TASK_COLUMNS, **TASK_COLUMNS_MORE) if options.verbose else TASK_COLUMNS
+    is_task, size, ids = isinstance(items[0], Task), 36, ids_of(items)
+    room = 10 ** 9 if options.verbose else screen_size()[0] if is_terminal(sys.stdout) else 1000
+    columns = WORKER_COLUMNS
+    if is_task:
         size = 36 if options.verbose else 8
+        columns = chosen_columns(options.columns) if options.columns else dict(
+            TASK_COLUMNS, **TASK_COLUMNS_MORE) if options.verbose else TASK_COLUMNS
     while len({text[:size] for text in ids}) < len(ids):
         size += 1
+    heads = [text[:size] for text in ids]
+    if columns is TASK_COLUMNS:
+        for columns in apart(items):
+            if _width([heads] + [list(map(cell, items)) for cell in columns.values()]) <= room:
+                break
     rows = [["id"] + list(columns)]
-    rows += [[text[:size]] + [cell(item) for cell in columns.values()] for text, item in zip(ids, items)]
-    room = 10 ** 9 if options.verbose else screen_size()[0] if is_terminal(sys.stdout) else 1000
+    rows += [[head] + [cell(item) for cell in columns.values()] for head, item in zip(heads, items)]
     return table(rows, room, wants_colour(options))
+
+
+def _width(columns):
+    """Return the cells that columns of texts want, none more than WIDEST; empty ones are left out."""
+    return sum(2 + min(WIDEST, max(map(len, column))) for column in columns if any(column)) - 2
+
+
+def apart(tasks):
+    """Return the TASK_COLUMNS in two ways: each argument in which tasks differ in a column, or these in one column.
+
+    Where they differ in none, all their arguments stand in one column."""
+    rows = [{key: brief(value) for key, value in flat(task.args)} for task in tasks]
+    keys = [key for key in dict.fromkeys(key for row in rows for key in row)
+            if len({row.get(key) for row in rows}) > 1]
+    if not keys or not all(rows):
+        return [TASK_COLUMNS]
+    wide, cells = {}, {id(task): row for task, row in zip(tasks, rows)}
+    for name, cell in TASK_COLUMNS.items():
+        wide.update({"args." + key: lambda task, key=key: cells[id(task)].get(key, "") for key in keys}
+                    if name == "args" else {name: cell})
+    return [wide, dict(TASK_COLUMNS, args=lambda task: " ".join(
+        "%s=%s" % (key, text) for key, text in cells[id(task)].items() if key in keys))]
+
+
+def column_names(options):
+    """Return the words of --columns, or []; raises UsageError for one that is no field of a task."""
+    words = [word.strip() for word in (options.columns or "").split(",") if word.strip()]
+    for word in words:
+        if word not in SHORT and word not in TASK_COLUMNS:
+            check_field(word, "--columns", list(SHORT) + ["age", "duration"])
+    return words
+
+
+def chosen_columns(words):
+    """Return {word: function of a task} of the columns that --columns names."""
+    return {word: TASK_COLUMNS.get(word) or (lambda task, word=word: brief_cell(field_of(task, word)))
+            for word in words if word != "id"}
+
+
+def brief_cell(value):
+    """Return a value for a table; what is not there is a dash."""
+    return "-" if value is None else pairs(value) if isinstance(value, dict) else brief(value)
+
+
+def field_of(task, word):
+    """Return what a task has at a field, a dotted one too, or by one of the names in its table; JSON types."""
+    computed = {"age": lambda: round(now() - task.created_at.timestamp(), 3), "duration": lambda: spent_s(task)}
+    return computed[word]() if word in computed else dig(task.to_dict(), SHORT.get(word, word).split("."))
 
 
 def ids_of(items):
@@ -9455,83 +9608,44 @@ def ids_of(items):
     return [item.task_id if isinstance(item, Task) else item.worker_id for item in items]
 
 
-YAML_PLAIN = r"(?ai)(?!(?:true|false|yes|no|on|off|null|y|n)\Z)[a-z_/][\w./@+-]*(?: [\w./@+-]+)*\Z"
-
-
-def yaml_scalar(value, indent=""):
-    """Return a JSON value that is no filled dict or list as YAML 1.1 and 1.2 both read it."""
-    if isinstance(value, str) and re.match(YAML_PLAIN, value):
-        return value
-    if isinstance(value, str):
-        quoted = json.dumps(value, ensure_ascii=False)
-        return _yaml_block(value, indent) or CONTROL.sub(lambda m: "\\u%04x" % ord(m.group()), quoted)
-    if isinstance(value, float):
-        return re.sub("(nan|inf)", r".\1", re.sub(r"\A(-?\d+)e", r"\1.0e", repr(value)))
-    return json.dumps(value)
-
-
-def _yaml_block(text, indent):
-    """Return text of several lines as a block that reads as it was written, or None where YAML would change it."""
-    if "\n" not in text[:-1] or text[0] in " \n\t" or text.endswith("\n\n") or CONTROL.search(text.replace("\n", "")):
-        return None
-    lines = text.rstrip("\n").split("\n")
-    return "\n".join([("|" if text.endswith("\n") else "|-")] + [line and indent + "  " + line for line in lines])
-
-
-def yaml_lines(value, indent=""):
-    """Yield a dict or a list as the lines of a YAML block; nothing where it is empty."""
-    is_dict = isinstance(value, dict)
-    for key, item in value.items() if is_dict else enumerate(value):
-        head = indent + (yaml_scalar(key) + ":" if is_dict else "-")
-        if not isinstance(item, (dict, list)) or not item:
-            yield "%s %s" % (head, yaml_scalar(item, indent))
-            continue
-        lines = yaml_lines(item, indent + ("" if is_dict and isinstance(item, list) else "  "))
-        yield head if is_dict else "%s %s" % (head, next(lines).lstrip(" "))
-        yield from lines
-
-
-def as_yaml(rows):
-    """Return dicts as a YAML list."""
-    return "\n".join(yaml_lines(rows)) or "[]"
-
-
 def as_jsonl(rows):
     """Return dicts as JSON, one a line."""
     return "\n".join(json.dumps(row) for row in rows)
 
 
-def as_csv(rows):
-    """Return dicts as CSV: a column for each field, `args.lr` and the like for what is nested."""
-    import csv
-    import io
-    fields = list(dict.fromkeys(key for row in rows for key in row))
-    rows = [{key: value for key, value in flat(row) if value != {}} for row in rows]
-    columns = sorted({key for row in rows for key in row}, key=lambda key: (fields.index(key.split(".")[0]), key))
-    out = io.StringIO()
-    writer = csv.DictWriter(out, columns, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    text = out.getvalue().rstrip("\n")
-    return clean(text) if is_terminal(sys.stdout) else text
+FORMATS = ("yaml", "jsonl", "csv")
 
 
-WRITERS = {"yaml": as_yaml, "jsonl": as_jsonl, "csv": as_csv}
+def written(rows, fmt, columns=()):
+    """Return dicts as text in one of FORMATS; all but jsonl are written by labtasker_cli.py."""
+    if fmt == "jsonl":
+        return as_jsonl(rows)
+    if not comforts():
+        raise LabtaskerRuntimeError("--fmt %s %s; --fmt jsonl does not" % (fmt, second_file_needed()))
+    return comforts().WRITERS[fmt](rows, columns)
 
 
-def show_listing(items, options):
+def record_text(row, fmt=None):
+    """Return one dict as text: YAML unless another format is asked for, indented JSON where YAML can't be written."""
+    if fmt not in (None, "yaml"):
+        return written([row], fmt)
+    return "\n".join(comforts().yaml_lines(row)) if comforts() else json.dumps(row, indent=2, ensure_ascii=False)
+
+
+def show_listing(items, options, nothing="Nothing matches."):
     """Print the first --limit of tasks or workers, ids alone with --quiet; what else there is to say goes to stderr."""
-    shown = items[:options.limit]
+    shown, columns = items[:options.limit], options.columns
     if options.quiet:
         text = "\n".join(ids_of(shown))
     elif options.fmt == "table":
         text = item_table(shown, options) if shown else ""
     else:
-        text = WRITERS[options.fmt]([item.to_dict() for item in shown])
+        rows = [{word: field_of(item, word) for word in columns} if columns else item.to_dict() for item in shown]
+        text = written(rows, options.fmt, columns)
     if text:
         show(text, options.no_pager)
     elif not options.quiet:
-        note("Nothing matches.")
+        note(nothing)
     if len(items) > options.limit:
         note("More match than the %d shown: --limit N shows more, --offset N goes on." % options.limit)
 
@@ -9755,22 +9869,32 @@ def do_task_submit(options):
     if options.grid and options.from_file:
         raise UsageError("--grid and --from exclude each other")
     tasks = submissions(options)
+    new, ids = unseen(tasks) if options.unique else (tasks, None)
+    there = "; %d already there" % (len(tasks) - len(new)) if options.unique else ""
     if options.dry_run:
-        say(as_jsonl(tasks))
-        return note("Would submit %s." % some(tasks))
-    ids = submit_tasks(tasks) if tasks[1:] else [submit_task(**tasks[0]).task_id]
+        if new:
+            say(as_jsonl([{key: value for key, value in task.items() if key != "task_id"} for task in new]))
+        return note("Would submit %s%s." % (some(new), there))
+    if not options.unique:
+        ids = submit_tasks(new) if new[1:] else [submit_task(**new[0]).task_id]
+    elif new:
+        submit_tasks(new)
     if options.quiet:
         say("\n".join(ids))
     else:
-        say("Submitted task %s" % ids[0] if len(ids) == 1 else "Submitted %s" % some(ids))
+        say(("Submitted task %s" % ids[0] if len(tasks) == len(new) == 1 else "Submitted %s" % some(new)) + there)
 
 
 # ---- Which tasks: ids, selectors, ids on stdin
 
 
 def filter_of(options):
-    """Return what -f gives: filter text, a query document typed as JSON or Python literal, or None."""
-    text = options.extra_filter
+    """Return what -f gives, or None."""
+    return typed_filter(options.extra_filter)
+
+
+def typed_filter(text):
+    """Return a filter as it was typed: filter text, a query document from JSON or a Python literal, or None."""
     return dict_of(text, "--extra-filter") if text and text.lstrip().startswith("{") else text
 
 
@@ -9780,17 +9904,22 @@ def selectors(options):
                   status=options.status, extra_filter=filter_of(options))
 
 
-def full_id(word):
-    """Return the id of the one task whose id starts with `word`; raises NotFound or UsageError."""
+def full_id(word, find=None, what="task"):
+    """Return the id of the one task (or what `find` lists) whose id starts with `word`; NotFound, UsageError."""
     if len(word) == 36:
         return word
     is_hex = re.match("[0-9a-f][0-9a-f-]*\\Z", word)
-    found = ls_tasks(extra_filter={"_id": {"$regex": "^" + word}}, limit=2).content if is_hex else []
+    found = (find or ls_tasks)(extra_filter={"_id": {"$regex": "^" + word}}, limit=2).content if is_hex else []
     if len(found) > 1:
-        raise UsageError("more than one task's id starts with %s: give more of it" % word)
+        raise UsageError("more than one %s's id starts with %s: give more of it" % (what, word))
     if not found:
-        raise NotFound("there is no task %s (labtasker task ls shows what there is)" % brief(word))
-    return found[0].task_id
+        raise NotFound("there is no %s %s (labtasker %s ls shows what there is)" % (what, brief(word), what))
+    return ids_of(found)[0]
+
+
+def full_worker_id(word):
+    """Return the id of the one worker whose id starts with `word`; None for None."""
+    return word if word is None else full_id(word, ls_workers, "worker")
 
 
 def read_ids():
@@ -9834,27 +9963,28 @@ def sorting(word):
     return [field, -1 if direction == "desc" else 1]
 
 
-def check_field(field, option):
-    """Raise UsageError unless the first part of a dotted `field` is one that a task has."""
-    top, known = field.split(".")[0], list(visible(TASK_FIELDS))
+def check_field(field, option, more=()):
+    """Raise UsageError unless the first part of a dotted `field` is one that a task has, or one of `more`."""
+    top, known = field.split(".")[0], list(visible(TASK_FIELDS)) + list(more)
     if top not in known:
         raise UsageError("%s: there is no field %s%s. Fields: %s" % (
             option, brief(field), hint(top, known), ", ".join(known)))
 
 
 def do_task_ls(options):
-    query = selectors(options)
+    query, options.columns = selectors(options), column_names(options)
     if options.piped_in:
         ids = {"_id": {"$in": [full_id(word) for word in read_ids()]}}
         query["extra_filter"] = {"$and": [_query(query["extra_filter"]), ids]} if "extra_filter" in query else ids
     order = [sorting(word) for word in options.sort] or None
-    show_listing(ls_tasks(limit=options.limit + 1, offset=options.offset, sort=order, **query).content, options)
+    nothing = "Nothing matches." if query or options.offset else "No tasks yet: labtasker task submit -- --lr=0.1"
+    found = ls_tasks(limit=options.limit + 1, offset=options.offset, sort=order, **query)
+    show_listing(found.content, options, nothing)
 
 
 def do_task_get(options):
     task, = tasks_named([options.task_id])
-    row = task.to_dict()
-    show("\n".join(yaml_lines(row)) if options.fmt == "yaml" else WRITERS[options.fmt]([row]), options.no_pager)
+    show(record_text(task.to_dict(), options.fmt), options.no_pager)
 
 
 def do_task_count(options):
@@ -9920,12 +10050,18 @@ def place(tree, path, value):
 
 def do_task_update(options):
     updates = updates_of((options.update or []) + (options.rest or []))
-    if not updates and not options.reset_pending:
-        raise UsageError("what to change? Give -u field=value or --reset-pending (to edit tasks in $EDITOR is not "
-                         "possible yet)")
+    by_hand = options.editor or not updates and not options.reset_pending
+    if by_hand and updates:
+        raise UsageError("--editor goes without -u and field=value")
+    if by_hand and not (options.editor or is_terminal(sys.stdin)):
+        raise UsageError("what to change? Give -u field=value or --reset-pending; --editor opens them in $EDITOR")
+    if by_hand and not comforts():
+        raise LabtaskerRuntimeError("to edit tasks in $EDITOR %s; -u field=value does not" % second_file_needed())
     tasks = chosen_tasks(options, limit=options.limit)
     if not tasks:
         return note("Nothing matches: nothing was updated.")
+    if by_hand:
+        return comforts().edit_tasks(tasks, options)
     by_id = options.task_id is not None or not selectors(options)
     confirm("Update %s?" % some(tasks), "--quiet", options.quiet or by_id and not is_terminal(sys.stdin))
     update_tasks([change_of(task, updates) for task in tasks], reset_pending=options.reset_pending)
@@ -9950,6 +10086,8 @@ def do_task_delete(options):
 def do_task_wait(options):
     """Poll, at most a tenth of the time, until nothing is pending or running; 1 where something failed."""
     query, last = selectors(options), None
+    if is_terminal(sys.stderr) and not options.quiet and comforts():
+        return comforts().wait_with_bar(query)
     while True:
         began = monotonic()
         counts = collections.Counter(task.status for task in ls_tasks(limit=EVERY, **query).content)
@@ -9996,7 +10134,7 @@ def create_configured_queue(config, metadata=None):
 
 def do_queue_get(options):
     queue = get_queue()
-    say(queue.queue_id if options.quiet else "\n".join(yaml_lines(queue.to_dict())))
+    say(queue.queue_id if options.quiet else record_text(queue.to_dict()))
 
 
 def do_queue_update(options):
@@ -10024,19 +10162,21 @@ def do_worker_create(options):
 
 def do_worker_ls(options):
     show_listing(ls_workers(
-        worker_id=options.worker_id, worker_name=options.worker_name, status=options.status,
+        worker_id=full_worker_id(options.worker_id), worker_name=options.worker_name, status=options.status,
         extra_filter=filter_of(options), limit=options.limit + 1, offset=options.offset).content, options)
 
 
 def do_worker_report(options):
-    report_worker_status(options.worker_id, options.status)
-    say("Worker %s is %s" % (options.worker_id, options.status))
+    worker_id = full_worker_id(options.worker_id)
+    report_worker_status(worker_id, options.status)
+    say("Worker %s is %s" % (worker_id, options.status))
 
 
 def do_worker_delete(options):
-    confirm("Delete worker %s?" % options.worker_id, "--yes", options.yes)
-    delete_worker(options.worker_id, cascade_update=options.cascade_update)
-    say("Deleted worker %s" % options.worker_id)
+    worker_id = full_worker_id(options.worker_id)
+    confirm("Delete worker %s?" % worker_id, "--yes", options.yes)
+    delete_worker(worker_id, cascade_update=options.cascade_update)
+    say("Deleted worker %s" % worker_id)
 
 
 # ---- Running
@@ -10052,7 +10192,7 @@ def do_loop(options):
                              "or a script on stdin)")
     return command_loop(
         argv=options.rest, shell=options.cmd, script_path=options.script_path, executable=options.executable,
-        extra_filter=filter_of(options), worker_id=options.worker_id, eta_max=options.eta_max,
+        extra_filter=filter_of(options), worker_id=full_worker_id(options.worker_id), eta_max=options.eta_max,
         heartbeat_timeout=options.heartbeat_timeout, max_tasks=options.max_tasks,
         idle_timeout_s=options.idle_timeout, verbose=options.verbose, grace_s=options.grace,
         server_lost_s=options.server_lost, use_pty=options.use_pty is not False)
@@ -10068,20 +10208,6 @@ def do_serve(options):
                  options.log_level, options.daemon, options.takeover, options.allow_host, options.max_connections)
 
 
-def do_journal_verify(options):
-    found = Survey(journal_path(options))
-    for piece in found.bad:
-        say("byte %d: %d bytes are %s" % (piece.offset, len(piece.data), piece.problem))
-    for first, last in found.lost:
-        say("lines %d to %d are missing" % (first, last))
-    if found.rotten:
-        say("%s is damaged: 'labtasker journal repair' saves what can be saved" % found.path)
-        return 1
-    if found.bad or found.lost:
-        say("That was never acknowledged, or is being written just now; the next opening sets it aside.")
-    say("%s: fine, %d lines, %d bytes" % (found.path, found.lines, found.size))
-
-
 def do_journal_repair(options):
     path = journal_path(options)
     if not (Survey(path).bad or Survey(path).lost):
@@ -10094,19 +10220,6 @@ def do_journal_repair(options):
     for one in ids:
         say("named in the bad bytes: " + one)
     say("the damaged file: %s\nthe bad bytes: %s" % (damaged, aside))
-
-
-def do_journal_compact(options):
-    path = journal_path(options)
-    say("%s: %d bytes, now %d" % ((path,) + compact(path)))
-
-
-def do_journal_stats(options):
-    found = Survey(journal_path(options))
-    rows = [["file", found.path], ["bytes", found.size], ["bytes of folded lines", found.header.get("tail", 0)],
-            ["lines since", found.lines], ["last line", found.n], ["known to be on disk", found.durable],
-            ["closed cleanly", "yes" if found.ended else "no"], ["bad pieces", len(found.bad)]]
-    say(table([[str(cell) for cell in row] for row in rows]))
 
 
 def do_health(options):
@@ -10128,9 +10241,9 @@ def do_init(options):
     path, then = os.path.join(root, CONFIG_NAME), "labtasker task submit -- --lr=0.1"
     confirm("%s is there already. Overwrite it?" % path, "--yes", options.yes or not os.path.exists(path))
     config = Config(root, *asked_settings(options), heartbeat_interval_s=10, source=None)
-    use_client(Client(_transport(config)))
     try:
-        say(create_configured_queue(config))
+        config, said = opened_queue(config, options)
+        say(said)
     except LabtaskerConnectError as error:
         note(error)
         confirm("Keep this configuration all the same?", "--yes", options.yes)
@@ -10144,18 +10257,53 @@ def do_init(options):
     say("Next: " + then)
 
 
+def opened_queue(config, options):
+    """Return the Config, with another password where a person had to be asked for it again, and what was done."""
+    while True:
+        use_client(Client(_transport(config)))
+        try:
+            return config, create_configured_queue(config)
+        except LabtaskerRuntimeError as error:  # it is there, with another password
+            if options.password or os.environ.get("LABTASKER_PASSWORD") or not is_terminal(sys.stdin):
+                raise
+            note(error)
+        config = config._replace(password=secret_of(options, "Its own password:"))
+
+
 def asked_settings(options):
-    """Return (url, queue name, password) from the options and, for what they lack, from a person."""
+    """Return (url, queue name, password) from the options and, for what they lack, from a person, tested at once."""
     def setting(given, question, option, default):
         if given is None and not options.yes:
             given = ask("%s [%s]" % (question, default or "none"), option)
         return given or default
-    url = base_url(setting(options.url, "Server's URL, or nothing for a store in this folder", "--url", ""))
-    name = setting(options.queue_name, "Queue name", "--queue-name", DEFAULT_QUEUE)
-    if not NAME.match(name):
-        raise UsageError("a queue's name is 1 to 100 letters, digits, _ and -, not %s" % brief(name))
+    while True:
+        url = base_url(setting(options.url, "Server's URL, or nothing for a store in this folder", "--url", ""))
+        if options.url is not None or options.yes or is_reached(url):
+            break
+    while True:
+        name = setting(options.queue_name, "Queue name", "--queue-name", DEFAULT_QUEUE)
+        if NAME.match(name):
+            break
+        words = "a queue's name is 1 to 100 letters, digits, _ and -, not %s" % brief(name)
+        if options.queue_name is not None or not is_terminal(sys.stdin):
+            raise UsageError(words)
+        note(words)
     is_server = re.match("https?:", url)
     return url, name, secret_of(options, "Password of the queue:") if is_server else options.password
+
+
+def is_reached(url):
+    """Return whether a server answers at a URL that a person typed, or is wanted although none does."""
+    if not re.match("https?:", url):
+        return True
+    began = monotonic()
+    try:
+        HttpTransport(url, DEFAULT_QUEUE, "").call("GET", "/health", None, None)
+        note("%s answers, in %.0f ms." % (url, 1000 * (monotonic() - began)))
+        return True
+    except LabtaskerConnectError as error:
+        note(error)
+        return ask("Take this URL all the same? [y/N]", "--yes").lower() in ("y", "yes")
 
 
 def base_url(text):
@@ -10298,6 +10446,7 @@ def choice(spelling, choices, **settings):
             raise argparse.ArgumentTypeError("%s is none of %s%s" % (brief(text), ", ".join(choices),
                                                                     hint(text, choices)))
         return text
+    check.choices = tuple(choices)  # for the shells' completion
     return option(spelling, settings.pop("help", "|".join(choices)), type=check, **settings)
 
 
@@ -10339,7 +10488,7 @@ def make_parser(path):
     parser = Parser(prog="labtasker " + path, usage=usage, description=row.help, allow_abbrev=False,
                     epilog="example:\n" + re.sub("(?m)^", "  ", row.example),
                     formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, 2, 34, width))
-    parser.set_defaults(fmt="table", limit=EVERY, verbose=False, ansi=None, no_pager=False)  # of every listing
+    parser.set_defaults(fmt="table", limit=EVERY, verbose=False, ansi=None, no_pager=False, columns=None)  # listings
     for flags, settings in row.options:
         parser.add_argument(*flags, **settings)
     return parser
@@ -10382,14 +10531,15 @@ def find_command(words):
     for size in (2, 1):
         path = " ".join(words[:size])
         if path in COMFORTS and not comforts():
-            raise LabtaskerRuntimeError("labtasker %s needs labtasker_cli.py beside labtasker.py, in %s" % (
-                path, os.path.dirname(os.path.realpath(__file__))))
+            raise LabtaskerRuntimeError("labtasker %s %s" % (path, second_file_needed()))
         if path in COMMANDS:
             return path, words[size:]
+    comforts()
     names = [path.split()[1] for path in group(words[0])]
     if names:
+        best = "; did you mean %s?" % words[1] if words[1:] and words[1] in COMMANDS else ""
         raise UsageError("there is no command %s%s: there are %s" % (
-            " ".join(words[:2]), hint(words[1], names) if words[1:] else "", ", ".join(names)))
+            " ".join(words[:2]), best or hint(words[1], names) if words[1:] else "", ", ".join(names)))
     inner = [path for path in COMMANDS if path.endswith(" " + words[0])]
     best = "; did you mean %s?" % " or ".join(inner) if inner else hint(
         words[0], {path.split()[0] for path in group("") + list(COMFORTS)})
@@ -10492,7 +10642,7 @@ def explained(error):
 
 ID = option("ID", "the task's id; its first letters are enough where no other starts so", dest="task_id")
 IDS = option("ID", "task ids; without any, and no selectors, from stdin", dest="ids", nargs="*", default=[])
-WORKER = option("ID", "the worker's id", dest="worker_id")
+WORKER = option("ID", "the worker's id, or its first letters", dest="worker_id")
 QUIET = option("-q --quiet", "print ids alone")
 SILENT = option("-q --quiet", "print nothing")
 YES = option("-y --yes", "ask nothing")
@@ -10506,7 +10656,7 @@ SELECT = [option("--id --task-id ID", "the task with this id", dest="task_id"),
           choice("-s --status STATUS", TASK_STATES), FILTER]
 LIST = [option("--limit N", "at most so many (100)", type=count, default=100),
         option("--offset N", "leave out the first N", type=count, default=0),
-        choice("--fmt FORMAT", ("table",) + tuple(WRITERS)),
+        choice("--fmt FORMAT", ("table",) + FORMATS),
         option("-v --verbose", "more columns, nothing cut"), NO_PAGER] + COLOUR
 QUEUE = [option("--queue-name NAME", "letters, digits, _ and -"),
          option("--password PASSWORD", "else LABTASKER_PASSWORD, else asked")]
@@ -10528,16 +10678,18 @@ COMMANDS = {
             option("--grid", "one task for each combination of comma-separated values and start:stop:step ranges, "
                    "stop included"),
             option("--from FILE", "one task for each line of JSON lines or CSV; - is stdin", dest="from_file"),
+            option("--unique", "leave out what a task of the queue has for its arguments already"),
             option("--dry-run", "print what would be submitted, as JSON lines"), QUIET],
         "[-- --NAME=VALUE ...]"),
     "task ls": Command(
         do_task_ls, "List tasks, longest unchanged first.",
         "labtasker task ls -s success -f 'args.lr > 0.01' -S summary.acc:desc", SELECT + [
             option("-S --sort FIELD:asc|desc", "repeatable", action="append", default=[]),
+            option("--columns FIELD,...", "these instead: summary.acc,args.lr,name,duration"),
             option("--piped-in", "only tasks whose ids are on stdin"), QUIET] + LIST),
     "task get": Command(
         do_task_get, "Show one task with all its fields.", "labtasker task get 3f2a",
-        [ID, choice("--fmt FORMAT", tuple(WRITERS), default="yaml"), NO_PAGER]),
+        [ID, choice("--fmt FORMAT", FORMATS, default="yaml"), NO_PAGER]),
     "task count": Command(
         do_task_count, "Count tasks by status, or by another field.", "labtasker task count --by args.model",
         SELECT + [option("--by FIELD", "count by this field"), option("-q --quiet", "print the total alone")] + COLOUR),
@@ -10548,6 +10700,7 @@ COMMANDS = {
             option("-u --update FIELD=VALUE", "repeatable: args.lr=0.005, 'metadata.tags=[\"v2\"]', status=cancelled",
                    action="append"),
             option("--reset-pending", "pending again, with its retries at 0"),
+            option("--editor", "open them in $EDITOR; so does giving no update"),
             option("--limit N", "at most so many (all)", type=count),
             option("-q --quiet", "ask nothing, print nothing")],
         "[-- FIELD=VALUE ...]"),
@@ -10594,14 +10747,8 @@ COMMANDS = {
             choice("--log-level LEVEL", ("debug", "info", "warning", "error"), default="info"),
             option("--daemon", "go to the background once it listens"),
             option("--takeover", "take the store from another host's server that is gone for good")]),
-    "journal verify": Command(do_journal_verify, "Look for damage in a journal, also in one that is in use; exit 1 "
-                              "where there is any.", "labtasker journal verify --db-path old/journal.jsonl", [JOURNAL]),
     "journal repair": Command(do_journal_repair, "Put a file of all good lines in the place of a damaged journal; the "
                               "damaged one is kept.", "labtasker journal repair", [JOURNAL, YES]),
-    "journal compact": Command(do_journal_compact, "Fold a journal to its live data; this happens by itself too.",
-                               "labtasker journal compact", [JOURNAL]),
-    "journal stats": Command(do_journal_stats, "Print how long a journal is, and of what.", "labtasker journal stats",
-                             [JOURNAL]),
     "queue create": Command(do_queue_create, "Create a queue.",
                             "labtasker queue create --queue-name sweep --password secret", QUEUE + [METADATA, QUIET]),
     "queue create-from-config": Command(

@@ -2,20 +2,26 @@
 
 `labtasker` and `lt` start `main`, `labtasker-server` starts `server_main`. labtasker.py alone does all the work; where
 this file lies beside it, it imports it when one of the commands here is typed or listed. Each enters itself into the
-table `COMMANDS`; what it is for stands in `COMFORTS`. Tests: test_cli.py.
+table `COMMANDS`; what it is for stands in `COMFORTS`. Tests: test_cli.py, test_terminal.py.
 """
+import collections
 import json
 import os
 import re
 import sys
+import threading
 import time
 
 from labtasker import (
-    ARITHMETIC, CALLS, COMFORTS, COMMANDS, COMPARISONS, CONFIG_NAME, DATE_FORMS, ID, IDS, INSTEAD, LOGIC,
-    OPERATORS, QUIET, RECORDS, REQUIRED, ROUTES, SELECT, SETTINGS, TASK_FIELDS, Command, LabtaskerError,
-    LabtaskerRuntimeError, LabtaskerValueError, TaskUpdateRequest, ask, chosen_tasks, clean, connect_events, count,
-    find_root, format_time, full_id, get_task, is_terminal, load_config, main, note, option, pairs, read_text, say,
-    seconds, show, show_listing, some, table, update_tasks, visible)
+    ARITHMETIC, CALLS, COMFORTS, COMMANDS, COMPARISONS, CONFIG_NAME, CONTROL, DATE_FORMS, EVERY, FILTER, ID, IDS,
+    INSTEAD, JOURNAL, LOGIC, OPERATORS, QUIET, RECORDS, REQUIRED, ROUTES, SELECT, SETTINGS, STATUS_COLOURS,
+    TASK_FIELDS, TASK_STATES, UPDATABLE, Command, Disk, LabtaskerError, LabtaskerHTTPStatusError,
+    LabtaskerRuntimeError, LabtaskerValueError, Survey, TaskUpdateRequest, Template, age, apart, ask, cells_wide,
+    change_of, choice, chosen_tasks, clean, client, compact, connect_events, count, covers, filter_of, find_root,
+    fitted, flat, format_time, full_id, get_task, group, ids_of, is_terminal, joined, journal_path, load_config,
+    ls_tasks, ls_workers, main, monotonic, note, now, option, pairs, parse_filter, paths_of, read_text, record_text,
+    say, screen_size, seconds, selectors, show, show_listing, some, span, spent_s, table, tasks_named, tree_to_query,
+    typed_filter, typed_value, update_tasks, updates_of, visible)
 
 __all__ = ["main", "server_main"]
 
@@ -39,6 +45,101 @@ def page(text):
         signal.signal(signal.SIGINT, before)
 
 
+# ---- Formats: yaml, csv
+
+YAML_PLAIN = r"(?ai)(?!(?:true|false|yes|no|on|off|null|y|n)\Z)[a-z_/][\w./@+-]*(?: [\w./@+-]+)*\Z"
+
+
+def yaml_scalar(value, indent=""):
+    """Return a JSON value that is no filled dict or list as YAML 1.1 and 1.2 both read it."""
+    if isinstance(value, str) and re.match(YAML_PLAIN, value):
+        return value
+    if isinstance(value, str):
+        quoted = json.dumps(value, ensure_ascii=False)
+        return _yaml_block(value, indent) or CONTROL.sub(lambda m: "\\u%04x" % ord(m.group()), quoted)
+    if isinstance(value, float):
+        return re.sub("(nan|inf)", r".\1", re.sub(r"\A(-?\d+)e", r"\1.0e", repr(value)))
+    return json.dumps(value)
+
+
+def _yaml_block(text, indent):
+    """Return text of several lines as a block that reads as it was written, or None where YAML would change it."""
+    if "\n" not in text[:-1] or text[0] in " \n\t" or text.endswith("\n\n") or CONTROL.search(text.replace("\n", "")):
+        return None
+    lines = text.rstrip("\n").split("\n")
+    return "\n".join([("|" if text.endswith("\n") else "|-")] + [line and indent + "  " + line for line in lines])
+
+
+def yaml_lines(value, indent=""):
+    """Yield a dict or a list as the lines of a YAML block; nothing where it is empty."""
+    is_dict = isinstance(value, dict)
+    for key, item in value.items() if is_dict else enumerate(value):
+        head = indent + (yaml_scalar(key) + ":" if is_dict else "-")
+        if not isinstance(item, (dict, list)) or not item:
+            yield "%s %s" % (head, yaml_scalar(item, indent))
+            continue
+        lines = yaml_lines(item, indent + ("" if is_dict and isinstance(item, list) else "  "))
+        yield head if is_dict else "%s %s" % (head, next(lines).lstrip(" "))
+        yield from lines
+
+
+def as_yaml(rows):
+    """Return dicts as a YAML list."""
+    return "\n".join(yaml_lines(rows)) or "[]"
+
+
+def as_csv(rows, columns=()):
+    """Return dicts as CSV: a column for each field, `args.lr` and the like for what is nested, or `columns`."""
+    import csv
+    import io
+    fields = list(dict.fromkeys(key for row in rows for key in row))
+    if not columns:
+        rows = [{key: value for key, value in flat(row) if value != {}} for row in rows]
+        columns = sorted({key for row in rows for key in row}, key=lambda key: (fields.index(key.split(".")[0]), key))
+    out = io.StringIO()
+    writer = csv.DictWriter(out, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    text = out.getvalue().rstrip("\n")
+    return clean(text) if is_terminal(sys.stdout) else text
+
+
+WRITERS = {"yaml": lambda rows, columns: as_yaml(rows), "csv": as_csv}
+
+
+# ---- Journals
+
+
+def do_journal_verify(options):
+    found = Survey(journal_path(options))
+    for piece in found.bad:
+        say("byte %d: %d bytes are %s" % (piece.offset, len(piece.data), piece.problem))
+    for first, last in found.lost:
+        say("lines %d to %d are missing" % (first, last))
+    if found.rotten:
+        say("%s is damaged: 'labtasker journal repair' saves what can be saved" % found.path)
+        return 1
+    if found.bad or found.lost:
+        say("That was never acknowledged, or is being written just now; the next opening sets it aside.")
+    say("%s: fine, %d lines, %d bytes" % (found.path, found.lines, found.size))
+
+
+def do_journal_compact(options):
+    path = journal_path(options)
+    say("%s: %d bytes, now %d" % ((path,) + compact(path)))
+
+
+def do_journal_stats(options):
+    found = Survey(journal_path(options))
+    rows = [["file", found.path], ["bytes", found.size], ["bytes of folded lines", found.header.get("tail", 0)],
+            ["lines since", found.lines], ["last line", found.n], ["known to be on disk", found.durable],
+            ["closed cleanly", "yes" if found.ended else "no"], ["bad pieces", len(found.bad)]]
+    say(table([[str(cell) for cell in row] for row in rows]))
+
+
+# ---- Tasks: retry, why
+
+
 def do_task_retry(options):
     if not options.ids and options.task_id is None and options.status is None:
         options.status = "failed"
@@ -46,10 +147,607 @@ def do_task_retry(options):
     if options.dry_run:
         show_listing(tasks, options)
         return note("Would retry %s." % some(tasks))
-    if tasks:
-        update_tasks([TaskUpdateRequest(_id=task.task_id) for task in tasks], reset_pending=True)
+    if not tasks:
+        return note("Nothing matches: nothing was retried.")
+    update_tasks([TaskUpdateRequest(_id=task.task_id) for task in tasks], reset_pending=True)
     if not options.quiet:
         say("%s pending again" % some(tasks))
+
+
+
+def do_task_why(options):
+    task, = tasks_named([options.task_id])
+    lines = in_the_way(task, options) if task.status == "pending" else [what_became(task)]
+    for line in lines:
+        say(clean(line))
+
+
+def what_became(task):
+    """Return what there is to say of a task that does not wait to be run."""
+    if task.status == "running":
+        return "It runs, for %s by now, on worker %s%s." % (
+            span(spent_s(task) or 0), task.worker_id or "unknown",
+            "; last heard of %s ago" % age(task.last_heartbeat) if task.last_heartbeat else "")
+    again = "labtasker task retry %s makes it pending again." % task.task_id[:8]
+    if task.status == "failed":
+        return "It failed for good, after %d of %d runs%s. %s" % (
+            task.retries, task.max_retries, with_error(task), again)
+    return "It is over: %s. %s" % (task.status, again)
+
+
+def with_error(task):
+    """Return ": why" of a task that failed, or nothing."""
+    error = error_of(task)
+    return ": " + error if error else ""
+
+
+def error_of(task):
+    """Return the error that a task's summary tells of, in a line, or nothing."""
+    raised = task.summary.get("labtasker_exception")
+    if isinstance(raised, dict):
+        return ("%s: %s" % (raised.get("type"), raised.get("message"))).split("\n")[0]
+    return str(task.summary.get("labtasker_error") or "").split("\n")[0]
+
+
+def in_the_way(task, options):
+    """Yield what keeps a pending task from being run: its place, the loops that run now, workers, the one asked for."""
+    queued = sorted(ls_tasks(status="pending", limit=EVERY).content,
+                    key=lambda one: (-one.priority, one.last_modified, one.created_at))
+    ahead = next((at for at, one in enumerate(queued) if one.task_id == task.task_id), 0)
+    yield "It waits for %s, as number %d of %d in line (higher priority first, then the longest unchanged)." % (
+        age(task.last_modified), ahead + 1, len(queued))
+    if task.retries:
+        yield "It failed %d of %d times%s." % (task.retries, task.max_retries, with_error(task))
+    if vars(task).get("reason"):
+        yield "Its last run was handed back: %s." % task.reason
+    running = ls_tasks(status="running", limit=EVERY).content
+    if not running:
+        yield "Nothing runs in this queue: start a loop, such as labtasker loop -- %s" % example_command(task)
+    shown = set()
+    for one in running:
+        text = as_typed(one.cmd)
+        if text and text not in shown:
+            shown.add(text)
+            yield "A loop that runs now, %s: %s." % (text, "; ".join(mismatches(one.cmd, task)) or "would take it")
+    for worker in ls_workers(limit=EVERY).content:
+        if worker.status != "active":
+            yield "Worker %s is %s and gets no tasks: labtasker worker report %s active" % (
+                worker.worker_name or worker.worker_id[:8], worker.status, worker.worker_id[:8])
+    if options.rest or options.extra_filter:
+        found = mismatches(options.rest, task) + unmet(task, filter_of(options))
+        yield "The loop asked for: %s." % ("; ".join(found) or "it would take it")
+
+
+def as_typed(cmd):
+    """Return a command as one types it."""
+    import shlex
+    return cmd if isinstance(cmd, str) else " ".join(map(shlex.quote, cmd or ()))
+
+
+def example_command(task):
+    """Return a command that takes just the task's arguments."""
+    return "python train.py " + " ".join("--%s '%%(%s)'" % (key, key) for key, _ in flat(task.args))
+
+
+def mismatches(cmd, task):
+    """Return what keeps a command with placeholders from taking the task: no more, no less."""
+    try:
+        keys = [key for text in ([cmd] if isinstance(cmd, str) else cmd or ()) for key in Template(text).keys]
+    except LabtaskerError as error:
+        return [str(error).split("\n")[0]]
+    has = [".".join(path) for path in paths_of(task.args)]
+    if not keys or covers(keys, paths_of(task.args)):
+        return []
+
+    def within(inner, outer):
+        return inner == outer or inner.startswith(outer + ".")
+    missing = [key for key in keys if not any(within(path, key) for path in has)]
+    extra = sorted(path for path in has if not any(within(path, key) for key in keys))
+    return ["it wants %s, which the task lacks" % key for key in missing] + [
+        "the task has %s, which it does not take (%%(%s))" % (path, path) for path in extra]
+
+
+def unmet(task, query):
+    """Return the parts of a filter, text or document, that the task does not match."""
+    if not query:
+        return []
+    if isinstance(query, str):
+        tree = parse_filter(query, visible(TASK_FIELDS), now())
+        parts = [tree_to_query(part) for part in (tree[1] if tree[0] == "$and" else [tree])]
+    else:
+        parts = [query]
+    return ["the filter's %s does not match" % json.dumps(part) for part in parts
+            if not ls_tasks(task_id=task.task_id, extra_filter=part).content]
+
+
+# ---- Waiting: how far it is
+
+Pace = collections.namedtuple("Pace", "counts per_s eta_s")
+RECENT = 50  # tasks that ended last, by which the rate goes
+REFRESH_S, WHOLE_S = 2.0, 30.0  # between looks; between looks at everything, since deleted tasks tell nobody
+
+
+class Sweep:
+    """The tasks that a query matches; after the first look only what changed is asked for."""
+
+    def __init__(self, query):
+        self.query, self.tasks, self.whole_at = query, {}, None
+
+    def refresh(self):
+        """Look; raises what `ls_tasks` does."""
+        is_plain = set(self.query) <= {"task_name", "task_id"}  # others may cease to match
+        if not is_plain or not self.tasks or monotonic() - self.whole_at > WHOLE_S:
+            found = {}
+            self.whole_at, query = monotonic(), self.query
+        else:
+            found = dict(self.tasks)
+            latest = max(task.last_modified for task in found.values())
+            query = dict(self.query, extra_filter={"last_modified": {"$gte": {"_dt": latest.isoformat()}}})
+        found.update((task.task_id, task) for task in ls_tasks(limit=EVERY, **query).content)
+        self.tasks = found
+
+
+def pace(tasks, moment):
+    """Return the Pace of tasks at a moment: {status: count}, tasks ended a second lately, seconds to go (or None)."""
+    counts = collections.Counter(task.status for task in tasks)
+    ended = sorted((task.last_modified.timestamp(), task.start_time.timestamp()) for task in tasks
+                   if task.status in ("success", "failed") and task.start_time)[-RECENT:]
+    left, spent_s = counts["pending"] + counts["running"], moment - min(begin for _, begin in ended) if ended else 0
+    per_s = len(ended) / spent_s if spent_s > 0 else 0.0
+    return Pace(counts, per_s, left / per_s if left and per_s and counts["running"] else None)
+
+
+def per_time(per_s):
+    """Return a rate in a unit in which it is a number to read."""
+    for size, unit in ((1, "s"), (60, "min"), (3600, "h")):
+        if per_s * size >= 1 or unit == "h":
+            return "%.1f/%s" % (per_s * size, unit)
+
+
+def progress(found, width):
+    """Return a Pace as a bar and words, at most `width` cells."""
+    total = sum(found.counts.values())
+    done = total - found.counts["pending"] - found.counts["running"]
+    words = ["%d of %d done" % (done, total)] + [
+        "%d %s" % (found.counts[state], state) for state in ("failed", "running") if found.counts[state]]
+    if found.per_s:
+        words.append(per_time(found.per_s))
+    if found.eta_s is not None:
+        words.append("ETA " + span(found.eta_s))
+    text = ", ".join(words)
+    room = min(30, width - len(text) - 3)
+    full = room * done // total if total else 0
+    return "[%s%s] %s" % ("#" * full, "." * (room - full), text) if room >= 5 else text[:width]
+
+
+def wait_with_bar(query):
+    """Return the exit code of `task wait`, with a bar that moves on the terminal at stderr."""
+    sweep, began = Sweep(query), monotonic()
+    while True:
+        look_at = monotonic()
+        sweep.refresh()
+        found, left_s = pace(sweep.tasks.values(), now()), max(0.5, 10 * (monotonic() - look_at))
+        if not sweep.tasks:
+            note("Nothing matches.")
+            return 0
+        over = not found.counts["pending"] and not found.counts["running"]
+        sys.stderr.write("\r\x1b[K" + progress(found, screen_size(sys.stderr)[0] - 1) + "\n" * over)
+        sys.stderr.flush()
+        if over:
+            return 1 if found.counts["failed"] else 0
+        time.sleep(min(30, left_s, REFRESH_S if monotonic() - began > 5 else 0.5))
+
+
+# ---- Logs
+
+
+def last_log(task):
+    """Return the file with the output of a task's last run, or None where it is not on this host."""
+    path = log_path(task, (task.attempts or [{}])[-1])
+    return path if os.path.isfile(path) else None
+
+
+def last_lines(path, limit, tail_bytes=65536):
+    """Return the last lines of a file as a terminal would show them, or [] where it can't be read."""
+    try:
+        with open(path, "rb") as file:
+            file.seek(max(0, os.path.getsize(path) - tail_bytes))
+            text = file.read().decode("utf-8", "replace")
+    except OSError:
+        return []
+    lines = [line.rstrip("\r").split("\r")[-1] for line in text.rstrip("\n").split("\n")]  # bars go back to the start
+    return [clean(re.sub("\x1b\\[[0-9;?]*[A-Za-z]", "", line), "").expandtabs(4) for line in lines[-limit:]]
+
+
+def last_words(task):
+    """Return the last line of a failed task's log, else the error in its summary."""
+    path = last_log(task)
+    lines = [line for line in last_lines(path, 20, 4096) if line.strip()] if path else []
+    return lines[-1].strip() if lines else clean(error_of(task), "")
+
+# ---- Watching
+
+
+BOLD, FAINT, INVERSE = "1", "2", "7"
+STATES = (None, "running", "failed", "pending", "success", "cancelled")
+KEYS = {  # key: (method of Watch, words in the last line)
+    "up": ("go_up", ""), "k": ("go_up", ""), "down": ("go_down", ""), "j": ("go_down", "up, down: choose"),
+    "enter": ("open_task", "Enter: open"), "l": ("open_log", "l: log"), "c": ("ask_cancel", "c: cancel"),
+    "r": ("ask_retry", "r: retry"), "s": ("next_state", "s: status"), "/": ("edit_filter", "/: filter"),
+    "esc": ("go_back", ""), "backspace": ("go_back", ""), "q": ("quit", "q: back"),
+}
+WATCHED = ("id", "worker", "duration", "name", "retries", "args", "summary")
+SECTIONS = (  # status, title, the time by which they stand, whether the latest is first
+    ("running", "Running", "start_time", False), ("failed", "Failed, the last first", "last_modified", True),
+    ("pending", "Pending, the next first", "last_modified", False),
+    ("success", "Done, the last first", "last_modified", True),
+    ("cancelled", "Cancelled, the last first", "last_modified", True))
+
+
+def styled(text, *styles):
+    """Return a text in colours and the like of a terminal."""
+    styles = [style for style in styles if style]
+    return "\x1b[%sm%s\x1b[0m" % (";".join(styles), text) if styles and not os.environ.get("NO_COLOR") else text
+
+
+class Feed:
+    """Looks again and again, in a thread of its own, so that keys are answered at once."""
+
+    def __init__(self, query, interval_s):
+        self.sweep, self.interval_s = Sweep(query), interval_s
+        self.lock = threading.Lock()  # guards the next line, and which sweep is the present one
+        self.tasks, self.workers, self.error, self.looks = {}, {}, None, 0
+        self.wake = threading.Event()
+        threading.Thread(target=self._run, name="labtasker watch", daemon=True).start()
+
+    def _run(self):
+        while True:
+            began, sweep = monotonic(), self.sweep
+            self.wake.clear()
+            try:
+                sweep.refresh()
+                workers, error = {one.worker_id: one for one in ls_workers(limit=EVERY).content}, None
+            except Exception as problem:  # the next look may go well
+                workers, error = self.workers, problem
+            with self.lock:
+                if sweep is self.sweep:
+                    self.tasks, self.workers, self.error, self.looks = sweep.tasks, workers, error, self.looks + 1
+            self.wake.wait(max(self.interval_s, 10 * (monotonic() - began)))
+
+    def seen(self):
+        """Return (tasks, {id: worker}, error or None, how many looks there were)."""
+        with self.lock:
+            return list(self.tasks.values()), self.workers, self.error, self.looks
+
+    def ask(self, query):
+        """Look for other tasks from now on."""
+        with self.lock:
+            self.sweep, self.tasks = Sweep(query), {}
+        self.wake.set()
+
+
+class View:
+    """What a person sees; knows no terminal. `line` is what is typed at the bottom: (prompt, text, action)."""
+
+    def __init__(self, feed, query, where):
+        self.feed, self.query, self.where, self.looks = feed, query, where, None
+        self.state, self.page, self.top, self.line, self.words, self.over = None, None, 0, None, "", False
+        self.order, self.chosen, self.current = [], None, None  # ids shown; the one gone to; else the first is meant
+
+    def lines(self, width, height):
+        """Return `height` lines, or fewer, of at most `width` cells each."""
+        tasks, self.workers, error, looks = self.feed.seen()
+        if looks != self.looks:
+            self._look(tasks, looks)
+        head = self._head(looks, width)
+        body = (self._list if self.page is None else self._task if self.page == "task" else self._log)(
+            width, height - len(head) - 2)
+        foot = self.words or ("%s; trying again" % str(error).split("\n")[0] if error else "")
+        if self.line:
+            foot = self.line[0] + self.line[1] + "_"
+        body += [""] * (height - len(head) - 2 - len(body))
+        keys = "  ".join(words for _, words in KEYS.values() if words)
+        return head + body + [styled(fitted(clean(foot, ""), width), BOLD),
+                              styled(fitted(keys, width).rstrip(), FAINT)]
+
+    def _look(self, tasks, looks):
+        """Take what was seen last; sorting ten thousand tasks at every key would be felt."""
+        self.tasks, self.looks, self.pace = {task.task_id: task for task in tasks}, looks, pace(tasks, now())
+        self.cells = dict(apart(tasks)[-1], id=lambda task: task.task_id[:8], worker=self._worker) if tasks else {}
+        self.sorted = {}
+        for status, _, field, is_latest_first in SECTIONS:
+            self.sorted[status] = sorted(
+                (task for task in tasks if task.status == status),
+                key=lambda task: getattr(task, field) or task.created_at, reverse=is_latest_first)
+        self.sorted["pending"].sort(key=lambda task: -task.priority)
+
+    def _head(self, looks, width):
+        found = self.pace
+        title = "%s   %s" % (self.where, self.query.get("extra_filter") or "")
+        counts, room = [], width
+        for state in TASK_STATES:
+            text = "%s %d" % (state, found.counts[state])
+            text = fitted(text, min(room, len(text) + 2))
+            counts.append(styled(text, STATUS_COLOURS[state]))
+            room -= len(text)
+        busy = {task.worker_id for task in self.sorted["running"]}
+        idle = [one for one in self.workers.values() if one.status != "active"]
+        workers = "%d at work" % len(busy) + "".join(
+            ", %s %s" % (one.worker_name or one.worker_id[:8], one.status) for one in idle)
+        return [styled(fitted(clean(title, ""), width).rstrip(), BOLD),
+                progress(found, width) if looks else "looking ...",
+                "".join(counts), fitted("workers: " + clean(workers, ""), width).rstrip(), ""]
+
+    def _sections(self, room):
+        """Yield (title, tasks to show) of the sections that have any: three each, and of the first ones what fits."""
+        shown = [row for row in SECTIONS if self.sorted[row[0]] and self.state in (None, row[0])]
+        sizes = {status: 1 + (status == "failed") for status, _, _, _ in shown}
+        left = room - sum(1 + min(3, len(self.sorted[status])) * size for status, size in sizes.items())
+        for status, title, _, _ in shown:
+            tasks = self.sorted[status]
+            more = len(tasks) if self.state else max(0, min(len(tasks) - 3, left // sizes[status]))
+            left -= more * sizes[status]
+            yield "%s: %d" % (title, len(tasks)), tasks[:3 + more]
+
+    def _list(self, width, room):
+        """Return the tasks in sections, so that the current one is seen; under a failed one its last words."""
+        self.order, rows = [], []  # rows: (title, None), (None, task), or (True, task) for its last words
+        for title, tasks in self._sections(room):
+            rows.append((title, None))
+            self.order += [task.task_id for task in tasks]
+            for task in tasks:
+                rows += [(None, task)] + [(True, task)] * (task.status == "failed")
+        self.current = self.chosen if self.chosen in self.order else self.order[0] if self.order else None
+        at = next((at for at, (_, task) in enumerate(rows) if task and task.task_id == self.current), 0)
+        begin = max(0, min(at - room // 2, len(rows) - room)) if at >= room - 1 else 0
+        rows = rows[begin:begin + room]
+        columns = self._columns([task for title, task in rows if title is None])
+        return [self._row(title, task, columns, width) for title, task in rows] or ["No task matches."[:width]]
+
+    def _columns(self, tasks):
+        """Return {task id: line}, aligned."""
+        rows = [[self.cells[name](task) for name in WATCHED] for task in tasks]
+        widths = [max(map(cells_wide, column)) for column in zip(*rows)]
+        return {task.task_id: "  ".join(fitted(cell, width) for cell, width in zip(row, widths) if width)
+                for task, row in zip(tasks, rows)}
+
+    def _worker(self, task):
+        worker = self.workers.get(task.worker_id)
+        return "" if task.worker_id is None else worker and worker.worker_name or task.worker_id[:8]
+
+    def _row(self, title, task, columns, width):
+        if task is None:
+            return styled(fitted(title, width).rstrip(), BOLD)
+        if title:
+            return styled(fitted("      " + last_words(task), width).rstrip(), FAINT)
+        is_current = task.task_id == self.current
+        text = fitted(clean(("> " if is_current else "  ") + columns[task.task_id], ""), width).rstrip()
+        return styled(text, STATUS_COLOURS[task.status], INVERSE if is_current else "")
+
+    def _task(self, width, room):
+        task = self.tasks.get(self.chosen)
+        lines = (record_text(task.to_dict()) if task else "It is gone.").split("\n")
+        self.top = max(0, min(self.top, len(lines) - room))
+        return [fitted(clean(line, ""), width).rstrip() for line in lines[self.top:self.top + room]]
+
+    def _log(self, width, room):
+        task = self.tasks.get(self.chosen)
+        path = last_log(task) if task else None
+        if path is None:
+            return [fitted("There is no log of task %s on this host." % str(self.chosen)[:8], width).rstrip()]
+        return [styled(path[-width:], FAINT)] + [
+            fitted(line, width).rstrip() for line in last_lines(path, room - 1)]
+
+
+class Watch(View):
+    """What a person does."""
+
+    def press(self, key):
+        """Do what a key asks for."""
+        self.words = ""
+        if self.line:
+            return self._type(key)
+        if key in KEYS:
+            getattr(self, KEYS[key][0])()
+
+    def _type(self, key):
+        prompt, text, action = self.line
+        if key in ("esc", "enter"):
+            self.line = None
+            if key == "enter":
+                action(text)
+        else:
+            text = text[:-1] if key == "backspace" else text + key if len(key) == 1 else text
+            self.line = prompt, text, action
+
+    def go_up(self):
+        """Choose the task above."""
+        self._go(-1)
+
+    def go_down(self):
+        """Choose the task below."""
+        self._go(1)
+
+    def _go(self, step):
+        if self.page:
+            self.top = max(0, self.top + step)
+        elif self.current in self.order:
+            at = self.order.index(self.current) + step
+            self.chosen = self.order[max(0, min(at, len(self.order) - 1))]
+
+    def _open(self, page):
+        self.chosen = self.current
+        self.page, self.top = page if self.chosen else None, 0
+
+    def open_task(self):
+        """Show all fields of the current task."""
+        self._open("task")
+
+    def open_log(self):
+        """Follow the output of the current task."""
+        self._open("log")
+
+    def go_back(self):
+        """Close the page that is open."""
+        self.page = None
+
+    def quit(self):
+        """Close the page that is open, or end."""
+        self.over, self.page = self.page is None, None
+
+    def next_state(self):
+        """Show another status alone, or all again."""
+        self.state, self.page = STATES[(STATES.index(self.state) + 1) % len(STATES)], None
+
+    def edit_filter(self):
+        """Have another filter typed."""
+        self.line = "filter: ", str(self.query.get("extra_filter") or ""), self._filter
+
+    def _filter(self, text):
+        try:
+            query = dict(self.query, extra_filter=typed_filter(text.strip() or None))
+            if isinstance(query["extra_filter"], str):
+                parse_filter(text, visible(TASK_FIELDS), now())
+        except LabtaskerError as error:
+            self.words, self.line = str(error).split("\n")[0], ("filter: ", text, self._filter)
+            return
+        self.query = {name: value for name, value in query.items() if value is not None}
+        self.feed.ask(self.query)
+
+    def ask_cancel(self):
+        """Cancel the current task, once it is confirmed."""
+        self._confirm("Cancel", {"status": "cancelled"}, False)
+
+    def ask_retry(self):
+        """Make the current task pending again, once it is confirmed."""
+        self._confirm("Retry", {}, True)
+
+    def _confirm(self, verb, change, reset_pending):
+        task_id = self.current
+        if task_id:
+            self.line = "%s task %s? [y/N] " % (verb, task_id[:8]), "", lambda text: self._change(
+                text, task_id, change, reset_pending)
+
+    def _change(self, text, task_id, change, reset_pending):
+        if text.strip().lower() not in ("y", "yes"):
+            self.words = "Nothing was changed."
+            return
+        try:
+            task, = update_tasks([TaskUpdateRequest(_id=task_id, **change)], reset_pending=reset_pending).content
+            self.words = "Task %s is %s." % (task_id[:8], task.status)
+        except LabtaskerError as error:
+            self.words = str(error).split("\n")[0]
+        self.feed.wake.set()
+
+
+ESCAPES = {"[A": "up", "[B": "down", "OA": "up", "OB": "down"}
+CONTROLS = {"\r": "enter", "\n": "enter", "\x7f": "backspace", "\x08": "backspace"}
+
+
+def keys_of(text):
+    """Yield the keys that a terminal's bytes, decoded, stand for; sequences that are not known are no key."""
+    for match in re.finditer("\x1b([\\[O][0-9;]*[A-Za-z~])|\x1b|.", text, re.S):
+        if match.group(1):
+            if match.group(1) in ESCAPES:
+                yield ESCAPES[match.group(1)]
+        else:
+            yield "esc" if match.group() == "\x1b" else CONTROLS.get(match.group(), match.group())
+
+
+class Screen:
+    """A terminal in full-screen mode; a context that gives it back as it was, whatever happens."""
+
+    def __init__(self):
+        import codecs
+        import signal
+        import termios
+        self.termios, self.signal, self.shown = termios, signal, None
+        self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def __enter__(self):
+        signal = self.signal
+        self.before = self.termios.tcgetattr(0)
+        self.handlers = {number: signal.signal(number, handler) for number, handler in (
+            (signal.SIGTERM, self._end), (signal.SIGHUP, self._end), (signal.SIGTSTP, self._stop))}
+        self._take()
+        return self
+
+    def __exit__(self, *_):
+        self._give_back()
+        for number, handler in self.handlers.items():
+            self.signal.signal(number, handler)
+
+    def _take(self):
+        import tty
+        tty.setcbreak(0)
+        self.shown = None
+        self._write("\x1b[?1049h\x1b[?25l\x1b[?7l")  # the other screen, no cursor, no wrapping
+
+    def _give_back(self):
+        self._write("\x1b[?7h\x1b[?25h\x1b[?1049l")
+        self.termios.tcsetattr(0, self.termios.TCSADRAIN, self.before)
+
+    def _end(self, number, _):
+        raise SystemExit(128 + number)
+
+    def _stop(self, number, _):
+        self._give_back()
+        os.kill(os.getpid(), self.signal.SIGSTOP)
+        self._take()
+
+    def _write(self, text):
+        data = text.encode("utf-8", "replace")
+        while data:
+            data = data[os.write(1, data):]
+
+    def draw(self, lines):
+        """Show lines, where they are others than before."""
+        if lines != self.shown:
+            self.shown = lines
+            self._write("\x1b[H" + "\r\n".join(line + "\x1b[K" for line in lines) + "\x1b[J")
+
+    def keys(self, timeout_s):
+        """Return the keys pressed within so many seconds; raises EOFError where the terminal is gone."""
+        import select
+        if not select.select([0], [], [], timeout_s)[0]:
+            return []
+        data = os.read(0, 1024)
+        if not data:
+            raise EOFError
+        return list(keys_of(self.decoder.decode(data)))
+
+
+def do_watch(options):
+    query, where = selectors(options), "%s at %s" % (load_config().queue_name, client().where)
+    if not all(map(is_terminal, (sys.stdin, sys.stdout))) or os.environ.get("TERM", "dumb") == "dumb":
+        return watch_plainly(Sweep(query), options.interval)
+    watch = Watch(Feed(query, options.interval), query, where)
+    with Screen() as screen:
+        while not watch.over:
+            width, height = os.get_terminal_size(1)  # as it is now, whatever COLUMNS says
+            screen.draw(watch.lines(width, height))
+            try:
+                for key in screen.keys(0.25):
+                    watch.press(key)
+            except EOFError:
+                return 1
+
+
+def watch_plainly(sweep, interval_s):
+    """Print a line whenever the counts change, and one for each task that failed since; for ever."""
+    last, failed = None, None
+    while True:
+        began = monotonic()
+        sweep.refresh()
+        found = pace(sweep.tasks.values(), now())
+        if found.counts != last:
+            say(format_time(now())[:19] + "  " + (progress(found, 100) if sweep.tasks else "no task matches"))
+        for task in sweep.tasks.values():
+            if task.status == "failed" and failed is not None and task.task_id not in failed:
+                say(clean("    failed: %s  %s  %s" % (task.task_id[:8], pairs(task.args), last_words(task)), ""))
+        last, failed = found.counts, {task.task_id for task in sweep.tasks.values() if task.status == "failed"}
+        sys.stdout.flush()
+        time.sleep(max(interval_s, 10 * (monotonic() - began)))
 
 
 # ---- Events
@@ -164,42 +862,201 @@ def print_output(data):
 # ---- Editing
 
 
-def do_config(options):
+class Mistakes(Exception):
+    """What is wrong in an edited text: {line number from 1 on, or 0 for the whole: message}."""
+
+
+MARK = "#! "  # begins a line that tells of a mistake in the line above it
+
+
+def edited(text, name, read):
+    """Return read(what a person made of `text` in an editor), None where nothing was changed.
+
+    `read` raises Mistakes; they are shown below their lines, and the editor opens again where a person wants that."""
     import shutil
     import tempfile
+    folder = tempfile.mkdtemp(prefix="edit-", dir=None if not os.path.isdir(find_root()) else find_root())
+    path, marked = os.path.join(folder, name), text
+    try:
+        while True:
+            with open(path, "w", encoding="utf-8") as file:
+                os.chmod(path, 0o600)
+                file.write(marked)
+            run_editor(path)
+            found = read_text(path)
+            if found == marked or without_marks(found) == text:
+                return None
+            try:
+                return read(without_marks(found))
+            except Mistakes as error:
+                mistakes = error.args[0]
+            for number, words in sorted(mistakes.items()):
+                note("line %d: %s" % (number, words) if number else words)
+            if not is_terminal(sys.stdin):
+                raise LabtaskerRuntimeError("%s, as it was edited, can't be taken: nothing was changed" % name)
+            if ask("Edit it again? [Y/n]", "", "y").lower() not in ("y", "yes"):
+                return None
+            marked = with_marks(without_marks(found), mistakes)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def with_marks(text, mistakes):
+    """Return a text with each mistake below its line."""
+    lines = [""] + text.split("\n")
+    for number, words in sorted(mistakes.items(), reverse=True):
+        lines[number + 1:number + 1] = [MARK + line for line in str(words).split("\n")]
+    return "\n".join(lines[1:])
+
+
+def without_marks(text):
+    """Return a text without the lines that tell of mistakes."""
+    return "\n".join(line for line in text.split("\n") if not line.startswith(MARK))
+
+
+def do_config(options):
     path = os.path.join(find_root(), CONFIG_NAME)
     if not os.path.exists(path):
         raise LabtaskerValueError("there is no %s: labtasker init writes it" % path)
-    folder = tempfile.mkdtemp(prefix="config-", dir=os.path.dirname(path))
-    try:
-        draft = os.path.join(folder, CONFIG_NAME)
-        shutil.copy2(path, draft)
-        if not edited(draft):
-            note("Nothing was changed.")
-            return 1
-        os.replace(draft, path)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+    text = edited(read_text(path), CONFIG_NAME, checked_config)
+    if text is None:
+        note("Nothing was changed.")
+        return 1
+    Disk.create(path, [text.encode("utf-8")])
     say("Wrote %s" % path)
 
 
-def edited(path):
-    """Return whether a person edited the configuration at `path` into one that can be read; they may try again."""
-    before = read_text(path)
-    while True:
-        run_editor(path)
-        if read_text(path) == before:
-            return False
+def checked_config(text):
+    """Return the text of a configuration that can be read; raises Mistakes."""
+    import shutil
+    import tempfile
+    folder, root = tempfile.mkdtemp(prefix="check-", dir=find_root()), os.environ.get("LABTASKER_ROOT")
+    path = os.path.join(folder, CONFIG_NAME)
+    try:
+        Disk.create(path, [text.encode("utf-8")])
+        os.environ["LABTASKER_ROOT"] = folder
+        load_config()
+        return text
+    except LabtaskerError as error:
+        line = re.search(r"\bline (\d+)", str(error))
+        raise Mistakes({int(line.group(1)) if line else 0: str(error).replace(path, CONFIG_NAME)}) from None
+    finally:
+        os.environ.pop("LABTASKER_ROOT")
+        if root is not None:
+            os.environ["LABTASKER_ROOT"] = root
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+FORM_HEAD = """\
+# %s. Change what stands after the =, add or delete lines of args, metadata and summary.
+# Values are JSON or Python literals, else text. Lines that begin with # are read-only and not looked at.
+# A task whose lines are all deleted stays as it is. Close the editor without saving: nothing is changed.
+"""
+
+
+def edit_tasks(tasks, options):
+    """Return the exit code of `task update` in the editor: all changes are one transaction, or none is made."""
+    counted = []
+
+    def save(text):
+        updates = read_form(text, tasks)
         try:
-            os.environ["LABTASKER_ROOT"] = os.path.dirname(path)
-            load_config()
-            return True
+            update_tasks(updates, reset_pending=options.reset_pending)
+        except LabtaskerHTTPStatusError as error:  # a step that is not allowed, a task that is gone
+            raise Mistakes({0: str(error)}) from None
+        counted.extend(updates)
+        return True
+    if not edited(form_of(tasks), "tasks.txt", save):
+        note("Nothing was changed.")
+        return 0
+    if not options.quiet:
+        say("Updated %s" % some(counted) if counted else "Nothing was changed.")
+
+
+def form_of(tasks):
+    """Return tasks as text to be edited, a block each: read-only fields as notes, a line for each value."""
+    lines = [FORM_HEAD % some(tasks)]
+    for task in tasks:
+        row = task.to_dict()
+        lines.append("task " + task.task_id)
+        lines += ["# %s: %s" % (name, json.dumps(value)) for name, value in row.items()
+                  if name not in UPDATABLE and name != "task_id" and value not in (None, [])]
+        lines += ["%s = %s" % pair for pair in values_of(row).items()] + [""]
+    return "\n".join(lines)
+
+
+def values_of(row):
+    """Return {dotted field: text} of what can be edited in a task, a dict; the text is as `task update -u` takes it."""
+    found = {}
+    for name in UPDATABLE:
+        if name in ("task_name", "status") and row[name] is not None:
+            found[name] = row[name]
+        elif TASK_FIELDS[name].kind == "dict" and row[name]:
+            found.update((name + "." + key, json.dumps(value, ensure_ascii=False)) for key, value in flat(row[name]))
+        elif TASK_FIELDS[name].kind != "dict":
+            found[name] = json.dumps(row[name], ensure_ascii=False)
+    return found
+
+
+def read_form(text, tasks):
+    """Return the TaskUpdateRequests that an edited form asks for; raises Mistakes."""
+    known, blocks, mistakes, block = {task.task_id: task for task in tasks}, {}, {}, None
+    for number, line in enumerate(text.split("\n"), 1):
+        line = line.strip()
+        if line.startswith("task ") and "=" not in line:
+            task_id = line[5:].strip()
+            if task_id not in known or task_id in blocks:
+                mistakes[number] = "there is %s task %s here" % ("another" if task_id in blocks else "no", task_id)
+            block = blocks.setdefault(task_id, {})
+        elif line and not line.startswith("#"):
+            field, equals, value = map(str.strip, line.partition("="))
+            if block is None or not equals:
+                mistakes[number] = "write field = value, below the line of its task"
+            elif field in block:
+                mistakes[number] = "%s is there twice" % field
+            else:
+                block[field] = number, value
+    if mistakes:
+        raise Mistakes(mistakes)
+    for block in blocks.values():
+        for field, (number, _) in block.items():
+            above = [field[:dot.start()] for dot in re.finditer("\\.", field) if field[:dot.start()] in block]
+            if above:
+                mistakes[number] = "%s collides with %s" % (field, above[0])
+    found = [change_in(known[task_id], block, mistakes) for task_id, block in blocks.items() if block]
+    if mistakes:
+        raise Mistakes(mistakes)
+    return [change for change in found if change]
+
+
+def change_in(task, block, mistakes):
+    """Return the TaskUpdateRequest of what differs in a block of a form, or None; notes mistakes by their lines."""
+    before, updates = values_of(task.to_dict()), {}
+    for field, (number, value) in block.items():
+        if before.get(field) != value:
+            try:
+                update = updates_of(["%s=%s" % (field, value)])
+                change_of(task, update)
+                updates.update(update)
+            except LabtaskerError as error:
+                mistakes[number] = str(error)
+    gone = {field.split(".")[0] for field in before if field not in block and "." in field}
+    first = min(number for number, _ in block.values())
+    for field in before:
+        if field not in block and "." not in field:
+            mistakes[first] = "the line of %s is missing" % field
+    for name in gone:  # a field with a line less is replaced as a whole
+        left = {field: text for field, (_, text) in block.items() if field.startswith(name + ".")}
+        updates = {field: value for field, value in updates.items() if field not in left}
+        try:
+            updates[name] = joined({field.partition(".")[2]: typed_value(text, field)
+                                    for field, text in left.items()}, {})
         except LabtaskerError as error:
-            if not is_terminal(sys.stdin):
-                raise
-            note(error)
-            if ask("Edit it again? [Y/n]", "", "y").lower() not in ("y", "yes"):
-                return False
+            mistakes[first] = str(error)
+    try:
+        return change_of(task, updates) if updates else None
+    except LabtaskerError as error:
+        mistakes[first] = str(error)
 
 
 def run_editor(path):
@@ -213,6 +1070,108 @@ def run_editor(path):
         raise LabtaskerRuntimeError("can't start the editor %s: %s; set $EDITOR" % (command[0], error.strerror))
     if code:
         raise LabtaskerRuntimeError("the editor %s ended with %d: nothing was changed" % (command[0], code))
+
+
+# ---- Completion
+
+SHELLS = {
+    "bash": """\
+# source <(labtasker completion bash), or in ~/.bashrc: eval "$(labtasker completion bash)"
+_labtasker() {
+    local IFS=$'\\n' words=("${COMP_WORDS[@]:0:COMP_CWORD+1}")
+    words[0]=labtasker
+    COMPREPLY=($("${COMP_WORDS[0]/#\\~/$HOME}" completion bash -- "${words[@]}" 2>/dev/null))
+}
+complete -o default -o nosort -F _labtasker labtasker lt 2>/dev/null || complete -o default -F _labtasker labtasker lt
+""",
+    "zsh": """\
+#compdef labtasker lt
+# in ~/.zshrc, after compinit: eval "$(labtasker completion zsh)"
+_labtasker() {
+    local -a found
+    found=("${(@f)$(${words[1]} completion zsh -- labtasker "${(@)words[2,CURRENT]}" 2>/dev/null)}")
+    if [[ -n "$found" ]]; then compadd -Q -- "${found[@]}"; else _files; fi
+}
+compdef _labtasker labtasker lt
+""",
+    "fish": """\
+# labtasker completion fish > ~/.config/fish/completions/labtasker.fish
+function __labtasker
+    set -l typed (commandline -opc) (commandline -ct)
+    $typed[1] completion fish -- labtasker $typed[2..-1] 2>/dev/null
+end
+complete -c labtasker -a '(__labtasker)'
+complete -c lt -a '(__labtasker)'
+"""}
+
+
+def do_completion(options):
+    if options.rest is None:
+        return say(SHELLS[options.shell].rstrip("\n"))
+    typed = options.rest[1:] or [""]
+    before, word = [one for one in typed[:-1] if one != "="], typed[-1]  # to bash a = is a word of its own
+    found = completions(before, "" if word == "=" else word)
+    if found:
+        say(clean("\n".join(found)))
+
+
+def completions(before, word):
+    """Return what `word`, typed after the words `before`, can become."""
+    path = next((" ".join(before[:size]) for size in (2, 1) if " ".join(before[:size]) in COMMANDS), None)
+    if path is None or before[:1] == ["help"]:
+        given = before[1:] if before[:1] == ["help"] else before
+        names = [name.split() for name in group(" ".join(given))] if len(given) < 2 else []
+        words = [name[len(given)] for name in names]
+        return starting(list(dict.fromkeys(words)), word)
+    before = before[len(path.split()):]
+    if "--" in before:
+        return []
+    row = COMMANDS[path]
+    flags = {flag: (flags, settings) for flags, settings in row.options for flag in flags if flag.startswith("-")}
+    last, begin = before[-1] if before else "", ""
+    if word.startswith("--") and "=" in word:
+        last, _, word = word.partition("=")
+        begin = last + "="
+    if last in flags and "metavar" in flags[last][1]:
+        return [begin + one for one in starting(values_for(path, flags[last][1], word), word)]
+    if word.startswith("-"):
+        return starting(["--help"] + [flag for flag in flags if flag.startswith("--")] + ["--"] * bool(row.rest), word)
+    places = [settings for names, settings in row.options if not names[0].startswith("-")]
+    return starting([value for settings in places for value in values_for(path, settings, word)], word)
+
+
+def starting(words, begin):
+    """Return the words that begin so."""
+    return [word for word in words if word.startswith(begin)]
+
+
+def values_for(path, settings, word):
+    """Return what can stand for an option's value: its choices, fields, live ids and names."""
+    choices = getattr(settings.get("type"), "choices", None)
+    name = settings["metavar"]
+    if choices:
+        return list(choices)
+    try:
+        if name == "ID":
+            find = ls_workers if path.startswith("worker") or settings.get("dest") == "worker_id" else ls_tasks
+            query = {"_id": {"$regex": "^" + word}} if re.match("[0-9a-f-]+\\Z", word) else None
+            return ids_of(find(extra_filter=query, limit=100).content)
+        if name == "NAME" and path.startswith("task"):
+            return sorted({task.task_name for task in ls_tasks(limit=1000).content if task.task_name})
+        if name.startswith("FIELD"):
+            return field_values(name, word)
+        return list(SHELLS) if name == "SHELL" else []
+    except LabtaskerError:  # nobody answers: nothing to offer
+        return []
+
+
+def field_values(name, word):
+    """Return the fields that can stand there, those in args, metadata and summary of tasks too."""
+    head, comma, _ = word.rpartition(",") if name.endswith("...") else ("", "", "")
+    tops = UPDATABLE if "=" in name else list(visible(TASK_FIELDS))
+    deep = dict.fromkeys("%s.%s" % (top, key) for task in ls_tasks(limit=100).content
+                         for top in ("args", "metadata", "summary") for key, _ in flat(getattr(task, top)))
+    return [head + comma + field + ("=" if "=" in name else "") for field in tops + list(deep)]
 
 
 # ---- References, printed from the tables
@@ -281,9 +1240,9 @@ def api_reference():
 # ---- The table
 
 
-def comfort(path, run, example, options=()):
+def comfort(path, run, example, options=(), rest=None):
     """Enter a command into the table of labtasker.py."""
-    COMMANDS[path] = Command(run, COMFORTS[path], example, options)
+    COMMANDS[path] = Command(run, COMFORTS[path], example, options, rest)
 
 
 comfort("task retry", do_task_retry, "labtasker task retry -f 'args.model == \"vit\"' --dry-run",
@@ -291,10 +1250,19 @@ comfort("task retry", do_task_retry, "labtasker task retry -f 'args.model == \"v
 comfort("task logs", do_task_logs, "labtasker task logs 3f2a -f",
         [ID, option("-f --follow", "go on printing while it runs"),
          option("--attempt N", "the Nth of the attempts that the task keeps (the last)", type=count)])
+comfort("task why", do_task_why, "labtasker task why 3f2a -- python train.py --lr '%(lr)'", [ID, FILTER],
+        "[-- COMMAND ...]")
+comfort("watch", do_watch, "labtasker watch --name grid", SELECT + [
+    option("--interval TIME", "between looks (2 s)", type=seconds, default=REFRESH_S)])
 comfort("config", do_config, "EDITOR=nano labtasker config")
+comfort("journal verify", do_journal_verify, "labtasker journal verify --db-path old/journal.jsonl", [JOURNAL])
+comfort("journal compact", do_journal_compact, "labtasker journal compact", [JOURNAL])
+comfort("journal stats", do_journal_stats, "labtasker journal stats", [JOURNAL])
 comfort("event listen", do_event_listen, "labtasker event listen --compact", [
     option("-c --compact", "one line for each"), option("--raw", "JSON as it came, one line for each"),
     option("--timeout TIME", "how long to try to connect at first (10)", type=seconds, default=10)])
+comfort("completion", do_completion, "labtasker completion bash", [
+    choice("SHELL", tuple(SHELLS), dest="shell")], "[-- WORD ...]")
 comfort("help filter", lambda options: show(filter_reference()), "labtasker help filter")
 comfort("help settings", lambda options: show(settings_reference()), "labtasker help settings")
 comfort("help journal", lambda options: show(journal_reference()), "labtasker help journal")

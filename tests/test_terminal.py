@@ -1,0 +1,523 @@
+"""The comforts of a terminal: columns, `--unique`, why, the wait's bar, watch, the editor, completion, init.
+
+`watch` and the bar are looked at in tmux, as a person would; what a screen shows is tested without one too.
+"""
+import csv
+import datetime
+import io
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+
+import harness
+import labtasker
+import labtasker_cli
+import pytest
+from harness import wait_until
+from test_cli import on_terminal
+
+GRID = ["task", "submit", "--grid", "--name", "g", "--max-retries", "1", "--", "--lr=0.1,0.2", "--model=vit,cnn", "--steps=3"]
+
+
+def editor(home, script):
+    """Return an environment whose editor does this to the file $1."""
+    home.write("editor.sh", "#!/bin/sh\ncp \"$1\" seen-$(ls seen-* 2>/dev/null | wc -l)\n%s\n" % script).chmod(0o755)
+    return {"EDITOR": "./editor.sh"}
+
+
+# ---- listings
+
+
+@pytest.mark.slow
+def test_arguments_that_differ_are_columns_and_those_that_do_not_are_left_out(home):
+    home.cli(*GRID)
+    header, first = home.cli("task", "ls").lines[:2]
+    assert header.split() == ["id", "status", "name", "age", "args.lr", "args.model"]
+    assert first.split()[-2:] == ["0.1", "vit"]
+    assert home.cli("task", "ls", "-f", 'args.lr == 0.1 and args.model == "vit"').lines[1].endswith("lr=0.1 model=vit steps=3")
+    assert "steps" in home.cli("task", "ls", "-v").stdout
+
+
+@pytest.mark.slow
+def test_columns_that_do_not_fit_share_one(home):
+    row = dict.fromkeys("abcdefghij", "x" * 15)
+    for value in ("y" * 15, "z" * 15):
+        home.cli("task", "submit", "--args", json.dumps({key: value for key in row}))
+    shown = on_terminal(home, ["task", "ls"], columns=70)[1].splitlines()
+    assert shown[0].split()[-1] == "args" and all(len(line) <= 70 for line in shown)
+
+
+@pytest.mark.slow
+def test_chosen_columns_in_every_format(home):
+    home.cli(*GRID)
+    home.cli("loop", "-f", "args.lr < 0.2", "-c", "true %(lr) %(model) %(steps)")
+    words = ["task", "ls", "-s", "success", "--columns", "args.lr,summary.acc,name,duration", "-S", "args.model"]
+    assert home.cli(*words).lines[0].split() == ["id", "args.lr", "summary.acc", "name", "duration"]
+    rows = list(csv.DictReader(io.StringIO(home.cli(*(words + ["--fmt", "csv"])).stdout)))
+    assert [sorted(row) for row in rows] == [["args.lr", "duration", "name", "summary.acc"]] * 2
+    row = json.loads(home.cli(*(words + ["--fmt", "jsonl"])).lines[0])
+    assert row["name"] == "g" and row["args.lr"] == 0.1 and row["summary.acc"] is None and row["duration"] >= 0
+    assert "args.lr: 0.1" in home.cli(*(words + ["--fmt", "yaml"])).stdout
+    refused = home.cli("task", "ls", "--columns", "argz.lr", check=False)
+    assert refused.returncode == 2 and "did you mean args" in refused.stderr
+
+
+@pytest.mark.slow
+def test_a_running_task_shows_its_worker_and_for_how_long(home):
+    home.submit("--", "--x=1")
+    labtasker.use_client(None)
+    worker = labtasker.create_worker("w", {})
+    labtasker.fetch_task(worker_id=worker, eta_max="1h", start_heartbeat=False)
+    header, row = home.cli("task", "ls").lines
+    assert header.split()[:5] == ["id", "status", "age", "duration", "worker"] and worker[:8] in row
+    assert home.cli("worker", "ls", "-q", "--id", worker[:6]).lines == [worker]
+    home.cli("worker", "report", worker[:6], "suspended")
+    assert home.cli("worker", "delete", worker[:6], "-y").stdout == "Deleted worker %s\n" % worker
+
+
+def test_a_duration_ends_with_the_attempt():
+    times = ["2026-11-22T06:0%d:00+00:00" % minute for minute in range(4)]
+    row = {"status": "success", "start_time": times[0], "last_modified": times[3], "created_at": times[0], "run_id": "r"}
+    assert labtasker.spent_s(labtasker.Task(row)) == 180
+    task = labtasker.Task(row)
+    task.attempts = [{"run_id": "r", "end": times[1]}]
+    assert labtasker.spent_s(task) == 60
+
+
+# ---- sweeps
+
+
+@pytest.mark.slow
+def test_unique_leaves_out_what_is_there(home):
+    words = ["task", "submit", "--grid", "--unique", "--", "--lr=0.1,0.2", "--seed"]
+    assert home.cli(*(words + ["1,2"])).stdout == "Submitted 4 tasks; 0 already there\n"
+    dry = home.cli(*(words[:4] + ["--dry-run"] + words[4:] + ["1:3:1"]))
+    assert "Would submit 2 tasks; 4 already there" in dry.stderr and len(dry.lines) == 2
+    assert home.cli(*(words + ["1:3:1"])).stdout == "Submitted 2 tasks; 4 already there\n"
+    assert home.cli(*(words + ["1:3:1"])).stdout == "Submitted 0 tasks; 6 already there\n"
+    assert home.cli("task", "submit", "-q", "--unique", "--", "--lr=0.1", "--seed=1").stdout.strip() in {
+        task["task_id"] for task in home.tasks()}
+    assert len(home.tasks()) == 6
+
+
+@pytest.mark.slow
+def test_sweeps_in_python(both):
+    ids = labtasker.submit_grid({"lr": [0.1, 0.2], "opt.name": ["adam"], "seed": range(2)}, task_name="g", args={"n": 3})
+    assert len(set(ids)) == 4
+    found = sorted((t.args["lr"], t.args["seed"], t.args["opt"]["name"], t.args["n"]) for t in labtasker.ls_tasks())
+    assert found == [(0.1, 0, "adam", 3), (0.1, 1, "adam", 3), (0.2, 0, "adam", 3), (0.2, 1, "adam", 3)]
+    again = labtasker.submit_grid({"lr": [0.2, 0.3], "seed": [0, 1]}, unique=True, args={"n": 3, "opt": {"name": "adam"}})
+    assert again[:2] == ids[2:] and len(labtasker.ls_tasks().content) == 6
+    assert labtasker.submit_tasks([{"args": {"lr": 0.3, "seed": 0, "n": 3, "opt": {"name": "adam"}}}] * 2, unique=True) == [again[2]] * 2
+    labtasker.update_tasks([labtasker.TaskUpdateRequest(task_id=again[2], args={"lr": 9})])
+    other, = labtasker.submit_tasks([{"args": {"lr": 0.3, "seed": 0, "n": 3, "opt": {"name": "adam"}}}], unique=True)
+    assert other not in again, "the one that had these arguments was changed since"
+    for grid in ({"model": "vit"}, {"lr": 0.1}):
+        with pytest.raises(labtasker.LabtaskerTypeError):
+            labtasker.submit_grid(grid)
+
+
+@pytest.mark.slow
+def test_two_who_submit_the_same_at_once_submit_it_once(home, monkeypatch):
+    monkeypatch.setattr(labtasker, "ls_tasks", lambda **_: labtasker.TaskLsResponse(found=False, content=[]))
+    first, second = (labtasker.submit_tasks([{"args": {"a": 1}}, {"args": {"a": 2}}], unique=True) for _ in "12")
+    assert first == second and len(home.tasks()) == 2
+
+
+@pytest.mark.slow
+def test_listings_iterate_to_their_end_and_become_records(both):
+    labtasker.submit_grid({"x": range(230)}, task_name="g")
+    found = labtasker.ls_tasks()
+    assert len(found.content) == 100 and sorted(task.args["x"] for task in found) == list(range(230))
+    assert len(list(labtasker.ls_tasks(limit=100))) == 100 and len(list(labtasker.ls_tasks(limit=10 ** 4))) == 230
+    assert [task.args["x"] for task in labtasker.ls_tasks(sort=[["args.x", -1]])] == list(range(229, -1, -1))
+    records = labtasker.ls_tasks(extra_filter="args.x < 120").to_records()
+    assert len(records) == 120 and records[0]["args.x"] == 0 and records[0]["task_name"] == "g"
+    assert isinstance(records[0]["created_at"], datetime.datetime) and "args" not in records[0]
+    assert "_rest" not in repr(found) and set(found.to_dict()) == {"found", "content"}
+    assert len(list(labtasker.ls_workers())) == 0
+    pandas = pytest.importorskip("pandas", reason="pandas is not installed")
+    assert pandas.DataFrame(records)["args.x"].sum() == sum(range(120))
+
+
+# ---- why
+
+
+@pytest.mark.slow
+def test_why_says_what_is_in_the_way(home):
+    home.cli(*GRID)
+    last = home.tasks()[-1]["task_id"]
+    shown = home.cli("task", "why", last[:8]).stdout
+    assert "as number 4 of 4" in shown and "Nothing runs in this queue" in shown and "'%(lr)'" in shown
+    shown = home.cli("task", "why", last, "-f", 'args.lr > 0.15 and args.model == "vit"', "--", "t.py", "%(lr)", "%(bs)").stdout
+    for words in ("wants bs, which the task lacks", "has model, which it does not take", 'filter\'s {"args.model"'):
+        assert words in shown
+    assert "args.lr" not in shown
+    assert "it would take it" in home.cli("task", "why", last, "--", "t", "%(lr)", "%(model)", "%(steps)").stdout
+    labtasker.use_client(None)
+    labtasker.fetch_task(eta_max="1h", start_heartbeat=False, cmd=["t.py", "%(lr)", "%(model)"], extra_filter="args.lr < 0.2")
+    worker = labtasker.create_worker("w", {})
+    labtasker.report_worker_status(worker, "suspended")
+    shown = home.cli("task", "why", last).stdout
+    assert "runs now, t.py '%(lr)' '%(model)': the task has steps" in shown and "Worker w is suspended" in shown
+
+
+@pytest.mark.slow
+def test_why_tells_what_became_of_a_task(home):
+    home.cli(*GRID)
+    home.cli("loop", "-c", "test %(lr) = 0.1 %(model) %(steps)", check=False)
+    ids = {task["status"]: task["task_id"] for task in home.tasks()}
+    assert re.search(r"failed for good, after 1 of 1 runs: exit code \d.* task retry %s" % ids["failed"][:8],
+                     home.cli("task", "why", ids["failed"]).stdout)
+
+
+# ---- waiting and watching
+
+
+def some_tasks(spec, begin=1000.0):
+    """Return Tasks of (status, start, end) in seconds."""
+    def when(second):
+        return labtasker.format_time(begin + second)
+    return [labtasker.Task({"task_id": "%08d" % at, "status": status, "created_at": when(0), "args": {"x": at},
+                            "start_time": start and when(start), "last_modified": when(end), "max_retries": 3, "retries": 0,
+                            "priority": 0})
+            for at, (status, start, end) in enumerate(spec)]
+
+
+def test_pace_and_progress():
+    done = [("success", 10 * at + 1, 10 * at + 10) for at in range(10)]
+    found = labtasker_cli.pace(some_tasks(done + [("failed", 101, 101), ("running", 100, 100)] + [("pending", None, 0)] * 8), 1101.0)
+    assert found.per_s == pytest.approx(0.11) and found.eta_s == pytest.approx(9 / 0.11)
+    assert labtasker_cli.progress(found, 100) == \
+        "[################..............] 11 of 20 done, 1 failed, 1 running, 6.6/min, ETA 81s"
+    assert len(labtasker_cli.progress(found, 62)) == 62 and len(labtasker_cli.progress(found, 30)) == 30
+    nobody = labtasker_cli.pace(some_tasks([("pending", None, 0)] * 3), 1000.0)
+    assert nobody.per_s == 0 and nobody.eta_s is None and "0 of 3 done" in labtasker_cli.progress(nobody, 80)
+    assert "0 of 0" in labtasker_cli.progress(labtasker_cli.pace([], 0.0), 80)
+
+
+@pytest.mark.slow
+def test_a_sweep_asks_only_for_what_changed(home, monkeypatch):
+    labtasker.submit_grid({"x": range(50)}, task_name="g")
+    sweep, asked, real = labtasker_cli.Sweep({"task_name": "g"}), [], labtasker_cli.ls_tasks
+    monkeypatch.setattr(labtasker_cli, "ls_tasks", lambda **query: asked.append(real(**query)) or asked[-1])
+    sweep.refresh()
+    home.cli("task", "update", "-f", "args.x == 7", "-u", "status=cancelled", "-q")
+    home.submit("--name", "g", "--", "--x=99")
+    sweep.refresh()
+    assert [len(one.content) for one in asked] in ([50, 2], [50, 3])  # the last one known is asked for again
+    assert len(sweep.tasks) == 51 and sum(task.status == "cancelled" for task in sweep.tasks.values()) == 1
+    labtasker.delete_task(asked[0].content[3].task_id)
+    sweep.whole_at -= labtasker_cli.WHOLE_S + 1
+    sweep.refresh()
+    assert len(sweep.tasks) == 50
+
+
+class Still:
+    """A Feed that looked once."""
+
+    def __init__(self, tasks, workers=(), error=None):
+        self.found, self.asked = (tasks, {one.worker_id: one for one in workers}, error, 1), []
+
+    def seen(self):
+        return self.found
+
+    def ask(self, query):
+        self.asked.append(query)
+
+
+def plain(lines):
+    return [re.sub("\x1b\\[[0-9;]*m", "", line) for line in lines]
+
+
+MANY = [("running", 1, 1), ("running", 2, 2), ("failed", 1, 5), ("success", 1, 3)] + [("pending", None, 0)] * 60
+
+
+@pytest.mark.parametrize("width, height", [(80, 24), (40, 12), (200, 60), (20, 8), (80, 400)])
+def test_a_screen_fits_whatever_its_size(width, height):
+    watch = labtasker_cli.Watch(Still(some_tasks(MANY)), {}, "q at http://head:9321")
+    for key in [None, "down", "down", "s", "s", "s", "down", "s", "s", "s", "enter", "q", "l", "q", "c"]:
+        if key:
+            watch.press(key)
+        lines = plain(watch.lines(width, height))
+        assert len(lines) == height and all(labtasker.cells_wide(line) <= width for line in lines), lines
+
+
+def test_keys_choose_filter_and_ask(monkeypatch):
+    feed = Still(some_tasks(MANY))
+    watch = labtasker_cli.Watch(feed, {}, "q")
+    shown = plain(watch.lines(100, 40))
+    assert shown[5] == "Running: 2" and shown[6].startswith("> 00000000") and "x=0" in shown[6]
+    assert "Failed, the last first: 1" in shown and "Pending, the next first: 60" in shown
+    watch.press("j")
+    assert plain(watch.lines(100, 40))[7].startswith("> 00000001")
+    watch.press("c")
+    assert "Cancel task 00000001? [y/N] _" in plain(watch.lines(100, 40))[-2]
+    changes = []
+    monkeypatch.setattr(labtasker_cli, "update_tasks", lambda updates, reset_pending: changes.append(updates))
+    watch.press("enter")
+    assert changes == [] and "Nothing was changed" in plain(watch.lines(100, 40))[-2]
+    for key in "/" + "argz.x > 1":
+        watch.press(key)
+    watch.press("enter")
+    assert feed.asked == [] and "filter: argz.x > 1_" in plain(watch.lines(100, 40))[-2]
+    for key in ["backspace"] * 20 + list("args.x > 1") + ["enter"]:
+        watch.press(key)
+    assert feed.asked == [{"extra_filter": "args.x > 1"}]
+    for key in ["s", "enter", "q", "q"]:
+        assert not watch.over
+        watch.press(key)
+    assert watch.over
+
+
+def test_bytes_of_a_terminal_become_keys():
+    assert list(labtasker_cli.keys_of("j\x1b[A\x1bOB\r\x7f\x1b[5~\x1b")) == ["j", "up", "down", "enter", "backspace", "esc"]
+
+
+def test_last_lines_of_a_log_are_what_a_terminal_would_show(tmp_path):
+    path = tmp_path / "run.log"
+    path.write_bytes(b"x\n" * 50000 + b"\x1b[31mred\x1b[0m\n 10%\r 50%\r100%\r\nend \x1b]0;owned\x07\xff\n")
+    lines = labtasker_cli.last_lines(str(path), 3)
+    assert lines[:2] == ["red", "100%"] and lines[2].startswith("end \\x1b]0;owned\\x07")
+    assert labtasker_cli.last_lines(str(tmp_path / "none"), 3) == []
+
+
+@pytest.mark.slow
+def test_watch_without_a_terminal_prints_lines(home):
+    home.cli(*GRID)
+    watching = home.start_cli("watch", "--interval", "0.2")
+    wait_until(lambda: "0 of 4 done" in watching.log_path.read_text(), "the first line")
+    job = "test %(lr)%(model) != 0.2vit || { echo RuntimeError: out of memory; exit %(steps); }"
+    home.cli("loop", "-c", job, check=False)
+    shown = wait_until(lambda: "4 of 4 done" in watching.log_path.read_text() and watching.log_path.read_text(), "the last line")
+    assert re.search(r"failed: \w{8}  lr=0.2 model=vit steps=3  RuntimeError: out of memory", shown), shown
+    assert watching.poll() is None and "\x1b" not in shown
+
+
+@pytest.fixture
+def tmux(home, tmp_path):
+    """Return a function: start a command in a terminal of that size, of which `show()` is what it shows."""
+    if not shutil.which("tmux"):
+        pytest.skip("tmux is not installed")
+    base = ["tmux", "-S", str(tmp_path / "tmux.sock")]
+    env = harness.clean_env(dict(home.env, TERM="xterm-256color", NO_COLOR="", COLUMNS=""))
+
+    class Pane:
+        def __init__(self, words, width=100, height=30):
+            line = "%s; echo EXIT $?; stty -a | grep -o -- '-\\?icanon'; sleep 60" % " ".join(
+                shlex.quote(word) for word in [sys.executable, str(harness.MODULE)] + words)
+            subprocess.check_call(base + ["-f", "/dev/null", "new-session", "-d", "-x", str(width), "-y", str(height), line],
+                                  cwd=str(home.cwd), env=env)
+
+        def show(self):
+            return subprocess.check_output(base + ["capture-pane", "-p"], env=env).decode()
+
+        def type(self, *keys):
+            subprocess.check_call(base + ["send-keys"] + list(keys), env=env)
+
+        def resize(self, width, height):
+            subprocess.check_call(base + ["resize-window", "-x", str(width), "-y", str(height)], env=env)
+
+        def until(self, words):
+            return wait_until(lambda: words in self.show() and self.show(), "%r on the screen" % words,
+                              never=lambda _: print(self.show()))
+    yield Pane
+    subprocess.call(base + ["kill-server"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+
+@pytest.mark.slow
+def test_watch_in_a_terminal(home, tmux):
+    """Look, choose, open, resize, filter, cancel, retry; Ctrl-C gives the terminal back."""
+    home.cli(*GRID)
+    home.cli("loop", "-c", "test %(lr)%(model) != 0.2vit || exit %(steps)", check=False)
+    pending = home.submit("--name", "later", "--", "--lr=5")
+    pane = tmux(["watch", "--interval", "0.3"])
+    shown = pane.until("4 of 5 done, 1 failed")
+    for words in ("pending 1  running 0  success 3  failed 1", "Failed, the last first: 1", "exit code 3", "> ", "q: back"):
+        assert words in shown
+    pane.type("Enter")
+    assert "task_name: g" in pane.until("labtasker_error: exit code 3")
+    pane.resize(60, 14)
+    pane.type("q")
+    pane.until("Failed, the last first: 1")
+    pane.type("r")
+    pane.until("Retry task")
+    pane.type("y", "Enter")
+    pane.until("Pending, the next first: 2")
+    pane.type("/", "args.lr > 1", "Enter")
+    assert "> " + pending[:8] in pane.until("0 of 1 done")
+    pane.type("c", "y", "Enter")
+    pane.until("cancelled 1")
+    assert home.task(pending)["status"] == "cancelled"
+    pane.type("C-c")
+    shown = pane.until("icanon")
+    assert "EXIT 130" in shown and "-icanon" not in shown and "Pending" not in shown
+
+
+@pytest.mark.slow
+def test_wait_shows_a_bar_on_a_terminal(home, tmux):
+    home.cli(*GRID)
+    pane = tmux(["task", "wait"], width=80)
+    pane.until("] 0 of 4 done")
+    home.cli("loop", "-c", "test %(lr)%(model) != 0.2vit || exit %(steps)", check=False)
+    assert re.search(r"\[#{20,}\] 4 of 4 done, 1 failed, [\d.]+/s", pane.until("EXIT 1"))
+
+
+# ---- editing
+
+
+@pytest.mark.slow
+def test_tasks_are_edited_in_one_transaction(home):
+    home.cli(*GRID)
+    env = editor(home, "sed -i 's/^args.lr = 0.1/args.lr = 0.7/; /args.steps/d; s/^priority = 0/priority = 5/' \"$1\"")
+    before = len((home.folder / "journal.jsonl").read_text().splitlines())
+    result = home.cli("task", "update", "-f", 'args.model == "vit"', "--editor", env=env)
+    assert result.stdout == "Updated 2 tasks\n"
+    lines = (home.folder / "journal.jsonl").read_text().splitlines()[before:]
+    assert sum('"priority"' in line for line in lines) == 1
+    assert sorted((t["args"]["lr"], t["priority"]) for t in home.tasks("-f", 'args.model == "vit"')) == [(0.2, 5), (0.7, 5)]
+    assert all(("steps" in t["args"]) == (t["args"]["model"] == "cnn") for t in home.tasks())
+    form = (home.cwd / "seen-0").read_text()
+    assert "# created_at: " in form and "\nargs.lr = 0.1\n" in form and '\nargs.model = "vit"\n' in form
+    assert os.listdir(str(home.folder)) == ["journal.jsonl"] or not [n for n in os.listdir(str(home.folder)) if "edit" in n]
+
+
+@pytest.mark.parametrize("script", ["true", "exit 0 # saved as it was"])
+@pytest.mark.slow
+def test_nothing_saved_nothing_changed(home, script):
+    home.cli(*GRID)
+    before = home.tasks()
+    result = home.cli("task", "update", "-s", "pending", "--editor", env=editor(home, script))
+    assert "Nothing was changed" in result.stderr and home.tasks() == before
+
+
+WRONG = [  # what the editor does; words of the message; the line that they stand below
+    ("s/^priority = 0/priority = high/", "priority", "priority = high"),
+    ("s/^args.lr = .*/args.lr/", "write field = value", "args.lr"),
+    ("s/^# created_at: .*/created_at = 1/", "can't update created_at", "created_at = 1"),
+    ("s/^task_name = g/task_name = two words/", "two words", "task_name = two words"),
+    ("s/^max_retries = .*/max_retries = 2\\nmax_retries = 3/", "max_retries is there twice", "max_retries = 3"),
+    ("s/^task .*/task nobody/", "no task nobody", "task nobody"),
+    ("/^priority/d", "the line of priority is missing", "task_name = g"),
+    ("s/^status = .*/status = running/", "InvalidStateTransition", None),
+    ("s/^args.lr = .*/args.lr = 1\\nargs.lr.x = 2/", "args.lr.x collides with args.lr", "args.lr.x = 2"),
+]
+
+
+@pytest.mark.parametrize("change, words, line", WRONG, ids=[row[1] for row in WRONG])
+@pytest.mark.slow
+def test_what_is_wrong_is_told_below_its_line_and_nothing_is_changed(home, change, words, line):
+    task_id = home.submit("--name", "g", "--", "--lr=1")
+    before = home.task(task_id)
+    result = home.cli("task", "update", "--id", task_id, "--editor", env=editor(home, "sed -i '%s' \"$1\"" % change), check=False)
+    assert result.returncode == 1 and words in result.stderr and "Traceback" not in result.stderr, result
+    task, text = labtasker.Task(before), (home.cwd / "seen-0").read_text()
+    (home.cwd / "f").write_text(text)
+    subprocess.check_call(["sed", "-i", change, str(home.cwd / "f")])
+    text = (home.cwd / "f").read_text()
+    if line:
+        with pytest.raises(labtasker_cli.Mistakes) as error:
+            labtasker_cli.read_form(text, [task])
+        marked = labtasker_cli.with_marks(text, error.value.args[0])
+        at = marked.split("\n").index(line)
+        assert words in marked.split("\n")[at + 1] and labtasker_cli.without_marks(marked) == text
+    assert home.task(task_id) == before
+
+
+def test_a_form_reads_back_as_what_was_written():
+    values = [None, True, 0, -1.5, 1e300, "", "x", "two words", "a = b", "a\nb", "#x", "日本", "\x1b[31m", [1, [2]], [], {}, {"a": {"b": 1}}, "null", "1"]
+    args = {"k%d" % at: value for at, value in enumerate(values)}
+    row = {"task_id": labtasker.new_id(), "task_name": None, "status": "pending", "args": args, "metadata": {}, "summary": {"a-b": 1},
+           "cmd": ["x", "%(a)"], "heartbeat_timeout": None, "task_timeout": 1.5, "max_retries": 3, "priority": -1, "retries": 0}
+    task = labtasker.Task(row)
+    text = labtasker_cli.form_of([task])
+    assert labtasker_cli.read_form(text, [task]) == []
+    for value in values[1:]:
+        changed = text.replace("args.k0 = null", "args.k0 = " + json.dumps(value))
+        update, = labtasker_cli.read_form(changed, [task])
+        assert update.to_dict()["args"]["k0"] == value and type(update.to_dict()["args"]["k0"]) is type(value)
+
+
+@pytest.mark.slow
+def test_the_editor_opens_again_with_the_mistake_in_it(home):
+    task_id = home.submit("--name", "g", "--", "--lr=1")
+    env = editor(home, "grep -q '^#! ' \"$1\" && sed -i 's/high/9/' \"$1\" || sed -i 's/^priority = 0/priority = high/' \"$1\"")
+    code, shown = on_terminal(home, ["task", "update", "--id", task_id], [("[Y/n]", "\n")], env=env)
+    assert code == 0 and "Updated 1 task" in shown, shown
+    assert home.task(task_id)["priority"] == 9
+    again = (home.cwd / "seen-1").read_text().split("\n")
+    assert again[again.index("priority = high") + 1].startswith("#! ")
+
+
+@pytest.mark.slow
+def test_without_updates_and_without_a_terminal_it_says_what_to_give(home):
+    home.cli(*GRID)
+    result = home.cli("task", "update", "-s", "pending", check=False)
+    assert result.returncode == 2 and "-u field=value" in result.stderr and "--editor" in result.stderr
+
+
+# ---- init
+
+
+@pytest.mark.slow
+def test_init_tests_what_is_typed_as_it_comes(server, home):
+    code, shown = on_terminal(home, ["init"], [
+        ("[none]", "http://127.0.0.1:9\n"), ("same? [y/N]", "n\n"), ("[none]", server.url + "\n"), ("[default]", "two words\n"),
+        ("[default]", "test-queue\n"), ("queue:", "wrong\n"), ("own password:", "test-password\n")])
+    assert code == 0, shown
+    for words in ("no answer from http://127.0.0.1:9", server.url + " answers, in", "not \"two words\"", "another password",
+                  "Queue test-queue is there already", "Next: labtasker task submit"):
+        assert words in shown, shown
+    assert "test-password" in (home.folder / "config.toml").read_text()
+
+
+# ---- completion
+
+
+@pytest.mark.parametrize("typed, words", [
+    (["ta"], ["task"]), (["task", "co"], ["count"]), (["task", "ls", "-s", "f"], ["failed"]), (["task", "ls", "--status=f"], ["--status=failed"]),
+    (["task", "ls", "--sta"], ["--status"]), (["completion", ""], ["bash", "zsh", "fish"]), (["help", "jo"], ["journal"]), (["help", "journal", "st"], ["stats"]),
+    (["task", "count", "--by", "args."], ["args.lr", "args.model"]), (["task", "ls", "--columns", "name,args.l"], ["name,args.lr"]),
+    (["task", "update", "-u", "prio"], ["priority="]), (["task", "submit", "--name", ""], ["g"]), (["loop", "--", "pyt"], []),
+    (["serve", "--fsync", "n"], ["never"]), (["nosuch", "x"], []), (["worker", "report", ""], [])])
+@pytest.mark.slow
+def test_what_completion_offers(home, typed, words):
+    labtasker.submit_task("g", {"lr": 1, "model": "vit"})
+    found = labtasker_cli.completions(typed[:-1], typed[-1])
+    assert found[:len(words)] == words and (words or not found or typed[0] == "worker")
+
+
+@pytest.mark.slow
+def test_completion_of_live_ids_and_of_nobody(home):
+    task_id = home.submit("--", "--x=1")
+    assert home.cli("completion", "fish", "--", "labtasker", "task", "get", task_id[:3]).lines == [task_id]
+    gone = home.cli("completion", "zsh", "--", "labtasker", "task", "get", "", env={"LABTASKER_URL": "http://127.0.0.1:9", "LABTASKER_PASSWORD": "x"})
+    assert (gone.stdout, gone.stderr) == ("", "")
+
+
+def shell(name):
+    if not shutil.which(name):
+        pytest.skip("%s is not installed" % name)
+    return name
+
+
+@pytest.mark.slow
+def test_bash_completes(home):
+    home.submit("--name", "sweep-1", "--", "--x=1")
+    result = home.bash("""
+eval "$(labtasker completion bash)"
+try() { COMP_WORDS=("$@"); COMP_CWORD=$(( $# - 1 )); _labtasker; echo "${COMPREPLY[*]}"; }
+try labtasker task co; try labtasker task ls -s f; try labtasker task ls --status = f; try labtasker task wait --name sw""")
+    assert result.lines == ["count", "failed", "failed", "sweep-1"] and result.stderr == "", result
+
+
+@pytest.mark.parametrize("name", ["zsh", "fish"])
+@pytest.mark.slow
+def test_other_shells_can_read_their_script(home, name):
+    script = home.write("script", home.cli("completion", name).stdout)
+    result = harness.run([shell(name), "-n", script], home.cwd)
+    assert result.stderr == ""
