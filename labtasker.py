@@ -3476,13 +3476,15 @@ class StoreFile:
         self.file_lock.close()
 
     def catch_up(self):
-        """Apply the lines that others have added. Without the search for cycles, which there are none of, while
-        much is read: it would take half of the time."""
-        was_on = gc.isenabled()
+        """Apply the lines that others have added. Without Python's search for cycles, of which there are none, while
+        much is read: it would take half of the time. What was read is kept out of later searches too."""
+        was_on, before = gc.isenabled(), self.journal.size
         gc.disable()
         try:
             self._catch_up()
         finally:
+            if self.journal.size - before > READ_BYTES and hasattr(gc, "freeze"):  # not in Python 3.6
+                gc.freeze()
             if was_on:
                 gc.enable()
 
