@@ -390,13 +390,17 @@ def to_datetime(instant):
 
 def format_time(instant):
     """Return an instant as ISO 8601 text in UTC, always with microseconds."""
-    second, micro = divmod(round(instant * 1000000), 1000000)
+    fraction, second = math.modf(instant)
+    micro = round(fraction * 1000000)
+    if not 0 <= micro < 1000000:  # it was rounded up to a whole second, or is before 1970
+        carry, micro = divmod(micro, 1000000)
+        second += carry
     text = _SECONDS.get(second)
     if text is None:
         if len(_SECONDS) > 1000:
             _SECONDS.clear()
-        text = _SECONDS[second] = (EPOCH + datetime.timedelta(seconds=second)).strftime("%Y-%m-%dT%H:%M:%S.")
-    return "%s%06d+00:00" % (text, micro)
+        text = _SECONDS[second] = (EPOCH + datetime.timedelta(seconds=second)).isoformat()[:19]
+    return "%s.%06d+00:00" % (text, micro)
 
 
 EPOCH = datetime.datetime(1970, 1, 1, tzinfo=UTC)
