@@ -28,7 +28,7 @@ SETTINGS = {  # name: (value of the quick version, meaning)
     "QUERIES": (200, "query documents that each seed asks of mongomock too"),
     "DATES": (150, "dates made at random that dateparser reads too, in each zone"),
     "CUTS_NET": (150, "operations through a proxy that cuts connections"),
-    "SOAK": (25, "seconds in which workers, jobs and server are killed and stopped"),
+    "SOAK": (40, "seconds in which workers, jobs and server are killed and stopped"),
     "SOAK_WORKERS": (12, "loops that run at once meanwhile"),
     "SEED": (1, "where the dice start"),
 }

@@ -12,7 +12,7 @@ import pytest
 import labtasker as L
 from test_loop import ME, Loop, Wire
 
-pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # re's, of sets in sets
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::FutureWarning")]  # re's, of sets in sets
 REQUESTS = int(os.environ.get("LT_TEST_FUZZ_REQUESTS", "2000"))
 FILTERS = int(os.environ.get("LT_TEST_FUZZ_FILTERS", "8000"))
 FIRST = int(os.environ.get("LT_TEST_FUZZ_FROM", "0"))
