@@ -2189,14 +2189,16 @@ class FileLock:
             pause_s = min(pause_s * 1.2, 0.005)
 
     def noted(self):
-        """Return what the last holder knew to be on disk: (a line's number, the inode whose name is); zeros else."""
-        words = os.pread(self.fd, 41, 0).split()
-        return tuple(map(int, words)) if len(words) == 2 and b"".join(words).isdigit() else (0, 0)
+        """Return what others knew to be on disk: (a line's number, the inode whose name is); zeros else."""
+        told, _, check = os.pread(self.fd, 50, 0).rpartition(b" ")
+        return tuple(map(int, told.split())) if told and check == b"%08x" % zlib.crc32(told) else (0, 0)
 
     def note(self, number, inode):
-        """Leave this for the next holder. It need not be synced, nor be there: what is too old only costs a sync."""
+        """Leave this for the next holder; the lock need not be held. It need not be synced, nor be there, nor be the
+        latest: what is too old only costs a sync."""
+        told = b"%020d %020d" % (number, inode)
         try:
-            os.pwrite(self.fd, b"%020d %020d" % (number, inode), 0)
+            os.pwrite(self.fd, b"%s %08x" % (told, zlib.crc32(told)), 0)
         except OSError:  # a full disk
             pass
 
@@ -2258,9 +2260,12 @@ class Owner:
         self.path, self.is_server, self.host_id = path, is_server, host_id()
         self.epoch, self.count, self.moved_at = None, 0, -math.inf
         self.process = None, None  # this one's id, and when it started
+        self.files = {}  # epoch: the path of its owner file
 
     def _file(self, epoch):
-        return "%s.owner-%d" % (self.path, epoch)
+        if epoch not in self.files:
+            self.files[epoch] = "%s.owner-%d" % (self.path, epoch)
+        return self.files[epoch]
 
     def epochs(self):
         """Return the epochs for which there is an owner file, lowest first."""
@@ -2516,19 +2521,19 @@ class JournalFile:
         """Yield the value of each line after the last one read; damage raises StoreDamaged or is set aside.
 
         Call it with the file's lock held: what is half written then was left by a process that died."""
-        rest, offset = b"", self.size
-        while True:
-            chunk = os.pread(self.fd, READ_BYTES, offset + len(rest))
+        rest, end = b"", os.fstat(self.fd).st_size
+        while self.size + len(rest) < end:
+            offset = self.size + len(rest)
+            chunk = os.pread(self.fd, min(READ_BYTES, end - offset), offset)
             lines = (rest + chunk).split(b"\n")
             rest = lines.pop()
+            if not chunk:  # cut meanwhile
+                break
             for line, value in zip(lines, unseal_all(lines)):
                 if value is None or not self._is_next(value):
                     return self._heal()
                 self.size += len(line) + 1
                 yield value
-            offset = self.size
-            if not chunk:
-                break
         if rest:
             self._heal()
 
@@ -2612,139 +2617,17 @@ class JournalFile:
                             "died while writing them); they are kept in %s" % (self.path, len(tail), self.size, aside))
 
 
-class Journal(JournalFile):
-    """The file as it is written.
+class ReplacedFile(JournalFile):
+    """The file as another is put in its place: a copy of its good lines after a failed sync, a fold."""
 
-    A line that can't be made durable is taken back: the `undo` that came with it is called, newest
-    first, with the lock held, so that memory and file agree before the next operation. For one that is
-    down its `tell` is called with its number, with the lock held."""
+    io = broken = None  # see Journal
 
-    def __init__(self, path, lock, fsync="always", disk=Disk):
-        super().__init__(path, lock, disk)
-        self.fsync, self.synced_at = fsync, 0.0
-        self.batch = Batch()  # what is added goes down with this one
-        self.io = threading.Lock()  # held while the file is written to or replaced; taken before `lock`
-        self.writing = None  # the batch that is going down now
-        self.broken = None  # why the page cache can't be trusted, until the file was written anew
-        self.allowed = lambda: True  # whether this process still owns the store, asked around every write
-
-    def add(self, body, undo, tell=None):
-        """Return the batch that the line of this JSON object (bytes) goes down with, or raise StoreUnavailable.
-
-        Call it with the lock held."""
-        if self.fenced:
-            raise StoreUnavailable(self.fenced)
-        self.n += 1
-        self.batch.bodies.append(body)
-        self.batch.undos.append(undo)
-        self.batch.tells.append(tell)
-        return self.batch
-
-    def wait(self, batch):
-        """Return when the batch is on disk, or raise what went wrong.
-
-        Threads share syncs: while one of them syncs, what the others add gathers in the next batch."""
-        if not batch.done:
-            self.flush()
-        if batch.error:
-            raise batch.error
-
-    def flush(self):
-        """Return when all that was added before is on disk or taken back; the batch's `error` tells which."""
-        with self.io:
-            self._flush()
-
-    def _flush(self):
-        with self.lock:
-            batch, self.batch = self.batch, Batch()
-            if not batch.bodies:
-                return
-            self.writing = batch
-            first = self.n - len(batch.bodies) + 1
-        synced, data = False, b""
-        try:
-            if self.fsync == "always" and self.durable < first - 1 and not self.broken:
-                self._sync()  # what a process wrote that died before its sync must not be taken for durable
-                self.durable = first - 1
-            data = b"".join(seal(b'{"n":%d,"durable":%d,' % (first + i, self.durable) + body[1:-1])
-                            for i, body in enumerate(batch.bodies))
-            synced = self._put_down(data)
-        except Exception as error:  # whatever it is, those who wait must hear of it
-            with self.lock:
-                self._take_back(batch, first, error)
-        with self.lock:
-            if not batch.error:
-                self.size += len(data)
-                for i, tell in enumerate(batch.tells):
-                    if tell:
-                        tell(first + i)
-            if synced:
-                self.durable = first + len(batch.bodies) - 1
-            self.writing = None
-        batch.done = True
-
-    def _put_down(self, data):
-        """Return whether `data` was synced as well as written, or raise OSError or StoreUnavailable."""
-        if self.broken:
-            self._write_anew()
-        if self.changed() or not self.allowed():
-            self.fenced = "%s has another owner or another writer now: this process must not write to it" % self.path
-            raise StoreUnavailable(self.fenced)
-        self.disk.write_all(self.fd, data)
-        due = self.fsync == "interval" and monotonic() - self.synced_at >= SYNC_INTERVAL_S
-        if self.fsync == "always" or due:
-            self._sync()
-        if os.fstat(self.fd).st_size != self.size + len(data) or not self.allowed():
-            self.fenced = ("%s got another owner or another writer while this process, which may have been stopped, "
-                           "wrote to it" % self.path)
-            raise StoreUnavailable(self.fenced)
-        return self.fsync == "always" or due
-
-    def settle(self):
-        """Sync what `--fsync interval` has left in the system's hands; called once a second."""
-        with self.io:
-            with self.lock:
-                written = self.n - len(self.batch.bodies)
-            if self.fsync == "interval" and self.durable < written and not (self.broken or self.fenced):
-                self._sync()
-                self.durable = written
-
-    def _sync(self):
-        try:
-            self.disk.sync(self.fd)
-        except OSError as error:
-            self.broken = "a sync failed: %s" % error
-            raise
-        self.synced_at = monotonic()
-
-    def _take_back(self, batch, first, error):
-        """Return when the lines of `batch`, and what was added since, are gone from memory and from the file."""
-        newer, self.batch = self.batch, Batch()
-        for undo in reversed(batch.undos + newer.undos):
-            if undo:
-                undo()
-        self.n = first - 1
-        if isinstance(error, OSError):
-            error = store_error(self.path, error)
-        elif not isinstance(error, LabtaskerError):
-            error = StoreUnavailable("%s can't be written: %s: %s" % (self.path, type(error).__name__, error))
-        batch.error = newer.error = error
-        newer.done = True
-        if self.fenced:
-            return
-        try:  # at once: without a server the next to read the file is another process
-            self.disk.truncate(self.fd, self.size)
-            if self.broken:
-                self._write_anew()
-        except OSError as problem:
-            self.broken = self.broken or "the file could not be cut back: %s" % problem
-
-    def _write_anew(self):
-        """Return when a copy of the lines known to be good stands in the file's place.
+    def _write_anew(self, end=None):
+        """Return when a copy of the lines known to be good, up to byte `end`, stands in the file's place.
 
         After a failed sync the system may have dropped pages that it calls clean, so the old file is not
         written to again."""
-        self.disk.create(self.path, self._bytes(0, self.size))
+        self.disk.create(self.path, self._bytes(0, end or self.size))
         self._use(self.disk.open(self.path, self.mode | os.O_CLOEXEC), self.header)
         self.broken = None
 
@@ -2787,6 +2670,168 @@ class Journal(JournalFile):
             self.disk.write_all(fd, piece)
         self.disk.sync(fd)
         return end
+
+
+class Journal(ReplacedFile):
+    """The file as it is written.
+
+    A line that can't be made durable is taken back: the `undo` that came with it is called, newest
+    first, with the lock held, so that memory and file agree before the next operation. For one that is
+    down its `tell` is called with its number, with the lock held.
+
+    `shared`: the FileLock of processes that write by turns, held when `flush` is called. It is let go before the sync,
+    so that the next one works meanwhile; what that one syncs are these lines too."""
+
+    def __init__(self, path, lock, fsync="always", disk=Disk, shared=None):
+        super().__init__(path, lock, disk)
+        self.fsync, self.synced_at, self.shared = fsync, 0.0, shared
+        self.batch = Batch()  # what is added goes down with this one
+        self.io = threading.Lock()  # held while the file is written to or replaced; taken before `lock`
+        self.writing = None  # the batch that is going down now
+        self.broken = None  # why the page cache can't be trusted, until the file was written anew
+        self.allowed = lambda: True  # whether this process still owns the store, asked around every write
+
+    def add(self, body, undo, tell=None):
+        """Return the batch that the line of this JSON object (bytes) goes down with, or raise StoreUnavailable.
+
+        Call it with the lock held."""
+        if self.fenced:
+            raise StoreUnavailable(self.fenced)
+        self.n += 1
+        self.batch.bodies.append(body)
+        self.batch.undos.append(undo)
+        self.batch.tells.append(tell)
+        return self.batch
+
+    def wait(self, batch):
+        """Return when the batch is on disk, or raise what went wrong.
+
+        Threads share syncs: while one of them syncs, what the others add gathers in the next batch."""
+        if not batch.done:
+            self.flush()
+        if batch.error:
+            raise batch.error
+
+    def flush(self):
+        """Return when all that was added before is on disk or taken back; the batch's `error` tells which."""
+        with self.io:
+            self._flush()
+
+    def _flush(self):
+        with self.lock:
+            if not self.batch.bodies:
+                return self._sync_read() if self.shared else None
+            batch, self.batch = self.batch, Batch()
+            self.writing = batch
+            first = self.n - len(batch.bodies) + 1
+        synced, data = False, b""
+        try:
+            if self.fsync == "always" and self.durable < first - 1 and not (self.broken or self.shared):
+                self._sync()  # what a process wrote that died before its sync must not be taken for durable
+                self.durable = first - 1
+            data = b"".join(seal(b'{"n":%d,"durable":%d,' % (first + i, self.durable) + body[1:-1])
+                            for i, body in enumerate(batch.bodies))
+            synced = self._put_down(data)
+        except Exception as error:  # whatever it is, those who wait must hear of it
+            with self.lock:
+                synced = self._saved(data) or self._take_back(batch, first, error)
+        with self.lock:
+            if not batch.error:
+                self.size += len(data)
+                for i, tell in enumerate(batch.tells):
+                    if tell:
+                        tell(first + i)
+            if synced:
+                self.durable = first + len(batch.bodies) - 1
+            self.writing = None
+        batch.done = True
+
+    def _put_down(self, data):
+        """Return whether `data` was synced as well as written, or raise OSError or StoreUnavailable."""
+        if self.broken:
+            self._write_anew()
+        if not self.shared and (self.changed() or not self.allowed()):  # `shared`: looked at when the lock was taken
+            self.fenced = "%s has another owner or another writer now: this process must not write to it" % self.path
+            raise StoreUnavailable(self.fenced)
+        self.disk.write_all(self.fd, data)
+        alone = os.fstat(self.fd).st_size == self.size + len(data)
+        if self.shared:
+            self.shared.release()
+        due = self.fsync == "interval" and monotonic() - self.synced_at >= SYNC_INTERVAL_S
+        if self.fsync == "always" or due:
+            self._sync()
+        if not (alone and self.allowed()):
+            self.fenced = ("%s got another owner or another writer while this process, which may have been stopped, "
+                           "wrote to it" % self.path)
+            raise StoreUnavailable(self.fenced)
+        return self.fsync == "always" or due
+
+    def _sync_read(self):
+        """Return when what others wrote, which this process has read, is on disk; one of them may have died before."""
+        self.shared.release()
+        if self.durable < self.n and not self.fenced:
+            try:
+                self._sync()
+            except OSError as error:
+                raise store_error(self.path, error)
+            self.durable = self.n
+
+    def _saved(self, data):
+        """Return whether lines that could not be synced are on disk after all: others have written after them, so they
+        can't be taken back, and the file was written anew with all that it holds."""
+        if not self.shared or self.fenced:
+            return False
+        self.shared.acquire(math.inf)
+        try:
+            if not self.replaced():  # else another process was here first
+                end = os.fstat(self.fd).st_size
+                added = os.pread(self.fd, end - self.size, self.size).split(b"\n")[:-1]
+                if not self.broken or end <= self.size + len(data) or None in unseal_all(added):
+                    return False
+                self._write_anew(end)
+        except OSError:
+            return False
+        self.broken = None
+        return True
+
+    def settle(self):
+        """Sync what `--fsync interval` has left in the system's hands; called once a second."""
+        with self.io:
+            with self.lock:
+                written = self.n - len(self.batch.bodies)
+            if self.fsync == "interval" and self.durable < written and not (self.broken or self.fenced):
+                self._sync()
+                self.durable = written
+
+    def _sync(self):
+        try:
+            self.disk.sync(self.fd)
+        except OSError as error:
+            self.broken = "a sync failed: %s" % error
+            raise
+        self.synced_at = monotonic()
+
+    def _take_back(self, batch, first, error):
+        """Return when the lines of `batch`, and what was added since, are gone from memory and from the file."""
+        newer, self.batch = self.batch, Batch()
+        for undo in reversed(batch.undos + newer.undos):
+            if undo:
+                undo()
+        self.n = first - 1
+        if isinstance(error, OSError):
+            error = store_error(self.path, error)
+        elif not isinstance(error, LabtaskerError):
+            error = StoreUnavailable("%s can't be written: %s: %s" % (self.path, type(error).__name__, error))
+        batch.error = newer.error = error
+        newer.done = True
+        if self.fenced:
+            return
+        try:  # at once: without a server the next to read the file is another process
+            self.disk.truncate(self.fd, self.size)
+            if self.broken:
+                self._write_anew()
+        except OSError as problem:
+            self.broken = self.broken or "the file could not be cut back: %s" % problem
 
     def close(self, clean=False):
         """Return when the file is closed; a clean close says at its end that all before it is on disk."""
@@ -2987,7 +3032,7 @@ class BeatFiles:
     boot, it is over."""
 
     def __init__(self, folder):
-        self.folder = os.path.join(folder, "beats")
+        self.folder, self.host_id = os.path.join(folder, "beats"), host_id()
 
     def _path(self, run_id):
         return os.path.join(self.folder, run_id)
@@ -3005,7 +3050,7 @@ class BeatFiles:
         for attempt in range(2):
             try:
                 with open(draft, "w") as file:
-                    file.write("%s %r %r\n" % (host_id(), started, monotonic()))
+                    file.write("%s %r %r\n" % (self.host_id, started, monotonic()))
                 return os.replace(draft, self._path(run_id))
             except FileNotFoundError:
                 os.makedirs(self.folder, 0o700, exist_ok=True)
@@ -3042,7 +3087,7 @@ class BeatFiles:
         known = self._read(run_id)
         if known is None:
             return None
-        if known[0] != host_id():
+        if known[0] != self.host_id:
             return math.inf, math.inf
         return monotonic() - known[1], monotonic() - known[2]
 
@@ -3429,8 +3474,8 @@ class StoreFile:
         self.path, self.is_server, self.server_id = os.path.abspath(path), is_server, None
         self.folder = os.path.dirname(self.path)
         self.lock = threading.RLock()
-        self.journal = Journal(self.path, self.lock, fsync)
         self.file_lock = FileLock(self.path + ".lock")
+        self.journal = Journal(self.path, self.lock, fsync, shared=None if is_server else self.file_lock)
         self.owner, self.epoch_seen = Owner(self.path, is_server), 0
         self.state, self.look_again_bytes = State(), SPARE_BYTES
         self.events = collections.deque(maxlen=MAX_EVENTS)  # the latest Transitions that are on disk
@@ -6860,8 +6905,12 @@ class Answer:
 
     def __init__(self, values):
         self._values = values
-        for name, field in self.FIELDS.items():
-            setattr(self, name, _in_python(field, values.get(name)))
+
+    def __getattr__(self, name):
+        if name not in self.FIELDS:
+            raise AttributeError("a %s has no %s" % (type(self).__name__, name))
+        value = self.__dict__[name] = _in_python(self.FIELDS[name], self._values.get(name))
+        return value
 
     def to_dict(self):
         """Return the fields as they came: JSON types, times as ISO text."""
@@ -7034,12 +7083,10 @@ def code_version():
         folder = here = os.getcwd()
     except OSError:  # somebody removed it
         return None
-    while not os.path.exists(os.path.join(folder, ".git")):
-        if os.path.dirname(folder) == folder:
-            return None
-        folder = os.path.dirname(folder)
     if here not in VERSIONS:
-        VERSIONS[here] = _ask_git(here)
+        while not os.path.exists(os.path.join(folder, ".git")) and folder != os.path.dirname(folder):
+            folder = os.path.dirname(folder)
+        VERSIONS[here] = _ask_git(here) if os.path.exists(os.path.join(folder, ".git")) else None
     return VERSIONS[here]
 
 
