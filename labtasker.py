@@ -12,7 +12,7 @@ The same file is the server, the command line and `import labtasker`. The house 
 only those below it, so the file reads from here to its end.
 
     1. Values        errors, ids, names, dotted keys, times, durations, relative dates
-    2. Filters       text -> tree; query document <-> tree; tree -> predicate; sorting
+    2. Filters       text -> query document -> predicate; sorting
     3. Model         task, worker, queue: their fields; the two state machines as tables
     4. Journal       the append-only file: lock, append, sync, replay, heal
     5. Service       the state in memory, its indexes, every operation, time-outs
@@ -34,6 +34,7 @@ if __name__ == "__main__":  # `import labtasker` in this process finds this very
 import collections
 import datetime
 import errno
+import functools
 import gc
 import heapq
 import itertools
@@ -64,7 +65,6 @@ class LabtaskerError(Exception):
     """The root of every error raised here. `status` is the HTTP status that a server answers it with."""
 
     status = 500
-    code = "error"
 
 
 class LabtaskerRuntimeError(LabtaskerError, RuntimeError):
@@ -75,14 +75,12 @@ class LabtaskerValueError(LabtaskerError, ValueError):
     """A value that can't be taken."""
 
     status = 400
-    code = "bad_value"
 
 
 class LabtaskerTypeError(LabtaskerError, TypeError):
     """A value of the wrong type."""
 
     status = 400
-    code = "bad_type"
 
 
 class LabtaskerNetworkError(LabtaskerError):
@@ -111,6 +109,10 @@ class TaskCancelled(LabtaskerError):
     """Raised in a running job whose task was cancelled, or taken away, from outside."""
 
 
+class UsageError(LabtaskerValueError):
+    """A command line that can't be understood: exit code 2."""
+
+
 class SyntaxMistake(LabtaskerValueError):
     """A mistake in a text that a person typed: shows the line and a caret under the 0-based `column`."""
 
@@ -126,83 +128,42 @@ class SyntaxMistake(LabtaskerValueError):
 class FilterError(SyntaxMistake):
     """A mistake in a filter."""
 
-    code = "bad_filter"
-
 
 class TemplateError(SyntaxMistake):
     """A mistake in a command template with its `%(key)` placeholders."""
 
-    code = "bad_template"
 
-
-class UsageError(LabtaskerValueError):
-    """A command line that can't be understood: exit code 2."""
-
-    code = "usage"
-
-
-class BadRequest(LabtaskerError):
-    status, code = 400, "bad_request"
-
-
-class InvalidStateTransition(BadRequest):
-    code = "invalid_state_transition"
-
-    def __init__(self, text):
-        super().__init__("InvalidStateTransition: " + text)
-
-
-class Unauthorized(LabtaskerError):
-    status, code = 401, "unauthorized"
-
-
-class Forbidden(LabtaskerError):
-    status, code = 403, "forbidden"
-
-
-class NotFound(LabtaskerError):
-    status, code = 404, "not_found"
-
-
-class MethodNotAllowed(LabtaskerError):
-    status, code = 405, "method_not_allowed"
-
-
-class Conflict(LabtaskerError):
-    status, code = 409, "conflict"
-
-
-class TooLarge(LabtaskerError):
-    status, code = 413, "too_large"
-
-
-class InvalidFields(LabtaskerValueError):
-    """Fields of a request that can't be taken: `problems` is a list of (field path, message)."""
-
-    status, code = 422, "invalid_fields"
-
-    def __init__(self, problems):
-        self.problems = [(list(where), message) for where, message in problems]
-        super().__init__(detail_text(self.detail))
-
-    @property
-    def detail(self):
-        """A list of {"loc": ["body", field...], "msg", "type"}: the shape of a 422 answer."""
-        return [{"loc": where, "msg": message, "type": "value_error"} for where, message in self.problems]
-
-
-class StoreUnavailable(LabtaskerRuntimeError):
-    status, code = 503, "store_unavailable"
-
-
-class StoreFull(StoreUnavailable):
-    status, code = 507, "store_full"
+# What a server or a store refuses, by its HTTP status.
+class BadRequest(LabtaskerError): status = 400
+class Unauthorized(LabtaskerError): status = 401
+class Forbidden(LabtaskerError): status = 403
+class NotFound(LabtaskerError): status = 404
+class MethodNotAllowed(LabtaskerError): status = 405
+class Conflict(LabtaskerError): status = 409
+class TooLarge(LabtaskerError): status = 413
+class StoreUnavailable(LabtaskerRuntimeError): status = 503
+class StoreFull(StoreUnavailable): status = 507
 
 
 class StoreDamaged(StoreUnavailable):
     """A journal that can't be opened as it is: the message has path, byte offset and the way out."""
 
-    code = "store_damaged"
+
+class InvalidStateTransition(BadRequest):
+    def __init__(self, text):
+        super().__init__("InvalidStateTransition: " + text)
+
+
+class InvalidFields(LabtaskerValueError):
+    """Fields of a request that can't be taken: `problems` is a list of (field path, message), `detail` has them in
+    the shape of a 422 answer."""
+
+    status = 422
+
+    def __init__(self, problems):
+        self.problems = [(list(where), message) for where, message in problems]
+        self.detail = [{"loc": where, "msg": message, "type": "value_error"} for where, message in self.problems]
+        super().__init__(detail_text(self.detail))
 
 
 def detail_text(detail):
@@ -225,22 +186,16 @@ def new_id():
     ids = _IDS.get(os.getpid())  # a forked child must not use its parent's
     if not ids:
         _IDS.clear()
-        text = os.urandom(32 * 16).hex()
-        ids = _IDS[os.getpid()] = [_uuid4(text[at:at + 32]) for at in range(0, len(text), 32)]
+        text = os.urandom(16 * 32).hex()
+        pieces = [text[at:at + 32] for at in range(0, len(text), 32)]
+        ids = _IDS[os.getpid()] = ["-".join((x[:8], x[8:12], "4" + x[13:16], "a" + x[17:20], x[20:])) for x in pieces]
     try:
         return ids.pop()
     except IndexError:  # another thread had the last one
         return new_id()
 
 
-def _uuid4(text):
-    variant = "89ab"[int(text[16], 16) & 3]
-    return "%s-%s-4%s-%s%s-%s" % (text[:8], text[8:12], text[13:16], variant, text[17:20], text[20:])
-
-
 _IDS = {}  # pid: [ids that nobody has yet]
-
-
 MAX_DEPTH = 100  # of dicts and lists within each other: what walks them recurses
 MAX_KEYS = 100000  # of one dict with all that is nested in it
 
@@ -268,7 +223,15 @@ def check_key(key, where):
                               "with dots between nested keys" % (key,))])
 
 
-def _plain(value):
+def nest(mapping, where="args"):
+    """Return `mapping` with dotted keys as nested dicts at every level, or raise InvalidFields.
+
+    Paths merge in any order; a path set twice, or set to a value and to a dict, is refused and both are named.
+    """
+    return dict(mapping) if _is_plain(mapping) else _nested(mapping, [where])
+
+
+def _is_plain(value):
     """Return whether a dict has no dotted key, no odd key and no dict inside: the common case, at a glance."""
     for key, item in value.items():
         if type(item) is dict or type(item) is list and any(type(each) in (dict, list) for each in item):
@@ -284,59 +247,38 @@ def _plain(value):
 _PLAIN_KEYS = set()  # keys that were found in order: a sweep's tasks all have the same ones
 
 
-def nest(mapping, where="args"):
-    """Return `mapping` with dotted keys as nested dicts at every level, or raise InvalidFields.
-
-    Paths merge in any order; a path set twice, or set to a value and to a dict, is refused and both are named.
-    """
-    if _plain(mapping):
-        return dict(mapping)
-    tree, origin = {}, {}
-    _nest_into(tree, mapping, [where], (), origin)
-    return tree
-
-
-def _nest_into(tree, mapping, where, prefix, origin):
-    for key, value in mapping.items():
-        check_key(key, where)
-        path = prefix + tuple(key.split("."))
-        if len(path) > MAX_DEPTH or len(origin) > MAX_KEYS:
+def _nested(value, where):
+    """Return a value of args with every dict in it nested; `where` are the keys that lead to it."""
+    if isinstance(value, list):
+        return [_nested(item, where + [str(place)]) for place, item in enumerate(value)]
+    if not isinstance(value, dict):
+        return value
+    tree, setters = {}, {}  # path: (the key that set it, as it was spelled; whether to a value)
+    for path, spelled, leaf in _leaves(value, where, ()):
+        if len(path) > MAX_DEPTH or len(setters) > MAX_KEYS:
             raise InvalidFields([(["body"] + where[:1], "more than %d levels or %d keys" % (MAX_DEPTH, MAX_KEYS))])
-        spelled = ".".join(where[1:] + [key])
-        if isinstance(value, dict) and value:
-            _nest_into(tree, value, where + [key], path, origin)
-            continue
-        _claim(origin, path, spelled, where)
+        for size in range(1, len(path) + 1):
+            mine = spelled, size == len(path)
+            other = setters.setdefault(path[:size], mine)
+            if other is not mine and (other[1] or mine[1]):
+                raise InvalidFields([(["body"] + where[:1], "the keys %r and %r collide: both set %r"
+                                      % (other[0], spelled, ".".join(path[:size])))])
         node = tree
         for part in path[:-1]:
             node = node.setdefault(part, {})
-        node[path[-1]] = _nest_list(value, where + [key])
-
-
-def _claim(origin, path, spelled, where):
-    """Note that `path` is set by the key `spelled`, or raise InvalidFields naming the other that set it.
-
-    `origin` maps a path to (key as spelled, whether it is a leaf there)."""
-    for size in range(1, len(path) + 1):
-        taken = origin.get(path[:size])
-        if taken and (taken[1] or size == len(path)):
-            raise InvalidFields([(["body"] + where[:1], "the keys %r and %r collide: both set %r"
-                                  % (taken[0], spelled, ".".join(path[:size])))])
-    for size in range(1, len(path)):
-        origin.setdefault(path[:size], (spelled, False))
-    origin[path] = (spelled, True)
-
-
-def _nest_list(value, where):
-    if isinstance(value, list):
-        return [_nest_list(item, where + [str(i)]) for i, item in enumerate(value)]
-    return _nest_dict(value, where) if isinstance(value, dict) else value
-
-
-def _nest_dict(value, where):
-    tree = {}
-    _nest_into(tree, value, where, (), {})
+        node[path[-1]] = leaf
     return tree
+
+
+def _leaves(mapping, where, prefix):
+    """Yield (path, keys as they were spelled, value) of everything in a dict that is no dict with something in it."""
+    for key, value in mapping.items():
+        check_key(key, where)
+        path = prefix + tuple(key.split("."))
+        if isinstance(value, dict) and value:
+            yield from _leaves(value, where + [key], path)
+        else:
+            yield path, ".".join(where[1:] + [key]), _nested(value, where + [key])
 
 
 def dig(value, path, default=None):
@@ -379,6 +321,7 @@ def monotonic():
 # wall clock of the machine's zone, hours and below are exact.
 
 UTC = datetime.timezone.utc
+EPOCH = datetime.datetime(1970, 1, 1, tzinfo=UTC)
 ISO = Pattern(r"(\d{4})([-/])(\d\d?)\2(\d\d?)(?:[T ](\d\d?):(\d\d)(?::(\d\d)(?:[.,](\d+))?)?)?"
               r" ?(Z|UTC|[+-]\d\d(?::?\d\d)?)?\Z", re.IGNORECASE | re.ASCII)
 
@@ -393,18 +336,13 @@ def format_time(instant):
     fraction, second = math.modf(instant)
     micro = round(fraction * 1000000)
     if not 0 <= micro < 1000000:  # it was rounded up to a whole second, or is before 1970
-        carry, micro = divmod(micro, 1000000)
-        second += carry
-    text = _SECONDS.get(second)
-    if text is None:
-        if len(_SECONDS) > 1000:
-            _SECONDS.clear()
-        text = _SECONDS[second] = (EPOCH + datetime.timedelta(seconds=second)).isoformat()[:19]
-    return "%s.%06d+00:00" % (text, micro)
+        second, micro = second + micro // 1000000, micro % 1000000
+    return "%s.%06d+00:00" % (_second_text(second), micro)
 
 
-EPOCH = datetime.datetime(1970, 1, 1, tzinfo=UTC)
-_SECONDS = {}  # second since the epoch: its text; most times in an answer are of the same few seconds
+@functools.lru_cache(1000)  # most times in an answer are of the same few seconds
+def _second_text(second):
+    return (EPOCH + datetime.timedelta(seconds=second)).isoformat()[:19]
 
 
 def parse_time(text):
@@ -412,15 +350,14 @@ def parse_time(text):
     found = ISO.match(text)
     if not found:
         raise ValueError("%r is not an ISO 8601 time, such as 2026-11-22T06:00:00+00:00" % text)
-    return _iso_instant(found, UTC)
+    year, _, month, day, hour, minute, second, fraction, zone = found.groups("")
+    wall = datetime.datetime(int(year), int(month), int(day), *_clock(hour, minute, second, fraction))
+    return _instant(wall, _zone(zone) or UTC)
 
 
-def _iso_instant(found, default_zone):
-    """Return the Instant of a match of ISO, or raise ValueError where there is no such day or time."""
-    year, _, month, day, hour, minute, second, fraction, zone = found.groups()
-    micro = int(((fraction or "") + "000000")[:6])
-    clock = int(hour or 0), int(minute or 0), int(second or 0), micro
-    return _instant(datetime.datetime(int(year), int(month), int(day), *clock), _zone(zone) or default_zone)
+def _clock(hour, minute, second, fraction):
+    """Return the numbers of a time of day, in which what stands last may be missing."""
+    return int(hour or 0), int(minute or 0), int(second or 0), int(((fraction or "") + "000000")[:6])
 
 
 def _zone(text):
@@ -438,1163 +375,628 @@ def _instant(wall, zone):
     return Instant(wall.replace(tzinfo=zone).timestamp())
 
 
-COUNT_WORDS = "one two three four five six seven eight nine ten eleven twelve".split()
-COUNTS = dict({word: place + 1 for place, word in enumerate(COUNT_WORDS)}, a=1, an=1)
+UNITS = {  # unit: (its spellings, (months, days, seconds))
+    "second": ("s sec secs second seconds", (0, 0, 1)),
+    "minute": ("m min mins minute minutes", (0, 0, 60)),
+    "hour": ("h hr hrs hour hours", (0, 0, 3600)),
+    "day": ("d day days", (0, 1, 0)),
+    "week": ("w wk wks week weeks", (0, 7, 0)),
+    "month": ("mo mos month months", (1, 0, 0)),
+    "year": ("y yr yrs year years", (12, 0, 0)),
+}
+SPELLINGS = {word: parts for spellings, parts in UNITS.values() for word in spellings.split()}
+COUNTS = dict(zip("one two three four five six seven eight nine ten eleven twelve".split(), range(1, 13)), a=1, an=1)
 QUANTITY = Pattern(r"(\d+(?:\.\d+)?|(?:%s)\b) ?([a-z]+) ?(?:(?:, ?and\b|,|and\b) ?(?=.))?" % "|".join(COUNTS),
-                      re.ASCII)
+                   re.ASCII)
+DURATIONS = ("90", "50s", "10 min", "1.5h", "1h30m", "1 hour, 30 minutes")
 
 
-def _quantities(text):
-    """Return [(amount, unit)...] of "1h30m" or "a day, 2 hours"; None where that is not what the text is."""
-    found, end = [], 0
+def _amounts(text):
+    """Return [months, days, seconds] of "1h30m" or "a day, 2 hours"; None where that is not what the text is."""
+    total, end = [0, 0, 0], 0
     while end < len(text):
-        match = QUANTITY.match(text, end)
-        if not match or match.group(2) not in SPELLINGS:
+        found = QUANTITY.match(text, end)
+        parts = found and SPELLINGS.get(found.group(2))
+        amount = parts and float(COUNTS.get(found.group(1)) or found.group(1))
+        if not parts or parts[0] and not amount.is_integer():  # a part of a month is no number of days
             return None
-        amount = COUNTS.get(match.group(1)) or match.group(1)
-        found.append((float(amount), SPELLINGS[match.group(2)]))
-        end = match.end()
-    return found or None
+        total = [whole + amount * part for whole, part in zip(total, parts)]
+        end = found.end()
+    return total if end else None
 
 
 def parse_duration(value):
     """Return the seconds that a number, or text like "90", "10 min" or "1h30m", means; LabtaskerValueError else."""
     seconds = value if type(value) in (int, float) else None
     if isinstance(value, str):
-        seconds = _duration_seconds(" ".join(value.lower().split()))
+        text = " ".join(value.lower().split())
+        is_number = re.match(r"\d+(\.\d*)?\Z|\.\d+\Z", text)
+        months, days, exact = (0, 0, float(text)) if is_number else _amounts(text) or (1, 0, 0)
+        seconds = None if months else days * 86400 + exact
     if seconds is None or not 0 <= seconds < math.inf:
         raise LabtaskerValueError("%r is not a duration; understood are seconds or text such as %s"
                                   % (value, ", ".join('"%s"' % shown for shown in DURATIONS)))
     return float(seconds)
 
 
-def _duration_seconds(text):
-    if re.match(r"\d+(\.\d*)?\Z|\.\d+\Z", text):
-        return float(text)
-    quantities = _quantities(text)
-    if not quantities or any(UNITS[unit].months for _, unit in quantities):
-        return None
-    return sum(amount * (UNITS[unit].days * 86400 + UNITS[unit].seconds) for amount, unit in quantities)
+WEEKDAY_NAMES = ("monday", "tuesday", "wednesday", "thursday", "friday", "saturday", "sunday")
+MONTH_NAMES = ("january", "february", "march", "april", "may", "june", "july", "august", "september", "october",
+               "november", "december")
+WEEKDAYS = {name[:size]: place for place, name in enumerate(WEEKDAY_NAMES) for size in range(3, len(name) + 1)}
+MONTHS = {name[:size]: place for place, name in enumerate(MONTH_NAMES, 1) for size in range(3, len(name) + 1)}
+DAYS = {None: 0, "today": 0, "yesterday": -1, "tomorrow": 1}
+SAME_AS = {"now": "0s", "last week": "1 week ago", "last month": "1 month ago", "last year": "1 year ago",
+           "next week": "in 1 week", "next month": "in 1 month", "next year": "in 1 year"}
+DATE_FORMS = (  # what the message about a date that is not understood shows
+    "now", "3 hours ago, two days ago", "in 2 days, 2 days from now", "1h30m", "last week, next month",
+    "2026-11-22 06:00, 2026/11/22 06:00 UTC",
+    "today, yesterday at 3pm, last monday, 11:25, 28 July, Jul 28 2025 11:25 +02:00", "1753701930")
+MOMENT = Pattern(r"""
+    (?P<date> (?P<day>today|yesterday|tomorrow)
+      | (?: (?P<side>last|next)\ )? (?P<weekday>%(weekday)s)
+      | (?P<y>\d{4}) (?P<dash>[-/.]) (?P<m>\d\d?) (?P=dash) (?P<d>\d\d?)
+      | (?: (?:%(weekday)s),?\ )?
+        (?: (?P<month>%(month)s)\.?\ (?P<nth>\d\d?)%(th)s | (?P<nth_>\d\d?)%(th)s[ -](?P<month_>%(month)s)\.? )
+        (?: (?:,?\ |-) (?P<year>\d{4}) )? )?
+    (?: (?:^|,?\ at\ |,?\ |(?<=\d)t)
+        (?P<hour>\d\d?) (?=:|\ ?[ap]m) (?: :(?P<minute>\d\d) (?: :(?P<second>\d\d) (?: [.,](?P<fraction>\d+) )? )? )?
+        (?: \ ?(?P<half>[ap]m) )? )?
+    (?: \ ?(?P<zone>z|utc|gmt|[+-]\d\d(?::?\d\d)?) )?
+    (?: \ (?P<year_>\d{4}) )? \Z""" % {
+    "weekday": "|".join(WEEKDAYS), "month": "|".join(MONTHS), "th": "(?:st|nd|rd|th)?"}, re.VERBOSE | re.ASCII)
 
 
 def parse_date(text, now):
     """Return the Instant that a person means by `text` at the time `now`, or raise LabtaskerValueError."""
     words = " ".join(text.lower().split())
+    words = SAME_AS.get(words, words)
     try:
-        found = next(filter(None, (read(words, now) for read in DATE_FORMS.values())), None)
+        found = _shifted(words, now)
+        found = _moment(words, now) if found is None else found
     except (ValueError, OverflowError):
         raise LabtaskerValueError("the date %r does not exist" % text)
     if found is None:
         raise LabtaskerValueError("the date %r is not understood; understood are %s"
                                   % (text, ", ".join('"%s"' % shown for shown in DATE_FORMS)))
-    return found[0]
+    return found
 
 
-# Each form of a date is a function (lower-case text, now) -> (Instant,), or None where the text has
-# another form; ValueError or OverflowError where it has this form but names no date.
+# Both return None where the text has another form, and raise ValueError or OverflowError where there is no such date.
 
 
-def _now(text, now):
-    return (now,) if text == "now" else None
+def _shifted(text, now):
+    """Return the Instant that "3 hours ago", "1h30m" or "in 2 days" is away from `now`.
 
-
-def _ago(text, now):
-    return _shifted(text[:-4], now, -1) if text.endswith(" ago") else None
-
-
-def _ahead(text, now):
-    if text.endswith(" from now"):
-        return _shifted(text[:-9], now, 1)
-    return _shifted(text[3:], now, 1) if text.startswith("in ") else None
-
-
-def _short(text, now):
-    return _shifted(text[text.startswith("-"):], now, -1)
-
-
-def _shifted(text, now, sign):
-    """Return (the Instant that the quantities in `text` are away from `now`,); months only whole."""
-    quantities = _quantities(text)
-    if not quantities or any(UNITS[unit].months and not amount.is_integer() for amount, unit in quantities):
+    A day that its month lacks becomes the month's last."""
+    found = re.match(r"(?:in (.*)|(.*) from now|(.*) ago|-?(.*))\Z", text)
+    amounts = _amounts(found.group(found.lastindex))
+    if not amounts:
         return None
-    months, days, seconds = (sign * sum(amount * getattr(UNITS[unit], part) for amount, unit in quantities)
-                             for part in ("months", "days", "seconds"))
+    months, days, seconds = amounts if found.lastindex < 3 else [-amount for amount in amounts]
     if months or days:
-        now = _calendar_shift(now, int(months), days)
-    return (_checked(now + seconds),)
+        wall = datetime.datetime.fromtimestamp(now)
+        year, month = divmod(wall.year * 12 + wall.month - 1 + int(months), 12)
+        first = wall.replace(year=year, month=month + 1, day=1)
+        last = (first + datetime.timedelta(days=31)).replace(day=1) - datetime.timedelta(days=1)
+        wall = min(first + datetime.timedelta(days=wall.day - 1), last)
+        now = _instant(wall + datetime.timedelta(days=days), None)
+    to_datetime(now + seconds)
+    return Instant(now + seconds)
 
 
-def _checked(seconds):
-    """Return the Instant, or raise ValueError or OverflowError where no calendar has it."""
-    to_datetime(seconds)
-    return Instant(seconds)
-
-
-def _calendar_shift(now, months, days):
-    """Return `now` moved on this machine's calendar; a day that its month lacks becomes the month's last."""
-    wall = datetime.datetime.fromtimestamp(now)
-    year, month = divmod(wall.year * 12 + wall.month - 1 + months, 12)
-    leap = year % 4 == 0 and (year % 100 != 0 or year % 400 == 0)
-    last = (31, 29 if leap else 28, 31, 30, 31, 30, 31, 31, 30, 31, 30, 31)[month]
-    wall = wall.replace(year=year, month=month + 1, day=min(wall.day, last))
-    return _instant(wall + datetime.timedelta(days=days), None)
-
-
-def _one_unit(text, now):
-    """Read `last week` and `next month`: that long ago, or ahead."""
-    word, _, unit = text.partition(" ")
-    if word not in ("last", "next") or unit not in ("week", "month", "year"):
+def _moment(text, now):
+    """Return the Instant of a day, a time of day, or both; what is not said is as it is now, in the same zone, and
+    without a time of day the day's midnight. The latest Monday, today included, is "monday"."""
+    if re.match(r"\d{10}\Z", text):
+        return Instant(text)
+    found = MOMENT.match(text.replace("midnight", "00:00").replace("noon", "12:00"))
+    part = found.groupdict() if found else {}
+    month, year = part.get("month") or part.get("month_"), part.get("year") or part.get("year_")
+    if not (part.get("date") or part.get("hour")) or part["year_"] and (part["year"] or not month):
         return None
-    return _shifted("1 " + unit, now, -1 if word == "last" else 1)
-
-
-def _iso(text, now):
-    found = ISO.match(text)
-    return found and (_iso_instant(found, None),)
-
-
-def _epoch(text, now):
-    return (Instant(text),) if re.match(r"\d{10}\Z", text) else None
-
-
-DAY_AND_CLOCK = Pattern(
-    r"(?P<day>.*?)(?:(?:^|,? at |,? )(?P<hour>\d\d?)(?=:| ?[ap]m)(?::(?P<minute>\d\d))?(?::(?P<second>\d\d))?"
-    r"(?: ?(?P<half>[ap]m))?(?: ?(?P<zone>z|utc|gmt|[+-]\d\d(?::?\d\d)?))?(?: (?P<year>\d{4}))?)?(?P<utc> utc| gmt)?\Z",
-    re.ASCII)
-
-
-def _day_and_clock(text, now):
-    """Read a day, a time of day, or both; what is not said is as it is now, in the same zone, and without a clock the
-    day's midnight."""
-    found = DAY_AND_CLOCK.match(" ".join(CLOCK_WORDS.get(word, word) for word in text.split()))
-    if not found or found.group("zone") and found.group("utc"):
-        return None
-    zone = _zone((found.group("zone") or found.group("utc") or "").strip())
-    today, day = datetime.datetime.fromtimestamp(now, zone), found.group("day") + " " + (found.group("year") or "")
-    date = next(filter(None, (read(day.strip() or "today", today) for read in DAY_FORMS)), None)
-    if not date:
-        return None
-    hour, half = int(found.group("hour") or 0), found.group("half")
-    if half:
-        hour = hour % 12 + 12 * (half == "pm") if 1 <= hour <= 12 else 24
-    clock = datetime.time(hour, int(found.group("minute") or 0), int(found.group("second") or 0))
-    return (_instant(datetime.datetime.combine(date, clock), zone),)
-
-
-# Each form of a day is a function (lower-case text, today as a datetime) -> date, or None where the text has another.
-
-
-def _day_name(text, today):
-    return today.date() + datetime.timedelta(days=DAY_NAMES[text]) if text in DAY_NAMES else None
-
-
-def _weekday(text, today):
-    """Read `monday` (the latest, today included), `last monday` (before today) and `next monday` (after it)."""
-    word, _, name = text.rpartition(" ")
-    if name not in WEEKDAYS or word not in ("", "last", "next"):
-        return None
-    back = (today.weekday() - WEEKDAYS[name]) % 7
-    days = 7 - back if word == "next" else -(back or 7 * (word == "last"))
-    return today.date() + datetime.timedelta(days=days)
-
-
-def _iso_day(text, today):
-    found = re.match(r"(\d{4})([-/.])(\d\d?)\2(\d\d?)\Z", text, re.ASCII)
-    return found and datetime.date(int(found.group(1)), int(found.group(3)), int(found.group(4)))
-
-
-MONTH_DAY = Pattern(r"(?P<month>[a-z]+)\.? (?P<day>\d\d?)(?:st|nd|rd|th)?(?:,? (?P<year>\d{4}))?\Z", re.ASCII)
-DAY_MONTH = Pattern(r"(?P<day>\d\d?)(?:st|nd|rd|th)?[ -](?P<month>[a-z]+)\.?(?:(?:,? |-)(?P<year>\d{4}))?\Z",
-                       re.ASCII)
-
-
-def _month_day(text, today):
-    """Read `Jul 28`, `28 July 2025`, and `Mon, 28 Jul 2025`, of which the weekday says nothing more."""
-    name, _, rest = text.partition(" ")
-    text = rest if name.rstrip(",") in WEEKDAYS else text
-    found = MONTH_DAY.match(text) or DAY_MONTH.match(text)
-    if not found or found.group("month") not in MONTHS:
-        return None
-    return datetime.date(int(found.group("year") or today.year), MONTHS[found.group("month")], int(found.group("day")))
-
-
-Unit = collections.namedtuple("Unit", "spellings months days seconds")
-
-UNITS = {
-    "second": Unit("s sec secs second seconds", 0, 0, 1),
-    "minute": Unit("m min mins minute minutes", 0, 0, 60),
-    "hour": Unit("h hr hrs hour hours", 0, 0, 3600),
-    "day": Unit("d day days", 0, 1, 0),
-    "week": Unit("w wk wks week weeks", 0, 7, 0),
-    "month": Unit("mo mos month months", 1, 0, 0),
-    "year": Unit("y yr yrs year years", 12, 0, 0),
-}
-SPELLINGS = {word: name for name, unit in UNITS.items() for word in unit.spellings.split()}
-DURATIONS = ("90", "50s", "10 min", "1.5h", "1h30m", "1 hour, 30 minutes")
-
-DAY_NAMES = {"today": 0, "yesterday": -1, "tomorrow": 1}
-CLOCK_WORDS = {"noon": "12:00", "midnight": "00:00"}
-WEEKDAY_NAMES = ("monday", "tuesday", "wednesday", "thursday", "friday", "saturday", "sunday")
-WEEKDAYS = {name[:size]: place for place, name in enumerate(WEEKDAY_NAMES) for size in range(3, len(name) + 1)}
-MONTH_NAMES = ("january", "february", "march", "april", "may", "june", "july", "august", "september", "october",
-               "november", "december")
-MONTHS = {name[:size]: place + 1 for place, name in enumerate(MONTH_NAMES) for size in range(3, len(name) + 1)}
-
-DAY_FORMS = (_day_name, _weekday, _month_day, _iso_day)
-DATE_FORMS = {  # what the message about a date that is not understood shows -> its reader
-    "now": _now,
-    "3 hours ago, two days ago": _ago,
-    "in 2 days, 2 days from now": _ahead,
-    "1h30m": _short,
-    "last week, next month": _one_unit,
-    "2026-11-22 06:00, 2026/11/22 06:00 UTC": _iso,
-    "today, yesterday at 3pm, last monday, 11:25, 28 July, Jul 28 2025 11:25 +02:00": _day_and_clock,
-    "1753701930": _epoch,
-}
+    zone = _zone(part["zone"])
+    today = datetime.datetime.fromtimestamp(now, zone)
+    if month:
+        date = datetime.date(int(year or today.year), MONTHS[month], int(part["nth"] or part["nth_"]))
+    elif part["y"]:
+        date = datetime.date(int(part["y"]), int(part["m"]), int(part["d"]))
+    else:
+        ahead = DAYS[part["day"]]
+        if part["weekday"]:
+            back = (today.weekday() - WEEKDAYS[part["weekday"]]) % 7
+            ahead = 7 - back if part["side"] == "next" else -(back or 7 * (part["side"] == "last"))
+        date = today.date() + datetime.timedelta(days=ahead)
+    hour, minute, second, micro = _clock(part["hour"], part["minute"], part["second"], part["fraction"])
+    if part["half"]:
+        hour = hour % 12 + 12 * (part["half"] == "pm") if 1 <= hour <= 12 else 24
+    return _instant(datetime.datetime.combine(date, datetime.time(hour, minute, second, micro)), zone)
 
 
 # 2. Filters ##################################################################
 #
-# Text -> tree, query document <-> tree, tree -> predicate; and the order in which values are sorted.
+# Filter text -> query document -> predicate of a record; and the order in which values are sorted.
 # Knows nothing of the journal or HTTP, nor which fields a record has. Grammar: the docstrings of
 # _Parser. Uses 1. Tests: test_filters.py, test_mongomock.py; of patterns that explode: test_security.py.
-#
-# A tree is nested tuples. Tests: ("$and" or "$or" or "$nor", (test, ...)); ("field", path, operator, constant);
-# ("$expr", value). Values: ("const", constant); ("path", path); (operator, (value, ...)). A path is a tuple of
-# keys; it starts with "" where no record has such a field.
 
 MAX_FILTER_CHARS = 100000  # of filter text: its tokens take a thousand times that in bytes
-MAX_NESTING = 40      # of parentheses, lists and arithmetic in filter text
-MAX_LEVELS = 100      # of operators and constants in a query document
-MISSING = type("Missing", (), {"__repr__": lambda self: "MISSING", "__slots__": ()})()
-NUMBERS = (int, float)
+MAX_NESTING = 40      # of brackets and arithmetic in filter text
+MAX_LEVELS = 100      # of dicts and lists in a query document
 
 TOKEN = Pattern(r"""
     (?P<space>\s+)
-  | (?P<string>[rR]?(?P<quote>["'])(?P<body>(?:\\.|(?!(?P=quote))[^\\])*)(?P=quote))
+  | (?P<string>[rR]?(?P<quote>["'])(?:\\.|(?!(?P=quote))[^\\])*(?P=quote))
+  | (?P<octal>0\d)
   | (?P<number>(?:\d+(?:\.\d*)?|\.\d+)(?:[eE][+-]?\d+)?)
   | (?P<name>[A-Za-z_]\w*)
   | (?P<sign><=|>=|==|!=|<>|&&|\|\||//|\*\*|[-+*/%<>=!&|~()\[\].,])
+  | (?P<open>["']) | (?P<brace>[{}]) | (?P<odd>.)
 """, re.VERBOSE | re.DOTALL | re.ASCII)
-Token = collections.namedtuple("Token", "kind text value column")
-# What the parser has read: `kind` is "test" (a tree), "const", "path" or "arithmetic" (values of a tree).
-Read = collections.namedtuple("Read", "kind node column")
+ESCAPE = Pattern(r"\\(?:x[0-9a-fA-F]{2}|u[0-9a-fA-F]{4}|U[0-9a-fA-F]{8}|[0-3]?[0-7]{1,2}|[abfnrtv\\'\"\n])")
 
 
 def parse_filter(text, fields, now):
-    """Return the tree of filter text over records with these top-level `fields`, or raise FilterError.
+    """Return the query document of filter text over records with these top-level `fields`, or raise FilterError.
 
     Dates such as "3 hours ago" are resolved here, from `now`.
     """
     if len(text) > MAX_FILTER_CHARS:
         raise FilterError("a filter of over %d characters; split it" % MAX_FILTER_CHARS, text, MAX_FILTER_CHARS)
-    return _Parser(text, fields, now).filter()
+    return _Parser(text, list(fields), now).filter()
 
 
 class _Tokens:
-    """The tokens of a filter's text, the place that the parser has reached, and how it fails there."""
+    """The tokens of a filter's text: `kind`, `word` and `column` are the next one's; and how it fails there."""
 
     def __init__(self, text, fields, now):
-        self.text, self.fields, self.now = text, list(fields), now
-        self.tokens = list(self._split())
-        self.place = self.nesting = 0
+        self.text, self.fields, self.now, self.word = text, fields, now, None
+        self.tokens = iter(list(self.split()))
+        self.take()
 
-    def _split(self):
-        place = 0
-        while place < len(self.text):
-            found = TOKEN.match(self.text, place)
-            if not found:
-                self._fail_character(place)
-            kind, value = found.lastgroup, None
-            if kind == "string":
-                value = self._unquote(found)
-            elif kind == "number":
-                value = self._number(found.group(), place)
+    def split(self):
+        """Yield (kind, text, column) of each token, or fail where one is none or nests too deep."""
+        brackets, signs, last = 0, 0, None
+        for found in TOKEN.finditer(self.text):
+            kind, word, column = found.lastgroup, found.group(), found.start()
+            brackets += (word in "([") - (word in ")]")
+            signs = 0 if word in ("and", "or", ",") else signs + (word in ARITHMETIC)
+            self.require(brackets + signs <= MAX_NESTING, "this is nested more than %d deep" % MAX_NESTING, column)
+            self.require(word not in INSTEAD or last == ".", INSTEAD.get(word), column)
+            self.require(kind not in UNREADABLE, UNREADABLE.get(kind, "").format(word), column)
             if kind != "space":
-                yield Token(kind, found.group(), value, place)
-            place = found.end()
-        yield Token("end", "the end", None, len(self.text))
-
-    def _fail_character(self, place):
-        if self.text[place] in "\"'":
-            self.fail("this quote is never closed", place)
-        hint = "; compare a dict key by key: args.opt.k == 1" if self.text[place] in "{}" else ""
-        self.fail("%r means nothing in a filter%s" % (self.text[place], hint), place)
-
-    def _unquote(self, found):
-        body = found.group("body")
-        if found.group()[0] in "rR" or "\\" not in body:
-            return body
-        try:
-            return ESCAPE.sub(_unescape, body)
-        except ValueError:
-            return self.fail("there is no such character as one of the escapes here means", found.start())
-
-    def _number(self, text, place):
-        if re.match(r"0\d", text):
-            self.fail("a number can't start with 0; a date is written date(\"2026-11-22\")", place)
-        whole = text.isdigit() and len(text) < 400
-        return int(text) if whole else float(text)
-
-    @property
-    def token(self):
-        return self.tokens[self.place]
-
-    def next_is(self, *texts):
-        return self.token.kind in ("sign", "name") and self.token.text in texts
+                last = word
+                yield kind, word, column
+        yield "end", "the end", len(self.text)
 
     def take(self):
-        self.place += 1
-        return self.tokens[self.place - 1]
+        """Go past the next token and return its text."""
+        taken = self.word
+        self.kind, self.word, self.column = next(self.tokens, (None, None, None))
+        return taken
 
-    def expect(self, sign, wanted):
-        """Take the sign, or fail saying what is wanted here."""
-        if not self.next_is(sign):
-            self.fail("%s expected, not %s" % (wanted, self.shown()))
+    def expect(self, word, wanted):
+        """Take the word, or fail saying what is wanted here."""
+        self.require(self.word == word, "%s expected, not %s" % (wanted, self.shown()))
         self.take()
 
-    def deeper(self):
-        self.nesting += 1
-        if self.nesting > MAX_NESTING:
-            self.fail("this is nested more than %d deep" % MAX_NESTING)
+    def string(self):
+        """Take a text in quotes; an escape that means nothing stays as it is, as in Python."""
+        try:
+            text = self.word[2:-1] if self.word[0] in "rR" else ESCAPE.sub(
+                lambda found: found.group().encode().decode("unicode_escape"), self.word[1:-1])
+        except ValueError:
+            self.fail("there is no such character as one of the escapes here means")
+        self.take()
+        return text
+
+    def number(self):
+        text = self.take()
+        return int(text) if text.isdigit() and len(text) < 400 else float(text)
 
     def fail(self, message, column=None):
-        raise FilterError(message, self.text, self.token.column if column is None else column)
+        raise FilterError(message, self.text, self.column if column is None else column)
+
+    def require(self, is_right, message, column=None):
+        if not is_right:
+            self.fail(message, column)
 
     def shown(self):
-        return "a text in quotes" if self.token.kind == "string" else _clipped(self.token.text)
-
-    def fail_field(self, token):
-        if token.text in OTHER_SPELLINGS:
-            self.fail("%s is written %s" % (token.text, OTHER_SPELLINGS[token.text]), token.column)
-        like = nearest(token.text, self.fields)
-        hint = "did you mean %s?" % like if like else "an argument is written args.%s" % _clipped(token.text)
-        self.fail("unknown field %s; %s; the fields are %s"
-                  % (_clipped(token.text), hint, ", ".join(self.fields)), token.column)
-
-    def fail_before(self):
-        """Fail where a value should start."""
-        if self.next_is(*INSTEAD):
-            self.fail(INSTEAD[self.token.text])
-        self.fail("a field or a value expected, not %s" % self.shown())
-
-    def fail_after(self):
-        """Fail where an operator should stand, or nothing."""
-        if self.next_is(*INSTEAD):
-            self.fail(INSTEAD[self.token.text])
-        if self.next_is(")"):
-            self.fail("this parenthesis was never opened")
-        self.fail("and, or, or a comparison expected, not %s" % self.shown())
+        return "a text in quotes" if self.kind == "string" else "%.60s" % self.word
 
 
-class _Terms(_Tokens):
-    """The smallest parts: constants, lists, fields and calls; some hold a `sum` or an `or_test` of _Parser's."""
-
-    def array(self):
-        """array: "[" [sum ("," sum)* [","]] "]"; after `in` the brackets may be round"""
-        opening = self.take()
-        closing = {"[": "]", "(": ")"}[opening.text]
-        self.deeper()
-        items = []
-        while not self.next_is(closing):
-            item = self.sum()
-            if item.kind != "const":
-                self.fail("a list can only hold constants", item.column)
-            items.append(item.node[1])
-            if not self.next_is(closing):
-                self._separator(opening, "list", closing)
-        self.take()
-        self.nesting -= 1
-        return Read("const", ("const", items), opening.column)
-
-    def _separator(self, opening, what, closing):
-        if self.token.kind == "end":
-            self.fail("this %s is never closed by %s" % (what, closing), opening.column)
-        self.expect(",", ", or %s" % closing)
-
-    def atom(self):
-        """atom: "(" or_test ")" | array | STRING | NUMBER | "True" | "False" | "None" | call | path"""
-        token = self.token
-        if token.kind in ("string", "number"):
-            self.take()
-            return Read("const", ("const", token.value), token.column)
-        if self.next_is("("):
-            return self.parenthesised()
-        if self.next_is("["):
-            return self.array()
-        if token.kind != "name" or token.text in KEYWORDS:
-            self.fail_before()
-        if token.text in CONSTANTS:
-            self.take()
-            return Read("const", ("const", CONSTANTS[token.text]), token.column)
-        return self.call() if self.tokens[self.place + 1].text == "(" else self.path()
-
-    def parenthesised(self):
-        """parenthesised: "(" or_test ")" """
-        opening = self.take()
-        self.deeper()
-        found = self.or_test()
-        if self.token.kind == "end":
-            self.fail("this parenthesis is never closed", opening.column)
-        if not self.next_is(")"):
-            self.fail_after()
-        self.take()
-        self.nesting -= 1
-        return found._replace(column=opening.column)
-
-    def path(self):
-        """path: FIELD ("." NAME | "[" (STRING | NUMBER) "]")*"""
-        first = self.take()
-        if first.text not in self.fields:
-            self.fail_field(first)
-        keys = [first.text]
-        while self.next_is(".", "["):
-            keys.extend(self._key() if self.take().text == "." else self._subscript())
-        if self.token.kind == "number" and self.token.text.startswith("."):
-            self.fail("a key that starts with a digit is written in brackets: [\"0x\"], an index [0]")
-        if self.next_is("("):
-            self.fail("%s can't be called; there are only %s" % (_clipped(".".join(keys)), _listed(CALLS)))
-        return Read("path", ("path", tuple(keys)), first.column)
-
-    def _key(self):
-        if self.token.kind != "name":
-            self.fail("a key expected after the dot, not %s" % self.shown())
-        return [self.take().text]
-
-    def _subscript(self):
-        token = self.token
-        index = token.kind == "number" and isinstance(token.value, int)
-        if not index and (token.kind != "string" or not KEY.match(token.value)):
-            self.fail("in brackets comes a key such as [\"lr\"] or an index such as [0], not %s" % self.shown())
-        self.take()
-        self.expect("]", "] after the key")
-        return str(token.value).split(".")
-
-    def call(self):
-        """call: "exists" call_exists ")" | "regex" call_regex ")" | "date" call_date ")" """
-        name = self.token
-        if name.text in ("list", "dict"):
-            self.fail("%s(...) only comes after in, as in \"v1\" in %s(metadata.tags)" % (name.text, name.text))
-        if name.text not in CALLS:
-            like = nearest(name.text, CALLS)
-            self.fail("unknown function %s; there are %s%s"
-                      % (_clipped(name.text), _listed(CALLS), like and "; did you mean %s?" % like or ""))
-        self.take()
-        found = CALLS[name.text](self, name)
-        self.expect(")", ") to close %s(...)" % name.text)
-        return found
-
-    def call_exists(self, name):
-        """call_exists: "(" path ["," BOOL]"""
-        path, wanted = self._argument_path(name), True
-        if self.next_is(","):
-            self.take()
-            if not self.next_is("True", "False"):
-                self.fail("exists(field, ...) takes True or False, not %s" % self.shown())
-            wanted = CONSTANTS[self.take().text]
-        return Read("test", ("field", path, "$exists", wanted), name.column)
-
-    def call_regex(self, name):
-        """call_regex: "(" path "," STRING"""
-        path = self._argument_path(name)
-        self.expect(",", "a comma and a pattern in quotes")
-        pattern = self._argument_text("regex(field, ...) takes a pattern in quotes")
-        try:
-            compile_pattern(pattern.value)
-        except LabtaskerValueError as mistake:
-            self.fail(str(mistake), pattern.column)
-        return Read("test", ("field", path, "$regex", (pattern.value, "")), name.column)
-
-    def call_date(self, name):
-        """call_date: "(" STRING"""
-        self.expect("(", "( after date")
-        text = self._argument_text("date(...) takes a date in quotes, such as date(\"3 hours ago\")")
-        try:
-            return Read("const", ("const", parse_date(text.value, self.now)), name.column)
-        except LabtaskerValueError as mistake:
-            return self.fail(str(mistake), text.column)
-
-    def _argument_path(self, name):
-        self.expect("(", "( after %s" % name.text)
-        if self.token.kind != "name" or self.token.text in CONSTANTS or self.token.text in KEYWORDS:
-            self.fail("%s(...) takes a field, not %s" % (name.text, self.shown()))
-        return self.path().node[1]
-
-    def _argument_text(self, otherwise):
-        if self.token.kind != "string":
-            self.fail(otherwise)
-        return self.take()
-
-
-class _Parser(_Terms):
-    """Recursive descent: a method reads what its docstring says and returns what it read.
-
-    Every mistake raises FilterError at the column of the culprit and says what to write instead.
-    """
-
-    def filter(self):
-        """filter: or_test END"""
-        if self.token.kind == "end":
-            self.fail("the filter is empty; write for example status == \"pending\"")
-        found = self.or_test()
-        if self.token.kind != "end":
-            self.fail_after()
-        return self.tested(found)
-
-    def or_test(self):
-        """or_test: and_test ("or" and_test)*"""
-        return self._joined("or", "$or", self.and_test)
-
-    def and_test(self):
-        """and_test: comparison ("and" comparison)*"""
-        return self._joined("and", "$and", self.comparison)
-
-    def _joined(self, word, operator_name, read):
-        found = [read()]
-        while self.next_is(word):
-            self.take()
-            found.append(read())
-        if len(found) == 1:
-            return found[0]
-        return Read("test", (operator_name, tuple(self.tested(each) for each in found)), found[0].column)
-
-    def comparison(self):
-        """comparison: sum [("==" | "<" | "<=" | ">" | ">=") sum | "in" members]"""
-        left = self.sum()
-        sign = self.token
-        if self.next_is("in"):
-            self.take()
-            test = self.members(left, sign)
-        elif self.next_is(*MIRRORED):
-            self.take()
-            test = self._compared(left, COMPARISONS[sign.text], self.sum(), sign)
-        elif self.next_is(*INSTEAD):
-            self.fail_after()
-        else:
-            return left
-        if self.next_is("in", *MIRRORED):
-            self.fail("comparisons can't be chained; write a < b and b < c")
-        return Read("test", test, left.column)
-
-    def _compared(self, left, name, right, sign):
-        for side in (left, right):
-            self._value(side)
-        if left.kind == right.kind == "const":
-            self.fail("this compares two constants; one side has to be a field", sign.column)
-        if left.kind == "path" and right.kind == "const":
-            return "field", left.node[1], name, right.node[1]
-        if left.kind == "const" and right.kind == "path":
-            return "field", right.node[1], COMPARISONS[MIRRORED[sign.text]], left.node[1]
-        return self._expression((name, (left.node, right.node)))
-
-    def _expression(self, value):
-        there = tuple(("field", path, "$exists", True) for path in dict.fromkeys(_paths(value)))
-        return "$and", there + (("$expr", value),)
-
-    def members(self, left, sign):
-        """members: "[" constants "]" | "list" "(" path ")" | "dict" "(" path ")" """
-        if self.next_is("[", "("):
-            if left.kind != "path":
-                self.fail("only a field can stand before in [...]", left.column)
-            return "field", left.node[1], "$in", self.array().node[1]
-        kind = self.token
-        if not self.next_is("list", "dict"):
-            self.fail("after in comes a list such as [\"a\", \"b\"], or list(field), or dict(field); "
-                      "for a part of a text write regex(field, \"part\")")
-        self.take()
-        path = self._argument_path(kind)
-        self.expect(")", "%s(...) takes one field: )" % kind.text)
-        if left.kind != "const":
-            self.fail("only a constant can stand before in %s(...)" % kind.text, left.column)
-        if kind.text == "list":
-            return "field", path, "$eq", left.node[1]
-        if not isinstance(left.node[1], str) or not KEY.match(left.node[1]):
-            self.fail("a key is text made of letters, digits, _ and -", left.column)
-        return "field", path + tuple(left.node[1].split(".")), "$exists", True
-
-    def sum(self):
-        """sum: product (("+" | "-") product)*"""
-        return self._arithmetic(self.product, "+", "-")
-
-    def product(self):
-        """product: unary (("*" | "/" | "%") unary)*"""
-        return self._arithmetic(self.unary, "*", "/", "%")
-
-    def _arithmetic(self, read, *signs):
-        left, outer = read(), self.nesting
-        while self.next_is(*signs):
-            sign = self.take()
-            self.deeper()
-            left = self._calculated(left, sign, read())
-        self.nesting = outer
-        return left
-
-    def _calculated(self, left, sign, right):
-        for side in (left, right):
-            if self._value(side).kind == "const" and type(side.node[1]) not in NUMBERS:
-                self.fail("%s needs numbers" % self.text[sign.column], side.column)
-        node = ARITHMETIC[sign.text], (left.node, right.node)
-        if not left.kind == right.kind == "const":
-            return Read("arithmetic", node, left.column)
-        result = _evaluate(node)
-        if result is MISSING:
-            self.fail("this can't be calculated", sign.column)
-        return Read("const", ("const", result), left.column)
-
-    def unary(self):
-        """unary: "-" unary | atom"""
-        if not self.next_is("-"):
-            return self.atom()
-        sign = self.take()
-        self.deeper()
-        minus_one = Read("const", ("const", -1), sign.column)
-        found = self._calculated(minus_one, sign._replace(text="*"), self.unary())
-        self.nesting -= 1
-        return found
+class _Meaning(_Tokens):
+    """What was read: (kind, node, column). The node of a "test" is a query document; of a "const" the constant, a date
+    as {"_dt": ...}; of a "path" its dotted keys; of a "sum" what stands in $expr."""
 
     def tested(self, found):
-        """Return the tree of what was read, or fail where it is a value and not a test."""
-        if found.kind == "const" and type(found.node[1]) is bool:
-            return "$expr", found.node
-        if found.kind != "test":
-            self.fail("this is a value and not a test; compare it, as in args.lr == 0.1", found.column)
-        return found.node
+        """Return the query document of what was read, or fail where it is a value and not a test."""
+        kind, node, column = found
+        if kind == "const" and type(node) is bool:
+            return {"$expr": node}
+        self.require(kind == "test", "this is a value and not a test; compare it, as in args.lr == 0.1", column)
+        return node
 
-    def _value(self, found):
-        if found.kind == "test":
-            self.fail("a comparison is not a value; join comparisons with and, or", found.column)
-        return found
+    def value(self, found):
+        """Return what stands in $expr for what was read, or fail where that is a test."""
+        kind, node, column = found
+        self.require(kind != "test", "a comparison is not a value; join comparisons with and, or", column)
+        if kind == "path":
+            return "$" + node
+        is_special = isinstance(node, list) or isinstance(node, str) and node.startswith("$")
+        return {"$literal": node} if is_special else node
+
+    def compared(self, left, sign, right, column):
+        value = {COMPARISONS[sign]: [self.value(left), self.value(right)]}
+        kinds = left[0], right[0]
+        self.require(kinds != ("const", "const"), "this compares two constants; one side has to be a field", column)
+        if kinds == ("const", "path"):
+            left, sign, right = right, MIRRORED[sign], left
+        if set(kinds) == {"const", "path"}:
+            return {left[1]: right[1] if sign == "==" else {COMPARISONS[sign]: right[1]}}
+        return {"$and": [{path: {"$exists": True}} for path in dict.fromkeys(_paths(value))] + [{"$expr": value}]}
+
+    def calculated(self, left, sign, right, column):
+        name, values = ARITHMETIC[sign], [self.value(left), self.value(right)]
+        for kind, node, at in (left, right):
+            self.require(kind != "const" or type(node) in NUMBERS, "%s needs numbers" % self.text[column], at)
+        if left[0] != "const" or right[0] != "const":
+            return "sum", {name: values}, left[2]
+        result = EXPRESSIONS[name](*values)
+        self.require(result is not MISSING, "this can't be calculated", column)
+        return "const", result, left[2]
 
 
-ESCAPE = Pattern(r"\\(x[0-9a-fA-F]{2}|u[0-9a-fA-F]{4}|U[0-9a-fA-F]{8}|[0-7]{1,3}|.)", re.DOTALL)
-ESCAPES = {"n": "\n", "t": "\t", "r": "\r", "b": "\b", "f": "\f", "a": "\a", "v": "\v", "\n": "",
-           "\\": "\\", "'": "'", '"': '"'}
+class _Parser(_Meaning):
+    """Recursive descent: a method reads what its docstring says, and returns what _Meaning says.
 
+    Every mistake raises FilterError at the column of the culprit and says what to write instead."""
 
-def _unescape(found):
-    """Return what an escape in a quoted text means; as in Python an unknown one stays as it is."""
-    code = found.group(1)
-    if len(code) > 1 and code[0] in "xuU":
-        return chr(int(code[1:], 16))
-    if code[0] in "01234567":
-        return chr(int(code, 8))
-    return ESCAPES.get(code, found.group())
+    def filter(self):
+        """filter: expression END"""
+        self.require(self.kind != "end", "the filter is empty; write for example status == \"pending\"")
+        found = self.expression()
+        self.require(self.word != ")", "this parenthesis was never opened")
+        self.expect("the end", "and, or, or a comparison")
+        return self.tested(found)
 
+    def expression(self, binding=0):
+        """expression: operand (SIGN operand | "in" members)*; what belongs together says BINDING"""
+        left, last = self.operand(), None
+        while BINDING.get(self.word, 0) > binding:
+            column, sign = self.column, self.take()
+            right = None if sign == "in" else self.expression(BINDING[sign])
+            if sign in ("and", "or"):
+                if sign != last:
+                    left = "test", {"$" + sign: [self.tested(left)]}, left[2]
+                left[1]["$" + sign].append(self.tested(right))
+            elif sign in ARITHMETIC:
+                left = self.calculated(left, sign, right, column)
+            else:
+                found = self.members(*left) if sign == "in" else self.compared(left, sign, right, column)
+                left = "test", found, left[2]
+                self.require(BINDING.get(self.word) != BINDING[sign],
+                             "comparisons can't be chained; write a < b and b < c")
+            last = sign
+        return left
 
-def _clipped(name):
-    return name if len(name) <= 60 else name[:57] + "..."
+    def members(self, kind, node, column):
+        """members: array | ("list" | "dict") "(" path ")" """
+        if self.word in ("[", "("):
+            self.require(kind == "path", "only a field can stand before in [...]", column)
+            return {node: {"$in": self.array()}}
+        self.require(self.word in ("list", "dict"), "after in comes a list such as [\"a\", \"b\"], or list(field), or "
+                     "dict(field); for a part of a text write regex(field, \"part\")")
+        name = self.take()
+        self.expect("(", "( after %s" % name)
+        path = self.argument(name)
+        self.expect(")", "%s(...) takes one field: )" % name)
+        self.require(kind == "const", "only a constant can stand before in %s(...)" % name, column)
+        if name == "list":
+            return {path: node}
+        is_key = isinstance(node, str) and KEY.match(node)
+        self.require(is_key, "a key is text made of letters, digits, _ and -", column)
+        return {path + "." + node: {"$exists": True}}
 
+    def operand(self):
+        """operand: "-" operand | "(" expression ")" | array | STRING | NUMBER | CONSTANT | call | path"""
+        column = self.column
+        if self.word == "-":
+            self.take()
+            return self.calculated(("const", -1, column), "*", self.operand(), column)
+        if self.word == "(":
+            self.take()
+            kind, node, _ = self.expression()
+            self.require(self.kind != "end", "this parenthesis is never closed", column)
+            self.expect(")", "and, or, or a comparison")
+            return kind, node, column
+        if self.word == "[":
+            return "const", self.array(), column
+        if self.kind in ("string", "number"):
+            return "const", self.string() if self.kind == "string" else self.number(), column
+        if self.word in CONSTANTS:
+            return "const", CONSTANTS[self.take()], column
+        self.require(self.kind == "name" and self.word not in KEYWORDS,
+                     "a field or a value expected, not %s" % self.shown())
+        name = self.take()
+        return self.call(name, column) if self.word == "(" else ("path", self.path(name, column), column)
 
-def _listed(names):
-    return ", ".join("%s()" % name for name in names)
+    def array(self):
+        """array: "[" [expression ("," expression)* [","]] "]"; after `in` the brackets may be round"""
+        column, closing, items = self.column, {"[": "]", "(": ")"}[self.take()], []
+        while self.word != closing:
+            kind, item, at = self.expression()
+            self.require(kind == "const", "a list can only hold constants", at)
+            items.append(item)
+            self.require(self.kind != "end", "this list is never closed by %s" % closing, column)
+            if self.word != closing:
+                self.expect(",", ", or %s" % closing)
+        self.take()
+        return items
+
+    def path(self, name, column):
+        """path: FIELD ("." NAME | "[" (STRING | NUMBER) "]")*"""
+        if name not in self.fields:
+            like = nearest(name, self.fields)
+            hint = "did you mean %s?" % like if like else "an argument is written args.%.60s" % name
+            self.fail("unknown field %.60s; %s; the fields are %s" % (name, hint, ", ".join(self.fields)), column)
+        keys = [name]
+        while self.word in (".", "["):
+            if self.take() == "[":
+                keys.append(self.subscript())
+                continue
+            self.require(self.kind == "name", "a key expected after the dot, not %s" % self.shown())
+            keys.append(self.take())
+        self.require(self.kind != "number" or self.word[0] != ".",
+                     "a key that starts with a digit is written in brackets: [\"0x\"], an index [0]")
+        self.require(self.word != "(", "%.60s can't be called; there are only %s" % (".".join(keys), CALLED))
+        return ".".join(keys)
+
+    def subscript(self):
+        column, shown = self.column, self.shown()
+        key = self.string() if self.kind == "string" else self.take() if self.word.isdigit() else ""
+        self.require(KEY.match(key), "in brackets comes a key such as [\"lr\"] or an index such as [0], not %s" % shown,
+                     column)
+        self.expect("]", "] after the key")
+        return key
+
+    def call(self, name, column):
+        """call: "exists" "(" exists ")" | "regex" "(" regex ")" | "date" "(" date ")" """
+        self.require(name not in ("list", "dict"),
+                     "%s(...) only comes after in, as in \"v1\" in %s(metadata.tags)" % (name, name), column)
+        if name not in CALLS:
+            like = nearest(name, CALLS)
+            hint = "; did you mean %s?" % like if like else ""
+            self.fail("unknown function %.60s; there are %s%s" % (name, CALLED, hint), column)
+        self.take()
+        kind, node = CALLS[name](self)
+        self.expect(")", ") to close %s(...)" % name)
+        return kind, node, column
+
+    def exists(self):
+        """exists: path ["," ("True" | "False")]"""
+        path, wanted = self.argument("exists"), True
+        if self.word == ",":
+            self.take()
+            self.require(self.word in ("True", "False"),
+                         "exists(field, ...) takes True or False, not %s" % self.shown())
+            wanted = CONSTANTS[self.take()]
+        return "test", {path: {"$exists": wanted}}
+
+    def regex(self):
+        """regex: path "," STRING"""
+        path = self.argument("regex")
+        self.expect(",", "a comma and a pattern in quotes")
+        pattern, _ = self.quoted("regex(field, ...) takes a pattern in quotes", compile_pattern)
+        return "test", {path: {"$regex": pattern}}
+
+    def date(self):
+        """date: STRING"""
+        _, found = self.quoted("date(...) takes a date in quotes, such as date(\"3 hours ago\")",
+                               lambda text: parse_date(text, self.now))
+        return "const", {"_dt": to_datetime(found).isoformat()}
+
+    def argument(self, name):
+        """Return the path that stands in a call."""
+        self.require(self.kind == "name" and self.word not in KEYWORDS,
+                     "%s(...) takes a field, not %s" % (name, self.shown()))
+        column = self.column
+        return self.path(self.take(), column)
+
+    def quoted(self, otherwise, read):
+        """Return the text in quotes that stands in a call, and what `read` makes of it."""
+        self.require(self.kind == "string", otherwise)
+        column, text = self.column, self.string()
+        try:
+            return text, read(text)
+        except LabtaskerValueError as mistake:
+            self.fail(str(mistake), column)
 
 
 def _paths(value):
-    """Yield each path in a value of a tree."""
-    kind, rest = value
-    if kind == "path":
-        yield rest
-    elif kind != "const":
-        for each in rest:
+    """Yield each path in what stands in $expr."""
+    if isinstance(value, str) and value.startswith("$"):
+        yield value[1:]
+    elif isinstance(value, (list, dict)) and "$literal" not in value:
+        for each in value.values() if isinstance(value, dict) else value:
             yield from _paths(each)
+
+
+CALLS = {"exists": _Parser.exists, "regex": _Parser.regex, "date": _Parser.date}
+CALLED = ", ".join("%s()" % name for name in CALLS)
+COMPARISONS = {"==": "$eq", ">": "$gt", ">=": "$gte", "<": "$lt", "<=": "$lte"}
+MIRRORED = {"==": "==", ">": "<", ">=": "<=", "<": ">", "<=": ">="}
+ARITHMETIC = {"+": "$add", "-": "$subtract", "*": "$multiply", "/": "$divide", "%": "$mod"}
+BINDING = dict(dict.fromkeys(COMPARISONS, 3), **{"or": 1, "and": 2, "in": 3, "+": 4, "-": 4, "*": 5, "/": 5, "%": 5})
+CONSTANTS = {"True": True, "False": False, "None": None}
+KEYWORDS = frozenset("and or in not is if else lambda True False None".split())
+UNREADABLE = {  # kinds of tokens that can't stand in a filter
+    "octal": "a number can't start with 0; a date is written date(\"2026-11-22\")",
+    "open": "this quote is never closed",
+    "brace": "{!r} means nothing in a filter; compare a dict key by key: args.opt.k == 1",
+    "odd": "{!r} means nothing in a filter"}
+INSTEAD = {word: message.format(word) for words, message in (  # what people write -> what to write instead
+    ("!=", "there is no {}; write field < value or field > value, list the values with in [...], or use a regex() that "
+           "excludes"),
+    ("not !", "there is no not, nor not in; write the opposite comparison (a <= 1 for a > 1), list the values with in "
+              "[...], use exists(field, False), or a regex() that excludes"),
+    ("=", "equality is written =="),
+    ("is", "equality is written ==, also with None"),
+    ("&& &", "{} is written and"), ("|| |", "{} is written or"),
+    ("// ** ~", "there is no {}; the arithmetic is + - * / %"),
+    ("AND", "{} is written and"), ("OR", "{} is written or"), ("IN", "{} is written in"),
+    ("true", "{} is written True"), ("false", "{} is written False"), ("null none nil", "{} is written None"),
+) for word in words.split()}
+INSTEAD["<>"] = INSTEAD["!="].replace("!=", "<>")
 
 
 # Query documents ---------------------------------------------------------------
 
 
-def tree_to_query(tree):
-    """Return the query document that means what the tree means."""
-    kind = tree[0]
-    if kind == "$expr":
-        return {"$expr": _value_to_query(tree[1])}
-    if kind != "field":
-        return {kind: [tree_to_query(each) for each in tree[1]]} if tree[1] else {}
-    _, path, name, operand = tree
-    name_of = ".".join(filter(None, path))
-    if name == "$regex":
-        return {name_of: _pattern_to_query(operand)}
-    if name == "$in":
-        operand = [_pattern_to_query(each) if type(each) is tuple else each for each in operand]
-    document = _constant_to_query(operand)
-    plain = name == "$eq" and (not isinstance(document, dict) or type(operand) is Instant)
-    return {name_of: document if plain else {name: document}}
+def compile_query(document, fields, id_field="task_id"):
+    """Return the function of a record that tells whether a MongoDB-style query document matches it; it never raises.
+
+    LabtaskerValueError says what of the document is not supported. `_id` means `id_field`; a field that is not one of
+    `fields` is missing in every record."""
+    has_pattern = "$regex" in set(_keys(document, 0))
+    matches = _Query(fields, id_field).matching(document)
+
+    def metered(record):
+        METER.left = PATTERN_STEPS
+        return matches(record)
+    return metered if has_pattern else matches
 
 
-def _pattern_to_query(operand):
-    pattern, options = operand
-    return {"$regex": pattern, "$options": options} if options else {"$regex": pattern}
-
-
-def _constant_to_query(value):
-    if type(value) is Instant:
-        return {"_dt": to_datetime(value).isoformat()}
-    if isinstance(value, list):
-        return [_constant_to_query(each) for each in value]
+def _keys(value, level):
+    """Yield the keys of all dicts in a query document, or raise where it is nested too deep."""
+    _require(level <= MAX_LEVELS, "the query is nested more than %d deep" % MAX_LEVELS)
     if isinstance(value, dict):
-        return {key: _constant_to_query(each) for key, each in value.items()}
-    return value
+        yield from value
+    if isinstance(value, (dict, list)):
+        for each in value.values() if isinstance(value, dict) else value:
+            yield from _keys(each, level + 1)
 
 
-def _value_to_query(value):
-    kind, rest = value
-    if kind == "path":
-        return "$" + ".".join(filter(None, rest))
-    if kind != "const":
-        return {kind: [_value_to_query(each) for each in rest]}
-    special = isinstance(rest, (dict, list)) or isinstance(rest, str) and rest.startswith("$")
-    return {"$literal": _constant_to_query(rest)} if special else _constant_to_query(rest)
-
-
-def query_to_tree(document, fields, id_field="task_id"):
-    """Return the tree of a MongoDB-style query document, or raise LabtaskerValueError saying what is unsupported.
-
-    `_id` means `id_field`; a field that is not one of `fields` is missing in every record.
-    """
-    return _Reader(fields, id_field).query(document, 0)
-
-
-class _Reader:
-    """Reads query documents; `level` bounds the recursion."""
+class _Query:
+    """Makes the predicates of a query document's parts."""
 
     def __init__(self, fields, id_field):
         self.fields, self.id_field = frozenset(fields), id_field
 
-    def query(self, document, level):
-        """Return the tree of a document: all of its entries have to match."""
-        self._check(document, dict, "a query", level)
-        found = tuple(test for key, operand in document.items() for test in self.entry(key, operand, level + 1))
-        return found[0] if len(found) == 1 else ("$and", found)
+    def matching(self, document):
+        """Return the predicate of a document: all of its entries have to match."""
+        _require(isinstance(document, dict), "a query has to be a document {...}, not %.100r", document)
+        return _all_of([self.entry(key, operand) for key, operand in document.items()])
 
-    def _check(self, value, kind, what, level):
-        if level > MAX_LEVELS:
-            raise LabtaskerValueError("the query is nested more than %d deep" % MAX_LEVELS)
-        if not isinstance(value, kind) or value == []:
-            raise LabtaskerValueError("%s has to be a %s, not %.100r"
-                                      % (what, "document {...}" if kind is dict else "list that is not empty", value))
-
-    def entry(self, key, operand, level):
-        """Return the tests of one entry of a document."""
+    def entry(self, key, operand):
         if key == "$expr":
-            return [("$expr", self.value(operand, level))]
+            read = self.value(operand)
+            return lambda record: _is_true(read(record))
         if key in LOGIC:
-            self._check(operand, list, key, level)
-            return [(key, tuple(self.query(each, level + 1) for each in operand))]
-        if not isinstance(key, str) or key.startswith("$"):
-            raise _unsupported(key, LOGIC + ("$expr",))
-        return self.conditions(self.path(key), operand, level)
+            _require(operand and isinstance(operand, list), FILLED_LIST, key, operand)
+            return LOGIC[key]([self.matching(each) for each in operand])
+        _require(isinstance(key, str) and not key.startswith("$"), UNSUPPORTED, key, ", ".join([*LOGIC, "$expr"]))
+        return self.conditions(self.path(key), operand)
 
     def path(self, text):
-        """Return the path of a dotted field; it starts with "" where there is no such field."""
-        keys = tuple(text.split("."))
-        if keys[0] == "_id":
-            keys = (self.id_field,) + keys[1:]
-        return keys if keys[0] in self.fields else ("",) + keys
+        """Return the keys of a dotted field; they start with "" where there is no such field."""
+        first, *keys = text.split(".")
+        first = self.id_field if first == "_id" else first
+        return [first] + keys if first in self.fields else ["", first] + keys
 
-    def conditions(self, path, operand, level):
-        """Return the tests of what stands beside a field: a constant, or a document of operators."""
+    def conditions(self, path, operand):
+        """Return the predicate of what stands beside a field: a constant, or a document of operators."""
         if not _has_operators(operand):
-            return [("field", path, "$eq", self.constant(operand, level))]
-        for key in operand:
-            if key not in OPERATORS:
-                raise _unsupported(key, OPERATORS)
-        return [test for key in operand if key != "$options"
-                for test in self.condition(path, key, operand, level + 1)] or [self._options_alone()]
+            return _reaching(path, _equal_test(operand))
+        _require("$options" not in operand or "$regex" in operand, "$options has to stand beside $regex")
+        return _all_of([self.condition(path, key, operand) for key in operand if key != "$options"])
 
-    def _options_alone(self):
-        raise LabtaskerValueError("$options has to stand beside $regex")
-
-    def condition(self, path, key, document, level):
-        """Return the tests that one operator of a document means."""
+    def condition(self, path, key, document):
+        """Return the predicate of one operator of a document."""
         operand = document[key]
-        if key == "$regex":
-            return [("field", path, key, self.pattern(document))]
-        if "$options" in document and "$regex" not in document:
-            self._options_alone()
-        if key == "$not":
-            if not _has_operators(operand):
-                raise LabtaskerValueError("$not takes operators, as in {\"$not\": {\"$gt\": 1}}, not %.100r"
-                                          % (operand,))
-            return [("$nor", (("$and", tuple(self.conditions(path, operand, level))),))]
+        _require(key in OPERATORS, UNSUPPORTED, key, ", ".join(OPERATORS))
         if key in ("$in", "$nin", "$all"):
-            return self.membership(path, key, operand, level)
-        if key == "$exists":
-            return [("field", path, key, self.truth(operand))]
-        test = ("field", path, "$eq" if key == "$ne" else key, self.constant(operand, level))
-        return [("$nor", (test,)) if key == "$ne" else test]
-
-    def membership(self, path, key, operand, level):
-        """Return the tests that $in, $nin and $all mean; a pattern may stand among their constants."""
-        if not isinstance(operand, list):
-            raise LabtaskerValueError("%s has to be a list, not %.100r" % (key, operand))
-        members = [self.pattern(each) if isinstance(each, dict) and "$regex" in each
-                   else self.constant(each, level) for each in operand]
+            _require(isinstance(operand, list), "%s has to be a list, not %.100r", key, operand)
+        if key == "$not":
+            _require(_has_operators(operand), "$not takes operators, as in {$not: {$gt: 1}}, not %.100r", operand)
+            return _none_of([self.conditions(path, operand)])
         if key == "$all":
-            return [("field", path, "$in", [each]) for each in members] or [("field", path, "$in", [])]
-        test = ("field", path, "$in", members)
-        return [("$nor", (test,)) if key == "$nin" else test]
+            return _all_of([_reaching(path, _in_test([each])) for each in operand] or [_any_of([])])
+        found = _reaching(path, OPERATORS[key](document if key == "$regex" else operand))
+        return _none_of([found]) if key in ("$ne", "$nin") or key == "$exists" and not operand else found
 
-    def truth(self, operand):
-        if not isinstance(operand, (bool, int, float)):
-            raise LabtaskerValueError("$exists has to be true or false, not %.100r" % (operand,))
-        return bool(operand)
-
-    def pattern(self, document):
-        """Return (pattern, options) of a document with $regex, or raise where they can't be used."""
-        pattern, options = document["$regex"], document.get("$options", "")
-        for value in (pattern, options):
-            if not isinstance(value, str):
-                raise LabtaskerValueError("$regex and $options have to be text, not %.100r" % (value,))
-        compile_pattern(pattern, options)
-        return pattern, options
-
-    def constant(self, value, level):
-        """Return a constant with every {"_dt": ...} in it as an Instant."""
-        if level > MAX_LEVELS:
-            raise LabtaskerValueError("the query is nested more than %d deep" % MAX_LEVELS)
-        if isinstance(value, list):
-            return [self.constant(each, level + 1) for each in value]
-        if type(value) not in BRACKETS:
-            raise LabtaskerValueError("%.100r can't stand in a query" % (value,))
-        if not isinstance(value, dict):
-            return value
-        if list(value) == ["_dt"]:
-            return _wire_time(value["_dt"])
-        for key in value:
-            if not isinstance(key, str) or key.startswith("$"):
-                raise LabtaskerValueError("the key %.100r can't stand in a constant" % (key,))
-        return {key: self.constant(each, level + 1) for key, each in value.items()}
-
-    def value(self, operand, level):
-        """Return the value that stands inside $expr."""
+    def value(self, operand):
+        """Return the function of a record that gives a value of $expr, MISSING where it can't be had."""
         if isinstance(operand, str) and operand.startswith("$"):
-            return "path", self.path(operand[1:])
-        if isinstance(operand, list) and any(isinstance(each, (list, dict)) or str(each)[:1] == "$"
-                                             for each in operand):
-            raise LabtaskerValueError("a list in $expr holds plain constants; else write {\"$literal\": [...]}")
-        if not isinstance(operand, dict) or list(operand) == ["_dt"]:
-            return "const", self.constant(operand, level)
-        key, rest = next(iter(operand.items())) if len(operand) == 1 else (", ".join(map(str, operand)), None)
-        if key == "$literal":
-            return "const", self.constant(rest, level)
-        if key not in EXPRESSIONS:
-            raise _unsupported(key, tuple(EXPRESSIONS) + ("$literal",))
-        self._check(rest, list, key, level)
-        if EXPRESSIONS[key].pair and len(rest) != 2:
-            raise LabtaskerValueError("%s takes two values, not %d" % (key, len(rest)))
-        return key, tuple(self.value(each, level + 1) for each in rest)
+            first, *keys = self.path(operand[1:])
+            return lambda record: _reached(getattr(record, first, MISSING), keys)
+        for each in operand if isinstance(operand, list) else ():
+            _require(not isinstance(each, (list, dict)) and not str(each).startswith("$"),
+                     "a list in $expr holds plain constants; else write {\"$literal\": [...]}")
+        name = ", ".join(map(str, operand)) if isinstance(operand, dict) else ""
+        if name in ("", "_dt", "$literal") and operand != {}:
+            constant = _constant(operand[name] if name == "$literal" else operand)
+            return lambda record: constant
+        _require(name in EXPRESSIONS, UNSUPPORTED, name, ", ".join([*EXPRESSIONS, "$literal"]))
+        values = operand[name]
+        _require(values and isinstance(values, list), FILLED_LIST, name, values)
+        _require(name in ANY_NUMBER or len(values) == 2, "%s takes two values, not %d", name, len(values))
+        calculate, readers = EXPRESSIONS[name], [self.value(each) for each in values]
+        if len(readers) != 2:
+            return lambda record: calculate(*[read(record) for read in readers])
+        one, other = readers
+        return lambda record: calculate(one(record), other(record))
 
 
 def _has_operators(operand):
     return isinstance(operand, dict) and any(isinstance(key, str) and key.startswith("$") for key in operand)
 
 
-def _unsupported(key, supported):
-    return LabtaskerValueError("the operator %s is not supported in a query; supported here are %s"
-                               % (key, ", ".join(supported)))
+def _require(is_right, message, *shown):
+    if not is_right:
+        raise LabtaskerValueError(message % shown)
 
 
-def _wire_time(text):
-    try:
-        return parse_time(text)
-    except (ValueError, TypeError, OverflowError):
-        raise LabtaskerValueError("{\"_dt\": %.100r} is not a time; write for example "
-                                  "{\"_dt\": \"2026-11-22T06:00:00+00:00\"}" % (text,))
+UNSUPPORTED = "the operator %s is not supported in a query; supported here are %s"
+FILLED_LIST = "%s has to be a list that is not empty, not %.100r"
 
 
-# Patterns ----------------------------------------------------------------------
-#
-# `re` holds the interpreter while it backtracks: `(a+)+$` takes 4 s on 26 letters, for every thread. So a pattern is
-# read by re's own parser, what it can cost is counted before it is used, and a text is searched as far as that goes.
-
-PATTERN_CHARS = 1000       # of a pattern
-PATTERN_STEPS = 6000000    # that all patterns together may take on one record: some 20 ms
-SEARCHED = (100, 200, 300, 500, 1000, 2000, 5000, 10000, 20000, 50000, 100000, 200000)  # letters of a text
-FOLDED_RANGE = 2000        # characters of a range like [a-z] under $options i, which re unfolds one by one
-MANY = 1000                # a repeat that may go on for longer is one without end
-ASCII, OTHERS = (1 << 128) - 1, 1 << 128  # a set of characters: a bit for each of ASCII, one for all others
-EVERY_LETTER = ASCII | OTHERS
-
-
-def compile_pattern(pattern, options=""):
-    """Return the compiled pattern, or raise LabtaskerValueError saying what is wrong with it.
-
-    It tells whether a text matches, not where: repeats that begin or end it are as short as they may be."""
-    return _known_pattern(pattern, options)[0]
-
-
-def _known_pattern(pattern, options):
-    """Return (compiled pattern, [most steps for each length in SEARCHED that can be afforded])."""
-    known = _PATTERNS.get((pattern, options))
-    if known is None:
-        if len(_PATTERNS) > 500:
-            _PATTERNS.clear()
-        known = _PATTERNS[pattern, options] = _new_pattern(pattern, options)
-    return known
-
-
-_PATTERNS = {}  # (pattern, options): what _known_pattern returns
-
-
-def _new_pattern(pattern, options):
-    parser, compiler = _re_modules()
-    flags = 0
-    for letter in options:
-        if letter not in REGEX_OPTIONS:
-            raise LabtaskerValueError("the option %r of $options is not one of i, m, s, x" % letter)
-        flags |= REGEX_OPTIONS[letter]
-    try:
-        if len(pattern) > PATTERN_CHARS:
-            raise ValueError("it has over %d characters" % PATTERN_CHARS)
-        tree = parser.parse(pattern, flags)
-        flags |= getattr(tree, "state", None) and tree.state.flags or tree.pattern.flags
-        _Cost().of_all(list(tree), flags, 0)
-        _trim(tree, -1)
-        _trim(tree, 0)
-        steps = _Cost().of_search(tree, flags)
-        return compiler.compile(tree, flags), steps
-    except (re.error, ValueError, OverflowError, RecursionError) as mistake:
-        raise LabtaskerValueError("the pattern %.100r can't be used: %s" % (pattern, mistake)) from None
-
-
-def _re_modules():
-    """Return re's own parser and compiler."""
-    if hasattr(re, "_parser"):
-        return re._parser, re._compiler
-    import sre_compile
-    import sre_parse
-    return sre_parse, sre_compile
-
-
-def _trim(nodes, end):
-    """Cut the repeats at one end of a parsed pattern to what they need: `.*lr.*` is found where `lr` is."""
-    while len(nodes.data):
-        kind, value = nodes.data[end][0].name, nodes.data[end][1]
-        if kind == "SUBPATTERN":
-            return _trim(value[-1], end)
-        if kind not in ("MAX_REPEAT", "MIN_REPEAT") or value[0] == value[1]:
-            return
-        if value[0]:
-            nodes.data[end] = (nodes.data[end][0], (value[0], value[0], value[2]))
-            return
-        del nodes.data[end]
-
-
-class _Cost:
-    """Counts the steps that a parsed pattern can take; raises ValueError where they are too many.
-
-    `ways` of a part is (c, d): it can be matched from one place in at most c * n**d ways, in a text of n letters. Steps
-    are {degree: factor}. A repeat has but one way where what follows it can't begin as it goes on: `\\d+-`."""
-
-    def of_search(self, tree, flags):
-        """Return the most steps of a search, for each of SEARCHED that takes no more than PATTERN_STEPS."""
-        _, steps = self.of_all(list(tree), flags, 0)
-        first = list(tree)[:1]
-        anchored = first and first[0][0].name == "AT" and (
-            first[0][1].name == "AT_BEGINNING_STRING" or
-            first[0][1].name == "AT_BEGINNING" and not flags & re.MULTILINE)
-        start = 0 if anchored else 1
-        found = [int(1 + sum(factor * size ** (degree + start) / math.factorial(degree + start)
-                             for degree, factor in steps.items() if degree < 10)) for size in SEARCHED]
-        found = [count for count in found if count <= PATTERN_STEPS]
-        if not found or max(steps, default=0) >= 10:
-            raise ValueError("it can take too long: it repeats too much where one part can begin as another goes on; "
-                             "write fewer repeats like .* or \\w+, or more between them, or start it with ^")
-        return found
-
-    def of_all(self, nodes, flags, follow):
-        """Return (ways, steps) of nodes in a row, before what may start with the characters `follow`."""
-        factor, degree, steps = 1, 0, {}
-        for place, (op, value) in enumerate(nodes):
-            first, is_empty = self.first(nodes[place + 1:], flags)
-            ways, more = self.of_one(op.name, value, flags, first | (follow if is_empty else 0))
-            for each, count in more.items():
-                steps[each + degree] = min(steps.get(each + degree, 0) + count * factor, 1e30)
-            factor, degree = min(factor * ways[0], 1e30), degree + ways[1]
-        return (factor, degree), steps
-
-    def of_one(self, kind, value, flags, follow):
-        """Return (ways, steps) of one node."""
-        if kind in LETTERS or kind == "AT":
-            kind == "AT" or LETTERS[kind](value, flags)
-            return (1, 0), {0: 1}
-        if kind == "SUBPATTERN":
-            return self.of_all(list(value[-1]), (flags | value[1]) & ~value[2], follow)
-        if kind == "ATOMIC_GROUP":
-            return (1, 0), self.of_all(list(value), flags, 0)[1]
-        if kind in ("ASSERT", "ASSERT_NOT"):  # it is tried anew from each place: a degree more
-            steps = self.of_all(list(value[1]), flags, 0)[1]
-            return (1, 0), {degree + (degree > 0): count for degree, count in steps.items()}
-        if kind == "BRANCH":
-            return self.of_branch([list(each) for each in value[1]], flags, follow)
-        if kind in REPEATS:
-            ways, steps = self.of_repeat(value[0], int(value[1]), value[2], flags, follow)
-            return (ways if kind != "POSSESSIVE_REPEAT" else (1, 0)), steps
-        raise ValueError("it looks back at a group")
-
-    def of_branch(self, branches, flags, follow):
-        """Return (ways, steps) of alternatives: one way where the next character says which."""
-        costs = [self.of_all(nodes, flags, follow) for nodes in branches]
-        seen, is_clear = 0, True
-        for nodes in branches:
-            first, is_empty = self.first(nodes, flags)
-            is_clear = is_clear and not (is_empty or first & seen)
-            seen |= first
-        steps = {0: len(branches)}
-        for _, more in costs:
-            for degree, count in more.items():
-                steps[degree] = steps.get(degree, 0) + count
-        factors = [ways[0] for ways, _ in costs]
-        return (max(factors) if is_clear else sum(factors), max(ways[1] for ways, _ in costs)), steps
-
-    def of_repeat(self, low, high, body, flags, follow):
-        """Return (ways, steps) of a repeat; what is repeated without end has to match in one way only."""
-        first, is_empty = self.first(list(body), flags)
-        (factor, degree), steps = self.of_all(list(body), flags, first | follow)
-        cost = sum(steps.values())
-        if high > MANY:
-            if is_empty or body.getwidth()[0] == 0 or (factor, degree) != (1, 0):
-                raise ValueError("it can take too long: a repeat, or alternatives that begin alike, in a repeat, "
-                                 "such as (a+)+ or (a|ab)*")
-            return (1, 1 if first & follow else 0), {max(1, max(steps)): cost}
-        if high > 60 and (factor > 1 or degree):
-            raise ValueError("it can take too long: a repeat in a repeat")
-        factor = min(factor, 1e4)
-        spread = 1 if low == high or factor == 1 and not first & follow else high - low + 1
-        before = max(high - 1, 0)
-        return (min(spread * factor ** high, 1e30), degree * high), {
-            max(steps, default=0) + degree * before: min(max(high, 1) * cost * factor ** before, 1e30)}
-
-    def first(self, nodes, flags):
-        """Return (the characters that nodes in a row can start with, whether they can match nothing)."""
-        found = 0
-        for op, value in nodes:
-            kind = op.name
-            if kind in LETTERS:
-                return found | LETTERS[kind](value, flags), False
-            if kind == "AT" and value.name in ("AT_END", "AT_END_STRING"):  # no more than a newline comes after it
-                return found | 1 << ord("\n"), False
-            if kind == "AT" or kind in ("ASSERT", "ASSERT_NOT"):
-                continue
-            first, is_empty = self.first_of_group(kind, value, flags)
-            found |= first
-            if not is_empty:
-                return found, False
-        return found, True
-
-    def first_of_group(self, kind, value, flags):
-        """Return the same of one node that holds others."""
-        if kind == "SUBPATTERN":
-            return self.first(list(value[-1]), (flags | value[1]) & ~value[2])
-        if kind == "ATOMIC_GROUP":
-            return self.first(list(value), flags)
-        if kind == "BRANCH":
-            firsts = [self.first(list(each), flags) for each in value[1]]
-            return _union(first for first, _ in firsts), any(is_empty for _, is_empty in firsts)
-        if kind in REPEATS:
-            first, is_empty = self.first(list(value[2]), flags)
-            return first, is_empty or not value[0]
-        raise ValueError("it looks back at a group")
-
-
-def _union(sets):
-    found = 0
-    for each in sets:
-        found |= each
-    return found
-
-
-def _bit(code):
-    return 1 << min(code, 128)
-
-
-def _literal(code, flags):
-    """Return the set of one character, in both cases where case is nothing; Unicode folds some into i, k and s."""
-    if not flags & re.IGNORECASE:
-        return _bit(code)
-    fold = OTHERS if code > 127 or chr(code) in "iIkKsS" else 0
-    return _union(map(_bit, map(ord, "iIkKsS"))) | fold if code > 127 else (
-        _bit(code) | _bit(ord(chr(code).swapcase())) | fold)
-
-
-def _char_class(items, flags):
-    """Return the set of [...]; more than it may hold, never less."""
-    found, negated = 0, False
-    for op, value in items:
-        if op.name == "NEGATE":
-            negated = True
-        elif op.name == "LITERAL":
-            found |= _bit(value) if negated else _literal(value, flags)
-        elif op.name == "CATEGORY":
-            found |= CATEGORIES[value.name]
-        else:
-            low, high = value
-            if flags & re.IGNORECASE and high - low > FOLDED_RANGE:
-                raise ValueError("a range of over %d characters where case is nothing" % FOLDED_RANGE)
-            found |= _union(_bit(code) if negated else _literal(code, flags)
-                            for code in range(low, min(high, low + 3 * FOLDED_RANGE) + 1)) | _bit(high)
-    return EVERY_LETTER & ~(found & ASCII) if negated else found
-
-
-def _set_of(text):
-    return _union(1 << ord(letter) for letter in text)
-
-
-LETTERS = {  # node of a parsed pattern that takes one character: the set of those that it can take
-    "LITERAL": _literal,
-    "NOT_LITERAL": lambda code, flags: EVERY_LETTER & ~(_bit(code) & ASCII),
-    "ANY": lambda value, flags: EVERY_LETTER if flags & re.DOTALL else EVERY_LETTER & ~(1 << ord("\n")),
-    "IN": _char_class,
-}
-REPEATS = ("MAX_REPEAT", "MIN_REPEAT", "POSSESSIVE_REPEAT")
-DIGITS, SPACES = _set_of("0123456789"), _set_of("\t\n\v\f\r\x1c\x1d\x1e\x1f ")
-WORDS = DIGITS | _set_of("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ_")
-CATEGORIES = {"CATEGORY_" + name: found | OTHERS for name, found in (
-    ("DIGIT", DIGITS), ("SPACE", SPACES), ("WORD", WORDS), ("NOT_DIGIT", ASCII & ~DIGITS),
-    ("NOT_SPACE", ASCII & ~SPACES), ("NOT_WORD", ASCII & ~WORDS))}
+def _constant(value):
+    """Return a constant of a query with every {"_dt": ...} in it as an Instant."""
+    if isinstance(value, list):
+        return [_constant(each) for each in value]
+    _require(type(value) in BRACKETS, "%.100r can't stand in a query", value)
+    if not isinstance(value, dict):
+        return value
+    if list(value) == ["_dt"]:
+        try:
+            return parse_time(value["_dt"])
+        except (ValueError, TypeError, OverflowError):
+            raise LabtaskerValueError("%.100r is not a time; write for example {\"_dt\": \"2026-11-22T06:00:00+00:00\"}"
+                                      % (value,))
+    for key in value:
+        _require(isinstance(key, str) and not key.startswith("$"), "the key %.100r can't stand in a constant", key)
+    return {key: _constant(each) for key, each in value.items()}
 
 
 # Predicates --------------------------------------------------------------------
 
-
-def compile_tree(tree):
-    """Return the function of a record that tells whether the tree matches it. It never raises."""
-    found = _compiled(tree)
-    return metered(found) if has_pattern(tree) else found
+MISSING = type("Missing", (), {"__repr__": lambda self: "MISSING", "__slots__": ()})()
+NUMBERS = (int, float)
 
 
-def _compiled(tree):
-    kind = tree[0]
-    if kind == "field":
-        found = _field_predicate(tree[1], OPERATORS[tree[2]](tree[3]))
-        return _none_of([found]) if tree[2:] == ("$exists", False) else found
-    if kind == "$expr":
-        return _expression_predicate(tree[1])
-    tests = [_compiled(each) for each in tree[1]]
-    return {"$and": _all_of, "$or": _any_of, "$nor": _none_of}[kind](tests)
-
-
-def _all_of(tests):
+def _settled(answer, tests):
+    """Return the predicate that gives `answer` as soon as one of the tests does, else the opposite."""
     if len(tests) == 1:
         return tests[0]
 
     def matches(record):
         for test in tests:
-            if not test(record):
-                return False
-        return True
+            if test(record) is answer:
+                return answer
+        return not answer
     return matches
 
 
-def _any_of(tests):
-    if len(tests) == 1:
-        return tests[0]
-
-    def matches(record):
-        for test in tests:
-            if test(record):
-                return True
-        return False
-    return matches
+_all_of, _any_of = functools.partial(_settled, False), functools.partial(_settled, True)
 
 
 def _none_of(tests):
@@ -1602,9 +1004,9 @@ def _none_of(tests):
     return lambda record: not found(record)
 
 
-def _field_predicate(path, test):
+def _reaching(path, test):
     """Return the predicate that some value at `path` passes `test`; arrays are gone through as MongoDB does."""
-    first, keys = path[0], path[1:]
+    first, keys = path[0], tuple(path[1:])
 
     def matches(record):
         value = getattr(record, first, MISSING)
@@ -1642,153 +1044,8 @@ def _spread(value, keys):
         yield MISSING
 
 
-def _is_index(key, array):
-    return key.isdecimal() and len(key) < 10 and int(key) < len(array)
-
-
-# A test maker takes an operator's constant and returns a function (value) -> bool. A value is what a path
-# reached, an element of it where that is an array, or MISSING.
-
-
-def _equal_test(operand):
-    if type(operand) is tuple:
-        return _pattern_test(operand)
-    if operand is None:
-        return lambda value: value is None or value is MISSING
-    if type(operand) is str:
-        return lambda value: value == operand
-    if type(operand) in NUMBERS and operand == operand:
-        return lambda value: value == operand and type(value) in NUMBERS
-    return lambda value: _equal(value, operand)
-
-
-def _equal(one, other):
-    """Return whether two values are equal: of the same kind, and so within; the order of a dict's keys is nothing."""
-    kind = type(one)
-    if BRACKETS[kind] != BRACKETS[type(other)]:
-        return False
-    if kind is dict:
-        return len(one) == len(other) and all(key in other and _equal(each, other[key]) for key, each in one.items())
-    if kind is list:
-        return len(one) == len(other) and all(map(_equal, one, other))
-    return _order(one) == _order(other)
-
-
-def _in_test(operands):
-    """Membership: constants of one kind by a set, whatever a set can't hold one by one."""
-    sets, rest = {}, []
-    for each in operands:
-        if type(each) in SET_KINDS and each == each:
-            sets.setdefault(SET_KINDS[type(each)], set()).add(each)
-        else:
-            rest.append(_equal_test(each))
-    by_type = {kind: frozenset(sets[of]) for kind, of in SET_KINDS.items() if of in sets}
-    if not rest:
-        return lambda value: type(value) in by_type and value in by_type[type(value)]
-    return lambda value: (type(value) in by_type and value in by_type[type(value)]
-                          or any(test(value) for test in rest))
-
-
-def _ordering_test(compare):
-    """Return the test maker of an ordering operator: only values of the constant's own kind compare."""
-    ordered = _ordered(compare)
-
-    def make(operand):
-        if type(operand) in NUMBERS:
-            return lambda value: type(value) in NUMBERS and compare(value, operand)
-        if type(operand) is str:
-            return lambda value: type(value) is str and compare(value, operand)
-        return lambda value: ordered(value, operand)
-    return make
-
-
-def _ordered(compare):
-    """Return a function of two values: whether they are of one kind and `compare` so; NaN never is."""
-    def test(one, other):
-        kind = BRACKETS[type(one)]
-        if kind != BRACKETS[type(other)] or one is MISSING:
-            return False
-        return compare(one, other) if kind == BRACKETS[int] else compare(_order(one), _order(other))
-    return test
-
-
-def _exists_test(_):
-    return lambda value: value is not MISSING
-
-
-def _pattern_test(operand):
-    """A pattern: searched in so much of a text as can be afforded, and no more once a record has cost too much."""
-    pattern, steps = _known_pattern(*operand)
-    search, longest = pattern.search, SEARCHED[len(steps) - 1]
-
-    def test(value):
-        if type(value) is not str:
-            return False
-        cost = steps[min(_rank(len(value)), len(steps) - 1)]
-        METER.left -= cost
-        return METER.left >= 0 and search(value if len(value) <= longest else value[:longest]) is not None
-    return test
-
-
-def _rank(size):
-    """Return the place in SEARCHED of the first length that is not below `size`."""
-    return next((place for place, length in enumerate(SEARCHED) if length >= size), len(SEARCHED))
-
-
-class _Meter(threading.local):
-    """The steps that patterns may still take on the record that this thread looks at."""
-
-    left = PATTERN_STEPS
-
-
-METER = _Meter()
-
-
-def metered(predicate):
-    """Return the predicate with PATTERN_STEPS anew for each record."""
-    def matches(record):
-        METER.left = PATTERN_STEPS
-        return predicate(record)
-    return matches
-
-
-def has_pattern(tree):
-    """Return whether a tree holds a pattern."""
-    kind = tree[0]
-    if kind == "field":
-        return tree[2] == "$regex" or tree[2] == "$in" and any(type(each) is tuple for each in tree[3])
-    return kind in LOGIC and any(map(has_pattern, tree[1]))
-
-
-def _expression_predicate(value):
-    read = _value_reader(value)
-    return lambda record: _is_true(read(record))
-
-
-def _is_true(value):
-    return value is not None and value is not MISSING and value is not False and not _is_zero(value)
-
-
-def _is_zero(value):
-    return type(value) in NUMBERS and value == 0
-
-
-def _value_reader(value):
-    """Return the function of a record that gives a value of $expr, MISSING where it can't be had."""
-    kind, rest = value
-    if kind == "const":
-        return lambda record: rest
-    if kind == "path":
-        return lambda record: _reached(getattr(record, rest[0], MISSING), rest[1:])
-    readers, calculate = [_value_reader(each) for each in rest], EXPRESSIONS[kind].calculate
-    if EXPRESSIONS[kind].pair:
-        first, second = readers
-        return lambda record: calculate(first(record), second(record))
-    return lambda record: calculate([read(record) for read in readers])
-
-
 def _reached(value, keys):
-    """Return what stands at `keys`; through an array by index, or the list of what its dicts have there."""
+    """Return what stands at `keys` for $expr; through an array by index, or the list of what its dicts have there."""
     for place, key in enumerate(keys):
         if type(value) is dict:
             value = value.get(key, MISSING)
@@ -1802,9 +1059,82 @@ def _reached(value, keys):
     return value
 
 
-def _evaluate(value):
-    """Return what a value made of constants alone is."""
-    return _value_reader(value)(None)
+def _is_index(key, array):
+    return key.isdecimal() and len(key) < 10 and int(key) < len(array)
+
+
+# Makers: of the operand of an operator they make a function (value) -> bool. A value is what a path reached, an element
+# of it where that is an array, or MISSING.
+
+
+def _equal_test(operand):
+    operand = _constant(operand)
+    kinds, order = _kinds(operand), _order(operand, sorted)
+    if kinds:
+        return lambda value: value == operand and type(value) in kinds
+    if operand is None:
+        return lambda value: value is None or value is MISSING
+    return lambda value: _order(value, sorted) == order
+
+
+def _in_test(operands):
+    """Membership: by a set for each type; patterns, and what a set can't tell, one by one."""
+    sets, rest = {}, []
+    for each in operands:
+        is_pattern = isinstance(each, dict) and "$regex" in each
+        each = each if is_pattern else _constant(each)
+        for kind in _kinds(each):
+            sets.setdefault(kind, set()).add(each)
+        if not _kinds(each):
+            rest.append(_pattern_test(each) if is_pattern else _equal_test(each))
+    if not rest:
+        return lambda value: type(value) in sets and value in sets[type(value)]
+    return lambda value: type(value) in sets and value in sets[type(value)] or any(test(value) for test in rest)
+
+
+def _ordering_test(compare):
+    """Return the maker of an ordering: only values of the constant's own kind compare."""
+    ordered = _ordered(compare)
+
+    def make(operand):
+        operand = _constant(operand)
+        kinds = _kinds(operand)
+        if kinds:
+            return lambda value: type(value) in kinds and compare(value, operand)
+        return lambda value: ordered(value, operand)
+    return make
+
+
+def _kinds(value):
+    """Return the types whose values Python compares with this one as a query does; none for null, NaN, dicts, lists."""
+    return COMPARABLE.get(type(value), ()) if value == value else ()
+
+
+def _exists_test(operand):
+    _require(isinstance(operand, (bool, int, float)), "$exists has to be true or false, not %.100r", operand)
+    return lambda value: value is not MISSING
+
+
+# Calculations of $expr, of values of all kinds; what has no result is MISSING.
+
+
+def _is_true(value):
+    return value is not None and value is not MISSING and not (type(value) in (bool, int, float) and value == 0)
+
+
+def _ordered(compare):
+    """Return a function of two values: whether they are of one kind and `compare` so; NaN never is."""
+    def calculate(one, other):
+        if type(one) in NUMBERS and type(other) in NUMBERS:
+            return compare(one, other)
+        first, second = _order(one), _order(other)
+        return one is not MISSING and first[0] == second[0] and compare(first, second)
+    return calculate
+
+
+def _equality(is_equal):
+    """Return a function of two values: whether both are there, and are equal or are not."""
+    return lambda one, other: MISSING not in (one, other) and (_order(one, sorted) == _order(other, sorted)) is is_equal
 
 
 def _numbers(calculate):
@@ -1819,28 +1149,16 @@ def _numbers(calculate):
     return result
 
 
-def _folded(calculate):
-    """Return the function that joins a list of any length by one of two values."""
+def _folded(calculate, total):
+    """Return the function that joins any number of values to `total`."""
     pairwise = _numbers(calculate)
-
-    def result(values):
-        total = values[0] if len(values) > 1 else pairwise(values[0], 0)
-        for each in values[1:]:
-            total = pairwise(total, each)
-        return total
-    return result
+    return lambda *values: functools.reduce(pairwise, values, total)
 
 
 def _remainder(one, other):
     """Return the remainder with the sign of `one`, as MongoDB has it."""
-    if isinstance(one, int) and isinstance(other, int):
-        rest = abs(one) % abs(other)
-        return -rest if one < 0 else rest
-    return math.fmod(one, other)
-
-
-def _present(compare):
-    return lambda one, other: one is not MISSING and other is not MISSING and compare(one, other)
+    rest = abs(one) % abs(other)
+    return -rest if one < 0 else rest
 
 
 # Sorting -----------------------------------------------------------------------
@@ -1855,88 +1173,171 @@ def sort_records(records, sort, ties):
     return found
 
 
-def _order(value):
+def _order(value, arranged=iter):
     """Return the key that sorts values of all kinds, in the order of BRACKETS.
 
-    Dicts go pair by pair, as in MongoDB: first by the kind of the value, then by the key, then by the value."""
+    Dicts go pair by pair, as in MongoDB: first by the kind of the value, then by the key, then by the value; where
+    only equality counts, the pairs are `arranged` as if in one order."""
     kind = type(value)
     if kind is list:
-        return BRACKETS[kind], tuple(map(_order, value))
+        return BRACKETS[kind], tuple(_order(each, arranged) for each in value)
     if kind is dict:
-        return BRACKETS[kind], tuple((BRACKETS[type(each)], key, _order(each)) for key, each in value.items())
+        return BRACKETS[kind], tuple((BRACKETS[type(each)], key, _order(each, arranged))
+                                     for key, each in arranged(value.items()))
     if value is None or value is MISSING:
         return NULL_ORDER
     return (BRACKETS[kind], value) if value == value else NAN_ORDER
 
 
-BRACKETS = {type(MISSING): 0, type(None): 0, int: 1, float: 1, str: 3, dict: 4, list: 5, bool: 6, Instant: 7}
-NULL_ORDER, NAN_ORDER = (0, 0), (2, 0)
-SET_KINDS = {str: str, int: float, float: float, bool: bool, Instant: Instant}
+# Patterns ----------------------------------------------------------------------
+#
+# `re` holds the interpreter while it backtracks: `(a+)+$` takes 4 s on 26 letters, for every thread. So a pattern is
+# read by re's own parser, and the ways in which it can match are counted: those of parts in a row multiply, those of
+# alternatives add up, a repeat may end after each of its rounds. A text is searched as far as can be afforded.
+
+PATTERN_CHARS = 1000      # of a pattern
+PATTERN_STEPS = 10000000  # that all patterns together may take on one record: some tens of ms
+FOLDED_RANGE = 2000       # characters of a range like [a-z] under $options i, which re unfolds one by one
+PARSER, COMPILER = (re._parser, re._compiler) if hasattr(re, "_parser") else (re.sre_parse, re.sre_compile)
+LETTERS, REPEATS = ("LITERAL", "NOT_LITERAL", "ANY", "IN"), ("MAX_REPEAT", "MIN_REPEAT")  # what the parser calls them
+METER = threading.local()  # `left`: the steps that patterns may still take on the record that this thread looks at
 REGEX_OPTIONS = {"i": re.IGNORECASE, "m": re.MULTILINE, "s": re.DOTALL, "x": re.VERBOSE}
 
-OPERATORS = {  # of a field in a query document -> maker of its test; None: made of the others
-    "$eq": _equal_test,
-    "$ne": None,
-    "$gt": _ordering_test(operator.gt),
-    "$gte": _ordering_test(operator.ge),
-    "$lt": _ordering_test(operator.lt),
-    "$lte": _ordering_test(operator.le),
-    "$in": _in_test,
-    "$nin": None,
-    "$all": None,
-    "$exists": _exists_test,
-    "$regex": _pattern_test,
-    "$options": None,
-    "$not": None,
-}
-LOGIC = ("$and", "$or", "$nor")
 
-Expression = collections.namedtuple("Expression", "pair calculate")
-EXPRESSIONS = {  # in $expr: whether it takes exactly two values, and what it makes of them
-    "$eq": Expression(True, _present(_equal)),
-    "$ne": Expression(True, _present(lambda one, other: not _equal(one, other))),
-    "$gt": Expression(True, _ordered(operator.gt)),
-    "$gte": Expression(True, _ordered(operator.ge)),
-    "$lt": Expression(True, _ordered(operator.lt)),
-    "$lte": Expression(True, _ordered(operator.le)),
-    "$add": Expression(False, _folded(operator.add)),
-    "$subtract": Expression(True, _numbers(operator.sub)),
-    "$multiply": Expression(False, _folded(operator.mul)),
-    "$divide": Expression(True, _numbers(operator.truediv)),
-    "$mod": Expression(True, _numbers(_remainder)),
-    "$and": Expression(False, lambda values: all(map(_is_true, values))),
-    "$or": Expression(False, lambda values: any(map(_is_true, values))),
-}
+@functools.lru_cache(500)
+def compile_pattern(pattern, options=""):
+    """Return (compiled pattern, [most steps in a text of under 1, 2, 4, 8, ... letters]), or raise LabtaskerValueError.
 
-COMPARISONS = {"==": "$eq", ">": "$gt", ">=": "$gte", "<": "$lt", "<=": "$lte"}  # in filter text
-MIRRORED = {"==": "==", ">": "<", ">=": "<=", "<": ">", "<=": ">="}
-ARITHMETIC = {"+": "$add", "-": "$subtract", "*": "$multiply", "/": "$divide", "%": "$mod"}
-CONSTANTS = {"True": True, "False": False, "None": None}
-CALLS = {"exists": _Parser.call_exists, "regex": _Parser.call_regex, "date": _Parser.call_date}
-OTHER_SPELLINGS = {"true": "True", "false": "False", "null": "None", "none": "None", "nil": "None",
-                   "AND": "and", "OR": "or", "IN": "in"}
-KEYWORDS = frozenset(["and", "or", "in", "not", "is", "if", "else", "lambda"])
-NO_NOT = ("there is no not, nor not in; write the opposite comparison (a <= 1 for a > 1), list the values "
-          "with in [...], use exists(field, False), or a regex() that excludes")
-INSTEAD = {  # what people write -> what to write instead
-    "!=": "there is no !=; write field < value or field > value, list the values with in [...], "
-          "or use a regex() that excludes",
-    "not": NO_NOT,
-    "!": NO_NOT,
-    "=": "equality is written ==",
-    "is": "equality is written ==, also with None",
-    "&&": "&& is written and",
-    "&": "& is written and",
-    "||": "|| is written or",
-    "|": "| is written or",
-    "//": "there is no //; the arithmetic is + - * / %",
-    "**": "there is no **; the arithmetic is + - * / %",
-    "~": "there is no ~; the arithmetic is + - * / %",
-    "AND": "AND is written and",
-    "OR": "OR is written or",
-    "IN": "IN is written in",
+    It tells whether a text matches, not where: repeats that begin or end it are as short as they may be."""
+    try:
+        return _bounded(pattern, options)
+    except (re.error, ValueError, OverflowError, RecursionError) as mistake:
+        raise LabtaskerValueError("the pattern %.100r can't be used: %s" % (pattern, mistake)) from None
+
+
+def _bounded(pattern, options):
+    unknown = set(options) - set(REGEX_OPTIONS)
+    if unknown:
+        raise ValueError("the option %r of $options is not one of i, m, s, x" % min(unknown))
+    if len(pattern) > PATTERN_CHARS:
+        raise ValueError("it has over %d characters" % PATTERN_CHARS)
+    tree = PARSER.parse(pattern, sum(REGEX_OPTIONS[letter] for letter in set(options)))
+    flags = (tree.state if hasattr(tree, "state") else tree.pattern).flags
+    _trim(tree, 0)
+    _trim(tree, -1)
+    is_anchored = tree.data and str(tree[0][1]).startswith("AT_BEGINNING") and not flags & re.MULTILINE
+    row, costs = _row(tree, flags, None), []
+    for size in (1 << power for power in range(18)):
+        cost = size + _counted(row, size, 0)[1] if is_anchored else size * _counted(row, size, 1)[1]
+        if not cost <= PATTERN_STEPS:
+            break
+        costs.append(cost)
+    if len(costs) < 8:  # a name has up to 100 letters
+        raise ValueError("it can take too long: it repeats what has repeats or alternatives in it, as (a+)+ does, or "
+                         "too much in a row, as .*a.*b.*c.*d does; write fewer repeats, or start it with ^")
+    return COMPILER.compile(tree, flags), costs
+
+
+def _is_letter(nodes):
+    return len(nodes) == 1 and nodes[0][0].name in LETTERS
+
+
+def _trim(tree, end):
+    """Cut the repeats at one end of a parsed pattern to what they need: `.*lr.*` is found where `lr` is."""
+    while tree.data and tree[end][0].name in REPEATS and _is_letter(tree[end][1][2]):
+        kind, (low, _, body) = tree[end]
+        if low:
+            tree[end] = kind, (low, low, body)
+            return
+        del tree[end]
+
+
+def _row(nodes, flags, after):
+    """Return [(fewest and most rounds, whether they can end in one place only, alternatives)...] of nodes in a row,
+    with groups opened; an alternative is such a row again. `after` is the node that comes next."""
+    row = []
+    for (op, value), following in zip(nodes, list(nodes)[1:] + [after]):
+        kind = op.name
+        if kind == "SUBPATTERN":
+            inner = (flags | value[1]) & ~value[2]
+            row += _row(value[-1], inner, following if inner == flags else None)
+        elif kind in LETTERS or kind == "AT":
+            row.append((1, 1, True, []))
+            if kind == "IN" and flags & re.IGNORECASE and any(
+                    op.name == "RANGE" and item[1] - item[0] > FOLDED_RANGE for op, item in value):
+                raise ValueError("a range of over %d characters where case is nothing" % FOLDED_RANGE)
+        elif kind == "BRANCH":
+            row.append((1, 1, False, [_row(each, flags, None) for each in value[1]]))
+        elif kind in ("ASSERT", "ASSERT_NOT"):
+            row.append((1, 1, True, [_row(value[1], flags, None)]))
+        elif kind in REPEATS:
+            low, high, body = value
+            row.append((low, int(high), _is_clear(body, flags, following), [_row(body, flags, None)]))
+        else:
+            raise ValueError("it looks back at a group, or forbids to")
+    return row
+
+
+def _is_clear(body, flags, after):
+    """Return whether a repeat has to end where what comes after it begins, as in `\\d+-`."""
+    if not _is_letter(body) or not after or after[0].name != "LITERAL" or flags & re.IGNORECASE:
+        return False
+    return not COMPILER.compile(body, flags).match(chr(after[1]))
+
+
+def _counted(row, size, ends):
+    """Return in how many ways, and steps, a row matches at most from one place in a text of `size` letters; `ends` are
+    the repeats before it that may end anywhere: of those places each leaves a part of the text to the next."""
+    ways, steps = 1.0, 1.0
+    for low, high, is_clear, alternatives in row:
+        found = [_counted(each, size, 0) for each in alternatives] or [(1.0, 1.0)]
+        ends += high > size and not is_clear
+        rounds = max(low, min(high, size / max(ends, 1)))
+        inner = min(sum(each for each, _ in found), 1e9) ** min(rounds, 30)
+        steps += ways * inner * rounds * sum(each for _, each in found)
+        if not is_clear:
+            ways *= inner * (rounds - low + 1)
+    return ways, steps
+
+
+def _pattern_test(document):
+    """A pattern: searched in so much of a text as can be afforded, and no more once a record has cost too much."""
+    pattern, options = document["$regex"], document.get("$options", "")
+    _require(isinstance(pattern, str) and isinstance(options, str), "$regex and $options have to be text")
+    compiled, costs = compile_pattern(pattern, options)
+    search, most = compiled.search, len(costs) - 1
+
+    def test(value):
+        if type(value) is not str:
+            return False
+        METER.left -= costs[min(len(value).bit_length(), most)]
+        return METER.left >= 0 and search(value[:1 << most]) is not None
+    return test
+
+
+BRACKETS = {type(MISSING): 0, type(None): 0, int: 1, float: 1, str: 3, dict: 4, list: 5, bool: 6, Instant: 7}
+NULL_ORDER, NAN_ORDER = (0, 0), (2, 0)
+COMPARABLE = {int: NUMBERS, float: NUMBERS, str: (str,), bool: (bool,), Instant: (Instant,)}
+LOGIC = {"$and": _all_of, "$or": _any_of, "$nor": _none_of}
+
+OPERATORS = {  # of a field in a query document -> maker of its test; None: it is made of others
+    "$eq": _equal_test, "$ne": _equal_test,
+    "$gt": _ordering_test(operator.gt), "$gte": _ordering_test(operator.ge),
+    "$lt": _ordering_test(operator.lt), "$lte": _ordering_test(operator.le),
+    "$in": _in_test, "$nin": _in_test, "$all": None,
+    "$exists": _exists_test, "$regex": _pattern_test, "$options": None, "$not": None,
 }
-INSTEAD["<>"] = INSTEAD["!="].replace("!=", "<>")
+EXPRESSIONS = {  # in $expr: what it makes of two values, or of ANY_NUMBER
+    "$eq": _equality(True), "$ne": _equality(False),
+    "$gt": _ordered(operator.gt), "$gte": _ordered(operator.ge),
+    "$lt": _ordered(operator.lt), "$lte": _ordered(operator.le),
+    "$add": _folded(operator.add, 0), "$subtract": _numbers(operator.sub),
+    "$multiply": _folded(operator.mul, 1), "$divide": _numbers(operator.truediv), "$mod": _numbers(_remainder),
+    "$and": lambda *values: all(map(_is_true, values)), "$or": lambda *values: any(map(_is_true, values)),
+}
+ANY_NUMBER = ("$add", "$multiply", "$and", "$or")
+
+
 # 3. Model ####################################################################
 #
 # Task, worker and queue: their fields as tables, and the two state machines as tables. Knows
@@ -3818,8 +3219,8 @@ class Store(StoreFile):
         if known is None:
             if len(self.filters) > MAX_STANDING:
                 self.filters.clear()
-            known = self.filters[text, tuple(fields)] = compile_tree(query_to_tree(
-                document, fields, "task_id" if "task_id" in fields else "worker_id"))
+            known = self.filters[text, tuple(fields)] = compile_query(
+                document, fields, "task_id" if "task_id" in fields else "worker_id")
         return known, text
 
     def login(self, name, password):
@@ -4704,7 +4105,7 @@ def _read_filter(fields):
     def prepare(store, request):
         given = request.get("extra_filter")
         if isinstance(given, str):
-            given = request["extra_filter"] = tree_to_query(parse_filter(given, fields, now()))
+            given = request["extra_filter"] = parse_filter(given, fields, now())
         if given is not None:
             request["predicate"], request["filter_text"] = store.predicate(given, fields)
     return prepare
@@ -7072,7 +6473,7 @@ def _given(**values):
 def _query(extra_filter):
     """Return the query document of a filter: text, a document, or None."""
     if isinstance(extra_filter, str):
-        return tree_to_query(parse_filter(extra_filter, visible(TASK_FIELDS), now()))
+        return parse_filter(extra_filter, visible(TASK_FIELDS), now())
     return extra_filter
 
 
@@ -7349,7 +6750,7 @@ def create_worker(worker_name=None, metadata=None, max_retries=3):
 def ls_workers(worker_id=None, worker_name=None, status=None, extra_filter=None, limit=LIMIT, offset=0, sort=None):
     """Return `.content`, the Workers that match all that is given; iterating goes on as with ls_tasks."""
     if isinstance(extra_filter, str):
-        extra_filter = tree_to_query(parse_filter(extra_filter, visible(WORKER_FIELDS), now()))
+        extra_filter = parse_filter(extra_filter, visible(WORKER_FIELDS), now())
     return _listing(WorkerLsResponse, Worker, _WORKERS, "worker_id", _given(
         worker_id=worker_id, worker_name=worker_name, status=status, extra_filter=extra_filter, limit=limit,
         offset=offset, sort=sort))
@@ -8935,7 +8336,7 @@ def check_worker_choice(worker_id, create_worker_kwargs):
 def fetch_request(fields, extra_filter, cmd, worker_id, eta_max, heartbeat_timeout):
     """Return what a loop asks `fetch_task` for; a filter's dates and a duration are settled here, once and for all."""
     if isinstance(extra_filter, str):
-        extra_filter = tree_to_query(parse_filter(extra_filter, visible(TASK_FIELDS), now()))
+        extra_filter = parse_filter(extra_filter, visible(TASK_FIELDS), now())
     if eta_max is not None:
         parse_duration(eta_max)
     return {"required_fields": fields or None, "extra_filter": extra_filter, "cmd": cmd, "worker_id": worker_id,

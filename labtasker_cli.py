@@ -20,7 +20,7 @@ from labtasker import (
     change_of, choice, chosen_tasks, clean, client, compact, connect_events, count, covers, filter_of, find_root,
     fitted, flat, format_time, full_id, get_task, group, ids_of, is_terminal, joined, journal_path, load_config,
     ls_tasks, ls_workers, main, monotonic, note, now, option, pairs, parse_filter, paths_of, read_text, record_text,
-    say, screen_size, seconds, selectors, show, show_listing, some, span, spent_s, table, tasks_named, tree_to_query,
+    say, screen_size, seconds, selectors, show, show_listing, some, span, spent_s, table, tasks_named,
     typed_filter, typed_value, update_tasks, updates_of, visible)
 
 __all__ = ["main", "server_main"]
@@ -252,10 +252,8 @@ def unmet(task, query):
     if not query:
         return []
     if isinstance(query, str):
-        tree = parse_filter(query, visible(TASK_FIELDS), now())
-        parts = [tree_to_query(part) for part in (tree[1] if tree[0] == "$and" else [tree])]
-    else:
-        parts = [query]
+        query = parse_filter(query, visible(TASK_FIELDS), now())
+    parts = query.get("$and", [query])
     return ["the filter's %s does not match" % json.dumps(part) for part in parts
             if not ls_tasks(task_id=task.task_id, extra_filter=part).content]
 
@@ -1194,7 +1192,7 @@ def filter_reference():
         "Nested        args.optimizer.lr, summary.acc, args.layers[0]", "",
         "Instead of"] + ["  %-11s %s" % (word, text) for word, text in INSTEAD.items()] + [
         "", "A query document may stand for it: -f '{\"args.lr\": {\"$gt\": 0.1}}', with",
-        " ".join(tuple(OPERATORS) + LOGIC + ("$expr",)), "", table(fields)])
+        " ".join(tuple(OPERATORS) + tuple(LOGIC) + ("$expr",)), "", table(fields)])
 
 
 def settings_reference():

@@ -31,22 +31,19 @@ TEXTS = [(text, json.loads(document)) for text, document in blocks("filters.txt"
 ERRORS = blocks("filter_errors.txt")
 
 
-def tree(text):
+def written(text):
     return labtasker.parse_filter(text, FIELDS, NOW)
 
 
 def read(document):
-    return labtasker.query_to_tree(document, FIELDS)
+    return labtasker.compile_query(document, FIELDS)
 
 
 def matches(query, record):
     """Return whether a filter, text or document, matches; a dict stands for a record with these args."""
     record = Record(args=record) if isinstance(record, dict) else record
-    found = tree(query) if isinstance(query, str) else read(query)
-    answer = labtasker.compile_tree(found)(record)
-    again = labtasker.compile_tree(read(json.loads(json.dumps(labtasker.tree_to_query(found)))))(record)
-    assert answer is again, "the document made of the tree means something else"
-    return answer
+    document = written(query) if isinstance(query, str) else query
+    return read(json.loads(json.dumps(document)))(record)
 
 
 @pytest.fixture(autouse=True)
@@ -64,15 +61,14 @@ def test_there_are_cases():
 
 @pytest.mark.parametrize("text, document", TEXTS)
 def test_text_gives_this_document(text, document):
-    found = labtasker.tree_to_query(tree(text))
-    assert json.dumps(found) == json.dumps(document)
-    assert json.dumps(labtasker.tree_to_query(read(document))) == json.dumps(document)
+    assert json.dumps(written(text)) == json.dumps(document)
+    assert read(document)(Record(args={}, metadata={})) in (True, False)
 
 
 @pytest.mark.parametrize("text, caret, message", ERRORS)
 def test_mistake_in_text_is_told_with_its_column(text, caret, message):
     with pytest.raises(labtasker.FilterError) as caught:
-        tree(text)
+        written(text)
     assert caught.value.message.startswith(message)
     assert caught.value.column == caret.index("^")
     assert str(caught.value).splitlines()[1:] == ["  " + text, "  " + caret.rstrip()]
@@ -81,7 +77,7 @@ def test_mistake_in_text_is_told_with_its_column(text, caret, message):
 @pytest.mark.parametrize("text", ["", "  ", "\n\t"])
 def test_an_empty_filter_is_a_mistake(text):
     with pytest.raises(labtasker.FilterError, match="the filter is empty"):
-        tree(text)
+        written(text)
 
 
 @pytest.mark.parametrize("text", [
@@ -89,7 +85,7 @@ def test_an_empty_filter_is_a_mistake(text):
     "args.a == 1" + " + args.b" * 10000, "(" * 10000, "args.a in " + "[" * 10000, "not " * 10000, "exists(" * 10000])
 def test_filters_that_nest_without_end_are_mistakes_and_not_crashes(text):
     with pytest.raises(labtasker.FilterError):
-        tree(text)
+        written(text)
 
 
 @pytest.mark.slow
@@ -340,7 +336,7 @@ def test_an_expression_matches_these_args_and_never_raises(query, those, others)
 
 
 def test_every_operator_of_expressions_is_tried_above():
-    used = json.dumps([labtasker.tree_to_query(tree(q)) if isinstance(q, str) else q for q, _, _ in EXPRESSIONS])
+    used = json.dumps([written(q) if isinstance(q, str) else q for q, _, _ in EXPRESSIONS])
     assert [name for name in labtasker.EXPRESSIONS if '"%s"' % name not in used] == []
 
 
@@ -363,8 +359,7 @@ def test_logic_of_documents():
 def test_id_is_the_field_that_is_said_and_unknown_fields_are_missing():
     record = Record(task_id="x")
     assert matches({"_id": "x"}, record) and not matches({"_id": "y"}, record)
-    as_worker = labtasker.query_to_tree({"_id": "w"}, FIELDS, id_field="worker_id")
-    assert labtasker.compile_tree(as_worker)(Record(worker_id="w"))
+    assert labtasker.compile_query({"_id": "w"}, FIELDS, id_field="worker_id")(Record(worker_id="w"))
     for name in ("nosuch", "count", "_fields", "__class__", "index.a"):
         assert matches({name: None}, record)
         assert not matches({name: {"$exists": True}}, record)
@@ -406,7 +401,7 @@ def test_text_tree_document_and_tree_again_agree_on_every_record(text, records):
        | st.builds("{}{}".format, FILTERS, st.text(max_size=3)))
 def test_any_text_gives_a_tree_or_a_filter_error_inside_the_text(text):
     try:
-        labtasker.compile_tree(tree(text))(Record(args={}))
+        read(written(text))(Record(args={}))
     except labtasker.FilterError as mistake:
         assert 0 <= mistake.column <= len(text) and mistake.message
 
@@ -425,7 +420,7 @@ def test_any_document_gives_a_tree_or_a_clear_refusal(document, record):
     except labtasker.LabtaskerValueError as mistake:
         assert str(mistake)
     else:
-        assert labtasker.compile_tree(found)(record) in (True, False)
+        assert found(record) in (True, False)
 
 
 ORDERED = [None, -math.inf, -1, 0, 0.5, 1, 10 ** 30, math.inf, NAN, "", "A", "a", "aa", "b", {}, {"x": 1}, {"x": 2},

@@ -205,14 +205,14 @@ RECORD = L.TaskRecord(task_id="x", task_name="gaaab-12x", status="pending", args
 def look_at(text):
     """Read text as a filter, as a query document and as a body; what is right is used."""
     try:
-        L.compile_tree(L.parse_filter(text, L.TASK_FIELDS, L.Instant(1.8e9)))(RECORD)
+        L.compile_query(L.parse_filter(text, L.TASK_FIELDS, L.Instant(1.8e9)), L.TASK_FIELDS)(RECORD)
     except L.LabtaskerError:
         pass
     try:
         value = L.parse_json(text.encode("utf-8", "surrogatepass"))
         L.checked(L.ROUTES["POST " + ME + "/tasks"].fields, value, ["body"])
         L.dump_json(L.nest(value))
-        L.compile_tree(L.query_to_tree(value, L.TASK_FIELDS))(RECORD)
+        L.compile_query(value, L.TASK_FIELDS)(RECORD)
     except L.LabtaskerError:
         pass
 

@@ -17,7 +17,7 @@ TREE = ast.parse(SOURCE)
 COMFORTS = (ROOT / "labtasker_cli.py").read_text(encoding="utf-8")
 COMFORTS_TREE = ast.parse(COMFORTS)
 BANNER = re.compile(r"# (\d+)\. (\w[\w ]*?) #+$")
-AT_MODULE_LEVEL = {"collections", "datetime", "errno", "fcntl", "gc", "heapq", "itertools", "json", "math", "operator",
+AT_MODULE_LEVEL = {"collections", "datetime", "errno", "fcntl", "functools", "gc", "heapq", "itertools", "json", "math", "operator",
                    "os", "re", "sys", "threading", "time", "zlib"}
 IF_THERE = {"tomllib", "typing_extensions"}  # newer than the oldest Python, or not part of it: used where they are
 

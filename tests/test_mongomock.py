@@ -110,7 +110,7 @@ def for_peer(value):
 
 def a_regex(each):
     if isinstance(each, dict) and "$regex" in each:
-        return labtasker.compile_pattern(each["$regex"], each.get("$options", ""))
+        return labtasker.compile_pattern(each["$regex"], each.get("$options", ""))[0]
     return for_peer(each)
 
 
@@ -119,7 +119,7 @@ def theirs(query, document):
 
 
 def ours(query, record):
-    return labtasker.compile_tree(labtasker.query_to_tree(query, FIELDS))(record)
+    return labtasker.compile_query(query, FIELDS)(record)
 
 
 def candidates(key, value, found=filtering.iter_key_candidates):
@@ -333,7 +333,7 @@ def test_arithmetic_in_filter_text_gives_what_its_document_gives_mongomock(seed,
     for _ in range(faulty.setting("QUERIES")):
         text = "%s %s %s" % (dice.choice(["args.a", "args.b"]), dice.choice(["==", "<", "<=", ">", ">="]), a_sum(dice))
         try:
-            query = labtasker.tree_to_query(labtasker.parse_filter(text, FIELDS, TIMES[0]))
+            query = labtasker.parse_filter(text, FIELDS, TIMES[0])
         except labtasker.FilterError as mistake:  # two constants, divided by 0
             assert "can't be calculated" in str(mistake), text
             continue
