@@ -17,7 +17,7 @@ only those below it, so the file reads from here to its end.
     4. Journal       the append-only file: lock, append, sync, replay, heal
     5. Service       the state in memory, its indexes, every operation, time-outs
     6. API           every request as one row of a table: method, path, fields, operation
-    7. Server        http.server over the API: a loop, and threads for what takes long
+    7. Server        HTTP over the API: a loop, and threads for what takes long
     8. Client        configuration, the two transports, the public functions
     9. Worker        loop, Required, heartbeats, runs
     10. Command line  commands as one table, output, main()
@@ -1489,15 +1489,9 @@ FSYNC_MODES = {
 }
 SYNC_INTERVAL_S = 1.0  # of --fsync interval
 READ_BYTES = 1 << 20  # read at a time when a journal is replayed
+OWNER_BYTES = 512  # of an owner file; its JSON is filled up with blanks
+OWNER_LAPSE_S = 12.0  # for so long another host's counter must stand still before its store is taken over
 ADOPT_BYTES = 256 << 10  # of new lines that a compaction copies while writers wait: some milliseconds
-
-
-def _full_sync(fd):
-    """Return when the file's data is on the disk itself; macOS needs a word of its own for that."""
-    if hasattr(fcntl, "F_FULLFSYNC"):
-        fcntl.fcntl(fd, fcntl.F_FULLFSYNC)
-    else:
-        os.fdatasync(fd)
 
 
 class Disk:
@@ -1505,19 +1499,23 @@ class Disk:
 
     open = staticmethod(os.open)
     write = staticmethod(os.write)
-    sync = staticmethod(_full_sync)
     truncate = staticmethod(os.ftruncate)
     rename = staticmethod(os.replace)
+
+    @staticmethod
+    def sync(fd):
+        """Return when the file's data is on the disk itself; macOS needs a word of its own for that."""
+        if hasattr(fcntl, "F_FULLFSYNC"):
+            fcntl.fcntl(fd, fcntl.F_FULLFSYNC)
+        else:
+            os.fdatasync(fd)
 
     @classmethod
     def write_all(cls, fd, data):
         """Return when all of `data` was written; short writes are continued."""
         view = memoryview(data)
         while view:
-            try:
-                view = view[cls.write(fd, view):]
-            except InterruptedError:
-                continue
+            view = view[cls.write(fd, view):]
 
     @classmethod
     def sync_folder(cls, path):
@@ -1537,20 +1535,17 @@ class Disk:
         draft = "%s.new-%d" % (path, os.getpid())
         fd = cls.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
         try:
-            waiting = bytearray()
-            for piece in pieces:
-                waiting += piece
-                if len(waiting) >= READ_BYTES:
-                    cls.write_all(fd, bytes(waiting))
-                    waiting.clear()
-            cls.write_all(fd, bytes(waiting))
-            cls.sync(fd)
-        except OSError:
-            os.unlink(draft)
-            raise
-        finally:
-            os.close(fd)
-        try:
+            try:
+                waiting = bytearray()
+                for piece in pieces:
+                    waiting += piece
+                    if len(waiting) >= READ_BYTES:
+                        cls.write_all(fd, bytes(waiting))
+                        waiting.clear()
+                cls.write_all(fd, bytes(waiting))
+                cls.sync(fd)
+            finally:
+                os.close(fd)
             cls.rename(draft, path)
         except OSError:
             os.unlink(draft)
@@ -1628,26 +1623,29 @@ def host_id():
 def process_start(pid):
     """Return when a living process of this host started, in the kernel's own count, or None when there is none."""
     try:
+        if not os.path.isdir("/proc/self"):
+            os.kill(pid, 0)
+            return "unknown"
         with open("/proc/%d/stat" % pid) as file:
             fields = file.read().rpartition(")")[2].split()
         return None if fields[0] in "ZX" else fields[19]
     except OSError:
-        pass
-    try:
-        os.kill(pid, 0)
-        return "unknown" if not os.path.isdir("/proc/self") else None
-    except OSError:
         return None
+
+
+def _read_told(path):
+    """Return the dict that a file holds as JSON; {} when that can't be read."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            told = json.load(file)
+        return told if isinstance(told, dict) else {}
+    except (OSError, ValueError):
+        return {}
 
 
 def read_server_file(folder):
     """Return what the server of the store in `folder` says of itself in server.json, or None."""
-    try:
-        with open(os.path.join(folder, "server.json"), encoding="utf-8") as file:
-            told = json.load(file)
-        return told if isinstance(told, dict) else None
-    except (OSError, ValueError):
-        return None
+    return _read_told(os.path.join(folder, "server.json")) or None
 
 
 class Owner:
@@ -1676,12 +1674,7 @@ class Owner:
 
     def read(self, epoch):
         """Return what the owner of an epoch says of itself; {} when that can't be read."""
-        try:
-            with open(self._file(epoch), encoding="utf-8") as file:
-                told = json.load(file)
-            return told if isinstance(told, dict) else {}
-        except (OSError, ValueError):
-            return {}
+        return _read_told(self._file(epoch))
 
     def holds(self):
         """Return whether this process still owns the store."""
@@ -1696,12 +1689,10 @@ class Owner:
         while True:
             last = (self.epochs() or [0])[-1]
             told = self.read(last) if last else {"released": True}
-            here = told.get("host_id") == self.host_id
-            if here and told.get("server") and told.get("pid") != os.getpid() \
-                    and process_start(told.get("pid", 0)) == told.get("started"):
-                raise StoreUnavailable("%s is in use by a server: process %s on this host"
-                                       % (self.path, told.get("pid")))
-            if here and not self.is_server and last:
+            pid, is_server, here = told.get("pid", 0), told.get("server"), told.get("host_id") == self.host_id
+            if here and is_server and pid != os.getpid() and process_start(pid) == told.get("started"):
+                raise StoreUnavailable("%s is in use by a server: process %s on this host" % (self.path, pid))
+            if here and not self.is_server:
                 self.epoch, self.moved_at = last, -math.inf
                 return False
             if not (here or takeover or told.get("released") or self._is_silent(last, told)):
@@ -1709,8 +1700,8 @@ class Owner:
                 raise StoreUnavailable(
                     "%s belongs to %s %s on host %s%s: run commands there, or point them at a server there that "
                     "other hosts can reach (labtasker serve --host 0.0.0.0); if that host is gone for good: labtasker "
-                    "serve --takeover" % (self.path, "the server" if told.get("server") else "process",
-                                          told.get("pid"), told.get("host"), "".join(", at " + url for url in urls)))
+                    "serve --takeover" % (self.path, "the server" if is_server else "process", pid, told.get("host"),
+                                          "".join(", at " + url for url in urls)))
             if self._take(last + 1):
                 return True
 
@@ -1725,30 +1716,24 @@ class Owner:
 
     def _take(self, epoch):
         """Return whether this process made the owner file of this epoch; then those before it are gone."""
-        self.epoch = epoch
-        draft = self._write()
+        draft = "%s.owner.new-%d" % (self.path, os.getpid())
+        self._write(draft, os.O_CREAT | os.O_TRUNC)
         try:
             os.link(draft, self._file(epoch))
         except FileExistsError:
-            self.epoch = None
             return False
         except OSError:  # no hard links here
-            return self._take_without_links(epoch)
+            try:
+                self._write(self._file(epoch), os.O_CREAT | os.O_EXCL)
+            except FileExistsError:
+                return False
         finally:
-            if os.path.exists(draft):
+            if os.path.exists(draft):  # another server that starts removes it
                 os.unlink(draft)
+        self.epoch = epoch
         for old in self.epochs():
             if old < epoch:
                 os.unlink(self._file(old))
-        return True
-
-    def _take_without_links(self, epoch):
-        try:
-            os.close(os.open(self._file(epoch), os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
-        except FileExistsError:
-            self.epoch = None
-            return False
-        os.replace(self._write(), self._file(epoch))
         return True
 
     def _told(self, **more):
@@ -1760,39 +1745,27 @@ class Owner:
                     server=self.is_server, count="%d-%d" % (pid, self.count), **more)
         return json.dumps(told).encode().ljust(OWNER_BYTES)
 
-    def _write(self, **more):
-        """Return the path of a new file that says who this is."""
-        draft = "%s.owner.new-%d" % (self.path, os.getpid())
-        fd = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+    def _write(self, path, flags=0, **more):
+        """Write into a file who this is, in place: a new file under the name costs an idle server ten times as much.
+        Who reads half of it sees a change as well."""
+        fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC | flags, 0o600)
         try:
             os.write(fd, self._told(**more))
         finally:
             os.close(fd)
-        return draft
 
     def move(self):
-        """Show that the owner lives, every few seconds at the most.
-
-        Written in place: a new file under the name costs an idle server ten times as much. Who reads half of it
-        sees a change as well."""
+        """Show that the owner lives, every few seconds at the most."""
         if monotonic() - self.moved_at > OWNER_LAPSE_S / 4 and self.holds():
             try:
-                fd = os.open(self._file(self.epoch), os.O_WRONLY | os.O_CLOEXEC)
-                try:
-                    os.write(fd, self._told())
-                finally:
-                    os.close(fd)
+                self._write(self._file(self.epoch))
             except OSError:
                 pass
 
     def release(self):
         """Let another host have the store at once."""
         if self.holds():
-            os.replace(self._write(released=True), self._file(self.epoch))
-
-
-OWNER_BYTES = 512  # of an owner file; its JSON is filled up with blanks
-OWNER_LAPSE_S = 12.0  # for so long another host's counter must stand still before its store is taken over
+            self._write(self._file(self.epoch), released=True)
 
 
 def seal(text):
@@ -1873,13 +1846,25 @@ class JournalFile:
             return False
 
     def open(self):
-        """Return when the file is open and its header read; a missing or empty one is made."""
+        """Return when the file is open and its header read, or raise StoreDamaged; a missing or empty one is made."""
         if not self.exists() and self.mode & os.O_RDWR:
-            self._make()
+            header = {"journal": "labtasker", "format": FORMAT, "store": new_id(), "created_at": time.time()}
+            try:
+                self.disk.create(self.path, [sealed(header)])
+            except OSError:
+                if os.path.exists(self.path):  # its name may not be on disk
+                    os.unlink(self.path)
+                raise
         fd = self.disk.open(self.path, self.mode | os.O_CLOEXEC)
         try:
             line = os.pread(fd, 65536, 0).partition(b"\n")[0] + b"\n"
-            header = self._checked_header(unseal(line) or {})
+            header = unseal(line) or {}
+            if header.get("journal") != "labtasker":
+                raise StoreDamaged("%s: byte 0: its first line is not the header of a Labtasker journal; nothing was "
+                                   "changed. 'labtasker journal repair' saves what follows, if it is one" % self.path)
+            if header.get("format", 0) > FORMAT:
+                raise StoreDamaged("%s was written by a newer Labtasker (journal format %s, this one reads up to %d): "
+                                   "use that labtasker.py" % (self.path, header.get("format"), FORMAT))
         except BaseException:
             os.close(fd)
             raise
@@ -1887,32 +1872,11 @@ class JournalFile:
         if not self.size:
             self.size, self.n = len(line), header.get("folded", 0)
 
-    def _make(self):
-        """Make a journal with no more than a header; none is there when that fails."""
-        header = {"journal": "labtasker", "format": FORMAT, "store": new_id(), "created_at": time.time()}
-        try:
-            self.disk.create(self.path, [sealed(header)])
-        except OSError:
-            if os.path.exists(self.path):
-                os.unlink(self.path)
-            raise
-
     def _use(self, fd, header):
         """Go on with another descriptor, of the same file or of one that has taken its place."""
         old, self.fd, self.header, self.inode = self.fd, fd, header, os.fstat(fd).st_ino
         if old is not None:
             os.close(old)
-
-    def _checked_header(self, header):
-        """Return the header, or raise StoreDamaged."""
-        if header.get("journal") != "labtasker":
-            raise StoreDamaged("%s: byte 0: its first line is not the header of a Labtasker journal; "
-                               "nothing was changed. 'labtasker journal repair' saves what follows, if it is one"
-                               % self.path)
-        if header.get("format", 0) > FORMAT:
-            raise StoreDamaged("%s was written by a newer Labtasker (journal format %s, this one reads up to %d): "
-                               "use that labtasker.py" % (self.path, header.get("format"), FORMAT))
-        return header
 
     def __del__(self):
         if self.fd is not None:
@@ -2255,117 +2219,12 @@ def store_error(path, error):
     return StoreUnavailable("%s can't be written (%s): nothing of this request was kept" % (path, error.strerror))
 
 
-class Piece(collections.namedtuple("Piece", "offset data value problem due lost")):
-    """A line of a file that may be damaged: its `value`, or the `problem` with it. `due` is the number that had
-    to come there, `lost` how many lines are missing before it. Numbers of folded lines are 0."""
-
-    __slots__ = ()
-
-
-def walk(path):
-    """Yield a Piece for each line of a journal file, the header included; reads only, also while others write."""
-    folds = n = offset = tail = 0  # n None: the header is lost, and with it where the numbers begin
-    with open(path, "rb") as file:
-        for data in file:
-            value = unseal(data)
-            is_fold = 0 < offset < tail or n is None and "fold" in (value or {})
-            count = (value or {}).get("fold" if is_fold else "n")
-            if n is None and type(count) is int and not is_fold:
-                n = count - value.get("lost", 1)
-            due = folds + 1 if is_fold else (n or 0) + (value or {}).get("lost", 1)
-            problem = None
-            if offset == 0 and value is not None and value.get("journal") == "labtasker":
-                count = due = n = value.get("folded", 0)
-                tail = value.get("tail", 0)
-            elif type(count) is not int or not (is_fold or type(value.get("durable")) is int):
-                problem = "no line with a checksum that fits" if data.endswith(b"\n") else "a line that is cut off"
-            elif count < due:
-                problem = "line %d once more" % count
-            elif is_fold:
-                folds = count
-            else:
-                n = count
-            if offset == 0 and problem:
-                n = None
-            lost = 0 if problem else count - due
-            yield Piece(offset, data, value, problem, 0 if is_fold else due, lost)
-            offset += len(data)
-
-
-class Survey:
-    """What is in a journal file: counts, `bad` pieces, `lost` ranges of line numbers; reads only.
-
-    `rotten` are those of both that had been acknowledged; other damage, in a tail that was never known to be on
-    disk, is set aside at the next opening."""
-
-    def __init__(self, path):
-        self.path, self.size, self.lines, self.n, self.durable = path, 0, 0, 0, 0
-        self.bad, self.lost, self.ended, self.header = [], [], False, {}
-        for piece in walk(path):
-            self.size = piece.offset + len(piece.data)
-            if piece.problem:
-                self.bad.append(piece)
-            else:
-                self._count(piece)
-        self.durable = max([self.durable] + [last_durable(piece.data) for piece in self.bad])
-        self.rotten = [piece for piece in self.bad if piece.due <= self.durable]
-        self.rotten += [numbers for numbers in self.lost if numbers[0] <= self.durable]
-
-    def _count(self, piece):
-        if piece.lost:
-            self.lost.append((piece.due, piece.due + piece.lost - 1))
-        if piece.offset == 0:
-            self.header = piece.value
-        elif "n" in piece.value:
-            self.lines += 1
-            self.n, self.ended = piece.value["n"], bool(piece.value.get("end"))
-            self.durable = max(self.durable, piece.value["durable"])
-
-
-def repair(path, disk=Disk):
-    """Return (survey of what was there, where the damaged file is kept now, where the bad bytes are) after
-    putting a file of all good lines in the place of a damaged one; None for both where nothing is damaged.
-
-    Never in place: the damaged file keeps its bytes under another name. A line {"n":9,"lost":2,...} stands where
-    lines 8 and 9 were. Call it with the file's lock held."""
-    found = Survey(path)
-    if not found.bad and not found.lost:
-        return found, None, None
-    stamp = int(time.time() * 1000)
-    damaged, aside, draft = ("%s.%s-%d" % (path, word, stamp) for word in ("damaged", "bad", "repaired"))
-    disk.create(aside, (piece.data for piece in walk(path) if piece.problem))
-    body = sum(len(data) for data, is_fold in _good_lines(path) if is_fold)
-    first = next((piece.value["n"] for piece in walk(path) if not piece.problem and "n" in piece.value), 1)
-    header = found.header or {"journal": "labtasker", "format": FORMAT, "store": new_id(), "folded": first - 1}
-    header = dict(header, repaired_at=time.time())
-    disk.create(draft, itertools.chain([journal_header(header, body)], (data for data, _ in _good_lines(path))))
-    os.link(path, damaged)
-    disk.rename(draft, path)
-    disk.sync_folder(path)
-    return found, damaged, aside
-
-
 def journal_header(fields, body):
     """Return the header line of a journal whose folded lines have `body` bytes."""
     for tail in range(body, body + 1000):  # `tail` counts the header too, whose length depends on its digits
         line = sealed(dict(fields, tail=tail) if body else fields)
         if not body or len(line) + body == tail:
             return line
-
-
-def _good_lines(path):
-    """Yield (bytes, whether folded) of the good lines and of those that mark where lines were lost."""
-    folds = 0
-    for piece in walk(path):
-        if piece.problem or piece.offset == 0:
-            continue
-        if "fold" in piece.value:
-            folds += 1
-            yield piece.data if piece.value["fold"] == folds else sealed(dict(piece.value, fold=folds)), True
-            continue
-        if piece.lost:
-            yield sealed({"n": piece.due + piece.lost - 1, "durable": 0, "lost": piece.lost, "at": time.time()}), False
-        yield piece.data, False
 
 
 # 5. Service ##################################################################
@@ -2394,103 +2253,73 @@ dump_json = json.JSONEncoder(separators=(",", ":")).encode
 
 
 class Beats:
-    """When each run was last heard of and when it began, in this process' memory, on the monotonic clock.
+    """When each run began and was last heard of, on the monotonic clock. `runs` is {run id: (began, last heard of)}.
 
     A run that is not known (a server has just started) has its full time before it."""
 
-    def __init__(self):
-        self.runs = {}  # run id: [started, last heard of]
-
-    def start(self, run_id):
-        """Note that a run began now."""
-        self.runs[run_id] = [monotonic(), monotonic()]
-
-    def touch(self, run_id):
-        """Note that a run was heard of now."""
-        self.runs.setdefault(run_id, [monotonic(), 0])[1] = monotonic()
-
-    def forget(self, run_id):
-        """Note that a run is over."""
-        self.runs.pop(run_id, None)
-
-    def pardon(self, slept_s):
-        """Give every run its full time again, after a time in which none could be heard of."""
-        for one in self.runs.values():
-            one[:] = one[0] + slept_s, monotonic()
-
-    def ages(self, run_id):
-        """Return (seconds since the run began, seconds since it was heard of), or None for one that is not known."""
-        if run_id not in self.runs:
-            return None
-        started, last = self.runs[run_id]
-        return monotonic() - started, monotonic() - last
-
-
-class BeatFiles:
-    """The same for the processes of one host that share a store without a server: a small file a run.
-
-    It holds the host's id, when the run began and when it was last heard of; on another host, or after another
-    boot, it is over."""
-
-    def __init__(self, folder):
-        self.folder, self.host_id = os.path.join(folder, "beats"), host_id()
-
-    def _path(self, run_id):
-        return os.path.join(self.folder, run_id)
-
-    def _read(self, run_id):
-        try:
-            with open(self._path(run_id)) as file:
-                boot, started, last = file.read().split()
-            return boot, float(started), float(last)
-        except (OSError, ValueError):
-            return None
-
-    def _write(self, run_id, started):
-        draft = "%s.%d" % (self._path(run_id), os.getpid())
-        for attempt in range(2):
-            try:
-                with open(draft, "w") as file:
-                    file.write("%s %r %r\n" % (self.host_id, started, monotonic()))
-                return os.replace(draft, self._path(run_id))
-            except FileNotFoundError:
-                os.makedirs(self.folder, 0o700, exist_ok=True)
+    def __init__(self, runs):
+        self.runs = runs
 
     def start(self, run_id):
         """Note that a run began now; on a full disk it has its time from when there is room."""
         try:
-            self._write(run_id, monotonic())
+            self.runs[run_id] = monotonic(), monotonic()
         except OSError:
             pass
 
     def touch(self, run_id):
         """Note that a run was heard of now, or raise StoreUnavailable."""
-        known = self._read(run_id)
         try:
-            self._write(run_id, known[1] if known else monotonic())
+            self.runs[run_id] = (self.runs.get(run_id) or (monotonic(),))[0], monotonic()
         except OSError as error:
-            raise store_error(self._path(run_id), error)
+            raise store_error("the heartbeat of " + run_id, error)
+
+    def pardon(self, slept_s):
+        """Give every run its full time again, after a time in which none could be heard of."""
+        self.runs.update([(run_id, (began + slept_s, monotonic())) for run_id, (began, _) in self.runs.items()])
+
+    def ages(self, run_id):
+        """Return (seconds since the run began, seconds since it was heard of), or None for one that is not known."""
+        known = self.runs.get(run_id)
+        return known and (monotonic() - known[0], monotonic() - known[1])
+
+
+class BeatFiles:
+    """The `runs` of Beats for the processes of one host that share a store without a server: a small file a run.
+
+    It holds the host's id too: on another host, or after another boot, the run is over."""
+
+    def __init__(self, folder):
+        self.folder, self.host_id = os.path.join(folder, "beats"), host_id()
+
+    def get(self, run_id):
+        """Return (began, last heard of), or None."""
+        try:
+            with open(os.path.join(self.folder, run_id)) as file:
+                host, began, last = file.read().split()
+            return (float(began), float(last)) if host == self.host_id else (-math.inf, -math.inf)
+        except (OSError, ValueError):
+            return None
+
+    def __setitem__(self, run_id, times):
+        path = os.path.join(self.folder, run_id)
+        draft = "%s.%d" % (path, os.getpid())
+        os.makedirs(self.folder, 0o700, exist_ok=True)
+        with open(draft, "w") as file:
+            file.write("%s %r %r\n" % ((self.host_id,) + times))
+        os.replace(draft, path)
+
+    def pop(self, run_id, default=None):
+        """Forget a run."""
+        try:
+            os.unlink(os.path.join(self.folder, run_id))
+        except OSError:
+            pass
 
     def clear(self):
         """Forget all runs: a server took the store, and counts their time itself."""
         for name in os.listdir(self.folder) if os.path.isdir(self.folder) else ():
-            self.forget(name)
-
-    def forget(self, run_id):
-        """Note that a run is over."""
-        try:
-            os.unlink(self._path(run_id))
-        except OSError:
-            pass
-
-    def ages(self, run_id):
-        """Return (seconds since the run began, seconds since it was heard of), or None for one that is not known."""
-        known = self._read(run_id)
-        if known is None:
-            return None
-        if known[0] != self.host_id:
-            return math.inf, math.inf
-        return monotonic() - known[1], monotonic() - known[2]
+            self.pop(name)
 
 
 class Standing:
@@ -2700,18 +2529,11 @@ class State:
             queue.tasks.update(ordered)
 
 
-# What each change on a journal line does: (state, queue id, the rest of the change) -> (put, id, new record).
-
-
 def _apply_queue(state, queue_id, fields):
     there = state.queues.get(queue_id)
     if there is None:
         return state.put_queue, queue_id, QueueState(revised(QueueRecord(queue_id=queue_id), fields))
     return state.put_queue, queue_id, there.with_record(revised(there.record, fields))
-
-
-def _apply_queue_gone(state, queue_id):
-    return state.put_queue, queue_id, None
 
 
 def _queue_of(state, queue_id):
@@ -2734,10 +2556,6 @@ def _apply_task(state, queue_id, task_id, fields, old_state=None):
     return queue.put_task, task_id, record and revised(record, fields)  # None: a repair could not save its creation
 
 
-def _apply_task_gone(state, queue_id, task_id):
-    return _queue_of(state, queue_id).put_task, task_id, None
-
-
 def _apply_worker(state, queue_id, worker_id, fields, old_state=None):
     queue = _queue_of(state, queue_id)
     record = queue.workers.get(worker_id)
@@ -2746,27 +2564,26 @@ def _apply_worker(state, queue_id, worker_id, fields, old_state=None):
     return queue.put_worker, worker_id, record and revised(record, fields)
 
 
-def _apply_worker_gone(state, queue_id, worker_id):
-    return _queue_of(state, queue_id).put_worker, worker_id, None
-
-
+# What may stand among the changes of a line: what it does, (state, queue id, the rest of the change) -> (put, id, new
+# record or None), what follows it, and its meaning.
 Record = collections.namedtuple("Record", "apply fields meaning")
 RECORDS = {
     "queue": Record(_apply_queue, "fields", "the line's queue was created, or these fields of it are new"),
-    "queue-": Record(_apply_queue_gone, "", "the line's queue is gone, with its tasks and workers"),
+    "queue-": Record(lambda state, queue_id: (state.put_queue, queue_id, None),
+                     "", "the line's queue is gone, with its tasks and workers"),
     "task": Record(_apply_task, "task id, fields, state before the transition or null",
                    "a task was submitted, or these fields of it are new"),
-    "task-": Record(_apply_task_gone, "task id", "a task is gone"),
+    "task-": Record(lambda state, queue_id, task_id: (_queue_of(state, queue_id).put_task, task_id, None),
+                    "task id", "a task is gone"),
     "worker": Record(_apply_worker, "worker id, fields, state before the transition or null",
                      "a worker was registered, or these fields of it are new"),
-    "worker-": Record(_apply_worker_gone, "worker id", "a worker is gone"),
+    "worker-": Record(lambda state, queue_id, worker_id: (_queue_of(state, queue_id).put_worker, worker_id, None),
+                      "worker id", "a worker is gone"),
 }
 
 
-class Transition(collections.namedtuple("Transition", "n k at queue_id kind old_state record")):
-    """The k-th step of a state machine on line n: a task or worker went from `old_state` to its record's status."""
-
-    __slots__ = ()
+# The k-th step of a state machine on line n: a task or worker went from `old_state` to its record's status.
+Transition = collections.namedtuple("Transition", "n k at queue_id kind old_state record")
 
 
 def transitions(n, at, queue_id, changes, done):
@@ -2783,16 +2600,16 @@ def follow(store, queue_id, after, pause_s):
     quiet_since = monotonic()
     while not store.closing:
         gap, news, last = _news(store, after)
-        if gap:
-            news = _older_events(store.path, after, last)
-        for event in news:
+        for event in _older_events(store.path, after, last) if gap else news:
             after = (event.n, event.k)
             named = store.state.names.get(queue_id) if isinstance(queue_id, LocalName) else queue_id
             if event.queue_id in (named, None):
                 yield event
                 quiet_since = monotonic()
         if not gap and not news:
-            _wait_for_news(store, after, quiet_since + pause_s - monotonic())
+            store.wait_for(lambda: _news(store, after)[2] > after, quiet_since + pause_s - monotonic())
+            if not store.is_server and store.journal.exists():
+                store.alone(lambda: None, writes=False)
         if monotonic() - quiet_since >= pause_s:  # other queues' events are no sign of life
             yield None
             quiet_since = monotonic()
@@ -2836,31 +2653,25 @@ def _older_events(path, after, last):
             return
 
 
-def _wait_for_news(store, after, timeout_s):
-    """Return once there may be events after `after`, or after so many seconds."""
-    give_up_at = monotonic() + timeout_s
-    while not store.closing and _news(store, after)[2] <= after and monotonic() < give_up_at:
-        store.wait_for(lambda: _news(store, after)[2] > after, give_up_at - monotonic())
-        if not store.is_server and store.journal.exists():
-            store.alone(lambda: None, writes=False)
-
-
-def _other_process(function, *words):
-    """Return the command that calls a function of this file in a process of its own and prints its answer as JSON."""
+def _start_process(function, words, is_heard):
+    """Return the Popen of a process that calls a function of this file and, where it `is_heard`, prints its answer
+    as JSON."""
+    import subprocess
+    output = subprocess.PIPE if is_heard else subprocess.DEVNULL
     folder, name = os.path.split(os.path.splitext(os.path.abspath(__file__))[0])
     program = ("import json, sys; sys.path.insert(0, sys.argv[1]); "
                "print(json.dumps(getattr(__import__(sys.argv[2]), sys.argv[3])(*sys.argv[4:])))")
-    return [sys.executable, "-c", program, folder, name, function] + list(words)
+    return subprocess.Popen([sys.executable, "-c", program, folder, name, function] + list(words), stdout=output,
+                            stderr=output, stdin=subprocess.DEVNULL, universal_newlines=True, start_new_session=True)
 
 
 def in_other_process(function, *words):
     """Return the answer, as JSON text, of a function of this file called in another process; raise its error."""
-    import subprocess
-    done = subprocess.run(_other_process(function, *words), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-                          stderr=subprocess.PIPE, universal_newlines=True)
-    if done.returncode:
-        raise LabtaskerRuntimeError("%s failed: %s" % (function, done.stderr.strip()[-500:]))
-    return done.stdout
+    process = _start_process(function, words, True)
+    answer, problem = process.communicate()
+    if process.returncode:
+        raise LabtaskerRuntimeError("%s failed: %s" % (function, problem.strip()[-500:]))
+    return answer
 
 
 class StoreFile:
@@ -2884,9 +2695,13 @@ class StoreFile:
     def open(self, takeover=False):
         """Return when a server has the store to itself; StoreUnavailable when another process has it."""
         self.lock_file(2.0)
+        name = os.path.basename(self.path)
+        drafts = tuple(name + end for end in (".new-", ".fold", ".owner.new-", ".repaired-"))
         try:
             self.owner.claim(takeover)
-            self._sweep()
+            for other in os.listdir(self.folder):
+                if other.startswith(drafts):  # of a process that died
+                    os.unlink(os.path.join(self.folder, other))
             self.journal.open()
             self.catch_up()
             self._name_file()
@@ -2896,13 +2711,6 @@ class StoreFile:
         self.journal.flush()
         BeatFiles(self.folder).clear()
 
-    def _sweep(self):
-        """Remove the drafts of files that processes which died had begun to make."""
-        name = os.path.basename(self.path)
-        for other in os.listdir(self.folder):
-            if other.startswith((name + ".new-", name + ".fold", name + ".owner.new-", name + ".repaired-")):
-                os.unlink(os.path.join(self.folder, other))
-
     def _begin_epoch(self):
         """Write into the journal that it has a new owner, so that a former one that reads it stops."""
         self.journal.allowed = self.owner.holds
@@ -2910,19 +2718,13 @@ class StoreFile:
         line = {"at": now(), "epoch": self.owner.epoch, "owner": os.uname().nodename}
         self.journal.add(dump_json(line).encode(), None)
 
-    def holder(self):
-        """Return words about the server that has the store, from its server.json."""
-        told = read_server_file(self.folder)
-        return ": a server on %s, process %s, at %s" % (
-            told.get("host"), told.get("pid"), " ".join(told.get("addresses", ()))) if told else ""
-
     def close(self):
         """Return when everything is on disk and the store is free for others."""
         if self.is_server:
             self.journal.flush()
-        self.journal.close(clean=self.is_server)
-        if self.is_server:
+            self.journal.close(clean=True)
             self.owner.release()
+        self.journal.close()
         self.file_lock.close()
 
     def catch_up(self):
@@ -2984,22 +2786,23 @@ class StoreFile:
                     self.file_lock.release()
 
     def lock_file(self, timeout_s):
-        """Take the file's lock, or raise StoreUnavailable saying who has it or what is wrong with the folder."""
+        """Take the file's lock, or raise StoreUnavailable saying who has it or what is wrong with the folder.
+
+        A server of this host holds it for as long as it lives: it is not waited for."""
         try:
             if self.file_lock.fd is None:
                 os.makedirs(self.folder, 0o700, exist_ok=True)
             if self.file_lock.acquire(min(timeout_s, SERVER_LOCK_S)):
                 return
-            if not self._has_server() and self.file_lock.acquire(timeout_s - SERVER_LOCK_S):
+            told = read_server_file(self.folder) or {}
+            is_served = told.get("host_id") == host_id() and process_start(told.get("pid", 0)) is not None
+            if not (is_served and not self.is_server) and self.file_lock.acquire(timeout_s - SERVER_LOCK_S):
                 return
         except OSError as error:
             raise store_error(self.path, error)
-        raise StoreUnavailable("%s is in use by another process%s" % (self.path, self.holder()))
-
-    def _has_server(self):
-        """Return whether a server of this host holds the file's lock, for as long as it lives."""
-        told = {} if self.is_server else read_server_file(self.folder) or {}
-        return told.get("host_id") == host_id() and process_start(told.get("pid", 0)) is not None
+        raise StoreUnavailable("%s is in use by another process%s" % (self.path, told and (
+            ": a server on %s, process %s, at %s" % (
+                told.get("host"), told.get("pid"), " ".join(told.get("addresses", ()))) or "")))
 
     def _name_file(self):
         """Return when the file's name is on disk; who put the file there may have failed to see to that."""
@@ -3035,20 +2838,25 @@ class StoreFile:
             return self.journal.size > 2 * live + SPARE_BYTES
 
     def compact(self):
-        """Return when the file is as short as its live data allows; another process does the folding meanwhile."""
-        draft = self.path + ".fold"
-        n, offset = json.loads(in_other_process("fold", self.path, draft))
+        """Return when the file is as short as its live data allows; a server has another process do the folding."""
+        draft = "%s.fold-%d" % (self.path, os.getpid())  # a name of its own: others may be at it too
         try:
-            self.journal.adopt(draft, offset)
+            if self.is_server:
+                _, offset = json.loads(in_other_process("fold", self.path, draft))
+                self.journal.adopt(draft, offset)
+            else:
+                _, offset = fold(self.path, draft)
+                self.alone(lambda: self.journal.adopt(draft, offset))
         except OSError as error:
             raise LabtaskerRuntimeError("%s could not be compacted (%s); it is as it was" % (self.path, error.strerror))
+        finally:
+            if os.path.exists(draft):
+                os.unlink(draft)
         self.look_again_bytes = self.journal.size + LOOK_BYTES
 
     def compact_apart(self):
         """Start a process that compacts the store, and do not wait for it."""
-        import subprocess
-        subprocess.Popen(_other_process("compact", self.path), stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
-                         stderr=subprocess.DEVNULL, start_new_session=True)
+        _start_process("compact", [self.path], False)
 
 
 class Store(StoreFile):
@@ -3057,7 +2865,7 @@ class Store(StoreFile):
     def __init__(self, path, is_server=False, fsync="always"):
         super().__init__(path, is_server, fsync)
         self.changed, self.closing = threading.Condition(self.lock), False
-        self.beats = Beats() if is_server else BeatFiles(self.folder)
+        self.beats = Beats({} if is_server else BeatFiles(self.folder))
         self.looked_at, self.looked = -math.inf, {}  # when time-outs were looked for; {queue id: when, or as good as}
         self.filters = {}  # (document as text, names of fields): predicate
         self.logins = {}  # (name or id of a queue, a password that was right): the hash that it was right for
@@ -3154,7 +2962,7 @@ class Store(StoreFile):
             self.looked[new.queue_id] = min(self.looked.get(new.queue_id, -math.inf), monotonic())
         if after != before:
             if before:
-                self.beats.forget(before)
+                self.beats.runs.pop(before, None)
             if after:
                 self.beats.start(after)
 
@@ -3173,21 +2981,21 @@ class Store(StoreFile):
         if monotonic() - self.looked.get(queue_id, -math.inf) < LOOK_INTERVAL_S:
             return
         with self.lock:
-            busy = [one for one, queue in self.state.queues.items() if queue.running]
-            known = self.state.names.get(queue_id, queue_id) if isinstance(queue_id, LocalName) else queue_id
-            wanted = busy if queue_id is None else [known]
-            self.looked_at = monotonic()
+            self.looked_at, seen = monotonic(), self.journal.n
+            if queue_id is None:
+                wanted = [one for one, queue in self.state.queues.items() if queue.running]
+            else:
+                wanted = [self.state.names.get(queue_id, queue_id) if isinstance(queue_id, LocalName) else queue_id]
             wanted = [one for one in wanted if monotonic() - self.looked.get(one, -math.inf) >= LOOK_INTERVAL_S]
             self.looked.update((one, monotonic()) for one in wanted)
-            seen = self.journal.n
         for one in wanted:
             try:
                 quiet_s = self.transact(expire_runs, one, None)
-                with self.lock:
-                    if self.is_server and self.journal.n == seen:  # else a run may have begun that is over earlier
-                        self.looked[one] = monotonic() + max(0.0, quiet_s - LOOK_INTERVAL_S)
             except Unauthorized:  # the queue was deleted in between
-                pass
+                continue
+            with self.lock:
+                if self.is_server and self.journal.n == seen:  # else a run may have begun that is over earlier
+                    self.looked[one] = monotonic() + max(0.0, quiet_s - LOOK_INTERVAL_S)
 
     def has_standing(self, queue_id, request):
         """Return whether the filter of a fetch is kept current already, so that its answer takes no time."""
@@ -3417,11 +3225,9 @@ def _selected(store, records, request, id_field, name_field):
     """Return the function that answers a search over a list of records, filtered, sorted and cut.
 
     A running task shows when it was last heard of."""
-    tests = []
-    for field, name in ((id_field, id_field), (name_field, name_field), ("status", "status")):
-        if request.get(name) is not None:
-            tests.append(lambda record, get=operator.attrgetter(field), value=request[name]: get(record) == value)
-    if request.get("extra_filter") is not None:
+    tests = [lambda record, get=operator.attrgetter(field), value=request[field]: get(record) == value
+             for field in (id_field, name_field, "status") if request[field] is not None]
+    if request["extra_filter"] is not None:
         tests.append(request["predicate"])
     offset, limit = request["offset"], request["limit"]
 
@@ -3766,17 +3572,13 @@ def delete_worker_op(store, queue, request, at):
     return changes, None
 
 
-# Compaction and repair
+# Compaction
 
 
 def _kept(record):
     """Return the fields of a record that are not as they are by default, without its own id and its queue's."""
-    defaults = type(record).__new__.__defaults__
-    fields = {name: value for name, value, default in zip(record._fields, record, defaults) if value != default}
-    for name in ("task_id", "worker_id") if isinstance(record, WorkerRecord) else ("task_id",):
-        fields.pop(name, None)
-    fields.pop("queue_id", None)
-    return fields
+    rows = list(zip(record._fields, record, type(record).__new__.__defaults__))[1:]
+    return {name: value for name, value, default in rows if value != default and name != "queue_id"}
 
 
 def _live_bytes(queue):
@@ -3817,36 +3619,17 @@ def fold(path, draft):
     return n, offset
 
 
-
-
 def compact(path):
     """Return (bytes before, bytes after) of a store that no server holds."""
-    guard, store = FileLock(path + ".compact"), Store(path)
+    guard = FileLock(path + ".compact")
     if not guard.acquire(0):
         raise StoreUnavailable("%s is being compacted already" % path)
     try:
-        before, draft = os.stat(path).st_size, path + ".fold"
-        _, offset = fold(path, draft)
-        store.alone(lambda: store.journal.adopt(draft, offset))
+        before = os.stat(path).st_size
+        Store(path).compact()
         return before, os.stat(path).st_size
     finally:
         guard.close()
-
-
-def repair_store(path):
-    """Return (survey, damaged file, bad bytes' file, ids that stand in the bad bytes) of a journal mended."""
-    store = Store(path)
-    store.lock_file(2.0)
-    try:
-        store.owner.claim()
-        found, damaged, aside = repair(path)
-    except OSError as error:
-        raise store_error(path, error)
-    finally:
-        store.file_lock.close()
-    text = b"".join(piece.data for piece in found.bad).decode("latin-1")
-    ids = re.findall(r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}", text)
-    return found, damaged, aside, list(collections.OrderedDict.fromkeys(ids))
 
 
 # 6. API ######################################################################
@@ -3864,40 +3647,34 @@ WAIT_SLICE_S = 1.0  # after which a waiting request without a server looks for t
 
 
 def parse_json(text):
-    """Return the value of JSON text (bytes or str), or raise BadRequest or InvalidFields saying what is wrong."""
+    """Return the value of JSON text (bytes or str), or raise TooLarge or InvalidFields saying what is wrong."""
     try:
         if isinstance(text, bytes):
             text = text.decode("utf-8")
         containers = text.count("{") + text.count("[")  # and what looks like one, in a text
-        if containers <= MAX_DEPTH:
-            return _decode_json(text)
         if containers > MAX_CONTAINERS:
             raise TooLarge("a body of over %d lists and objects: send it in parts" % MAX_CONTAINERS)
-        return _not_too_deep(_decode_json(text))
+        value = _decode_json(text)
     except RecursionError:
         raise InvalidFields([(["body"], "nested too deep")]) from None
     except InvalidFields:
         raise
     except ValueError as error:
         raise InvalidFields([(["body"], "is not JSON: %s" % error)]) from None
-
-
-def _not_too_deep(value):
-    """Return the value, or raise InvalidFields where lists and objects are nested too deep to be walked through."""
-    level = [value]
-    for _ in range(MAX_DEPTH + 1):
-        level = [item for each in level for item in (each.values() if type(each) is dict else each)
-                 if type(item) in (dict, list)] if type(value) in (dict, list) else []
-        if not level:
-            return value
-    raise InvalidFields([(["body"], "nested more than %d deep" % MAX_DEPTH)])
+    level, depth = [value] if containers > MAX_DEPTH else [], 0
+    while level:
+        depth += 1
+        level = [item for each in level if type(each) in (dict, list)
+                 for item in (each.values() if type(each) is dict else each)]
+        if depth > MAX_DEPTH and any(type(each) in (dict, list) for each in level):  # what walks it recurses
+            raise InvalidFields([(["body"], "nested more than %d deep" % MAX_DEPTH)])
+    return value
 
 
 def _no_duplicates(pairs):
     found = dict(pairs)
     if len(found) != len(pairs):
-        seen = set()
-        twice = next(key for key, _ in pairs if key in seen or seen.add(key))[:100]
+        twice = collections.Counter(key for key, _ in pairs).most_common(1)[0][0][:100]
         raise InvalidFields([(["body", twice], "the key %r stands twice in one object" % twice)])
     return found
 
@@ -3915,143 +3692,94 @@ _decode_json = json.JSONDecoder(object_pairs_hook=_no_duplicates, parse_int=_bou
 # Kinds of fields: each takes a value and returns it, or raises ValueError with words about what it should be.
 
 
-def _is(types, words):
+def _kind(words, fits, is_shown=True):
     def check(value):
-        if type(value) not in types:
-            raise ValueError("should be %s, not %s" % (words, type(value).__name__))
+        if not fits(value):
+            raise ValueError("should be " + words + (", not %.120r" % (value,) if is_shown else ""))
         return value
     return check
 
 
-def _name(value):
-    if not isinstance(value, str) or not NAME.match(value):
-        raise ValueError("should be 1 to 100 letters, digits, '_' and '-', not %.120r" % (value,))
-    return value
+def _type(words, *types):
+    return _kind(words, lambda value: type(value) in types)
 
 
-def _id(value):
-    if not isinstance(value, str) or not NAME.match(value):  # it goes into paths, logs and listings
-        raise ValueError("should be an id: 1 to 100 letters, digits, '_' and '-', not %.120r" % (value,))
-    return value
+def _text(words, pattern):
+    return _kind(words, lambda value: isinstance(value, str) and pattern.match(value))
 
 
-def _password(value):
-    if not isinstance(value, str) or not 1 <= len(value) <= 100:
-        raise ValueError("should be text of 1 to 100 characters")
-    return value
+def _one_of(choices):
+    return _kind("one of " + ", ".join(choices), lambda value: value in choices)
 
 
 def _int_between(low, high):
-    def check(value):
-        if type(value) is float and value.is_integer():
-            value = int(value)
-        if type(value) is not int or not low <= value <= high:
-            raise ValueError("should be a whole number from %d to %d, not %.40r" % (low, high, value))
-        return value
-    return check
+    words = "a whole number from %d to %d" % (low, high)
+    whole = _kind(words, lambda value: type(value) is int and low <= value <= high)
+    return lambda value: whole(int(value) if type(value) is float and value.is_integer() else value)
 
 
-def _seconds(value):
-    if type(value) not in (int, float) or not 0 < value < math.inf:
-        raise ValueError("should be a number of seconds over 0, not %.40r" % (value,))
-    return value
+def _is_texts(value):
+    return isinstance(value, list) and all(isinstance(item, str) for item in value)
 
 
-def _duration(value):
-    if type(value) in (int, float):
-        return _seconds(value)
-    if not isinstance(value, str):
-        raise ValueError("should be a duration like '1h30m', not %s" % type(value).__name__)
-    return _seconds(parse_duration(value))
+def _is_sort(value):
+    return isinstance(value, list) and all(
+        isinstance(pair, (list, tuple)) and len(pair) == 2 and isinstance(pair[0], str) and pair[1] in (1, -1)
+        for pair in value)
 
 
-def _one_of(*choices):
-    def check(value):
-        if value not in choices:
-            raise ValueError("should be one of %s, not %.40r" % (", ".join(choices), value))
-        return value
-    return check
+def _is_attempt(value):
+    return isinstance(value, dict) and all(
+        NAME.match(key) and isinstance(item, (str, int, float, type(None))) for key, item in value.items()
+    ) and len(json.dumps(value)) <= ATTEMPT_BYTES
 
 
-def _texts(value):
-    if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
-        raise ValueError("should be a list of text")
-    return value
-
-
-def _command(value):
-    return value if isinstance(value, str) else _texts(value)
-
-
-def _sort(value):
-    pairs = value if isinstance(value, list) else [None]
-    for pair in pairs:
-        if not (isinstance(pair, (list, tuple)) and len(pair) == 2 and isinstance(pair[0], str) and pair[1] in (1, -1)):
-            raise ValueError("should be a list of [field, 1 or -1]")
-    return [list(pair) for pair in pairs]
+_seconds = _kind("a number of seconds over 0", lambda value: type(value) in (int, float) and 0 < value < math.inf)
+_true_or_false = _type("true or false", bool)
 
 
 def _bool(value):
     words = {"true": True, "1": True, "false": False, "0": False}
-    if isinstance(value, str) and value.lower() in words:
-        return words[value.lower()]
-    return _is((bool,), "true or false")(value)
-
-
-def _whole(value):
-    """A whole number that may come as text, from a URL."""
-    return _int_between(0, 2 ** 63)(int(value) if isinstance(value, str) and value.isdigit() else value)
-
-
-def _attempt(value):
-    """What a worker tells of a run: a few texts and numbers under plain names."""
-    if not isinstance(value, dict) or not all(
-            NAME.match(key) and isinstance(item, (str, int, float, type(None))) for key, item in value.items()):
-        raise ValueError("should be an object of names with texts and numbers")
-    if len(json.dumps(value)) > ATTEMPT_BYTES:
-        raise ValueError("should be at most %d bytes" % ATTEMPT_BYTES)
-    return value
-
-
-def _git(value):
-    if not isinstance(value, str) or not re.match("[0-9a-f]{7,64}(-dirty)?\\Z", value):
-        raise ValueError("should be a commit's id, with -dirty where files were changed since, not %.120r" % (value,))
-    return value
-
-
-def _event_id(value):
-    if not isinstance(value, str) or not re.match(r"\d{1,15}\.\d{1,6}\Z", value):
-        raise ValueError("should be an event's id, like 17.0")
-    return value
+    return _true_or_false(words.get(value.lower(), value) if isinstance(value, str) else value)
 
 
 def _wait(value):
     try:
-        seconds = float(value)
+        return min(max(float(value), 0.0), MAX_WAIT_S)
     except (TypeError, ValueError):
         raise ValueError("should be a number of seconds") from None
-    return min(max(seconds, 0.0), MAX_WAIT_S)
 
 
 KINDS = {
-    "text": _is((str,), "text"), "id": _id, "name": _name, "password": _password,
-    "dict": _is((dict,), "an object"), "filter": _is((dict, str), "a query document or filter text"),
-    "seconds": _seconds, "duration": _duration, "wait": _wait, "bool": _bool,
-    "int": _int_between(-2 ** 63, 2 ** 63 - 1), "count": _int_between(0, 2 ** 31), "whole": _whole,
-    "status": _one_of(*TASK_STATES), "worker_status": _one_of(*WORKER_STATES),
-    "event_id": _event_id, "answer": _one_of("status"), "texts": _texts, "cmd": _command, "sort": _sort,
-    "attempt": _attempt, "git": _git,
+    "text": _type("text", str), "dict": _type("an object", dict), "bool": _bool,
+    "id": _text("an id: 1 to 100 letters, digits, '_' and '-'", NAME),  # it goes into paths, logs and listings
+    "name": _text("1 to 100 letters, digits, '_' and '-'", NAME),
+    "password": _kind("text of 1 to 100 characters", lambda value: isinstance(value, str) and 1 <= len(value) <= 100,
+                      is_shown=False),
+    "filter": _type("a query document or filter text", dict, str),
+    "seconds": _seconds, "wait": _wait,
+    "duration": lambda value: _seconds(parse_duration(value) if isinstance(value, str) else value),
+    "int": _int_between(-2 ** 63, 2 ** 63 - 1), "count": _int_between(0, 2 ** 31),
+    "whole": _int_between(0, 2 ** 63),
+    "status": _one_of(TASK_STATES), "worker_status": _one_of(WORKER_STATES), "answer": _one_of(("status",)),
+    "texts": _kind("a list of text", _is_texts),
+    "cmd": _kind("text or a list of text", lambda value: isinstance(value, str) or _is_texts(value)),
+    "sort": _kind("a list of [field, 1 or -1]", _is_sort),
+    "attempt": _kind("an object of names with texts and numbers, of at most %d bytes" % ATTEMPT_BYTES, _is_attempt),
+    "git": _text("a commit's id, with -dirty where files were changed since", Pattern(r"[0-9a-f]{7,64}(-dirty)?\Z")),
+    "event_id": _text("an event's id, like 17.0", Pattern(r"\d{1,15}\.\d{1,6}\Z")),
 }
 
-
-class Arg(collections.namedtuple("Arg", "kind default is_ours")):
-    """A field of a request: its kind, what it is when it was not given (REQUIRED: it must be), and whether it is an
-    extension, which a server that speaks the plain protocol is not sent."""
-
-    __slots__ = ()
-
-
 REQUIRED = object()
+
+# A field of a request: its kind, what it is when it was not given (REQUIRED: it must be), and whether it is an
+# extension, which a server that speaks the plain protocol is not sent.
+Arg = collections.namedtuple("Arg", "kind default is_ours")
+Arg.__new__.__defaults__ = None, False
+
+
+def _ours(kind, default=None):
+    return Arg(kind, default, True)
 
 
 class Fields(dict):
@@ -4061,14 +3789,6 @@ class Fields(dict):
         super().__init__(fields)
         self.defaults = {name: arg.default for name, arg in fields.items()}
         self.required = [name for name, arg in fields.items() if arg.default is REQUIRED]
-
-
-def _arg(kind, default=None):
-    return Arg(kind, default, False)
-
-
-def _ours(kind, default=None):
-    return Arg(kind, default, True)
 
 
 def checked(spec, given, where):
@@ -4103,7 +3823,7 @@ def _hash_new_password(store, request):
 
 def _read_filter(fields):
     def prepare(store, request):
-        given = request.get("extra_filter")
+        given = request["extra_filter"]
         if isinstance(given, str):
             given = request["extra_filter"] = parse_filter(given, fields, now())
         if given is not None:
@@ -4126,7 +3846,7 @@ def _prepare_fetch(store, request):
 
 def _prepare_updates(store, request):
     for at, update in enumerate(request["updates"]):
-        update["task_id"] = update.get("task_id") or update.pop("_id", None)
+        update["task_id"] = update["task_id"] or update.pop("_id")
         if not update["task_id"]:
             raise InvalidFields([(["body", at, "task_id"], "is required")])
 
@@ -4149,45 +3869,38 @@ def _run_worker(store, caller, request, route):
     return dict(shown, _id=shown.pop("worker_id"))
 
 
-class Stream:
-    """An answer without an end: server-sent events, an iterator of bytes."""
-
-    def __init__(self, pieces):
-        self.pieces = pieces
+Stream = collections.namedtuple("Stream", "pieces")  # an answer without an end: server-sent events, as bytes
 
 
 def _run_events(store, caller, request, route):
     """Return the Stream of a queue's events, from after the one whose id was given, else from this moment on."""
-    queue_id = _run(store, caller, request, route).queue_id
+    _run(store, caller, request, route)  # the queue is there, or one of this LocalName may be made later
     after = request["last_event_id"]
     after = tuple(map(int, after.split("."))) if after else last_event(store)
-    if isinstance(caller, LocalName):  # its queue may be made later
-        return Stream(_event_pieces(follow(store, caller, after, min(PING_S, WAIT_SLICE_S)), after))
-    return Stream(_event_pieces(follow(store, queue_id, after, PING_S), after))
+    pause_s = min(PING_S, WAIT_SLICE_S) if isinstance(caller, LocalName) else PING_S
+    return Stream(_event_pieces(follow(store, caller, after, pause_s), after))
 
 
 def _event_pieces(events, after):
+    """Yield each Transition as the bytes of a server-sent event."""
+    def piece(head, value):
+        return ("%s\ndata: %s\n\n" % (head, json.dumps(value))).encode()
     hello = {"status": "connected", "client_id": new_id()}
-    yield ("retry: 3000\nevent: connection\nid: %d.%d\ndata: %s\n\n" % (after + (json.dumps(hello),))).encode()
+    yield piece("retry: 3000\nevent: connection\nid: %d.%d" % after, hello)
     count = 0
     for event in events:
         if event is None:
-            yield ("event: ping\ndata: %s\n\n" % json.dumps({"timestamp": format_time(now())})).encode()
+            yield piece("event: ping", {"timestamp": format_time(now())})
         elif event.queue_id is None:
-            yield ("event: too_old\ndata: %s\n\n" % json.dumps({"detail": event.record})).encode()
+            yield piece("event: too_old", {"detail": event.record})
         else:
-            count += 1
-            shown = json.dumps({"sequence": count, "timestamp": format_time(event.at), "event": _event(event)})
-            yield ("id: %d.%d\nevent: event\ndata: %s\n\n" % (event.n, event.k, shown)).encode()
-
-
-def _event(event):
-    """Return the JSON value of a Transition."""
-    shown = in_json(event.record, False)
-    shown["_id"] = shown.pop(event.kind + "_id")
-    return {"type": "state_transition", "queue_id": event.queue_id, "timestamp": format_time(event.at), "metadata": {},
-            "entity_type": event.kind, "entity_id": shown["_id"], "old_state": event.old_state,
-            "new_state": event.record.status, "entity_data": shown}
+            count, at, shown = count + 1, format_time(event.at), in_json(event.record, False)
+            shown["_id"] = shown.pop(event.kind + "_id")
+            step = {"type": "state_transition", "queue_id": event.queue_id, "timestamp": at, "metadata": {},
+                    "entity_type": event.kind, "entity_id": shown["_id"], "old_state": event.old_state,
+                    "new_state": event.record.status, "entity_data": shown}
+            yield piece("id: %d.%d\nevent: event" % (event.n, event.k),
+                        {"sequence": count, "timestamp": at, "event": step})
 
 
 def _run_welcome(store, caller, request, route):
@@ -4196,14 +3909,8 @@ def _run_welcome(store, caller, request, route):
 
 
 def _run_health(store, caller, request, route):
-    return {"connection": "ok"}
-
-
-def _run_full_health(store, caller, request, route):
     problem = store.journal.fenced or store.journal.broken
-    if problem:
-        return {"status": "unhealthy", "database": problem}
-    return {"status": "healthy", "database": "connected"}
+    return {"status": "unhealthy" if problem else "healthy", "database": problem or "connected"}
 
 
 def _run_polling(store, caller, request, route):
@@ -4234,92 +3941,90 @@ def _unless_new_filter(store, call):
     return call.request["extra_filter"] is None or store.has_standing(call.caller, call.request)
 
 
-class Route(collections.namedtuple(
-        "Route", "operation fields query status writes open body prepare run waits quick meaning")):
-    """How a request is answered. `fields` are the body's, `query` the URL's; `open` asks no password;
-    `body` is "object", "list", or "either" for one or a list."""
-
-    __slots__ = ()
+# How a request is answered. `fields` are the body's, `query` the URL's; `open` asks no password; `body` is
+# "object", "list", or "either" for one or a list.
+Route = collections.namedtuple(
+    "Route", "operation meaning fields query status writes open body prepare run waits quick")
 
 
-def _route(operation, meaning, fields=None, query=None, status=200, writes=True, open=False, body="object",
+def _route(operation, meaning, fields=(), query=(), status=200, writes=True, open=False, body="object",
            prepare=None, run=_run, waits=None, quick=None):
-    return Route(operation, Fields(fields or {}), Fields(query or {}), status, writes, open, body, prepare, run, waits,
-                 quick, meaning)
+    return Route(operation, meaning, Fields(dict(fields)), Fields(dict(query)), status, writes, open, body, prepare,
+                 run, waits, quick)
 
 
 _TASK_INPUT = {
-    "task_id": _ours("id"), "task_name": _arg("name"), "args": _arg("dict"), "metadata": _arg("dict"),
-    "cmd": _arg("cmd"), "heartbeat_timeout": _arg("seconds"), "task_timeout": _arg("seconds"),
-    "max_retries": _arg("count", 3), "priority": _arg("int", 0),
+    "task_id": _ours("id"), "task_name": Arg("name"), "args": Arg("dict"), "metadata": Arg("dict"),
+    "cmd": Arg("cmd"), "heartbeat_timeout": Arg("seconds"), "task_timeout": Arg("seconds"),
+    "max_retries": Arg("count", 3), "priority": Arg("int", 0),
 }
-_PAGE = {"offset": _arg("whole", 0), "limit": _arg("whole", 100), "extra_filter": _arg("filter"), "sort": _arg("sort")}
+_PAGE = {"offset": Arg("whole", 0), "limit": Arg("whole", 100), "extra_filter": Arg("filter"), "sort": Arg("sort")}
 _QUEUE, _TASKS, _WORKERS = "/api/v1/queues/me", "/api/v1/queues/me/tasks", "/api/v1/queues/me/workers"
 
 ROUTES = {
     "GET /": _route(None, "a welcome", open=True, run=_run_welcome, quick=_always),
-    "GET /health": _route(None, "whether the server answers", open=True, run=_run_health, quick=_always),
-    "GET /health/full": _route(None, "whether the store can be written", open=True, run=_run_full_health,
-                               quick=_always),
+    "GET /health": _route(None, "whether the server answers", open=True, run=lambda *_: {"connection": "ok"},
+                          quick=_always),
+    "GET /health/full": _route(None, "whether the store can be written", open=True, run=_run_health, quick=_always),
     "GET /api/v1/polling": _route(None, "when time-outs were last looked for, seconds", open=True, run=_run_polling,
-                                 quick=_always),
+                                  quick=_always),
     "POST /api/v1/queues": _route(
         create_queue_op, "create a queue", status=201, open=True, prepare=_hash_new_password,
-        fields={"queue_name": _arg("name", REQUIRED), "password": _arg("password", REQUIRED),
-                "metadata": _arg("dict")}),
+        fields={"queue_name": Arg("name", REQUIRED), "password": Arg("password", REQUIRED),
+                "metadata": Arg("dict")}),
     "GET " + _QUEUE: _route(get_queue_op, "the queue", writes=False, quick=_always),
     "PUT " + _QUEUE: _route(
         update_queue_op, "rename a queue, change its password or metadata", prepare=_hash_new_password,
-        fields={"new_queue_name": _arg("name"), "new_password": _arg("password"), "metadata_update": _arg("dict")}),
+        fields={"new_queue_name": Arg("name"), "new_password": Arg("password"), "metadata_update": Arg("dict")}),
     "DELETE " + _QUEUE: _route(
         delete_queue_op, "delete a queue, its tasks and workers", status=204,
-        query={"cascade_delete": _arg("bool", False)}),
+        query={"cascade_delete": Arg("bool", False)}),
     "POST " + _TASKS: _route(
         submit_tasks_op, "submit a task, or a list of them in one transaction", status=201,
         fields=dict(_TASK_INPUT, git=_ours("git")), body="either", quick=_always),
     "PUT " + _TASKS: _route(
         update_tasks_op, "update tasks, all or none", body="list", prepare=_prepare_updates,
-        query={"reset_pending": _arg("bool", True)},
-        fields=dict(_TASK_INPUT, task_id=_arg("id"), _id=_arg("id"), replace_fields=_arg("texts"),
-                    status=_arg("status"), retries=_arg("count"), max_retries=_arg("count"), priority=_arg("int"),
-                    summary=_arg("dict"))),
+        query={"reset_pending": Arg("bool", True)},
+        fields=dict(_TASK_INPUT, task_id=Arg("id"), _id=Arg("id"), replace_fields=Arg("texts"),
+                    status=Arg("status"), retries=Arg("count"), max_retries=Arg("count"), priority=Arg("int"),
+                    summary=Arg("dict"))),
     "POST " + _TASKS + "/search": _route(
         search_tasks_op, "tasks that match", writes=False, prepare=_read_task_filter,
-        fields=dict(_PAGE, task_id=_arg("id"), task_name=_arg("text"), status=_arg("status"))),
+        fields=dict(_PAGE, task_id=Arg("id"), task_name=Arg("text"), status=Arg("status"))),
     "POST " + _TASKS + "/next": _route(
         fetch_task_op, "fetch the next task that matches, and run it", prepare=_prepare_fetch, run=_run_fetch,
         waits=_until_found, quick=_unless_new_filter,
-        fields={"worker_id": _arg("id"), "eta_max": _arg("duration"), "heartbeat_timeout": _arg("seconds"),
-                "start_heartbeat": _arg("bool", True), "required_fields": _arg("texts"), "extra_filter": _arg("filter"),
-                "cmd": _arg("cmd"), "fetch_id": _ours("id"), "wait_s": _ours("wait", 0.0),
+        fields={"worker_id": Arg("id"), "eta_max": Arg("duration"), "heartbeat_timeout": Arg("seconds"),
+                "start_heartbeat": Arg("bool", True), "required_fields": Arg("texts"), "extra_filter": Arg("filter"),
+                "cmd": Arg("cmd"), "fetch_id": _ours("id"), "wait_s": _ours("wait", 0.0),
                 "attempt": _ours("attempt")}),
     "GET " + _TASKS + "/{task_id}": _route(get_task_op, "one task", writes=False, quick=_always),
     "DELETE " + _TASKS + "/{task_id}": _route(delete_task_op, "delete a task", status=204, quick=_always),
     "POST " + _TASKS + "/{task_id}/status": _route(
         report_task_op, "report on a run, or on a task", quick=_always,
-        fields={"status": _arg("status", REQUIRED), "worker_id": _arg("id"), "summary": _arg("dict"),
+        fields={"status": Arg("status", REQUIRED), "worker_id": Arg("id"), "summary": Arg("dict"),
                 "run_id": _ours("id"), "reason": _ours("text"), "attempt": _ours("attempt")}),
     "POST " + _TASKS + "/{task_id}/heartbeat": _route(
         heartbeat_op, "say that a run is alive", status=204, writes=False, waits=_until_over, quick=_always,
-        query={"worker_id": _arg("id"), "run_id": _ours("id"), "answer": _ours("answer"),
+        query={"worker_id": Arg("id"), "run_id": _ours("id"), "answer": _ours("answer"),
                "wait_s": _ours("wait", 0.0)}),
     "GET " + _QUEUE + "/events": _route(
         get_queue_op, "a stream of server-sent events, one for each step of a state machine", writes=False,
         run=_run_events, query={"last_event_id": _ours("event_id")}),
     "POST " + _WORKERS: _route(
         create_worker_op, "register a worker", status=201, quick=_always,
-        fields={"worker_id": _ours("id"), "worker_name": _arg("name"), "metadata": _arg("dict"),
-                "max_retries": _arg("count", 3)}),
+        fields={"worker_id": _ours("id"), "worker_name": Arg("name"), "metadata": Arg("dict"),
+                "max_retries": Arg("count", 3)}),
     "POST " + _WORKERS + "/search": _route(
         search_workers_op, "workers that match", writes=False, prepare=_read_filter(visible(WORKER_FIELDS)),
-        fields=dict(_PAGE, worker_id=_arg("id"), worker_name=_arg("text"), status=_arg("worker_status"))),
-    "GET " + _WORKERS + "/{worker_id}": _route(get_worker_op, "one worker, its id as _id", writes=False,
-                                            run=_run_worker),
+        fields=dict(_PAGE, worker_id=Arg("id"), worker_name=Arg("text"), status=Arg("worker_status"))),
+    "GET " + _WORKERS + "/{worker_id}": _route(
+        get_worker_op, "one worker, its id as _id", writes=False, run=_run_worker),
     "DELETE " + _WORKERS + "/{worker_id}": _route(
-        delete_worker_op, "delete a worker", status=204, query={"cascade_update": _arg("bool", True)}),
+        delete_worker_op, "delete a worker", status=204, query={"cascade_update": Arg("bool", True)}),
     "POST " + _WORKERS + "/{worker_id}/status": _route(
         report_worker_op, "suspend a worker, or set it active again", quick=_always,
-        fields={"status": _arg("worker_status", REQUIRED)}),
+        fields={"status": Arg("worker_status", REQUIRED)}),
 }
 
 
@@ -4345,32 +4050,26 @@ def find_route(method, path):
     raise NotFound("there is nothing at %.200s; 'labtasker help api' lists what there is" % path)
 
 
-def read_request(route, body, query):
-    """Return the request, a dict of all its checked fields, from the decoded body and the URL's fields."""
-    request = checked(route.query, query, ["query"])
-    if route.body == "object":
-        request.update(checked(route.fields, {} if body is None else body, ["body"]))
-        return request
-    many = isinstance(body, list)
-    if not many and route.body == "list":
-        raise InvalidFields([(["body"], "should be a list")])
-    items = body if many else [body]
-    if len(items) > TRANSACTION_TASKS:
-        raise TooLarge("%d tasks in one request: at most %d go in one transaction" % (len(items), TRANSACTION_TASKS))
-    found = [checked(route.fields, item, ["body", at] if many else ["body"]) for at, item in enumerate(items)]
-    request.update({"updates" if route.body == "list" else "tasks": found, "many": many})
-    return request
-
-
-class Call(collections.namedtuple("Call", "route caller request")):
-    """A request that was read and checked, and who sent it: a queue's id, a LocalName, or None."""
-
-    __slots__ = ()
+# A request that was read and checked, and who sent it: a queue's id, a LocalName, or None.
+Call = collections.namedtuple("Call", "route caller request")
 
 
 def read_call(store, caller, route, ids, body, query):
-    """Return the Call of a request whose route was found, or raise what is wrong with it."""
-    request = read_request(route, body, query or {})
+    """Return the Call of a request whose route was found: the decoded body and the URL's fields, checked; or raise
+    what is wrong with it."""
+    request = checked(route.query, query or {}, ["query"])
+    if route.body == "object":
+        request.update(checked(route.fields, {} if body is None else body, ["body"]))
+    else:
+        many = isinstance(body, list)
+        if not many and route.body == "list":
+            raise InvalidFields([(["body"], "should be a list")])
+        items = body if many else [body]
+        if len(items) > TRANSACTION_TASKS:
+            raise TooLarge("%d tasks in one request: at most %d go in one transaction" % (
+                len(items), TRANSACTION_TASKS))
+        found = [checked(route.fields, item, ["body", at] if many else ["body"]) for at, item in enumerate(items)]
+        request.update({"updates" if route.body == "list" else "tasks": found, "many": many})
     request.update(ids)
     if route.prepare:
         route.prepare(store, request)
@@ -4407,7 +4106,7 @@ def shown(route, answer, extensions):
     if isinstance(answer, Stream):
         return route.status, answer
     if answer is None:
-        return (route.status, None) if route.status == 204 else (route.status, {})
+        return route.status, None if route.status == 204 else {}
     return (200 if route.status == 204 else route.status), in_json(answer, extensions)
 
 
@@ -4455,7 +4154,6 @@ ROOM_BYTES = MAX_HEAD_BYTES + 3 * QUICK_BYTES  # of what a peer sends without wa
 HELD_BYTES = 64 << 20  # of requests that are not whole and answers that are not read; over it the slowest are dropped
 LARGE_BYTES = 48 << 20  # of bodies over QUICK_BYTES together: three of the longest; over it 503
 LONG_FILTER_BYTES = 2048  # of a body with a filter that the loop itself may look at
-PIPELINED = 8  # requests of one connection that are answered before all others have their turn
 HANDSHAKES = 16  # TLS handshakes in one turn of the loop: each is 2 ms of arithmetic
 QUIET_LOOK_S = OWNER_LAPSE_S / 3  # how often a server wakes that has no run to look after
 IDLE_S = 3600.0  # a silent connection is closed after this; workers beat more often
@@ -4495,8 +4193,6 @@ class BadHead(LabtaskerError):
 
 
 class HeadTooLarge(BadHead):
-    """A request whose line and headers are too long, or too many."""
-
     status, code = 431, "head_too_large"
 
 
@@ -4601,7 +4297,7 @@ class HttpRequest(collections.namedtuple("HttpRequest", "method target head keep
 class Connection:
     """A peer: what it has sent and was not read yet, what is to be sent to it, and what it waits for."""
 
-    __slots__ = ("sock", "peer", "inbox", "outbox", "line", "head", "busy", "closing", "parked", "prepared",
+    __slots__ = ("sock", "peer", "inbox", "outbox", "line", "head", "busy", "closing", "parked",
                  "handshake", "heard_at", "vouched", "counted", "since", "reserved", "lingering", "gate")
 
     def __init__(self, sock, peer, is_tls):
@@ -4610,7 +4306,6 @@ class Connection:
         self.busy = False  # whether a request is being answered; the next one waits
         self.closing = False  # whether it is closed once all is sent
         self.parked = None  # (Call, HttpRequest, when to give up, id waited for) of a request that waits
-        self.prepared = None  # (Call, HttpRequest) that a thread has read, for the loop to wait with
         self.handshake, self.heard_at = is_tls, monotonic()
         self.vouched = False  # whether it has shown a right password
         self.counted, self.since = 0, None  # bytes of it in `held`, and since when there are any
@@ -4647,26 +4342,23 @@ def _json_in_pieces(answer):
     """Return the JSON of an answer, made an item at a time: all at once would keep the interpreter from the loop."""
     if not isinstance(answer, dict) or not isinstance(answer.get("content"), list):
         return dump_json(answer)
-    found = ["%s:[%s]" % (dump_json(key), ",".join([dump_json(item) for item in value])) if isinstance(value, list)
-             else "%s:%s" % (dump_json(key), dump_json(value)) for key, value in answer.items()]
-    return "{%s}" % ",".join(found)
+    rest = {key: value for key, value in answer.items() if key != "content"}
+    return '%s,"content":[%s]}' % (dump_json(rest)[:-1], ",".join([dump_json(item) for item in answer["content"]]))
 
 
-def http_answer(status, answer, request, keep, in_text=dump_json):
+def http_answer(status, answer, request, keep):
     """Return the bytes of an answer in JSON types; of a stream, its head."""
-    is_stream = isinstance(answer, Stream)
-    body = b"" if answer is None or is_stream else in_text(answer).encode()
     extensions = request is not None and request.head.extensions
     start = _STARTS.get((status, extensions, keep))
     if start is None:
         start = _STARTS[status, extensions, keep] = _http_start(status, extensions, keep)
-    if is_stream:
+    if isinstance(answer, Stream):
         return start + b"Content-Type: text/event-stream\r\nCache-Control: no-store\r\n\r\n"
     if status == 204:
         return start + b"\r\n"
-    if request is not None and request.method == "HEAD":
-        return start + b"Content-Type: application/json\r\nContent-Length: %d\r\n\r\n" % len(body)
-    return start + b"Content-Type: application/json\r\nContent-Length: %d\r\n\r\n" % len(body) + body
+    body = b"" if answer is None else _json_in_pieces(answer).encode()
+    start += b"Content-Type: application/json\r\nContent-Length: %d\r\n\r\n" % len(body)
+    return start if request is not None and request.method == "HEAD" else start + body
 
 
 _STARTS = {}  # (status, extensions, keep): the bytes that such an answer starts with
@@ -4674,24 +4366,19 @@ _STARTS = {}  # (status, extensions, keep): the bytes that such an answer starts
 
 def _http_start(status, extensions, keep):
     from http.client import responses
-    lines = ["HTTP/1.1 %d %s" % (status, responses.get(status, ""))]
-    if status == 401:
-        lines.append("WWW-Authenticate: Basic")
-    if status == 503:
-        lines.append("Retry-After: %d" % RETRY_AFTER_S)
-    if extensions:
-        lines.append(EXTENSIONS_HEADER + ": 1")
-    if not keep:
-        lines.append("Connection: close")
-    return "\r\n".join(lines + [""]).encode()
+    headers = [(True, "HTTP/1.1 %d %s" % (status, responses.get(status, ""))),
+               (status == 401, "WWW-Authenticate: Basic"), (status == 503, "Retry-After: %d" % RETRY_AFTER_S),
+               (extensions, EXTENSIONS_HEADER + ": 1"), (not keep, "Connection: close")]
+    return "".join(line + "\r\n" for is_sent, line in headers if is_sent).encode()
 
 
 LOG_LEVELS = ("debug", "info", "warning", "error")
-_OF_QUEUES = ("/api/v1/queues", _QUEUE)
 
 
 class _Log:
     """A server's log: lines on stderr."""
+
+    log_second = said = 0  # the second of the last lines, and how many there were in it
 
     def say(self, level, text):
         """Print a log line, where its level is asked for; of those that are no errors LOG_LINES_S in a second."""
@@ -4709,47 +4396,52 @@ class _Log:
     def note(self, conn, request, status):
         """Log who asked what and how long it took: all at level debug, else what failed, was refused or slow, and what
         changes a queue. Passwords stand in headers and bodies, which are not logged."""
-        took_s = monotonic() - request.started if request else 0
-        is_noted = status >= 500 or status in (401, 403) or took_s > SLOW_ANSWER_S or request is not None and (
-            request.method not in SAFE_METHODS and request.target.partition("?")[0] in _OF_QUEUES)
+        took_s, changes_queue, words = 0, False, "a request that was not read"
+        if request is not None:
+            took_s, path = monotonic() - request.started, request.target.partition("?")[0]
+            changes_queue = request.method not in SAFE_METHODS and path in ("/api/v1/queues", _QUEUE)
+        is_noted = status >= 500 or status in (401, 403) or took_s > SLOW_ANSWER_S or changes_queue
         if not is_noted and self.level != "debug":
             return
+        if request is not None:
+            words = " ".join(ascii(word)[1:-1][:limit] for word, limit in (
+                ((request.head.login or ("-",))[0], 100), (request.method, 20), (request.target, 200)))
         level = "error" if status == 500 else "warning" if status > 500 else "info" if is_noted else "debug"
-        if request is None:
-            return self.say(level, "%s a request that was not read -> %d" % (conn.peer, status))
-        self.say(level, "%s %s %s %s -> %d in %.1f ms" % (
-            conn.peer, ascii((request.head.login or ("-",))[0])[1:-1][:100], ascii(request.method)[1:-1][:20],
-            ascii(request.target)[1:-1][:200], status, took_s * 1000))
+        self.say(level, "%s %s -> %d in %.1f ms" % (conn.peer, words, status, took_s * 1000))
+
+    def bug(self, error):
+        """Return the answer to a request that met one: the log has where, the client hears that it is not its own."""
+        import traceback
+        self.say("error", traceback.format_exc())
+        return {"detail": "a bug in labtasker %s: %s" % (__version__, type(error).__name__)}
 
 
-class _Loop(_Log):
-    """The connections of a server, and the turns in which one thread attends to them."""
+class _Peers(_Log):
+    """The connections of a server, and what keeps those who send much, slowly or never from the others: bytes,
+    connections, time. All but `wake` is for the loop's thread."""
 
-    def prepare_loop(self):
-        """Set what the loop works with."""
+    def listen(self, host, port):
+        """Return when the socket listens, or raise LabtaskerRuntimeError saying who has the port."""
         import selectors
         import socket
-        self.selector, self.heads = selectors.DefaultSelector(), Heads(self.own_names)
-        self.connections = set()
-        self.lent = 0  # connections that threads have, or wait in line for one
-        self.held = self.large = 0  # bytes of unfinished requests and unread answers; of large bodies
-        self.handshakes = self.rounds = 0  # in this turn
-        self.eager = []  # connections with a request in hand that have had their turn
-        self.heavy = set()  # (login, target) of requests whose answers are large
-        self.delayed = []  # (when, count, row of `answered`) of answers that are held back, a heap
-        self.gates = {name: _Gate(*row) for name, row in GATES.items()}
-        self.answered = []  # (connection, request, keep, batch or None, status, bytes) of this turn
-        self.parked = {}  # id of a task or queue: {connection that waits for it: None}
-        self.give_up_at = math.inf  # when the first of them gives up
-        self.returned = collections.deque()  # connections that threads are done with
+        self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        try:
+            super().__init__((host, port), None)  # HTTPServer's
+        except OSError as error:
+            is_busy = error.errno == errno.EADDRINUSE
+            raise LabtaskerRuntimeError("can't listen on %s port %d: %s%s" % (
+                host, port, error.strerror or error, is_busy and _port_owner(port) + "; try --port 0" or ""))
         self.waker, self.woken = socket.socketpair()
+        self.selector = selectors.DefaultSelector()
         for end in (self.waker, self.woken, self.socket):
             end.setblocking(False)
         self.selector.register(self.woken, selectors.EVENT_READ, self.wake_up)
         self.selector.register(self.socket, selectors.EVENT_READ, self.accept_all)
-        self.store.on_stir = self.wake
-        self.is_writing, self.to_write = False, threading.Semaphore(0)
-        self.swept_at = monotonic()
+
+    def server_bind(self):
+        """Bind without asking a name server for this host's name, as HTTPServer does."""
+        import socketserver
+        socketserver.TCPServer.server_bind(self)
 
     def wake(self):
         """Have the loop take a turn; from another thread, or a signal's handler."""
@@ -4758,85 +4450,40 @@ class _Loop(_Log):
         except OSError:  # it is full of such bytes, or closed
             pass
 
-    def serve_forever(self, poll_interval=LOOK_INTERVAL_S):
-        """Answer until `stopping` is set and what runs has ended, or its grace is over."""
-        sys.setswitchinterval(SWITCH_S)
-        threading.Thread(target=self.write_always, name="journal writer", daemon=True).start()
-        gc.disable()  # requests leave no cycles behind (a test counts them); a search through a million tasks takes 1 s
-        while not self.stopping:
-            self.turn(min(self.due_at, self.give_up_at) - monotonic())
-            self.service_actions()
-        self.selector.unregister(self.socket)
-        with self.store.lock:  # streams end
-            self.store.closing = True
-            self.store.changed.notify_all()
-        self.give_up(math.inf)
-        for conn in [conn for gate in self.gates.values() for conn in gate.dismiss()]:
-            self.drop(conn)
-        give_up_at = monotonic() + STOP_GRACE_S
-        self.is_writing = False
-        self.to_write.release()
-        self.store.journal.flush()
-        self.turn(0)
-        while (self.running or any(conn.outbox for conn in self.connections)) and monotonic() < give_up_at:
-            self.turn(0.05)
+    def accept_all(self):
+        """Take in the connections that wait."""
+        for _ in range(100):
+            try:
+                sock, address = self.get_request()
+            except OSError as error:  # no more, or none that stayed, or no file descriptor for it
+                if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
+                    self.make_room()
+                return
+            if len(self.connections) + sum(gate.count + gate.in_line for gate in self.gates.values()) >= self.most:
+                self.make_room()
+            try:
+                sock.setsockopt(6, 1, 1)  # TCP_NODELAY
+                if self.tls:
+                    sock = self.tls.wrap_socket(sock, server_side=True, do_handshake_on_connect=False)
+                self.take_in(Connection(sock, address[0], bool(self.tls)))
+            except OSError:
+                sock.close()
 
-    def turn(self, timeout_s):
-        """Take in what has come within so many seconds, write what was decided, send the answers."""
-        eager, self.eager = self.eager, []
-        self.handshakes = 0
-        for key, events in self.selector.select(0 if eager else max(0, timeout_s)):
-            if isinstance(key.data, Connection):
-                self.guard(key.data, self.attend, key.data, events)
-            else:
-                key.data()
-        for conn in eager:
-            self.read_requests(conn)
-        self.settle()
-
-    def guard(self, conn, action, *given):
-        """Do something for a connection; what fails there, also by a bug, is the end of no other."""
-        try:
-            action(*given)
-        except Busy:
-            self.drop(conn)
-        except Exception as error:
-            self.bug(error)
-            self.drop(conn)
-
-    def wake_up(self):
-        """Take back the connections whose requests threads have answered."""
-        try:
-            while self.woken.recv(4096):
-                pass
-        except BlockingIOError:
-            pass
-        while self.returned:
-            conn = self.returned.popleft()
-            self.guard(conn, self.take_back, conn)
-
-    def take_back(self, conn):
-        """Go on with a connection whose request a thread has answered, or read for the loop to go on with."""
-        self.leave(conn)
-        if conn.closing and not conn.outbox or self.stopping and not (conn.prepared or conn.outbox):
-            return self.drop(conn)
+    def take_in(self, conn):
+        """Listen to a connection."""
         conn.sock.setblocking(False)
-        conn.heard_at = monotonic()
+        self.selector.register(conn.sock, 1, conn)  # EVENT_READ
         self.connections.add(conn)
-        self.selector.register(conn.sock, 1, conn)
-        if conn.outbox:
-            conn.busy, data, conn.outbox = False, conn.outbox, b""
-            self.send(conn, data)
-            if not conn.outbox and conn.inbox and not conn.closing:
-                self.eager.append(conn)
-        else:
-            self.go_on(conn)
 
-    def drop(self, conn):
-        """Close a connection and forget it."""
+    def let_go(self, conn):
+        """Listen to a connection no more."""
         if conn in self.connections:
             self.connections.discard(conn)
             self.selector.unregister(conn.sock)
+
+    def drop(self, conn):
+        """Close a connection and forget it."""
+        self.let_go(conn)
         self.unpark(conn)
         self.large -= conn.reserved
         self.held -= conn.counted
@@ -4849,12 +4496,9 @@ class _Loop(_Log):
 
     def attend(self, conn, events):
         """Take what a connection has sent; send what it waits for."""
-        if conn.closing and not (conn.outbox or conn.lingering):
-            return
         if events & 2:  # EVENT_WRITE
             self.send(conn, b"")
-            if conn.inbox and not (conn.outbox or conn.busy or conn.closing):
-                self.eager.append(conn)
+            self.go_on_later(conn)
         if not events & 1 or conn.outbox:
             return
         try:
@@ -4867,12 +4511,10 @@ class _Loop(_Log):
             data = conn.sock.recv(65536)
             while data and self.tls and conn.sock.pending():
                 data += conn.sock.recv(65536)
-        except (BlockingIOError, InterruptedError):
+        except self.later:
             return
-        except OSError as error:  # reset, or TLS broken off
-            if type(error).__name__ not in ("SSLWantReadError", "SSLWantWriteError"):
-                self.drop(conn)
-            return
+        except OSError:  # reset, or TLS broken off
+            return self.drop(conn)
         if not data or len(conn.inbox) > ROOM_BYTES + conn.reserved:
             return self.drop(conn)
         if conn.lingering:
@@ -4880,22 +4522,22 @@ class _Loop(_Log):
             return self.drop(conn) if conn.lingering <= 0 or monotonic() - conn.heard_at > LINGER_S else None
         conn.inbox += data
         conn.heard_at = monotonic()
-        if not conn.busy:
-            self.read_requests(conn)
-        if conn.inbox or conn.counted:
-            self.count(conn)
+        self.read_requests(conn)
+
+    def go_on_later(self, conn):
+        """Look at what else a connection has sent in the next turn, so that all have theirs."""
+        if conn.inbox and not (conn.outbox or conn.closing):
+            self.eager.append(conn)
 
     def send(self, conn, data):
         """Send what is waiting, or else this; what does not go out now goes when the peer has read."""
         data = conn.outbox or data
         try:
             sent = conn.sock.send(data)
-        except (BlockingIOError, InterruptedError):
+        except self.later:
             sent = 0
-        except OSError as error:
-            if type(error).__name__ not in ("SSLWantReadError", "SSLWantWriteError"):
-                return self.drop(conn)
-            sent = 0
+        except OSError:
+            return self.drop(conn)
         had, conn.outbox = conn.outbox, b"" if sent == len(data) else memoryview(data)[sent:]
         if conn in self.connections and bool(had) != bool(conn.outbox):
             self.selector.modify(conn.sock, 2 if conn.outbox else 1, conn)
@@ -4904,32 +4546,6 @@ class _Loop(_Log):
             self.count(conn)
         if not conn.outbox and conn.closing:
             self.finish(conn)
-
-
-class _Limits(_Loop):
-    """What keeps those who send much, slowly or never from the others: bytes, connections, time, delays."""
-
-    def accept_all(self):
-        """Take in the connections that wait."""
-        for _ in range(100):
-            try:
-                sock, address = self.get_request()
-            except OSError as error:  # no more, or none that stayed, or no file descriptor for it
-                if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
-                    self.make_room()
-                return
-            if len(self.connections) + self.lent >= self.most:
-                self.make_room()
-            try:
-                sock.setsockopt(6, 1, 1)  # TCP_NODELAY
-                if self.tls:
-                    sock = self.tls.wrap_socket(sock, server_side=True, do_handshake_on_connect=False)
-                sock.setblocking(False)
-                conn = Connection(sock, address[0], bool(self.tls))
-                self.selector.register(sock, 1, conn)
-                self.connections.add(conn)
-            except OSError:
-                sock.close()
 
     def finish(self, conn):
         """Close a connection after its last answer; a peer that still sends is first given time to read that."""
@@ -4956,121 +4572,47 @@ class _Limits(_Loop):
     def shed(self):
         """Drop those with bytes held until a quarter is free, strangers first, then by how long nothing moved; one
         may hold as much as it will."""
-        holding = sorted((conn.vouched, conn.heard_at, id(conn), conn) for conn in self.connections if conn.counted)
-        for _, _, _, conn in holding[:-1]:
-            if self.held < HELD_BYTES * 3 // 4:
-                break
-            self.drop(conn)
+        holding = sorted((conn for conn in self.connections if conn.counted), key=_worth)
+        for conn in holding[:-1]:
+            if self.held >= HELD_BYTES * 3 // 4:
+                self.drop(conn)
         self.say("warning", "over %d MiB of requests and answers under way: the slowest connections were closed" % (
             HELD_BYTES >> 20))
 
     def make_room(self):
         """Close a hundredth of the connections: strangers first, then the longest silent."""
-        there = self.connections
-        for conn in heapq.nsmallest(1 + len(there) // 100, there, key=lambda conn: (conn.vouched, conn.heard_at)):
+        for conn in heapq.nsmallest(1 + len(self.connections) // 100, self.connections, key=_worth):
             self.drop(conn)
-        if not there:  # threads have them all
+        if not self.connections:  # threads have them all
             time.sleep(REST_S)
         self.say("warning", "%d connections are all there can be: the longest silent were closed" % self.most)
 
     def sweep(self):
         """Close the connections that were silent, or slow, for too long."""
-        moment = monotonic()
-        self.swept_at = moment
+        moment = self.swept_at = monotonic()
         for conn in list(self.connections):
-            sends = conn.handshake or not conn.busy and (conn.inbox or conn.head)
-            if conn.lingering and not conn.outbox:
-                late = moment - conn.heard_at > LINGER_S
-            elif sends and not conn.outbox:
-                began_at = conn.heard_at if conn.handshake else conn.since
-                late = moment - (began_at or moment) > (SLOW_BODY_S if conn.head else SLOW_SENDER_S)
-            else:
-                late = moment - conn.heard_at > (SLOW_LISTENER_S if conn.outbox else IDLE_S) and not conn.parked
-            if late:
+            since, most_s = conn.heard_at, math.inf if conn.parked else IDLE_S
+            if conn.outbox:
+                most_s = SLOW_LISTENER_S
+            elif conn.lingering:
+                most_s = LINGER_S
+            elif conn.handshake:
+                most_s = SLOW_SENDER_S
+            elif not conn.busy and (conn.inbox or conn.head):
+                since, most_s = conn.since or moment, SLOW_BODY_S if conn.head else SLOW_SENDER_S
+            if moment - since > most_s:
                 self.drop(conn)
 
-    def admit_body(self, conn):
-        """Let a large body come, from one whose password is known to be right; strangers' is looked at first."""
-        method, target, _ = conn.line
-        request = HttpRequest(method, target, conn.head, False, b"", monotonic())
-        if self.find(request)[0].open:
-            raise TooLarge("a body of over %d bytes" % QUICK_BYTES)
-        if self.known_caller(conn.head.login) is None:
-            conn.busy = True
-            return self.hand_over(conn, request, self.door(request))
-        if self.large + conn.head.length > LARGE_BYTES:
-            raise Busy("large bodies from others are on their way: try again")
-        conn.vouched, conn.reserved = True, conn.head.length
-        self.large += conn.reserved
-        self.encourage(conn)
 
-    def door(self, request):
-        """Return the gate of one whose password has to be hashed."""
-        name, state = (request.head.login or (None,))[0], self.store.state
-        return "passwords" if name in state.names or name in state.queues else "strangers"
-
-    @staticmethod
-    def encourage(conn):
-        """Tell one who asked that its body is welcome."""
-        if not conn.inbox and conn.head.fields.get("expect", "").lower() == "100-continue":
-            try:
-                conn.sock.send(b"HTTP/1.1 100 Continue\r\n\r\n")
-            except OSError:  # it hears it from the answer then, or is gone
-                pass
-
-    def hand_over(self, conn, request, kind):
-        """Give a request that takes long to a thread, with its connection, or put it in line for one."""
-        if kind == "work":
-            user = request.head.login
-        elif kind == "answers":
-            user = request[0].head.login
-        else:
-            user = (conn.peer, (request.head.login or (None,))[0])
-        self.gates[kind].enter(user, (conn, request))
-        conn.gate = (self.gates[kind], user)
-        self.lent += 1
-        if conn in self.connections:
-            self.connections.discard(conn)
-            self.selector.unregister(conn.sock)
-        self.start_threads(self.gates[kind])
-
-    def start_threads(self, gate):
-        """Start a thread for each whose turn it is."""
-        for conn, request in gate.begin():
-            try:
-                self.process_request((conn, request), conn.peer)
-            except RuntimeError as error:  # no more threads
-                conn.outbox, conn.closing = http_answer(*shown_error(Busy(str(error))), request, False), True
-                self.shutdown_request((conn, request))
-
-    def leave(self, conn):
-        """Have the next take the place of one that a thread is done with."""
-        (gate, user), conn.gate = conn.gate, None
-        self.lent -= 1
-        self.large -= 0 if conn.prepared else conn.reserved
-        conn.reserved = conn.reserved if conn.prepared else 0
-        gate.leave(user)
-        self.start_threads(gate)
-
-    def delay(self, row):
-        """Hold an answer back for a while."""
-        at = monotonic() + WRONG_PASSWORD_S
-        heapq.heappush(self.delayed, (at, id(row), row))
-        self.give_up_at = min(self.give_up_at, at)
-
-    def release(self, at):
-        """Let the answers go that were held back until `at`."""
-        while self.delayed and self.delayed[0][0] <= at:
-            row = heapq.heappop(self.delayed)[2]
-            if not row[0].closing:
-                self.answered.append(row)
+def _worth(conn):
+    return conn.vouched, conn.heard_at
 
 
 def _has_left(sock):
     """Return whether the peer of a socket that does not block has closed."""
     import socket
     try:
-        return not socket.socket.recv(sock, 1, socket.MSG_PEEK | getattr(socket, "MSG_DONTWAIT", 0))
+        return not socket.socket.recv(sock, 1, socket.MSG_PEEK)
     except BlockingIOError:
         return False
     except OSError:
@@ -5114,13 +4656,6 @@ class _Gate:
         self.in_line -= len(found)
         return found
 
-    def dismiss(self):
-        """Return the connections in line, which is empty then."""
-        found = [conn for own in self.waiting.values() for conn, _ in own]
-        self.waiting.clear()
-        self.in_line = 0
-        return found
-
     def leave(self, user):
         """Note that something of a user's ended."""
         self.count -= 1
@@ -5129,106 +4664,75 @@ class _Gate:
             del self.running[user]
 
 
-class _Waiting(_Limits):
-    """The requests that wait for something to change."""
+class _Requests(_Peers):
+    """What the loop does with requests: answers them, parks those that wait for something to change, gives those that
+    take long to threads.
 
-    def until(self, wait_s):
-        """Return when a request that may wait so long gives up. Those that wait long do so together, up to a second
-        late: a server that wakes for each of a hundred heartbeats spends four times as much on them."""
-        if not wait_s or self.stopping:
-            return -math.inf
-        return monotonic() + wait_s if wait_s < 10 else math.ceil(monotonic() + wait_s)
-
-    def park(self, conn, request, call, give_up_at, key):
-        """Keep a request until the task or queue with this id changes."""
-        conn.parked = (call, request, give_up_at, key)
-        self.parked.setdefault(key, collections.OrderedDict())[conn] = None
-        self.store.waited.add(key)
-        self.give_up_at = min(self.give_up_at, give_up_at)
-
-    def unpark(self, conn):
-        """Return what a connection's request waited for, and forget that it did."""
-        parked, conn.parked = conn.parked, None
-        if parked:
-            there = self.parked[parked[3]]
-            del there[conn]
-            if not there:
-                del self.parked[parked[3]]
-                self.store.waited.discard(parked[3])
-        return parked
-
-    def retry(self, conn, is_last=False):
-        """Run a parked request again; return whether it waits on."""
-        call, request, give_up_at, _ = self.unpark(conn)
-        request = request._replace(started=monotonic())
-        self.attempt(conn, request, self.begin, call, -math.inf if is_last else give_up_at)
-        return conn.parked is not None
-
-    def give_up(self, at):
-        """Answer the parked requests whose time is over at `at`."""
-        waiting = [conn for there in self.parked.values() for conn in there]
-        for conn in waiting:
-            if conn.parked[2] <= at:
-                self.retry(conn, is_last=True)
-        self.release(at)
-        self.give_up_at = min((conn.parked[2] for there in self.parked.values() for conn in there), default=math.inf)
-        self.give_up_at = min([self.give_up_at] + [row[0] for row in self.delayed[:1]])
-
-    def stir(self, waiting):
-        """Run the requests again that wait for the same thing, the oldest first; of two fetches that ask for the
-        same, the second is not tried when the first found nothing."""
-        in_vain = set()
-        for conn in list(waiting):
-            asked = conn.parked[0].request
-            wish = (str(asked.get("required_fields")), asked.get("filter_text"))
-            if "eta_max_s" not in asked or wish not in in_vain:
-                if self.retry(conn):
-                    in_vain.add(wish)
-
-
-class _Answers(_Waiting):
-    """What the loop does with requests: answers them, parks those that wait, gives to threads what takes long."""
+    A thread's work is a function (connection, ...) -> what the loop does next with the connection: (method, what it is
+    given after the connection), or None to close it. What leads to an answer may raise; that is one too."""
 
     def read_requests(self, conn):
-        """Take each whole request that a connection has sent; a thread takes the connection with it."""
-        while (conn.inbox or conn.head) and not conn.busy and not conn.closing:
-            try:
-                request = conn.next_request(self.heads)
-                if request is None and conn.head is not None and not conn.reserved:
-                    self.admit_body(conn) if conn.head.length > QUICK_BYTES else self.encourage(conn)
-            except LabtaskerError as error:
-                conn.busy, conn.lingering = True, LINGER_BYTES
-                self.answered.append((conn, None, False, None) + shown_error(error))
-                return
-            if request is None:
-                return
-            conn.busy = True
-            self.attempt(conn, request, self.take)
+        """Take the next whole request that a connection has sent; a thread takes the connection with it."""
+        if conn.closing:
+            return
+        try:
+            request = None if conn.busy else conn.next_request(self.heads)
+            if request is not None:
+                conn.busy = True
+                self.attempt(conn, request, self.take)
+            elif conn.head is not None and not (conn.busy or conn.reserved):
+                self.admit_body(conn) if conn.head.length > QUICK_BYTES else self.encourage(conn)
+        except LabtaskerError as error:
+            conn.busy, conn.lingering = True, LINGER_BYTES
+            self.answer(conn, *self.refusal(None, error))
+        if conn.inbox or conn.counted:
+            self.count(conn)
 
     def go_on(self, conn):
-        """Go on with a connection that a thread has given back: with the call that is to wait, or the next request."""
-        prepared, conn.prepared = conn.prepared, None
-        if isinstance(prepared, HttpRequest):  # its password was right
-            self.attempt(conn, prepared, self.take)
-        elif prepared and isinstance(prepared[0], Unauthorized):
-            error, request = prepared
-            conn.lingering = LINGER_BYTES if conn.head is not None else 0
-            self.delay((conn, request, request.keep, None) + shown_error(error))
-        elif prepared:
-            call, request = prepared
-            self.attempt(conn, request, self.begin, call, self.until(call.request["wait_s"]))
-        else:
-            conn.busy = False
-            self.read_requests(conn)
+        """Take the next request of a connection, or the body that was to come."""
+        conn.busy = False
+        self.read_requests(conn)
+
+    def admit_body(self, conn):
+        """Let a large body come, from one whose password is known to be right; strangers' is looked at first."""
+        method, target, _ = conn.line
+        request = HttpRequest(method, target, conn.head, False, b"", monotonic())
+        if self.find(request)[0].open:
+            raise TooLarge("a body of over %d bytes" % QUICK_BYTES)
+        if self.known_caller(conn.head.login) is None:
+            conn.busy = True
+            return self.hand_over(conn, self.door(request), self.look_at_password, request)
+        if self.large + conn.head.length > LARGE_BYTES:
+            raise Busy("large bodies from others are on their way: try again")
+        conn.vouched, conn.reserved = True, conn.head.length
+        self.large += conn.reserved
+        self.encourage(conn)
+
+    @staticmethod
+    def encourage(conn):
+        """Tell one who asked that its body is welcome."""
+        if not conn.inbox and conn.head.fields.get("expect", "").lower() == "100-continue":
+            try:
+                conn.sock.send(b"HTTP/1.1 100 Continue\r\n\r\n")
+            except OSError:  # it hears it from the answer then, or is gone
+                pass
 
     def attempt(self, conn, request, action, *more):
         """Do something that leads to an answer; an error is one."""
         try:
             action(conn, request, *more)
-        except LabtaskerError as error:
-            self.answered.append((conn, request, request.keep, None) + shown_error(error))
         except Exception as error:
-            self.answered.append((conn, request, False, None, 500, self.bug(error)))
+            self.answer(conn, *self.refusal(request, error))
+
+    def answer(self, conn, *row):
+        """Have a request answered at the end of this turn: (request, keep, batch or None, status, answer)."""
+        self.answered.append((conn,) + row)
+
+    def refusal(self, request, error):
+        """Return what `answer` is given for an error."""
+        if isinstance(error, LabtaskerError):
+            return (request, request is not None and request.keep, None) + shown_error(error)
+        return request, False, None, 500, self.bug(error)
 
     def take(self, conn, request):
         """Answer a request, or park it, or give it to a thread."""
@@ -5236,14 +4740,17 @@ class _Answers(_Waiting):
         if head.foreign and request.method not in SAFE_METHODS:
             raise Forbidden("sent by %s: nothing is changed for it" % head.foreign)
         call = self.quick_call(request)
-        if call is None:
-            route = self.find(request)[0]
-            is_known = not route.open and self.known_caller(head.login) is not None
-            self.hand_over(conn, request, "strangers" if route.open else self.door(request) if not is_known else
-                           "streams" if route.run is _run_events else "work")
-        else:
+        if call is not None:
             conn.vouched = conn.vouched or call.caller is not None
-            self.begin(conn, request, call, self.until(call.request.get("wait_s", 0)))
+            return self.begin(conn, request, call, self.until(call.request.get("wait_s", 0)))
+        route, work = self.find(request)[0], self.answer_slowly
+        if route.open:
+            gate = "strangers"
+        elif self.known_caller(head.login) is None:
+            gate, work = self.door(request), self.look_at_password
+        else:
+            gate = "streams" if route.run is _run_events else "work"
+        self.hand_over(conn, gate, work, request)
 
     def quick_call(self, request):
         """Return the Call of a request that the loop itself answers, or None; raise what is wrong with it."""
@@ -5272,18 +4779,291 @@ class _Answers(_Waiting):
         status, answer = shown(route, answer, request.head.extensions)
         self.answered.append((conn, request, request.keep, batch, status, answer))
 
+    def until(self, wait_s):
+        """Return when a request that may wait so long gives up. Those that wait long do so together, up to a second
+        late: a server that wakes for each of a hundred heartbeats spends four times as much on them."""
+        if not wait_s or self.stopping:
+            return -math.inf
+        return monotonic() + wait_s if wait_s < 10 else math.ceil(monotonic() + wait_s)
+
+    def park(self, conn, request, call, give_up_at, key):
+        """Keep a request until the task or queue with this id changes; with None for it, until it is given up."""
+        conn.parked = (call, request, give_up_at, key)
+        self.parked.setdefault(key, collections.OrderedDict())[conn] = None
+        self.store.waited.add(key)
+        self.give_up_at = min(self.give_up_at, give_up_at)
+
+    def unpark(self, conn):
+        """Return what a connection's request waited for, and forget that it did."""
+        parked, conn.parked = conn.parked, None
+        if parked:
+            there = self.parked[parked[3]]
+            del there[conn]
+            if not there:
+                del self.parked[parked[3]]
+                self.store.waited.discard(parked[3])
+        return parked
+
+    def retry(self, conn, is_last=False):
+        """Run a parked request again; return whether it waits on."""
+        call, request, give_up_at, key = self.unpark(conn)
+        if key is None:
+            self.answer(conn, *call)
+            return False
+        request = request._replace(started=monotonic())
+        self.attempt(conn, request, self.begin, call, -math.inf if is_last else give_up_at)
+        return conn.parked is not None
+
+    def delay(self, conn, *row):
+        """Have a request answered in a while: a wrong password is."""
+        conn.lingering = LINGER_BYTES if conn.head is not None else 0
+        self.park(conn, row[0], row, monotonic() + WRONG_PASSWORD_S, None)
+
+    def give_up(self, at):
+        """Answer the parked requests whose time is over at `at`."""
+        for conn in [conn for there in self.parked.values() for conn in there]:
+            if conn.parked[2] <= at:
+                self.retry(conn, is_last=True)
+        self.give_up_at = min((conn.parked[2] for there in self.parked.values() for conn in there), default=math.inf)
+
+    def stir(self, waiting):
+        """Run the requests again that wait for the same thing, the oldest first; of two fetches that ask for the
+        same, the second is not tried when the first found nothing."""
+        in_vain = set()
+        for conn in list(waiting):
+            asked = conn.parked[0].request
+            wish = (str(asked.get("required_fields")), asked.get("filter_text"))
+            if ("eta_max_s" not in asked or wish not in in_vain) and self.retry(conn):
+                in_vain.add(wish)
+
+    @staticmethod
+    def find(request):
+        """Return (route, ids, query) of an HttpRequest's method and target."""
+        path, _, query = request.target.partition("?")
+        if "://" in path and not path.startswith("/"):  # the absolute form, which proxies are sent
+            path = "/" + path.split("/", 3)[3] if path.count("/") > 2 else "/"
+        asked = {}
+        if query or "%" in path:
+            from urllib.parse import parse_qsl, unquote
+            path, asked = unquote(path), dict(parse_qsl(query))
+        if "last-event-id" in request.head.fields:
+            asked["last_event_id"] = request.head.fields["last-event-id"]
+        return find_route("GET" if request.method == "HEAD" else request.method, path) + (asked,)
+
+    def read(self, request, caller, route, ids, query):
+        """Return the Call of an HttpRequest whose route was found."""
+        return read_call(self.store, caller, route, ids, parse_json(request.body) if request.body else None, query)
+
+    def known_caller(self, login):
+        """Return the caller's queue when no password has to be hashed to know it, or None."""
+        if login is None:
+            raise Unauthorized("Invalid credentials")
+        name, password = login
+        if len(password) == len(self.key) and same_secret(password, self.key):
+            return LocalName(name)
+        return self.store.known_login(name, password)
+
+
+class _Threads(_Requests):
+    """The work of threads, which requests that take long are given to with their connections."""
+
+    def door(self, request):
+        """Return the gate of one whose password has to be hashed."""
+        name, state = (request.head.login or (None,))[0], self.store.state
+        return "passwords" if name in state.names or name in state.queues else "strangers"
+
+    def hand_over(self, conn, kind, work, request, *more):
+        """Have a thread do this work for a connection, or put it in line for one; raise Busy when that is full."""
+        user = request.head.login
+        if kind not in ("work", "answers"):
+            user = conn.peer, (user or (None,))[0]
+        gate = self.gates[kind]
+        gate.enter(user, (conn, work, request) + more)
+        conn.gate = gate, user
+        self.let_go(conn)
+        self.start_threads(gate)
+
+    def start_threads(self, gate):
+        """Start a thread for each whose turn it is, unless nobody is there any more to hear."""
+        for job in gate.begin():
+            conn, _, request = job[:3]
+            if _has_left(conn.sock):
+                self.give_back(conn, None)
+                continue
+            try:
+                self.process_request(job, conn.peer)  # ThreadingMixIn's: calls finish_request in a thread
+            except RuntimeError as error:  # no more threads
+                self.give_back(conn, (self.answer,) + self.refusal(request, Busy(str(error))))
+
+    def finish_request(self, job, peer):
+        """Do a thread's work."""
+        conn, work, request, *more = job
+        try:
+            then = work(conn, request, *more)
+        except Exception as error:
+            then = (self.answer,) + self.refusal(request, error)
+        self.give_back(conn, then)
+
+    def shutdown_request(self, job):
+        """Leave the connection open: the loop has it back."""
+
+    def give_back(self, conn, then):
+        """Give a connection back to the loop, which goes on with it so."""
+        self.returned.append((conn, then))
+        self.wake()
+
+    def wake_up(self):
+        """Take back the connections that threads are done with."""
+        try:
+            while self.woken.recv(4096):
+                pass
+        except BlockingIOError:
+            pass
+        while self.returned:
+            conn, then = self.returned.popleft()
+            (gate, user), conn.gate = conn.gate, None
+            gate.leave(user)
+            self.guard(conn, self.start_threads, gate)
+            if then is None:
+                self.drop(conn)
+            else:
+                self.take_in(conn)
+                conn.heard_at = monotonic()
+                self.guard(conn, then[0], conn, *then[1:])
+
+    def look_at_password(self, conn, request):
+        """Find out whether a password is right: then its request is taken, or its body read."""
+        try:
+            self.store.login(*request.head.login)
+        except Unauthorized as error:
+            time.sleep(REST_S)
+            return (self.delay,) + self.refusal(request, error)
+        return (self.go_on,) if conn.head is not None else (self.attempt, request, self.take)
+
+    def answer_slowly(self, conn, request):
+        """Answer a request, however long that takes."""
+        route, ids, query = self.find(request)
+        caller = None if route.open else self.known_caller(request.head.login) or self.store.login(*request.head.login)
+        call = self.read(request, caller, route, ids, query)
+        if call.request.get("filter_text") and route.waits:
+            self.store.stand(caller, call.request)
+        if route.waits and call.request["wait_s"]:  # here it would hold a thread: the loop waits with it
+            return self.attempt, request, self.begin, call, self.until(call.request["wait_s"])
+        status, answer = shown(route, run_call(self.store, call), request.head.extensions)
+        if not isinstance(answer, Stream) or request.method == "HEAD":
+            return self.write_answer(conn, request, request.keep, status, answer)
+        conn.sock.settimeout(SLOW_LISTENER_S)
+        try:
+            for piece in itertools.chain([self.write_answer(conn, request, False, status, answer)[1]], answer.pieces):
+                conn.sock.sendall(piece)
+        except Exception as error:
+            if not isinstance(error, OSError):  # too late for another answer
+                self.bug(error)
+
+    def write_answer(self, conn, request, keep, status, answer):
+        """Make the bytes of an answer."""
+        keep = keep and not self.stopping
+        self.note(conn, request, status)
+        return self.reply, http_answer(status, answer, request, keep), keep
+
+
+class _Server(_Threads):
+    """The loop: the turns in which one thread attends to all connections; stands before ThreadingMixIn and HTTPServer.
+
+    `allow_hosts` are names under which browsers may show its pages; `most` connections are open at a time."""
+
+    daemon_threads, block_on_close = True, False  # of ThreadingMixIn
+    allow_reuse_address, request_queue_size = True, 1024  # of HTTPServer
+
+    def __init__(self, host, port, store, tls, level, allow_hosts=(), most=MAX_CONNECTIONS):
+        import socket
+        own = socket.gethostname().lower()
+        self.heads = Heads({own, own.partition(".")[0]} | {name.lower() for name in allow_hosts})
+        self.store, self.tls, self.level = store, tls, level
+        self.most = min(most, _raise_file_limit() - SPARE_FILES)
+        self.later = (BlockingIOError, InterruptedError)  # from a socket that has nothing, or no room, just now
+        if tls:
+            import ssl
+            self.later += (ssl.SSLWantReadError, ssl.SSLWantWriteError)
+        self.id = store.server_id = new_id()
+        self.key = os.urandom(24).hex()  # the key stands in server.json, for who may read it
+        self.stopping, self.compaction = False, None
+        self.due_at, self.housekept_at, self.swept_at = monotonic(), -math.inf, monotonic()
+        self.connections = set()  # but for those that threads have, or that are in line for one
+        self.held = self.large = 0  # bytes of unfinished requests and unread answers; of large bodies
+        self.handshakes, self.eager = 0, []  # in this turn; connections with a request in hand that have had their turn
+        self.heavy = set()  # (login, target) of requests whose answers are large
+        self.gates = {name: _Gate(*row) for name, row in GATES.items()}
+        self.answered = []  # (connection, request, keep, batch or None, status, answer) of this turn
+        self.parked = {}  # id of a task or queue, None for no more than time: {connection that waits for it: None}
+        self.give_up_at = math.inf  # when the first of them gives up
+        self.returned = collections.deque()  # (connection, what to do next) from threads
+        self.is_writing, self.to_write = False, threading.Semaphore(0)
+        store.on_stir = self.wake
+        self.listen(host, port)
+
+    def close(self):
+        """Close what the loop works with."""
+        for one in (self.socket, self.waker, self.woken, self.selector):
+            one.close()
+
+    def serve_forever(self):
+        """Answer until `stopping` is set and what runs has ended, or its grace is over."""
+        sys.setswitchinterval(SWITCH_S)
+        threading.Thread(target=self.write_always, name="journal writer", daemon=True).start()
+        gc.disable()  # requests leave no cycles behind (a test counts them); a search through a million tasks takes 1 s
+        while not self.stopping:
+            self.turn(min(self.due_at, self.give_up_at) - monotonic())
+            self.service_actions()
+        self.selector.unregister(self.socket)
+        with self.store.lock:  # streams end
+            self.store.closing = True
+            self.store.changed.notify_all()
+        self.give_up(math.inf)
+        for gate in self.gates.values():
+            for conn, *_ in itertools.chain(*gate.waiting.values()):
+                self.drop(conn)
+            gate.waiting.clear()
+        give_up_at = monotonic() + STOP_GRACE_S
+        self.is_writing = False
+        self.to_write.release()
+        self.store.journal.flush()
+        self.turn(0)
+        while monotonic() < give_up_at and (any(gate.count for gate in self.gates.values())
+                                            or any(conn.outbox for conn in self.connections)):
+            self.turn(0.05)
+
+    def turn(self, timeout_s):
+        """Take in what has come within so many seconds, write what was decided, send the answers."""
+        eager, self.eager, self.handshakes = self.eager, [], 0
+        for key, events in self.selector.select(0 if eager else max(0, timeout_s)):
+            if isinstance(key.data, Connection):
+                self.guard(key.data, self.attend, key.data, events)
+            else:
+                key.data()
+        for conn in eager:
+            self.read_requests(conn)
+        self.settle()
+
+    def guard(self, conn, action, *given):
+        """Do something for a connection; what fails there, also by a bug, is the end of no other."""
+        try:
+            action(*given)
+        except Exception as error:
+            if not isinstance(error, Busy):
+                self.bug(error)
+            self.drop(conn)
+
     def settle(self):
         """Have the journal written and the answers sent; then those who wait for what has changed get theirs."""
         if self.give_up_at <= monotonic():
             self.give_up(monotonic())
-        self.rounds = 0
         while self.answered or self.store.stirred:
             self.write_down()
             ready = [row for row in self.answered if row[3] is None or row[3].done]
             if not ready and not self.store.stirred:
                 return  # the writer wakes the loop
             self.answered = [row for row in self.answered if not (row[3] is None or row[3].done)]
-            self.rounds += 1
             for row in ready:
                 self.guard(row[0], self.deliver, *row)
             with self.store.lock:
@@ -5318,190 +5098,51 @@ class _Answers(_Waiting):
         """Send an answer; that the batch could not be written is another one."""
         if batch is not None and batch.error:
             status, answer = shown_error(batch.error)
-        keep = keep and not self.stopping
-        if self.heavy and request is not None and (request.head.login, request.target) in self.heavy and answer:
-            return self.hand_over(conn, (request, status, answer, keep), "answers")
-        self.note(conn, request, status)
-        conn.busy, conn.closing = False, not keep
-        if conn.reserved:
-            self.large -= conn.reserved
-            conn.reserved = 0
-        data = http_answer(status, answer, request, keep)
-        if len(data) > LARGE_ANSWER_BYTES and request is not None:
+        asked = request and (request.head.login, request.target)
+        if asked in self.heavy and answer:
+            return self.hand_over(conn, "answers", self.write_answer, request, keep, status, answer)
+        _, data, keep = self.write_answer(conn, request, keep, status, answer)
+        if len(data) > LARGE_ANSWER_BYTES and asked:
             if len(self.heavy) > 1000:
                 self.heavy.clear()
-            self.heavy.add((request.head.login, request.target))
+            self.heavy.add(asked)
+        self.reply(conn, data, keep)
+
+    def reply(self, conn, data, keep):
+        """Send the bytes of an answer; the next request has its turn then."""
+        conn.busy, conn.closing = False, not keep
+        self.large -= conn.reserved
+        conn.reserved = 0
         self.send(conn, data)
-        if conn.inbox and not (conn.outbox or conn.closing):
-            if self.rounds < PIPELINED:
-                self.read_requests(conn)
-            else:
-                self.eager.append(conn)
-        if conn.counted:
-            self.count(conn)
-
-
-class _Server(_Answers):
-    """The listening socket and what the loop and the threads share; stands before ThreadingMixIn and HTTPServer."""
-
-    daemon_threads = True
-    block_on_close = False
-    allow_reuse_address = True
-    request_queue_size = 1024
-
-    def prepare(self, store, tls, level, own_names=(), most=1000):
-        """Set what the threads share; `counting` guards `running`, the number of requests in threads. `most` is how
-        many connections there may be."""
-        self.store, self.tls, self.level, self.own_names, self.most = store, tls, level, frozenset(own_names), most
-        self.log_second, self.said = 0, 0  # the second of the last log lines, and their number in it
-        self.id = store.server_id = new_id()
-        self.key = os.urandom(24).hex()  # the key stands in server.json, for who may read it
-        self.stopping, self.running, self.counting = False, 0, threading.Lock()
-        self.due_at, self.housekept_at, self.compaction = monotonic(), -math.inf, None
-        self.prepare_loop()
-
-    def server_bind(self):
-        """Bind without asking a name server for this host's name, as HTTPServer does."""
-        import socketserver
-        socketserver.TCPServer.server_bind(self)
-        self.server_name, self.server_port = self.server_address[:2]
-
-    def process_request(self, request, client_address):
-        """Have a thread answer a request that may take long, unless nobody is there any more to hear."""
-        conn = request[0]
-        with self.counting:
-            self.running += 1
-        if _has_left(conn.sock):
-            conn.closing = True
-            return self.shutdown_request(request)
-        super().process_request(request, client_address)
-
-    def finish_request(self, asked, client_address):
-        """Answer a request in a thread of its own."""
-        conn, request = asked
-        if conn.gate[0] is self.gates["answers"]:
-            request, status, answer, keep = request
-            return self.answer(conn, request, status, answer, keep)
-        if conn.gate[0] in (self.gates["passwords"], self.gates["strangers"]) and not self.find(request)[0].open:
-            conn.prepared = self.look_at_password(conn, request)
-            return
-        try:
-            call = self.slow_call(request)
-            if call.route.waits and call.request["wait_s"]:  # here it would hold a thread: the loop waits with it
-                conn.prepared = (call, request)
-                return
-            status, answer = shown(call.route, run_call(self.store, call), request.head.extensions)
-        except LabtaskerError as error:
-            status, answer = shown_error(error)
-        except Exception as error:
-            status, answer = 500, self.bug(error)
-        self.answer(conn, request, status, answer, request.keep and not isinstance(answer, Stream))
-        if isinstance(answer, Stream) and request.method != "HEAD":
-            self.stream(conn, answer)
-
-    def answer(self, conn, request, status, answer, keep):
-        """Leave the bytes of an answer for the loop to send."""
-        conn.closing = not keep or self.stopping
-        self.note(conn, request, status)
-        conn.outbox = http_answer(status, answer, request, not conn.closing, _json_in_pieces)
-
-    @staticmethod
-    def stream(conn, answer):
-        """Send the pieces of an answer without an end, until that or until nobody reads."""
-        head, conn.outbox = conn.outbox, b""
-        conn.sock.settimeout(SLOW_LISTENER_S)
-        try:
-            conn.sock.sendall(head)
-            for piece in answer.pieces:
-                conn.sock.sendall(piece)
-        except OSError:
-            pass
-
-    def look_at_password(self, conn, request):
-        """Return what the loop goes on with: the request, or its body to come, or that the password is wrong."""
-        try:
-            self.store.login(*request.head.login)
-        except Unauthorized as error:
-            time.sleep(REST_S)
-            return error, request
-        return None if conn.head is not None else request
-
-    def shutdown_request(self, asked):
-        """Give the connection back to the loop, which closes it or goes on with it."""
-        with self.counting:
-            self.running -= 1
-        if isinstance(asked, tuple):
-            self.returned.append(asked[0])
-            self.wake()
-
-    def slow_call(self, request):
-        """Return the Call of a request, however long it takes to read it."""
-        route, ids, query = self.find(request)
-        call = self.read(request, None if route.open else self.login(request.head.login), route, ids, query)
-        if call.request.get("filter_text") and route.waits:
-            self.store.stand(call.caller, call.request)
-        return call
-
-    @staticmethod
-    def find(request):
-        """Return (route, ids, query) of an HttpRequest's method and target."""
-        path, _, query = request.target.partition("?")
-        if "://" in path and not path.startswith("/"):  # the absolute form, which proxies are sent
-            path = "/" + path.split("/", 3)[3] if path.count("/") > 2 else "/"
-        asked = {}
-        if query or "%" in path:
-            from urllib.parse import parse_qsl, unquote
-            path, asked = unquote(path), dict(parse_qsl(query))
-        if "last-event-id" in request.head.fields:
-            asked["last_event_id"] = request.head.fields["last-event-id"]
-        return find_route("GET" if request.method == "HEAD" else request.method, path) + (asked,)
-
-    def read(self, request, caller, route, ids, query):
-        """Return the Call of an HttpRequest whose route was found."""
-        return read_call(self.store, caller, route, ids, parse_json(request.body) if request.body else None, query)
-
-    def bug(self, error):
-        """Return the answer to a request that met one: the log has where, the client hears that it is not its own."""
-        import traceback
-        self.say("error", traceback.format_exc())
-        return {"detail": "a bug in labtasker %s: %s" % (__version__, type(error).__name__)}
-
-    def handle_error(self, request, client_address):
-        """Say in one line what went wrong with a connection; its thread ends, others don't."""
-        error = sys.exc_info()[1]
-        if not isinstance(error, OSError):
-            self.say("error", "%s: %s: %s" % (client_address, type(error).__name__, ascii(str(error))[1:-1]))
+        self.go_on_later(conn)
 
     def service_actions(self):
-        """Do what is due: once a second while a run's time may be over then, else rarely.
-
-        A wake costs an idle machine 0.3 ms, most of it cold caches."""
-        if self.store.run_began:
-            self.store.run_began = False
+        """Do what is due: look for time-outs, show that the owner lives, have the journal compacted when that is worth
+        it. Once a second while a run's time may be over then, else rarely: a wake costs an idle machine 0.3 ms."""
+        store = self.store
+        if store.run_began:
+            store.run_began = False
             self.due_at = min(self.due_at, self.housekept_at + LOOK_INTERVAL_S)
         late_s = monotonic() - self.due_at
-        if late_s >= 0:
-            if late_s > SLEPT_S:
-                with self.store.lock:
-                    self.store.beats.pardon(late_s)
-            self.housekeep()
-            is_quiet = self.store.quiet_s() > QUIET_LOOK_S and self.store.journal.fsync != "interval"
-            self.housekept_at = monotonic()
-            self.due_at = self.housekept_at + (QUIET_LOOK_S if is_quiet else LOOK_INTERVAL_S)
-
-    def housekeep(self):
-        """Look for time-outs, show that the owner lives, and have the journal compacted when that is worth it."""
+        if late_s < 0:
+            return
+        if late_s > SLEPT_S:
+            with store.lock:
+                store.beats.pardon(late_s)
         try:
-            self.store.look_for_timeouts()
-            self.store.owner.move()
-            self.store.journal.settle()
+            store.look_for_timeouts()
+            store.owner.move()
+            store.journal.settle()
         except (StoreUnavailable, OSError):  # a full disk: the next look tries again
             pass
-        if self.store.is_bloated() and not (self.compaction and self.compaction.is_alive()):
+        if store.is_bloated() and not (self.compaction and self.compaction.is_alive()):
             self.compaction = threading.Thread(target=self.compact, name="compaction", daemon=True)
             self.compaction.start()
         if monotonic() - self.swept_at >= SWEEP_S:
             self.sweep()
+        is_quiet = store.quiet_s() > QUIET_LOOK_S and store.journal.fsync != "interval"
+        self.housekept_at = monotonic()
+        self.due_at = self.housekept_at + (QUIET_LOOK_S if is_quiet else LOOK_INTERVAL_S)
 
     def compact(self):
         """Compact the store's journal and log what came of it."""
@@ -5512,91 +5153,49 @@ class _Server(_Answers):
         except LabtaskerError as error:
             self.say("warning", str(error))
 
-    def known_caller(self, login):
-        """Return the caller's queue when no password has to be hashed to know it, or None."""
-        if login is None:
-            raise Unauthorized("Invalid credentials")
-        name, password = login
-        if len(password) == len(self.key) and same_secret(password, self.key):
-            return LocalName(name)
-        return self.store.known_login(name, password)
 
-    def login(self, login):
-        """Return the caller's queue from (name, password), or raise Unauthorized."""
-        return self.known_caller(login) or self.store.login(*login)
-
-
-def _make_server(host, port, store, tls, level, allow_hosts=(), most=MAX_CONNECTIONS):
-    """Return a listening server, or raise LabtaskerRuntimeError saying who has the port.
-
-    `allow_hosts` are names under which browsers may show its pages; `most` connections are open at a time."""
+def http_server(*given):
+    """Return a listening server, made of what _Server takes, or raise LabtaskerRuntimeError: who has the port."""
     import http.server
-    import socket
     import socketserver
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    kind = type("Server", (_Server, socketserver.ThreadingMixIn, http.server.HTTPServer), {"address_family": family})
-    try:
-        server = kind((host, port), None)
-    except OSError as error:
-        is_busy = error.errno == errno.EADDRINUSE
-        raise LabtaskerRuntimeError("can't listen on %s port %d: %s%s" % (
-            host, port, error.strerror or error, is_busy and _port_owner(port) + "; try --port 0" or ""))
-    own = socket.gethostname().lower()
-    server.prepare(store, tls, level, {own, own.partition(".")[0]} | {name.lower() for name in allow_hosts},
-                   min(most, _raise_file_limit() - SPARE_FILES))
-    return server
+    return type("Server", (_Server, socketserver.ThreadingMixIn, http.server.HTTPServer), {})(*given)
 
 
 def _raise_file_limit():
     """Return how many files this process may have open: as many as its hard limit allows."""
     try:
         import resource
-        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         wanted = MAX_CONNECTIONS + SPARE_FILES
         wanted = wanted if hard == resource.RLIM_INFINITY else min(hard, wanted)
-        if soft != resource.RLIM_INFINITY and soft < wanted:
-            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
-            soft = wanted
-        return wanted if soft == resource.RLIM_INFINITY else soft
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+        return wanted
     except (ImportError, ValueError, OSError):  # where there is no such limit, or it can't be raised
         return 256
 
 
 def _port_owner(port):
-    """Return words about who listens on a port, as far as /proc tells: nothing, the user, or the process."""
-    for name in ("/proc/net/tcp", "/proc/net/tcp6"):
+    """Return words about which process listens on a port, as far as /proc tells."""
+    import glob
+    inodes = set()
+    for name in glob.glob("/proc/net/tcp*"):
+        with open(name) as file:
+            rows = [line.split() for line in file]
+        inodes |= {"socket:[%s]" % row[9] for row in rows
+                   if row[3] == "0A" and int(row[1].rpartition(":")[2], 16) == port}  # 0A: listening
+    for link in glob.glob("/proc/[0-9]*/fd/*"):
         try:
-            with open(name) as file:
-                rows = [line.split() for line in file]
-        except OSError:
-            continue
-        for row in rows:
-            if row[3] == "0A" and int(row[1].rpartition(":")[2], 16) == port:  # 0A: listening
-                return _socket_owner(row[9], int(row[7]))
-    return ""
-
-
-def _socket_owner(inode, uid):
-    for pid in filter(str.isdigit, os.listdir("/proc")):
-        try:
-            if any(os.readlink("/proc/%s/fd/%s" % (pid, fd)) == "socket:[%s]" % inode
-                   for fd in os.listdir("/proc/%s/fd" % pid)):
-                with open("/proc/%s/cmdline" % pid, "rb") as file:
-                    words = file.read(1000).split(b"\0")[:4]  # no more: passwords may stand among a command's options
-                return "; process %s has it: %.100s" % (pid, ascii(b" ".join(words).decode("latin-1").strip())[1:-1])
+            if os.readlink(link) in inodes:
+                return "; process %s has it" % link.split("/")[2]
         except OSError:  # it is another user's, or gone
             continue
-    try:
-        import pwd
-        return "; a process of user %s has it" % pwd.getpwuid(uid).pw_name
-    except (ImportError, KeyError):
-        return "; a process of user %d has it" % uid
+    return "; a process of another user has it" if inodes else ""
 
 
 def _addresses(server, scheme):
     """Return the URLs under which the server can be reached."""
     import socket
-    host, port = server.server_address[:2]
+    host, port = server.socket.getsockname()[:2]
     hosts = [host]
     if host in ("0.0.0.0", "::"):
         hosts = [socket.gethostname(), "127.0.0.1"]
@@ -5612,16 +5211,12 @@ def _tls(certfile, keyfile):
     if not certfile:
         return None
     import ssl
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER if hasattr(ssl, "PROTOCOL_TLS_SERVER") else ssl.PROTOCOL_TLS)
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    context.options |= ssl.OP_NO_TLSv1 | ssl.OP_NO_TLSv1_1 | getattr(ssl, "OP_NO_RENEGOTIATION", 0)
     try:
         context.load_cert_chain(certfile, keyfile)
     except (OSError, ssl.SSLError) as error:
         raise LabtaskerRuntimeError("can't use the certificate %s: %s" % (certfile, error))
-    if hasattr(context, "minimum_version"):
-        context.minimum_version = ssl.TLSVersion.TLSv1_2
-    else:  # Python 3.6
-        context.options |= ssl.OP_NO_SSLv2 | ssl.OP_NO_SSLv3 | ssl.OP_NO_TLSv1 | ssl.OP_NO_TLSv1_1
-    context.options |= getattr(ssl, "OP_NO_RENEGOTIATION", 0)
     return context
 
 
@@ -5632,22 +5227,24 @@ def serve(db_path, host="127.0.0.1", port=DEFAULT_PORT, fsync="always", certfile
     warnings.simplefilter("ignore")  # re has some about patterns, which are other people's: not for the log
     announce = None
     if daemon:
-        os.makedirs(os.path.dirname(os.path.abspath(db_path)), 0o700, exist_ok=True)
-        announce, code = _to_background(os.path.join(os.path.dirname(os.path.abspath(db_path)), "server.log"))
+        folder = os.path.dirname(os.path.abspath(db_path))
+        os.makedirs(folder, 0o700, exist_ok=True)
+        announce, code = _to_background(os.path.join(folder, "server.log"))
         if announce is None:
             return code
     store = Store(db_path, is_server=True, fsync=fsync)
     tls = _tls(certfile, keyfile)
     store.open(takeover)
-    server = None
-    try:  # the folder's own users trust the certificate that server.json names
-        server = _make_server(host, port, store, tls, log_level, allow_hosts, max_connections)
-        server.certfile = certfile
-        _run_server(server, store, "https" if tls else "http", announce)
+    try:
+        server = http_server(host, port, store, tls, log_level, allow_hosts, max_connections)
+        try:
+            _run_server(server, certfile, announce)
+        finally:
+            store.closing = True
+            server.close()
+            if (read_server_file(store.folder) or {}).get("server") == server.id:
+                os.unlink(os.path.join(store.folder, "server.json"))
     finally:
-        if server is not None:
-            server.server_close()
-            _remove_server_file(server, store)
         store.close()
     return 0
 
@@ -5669,7 +5266,8 @@ def _to_background(log):
     return os.fdopen(write_fd, "w"), None
 
 
-def _run_server(server, store, scheme, announce):
+def _run_server(server, certfile, announce):
+    """Serve until a signal comes; who may read the folder finds the server there, and trusts its certificate."""
     import signal
 
     def stop(number, frame):
@@ -5677,30 +5275,22 @@ def _run_server(server, store, scheme, announce):
             signal.signal(each, signal.SIG_IGN)
         server.stopping = True
         server.wake()
-    urls = _addresses(server, scheme)
+    store, urls = server.store, _addresses(server, "https" if certfile else "http")
     told = {"server": server.id, "key": server.key, "pid": os.getpid(), "host": os.uname().nodename,
             "host_id": host_id(), "addresses": urls, "started_at": format_time(now()),
-            "ca_file": server.certfile and os.path.abspath(server.certfile)}
-    try:
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, stop)
-        Disk.create(os.path.join(store.folder, "server.json"), [json.dumps(told, indent=1).encode() + b"\n"])
-        for notice in store.journal.notices:
-            server.say("warning", notice)
-        text = "labtasker: listening on %s, store %s" % (" ".join(urls), store.path)
-        print(text, file=sys.stderr, flush=True)
-        if announce:
-            print(text, file=announce)
-            announce.close()
-        server.serve_forever()
-    finally:
-        store.closing = True
+            "ca_file": certfile and os.path.abspath(certfile)}
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, stop)
+    Disk.create(os.path.join(store.folder, "server.json"), [json.dumps(told, indent=1).encode() + b"\n"])
+    for notice in store.journal.notices:
+        server.say("warning", notice)
+    text = "labtasker: listening on %s, store %s" % (" ".join(urls), store.path)
+    print(text, file=sys.stderr, flush=True)
+    if announce:
+        print(text, file=announce)
+        announce.close()
+    server.serve_forever()
     server.say("info", "stopped")
-
-
-def _remove_server_file(server, store):
-    if (read_server_file(store.folder) or {}).get("server") == server.id:
-        os.unlink(os.path.join(store.folder, "server.json"))
 
 
 # 8. Client ###################################################################
@@ -8849,6 +8439,7 @@ COMFORTS = {  # the commands of labtasker_cli.py, and what they are for
     "watch": "Show what goes on, live: counts, rate, what runs, last failures; keys open, cancel, retry.",
     "config": "Edit the configuration in $EDITOR; it is kept where it can be read.",
     "journal verify": "Look for damage in a journal, also in one that is in use; exit 1 where there is any.",
+    "journal repair": "Put a file of all good lines in the place of a damaged journal; the damaged one is kept.",
     "journal compact": "Fold a journal to its live data; this happens by itself too.",
     "journal stats": "Print how long a journal is, and of what.",
     "event listen": "Print the steps of tasks and workers as they come, until Ctrl-C; reconnects.",
@@ -9662,20 +9253,6 @@ def do_serve(options):
                  options.log_level, options.daemon, options.takeover, options.allow_host, options.max_connections)
 
 
-def do_journal_repair(options):
-    path = journal_path(options)
-    if not (Survey(path).bad or Survey(path).lost):
-        return say("%s: fine, nothing was changed" % path)
-    confirm("Put a file of all good lines in the place of %s? The damaged one is kept." % path, "--yes", options.yes)
-    found, damaged, aside, ids = repair_store(path)
-    say("%s: %d good lines are kept" % (path, found.lines))
-    for first, last in found.lost:
-        say("lost: lines %d to %d" % (first, last))
-    for one in ids:
-        say("named in the bad bytes: " + one)
-    say("the damaged file: %s\nthe bad bytes: %s" % (damaged, aside))
-
-
 def do_health(options):
     began = monotonic()
     answer = health_check()
@@ -10201,8 +9778,6 @@ COMMANDS = {
             choice("--log-level LEVEL", ("debug", "info", "warning", "error"), default="info"),
             option("--daemon", "go to the background once it listens"),
             option("--takeover", "take the store from another host's server that is gone for good")]),
-    "journal repair": Command(do_journal_repair, "Put a file of all good lines in the place of a damaged journal; the "
-                              "damaged one is kept.", "labtasker journal repair", [JOURNAL, YES]),
     "queue create": Command(do_queue_create, "Create a queue.",
                             "labtasker queue create --queue-name sweep --password secret", QUEUE + [METADATA, QUIET]),
     "queue create-from-config": Command(

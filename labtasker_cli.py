@@ -5,6 +5,7 @@ this file lies beside it, it imports it when one of the commands here is typed o
 table `COMMANDS`; what it is for stands in `COMFORTS`. Tests: test_cli.py, test_terminal.py.
 """
 import collections
+import itertools
 import json
 import os
 import re
@@ -13,15 +14,16 @@ import threading
 import time
 
 from labtasker import (
-    ARITHMETIC, CALLS, COMFORTS, COMMANDS, COMPARISONS, CONFIG_NAME, CONTROL, DATE_FORMS, EVERY, FILTER, ID, IDS,
-    INSTEAD, JOURNAL, LOGIC, OPERATORS, QUIET, RECORDS, REQUIRED, ROUTES, SELECT, SETTINGS, STATUS_COLOURS,
-    TASK_FIELDS, TASK_STATES, UPDATABLE, Command, Disk, LabtaskerError, LabtaskerHTTPStatusError,
-    LabtaskerRuntimeError, LabtaskerValueError, Survey, TaskUpdateRequest, Template, age, apart, ask, cells_wide,
-    change_of, choice, chosen_tasks, clean, client, compact, connect_events, count, covers, filter_of, find_root,
-    fitted, flat, format_time, full_id, get_task, group, ids_of, is_terminal, joined, journal_path, load_config,
-    ls_tasks, ls_workers, main, monotonic, note, now, option, pairs, parse_filter, paths_of, read_text, record_text,
-    say, screen_size, seconds, selectors, show, show_listing, some, span, spent_s, table, tasks_named,
-    typed_filter, typed_value, update_tasks, updates_of, visible)
+    ARITHMETIC, CALLS, COMFORTS, COMMANDS, COMPARISONS, CONFIG_NAME, CONTROL, DATE_FORMS, EVERY, FILTER, FORMAT, ID,
+    IDS, INSTEAD, JOURNAL, LOGIC, OPERATORS, QUIET, RECORDS, REQUIRED, ROUTES, SELECT, SETTINGS, STATUS_COLOURS,
+    TASK_FIELDS, TASK_STATES, UPDATABLE, YES, Command, Disk, LabtaskerError, LabtaskerHTTPStatusError,
+    LabtaskerRuntimeError, LabtaskerValueError, Store, TaskUpdateRequest, Template, age, apart, ask, cells_wide,
+    change_of, choice, chosen_tasks, clean, client, compact, confirm, connect_events, count, covers, filter_of,
+    find_root, fitted, flat, format_time, full_id, get_task, group, ids_of, is_terminal, joined, journal_header,
+    journal_path, last_durable, load_config, ls_tasks, ls_workers, main, monotonic, new_id, note, now, option,
+    pairs, parse_filter, paths_of, read_text, record_text, say, screen_size, sealed, seconds, selectors, show,
+    show_listing, some, span, spent_s, store_error, table, tasks_named, typed_filter, typed_value,
+    unseal, update_tasks, updates_of, visible)
 
 __all__ = ["main", "server_main"]
 
@@ -109,6 +111,122 @@ WRITERS = {"yaml": lambda rows, columns: as_yaml(rows), "csv": as_csv}
 
 # ---- Journals
 
+# A line of a file that may be damaged: its `value`, or the `problem` with it. `due` is the number that had to come
+# there, `lost` how many lines are missing before it. Numbers of folded lines are 0.
+Piece = collections.namedtuple("Piece", "offset data value problem due lost")
+
+
+def walk(path):
+    """Yield a Piece for each line of a journal file, the header included; reads only, also while others write."""
+    folds = n = offset = tail = 0  # n None: the header is lost, and with it where the numbers begin
+    with open(path, "rb") as file:
+        for data in file:
+            value = unseal(data)
+            is_fold = 0 < offset < tail or n is None and "fold" in (value or {})
+            count = (value or {}).get("fold" if is_fold else "n")
+            if n is None and type(count) is int and not is_fold:
+                n = count - value.get("lost", 1)
+            due = folds + 1 if is_fold else (n or 0) + (value or {}).get("lost", 1)
+            problem = None
+            if offset == 0 and value is not None and value.get("journal") == "labtasker":
+                count = due = n = value.get("folded", 0)
+                tail = value.get("tail", 0)
+            elif type(count) is not int or not (is_fold or type(value.get("durable")) is int):
+                problem = "no line with a checksum that fits" if data.endswith(b"\n") else "a line that is cut off"
+            elif count < due:
+                problem = "line %d once more" % count
+            elif is_fold:
+                folds = count
+            else:
+                n = count
+            if offset == 0 and problem:
+                n = None
+            lost = 0 if problem else count - due
+            yield Piece(offset, data, value, problem, 0 if is_fold else due, lost)
+            offset += len(data)
+
+
+class Survey:
+    """What is in a journal file: counts, `bad` pieces, `lost` ranges of line numbers; reads only.
+
+    `rotten` are those of both that had been acknowledged; other damage, in a tail that was never known to be on
+    disk, is set aside at the next opening."""
+
+    def __init__(self, path):
+        self.path, self.size, self.lines, self.n, self.durable = path, 0, 0, 0, 0
+        self.bad, self.lost, self.ended, self.header = [], [], False, {}
+        for piece in walk(path):
+            self.size = piece.offset + len(piece.data)
+            if piece.problem:
+                self.bad.append(piece)
+            else:
+                self._count(piece)
+        self.durable = max([self.durable] + [last_durable(piece.data) for piece in self.bad])
+        self.rotten = [piece for piece in self.bad if piece.due <= self.durable]
+        self.rotten += [numbers for numbers in self.lost if numbers[0] <= self.durable]
+
+    def _count(self, piece):
+        if piece.lost:
+            self.lost.append((piece.due, piece.due + piece.lost - 1))
+        if piece.offset == 0:
+            self.header = piece.value
+        elif "n" in piece.value:
+            self.lines += 1
+            self.n, self.ended = piece.value["n"], bool(piece.value.get("end"))
+            self.durable = max(self.durable, piece.value["durable"])
+
+
+def repair_store(path):
+    """Put a file of all good lines in the place of a damaged one. Return (survey of what was there, where the damaged
+    file is kept, where the bad bytes are, ids that stand in these); None for both paths where nothing is damaged.
+
+    Never in place: the damaged file keeps its bytes under another name. A line {"n":9,"lost":2,...} stands where
+    lines 8 and 9 were."""
+    store = Store(path)
+    store.lock_file(2.0)
+    try:
+        store.owner.claim()
+        found = Survey(path)
+        damaged, aside = _repair(found) if found.bad or found.lost else (None, None)
+    except OSError as error:
+        raise store_error(path, error)
+    finally:
+        store.file_lock.close()
+    text = b"".join(piece.data for piece in found.bad).decode("latin-1")
+    ids = re.findall(r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}", text)
+    return found, damaged, aside, list(collections.OrderedDict.fromkeys(ids))
+
+
+def _repair(found):
+    """Return (where the damaged file is kept now, where the bad bytes are) of the file that was surveyed."""
+    path, stamp = found.path, int(time.time() * 1000)
+    damaged, aside, draft = ("%s.%s-%d" % (path, word, stamp) for word in ("damaged", "bad", "repaired"))
+    Disk.create(aside, (piece.data for piece in walk(path) if piece.problem))
+    body = sum(len(data) for data, is_fold in _good_lines(path) if is_fold)
+    first = next((piece.value["n"] for piece in walk(path) if not piece.problem and "n" in piece.value), 1)
+    header = found.header or {"journal": "labtasker", "format": FORMAT, "store": new_id(), "folded": first - 1}
+    header = dict(header, repaired_at=time.time())
+    Disk.create(draft, itertools.chain([journal_header(header, body)], (data for data, _ in _good_lines(path))))
+    os.link(path, damaged)
+    Disk.rename(draft, path)
+    Disk.sync_folder(path)
+    return damaged, aside
+
+
+def _good_lines(path):
+    """Yield (bytes, whether folded) of the good lines and of those that mark where lines were lost."""
+    folds = 0
+    for piece in walk(path):
+        if piece.problem or piece.offset == 0:
+            continue
+        if "fold" in piece.value:
+            folds += 1
+            yield piece.data if piece.value["fold"] == folds else sealed(dict(piece.value, fold=folds)), True
+            continue
+        if piece.lost:
+            yield sealed({"n": piece.due + piece.lost - 1, "durable": 0, "lost": piece.lost, "at": time.time()}), False
+        yield piece.data, False
+
 
 def do_journal_verify(options):
     found = Survey(journal_path(options))
@@ -122,6 +240,20 @@ def do_journal_verify(options):
     if found.bad or found.lost:
         say("That was never acknowledged, or is being written just now; the next opening sets it aside.")
     say("%s: fine, %d lines, %d bytes" % (found.path, found.lines, found.size))
+
+
+def do_journal_repair(options):
+    path = journal_path(options)
+    if not (Survey(path).bad or Survey(path).lost):
+        return say("%s: fine, nothing was changed" % path)
+    confirm("Put a file of all good lines in the place of %s? The damaged one is kept." % path, "--yes", options.yes)
+    found, damaged, aside, ids = repair_store(path)
+    say("%s: %d good lines are kept" % (path, found.lines))
+    for first, last in found.lost:
+        say("lost: lines %d to %d" % (first, last))
+    for one in ids:
+        say("named in the bad bytes: " + one)
+    say("the damaged file: %s\nthe bad bytes: %s" % (damaged, aside))
 
 
 def do_journal_compact(options):
@@ -1254,6 +1386,7 @@ comfort("watch", do_watch, "labtasker watch --name grid", SELECT + [
     option("--interval TIME", "between looks (2 s)", type=seconds, default=REFRESH_S)])
 comfort("config", do_config, "EDITOR=nano labtasker config")
 comfort("journal verify", do_journal_verify, "labtasker journal verify --db-path old/journal.jsonl", [JOURNAL])
+comfort("journal repair", do_journal_repair, "labtasker journal repair", [JOURNAL, YES])
 comfort("journal compact", do_journal_compact, "labtasker journal compact", [JOURNAL])
 comfort("journal stats", do_journal_stats, "labtasker journal stats", [JOURNAL])
 comfort("event listen", do_event_listen, "labtasker event listen --compact", [

@@ -181,9 +181,9 @@ def test_a_full_disk_for_the_heartbeats_of_embedded_runs_is_told_like_any_other(
         call("POST", "tasks", {"args": {"i": place}})
     task = call("POST", "tasks/next", {"heartbeat_timeout": 60})[1]["task"]
 
-    def full(self, run_id, started):
+    def full(self, run_id, times):
         raise OSError(errno.ENOSPC, "No space left on device")
-    monkeypatch.setattr(L.BeatFiles, "_write", full)
+    monkeypatch.setattr(L.BeatFiles, "__setitem__", full)
     beat = call("POST", "tasks/%s/heartbeat" % task["task_id"], None, {"run_id": task["run_id"]})
     assert beat[0] in (204, 507)
     status, answer = call("POST", "tasks/next", {"heartbeat_timeout": 60})

@@ -38,7 +38,7 @@ class Loop:
     def __init__(self, folder, **options):
         self.store = L.Store(str(folder / "journal.jsonl"), is_server=True, **options)
         self.store.open()
-        self.server = L._make_server("127.0.0.1", 0, self.store, None, "warning")
+        self.server = L.http_server("127.0.0.1", 0, self.store, None, "warning")
         L.answer_call(self.store, None, "POST", "/api/v1/queues", {"queue_name": "q", "password": "p"})
         self.store.login("q", "p")
         self.auth = base64.b64encode(b"q:p").decode()
@@ -57,6 +57,8 @@ class Loop:
         if not client.busy:
             self.server.read_requests(client)
         self.server.settle()
+        while self.server.eager:
+            self.server.turn(0)
 
     def call(self, client, *request):
         """Return (status, answer), or None where the answer has not come yet."""
@@ -69,10 +71,7 @@ class Loop:
         return (int(head[9:12]), json.loads(body.decode()) if body else None) if head else None
 
     def close(self):
-        self.server.server_close()
-        for end in (self.server.waker, self.server.woken):
-            end.close()
-        self.server.selector.close()
+        self.server.close()
         self.store.close()
 
 
@@ -203,6 +202,17 @@ def test_all_that_was_decided_in_a_turn_fails_with_its_line(loop, name, number, 
     assert [task.args["i"] for task in next(iter(loop.store.state.queues.values())).tasks.values()] == [3]
 
 
+def test_what_a_connection_sends_while_it_waits_for_an_answer_is_counted(loop):
+    client = loop.client()
+    assert loop.call(client, *fetch(30)) is None and loop.server.held == 0
+    client.inbox += b"x" * 1000
+    loop.server.read_requests(client)
+    assert loop.server.held == 1000
+    loop.server.drop(client)
+    loop.server.read_requests(client)  # it had its turn in this one
+    assert loop.server.held == 0
+
+
 def test_requests_leave_no_cycles_behind(loop):
     """The server runs without Python's search for cycles."""
     def round_of(client):
@@ -266,7 +276,7 @@ def test_a_large_answer_is_made_by_a_thread_from_its_second_time_on(loop, line):
     task = {"args": {"text": "x" * 2 * L.LARGE_ANSWER_BYTES}}
     _, answer = L.answer_call(loop.store, lambda: queue, "POST", ME + "/tasks", task)
     path, handed = "/tasks/" + answer["task_id"], []
-    loop.server.process_request = lambda asked, peer: handed.append(asked)
+    loop.server.start_threads = lambda gate: handed.extend(gate.begin())
     loop.server.gates["answers"] = L._Gate(line, line, 0, 0)
     assert loop.call(loop.client(), "GET", path)[0] == 200 and not handed
     client = loop.client()
