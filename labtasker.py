@@ -5482,11 +5482,14 @@ class LocalLines:
 
 
 class Exchange:
-    """One request to a server, and whether all of it was handed to the system: before that nothing is done."""
+    """One request to a server, and whether all of it was handed to the system: before that nothing is done.
+
+    `sock`: what it went over; `is_cut`: nobody waits for the answer any more."""
 
     def __init__(self, method, target, body, timeout_s):
         self.method, self.target, self.timeout_s = method, target, timeout_s
         self.data, self.is_sent = None if body is None else body.encode(), False
+        self.sock, self.is_cut = None, False
 
 
 def _is_of_http(error):
@@ -5511,6 +5514,7 @@ class HttpTransport:
         self.extensions = None  # not known before the first answer
         self.plain = URL_OF_HTTP.match(self.url)  # None: https, a user in it, or what else only urllib can read
         self.asked, self.opener = 0, None
+        self.under_way = {}  # thread: its Exchange
 
     def call(self, method, path, query, body):
         """Return (status, answer), or raise LabtaskerConnectError when the server can't be reached.
@@ -5524,12 +5528,15 @@ class HttpTransport:
             target += "?" + urlencode(given)
         for pause_s in REPEAT_AFTER_S + (None,):
             asked = Exchange(method, target, body, REQUEST_TIMEOUT_S + float(given.get("wait_s", 0)))
+            self.under_way[threading.get_ident()] = asked
             try:
                 status, answer = self._ask(asked)
             except Exception as error:
                 if not (isinstance(error, OSError) or _is_of_http(error)):
                     raise
                 self.close()
+                if asked.is_cut:
+                    raise self.away(error) from None
                 lost = lost or asked.is_sent
                 self._check_repeat(method, path, body, error, lost, pause_s)
                 time.sleep(pause_s)
@@ -5576,7 +5583,7 @@ class HttpTransport:
         address = host.strip("[]").encode(), int(port or 80)  # a host as text costs the import of encodings.idna
         with socket.create_connection(address, asked.timeout_s) as connection:
             connection.sendall("\r\n".join(head + ["", ""]).encode() + (asked.data or b""))
-            asked.is_sent = True
+            asked.is_sent, asked.sock = True, connection
             got = b"".join(iter(lambda: connection.recv(65536), b""))
         head, end, content = got.partition(b"\r\n\r\n")
         first, *lines = head.decode("latin-1").split("\r\n")
@@ -5642,6 +5649,18 @@ class HttpTransport:
         self.extensions = response.getheader(EXTENSIONS) == "1"
         return 200, RemoteLines(sock, response)
 
+    def hang_up(self, thread):
+        """Have a long poll of another thread end: with the answer, where that is on its way, else it raises
+        LabtaskerConnectError. A server gives no task to who has hung up."""
+        import socket
+        asked = self.under_way.get(thread)
+        if asked and asked.sock:
+            asked.is_cut = True
+            try:
+                socket.socket.shutdown(asked.sock, socket.SHUT_WR)  # an SSLSocket's own would end the reading too
+            except OSError:  # it is over
+                pass
+
     def close(self):
         """Close this thread's connection."""
         if self.opener:
@@ -5692,7 +5711,7 @@ class _KeepingHandler:
             connection.sock.settimeout(request.timeout)
         connection.request(request.get_method(), request.selector, request.data,
                            dict(request.headers, **request.unredirected_hdrs))
-        request.exchange.is_sent = True
+        request.exchange.is_sent, request.exchange.sock = True, connection.sock
         response = connection.getresponse()
         response.msg = response.reason
         return response
@@ -6523,7 +6542,7 @@ sys.modules["labtasker.api_models"] = api_models = _api_models
 # Takes tasks and runs them: casts and Required (what a function wants of a task's args), templates
 # (what a command wants), the run under way, heartbeats by a process of their own, the loop, and the
 # two ways to run a task: call a function, start a command. Knows nothing of argparse.
-# Uses 1, 2, 3, 4, 8. Tests: test_required.py, test_template.py, test_worker.py, test_signals.py.
+# Uses 1, 2, 3, 4, 8. Tests: test_required.py, test_template.py, test_worker.py, test_signals.py, test_slots.py.
 
 
 class _Refused(ValueError):
@@ -6983,6 +7002,8 @@ def kept_reports(run=None):
 def keep_report(run, report):
     """Put a report of a run into the outbox; one that only adds to the summary takes in the one before it."""
     config, old = load_config(), run.kept
+    if run.is_end_kept:
+        return
     if report["status"] == "running" and old and os.path.exists(old[0]):
         report = dict(report, summary=merge(nest(old[1] or {}, "summary"), nest(report["summary"] or {}, "summary")))
     else:
@@ -6993,7 +7014,8 @@ def keep_report(run, report):
     Disk.create(path, [json.dumps(content).encode()])
     if old:
         _remove(old[0])
-    run.kept = (path, report["summary"]) if report["status"] == "running" else None
+    run.is_end_kept = report["status"] != "running"
+    run.kept = None if run.is_end_kept else (path, report["summary"])
 
 
 def _store_name(config):
@@ -7044,7 +7066,8 @@ def post(run, report, pause=time.sleep, limit_s=lambda: SERVER_LOST_S):
     if monotonic() >= run.away_until:
         try:
             deliver_kept(run)
-            deliver(run.task_id, run_id=run.run_id, **report)
+            if not run.is_end_kept:
+                deliver(run.task_id, run_id=run.run_id, **report)
             return True
         except LabtaskerError as error:
             if not is_away(error):
@@ -7057,40 +7080,6 @@ def post(run, report, pause=time.sleep, limit_s=lambda: SERVER_LOST_S):
     except OSError:  # no place there either
         patiently(lambda: deliver(run.task_id, run_id=run.run_id, **report), pause, limit_s)
         return True
-
-
-def post_unless_stopped(wake, run, report, limit_s):
-    """Return as `post` does, but keep the report at once when a signal comes, or before it is sent where one came: a
-    server that was stopped holds up an answer for a minute, and who sent the signal kills sooner."""
-    if wake.stop:
-        return _keep_and_post(run, report, wake.pause, limit_s)
-
-    def cut_short(signum):
-        if signum is not None:
-            wake.interrupt = None
-            raise LabtaskerConnectError("%s came before the server's answer" % signal_name(signum))
-    if isinstance(client().transport, HttpTransport):  # a store without a server must not be left in the middle
-        wake.interrupt = cut_short
-    try:
-        return post(run, report, wake.pause, limit_s)
-    except LabtaskerConnectError:
-        keep_report(run, report)
-        return False
-    finally:
-        wake.interrupt = None
-
-
-def _keep_and_post(run, report, pause, limit_s):
-    try:
-        keep_report(run, report)
-    except OSError:
-        return post(run, report, pause, limit_s)
-    try:
-        return deliver_kept(run) > 0
-    except LabtaskerError as error:
-        if not is_away(error):
-            raise
-        return False
 
 
 def write_json(path, value):
@@ -7121,13 +7110,16 @@ class Run:
         self.task_id, self.run_id, self.worker_id, self.task = task_id, run_id, worker_id, task
         self.key = run_id or new_id()
         self.pid, self.ended, self.lost, self.interrupted = os.getpid(), None, None, False
+        self.preempted, self.asks_preempted, self.end_time = False, False, math.inf  # the first two of a function's run
         self.away_until, self.kept = 0, None  # until then the server isn't asked; (path, summary) of what waits
+        self.is_end_kept = False  # the report that ends the run waits, or did
         self.log_dir = log_dir or os.path.join(os.path.abspath(load_config().root), "logs", task_id, self.key)
 
     def environment(self):
-        """Return what a job's process sees, so that labtasker works in it and in its children."""
+        """Return what a job's process sees, so that labtasker works in it and in its children; None: that is unset."""
         return {"LABTASKER_TASK_ID": self.task_id, "LABTASKER_WORKER_ID": self.worker_id or "",
                 "LABTASKER_RUN_ID": self.run_id or "", "LABTASKER_LOG_DIR": self.log_dir,
+                "LABTASKER_END_TIME": None if self.end_time == math.inf else "%.3f" % self.end_time,
                 "LABTASKER_ROOT": os.path.abspath(load_config().root)}
 
     def report(self, status, summary=None, worker_id=None):
@@ -7163,6 +7155,12 @@ class Run:
             self.make_log_dir()
             write_json(self.path("status.json"), dict(facts, status=status))
 
+    def note_stop(self, signum):
+        """Remember, in a file for the processes of the job, that it was told to stop."""
+        self.preempted = True
+        if os.path.isdir(self.log_dir):
+            write_json(self.path(STOP_FILE), {"signal": signal_name(signum)})
+
     def ended_by_job(self):
         """Return the status that the job, in whichever of its processes, has set itself, or None."""
         if self.ended is None:
@@ -7174,6 +7172,7 @@ class Run:
         return self.log_dir
 
 
+STOP_FILE = "stop.json"
 RUNS = {}  # thread or, for a job's process, its task and run -> Run
 SERVER_LOST_S = 3600  # how long a server may be away
 AWAY_S = 10  # after a report that could not be delivered: how long those that follow are kept without asking
@@ -7257,8 +7256,56 @@ def finish(status, summary=None, skip_if_no_labtasker=True):
         remark("finish(%r) comes too late: %s" % (status, error))
 
 
+def time_left():
+    """Return the seconds until the loop's time is up (its Slurm or PBS job's, or --time-limit), or None where no end is
+    known. A job that still runs is told to stop before: its grace, and some seconds to hand its task back."""
+    run = find_run()
+    end_time = run.end_time if run and run.task else float(os.environ.get("LABTASKER_END_TIME") or math.inf)
+    return None if end_time == math.inf else max(0.0, float(end_time - now()))
+
+
+def preempted():
+    """Return whether the job was told to stop, so that it should save what it needs to go on later, and end.
+
+    Who asks goes on until its grace is over: from the first call, which should be early, on, the signals that stop a
+    loop (but for Ctrl-C) no more end this process by themselves, nor raise into a function."""
+    run = find_run()
+    if run and run.task and run.pid == os.getpid():
+        run.asks_preempted = True
+        return run.preempted
+    if threading.current_thread() is threading.main_thread():
+        _hear_of_stops()
+    return bool(STOPS) or run is not None and os.path.exists(run.path(STOP_FILE))
+
+
+STOPS = []  # signals that told this process to stop, since it asks
+
+
+def _hear_of_stops():
+    """Have the signals that would end this process noted instead; what it handles itself it goes on handling."""
+    import signal
+    own_pid = os.getpid()
+
+    def note_stop(signum, frame):
+        if os.getpid() != own_pid:
+            die_of(signum)
+        STOPS.append(signum)
+    for signum in loop_signals():
+        if signal.getsignal(signum) == signal.SIG_DFL:
+            signal.signal(signum, note_stop)
+
+
+def die_of(signum):
+    """Do in a process that a job forked, a data loader say, what would be done without labtasker."""
+    import signal
+    if signum == signal.SIGINT:
+        raise KeyboardInterrupt()
+    signal.signal(signum, signal.SIG_DFL)
+    os.kill(os.getpid(), signum)
+
+
 class Wake:
-    """What wakes a loop: a signal, a run that was lost, a job that ended. A context that handles signals meanwhile.
+    """What wakes a loop: a signal, a slot that ended or needs something. A context that handles signals meanwhile.
 
     The first signal asks the loop to leave, the second kills the job at once, the third leaves without a word (the
     second where there is no run to report).
@@ -7266,10 +7313,10 @@ class Wake:
 
     def __init__(self, signals):
         self.signals = signals
-        self.stop = None  # the first signal
+        self.stop = None  # the first signal, or the one that jobs get as the time is up
         self.times = 0  # how many came
         self.interrupt = None  # called with the signal while a function runs, to raise something in it
-        self.has_run = False  # a run is under way, which must be reported
+        self.runs = set()  # those under way, which must be reported
         self.nudged = False  # the next SIGINT is not a person's: a run was lost
 
     def __enter__(self):
@@ -7316,6 +7363,7 @@ class Wake:
         self.restore()
         os.close(self.read_end)
         os.close(self.write_end)
+        self.write_end = -1  # for a slot that was left behind
 
     def on_child(self, signum, frame):
         """Do nothing: the byte that the interpreter writes when a job ends is all that is needed."""
@@ -7323,36 +7371,29 @@ class Wake:
     def on_signal(self, signum, frame):
         """Take a signal of a person, of the system, or of `nudge`; may raise into the function that runs."""
         if os.getpid() != self.pid:
-            return self._in_child(signum)
+            return die_of(signum)
         if self.nudged:
             self.nudged, signum = False, None
         elif signum in self.ignored:
             return
         else:
             self.times, self.stop = self.times + 1, self.stop or signum
-            if self.times >= (3 if self.has_run else 2):
+            if self.times >= (3 if self.runs else 2):
                 os._exit(128 + signum)
-        self._write()
+        self.ring()
         if self.interrupt:
             self.interrupt(signum)
-
-    def _in_child(self, signum):
-        """Do in a process that the function forked what would be done without a loop."""
-        import signal
-        if signum == signal.SIGINT:
-            raise KeyboardInterrupt()
-        signal.signal(signum, signal.SIG_DFL)
-        os.kill(os.getpid(), signum)
 
     def nudge(self):
         """Wake the loop from another thread, out of `pause` or out of the function that runs."""
         import signal
-        self._write()
+        self.ring()
         if self.in_main and self.interrupt and signal.getsignal(signal.SIGINT) == self.on_signal:
             self.nudged = True
             signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
 
-    def _write(self):
+    def ring(self):
+        """End `pause`, from any thread or a signal handler."""
         try:
             os.write(self.write_end, b"\0")
         except OSError:  # it is full, and will wake anyway
@@ -7539,9 +7580,8 @@ def _watch_parent(parent, hearts):
 
 def _end_orphans(hearts):
     """End the jobs of a loop that was killed: its tasks will be given to others."""
-    for heart in list(hearts.values()):
-        if heart.message["group"]:
-            end_group(heart.message["group"], monotonic() + LOST_GRACE_S, time.sleep)
+    groups = [heart.message["group"] for heart in list(hearts.values()) if heart.message["group"]]
+    end_groups(groups, monotonic() + LOST_GRACE_S, time.sleep)
 
 
 def loop_signals():
@@ -7583,13 +7623,15 @@ def _state_in_group(pid, group):
     return state if int(its_group) == group else "X"
 
 
-def end_group(group, give_up_at, pause):
-    """Send TERM to a process group, and KILL to what is left of it at `give_up_at`."""
+def end_groups(groups, give_up_at, pause):
+    """Send TERM to process groups, and KILL to what is left of them at `give_up_at`."""
     import signal
-    signal_group(group, signal.SIGTERM)
-    while is_group_alive(group) and monotonic() < give_up_at:
+    for group in groups:
+        signal_group(group, signal.SIGTERM)
+    while any(map(is_group_alive, groups)) and monotonic() < give_up_at:
         pause(0.02)
-    signal_group(group, signal.SIGKILL)
+    for group in groups:
+        signal_group(group, signal.SIGKILL)
 
 
 class PinnedRoot:
@@ -7609,67 +7651,177 @@ class PinnedRoot:
             os.environ.update({"LABTASKER_ROOT": self.before} if self.before is not None else {})
 
 
+class Limit:
+    """How long a loop has: until `start_until` tasks are started, at `stop_at` jobs told to stop, at `kill_at` killed,
+    and by `end_at` their tasks are handed back; on the clock of `monotonic`, `end_time` on the wall's."""
+
+    def __init__(self, left_s, grace_s, drain_before_s, eta_max_s):
+        self.end_at, self.end_time = monotonic() + left_s, now() + left_s
+        self.kill_at = self.end_at - min(HAND_BACK_S, left_s / 4)
+        self.stop_at = max(self.kill_at - grace_s, self.end_at - left_s / 2)
+        self.start_until = min(self.stop_at - eta_max_s, self.end_at - drain_before_s)
+
+    def filtered(self, request, at):
+        """Return the filter of a fetch that leaves out tasks whose task_timeout is longer than what is left. It changes
+        only now and then, as a store prepares for each that it is asked."""
+        given, left_s = request.get("extra_filter"), max(1, self.start_until - at)
+        if request.get("eta_max") is not None or left_s == math.inf:
+            return given
+        step_s = 2.0 ** (math.frexp(left_s)[1] - 4)
+        fits = {"$or": [{"task_timeout": None}, {"task_timeout": {"$lte": left_s // step_s * step_s}}]}
+        return {"$and": [given, fits]} if given else fits
+
+
+def seconds_left(given_s=None):
+    """Return how long this process has: the least of what was given, and what Slurm, PBS or a loop around this says."""
+    told = [(read(os.environ[name]), name) for name, read in TIME_SOURCES.items() if os.environ.get(name)]
+    told = [pair for pair in told + [(given_s, "--time-limit")] if pair[0] is not None]
+    left_s, name = min(told, default=(math.inf, None))
+    if name:
+        remark("the time is up in %s (%s)" % (in_words(left_s), name))
+    return left_s
+
+
+def in_words(seconds):
+    """Return a length of time as text: "1 day, 2:03:04"."""
+    return str(datetime.timedelta(seconds=max(0, round(seconds))))
+
+
+def _until(text):
+    """Return the seconds until an instant; None where it is over, as it was another job's, or is no number."""
+    left_s = float(text) - now() if re.match(r"\d{1,12}(\.\d+)?\Z", text) else 0
+    return left_s if left_s > 0 else None
+
+
+def _left_in_slurm(job_id):
+    """Return what squeue says of this job, unless Slurm has said it in a variable."""
+    names = "SLURM_JOB_END_TIME", "SLURM_ARRAY_JOB_ID", "SLURM_ARRAY_TASK_ID"
+    end, array, number = (os.environ.get(name) for name in names)
+    if end:
+        return None
+    said = ask_program(["squeue", "-h", "-j", "%s_%s" % (array, number) if array and number else job_id, "-o", "%L"])
+    match = re.match(r"(?:(\d+)-)?(?:(\d+):)?(\d+):(\d+)\s*\Z", said)
+    if match:
+        days, hours, minutes, seconds = (float(part or 0) for part in match.groups())
+        return ((days * 24 + hours) * 60 + minutes) * 60 + seconds
+    if said.strip() != "UNLIMITED":
+        remark("squeue does not say when job %s ends (%.40r): give --time-limit" % (job_id, said.strip()))
+    return None
+
+
+def _left_in_pbs(walltime_s):
+    """Return what is left of a job's time, which began when the list of its nodes was written, if that is there."""
+    if not walltime_s.isdigit():
+        return None
+    try:
+        spent_s = now() - os.stat(os.environ.get("PBS_NODEFILE", "")).st_mtime
+    except OSError:
+        spent_s = 0.0
+    return float(walltime_s) - (spent_s if 0 < spent_s < float(walltime_s) else 0.0)
+
+
+# variable: what reads how long there is time from it
+TIME_SOURCES = {"SLURM_JOB_END_TIME": _until, "SLURM_JOB_ID": _left_in_slurm, "PBS_WALLTIME": _left_in_pbs,
+                "LABTASKER_END_TIME": _until}
+
+
+def ask_program(words):
+    """Return what a program of the system prints, "" where it is not there, fails, or hangs."""
+    import signal
+    import subprocess
+    own = {name: value for name, value in os.environ.items() if not name.startswith("SQUEUE_")}
+    try:
+        process = subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+                                   env=own, start_new_session=True)
+        said = process.communicate(timeout=PROGRAM_TIMEOUT_S)[0]
+    except OSError:
+        return ""
+    except subprocess.TimeoutExpired:
+        signal_group(process.pid, signal.SIGKILL)
+        process.stdout.close()
+        return ""
+    return said.decode("utf-8", "replace") if process.returncode == 0 else ""
+
+
 Outcome = collections.namedtuple("Outcome", "status summary reason fatal facts")
 # status None: nothing to report; fatal: why the loop must end; facts: what the task's attempt keeps of the end
 Outcome.__new__.__defaults__ = (None, None, None, None)
 
 
 class Loop:
-    """Fetches tasks, has each run by `execute(loop, run)`, which returns an Outcome, and reports that.
+    """Has tasks run in its slots, for one worker; `execute(slot, run)` runs one and returns an Outcome.
 
-    `request`: what is asked of `fetch_task`. `run` returns an exit code."""
+    `request`: what is asked of `fetch_task`; `places`: a Place for each slot. `run` returns an exit code; the thread
+    that it is called in hears of signals, and does for the slots what only that one can."""
 
     def __init__(self, execute, request, worker=None, signals=(), max_tasks=None, idle_timeout_s=None, grace_s=None,
-                 verbose=False, server_lost_s=None):
+                 verbose=False, server_lost_s=None, places=None, time_limit_s=None, drain_before_s=None):
         self.execute, self.request, self.worker, self.verbose = execute, request, worker, verbose
         self.max_tasks, self.idle_timeout_s = max_tasks, idle_timeout_s or 0
         self.server_lost_s = SERVER_LOST_S if server_lost_s is None else server_lost_s
         self.grace_s = GRACE_S if grace_s is None else grace_s
+        self.time_limit_s, self.drain_before_s, self.limit = time_limit_s, drain_before_s or 0, None
         self.wake = Wake(loop_signals() + list(signals))
         self.beats = Heartbeats(self.on_lost)
-        self.current, self.counts, self.errors, self.fatal = None, collections.Counter(), 0, None
+        self.turn = threading.Lock()  # who has it fetches, so that an idle loop is one connection; guards taken, done
+        self.lock = threading.Lock()  # guards counts, waiting and what slots are posting
+        self.slots = [Slot(self, number, place) for number, place in enumerate(places or [Place()])]
+        self.errands = collections.deque()
+        self.counts, self.taken, self.done = collections.Counter(), 0, False
+        self.fatal, self.error, self.is_time_up, self.is_unheard = None, None, False, False
         self.begun, self.waiting = False, {}  # {key of a run whose report waits in the outbox: Run}
+        self.idle_since = None
 
     def run(self):
-        """Return the exit code: 0 once there are no more tasks, 1 on a failure, 128 + its number on a signal."""
+        """Return the exit code: 0 once there are no more tasks or there is no more time, 1 on a failure, 128 + its
+        number on a signal."""
         with self.wake, PinnedRoot():
             try:
                 self._register()
-                self._drain()
+                self._supervise()
             except LabtaskerError as error:
                 self.fatal = str(error)
             finally:
-                self._leave()
-                self.beats.close()
+                self.leave()
+        if self.error:
+            raise self.error
+        return self.tell_end()
+
+    def tell_end(self):
+        """Return the exit code, having said why it ends."""
         if self.fatal:
             remark(self.fatal)
         remark("%s: %s" % (self._why(), self._tally()))
-        return 128 + self.wake.stop if self.wake.stop else 1 if self.fatal else 0
+        return 0 if self.is_time_up else 128 + self.wake.stop if self.wake.stop else 1 if self.fatal else 0
 
-    def _leave(self):
+    def leave(self):
         """Try to deliver what waits, as long as there is time, and say where it is kept."""
         try:
-            if self.waiting:
-                patiently(self._deliver_kept, self.wake.pause, lambda: LEAVING_S if self.wake.stop else 0)
+            if self.waiting and not self.is_unheard:
+                patiently(self.deliver_kept, self.wake.pause, lambda: LEAVING_S if self.wake.stop else 0)
         except LabtaskerError as error:
             if not is_away(error):
                 remark(error)
         if self.waiting:
             remark("%s is kept in %s: the next labtasker command here delivers it once the server is back" % (
                 ", ".join("the report of task " + run.task_id for run in self.waiting.values()), outbox()))
+        self.beats.close()
 
-    def _deliver_kept(self):
+    def deliver_kept(self):
         """Deliver what waits in the outbox; runs of this loop that waited need no heartbeats then."""
         if kept_reports():
             deliver_kept()
-        for run in [run for run in self.waiting.values() if not kept_reports(run)]:
-            self.beats.drop(self.waiting.pop(run.key))
+        with self.lock:
+            for run in [run for run in self.waiting.values() if not kept_reports(run)]:
+                self.beats.drop(self.waiting.pop(run.key))
 
     def _why(self):
+        left = in_words(self.limit.end_at - monotonic()) if self.limit and self.limit.end_at < math.inf else ""
         if self.wake.stop:
-            return "stopped by %s" % signal_name(self.wake.stop)
-        enough = self.max_tasks is not None and sum(self.counts.values()) >= self.max_tasks
-        return "ended" if self.fatal else "that was the last of --max-tasks" if enough else "no more tasks"
+            return "the time is up in " + left if self.is_time_up else "stopped by " + signal_name(self.wake.stop)
+        if self.fatal or self.taken == self.max_tasks:
+            return "ended" if self.fatal else "that was the last of --max-tasks"
+        return "no more tasks" if self.done else "nothing more is started, as the time is up in " + left
 
     def _tally(self):
         words = {"pending": "handed back", None: "left as they are"}
@@ -7685,134 +7837,318 @@ class Loop:
         if not self.request.get("worker_id"):
             self.request["worker_id"] = create_worker(**dict(default_worker(), **(self.worker or {})))
         self.request["attempt"] = attempt_facts()
+        self.limit = Limit(seconds_left(self.time_limit_s), self.grace_s, self.drain_before_s,
+                           parse_duration(self.request.get("eta_max") or 0))
+        self.idle_since = monotonic()
 
-    def _drain(self):
-        """Run what there is, then wait for more as long as was asked."""
-        idle_since = monotonic()
-        while not (self.wake.stop or self.fatal or sum(self.counts.values()) == self.max_tasks):
-            begin = monotonic()
-            left_s = self.idle_timeout_s - (begin - idle_since)
-            if self._guarded_pass(min(max(left_s, 0), IDLE_WAIT_S)):
-                idle_since = monotonic()
-            elif left_s <= 0:
-                return
-            elif monotonic() - begin < 0.5:  # nobody waited for us
-                self.wake.pause(min(left_s, 1))
+    def _supervise(self):
+        """Return when each slot has left, or what is left of them waits for a server that does not answer."""
+        give_up_at = math.inf
+        for slot in self.slots:
+            slot.thread.start()
+        while not all(slot.has_left for slot in self.slots) and not self.is_unheard:
+            waits = any(slot.doing == "wait" for slot in self.slots) and self.is_in_vain()
+            self.wake.pause(0.2 if waits or self.wake.stop else min(60, self.limit.stop_at - monotonic()))
+            while self.errands:
+                self.errands.popleft()()
+            self._hurry()
+            is_idle = self.wake.stop and not any(slot.doing == "run" for slot in self.slots)
+            patience_s = FETCH_CUT_S if not self.wake.runs and _file_stamp() is None else LEAVING_S
+            give_up_at = min(give_up_at, monotonic() + patience_s) if is_idle else math.inf
+            self.is_unheard = monotonic() > give_up_at
 
-    def _guarded_pass(self, wait_s):
-        """Return one_pass(); what goes wrong in it goes to the handler that the user has set, if any."""
+    def _hurry(self):
+        """Let the slots look at what is new, and wait for the server no longer where that is in vain."""
+        is_in_vain, transport = self.is_in_vain(), client().transport
+        for slot in self.slots:
+            slot.bell.set()
+            if isinstance(transport, HttpTransport):  # a store without a server must not be left in the middle
+                if slot.doing == "wait" and is_in_vain:
+                    slot.is_cut = True
+                    transport.hang_up(slot.thread.ident)
+                if self.wake.stop:
+                    slot.keep_report()
+
+    def is_in_vain(self):
+        """Return whether it is in vain to wait for a task."""
+        return self.is_over() or self.idle_left_s() <= 0
+
+    def is_over(self):
+        """Return whether nothing more is to be fetched; what runs is told to stop where the time is up."""
+        self.check_time()
+        return bool(self.wake.stop or self.fatal or self.error or self.done or self.taken == self.max_tasks
+                    or monotonic() >= self.limit.start_until)
+
+    def check_time(self):
+        """Have what runs told to stop, as by a signal, where the time is up."""
+        import signal
+        if not self.wake.stop and monotonic() >= self.limit.stop_at:
+            self.is_time_up, self.wake.stop = True, signal.SIGTERM
+
+    def idle_left_s(self):
+        """Return how long to wait for tasks: without end while some run, which may come back or bring others."""
+        return math.inf if self.wake.runs else self.idle_since + self.idle_timeout_s - monotonic()
+
+    def on_lost(self, key, status):
+        """Note, in the thread of the heartbeats, that a run is over by another's hand; wakes the loop."""
+        for run in list(self.wake.runs):
+            if run.key == key and status != "success" and not run.ended_by_job():
+                run.lost = status
+                self.wake.nudge()
+
+    def handed_back(self, facts=None):
+        """Return the Outcome of a run that a signal to the loop, or the end of its time, has ended."""
+        why = "the time of the loop was up" if self.is_time_up else (
+            "the loop was stopped by %s" % signal_name(self.wake.stop))
+        return Outcome("pending", reason=why, facts=facts)
+
+
+Place = collections.namedtuple("Place", "environment facts label")
+# what sets a slot apart: {variable: value, or None to unset it} for its jobs, what the attempts of its tasks keep, and
+# what each line of its output begins with
+Place.__new__.__defaults__ = ({}, {}, "")
+
+
+class Slot:
+    """One of the places in which a loop runs a task at a time: a thread that fetches, has it run, and reports."""
+
+    def __init__(self, loop, number, place):
+        self.loop, self.wake, self.place = loop, loop.wake, place
+        self.own = {"LABTASKER_SLOT": str(number), **place.environment}
+        self.bell = threading.Event()  # rung when there is something new: a signal, the end of a job
+        self.thread = threading.Thread(target=self.live, daemon=True)
+        self.doing = None  # "wait" for a task, "run", or another
+        self.posting, self.is_cut, self.has_left, self.errors = None, False, False, 0
+
+    def pause(self, seconds):
+        """Sleep for so long, or until there is something new."""
+        self.bell.wait(max(0, seconds))
+        self.bell.clear()
+
+    def remark(self, text):
+        """Write a line for the person who started the loop."""
+        remark(self.place.label + str(text))
+
+    def environment(self, run):
+        """Return what the job of a run gets as its environment."""
+        given = dict(os.environ, **run.environment())
+        given.update(self.own)
+        return {name: value for name, value in given.items() if value is not None}
+
+    def live(self):
+        """Run one task after another until the loop is over; what goes wrong here ends it, once others are done."""
+        loop = self.loop
         try:
-            had_one = self.one_pass(wait_s)
-            self.errors = 0
-            return had_one
-        except Exception as error:
-            if LOOP_SETTINGS["on_internal_error"] is None or is_away(error):
-                raise
-            self.errors += 1
-            LOOP_SETTINGS["on_internal_error"](error, self.errors)
-            self.wake.pause(min(self.errors, 30))
-            return True
+            while not loop.is_over():
+                self._guarded_pass()
+        except WorkerSuspended as error:
+            loop.fatal = "no more is run on %s: %s" % (host_name(), error)
+        except LabtaskerError as error:
+            loop.fatal = loop.fatal or str(error)
+        except BaseException as error:
+            loop.error = loop.error or error
+        finally:
+            self.has_left = True
+            self.wake.ring()
 
-    def one_pass(self, wait_s=0):
-        """Return whether there was a task to fetch, run and report; `wait_s`: how long to wait for one."""
-        task = self._fetch(wait_s)
-        if task is None:
-            return False
-        run = self.current = Run(task.task_id, task.run_id, self.request["worker_id"], task)
-        self.wake.has_run = True
+    def _guarded_pass(self):
+        """Do one_pass(); what goes wrong in it goes to the handler that the user has set, if any."""
+        try:
+            self.one_pass()
+            self.errors = 0
+        except Exception as error:
+            handle, self.errors = LOOP_SETTINGS["on_internal_error"], self.errors + 1
+            if handle is None or is_away(error):
+                raise
+            told = error, self.errors
+            self.have_done(lambda: handle(*told))
+            self.pause(min(self.errors, 30))
+
+    def have_done(self, action, guard=lambda: True):
+        """Return action(), or raise what that raises, done by the thread that runs the loop; None once `guard()` is
+        false before it is done."""
+        results = []
+
+        def errand():
+            try:
+                results.append((action(), None))
+            except BaseException as error:
+                results.append((None, error))
+        self.loop.errands.append(errand)
+        self.wake.ring()
+        while not results and guard():
+            self.pause(0.5)
+        answer, error = results[0] if results else (None, None)
+        if error:
+            raise error
+        return answer
+
+    def one_pass(self):
+        """Run a task, where there is one."""
+        loop = self.loop
+        with loop.turn:
+            run = None if loop.is_over() else self._fetch()
+        if run is None:
+            return
         try:
             if self.wake.stop:
-                outcome = self.handed_back()
+                outcome = loop.handed_back()
             else:
-                remark("task %s" % describe(task, self.verbose))
+                self.remark("task %s" % describe(run.task, loop.verbose))
                 run.begin()
-                outcome = self.execute(self, run)
-            self._close(run, outcome)
+                self.doing = "run"
+                outcome = loop.execute(self, run)
+            self.close(run, outcome)
         finally:
-            self.current, self.wake.has_run = None, False
+            self.doing = None
             self._end_beats(run)
-        return True
+            loop.idle_since = monotonic()
+            self.wake.runs.discard(run)
+            self.wake.ring()
 
-    def _end_beats(self, run):
-        """Have a run kept alive no more, unless its report waits in the outbox."""
-        if kept_reports(run):
-            self.waiting[run.key] = run
-            self.start_beats(run)  # without the job, whose number another process may have next
-        else:
-            self.beats.drop(run)
+    def _fetch(self):
+        """Return the Run of the next task, or None, maybe after some time; the slot has its turn."""
+        loop, began = self.loop, monotonic()
+        left_s, seen = loop.idle_left_s(), _file_stamp()
+        wait_s = max(0, min(left_s, IDLE_WAIT_S, loop.limit.start_until - began))
+        task = self._ask(None if seen else wait_s)
+        if task:
+            run = Run(task.task_id, task.run_id, loop.request["worker_id"], task)
+            run.end_time = loop.limit.end_time
+            loop.taken += 1
+            self.wake.runs.add(run)
+            return run
+        if left_s <= 0:
+            loop.done = True
+        while seen and seen == _file_stamp() and monotonic() < began + min(wait_s, LOOK_S) and not loop.is_in_vain():
+            self.pause(min(WATCH_S, wait_s))
+        if not seen and monotonic() - began < 0.5 and not self.is_cut:  # nobody waited for us
+            self.pause(min(wait_s, 1))
+        return None
 
-    def _fetch(self, wait_s):
+    def _ask(self, wait_s):
         """Return the next Task or None; waits for a server that is away, unless it was never there. What waits for it
         goes first."""
-        request = dict(self.request, fetch_id=new_id(), wait_s=wait_s or None)
+        loop, self.is_cut = self.loop, False
+        request = dict(loop.request, fetch_id=new_id(), wait_s=wait_s or None, extra_filter=loop.limit.filtered(
+            loop.request, monotonic()), attempt=dict(loop.request["attempt"], **self.place.facts))
 
         def ask():
-            self._deliver_kept()
+            loop.deliver_kept()
+            self.doing = "wait" if wait_s else None
             return fetch_task(**request)
-        answer = patiently(ask, self.wake.pause, lambda: 0 if self.wake.stop or not self.begun else self.server_lost_s)
-        self.begun = True
+        try:
+            answer = patiently(ask, self.pause, lambda: (
+                0 if self.is_cut or self.wake.stop or not loop.begun else loop.server_lost_s))
+        except LabtaskerConnectError:
+            if not self.is_cut:
+                raise
+            return None
+        finally:
+            self.doing = None
+        loop.begun = True
         return answer.task if answer.found else None
 
     def start_beats(self, run, group=None):
         """Have `run` kept alive from now on."""
         interval_s = load_config().heartbeat_interval_s
-        self.beats.add(run, min(interval_s, (run.task.heartbeat_timeout or math.inf) / 3, 60), group)
+        self.loop.beats.add(run, min(interval_s, (run.task.heartbeat_timeout or math.inf) / 3, 60), group)
 
-    def on_lost(self, key, status):
-        """Note, in the thread of the heartbeats, that a run is over by another's hand; wakes the loop."""
-        run = self.current
-        if run and run.key == key and status != "success" and not run.ended_by_job():
-            run.lost = status
-            self.wake.nudge()
+    def _end_beats(self, run):
+        """Have a run kept alive no more, unless its report waits in the outbox."""
+        with self.loop.lock:
+            if kept_reports(run):
+                self.loop.waiting[run.key] = run
+                self.start_beats(run)  # without the job, whose number another process may have next
+            else:
+                self.loop.beats.drop(run)
 
-    def handed_back(self, facts=None):
-        """Return the Outcome of a run that a signal to the loop has ended."""
-        return Outcome("pending", reason="the loop was stopped by %s" % signal_name(self.wake.stop), facts=facts)
-
-    def _close(self, run, outcome):
+    def close(self, run, outcome):
         """Report what the run came to, unless the job itself or another has ended it."""
-        status, self.fatal = outcome.status, outcome.fatal
+        loop, status, self.doing = self.loop, outcome.status, "report"
+        loop.fatal = outcome.fatal or loop.fatal
         facts = dict(outcome.facts or {})
         if status == "failed":
             facts["reason"] = failure_text(outcome.summary or {})[:REASON_LIMIT]
         if run.ended_by_job():
             status = run.ended
-            remark("task %s: %s, as the job itself reported" % (run.task_id, status))
-            self._report(run, Outcome(status), facts) if facts and run.run_id else None
+            self.remark("task %s: %s, as the job itself reported" % (run.task_id, status))
+            send_outcome(self, run, Outcome(status), facts) if facts and run.run_id else None
         elif status is None:
-            remark("task %s: ended, as it is %s" % (run.task_id, run.lost))
+            self.remark("task %s: ended, as it is %s" % (run.task_id, run.lost))
         else:
-            status = self._report(run, outcome, facts)
+            status = send_outcome(self, run, outcome, facts)
             run.note_summary(outcome.summary)
         run.note_end(status or run.lost or "lost", **dict(facts, reason=outcome.reason or facts.get("reason")))
-        self.counts[status] += 1
+        with loop.lock:
+            loop.counts[status] += 1
         if status == "pending" and not self.wake.stop:
-            self.wake.pause(HANDED_BACK_PAUSE_S)
+            self.pause(HANDED_BACK_PAUSE_S)
 
-    def _report(self, run, outcome, facts):
-        """Return the status once it is delivered or kept, or None where somebody else has ended the run."""
+    def post(self, run, report):
+        """Return whether a report was delivered; else it is kept."""
+        self.posting = run, report
+        if self.wake.stop:
+            self.keep_report()
         try:
-            delivered = post_unless_stopped(
-                self.wake, run, {"status": outcome.status, "summary": outcome.summary, "worker_id": run.worker_id,
-                                 "reason": outcome.reason, "attempt": facts or None},
-                lambda: LEAVING_S if self.wake.stop else self.server_lost_s)
-        except LabtaskerHTTPStatusError as error:
-            if error.status_code not in (404, 409):
-                raise
-            if not run.ended:
-                remark("task %s: %s is not taken: %s" % (run.task_id, outcome.status, error))
-            return None
-        words = {"pending": "handed back, no retry is charged: %s" % outcome.reason,
-                 "failed": "failed, attempt %d of %d: %s" % (
-                     run.task.retries + 1, run.task.max_retries, failure_text(outcome.summary or {}))}
+            return post(run, report, self.pause, lambda: LEAVING_S if self.wake.stop else self.loop.server_lost_s)
+        finally:
+            with self.loop.lock:
+                self.posting = None
+
+    def keep_report(self):
+        """Keep what is on its way, from any thread: a server that was stopped may answer later than the loop is killed.
+        """
+        with self.loop.lock:
+            (run, report), self.posting = self.posting or (None, None), None
+            try:
+                if run:
+                    keep_report(run, report)
+                    self.loop.waiting[run.key] = run
+            except OSError:  # no place there: it may still arrive
+                pass
+
+
+def send_outcome(slot, run, outcome, facts):
+    """Return the status once it is delivered or kept, or None where somebody else has ended the run."""
+    try:
+        delivered = slot.post(run, {
+            "status": outcome.status, "summary": outcome.summary, "worker_id": run.worker_id,
+            "reason": outcome.reason, "attempt": facts or None})
+    except LabtaskerHTTPStatusError as error:
+        if error.status_code not in (404, 409):
+            raise
         if not run.ended:
-            remark("task %s: %s" % (run.task_id, words.get(outcome.status, outcome.status)))
-        if not delivered:
-            remark("task %s: the server is away, so this is kept in %s until it is back" % (run.task_id, outbox()))
-        return outcome.status
+            slot.remark("task %s: %s is not taken: %s" % (run.task_id, outcome.status, error))
+        return None
+    words = {"pending": "handed back, no retry is charged: %s" % outcome.reason,
+             "failed": "failed, attempt %d of %d: %s" % (
+                 run.task.retries + 1, run.task.max_retries, failure_text(outcome.summary or {}))}
+    if not run.ended:
+        slot.remark("task %s: %s" % (run.task_id, words.get(outcome.status, outcome.status)))
+    if not delivered:
+        slot.remark("task %s: the server is away, so this is kept in %s until it is back" % (run.task_id, outbox()))
+    return outcome.status
 
 
-IDLE_WAIT_S = 2  # a wait for tasks on the server's side; a signal waits as long at most
+def _file_stamp():
+    """Return what changes when a store without a server does; None with a server."""
+    transport = client().transport
+    if not isinstance(transport, StoreTransport):
+        return None
+    try:
+        found = os.stat(transport.where)
+        return found.st_ino, found.st_size, found.st_mtime
+    except OSError:
+        return 0, 0, 0
+
+
+IDLE_WAIT_S = 50  # a wait for tasks on the server's side
+LOOK_S = OWNER_LAPSE_S / 3  # how often an idle loop without a server looks for more than a change of the file
+WATCH_S = 0.5  # how often it looks for that
+FETCH_CUT_S = 2  # how long a loop that must leave waits for the answer to a fetch
+HAND_BACK_S = 5  # before the time is up: for handing back what was killed then
+PROGRAM_TIMEOUT_S = 20  # squeue of a busy controller, nvidia-smi of a GPU that sleeps
 LEAVING_S = 10  # how long a loop that must leave tries to hand its task back
 LOST_GRACE_S = 1  # from TERM to KILL for the job of a task that was cancelled or taken away
 GRACE_S = 10  # from the signal that stops the loop to KILL
@@ -7887,15 +8223,19 @@ def ask_to_go_on():
 
 
 def loop(required_fields=None, extra_filter=None, cmd=None, worker_id=None, create_worker_kwargs=None, eta_max=None,
-         heartbeat_timeout=None, pass_args_dict=False):
+         heartbeat_timeout=None, pass_args_dict=False, grace=None, time_limit=None, drain_before=None):
     """Return a decorator: calling the function then runs it for one pending task after another until none is left.
 
     Parameters marked with Required() are filled from the task's args; others are given at the call. With
     `pass_args_dict` the first one gets the args as a dict. `required_fields`: keys that a task must have;
-    `extra_filter`: filter text or query document; `eta_max`: how long a run may take ("1h30m")."""
+    `extra_filter`: filter text or query document; `eta_max`: how long a run may take ("1h30m"). `grace`: how long the
+    function may clean up after a signal (10 s) until its task is handed back and the process killed; `time_limit`: when
+    it gets one, unless Slurm or PBS says so earlier; `drain_before`: how long before that no more is started."""
     if callable(required_fields):
         raise LabtaskerTypeError("write @labtasker.loop(), with parentheses")
     check_worker_choice(worker_id, create_worker_kwargs)
+    times = {name: value if value is None else parse_duration(value) for name, value in (
+        ("grace_s", grace), ("time_limit_s", time_limit), ("drain_before_s", drain_before))}
 
     def decorate(function):
         import functools
@@ -7905,8 +8245,8 @@ def loop(required_fields=None, extra_filter=None, cmd=None, worker_id=None, crea
         def run_loop(*given, **named):
             wanted.check_call(given, named)
             request = fetch_request(wanted.fields, extra_filter, cmd, worker_id, eta_max, heartbeat_timeout)
-            code = Loop(lambda loop_, run: run_function(loop_, run, lambda args: wanted.call(args, given, named)),
-                        request, create_worker_kwargs).run()
+            code = Loop(lambda slot, run: run_function(slot, run, lambda args: wanted.call(args, given, named)),
+                        request, create_worker_kwargs, **times).run()
             if code:
                 sys.exit(code)
         return run_loop
@@ -7933,25 +8273,65 @@ def fetch_request(fields, extra_filter, cmd, worker_id, eta_max, heartbeat_timeo
             "eta_max": eta_max, "heartbeat_timeout": heartbeat_timeout}
 
 
-def run_function(loop_, run, call):
-    """Return the Outcome of call(args) in this thread; whatever it raises ends the task and not the loop."""
-    thread, wake, names = threading.get_ident(), loop_.wake, run.environment() if loop_.wake.in_main else {}
+def run_function(slot, run, call):
+    """Return the Outcome of call(args) in the thread that runs the loop; whatever it raises ends the task alone."""
+    wake, limit, told_at = slot.wake, slot.loop.limit, None
+    slot.start_beats(run)
+
+    def guard():
+        """Return whether the function may go on. Who asks preempted() is not disturbed for half of the grace."""
+        nonlocal told_at
+        slot.loop.check_time()
+        if wake.stop and told_at is None:
+            told_at = monotonic()
+            run.note_stop(wake.stop)
+            wake.nudge()
+        if told_at is None or not wake.in_main:
+            return True
+        kill_at = min(told_at + slot.loop.grace_s, max(limit.kill_at, told_at))
+        if run.asks_preempted and monotonic() > (told_at + kill_at) / 2:
+            run.asks_preempted = False
+            wake.nudge()
+        return monotonic() < kill_at
+    outcome = slot.have_done(lambda: _call_function(slot, run, call), guard)
+    if outcome is None:
+        slot.close(run, slot.loop.handed_back())
+        _end_process(slot)
+    return outcome
+
+
+def _end_process(slot):
+    """End the process, as a function that was told to stop did not; its task was handed back."""
+    slot.loop.leave()
+    code = slot.loop.tell_end()
+    for stream in (sys.stdout, sys.stderr):
+        flush = threading.Thread(target=stream.flush, daemon=True)  # the function may hold it
+        flush.start()
+        flush.join(1)
+    os._exit(code)
+
+
+def _call_function(slot, run, call):
+    thread, wake = threading.get_ident(), slot.wake
+    names = {name: value for name, value in slot.environment(run).items() if os.environ.get(name) != value}
+    names = names if wake.in_main else {}
     before = {name: os.environ.get(name) for name in names}
-    loop_.start_beats(run)
     os.environ.update(names)
     RUNS[thread] = run
     log = RunLog(run.path("run.log"))
     tees = _listen_in(log) if wake.in_main else ()
     try:
         try:
-            wake.interrupt = lambda signum: _interrupt(run, signum)
+            wake.interrupt = lambda signum: _interrupt(wake, run, signum)
+            wake.interrupt(None)  # what came before
             call(run.task.args)
         finally:
             wake.interrupt = None
-        return loop_.handed_back() if run.interrupted else Outcome("success")
+        is_told = run.interrupted or run.preempted and run.asks_preempted
+        return slot.loop.handed_back() if is_told else Outcome("success")
     except BaseException as error:
         wake.interrupt = None
-        return _outcome_of_error(loop_, run, error)
+        return _outcome_of_error(slot.loop, run, error)
     finally:
         _listen_no_more(tees)
         log.close()
@@ -7996,12 +8376,15 @@ def _listen_no_more(tees):
             setattr(sys, name, tees[name].stream)
 
 
-def _interrupt(run, signum):
-    """Raise into the function that runs: TaskCancelled where its task was lost, KeyboardInterrupt for a signal."""
-    if signum is not None:
-        run.interrupted = True
-        raise KeyboardInterrupt(signal_name(signum))
-    if run.lost:
+def _interrupt(wake, run, signum):
+    """Raise into the function that runs: TaskCancelled where its task was lost, KeyboardInterrupt, once and at each
+    further signal, where the loop must leave, unless the function asks for that itself."""
+    if wake.stop:
+        run.preempted = True
+        if signum is not None and wake.times > 1 or not (run.interrupted or run.asks_preempted):
+            run.interrupted = True
+            raise KeyboardInterrupt(signal_name(wake.stop))
+    elif run.lost:
         raise TaskCancelled("task %s is %s: nobody waits for this run any more" % (run.task_id, run.lost))
 
 
@@ -8104,17 +8487,125 @@ def write_script(text, folder):
 
 def command_loop(argv=None, shell=None, script_path=None, executable=None, extra_filter=None, worker_id=None,
                  eta_max=None, heartbeat_timeout=None, max_tasks=None, idle_timeout_s=None, verbose=False,
-                 grace_s=None, server_lost_s=None, use_pty=True):
+                 grace_s=None, server_lost_s=None, use_pty=True, jobs=None, gpus=None, per_gpu=None,
+                 time_limit_s=None, drain_before_s=None, worker_max_retries=None):
     """Return the exit code after running the command for one pending task after another.
 
-    0: no more tasks; 1: it could not go on; 128 + the signal that stopped it. Raises TemplateError, FilterError and
-    the like before any task is fetched."""
+    0: no more tasks, or no more time; 1: it could not go on; 128 + the signal that stopped it. Raises TemplateError,
+    FilterError and the like before any task is fetched."""
     import signal
     command = JobCommand(argv, shell, script_path, executable)
     request = fetch_request(command.keys, extra_filter, command.cmd, worker_id, eta_max, heartbeat_timeout)
-    return Loop(lambda loop_, run: run_job(loop_, run, command, use_pty), request, signals=[signal.SIGCHLD],
+    worker = {} if worker_max_retries is None else {"max_retries": worker_max_retries}
+    if worker_id and worker:
+        raise UsageError("--worker-max-retries is for the loop's own worker; worker %s has its own" % worker_id)
+    return Loop(lambda slot, run: run_job(slot, run, command, use_pty), request, worker, signals=[signal.SIGCHLD],
                 max_tasks=max_tasks, idle_timeout_s=idle_timeout_s, grace_s=grace_s, verbose=verbose,
-                server_lost_s=server_lost_s).run()
+                server_lost_s=server_lost_s, places=places(jobs, gpus, per_gpu), time_limit_s=time_limit_s,
+                drain_before_s=drain_before_s).run()
+
+
+# A GPU is named as the variable names it that says which are seen: by its index among those of the machine, or by its
+# UUID ("GPU-...", or "MIG-..." for a part of one). What another process has set it to is all there is.
+
+MAX_JOBS = 256  # of a loop: each takes several file descriptors
+
+
+def places(jobs=None, gpus=None, per_gpu=None):
+    """Return a Place for each slot: `jobs` of them, or `per_gpu` for each of the GPUs in `gpus` ("all", or names joined
+    by commas). With both jobs and gpus a job has several GPUs, or several jobs share one, all the same number."""
+    if per_gpu is not None and (not gpus or jobs is not None):
+        raise UsageError("--per-gpu K goes with --gpus, and without --jobs: each GPU has K slots")
+    sets, variable = [[]], None
+    if gpus:
+        variable = gpu_variable()
+        chosen = chosen_gpus(gpus, variable)
+        jobs = len(chosen) * (1 if per_gpu is None else per_gpu) if jobs is None else jobs
+        if jobs < 1 or jobs % len(chosen) and len(chosen) % jobs:
+            raise UsageError("%d jobs can't share %d GPUs evenly: %s" % (jobs, len(chosen), ",".join(chosen)))
+        each = max(1, len(chosen) // jobs)
+        sets = [chosen[i:i + each] for i in range(0, len(chosen), each)]
+    jobs = 1 if jobs is None else jobs
+    if not 1 <= jobs <= MAX_JOBS:
+        raise UsageError("--jobs: 1 to %d at once, not %d" % (MAX_JOBS, jobs))
+    return [_place(number, jobs, variable, sets[number % len(sets)]) for number in range(jobs)]
+
+
+def _place(number, jobs, variable, gpus):
+    label, names = "[slot %d] " % number if jobs > 1 else "", ",".join(gpus)
+    if not gpus:
+        return Place({}, {"slot": number} if jobs > 1 else {}, label)
+    unset = dict.fromkeys(GPU_VARIABLES[GPU_VARIABLES.index(variable) + 1:])
+    return Place(dict(unset, **{variable: names}), {"slot": number, "gpus": names}, label)
+
+
+# NVIDIA's driver reads the last alone. AMD's reads the last where the second is not set, and counts either among what
+# the first leaves: so for a job one is set, and those after it are unset.
+GPU_VARIABLES = ("ROCR_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "CUDA_VISIBLE_DEVICES")
+
+
+def gpu_variable():
+    """Return the name of the variable that says which GPUs a job sees: the one that is set, else that of the machine's
+    make."""
+    given = [name for name in GPU_VARIABLES if name in os.environ]
+    is_amd = os.path.exists("/dev/kfd") and not _gpu_files()
+    if not is_amd and ("CUDA_VISIBLE_DEVICES" in given or not given):
+        return "CUDA_VISIBLE_DEVICES"
+    if not given or "HIP_VISIBLE_DEVICES" in given:
+        return "HIP_VISIBLE_DEVICES"
+    return given[0]
+
+
+def given_gpus(variable):
+    """Return the names of the GPUs that this process was given: by the variable, else by Slurm, whose indices are the
+    machine's, which hold unless the system shows no more than so many; None where it has all there are."""
+    if variable in os.environ:
+        return list(itertools.takewhile(lambda name: name not in ("", "-1", "NoDevFiles"), (
+            name.strip() for name in os.environ[variable].split(","))))
+    told = os.environ.get("SLURM_STEP_GPUS") or os.environ.get("SLURM_JOB_GPUS") or ""
+    if not re.match(r"\d+(,\d+)*\Z", told):
+        return None
+    told, found = told.split(","), listed_gpus()
+    return found if len(found) == len(told) else told
+
+
+def listed_gpus():
+    """Return the names of the GPUs that the system shows: indices, or the UUIDs of parts where there are such."""
+    found = []
+    for index, part in re.findall(r"^(?:GPU (\d+): | +MIG .*(MIG-[^)\s]+))", ask_program(["nvidia-smi", "-L"]), re.M):
+        if part and found and found[-1].isdigit():
+            found.pop()  # the GPU whose parts these are
+        found.append(index or part)
+    found = found or re.findall(r"^GPU\[(\d+)\]", ask_program(["rocm-smi", "--showid"]), re.M)
+    return list(collections.OrderedDict.fromkeys(found)) or _gpu_files()
+
+
+def _gpu_files():
+    names = os.listdir("/dev") if os.path.isdir("/dev") else []
+    return sorted((name[6:] for name in names if re.match(r"nvidia\d+\Z", name)), key=int)
+
+
+def chosen_gpus(text, variable):
+    """Return the names of the GPUs that are meant by "all", by names among those given, or by their places there."""
+    given, words = given_gpus(variable), [word.strip() for word in text.split(",")]
+    if words == ["all"]:
+        found = listed_gpus() if given is None else given
+        if not found:
+            raise UsageError("--gpus all: neither %s nor nvidia-smi, rocm-smi or /dev/nvidia0 shows one here; name "
+                             "them: --gpus 0,1" % variable)
+        return found
+    if len(set(words)) < len(words) or not all(re.match(r"[\w./:-]+\Z", word) for word in words):
+        raise UsageError("--gpus %s: \"all\", or indices and UUIDs joined by commas, each once (--per-gpu has several "
+                         "jobs on each)" % text)
+    if given is None:
+        return words
+    by_name = [[name for name in given if name == word or len(word) > 4 and name.startswith(word)] for word in words]
+    by_place = [given[int(word):][:1] if word.isdigit() else [] for word in words]
+    found = [names for names in (by_name, by_place) if all(len(one) == 1 for one in names)]
+    if not found:
+        raise UsageError("--gpus %s: given here are %s: name some of them, or count them from 0" % (
+            text, ",".join(given) or "none"))
+    return [one for one, in found[0]]
 
 
 class RunLog:
@@ -8203,13 +8694,13 @@ class Output:
 
     DRAIN_S = 1  # what a process that outlived its job goes on to write is not waited for any longer
 
-    def __init__(self, log, use_pty):
-        self.log, self.sources, opened = log, {}, {}  # sources: {our end: (where it goes, what takes it for the log)}
+    def __init__(self, log, use_pty, label=""):
+        self.log, self.sources, opened = log, {}, {}  # {our end: (where it goes, what makes that, what feeds the log)}
         places = [_place_of(number) if fcntl else 1 for number in (1, 2)]
         for number, place in zip((1, 2), places):
             if place not in opened:
                 ours, opened[place] = use_pty and _open_pty() or os.pipe()
-                self.sources[ours] = (number, log.channel())
+                self.sources[ours] = (number, Labelled(label) if label else lambda data: data, log.channel())
         self.ends = [opened[place] for place in places]
         self.thread = threading.Thread(target=self._copy, daemon=True)
 
@@ -8224,12 +8715,12 @@ class Output:
         while self.sources:
             ready = select.select(sorted(self.sources), [], [])[0] if len(self.sources) > 1 else list(self.sources)
             for ours in ready:
-                target, feed = self.sources[ours]
+                target, shown, feed = self.sources[ours]
                 try:
                     data = os.read(ours, 65536)
                 except OSError:  # so Linux says of a pseudo-terminal that nobody holds any more
                     data = b""
-                _write_out(target, data)
+                _write_out(target, shown(data))
                 feed(data or None)
                 if not data:
                     del self.sources[ours]
@@ -8239,6 +8730,23 @@ class Output:
     def finish(self):
         """Return once all that the job wrote is where it belongs."""
         self.thread.join(self.DRAIN_S)
+
+
+class Labelled:
+    """Makes whole lines with a label before each of a stream's bytes, so that those of several jobs are told apart."""
+
+    LONGEST = 65536  # what has no end by then is shown as a line
+
+    def __init__(self, label):
+        self.label, self.progress, self.rest = label.encode(), Progress(), b""
+
+    def __call__(self, data):
+        """Return what is to be shown of `data`; b"" ends the stream."""
+        self.rest += self.progress.feed(data, monotonic()) if data else self.progress.rest()
+        if self.rest and (not data or len(self.rest) > self.LONGEST) and not self.rest.endswith(b"\n"):
+            self.rest += b"\n"
+        *lines, self.rest = self.rest.split(b"\n")
+        return b"".join(self.label + line + b"\n" for line in lines)
 
 
 def _place_of(number):
@@ -8273,21 +8781,25 @@ def _write_out(number, data):
     """Write all of `data`, unless nobody is there to read it."""
     import select
     view = memoryview(data)
-    while view:
-        try:
-            view = view[os.write(number, view):]
-        except BlockingIOError:  # a terminal that another program has set so
-            select.select([], [number], [], 1)
-        except OSError:
-            return
+    with WRITING:
+        while view:
+            try:
+                view = view[os.write(number, view):]
+            except BlockingIOError:  # a terminal that another program has set so
+                select.select([], [number], [], 1)
+            except OSError:
+                return
 
 
-def run_job(loop_, run, command, use_pty=True):
+WRITING = threading.Lock()  # who has it writes output of a job
+
+
+def run_job(slot, run, command, use_pty=True):
     """Return the Outcome of the command in a process group of its own."""
-    script, output = None, Output(RunLog(run.path("run.log")), use_pty)
+    script, output = None, Output(RunLog(run.path("run.log")), use_pty, slot.place.label)
     try:
         words, script = command.words(run.task.args, run.make_log_dir())
-        process = _start_job(words, run, output.ends)
+        process = _start_job(words, slot.environment(run), output.ends)
     except (OSError, ValueError) as error:
         output.listen()
         why = "can't start the command: %s" % error
@@ -8296,21 +8808,21 @@ def run_job(loop_, run, command, use_pty=True):
         return Outcome("pending", reason=why, fatal=why)
     else:
         output.listen()
-        is_own_end = watch(loop_, run, process)
+        is_own_end = watch(slot, run, process)
     finally:
         output.finish()
         if script:
             os.unlink(script)
     facts = exit_facts(process.returncode)
-    if is_own_end and not _is_of_own_signal(loop_.wake, process.returncode):
+    if is_own_end and not _is_of_own_signal(slot, process.returncode):
         return outcome_of_exit(process.returncode)._replace(facts=facts)
-    return Outcome(None, facts=facts) if run.lost else loop_.handed_back(facts)
+    return Outcome(None, facts=facts) if run.lost else slot.loop.handed_back(facts)
 
 
-def _start_job(words, run, ends):
+def _start_job(words, environment, ends):
     import subprocess
     return subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=ends[0], stderr=ends[1], start_new_session=True,
-                            env=dict(os.environ, **run.environment()))
+                            env=environment)
 
 
 def exit_facts(code):
@@ -8318,32 +8830,34 @@ def exit_facts(code):
     return {"exit_code": code} if code >= 0 else {"signal": signal_name(-code)}
 
 
-def _is_of_own_signal(wake, code):
+def _is_of_own_signal(slot, code):
     """Return whether a job died of a signal that the loop got too: schedulers send it to every process at once."""
     number = -code if code < 0 else code - 128  # a shell's way to say that what it ran died of a signal
     give_up_at = monotonic() + OWN_SIGNAL_S
-    while number in loop_signals() and not wake.stop and monotonic() < give_up_at:
-        wake.pause(give_up_at - monotonic())
-    return number in loop_signals() and bool(wake.stop)
+    while number in loop_signals() and not slot.wake.stop and monotonic() < give_up_at:
+        slot.pause(give_up_at - monotonic())
+    return number in loop_signals() and bool(slot.wake.stop)
 
 
-def watch(loop_, run, process):
+def watch(slot, run, process):
     """Return whether the job ended by itself; False where it was ended: the loop must leave or the run is lost."""
     import signal
-    loop_.start_beats(run, process.pid)
-    wake, kill_at = loop_.wake, None
+    slot.start_beats(run, process.pid)
+    wake, loop_, kill_at = slot.wake, slot.loop, None
     while process.poll() is None:
         if kill_at is None and (wake.stop or run.lost):
-            signal_group(process.pid, wake.stop or signal.SIGTERM)
+            kill_at = monotonic() + LOST_GRACE_S
             if wake.stop:
-                remark("%s: the job is asked to end; once more kills it" % signal_name(wake.stop))
-            kill_at = monotonic() + (LOST_GRACE_S if not wake.stop else loop_.grace_s)
+                run.note_stop(wake.stop)
+                slot.remark("%s: the job is asked to end; once more kills it" % signal_name(wake.stop))
+                kill_at = min(monotonic() + loop_.grace_s, max(loop_.limit.kill_at, monotonic()))
+            signal_group(process.pid, wake.stop or signal.SIGTERM)
         if kill_at and (monotonic() >= kill_at or wake.times > 1):
             signal_group(process.pid, signal.SIGKILL)
-        wake.pause(min(1 if wake.in_main else 0.05, max(0.02, (kill_at or math.inf) - monotonic())))
+        slot.pause(min(1 if wake.in_main else 0.05, max(0.02, (kill_at or math.inf) - monotonic())))
     if kill_at is None:
         return True
-    end_group(process.pid, min(kill_at, monotonic() + 1), wake.pause)
+    end_groups([process.pid], min(kill_at, monotonic() + 1), slot.pause)
     return False
 
 
@@ -9240,7 +9754,9 @@ def do_loop(options):
         extra_filter=filter_of(options), worker_id=full_worker_id(options.worker_id), eta_max=options.eta_max,
         heartbeat_timeout=options.heartbeat_timeout, max_tasks=options.max_tasks,
         idle_timeout_s=options.idle_timeout, verbose=options.verbose, grace_s=options.grace,
-        server_lost_s=options.server_lost, use_pty=options.use_pty is not False)
+        server_lost_s=options.server_lost, use_pty=options.use_pty is not False, jobs=options.jobs, gpus=options.gpus,
+        per_gpu=options.per_gpu, time_limit_s=options.time_limit, drain_before_s=options.drain_before,
+        worker_max_retries=options.worker_max_retries)
 
 
 def journal_path(options):
@@ -9746,14 +10262,21 @@ COMMANDS = {
         "labtasker loop -- python train.py --lr '%(lr)' --model '%(model)'", [
             option("-c --cmd TEXT", "a command for the shell, values quoted for it"),
             option("--script-path FILE", "a script for the shell, values quoted for it"),
-            option("--executable FILE", "the shell (/bin/sh)"), FILTER,
+            option("--executable FILE", "the shell (/bin/sh)"),
+            option("-f --extra-filter FILTER", "filter text or query (labtasker help filter)"),
             option("--worker-id ID", "run as this worker (labtasker worker create)"),
+            option("--worker-max-retries N", "failed runs at which this loop is suspended", type=count),
+            option("-j --jobs N", "run N at once, each in a slot (1)", type=count),
+            option("--gpus LIST", "a slot for each of these: 0,1 or UUIDs, or all"),
+            option("--per-gpu K", "K slots for each of them (1)", type=count),
             option("--eta-max TIME", "a longer run is given up: 90, 10 min, 1h30m", type=duration), SILENCE,
+            option("--time-limit TIME", "end by then (or when the Slurm or PBS job ends)", type=seconds),
+            option("--drain-before TIME", "start nothing that long before the time is up", type=seconds),
             option("--max-tasks N", "end after N tasks", type=count),
             option("--idle-timeout TIME", "stay that long for tasks to come", type=seconds),
             option("--grace TIME", "from the signal that stops a job to KILL (10)", type=seconds),
-            option("--server-lost TIME", "how long to wait for a server that is away (1h)", type=seconds),
-            option("--use-pty", "run it on a pseudo-terminal (where there is one, this is the default)", default=None),
+            option("--server-lost TIME", "patience with a server that is away (1h)", type=seconds),
+            option("--use-pty", "run it on a pseudo-terminal (the default)", default=None),
             option("--no-use-pty", "run it on pipes", dest="use_pty", action="store_false"),
             option("-v --verbose", "say more")],
         "[-- COMMAND ...]"),
