@@ -8957,6 +8957,9 @@ COMFORTS = {  # the commands of labtasker_cli.py, and what they are for
     "journal compact": "Fold a journal to its live data; this happens by itself too.",
     "journal stats": "Print how long a journal is, and of what.",
     "event listen": "Print the steps of tasks and workers as they come, until Ctrl-C; reconnects.",
+    "sbatch": "Submit a Slurm job of loops, an array with --array; prints its id. What is no option here and none of "
+              "labtasker loop goes to sbatch, such as -p, -t, -c, --mem, --gpus-per-task.",
+    "server wait": "Wait until a server of the configured store answers, and print its URL; exit 1 where none does.",
     "completion": "Print what makes bash, zsh or fish complete commands, options, statuses, fields, ids. In ~/.bashrc: "
                   "eval \"$(labtasker completion bash)\"; in ~/.zshrc after compinit the same with zsh; for fish, "
                   "write it to ~/.config/fish/completions/labtasker.fish.",
@@ -9968,8 +9971,8 @@ def demo_workers(folder, words):
 
 # ---- From words to options
 
-Command = collections.namedtuple("Command", "run help example options rest")
-Command.__new__.__defaults__ = ((), None)
+Command = collections.namedtuple("Command", "run help example options rest sort")
+Command.__new__.__defaults__ = ((), None, None)  # sort(words): (those that are its own, {attribute: what it keeps})
 
 
 def option(spelling, help, **settings):
@@ -10047,12 +10050,13 @@ def parse(path, words):
     if row.rest and "--" in words:
         cut = words.index("--")
         words, rest = words[:cut], words[cut + 1:]
+    words, others = row.sort(words) if row.sort else (words, {})
     options, extra = parser.parse_known_args(words)
     if extra and hasattr(options, "ids") and not any(word.startswith("-") for word in extra):
         options.ids, extra = options.ids + extra, []  # argparse gives up on ids that stand on both sides of an option
     if extra:
         parser.error(unexpected(extra[0].split("=")[0], row, rest))
-    options.rest = rest
+    vars(options).update(others, rest=rest)
     return options
 
 

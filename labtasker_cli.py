@@ -2,7 +2,7 @@
 
 `labtasker` and `lt` start `main`, `labtasker-server` starts `server_main`. labtasker.py alone does all the work; where
 this file lies beside it, it imports it when one of the commands here is typed or listed. Each enters itself into the
-table `COMMANDS`; what it is for stands in `COMFORTS`. Tests: test_cli.py, test_terminal.py.
+table `COMMANDS`; what it is for stands in `COMFORTS`. Tests: test_cli.py, test_terminal.py, test_slurm.py.
 """
 import collections
 import itertools
@@ -16,14 +16,14 @@ import time
 from labtasker import (
     ARITHMETIC, CALLS, COMFORTS, COMMANDS, COMPARISONS, CONFIG_NAME, CONTROL, DATE_FORMS, EVERY, FILTER, FORMAT, ID,
     IDS, INSTEAD, JOURNAL, LOGIC, OPERATORS, QUIET, RECORDS, REQUIRED, ROUTES, SELECT, SETTINGS, STATUS_COLOURS,
-    TASK_FIELDS, TASK_STATES, UPDATABLE, YES, Command, Disk, LabtaskerError, LabtaskerHTTPStatusError,
-    LabtaskerRuntimeError, LabtaskerValueError, Store, TaskUpdateRequest, Template, age, apart, ask, cells_wide,
-    change_of, choice, chosen_tasks, clean, client, compact, confirm, connect_events, count, covers, filter_of,
-    find_root, fitted, flat, format_time, full_id, get_task, group, ids_of, is_terminal, joined, journal_header,
-    journal_path, last_durable, load_config, ls_tasks, ls_workers, main, monotonic, new_id, note, now, option,
-    pairs, parse_filter, paths_of, read_text, record_text, say, screen_size, sealed, seconds, selectors, show,
-    show_listing, some, span, spent_s, store_error, table, tasks_named, typed_filter, typed_value,
-    unseal, update_tasks, updates_of, visible)
+    TASK_FIELDS, TASK_STATES, UPDATABLE, YES, Command, Disk, JobCommand, LabtaskerError, LabtaskerHTTPStatusError,
+    LabtaskerRuntimeError, LabtaskerValueError, Store, TaskUpdateRequest, Template, UsageError, age, apart, ask,
+    cells_wide, change_of, choice, chosen_tasks, clean, client, compact, confirm, connect_events, count, covers,
+    duration, filter_of, find_root, fitted, flat, format_time, full_id, get_task, group, health_check, ids_of, is_away,
+    is_terminal, joined, journal_header, journal_path, last_durable, load_config, ls_tasks, ls_workers, main,
+    monotonic, new_id, note, now, option, pairs, parse, parse_filter, paths_of, read_server_file, read_text,
+    record_text, say, screen_size, sealed, seconds, selectors, show, show_listing, some, span, spent_s, store_error,
+    store_folder, table, tasks_named, typed_filter, typed_value, unseal, update_tasks, updates_of, use_client, visible)
 
 __all__ = ["main", "server_main"]
 
@@ -1304,6 +1304,269 @@ def field_values(name, word):
     return [head + comma + field + ("=" if "=" in name else "") for field in tops + list(deep)]
 
 
+# ---- Slurm: a job of loops
+#
+# What is typed is sbatch's, the loop's, or this command's own; the loop's and the job's command stand in the script as
+# they were typed, sbatch's options on #SBATCH lines.
+
+NOT_OF_LOOP = ("-c",)  # sbatch's own, for CPUs
+SBATCH_SWITCHES = frozenset(  # sbatch's options that take no value, or one after = alone
+    "-H --hold -k --no-kill -O --overcommit -Q --quiet -s --oversubscribe --share -V --version -W --wait --contiguous "
+    "--exclusive --get-user-env --ignore-pbs --nice --no-requeue --parsable --propagate --reboot --requeue "
+    "--spread-job --test-only --usage --use-min-nodes --x11".split())
+SBATCH_ONCE = frozenset(  # these are about a submission: given to sbatch, they are not in the script
+    "-b --begin -d --dependency -H --hold -Q --quiet -W --wait --parsable --test-only".split())
+SBATCH_PARALLEL = frozenset(  # with more than 1 the loop has to be started by srun, once a task
+    "-n --ntasks -N --nodes --ntasks-per-node --ntasks-per-socket --ntasks-per-core --ntasks-per-gpu".split())
+
+JobScript = collections.namedtuple("JobScript", "lines once signal srun array")
+# lines: of #SBATCH; once: words for sbatch itself; signal: the name of --signal's, or None; srun: its words, [] without
+
+
+def sort_sbatch(words):
+    """Return (this command's words, {"sbatch": [(name, value or None)], "loop": words}); raises UsageError."""
+    own, loop = switches_of("sbatch"), switches_of("loop")
+    found, words = {"own": [], "loop": [], "sbatch": []}, list(words)
+    while words:
+        word = words.pop(0)
+        name, value = name_and_value(word)
+        if not name.startswith("-"):
+            raise UsageError("sbatch: unexpected argument %s: the command goes after --, as in: %s" % (
+                word, COMMANDS["sbatch"].example.split("\n")[0]))
+        owner = "own" if name in own else "loop" if name in loop and name not in NOT_OF_LOOP else "sbatch"
+        takes = {"own": own, "loop": loop}[owner][name] if owner != "sbatch" else (
+            name not in SBATCH_SWITCHES and words and not words[0].startswith("-"))
+        taken = [word] + ([words.pop(0)] if value is None and takes and words else [])
+        value = taken[-1] if taken[1:] else value
+        if name == "--gpus" and value != "all":  # a number of them; which ones they are Slurm decides
+            owner = "sbatch"
+        found[owner] += [(name, value)] if owner == "sbatch" else taken
+    return found.pop("own"), found
+
+
+def name_and_value(word):
+    """Return an option's name and the value that is attached to it, or None: --mem=4G, -N2, --hold, -p."""
+    if word.startswith("--") or not word.startswith("-"):
+        name, equals, value = word.partition("=")
+        return name, value if equals else None
+    return word[:2], word[2:] or None
+
+
+def switches_of(path):
+    """Return {option: whether it takes a value} of a command's options."""
+    found = {flag: "metavar" in settings for flags, settings in COMMANDS[path].options for flag in flags}
+    return dict(found, **{"-h": False, "--help": False})
+
+
+def job_script(given):
+    """Return the JobScript that sbatch's options [(name, value)] ask for; raises UsageError."""
+    names = dict(given)
+    if "--wrap" in names:
+        raise UsageError("sbatch: instead of --wrap the command goes after --")
+    if "\\" in os.getcwd() and not {"-o", "--output"} & set(names):
+        raise UsageError("sbatch: Slurm can't keep a log in %s, because of the backslash: say where with --output=FILE"
+                         % os.getcwd())
+    array = bool({"-a", "--array"} & set(names))
+    srun = ["srun"] if any(name in SBATCH_PARALLEL and value != "1" for name, value in given) else []
+    cpus = names.get("--cpus-per-task", names.get("-c"))
+    srun += ["--cpus-per-task=" + cpus] if srun and cpus else []  # which srun does not take from sbatch
+    signal = names.get("--signal")
+    if signal and not srun and ":" not in signal:  # without B: it would go to steps, and not to the loop
+        signal = "B:" + signal
+    lines = [text for spellings, text in (
+        ("-J --job-name", "--job-name=labtasker"), ("-D --chdir", "--chdir=" + quoted_for_sbatch(os.getcwd())),
+        ("-o --output", "--output=" + quoted_for_sbatch(log_name(os.getcwd(), array))),
+        ("--open-mode", "--open-mode=append"), ("--requeue --no-requeue", "--requeue"),
+        ("" if srun else "-n --ntasks", "--ntasks=1"),
+    ) if spellings and not set(spellings.split()) & set(names)]
+    lines += [" ".join(sbatch_words(name, value and quoted_for_sbatch(value))) for name, value in given
+              if name not in SBATCH_ONCE and not (name == "--signal" and value)]
+    lines += ["--signal=" + quoted_for_sbatch(signal)] if signal else []
+    once = [word for name, value in given if name in SBATCH_ONCE for word in sbatch_words(name, value)]
+    return JobScript(lines, once, signal and signal.split(":")[-1].split("@")[0], srun, array)
+
+
+def log_name(folder, array):
+    """Return the --output of a job in a folder, whose own name Slurm looks through for % too."""
+    name = "labtasker-%s.log" % ("%A_%a" if array else "%j")
+    return os.path.join(folder.replace("%", "%%"), name) if "%" in folder else name
+
+
+def sbatch_words(name, value):
+    """Return an option as words for sbatch: --mem=4G; -p gpu; --hold."""
+    return [name] if value is None else ["%s=%s" % (name, value)] if name.startswith("--") else [name, value]
+
+
+def quoted_for_sbatch(value):
+    """Return a value for a #SBATCH line, where a backslash counts also between quotes; raises UsageError."""
+    if re.search("[\r\n]", value):
+        raise UsageError("sbatch: a value can't have more than one line: %s" % json.dumps(value))
+    if re.match(r"[\w@%+=:,./*~!&|()\[\]{}^-]+\Z", value):
+        return value
+    return "'%s'" % re.sub(r"(['\\])", r"\\\1", value)
+
+
+def do_sbatch(options):
+    check_loop(options)
+    config, job = load_config(), job_script(options.sbatch)
+    folder = store_folder(config)
+    if options.server and not folder:
+        raise UsageError("sbatch: --server is for a store in a folder that the hosts share, but %s is configured"
+                         % config.url)
+    if folder and not options.server and not read_server_file(folder):
+        note("labtasker: no server has the store in %s, so the loops can use it on one host only: add --server, or "
+             "start labtasker serve --host 0.0.0.0 first" % folder)
+    text = script_text(job, options, config)
+    if not options.dry_run:
+        return submit_script(text, job.once)
+    say(text.rstrip("\n"))
+    if job.once:
+        note("labtasker: not in the script, as of one submission: sbatch " + as_typed(job.once))
+
+
+def check_loop(options):
+    """Raise here, instead of in each of the job's loops, what they would say of their options and command."""
+    loop = parse("loop", options.loop + (["--"] + options.rest if options.rest else []))
+    if not (loop.rest or loop.cmd or loop.script_path):
+        raise UsageError("sbatch: what are the loops to run? " + COMMANDS["sbatch"].example.split("\n")[0])
+    JobCommand(loop.rest, loop.cmd, loop.script_path, loop.executable)
+    query = filter_of(loop)
+    if isinstance(query, str):
+        parse_filter(query, visible(TASK_FIELDS), now())
+
+
+def script_text(job, options, config):
+    """Return the script; no password is ever in it."""
+    program = as_typed([sys.executable, os.path.abspath(sys.modules["labtasker"].__file__)])
+    loop = "loop" + "".join(" " + as_typed([word]) for word in options.loop)
+    loop += " \\\n    -- " + as_typed(options.rest) if options.rest else ""
+    head = ["#!/bin/bash"] + ["#SBATCH " + line for line in job.lines] + ["", as_export("LABTASKER_ROOT", config.root)]
+    head += [as_export(name, os.environ[name]) for _, name, _, _ in SETTINGS.values()
+             if name and os.environ.get(name) and not is_secret(name, os.environ[name])]
+    srun = as_typed(job.srun) + " " * bool(job.srun)
+    if not options.server:
+        head += ["", "# exec: %s takes this shell's place, so that signals reach it." % (job.srun or ["the loop"])[0]]
+        return "\n".join(head + ["exec %s%s %s" % (srun, program, loop), ""])
+    host, port = options.listen
+    return "\n".join(head) + "\n" + SERVER_SCRIPT.format(
+        program=program, loop=srun + '"${labtasker[@]}" ' + loop, host=as_typed([host]), port=port,
+        wait=as_typed([options.server_wait]), pass_on=PASS_ON.format(as_typed([job.signal])) if job.signal else "",
+        unneeded=UNNEEDED if job.array else "")
+
+
+def as_export(name, value):
+    """Return the line of a script that sets a variable."""
+    return "export %s=%s" % (name, as_typed([value]))
+
+
+def is_secret(name, value):
+    """Return whether a variable's value is for nobody else: a password, or a URL that has one."""
+    return name == "LABTASKER_PASSWORD" or bool(re.search("//[^/]*@", value))
+
+
+SERVER_SCRIPT = """\
+labtasker=({program})
+loop=({loop})
+
+# The first task runs the server too, which leaves its address in the folder above, where all others find it. Where none
+# comes (the first task has ended, or has not begun), who waits for it runs it; the store takes no second one.
+serve() {{
+    "${{labtasker[@]}}" serve --host {host} --port {port} &
+    server=$!
+}}
+if [ "${{SLURM_ARRAY_TASK_ID-}}" = "${{SLURM_ARRAY_TASK_MIN-}}" ]; then serve; fi
+"${{labtasker[@]}}" server wait --timeout {wait} || serve
+"${{labtasker[@]}}" server wait --timeout {wait} > /dev/null || exit
+kill -0 "${{server-none}}" 2> /dev/null || exec "${{loop[@]}}"
+
+# The loop beside the server. SIGTERM comes to all processes. The server stays as long as any task runs; the second
+# round is for what was handed back meanwhile.
+trap 'stopped=yes' TERM
+{pass_on}for round in 1 2; do
+    if [ -z "${{stopped-}}" ]; then
+        "${{loop[@]}}" &
+        pid=$!
+        while kill -0 "$pid" 2> /dev/null; do
+            wait "$pid"
+            code=$?
+        done
+        [ "$code" = 0 ] || stopped=yes
+    fi
+    kill -0 "$server" 2> /dev/null && "${{labtasker[@]}}" task wait --quiet --status running
+done
+{unneeded}kill "$server" 2> /dev/null
+wait "$server"
+exit "$code"
+"""
+PASS_ON = """\
+trap 'stopped=yes; kill -{0} "$pid" 2> /dev/null' {0}  # of --signal: it comes to this shell alone
+"""
+UNNEEDED = """\
+if [ "$("${labtasker[@]}" task count --quiet --status pending)" = 0 ]; then
+    scancel --quiet --state=PENDING "$SLURM_ARRAY_JOB_ID"  # nothing is left for what has not begun
+fi
+while kill -0 "$server" 2> /dev/null &&
+    [ "$(squeue --noheader --array --states=RUNNING --jobs="$SLURM_ARRAY_JOB_ID" | wc -l)" -gt 1 ]; do
+    sleep 1  # what has begun finds the server, and that nothing is left
+done
+"""
+
+
+def submit_script(text, words):
+    """Return sbatch's exit code, the job's id printed; what it refuses it says itself. Raises LabtaskerRuntimeError."""
+    import subprocess
+    try:
+        process = subprocess.Popen(["sbatch", "--parsable"] + words, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    except FileNotFoundError:
+        raise LabtaskerRuntimeError("there is no sbatch on this host's PATH: type this where jobs are submitted, or "
+                                    "print the script with --dry-run and submit that there")
+    try:
+        process.stdin.write(text.encode())
+        process.stdin.close()
+    except BrokenPipeError:  # it does not want the script, and says why
+        pass
+    for line in process.stdout:  # at once, though --wait may have sbatch stay
+        say(line.decode("utf-8", "replace").rstrip("\n"))
+        sys.stdout.flush()
+    return process.wait()
+
+
+def listening(text):
+    """Return (host, port) of HOST:PORT; the type of the option that takes that."""
+    import argparse
+    host, colon, port = text.rpartition(":")
+    if not (host and port.isdigit() and int(port) < 65536):
+        raise argparse.ArgumentTypeError("%s is no HOST:PORT, such as 0.0.0.0:9321" % json.dumps(text))
+    return host.strip("[]"), int(port)
+
+
+def do_server_wait(options):
+    give_up_at = monotonic() + options.timeout
+    while True:
+        url = living_server()
+        if url:
+            return say(url)
+        if monotonic() >= give_up_at:
+            note("labtasker: no server of %s answers" % (client().where))
+            return 1
+        time.sleep(min(SERVER_LOOK_S, max(0, give_up_at - monotonic())))
+
+
+SERVER_LOOK_S = 1.0  # between looks for a server
+
+
+def living_server():
+    """Return the URL of the server that is configured, or that the configured folder names, or None where it does not
+    answer; the store itself is not touched."""
+    use_client(None)
+    try:
+        where = client().where
+        return where if re.match("https?://", where) and health_check().status == "healthy" else None
+    except LabtaskerError as error:
+        if not is_away(error):
+            raise
+
+
 # ---- References, printed from the tables
 
 
@@ -1370,9 +1633,9 @@ def api_reference():
 # ---- The table
 
 
-def comfort(path, run, example, options=(), rest=None):
+def comfort(path, run, example, options=(), rest=None, sort=None):
     """Enter a command into the table of labtasker.py."""
-    COMMANDS[path] = Command(run, COMFORTS[path], example, options, rest)
+    COMMANDS[path] = Command(run, COMFORTS[path], example, options, rest, sort)
 
 
 comfort("task retry", do_task_retry, "labtasker task retry -f 'args.model == \"vit\"' --dry-run",
@@ -1392,6 +1655,17 @@ comfort("journal stats", do_journal_stats, "labtasker journal stats", [JOURNAL])
 comfort("event listen", do_event_listen, "labtasker event listen --compact", [
     option("-c --compact", "one line for each"), option("--raw", "JSON as it came, one line for each"),
     option("--timeout TIME", "how long to try to connect at first (10)", type=seconds, default=10)])
+comfort("sbatch", do_sbatch, "labtasker sbatch --array=0-7 -t 4:00:00 --gpus-per-task=1 --server -- "
+        "python train.py --lr '%(lr)'", [
+            option("--dry-run", "print the script instead; it can be kept, and submitted by sbatch"),
+            option("--server", "the first task of the array runs the server of the configured folder's store, too"),
+            option("--listen HOST:PORT", "where that server listens (0.0.0.0:0; port 0 picks one)", type=listening,
+                   default=("0.0.0.0", 0)),
+            option("--server-wait TIME", "how long the others wait for it, before one of them runs it (2m)",
+                   type=duration, default="2m")],
+        "[sbatch's and the loop's options] -- COMMAND ...", sort_sbatch)
+comfort("server wait", do_server_wait, "labtasker server wait --timeout 10m && labtasker task ls", [
+    option("--timeout TIME", "for so long at most (10m)", type=seconds, default=600)])
 comfort("completion", do_completion, "labtasker completion bash", [
     choice("SHELL", tuple(SHELLS), dest="shell")], "[-- WORD ...]")
 comfort("help filter", lambda options: show(filter_reference()), "labtasker help filter")
