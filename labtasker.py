@@ -181,6 +181,11 @@ def nearest(word, choices):
     return next(iter(difflib.get_close_matches(str(word)[:100], [str(c) for c in choices], 1, 0.6)), None)
 
 
+def as_uuid(digits):
+    """Return a UUID4 as text, made of 32 hexadecimal digits."""
+    return "-".join((digits[:8], digits[8:12], "4" + digits[13:16], "a" + digits[17:20], digits[20:32]))
+
+
 def new_id():
     """Return a random UUID4 as text. `uuid` costs 8 ms to import, a call of os.urandom 25 us: 32 are made at once."""
     ids = _IDS.get(os.getpid())  # a forked child must not use its parent's
@@ -188,7 +193,7 @@ def new_id():
         _IDS.clear()
         text = os.urandom(16 * 32).hex()
         pieces = [text[at:at + 32] for at in range(0, len(text), 32)]
-        ids = _IDS[os.getpid()] = ["-".join((x[:8], x[8:12], "4" + x[13:16], "a" + x[17:20], x[20:])) for x in pieces]
+        ids = _IDS[os.getpid()] = list(map(as_uuid, pieces))
     try:
         return ids.pop()
     except IndexError:  # another thread had the last one
@@ -5322,7 +5327,7 @@ ONCE = {
 }
 
 Config = collections.namedtuple("Config", "root url queue_name password heartbeat_interval_s source ca_file")
-Config.__new__.__defaults__ = (None,)
+Config.__new__.__defaults__ = (None, DEFAULT_QUEUE, None, 10.0, None, None)
 
 # key in the file: (attribute of Config, environment variable, kind, meaning)
 SETTINGS = {
@@ -5334,18 +5339,34 @@ SETTINGS = {
     "queue.password": ("password", "LABTASKER_PASSWORD", str, "its password; a store without a server asks none"),
     "task.heartbeat_interval": ("heartbeat_interval_s", None, float, "seconds between heartbeats; 10 unless given"),
 }
+CONFIG_TEXT = """\
+[endpoint]
+api_base_url = %s
+
+[queue]
+queue_name = %s
+password = %s
+
+[task]
+heartbeat_interval = 10  # seconds
+"""
+
+
+def _nearest_with(name, is_there):
+    """Return the nearest folder, from the working folder upward, where `is_there(path)` of this name; None if none."""
+    folder, inner = os.getcwd(), None
+    while folder != inner:
+        if is_there(os.path.join(folder, name)):
+            return folder
+        folder, inner = os.path.dirname(folder), folder
+    return None
 
 
 def find_root():
     """Return the configuration folder: LABTASKER_ROOT, or the nearest .labtasker upward, or the one to be made here."""
     if os.environ.get("LABTASKER_ROOT"):
         return os.path.abspath(os.environ["LABTASKER_ROOT"])
-    here = folder = os.getcwd()
-    while not os.path.isdir(os.path.join(folder, ".labtasker")):
-        if os.path.dirname(folder) == folder:
-            return os.path.join(here, ".labtasker")
-        folder = os.path.dirname(folder)
-    return os.path.join(folder, ".labtasker")
+    return os.path.join(_nearest_with(".labtasker", os.path.isdir) or os.getcwd(), ".labtasker")
 
 
 _TOML_LINE = Pattern(r"""
@@ -5367,19 +5388,16 @@ def read_toml(text, path):
                                       "a # comment" % (path, number, line[:80]))
         if match.group("table"):
             table = match.group("table") + "."
+        elif match.group("literal") is not None:
+            found[table + match.group("key")] = match.group("literal")
         elif match.group("key"):
-            found[table + match.group("key")] = _toml_value(match, path, number)
+            word = match.group("basic") or match.group("other").replace("_", "").lstrip("+")
+            try:
+                found[table + match.group("key")] = json.loads(word)
+            except ValueError:
+                raise LabtaskerValueError("%s line %d: %s is no text, number, true or false"
+                                          % (path, number, word)) from None
     return found
-
-
-def _toml_value(match, path, number):
-    if match.group("literal") is not None:
-        return match.group("literal")
-    word = match.group("basic") or match.group("other").replace("_", "").lstrip("+")
-    try:
-        return json.loads(word)
-    except ValueError:
-        raise LabtaskerValueError("%s line %d: %s is no text, number, true or false" % (path, number, word)) from None
 
 
 def _read_settings(path):
@@ -5391,16 +5409,17 @@ def _read_settings(path):
     except ImportError:
         return read_toml(text, path)
     try:
-        return dict(_flattened(tomllib.loads(text), ""))
+        return dict(flat(tomllib.loads(text)))
     except tomllib.TOMLDecodeError as error:
         raise LabtaskerValueError("%s can't be read: %s; mend it, or make it anew with 'labtasker init'"
                                   % (path, error)) from None
 
 
-def _flattened(table, prefix):
-    for key, value in table.items():
-        if isinstance(value, dict):
-            yield from _flattened(value, prefix + key + ".")
+def flat(mapping, prefix=""):
+    """Yield (dotted key, value) for each leaf of nested dicts."""
+    for key, value in mapping.items():
+        if isinstance(value, dict) and value:
+            yield from flat(value, prefix + key + ".")
         else:
             yield prefix + key, value
 
@@ -5409,35 +5428,42 @@ def load_config():
     """Return the Config in force: environment, then the file, then what holds where nothing is configured."""
     root = find_root()
     paths = [os.path.join(root, name) for name in (CONFIG_NAME, OLD_CONFIG_NAME)]
-    path = next((path for path in paths if os.path.isfile(path)), None)
-    settings = _read_settings(path) if path else {}
-    values = {"url": None, "queue_name": DEFAULT_QUEUE, "password": None, "heartbeat_interval_s": 10.0}
+    path = next(filter(os.path.isfile, paths), None)
+    settings, values = _read_settings(path) if path else {}, {}
     for key, (attribute, variable, kind, _) in SETTINGS.items():
         value = os.environ.get(variable or "") or settings.get(key)
         if value is None or value == "":
             continue
-        if kind is float and type(value) in (int, float) and value > 0:
-            value = float(value)
-        if type(value) is not kind:
+        if not (type(value) is str if kind is str else type(value) in (int, float) and 0 < value < math.inf):
             raise LabtaskerValueError("%s: %s should be %s, not %r" % (
                 path, key, {str: "text", float: "a number over 0"}[kind], value))
-        values[attribute] = value
+        values[attribute] = kind(value)
     return Config(root=root, source=path, **values)
 
 
 def write_config(root, url, queue_name, password):
     """Return the path of the configuration file, written anew, readable by its owner alone."""
-    lines = ["[endpoint]", "api_base_url = " + json.dumps(url or ""), "", "[queue]",
-             "queue_name = " + json.dumps(queue_name), "password = " + json.dumps(password or ""), "",
-             "[task]", "heartbeat_interval = 10  # seconds", ""]
     os.makedirs(root, 0o700, exist_ok=True)
-    path = os.path.join(root, CONFIG_NAME)
-    Disk.create(path, ["\n".join(lines).encode("utf-8")])
+    path, values = os.path.join(root, CONFIG_NAME), (url, queue_name, password)
+    Disk.create(path, [(CONFIG_TEXT % tuple(json.dumps(value or "") for value in values)).encode("utf-8")])
     return path
 
 
 # Transports: each has call(method, path, query, body) -> (status, answer), `where` and `extensions`, and
-# listen(after, timeout_s) -> (status, answer), where the answer to a listener who is let in is its lines, with close().
+# listen(after, timeout_s) -> (status, answer), where the answer to a listener who is let in is its Lines.
+
+
+class Lines:
+    """The lines of a stream of events as they come, from pieces of bytes; `close`, from any thread, has them end."""
+
+    def __init__(self, pieces, close):
+        self.pieces, self.close = pieces, close
+
+    def __iter__(self):
+        rest = b""
+        for piece in self.pieces:
+            *lines, rest = (rest + piece).split(b"\n")
+            yield from lines
 
 
 class StoreTransport:
@@ -5455,30 +5481,18 @@ class StoreTransport:
         return answer_call(self.store, lambda: self.queue_name, method, path, body, query)
 
     def listen(self, after, timeout_s):
-        """Return (status, LocalLines of the queue's events after the one with the id `after`).
+        """Return (status, Lines of the queue's events after the one with the id `after`).
 
         The lines end soon where a server takes the store, so that the listener goes to it."""
         self.store.LOCK_TIMEOUT_S = 1.0
-        status, answer = self.call("GET", _QUEUE + "/events", _given(last_event_id=after), None)
-        return status, LocalLines(self.store, answer.pieces) if isinstance(answer, Stream) else answer
+        status, answer = self.call("GET", _QUEUE + "/events", {"last_event_id": after}, None)
+        if isinstance(answer, Stream):
+            answer = Lines(answer.pieces, lambda: setattr(self.store, "closing", True))
+        return status, answer
 
     def close(self):
         """Give the store up."""
         self.store.close()
-
-
-class LocalLines:
-    """The lines of a stream of events that this process makes from the file."""
-
-    def __init__(self, store, pieces):
-        self.store, self.pieces = store, pieces
-
-    def __iter__(self):
-        return (line for piece in self.pieces for line in piece.splitlines())
-
-    def close(self):
-        """Have the lines end."""
-        self.store.closing = True
 
 
 class Exchange:
@@ -5775,60 +5789,52 @@ class Client:
     def call(self, method, path, body=None, query=None):
         """Return the decoded answer (None where there is none), or raise LabtaskerHTTPStatusError or
         LabtaskerConnectError. A server that speaks the plain protocol is sent nothing else."""
-        body, query = self.plain(method, path, body, query)
-        if body is not None:
-            try:
-                body = json.dumps(body)
-            except (TypeError, ValueError) as error:
-                raise LabtaskerTypeError("what is sent must be made of dicts, lists, text, numbers, booleans and None: "
-                                         "%s" % error) from None
+        sent, query = self._plain(method, path, body, query)
         try:
-            status, answer = self.transport.call(method, path, query, body)
+            sent = None if sent is None else json.dumps(sent)
+        except (TypeError, ValueError) as error:
+            raise LabtaskerTypeError("what is sent must be made of dicts, lists, text, numbers, booleans and None: "
+                                     "%s" % error) from None
+        try:
+            status, answer = self.transport.call(method, path, query, sent)
         except InvalidFields as error:
             status, answer = error.status, {"detail": error.detail}
-        if status < 400:
-            self.show_notifications(answer)
-            return answer
-        if status == 503 and self.find_server():
-            return self.call(method, path, json.loads(body) if body else None, query)
-        raise self.refusal(status, answer, path)
+        if status == 503 and isinstance(self.transport, StoreTransport) and self.go_to_server(
+                os.path.dirname(self.where), self.transport.queue_name):
+            return self.call(method, path, body, query)
+        return self._checked(status, answer, path)
 
-    def plain(self, method, path, body, query):
+    def listen(self, after, timeout_s):
+        """Return the Lines of the queue's events after the one with the id `after`; raises as `call` does."""
+        return self._checked(*self.transport.listen(after, timeout_s), path=_QUEUE + "/events")
+
+    def _plain(self, method, path, body, query):
         """Return body and query, without the extensions in them where the server has none."""
         ours = () if self.transport.extensions else OUR_FIELDS.get((method, path.rsplit("/", 1)[-1]), ())
         if not any(name in (one or ()) for name in ours for one in (body, query)) or self.extensions:
             return body, query
         return [one and {name: value for name, value in one.items() if name not in ours} for one in (body, query)]
 
-    def refusal(self, status, answer, path):
-        """Return the error that says why a request was refused."""
-        detail = answer.get("detail", answer) if isinstance(answer, dict) else answer
+    def _checked(self, status, answer, path):
+        """Return the answer, once what a server wants its users to know is printed, or raise why it was refused."""
+        fields = answer if isinstance(answer, dict) else {}
+        if status < 400:
+            for note in fields.get("notification") or ():
+                text = "labtasker: %s: %s" % (note.get("type", "info"), note.get("details", ""))
+                print(re.sub("[\x00-\x08\x0b-\x1f\x7f-\x9f]", "?", text), file=sys.stderr)  # a terminal obeys them
+            return answer
+        detail = fields.get("detail", answer)
         if status == 403 and path.endswith("/tasks/next"):
-            return WorkerSuspended(detail_text(detail))
-        return LabtaskerHTTPStatusError(status, detail, getattr(self.transport, "url", None))
+            raise WorkerSuspended(detail_text(detail))
+        raise LabtaskerHTTPStatusError(status, detail, getattr(self.transport, "url", None))
 
-    def listen(self, after, timeout_s):
-        """Return the lines of the queue's events after the one with the id `after`; raises as `call` does."""
-        status, answer = self.transport.listen(after, timeout_s)
-        if status != 200:
-            raise self.refusal(status, answer, _QUEUE + "/events")
-        return answer
-
-    def find_server(self):
-        """Return whether a server holds the store that this went to without one, and go to it from now on."""
-        found = isinstance(self.transport, StoreTransport) and _living_server(
-            os.path.dirname(self.transport.where), self.transport.queue_name)
+    def go_to_server(self, folder, queue_name):
+        """Return whether a server holds the store in `folder`, and go to it from now on."""
+        found = _living_server(folder, queue_name)
         if found:
             self.transport.close()
             self.transport = found
         return bool(found)
-
-    @staticmethod
-    def show_notifications(answer):
-        """Print what a server wants its users to know."""
-        for note in (answer.get("notification") if isinstance(answer, dict) else None) or ():
-            text = "labtasker: %s: %s" % (note.get("type", "info"), note.get("details", ""))
-            print(re.sub("[\x00-\x08\x0b-\x1f\x7f-\x9f]", "?", text), file=sys.stderr)  # a terminal obeys them
 
 
 def _our_fields(route):
@@ -5879,8 +5885,8 @@ def _living_server(folder, queue_name):
     """Return the HttpTransport of the server that holds the store in `folder`, or None.
 
     A server.json can be left over from a server that was killed: its id has to be answered by what listens."""
-    told = read_server_file(folder)
-    for url in told.get("addresses", ()) if told else ():
+    told = read_server_file(folder) or {}
+    for url in told.get("addresses", ()):
         transport = HttpTransport(url, queue_name, told.get("key"), told.get("ca_file"))
         try:
             status, answer = transport.call("GET", "/", None, None)
@@ -5897,19 +5903,36 @@ def look_anew():
     A store is never opened instead of a server that is away: that would keep it from coming back elsewhere."""
     config = load_config()
     folder = store_folder(config)
-    found = folder and _living_server(folder, config.queue_name)
-    if found:
-        old = _client
-        use_client(Client(found))
-        if old:
-            old.transport.close()
+    if folder:
+        client().go_to_server(folder, config.queue_name)
 
 
 # Answers
 
 
-class Answer:
-    """A server's answer with its fields as attributes; `to_dict()` gives them in JSON types."""
+class Response:
+    """An answer: what it is made with are its attributes. It prints well."""
+
+    def __init__(self, **values):
+        vars(self).update(values)
+
+    def to_dict(self):
+        """Return the attributes in JSON types."""
+        return {name: _to_json(value) for name, value in vars(self).items() if name[0] != "_"}
+
+    def __repr__(self):
+        return "%s(%s)" % (type(self).__name__, ", ".join(
+            "%s=%r" % pair for pair in vars(self).items() if pair[0][0] != "_" and pair[1] not in (None, {})))
+
+
+def _to_json(value):
+    if isinstance(value, list):
+        return [_to_json(item) for item in value]
+    return value.to_dict() if isinstance(value, Response) else value
+
+
+class Answer(Response):
+    """A thing that a server keeps, its fields as attributes; `to_dict()` gives them as they came: JSON types."""
 
     FIELDS = {}
 
@@ -5923,18 +5946,18 @@ class Answer:
         return value
 
     def to_dict(self):
-        """Return the fields as they came: JSON types, times as ISO text."""
+        """Return the fields as they came, times as ISO text."""
         return dict(self._values)
+
+    def __repr__(self):
+        shown = [(name, getattr(self, name)) for name in self.FIELDS]
+        return "%s(%s)" % (type(self).__name__, ", ".join(
+            "%s=%r" % pair for pair in shown if pair[1] not in (None, {})))
 
     def __eq__(self, other):
         return type(self) is type(other) and self._values == other._values
 
     __hash__ = None
-
-    def __repr__(self):
-        shown = [(name, getattr(self, name)) for name in self.FIELDS]
-        return "%s(%s)" % (type(self).__name__, ", ".join(
-            "%s=%r" % pair for pair in shown if pair[1] is not None and pair[1] != {}))
 
 
 def _in_python(field, value):
@@ -5947,13 +5970,13 @@ class Task(Answer):
     """A task: task_id, task_name, status, args, metadata, summary (always dicts), priority, retries,
     max_retries, created_at, last_modified, start_time (aware datetimes or None), worker_id, ..."""
 
-    FIELDS = visible(TASK_FIELDS)
+    FIELDS, PATH, ID = visible(TASK_FIELDS), _TASKS, "task_id"
 
 
 class Worker(Answer):
     """A worker: worker_id, worker_name, status, metadata, retries, max_retries, created_at, last_modified."""
 
-    FIELDS = visible(WORKER_FIELDS)
+    FIELDS, PATH, ID = visible(WORKER_FIELDS), _WORKERS, "worker_id"
 
 
 class Queue(Answer):
@@ -5966,10 +5989,9 @@ class StateTransitionEvent(Answer):
     """A step of a state machine: entity_type ("task" or "worker"), entity_id, old_state, new_state, timestamp,
     entity_data (the task or worker then, as a dict, its id under "_id"), queue_id, type, metadata."""
 
-    FIELDS = {name: Field("time" if name == "timestamp" else "dict" if name in ("metadata", "entity_data") else "text",
-                          None, False, "") for name in (
-        "type", "queue_id", "timestamp", "metadata", "entity_type", "entity_id", "old_state", "new_state",
-        "entity_data")}
+    FIELDS = {name: Field(kind, None, False, "") for name, kind in (
+        ("type", "text"), ("queue_id", "id"), ("timestamp", "time"), ("metadata", "dict"), ("entity_type", "text"),
+        ("entity_id", "id"), ("old_state", "text"), ("new_state", "text"), ("entity_data", "dict"))}
 
 
 class EventResponse(Answer):
@@ -5982,27 +6004,6 @@ class EventResponse(Answer):
         self.event = StateTransitionEvent(values["event"])
 
 
-class Response:
-    """What a function returned: the attributes that it is made with; prints well."""
-
-    def __init__(self, **values):
-        self.__dict__.update(values)
-
-    def to_dict(self):
-        """Return the attributes in JSON types."""
-        return {name: _to_json(value) for name, value in vars(self).items() if name[0] != "_"}
-
-    def __repr__(self):
-        return "%s(%s)" % (type(self).__name__, ", ".join("%s=%r" % pair for pair in vars(self).items()
-                                                          if pair[0][0] != "_"))
-
-
-def _to_json(value):
-    if isinstance(value, list):
-        return [_to_json(item) for item in value]
-    return value.to_dict() if isinstance(value, Answer) else value
-
-
 class TaskSubmitResponse(Response):
     """`.task_id`"""
 
@@ -6011,11 +6012,17 @@ class TaskFetchResponse(Response):
     """`.found`, `.task` (a Task or None)"""
 
 
+class HealthCheckResponse(Response):
+    """`.status` ("healthy" or "unhealthy"), `.database`"""
+
+
 class Listing(Response):
     """Iterating goes on after `.content` to all that match, unless a limit was given."""
 
+    _rest = tuple  # a function that returns those which are not in `.content`
+
     def __iter__(self):
-        return itertools.chain(self.content, self._rest() if vars(self).get("_rest") else ())
+        return itertools.chain(self.content, self._rest())
 
     def to_records(self):
         """Return all of it as flat dicts, as `pandas.DataFrame` takes them: `args.lr`, `summary.acc` and the like."""
@@ -6031,19 +6038,18 @@ class WorkerLsResponse(Listing):
     """`.found`, `.content` (a list of Worker)"""
 
 
-class HealthCheckResponse(Response):
-    """`.status` ("healthy" or "unhealthy"), `.database`"""
-
-
-class TaskUpdateRequest:
+class TaskUpdateRequest(Response):
     """New values for one task: `TaskUpdateRequest(**{"_id": task_id, "args": {"lr": 0.1}})`, or `task_id=...`.
 
     Only what is given is sent. `args`, `metadata` and `summary` are merged, unless `replace_fields` names them.
     An unknown field raises LabtaskerTypeError, a bad value LabtaskerValueError."""
 
+    FIELDS = Fields({name: arg for name, arg in ROUTES["PUT " + _TASKS].fields.items()
+                     if name not in ("task_id", "_id")})
+
     def __init__(self, **given):
-        task_id = given.pop("_id", None) or given.pop("task_id", None)
-        given.pop("task_id", None)
+        ids = given.pop("_id", None), given.pop("task_id", None)
+        task_id = ids[0] or ids[1]
         if not task_id or not isinstance(task_id, str):
             raise LabtaskerTypeError("TaskUpdateRequest needs the task's id: TaskUpdateRequest(task_id=...) or "
                                      "TaskUpdateRequest(**{'_id': ...})")
@@ -6052,51 +6058,54 @@ class TaskUpdateRequest:
                 hint = nearest(name, self.FIELDS)
                 raise LabtaskerTypeError("TaskUpdateRequest has no field %r%s; it has %s" % (
                     name, ", did you mean %r?" % hint if hint else "", ", ".join(self.FIELDS)))
-        checked(Fields({name: arg._replace(default=None) for name, arg in self.FIELDS.items()}), given, ["update"])
-        self.task_id, self.given = task_id, given
-
-    FIELDS = {name: arg for name, arg in ROUTES["PUT /api/v1/queues/me/tasks"].fields.items()
-              if name not in ("task_id", "_id")}
-
-    def __getattr__(self, name):
-        if name in type(self).FIELDS:
-            return self.given.get(name)
-        raise AttributeError(name)
+        checked(self.FIELDS, given, ["update"])
+        super().__init__(task_id=task_id, _given=given, **dict(dict.fromkeys(self.FIELDS), **given))
 
     def to_dict(self):
         """Return what is sent."""
-        return dict(self.given, task_id=self.task_id)
+        return dict(self._given, task_id=self.task_id)
 
-    def __repr__(self):
-        return "TaskUpdateRequest(task_id=%r, %s)" % (self.task_id, ", ".join("%s=%r" % p for p in self.given.items()))
 
+# `from labtasker.api_models import TaskUpdateRequest` works with nothing but this file.
+api_models = sys.modules["labtasker.api_models"] = type(sys)("labtasker.api_models", "Classes of requests and answers")
+vars(api_models).update((kind.__name__, kind) for kind in (
+    Task, Worker, Queue, TaskUpdateRequest, TaskSubmitResponse, TaskFetchResponse, TaskLsResponse, WorkerLsResponse,
+    HealthCheckResponse, EventResponse, StateTransitionEvent))
 
 # Public functions. Each raises LabtaskerHTTPStatusError when it is refused, LabtaskerConnectError when nobody answers,
-# or when the answer was lost and asking again could do it twice (ONCE).
+# or when the answer was lost and asking again could do it twice (ONCE). Where one hands on `**locals()`, its parameters
+# are the fields that its route has.
 
 
 def _given(**values):
     return {name: value for name, value in values.items() if value is not None}
 
 
-def _query(extra_filter):
+def _ask(route, **fields):
+    """Return the answer to a route of ROUTES. Each field goes where the route has it: into the path, the URL's query
+    or the body. None is not sent."""
+    (method, path), fields = route.split(" "), _given(**fields)
+    path = re.sub(r"{(\w+)}", lambda match: str(fields.pop(match.group(1))), path)
+    query = {name: fields.pop(name) for name in ROUTES[route].query if name in fields}
+    return client().call(method, path, fields if ROUTES[route].fields else None, query)
+
+
+def _query(extra_filter, kind=Task):
     """Return the query document of a filter: text, a document, or None."""
     if isinstance(extra_filter, str):
-        return parse_filter(extra_filter, visible(TASK_FIELDS), now())
+        return parse_filter(extra_filter, kind.FIELDS, now())
     return extra_filter
 
 
 def code_version():
     """Return the commit of the git repository that the working folder is in, with "-dirty" where files that git knows
-    were changed since; None without one. Asked of git once a process and folder."""
+    were changed since; None without one. Asked once a process and folder."""
     try:
-        folder = here = os.getcwd()
-    except OSError:  # somebody removed it
+        here = os.getcwd()
+        if here not in VERSIONS:
+            VERSIONS[here] = _ask_git(here) if _nearest_with(".git", os.path.exists) else None
+    except OSError:  # somebody removed the folder
         return None
-    if here not in VERSIONS:
-        while not os.path.exists(os.path.join(folder, ".git")) and folder != os.path.dirname(folder):
-            folder = os.path.dirname(folder)
-        VERSIONS[here] = _ask_git(here) if os.path.exists(os.path.join(folder, ".git")) else None
     return VERSIONS[here]
 
 
@@ -6118,30 +6127,27 @@ GIT_TIMEOUT_S = 5  # a large repository on a slow disk is not waited for
 
 def health_check():
     """Return `.status` "healthy" or "unhealthy", and `.database`: "connected" or why not."""
-    answer = client().call("GET", "/health/full")
-    return HealthCheckResponse(status=answer.get("status"), database=answer.get("database"))
+    return HealthCheckResponse(**_ask("GET /health/full"))
 
 
 def create_queue(queue_name, password, metadata=None):
     """Return `.queue_id` of a new queue."""
-    body = _given(queue_name=queue_name, password=password, metadata=metadata)
-    return Response(queue_id=client().call("POST", "/api/v1/queues", body)["queue_id"])
+    return Response(queue_id=_ask("POST /api/v1/queues", **locals())["queue_id"])
 
 
 def get_queue():
     """Return the Queue that is configured."""
-    return Queue(client().call("GET", _QUEUE))
+    return Queue(_ask("GET " + _QUEUE))
 
 
 def update_queue(new_queue_name=None, new_password=None, metadata_update=None):
     """Return the Queue under its new name, password or metadata (merged; {} clears). The configuration stays."""
-    body = _given(new_queue_name=new_queue_name, new_password=new_password, metadata_update=metadata_update)
-    return Queue(client().call("PUT", _QUEUE, body))
+    return Queue(_ask("PUT " + _QUEUE, **locals()))
 
 
 def delete_queue(cascade_delete=True):
     """Delete the queue that is configured, with its tasks and workers."""
-    client().call("DELETE", _QUEUE, query={"cascade_delete": str(bool(cascade_delete)).lower()})
+    _ask("DELETE " + _QUEUE, cascade_delete=bool(cascade_delete))
 
 
 def submit_task(task_name=None, args=None, metadata=None, cmd=None, heartbeat_timeout=None, task_timeout=None,
@@ -6150,9 +6156,15 @@ def submit_task(task_name=None, args=None, metadata=None, cmd=None, heartbeat_ti
 
     `args` is what the job is run with: its keys must be exactly what the job requires. The timeouts are seconds;
     a higher priority is fetched first. Asking again after a lost answer is safe: the id is made here."""
-    body = _given(task_name=task_name, args=args, metadata=metadata, cmd=cmd, heartbeat_timeout=heartbeat_timeout,
-                  task_timeout=task_timeout, max_retries=max_retries, priority=priority, git=code_version())
-    return TaskSubmitResponse(task_id=client().call("POST", _TASKS, dict(body, task_id=new_id()))["task_id"])
+    answer = _ask("POST " + _TASKS, task_id=new_id(), git=code_version(), **locals())
+    return TaskSubmitResponse(task_id=answer["task_id"])
+
+
+def _parts(items, size, doing):
+    """Yield the items in parts of that size; where they are more than one, a message on stderr says so."""
+    if len(items) > size:
+        print("labtasker: %s %d tasks, %d at a time" % (doing, len(items), size), file=sys.stderr)
+    return (items[at:at + size] for at in range(0, len(items), size))
 
 
 def submit_tasks(tasks, unique=False):
@@ -6164,18 +6176,12 @@ def submit_tasks(tasks, unique=False):
     if unique:
         new, ids = unseen(tasks)
         return submit_tasks(new) and ids if new else ids
-    bodies = [dict({"task_id": new_id()}, **_given(git=code_version(), **task)) for task in tasks]
+    tasks, ids = [_given(**dict({"task_id": new_id(), "git": code_version()}, **task)) for task in tasks], []
     if not client().extensions:
-        if len(bodies) > 1:
-            print("labtasker: %s lacks submitting many tasks at once: they go one by one" % client().where,
-                  file=sys.stderr)
         plain = {name: _TASK_INPUT[name].default for name in ("max_retries", "priority")}
-        return [client().call("POST", _TASKS, dict(plain, **body))["task_id"] for body in bodies]
-    if len(bodies) > CHUNK_TASKS:
-        print("labtasker: submitting %d tasks in transactions of %d" % (len(bodies), CHUNK_TASKS), file=sys.stderr)
-    ids = []
-    for at in range(0, len(bodies), CHUNK_TASKS):
-        ids += client().call("POST", _TASKS, bodies[at:at + CHUNK_TASKS])["task_ids"]
+        return [_ask("POST " + _TASKS, **dict(plain, **task))["task_id"] for task, in _parts(tasks, 1, "submitting")]
+    for part in _parts(tasks, CHUNK_TASKS, "submitting"):
+        ids += client().call("POST", _TASKS, part)["task_ids"]
     return ids
 
 
@@ -6204,8 +6210,7 @@ def unseen(tasks):
     for task in tasks:
         key = identity(task.get("args"), task.get("cmd"))
         if key not in there:
-            digits = hashlib.sha256(key.encode()).hexdigest()
-            made = "-".join((digits[:8], digits[8:12], "4" + digits[12:15], "8" + digits[15:18], digits[18:30]))
+            made = as_uuid(hashlib.sha256(key.encode()).hexdigest())
             there[key] = new_id() if made in taken else made  # that task has other args since an update
             new.append(dict(task, task_id=there[key]))
         ids.append(there[key])
@@ -6219,84 +6224,76 @@ def fetch_task(worker_id=None, eta_max=None, heartbeat_timeout=None, start_heart
     `eta_max` is a duration ("1h30m"), `heartbeat_timeout` seconds. `required_fields`: the keys that the task's
     args must have, no more, no less; with "*" more are taken. `attempt` is what the task keeps of this run: a dict of
     texts and numbers. Raises WorkerSuspended."""
-    body = _given(worker_id=worker_id, eta_max=eta_max, heartbeat_timeout=heartbeat_timeout,
-                  start_heartbeat=start_heartbeat, required_fields=required_fields, extra_filter=_query(extra_filter),
-                  cmd=cmd, fetch_id=fetch_id or new_id(), wait_s=wait_s, attempt=attempt)
+    body = _given(**dict(locals(), extra_filter=_query(extra_filter), fetch_id=fetch_id or new_id()))
     answer = client().call("POST", _TASKS + "/next", body, _given(wait_s=wait_s))  # the transport waits so much longer
     return TaskFetchResponse(found=answer["found"], task=answer.get("task") and Task(answer["task"]))
 
 
 def send_report(task_id, status, summary=None, worker_id=None, run_id=None, reason=None, attempt=None):
     """Report on a task as report_task_status does, for a run and a worker that are named."""
-    body = _given(status=status, summary=summary, worker_id=worker_id, run_id=run_id, reason=reason, attempt=attempt)
-    client().call("POST", "%s/%s/status" % (_TASKS, task_id), body)
+    _ask("POST " + _TASKS + "/{task_id}/status", **locals())
 
 
 def send_heartbeat(task_id, worker_id=None, run_id=None, wait_s=None):
     """Return the task's status ("running", else what became of it), or None from a server without the extension.
 
     With `wait_s` the answer comes when the run is over, or after so many seconds."""
-    query = _given(worker_id=worker_id, run_id=run_id, wait_s=wait_s, answer="status")
-    answer = client().call("POST", "%s/%s/heartbeat" % (_TASKS, task_id), query=query)
+    answer = _ask("POST " + _TASKS + "/{task_id}/heartbeat", answer="status", **locals())
     return answer and answer.get("status")
 
 
 def refresh_task_heartbeat(task_id, worker_id=None):
     """Say that a running task is alive."""
-    client().call("POST", "%s/%s/heartbeat" % (_TASKS, task_id), query=_given(worker_id=worker_id))
+    _ask("POST " + _TASKS + "/{task_id}/heartbeat", **locals())
 
 
 def get_task(task_id):
     """Return the Task of this id."""
-    return Task(client().call("GET", "%s/%s" % (_TASKS, task_id)))
-
-
-def _found(path, id_field, body):
-    """Return what a search finds, as dicts."""
-    document = body.get("extra_filter")
-    if isinstance(document, dict) and any(name in document for name in ("status", "task_name", "worker_name", "_id")):
-        body["extra_filter"] = {"$and": [document]}  # a 1.0.1 server lets other fields of the body replace these
-    many = type(body.get("limit")) is int and body["limit"] > PLAIN_LIMIT
-    if many and not client().extensions:
-        return _found_by_pages(path, id_field, body)
-    return client().call("POST", path + "/search", body)["content"]
-
-
-def _found_by_pages(path, id_field, body):
-    """Return what a search finds where the server shows PLAIN_LIMIT at most, sorted here.
-
-    The pages go by id: by offset, what changes meanwhile would be left out or come twice."""
-    found, page = [], []
-    wished = [body["extra_filter"]] if body.get("extra_filter") else []
-    while not found or len(page) == PLAIN_LIMIT:
-        after = [{"_id": {"$gt": found[-1][id_field]}}] if found else []
-        query = {"$and": wished + after} if wished + after else None
-        page = client().call("POST", path + "/search", dict(
-            body, offset=0, limit=PLAIN_LIMIT, sort=[["_id", 1]], extra_filter=query))["content"]
-        found += page
-        if not found:
-            break
-    sort = [[id_field if field == "_id" else field, way] for field, way in body.get("sort") or [["last_modified", 1]]]
-    rows = sort_records([Response(**row) for row in found], sort, lambda row: (row.created_at, getattr(row, id_field)))
-    begin = body.get("offset") or 0
-    return [vars(row) for row in rows[begin:begin + body["limit"]]]
+    return Task(_ask("GET " + _TASKS + "/{task_id}", task_id=task_id))
 
 
 LIMIT = type("Limit", (int,), {})(100)  # the limit where none is given
 
 
-def _listing(answer, kind, path, id_field, body):
+def _listing(answer, kind, fields):
     """Return the Listing of a search; without a limit it can be iterated to its end."""
-    found = _found(path, id_field, body)
+    body = _given(**dict(fields, extra_filter=_query(fields["extra_filter"], kind)))
+    found = _found(kind, body)
     listing = answer(found=bool(found), content=[kind(item) for item in found])
 
     def rest():  # all at once and from the start: by offset, what changes meanwhile would be left out or come twice
-        seen = {item[id_field] for item in found}
-        every = _found(path, id_field, dict(body, limit=10 ** 9)) if len(found) == LIMIT else ()
-        return (kind(item) for item in every if item[id_field] not in seen)
-    if body["limit"] is LIMIT:
+        seen = {item[kind.ID] for item in found}
+        return [kind(item) for item in _found(kind, dict(body, limit=10 ** 9)) if item[kind.ID] not in seen]
+    if fields["limit"] is LIMIT and len(found) == LIMIT:
         listing._rest = rest
     return listing
+
+
+def _found(kind, body):
+    """Return what a search finds, as dicts."""
+    document, limit = body.get("extra_filter"), body.get("limit")
+    if isinstance(document, dict) and not {"status", "task_name", "worker_name", "_id"}.isdisjoint(document):
+        body = dict(body, extra_filter={"$and": [document]})  # a 1.0.1 server lets other fields replace these
+    if isinstance(limit, int) and limit > PLAIN_LIMIT and not client().extensions:
+        return _found_by_pages(kind, body)
+    return client().call("POST", kind.PATH + "/search", body)["content"]
+
+
+def _found_by_pages(kind, body):
+    """Return what a search finds where the server shows PLAIN_LIMIT at most, sorted here.
+
+    The pages go by id: by offset, what changes meanwhile would be left out or come twice."""
+    found, page, wished = [], None, [body["extra_filter"]] if body.get("extra_filter") else []
+    while page is None or len(page) == PLAIN_LIMIT:
+        parts = wished + ([{"_id": {"$gt": found[-1][kind.ID]}}] if found else [])
+        page = client().call("POST", kind.PATH + "/search", dict(
+            body, offset=0, limit=PLAIN_LIMIT, sort=[["_id", 1]], extra_filter={"$and": parts} if parts else None))
+        page = page["content"]
+        found += page
+    sort = [[kind.ID if field == "_id" else field, way] for field, way in body.get("sort") or [["last_modified", 1]]]
+    rows = sort_records([Response(**row) for row in found], sort, lambda row: (row.created_at, getattr(row, kind.ID)))
+    begin = body.get("offset") or 0
+    return [vars(row) for row in rows[begin:begin + body["limit"]]]
 
 
 def ls_tasks(task_id=None, task_name=None, status=None, extra_filter=None, limit=LIMIT, offset=0, sort=None):
@@ -6305,25 +6302,7 @@ def ls_tasks(task_id=None, task_name=None, status=None, extra_filter=None, limit
     `extra_filter` is filter text ('args.lr > 0.01 and summary.acc > 0.9') or a query document; `sort` a list of
     [field, 1 or -1]. Only `limit` tasks are in `.content`; where none is given, `for task in ls_tasks():` and
     `.to_records()`, which pandas.DataFrame takes, go on to all."""
-    return _listing(TaskLsResponse, Task, _TASKS, "task_id", _given(
-        task_id=task_id, task_name=task_name, status=status, extra_filter=_query(extra_filter), limit=limit,
-        offset=offset, sort=sort))
-
-
-def flat(mapping, prefix=""):
-    """Yield (dotted key, value) for each leaf of nested dicts."""
-    for key, value in mapping.items():
-        if isinstance(value, dict) and value:
-            yield from flat(value, prefix + key + ".")
-        else:
-            yield prefix + key, value
-
-
-def _by_dotted_keys(update):
-    """Return an update with the dicts that it merges written by dotted keys: a 1.0.1 server merges no deeper ones."""
-    merged = [name for name, value in update.items() if TASK_FIELDS.get(name, TASK_FIELDS["status"]).kind == "dict"
-              and isinstance(value, dict) and name not in update.get("replace_fields", ())]
-    return dict(update, **{name: dict(flat(update[name])) for name in merged})
+    return _listing(TaskLsResponse, Task, locals())
 
 
 def update_tasks(task_updates, reset_pending=False):
@@ -6331,49 +6310,46 @@ def update_tasks(task_updates, reset_pending=False):
 
     Of more than a server takes at once (10,000; 1,000 at a 1.0.1 server) a message on stderr says that they go
     in parts; and a 1.0.1 server may do some of a part. `reset_pending`: they become pending again with retries at 0."""
-    bodies = [update.to_dict() if isinstance(update, TaskUpdateRequest) else TaskUpdateRequest(**update).to_dict()
+    bodies = [(update if isinstance(update, TaskUpdateRequest) else TaskUpdateRequest(**update)).to_dict()
               for update in task_updates]
-    query = {"reset_pending": str(bool(reset_pending)).lower()}
-    size = TRANSACTION_TASKS
+    size, content = TRANSACTION_TASKS, []
     if not client().extensions:
         bodies, size = [_by_dotted_keys(body) for body in bodies], PLAIN_LIMIT
-    if len(bodies) > size:
-        print("labtasker: updating %d tasks, %d at a time" % (len(bodies), size), file=sys.stderr)
-    content = []
-    for at in range(0, len(bodies) or 1, size):
-        content += client().call("PUT", _TASKS, bodies[at:at + size], query)["content"]
+    for part in _parts(bodies, size, "updating"):
+        content += client().call("PUT", _TASKS, part, {"reset_pending": bool(reset_pending)})["content"]
     return TaskLsResponse(found=bool(content), content=[Task(task) for task in content])
+
+
+def _by_dotted_keys(update):
+    """Return an update with the dicts that it merges written by dotted keys: a 1.0.1 server merges no deeper ones."""
+    kept = update.get("replace_fields") or ()
+    return {name: dict(flat(value)) if isinstance(value, dict) and name not in kept else value
+            for name, value in update.items()}
 
 
 def delete_task(task_id):
     """Delete a task."""
-    client().call("DELETE", "%s/%s" % (_TASKS, task_id))
+    _ask("DELETE " + _TASKS + "/{task_id}", task_id=task_id)
 
 
 def create_worker(worker_name=None, metadata=None, max_retries=3):
     """Return the id of a new worker; it gets no more tasks after `max_retries` failed runs."""
-    body = _given(worker_name=worker_name, metadata=metadata, max_retries=max_retries)
-    return client().call("POST", _WORKERS, dict(body, worker_id=new_id()))["worker_id"]
+    return _ask("POST " + _WORKERS, worker_id=new_id(), **locals())["worker_id"]
 
 
 def ls_workers(worker_id=None, worker_name=None, status=None, extra_filter=None, limit=LIMIT, offset=0, sort=None):
     """Return `.content`, the Workers that match all that is given; iterating goes on as with ls_tasks."""
-    if isinstance(extra_filter, str):
-        extra_filter = parse_filter(extra_filter, visible(WORKER_FIELDS), now())
-    return _listing(WorkerLsResponse, Worker, _WORKERS, "worker_id", _given(
-        worker_id=worker_id, worker_name=worker_name, status=status, extra_filter=extra_filter, limit=limit,
-        offset=offset, sort=sort))
+    return _listing(WorkerLsResponse, Worker, locals())
 
 
 def report_worker_status(worker_id, status):
     """Set a worker active (its retries start at 0 again), suspended or crashed."""
-    client().call("POST", "%s/%s/status" % (_WORKERS, worker_id), {"status": status})
+    _ask("POST " + _WORKERS + "/{worker_id}/status", worker_id=worker_id, status=status)
 
 
 def delete_worker(worker_id, cascade_update=True):
     """Delete a worker; with `cascade_update` its tasks name no worker any more."""
-    query = {"cascade_update": str(bool(cascade_update)).lower()}
-    client().call("DELETE", "%s/%s" % (_WORKERS, worker_id), query=query)
+    _ask("DELETE " + _WORKERS + "/{worker_id}", worker_id=worker_id, cascade_update=bool(cascade_update))
 
 
 # Events
@@ -6393,14 +6369,14 @@ def parse_events(lines):
     found = {}
     for line in lines:
         line = line.decode("utf-8", "replace").rstrip("\r\n")
-        if not line:
+        name, _, value = line.partition(":")
+        if name:  # else a comment, or the end of an event
+            value = value[1:] if value.startswith(" ") else value
+            found[name] = found[name] + "\n" + value if name == "data" and name in found else value
+        elif not line:
             if "data" in found:
                 yield found
             found = {}
-        name, _, value = line.partition(":")
-        if name:  # else a comment
-            value = value[1:] if value.startswith(" ") else value
-            found[name] = found[name] + "\n" + value if name == "data" and name in found else value
 
 
 class EventListener:
@@ -6440,13 +6416,12 @@ class EventListener:
         """Return the next EventResponse, waited for; None after `timeout` seconds, or when the listener was stopped.
 
         Raises LabtaskerRuntimeError where it was not started, or why it can't go on."""
-        give_up_at = math.inf if timeout is None else monotonic() + timeout
         with self.lock:
             if self.client is None:
                 raise LabtaskerRuntimeError("this listener was not started: call its start(), or connect_events()")
-            while not (self.waiting or self.stopped or monotonic() >= give_up_at):
-                self.lock.wait(min(give_up_at - monotonic(), 1.0))
+            self.lock.wait_for(lambda: self.waiting or self.stopped, timeout)
             if self.waiting:
+                self.lock.notify_all()
                 return EventResponse(json.loads(self.waiting.popleft()))
             if self.error:
                 raise self.error
@@ -6454,10 +6429,7 @@ class EventListener:
 
     def iter_events(self):
         """Yield each event as it comes, until the listener is stopped."""
-        event = self.get_event()
-        while event is not None:
-            yield event
-            event = self.get_event()
+        return iter(self.get_event, None)
 
     def _connect(self):
         """Return the events of a new connection, the first of which said who we are."""
@@ -6469,72 +6441,53 @@ class EventListener:
             raise LabtaskerConnectError("%s ended the stream of events before it began" % client.where)
         with self.lock:
             self.client, self.lines, self.client_id = client, lines, json.loads(hello["data"]).get("client_id")
-            if self.last_id is None:
-                self.last_id = hello.get("id")
+            self.last_id = self.last_id or hello.get("id")
             if self.stopped:
                 lines.close()
         return events
 
     def _listen(self, events):
-        """Take events, and connect anew when they end, until the listener is stopped or not wanted any more."""
+        """Take events, from a new connection when one ends, until the listener is stopped or not wanted any more."""
         delay_s = 0.1
-        while not self.stopped:
+        while events or not self.stopped:
             try:
-                for event in events:
+                for event in events or self._connect():
                     self._take(event)
                     delay_s = 0.1
-                events = ()
-                self._pause(delay_s)
-                delay_s = min(delay_s * 2, 3.0)
-                events = () if self.stopped else self._reconnect()
             except Exception as error:  # raised where the events are asked for
-                events = ()
                 if not is_away(error):
-                    with self.lock:
-                        self.error, self.stopped = error, True
-        self._pause(0)
+                    self.error, self.stopped = error, True
+            events = None
+            self._pause(delay_s)
+            delay_s = min(delay_s * 2, 3.0)
 
     def _pause(self, seconds):
         """Note that the stream has ended, and wait so long, or until the listener is stopped."""
         with self.lock:
+            is_lossy = self.client_id and self.last_id is None and not self.stopped
             self.client_id = None
             self.client.transport.close()
             self.lock.notify_all()
-            if not self.stopped:
-                self.lock.wait(seconds)
-
-    def _reconnect(self):
-        """Return the events of a new connection, after the last one; says so where some may be missing."""
-        if self.last_id is None:
+            self.lock.wait_for(lambda: self.stopped, seconds)
+        if is_lossy:
             print("labtasker: the connection to %s was lost; that server can't say which events came meanwhile"
                   % self.client.where, file=sys.stderr)
-        return self._connect()
 
     def _take(self, event):
         """Keep an event for who asks; a listener that nobody asks lets the server wait."""
         if event.get("event") == "too_old":
             print("labtasker: %s" % json.loads(event["data"]).get("detail"), file=sys.stderr)
-        if event.get("event") != "event":
-            return
-        with self.lock:
-            while len(self.waiting) >= MAX_EVENTS and not self.stopped:
-                self.lock.wait(0.1)
-            self.waiting.append(event["data"])
-            self.last_id = event.get("id", self.last_id)
-            self.lock.notify_all()
+        if event.get("event") == "event":
+            with self.lock:
+                self.lock.wait_for(lambda: len(self.waiting) < MAX_EVENTS or self.stopped)
+                self.waiting.append(event["data"])
+                self.last_id = event.get("id", self.last_id)
+                self.lock.notify_all()
 
 
 def connect_events(timeout=10):
     """Return an EventListener that hears the queue's events from now on; raises where it can't within `timeout` s."""
     return EventListener().start(timeout)
-
-
-# `from labtasker.api_models import TaskUpdateRequest` works with nothing but this file.
-_api_models = type(sys)("labtasker.api_models", "The classes of requests and answers.")
-_api_models.__dict__.update((kind.__name__, kind) for kind in (
-    Task, Worker, Queue, TaskUpdateRequest, TaskSubmitResponse, TaskFetchResponse, TaskLsResponse, WorkerLsResponse,
-    HealthCheckResponse, EventResponse, StateTransitionEvent))
-sys.modules["labtasker.api_models"] = api_models = _api_models
 
 
 # 9. Worker ###################################################################
@@ -8866,13 +8819,64 @@ def watch(slot, run, process):
 # Commands as one table, from which parsers, help and dispatch derive; what they print; main().
 # Knows nothing of the journal and of HTTP: a command calls the functions that scripts call too.
 # Results go to stdout, everything else to stderr. A command function takes the parsed options and
-# returns its exit code (None: 0). labtasker_cli.py adds to the table what work can do without.
-# Uses 1, 2, 3, 4, 6, 7, 8, 9. Tests: test_cli.py, test_terminal.py.
+# returns its exit code (None: 0). What people like and work can do without is in labtasker_cli.py,
+# which enters its commands into the table and shows what there is in a nicer way.
+# Uses 1, 2, 3, 5, 6, 7, 8, 9. Tests: test_cli.py, test_terminal.py.
 
 EVERY = 10 ** 9  # the limit of a listing that leaves nothing out
 CONTROL = Pattern("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
-STATUS_COLOURS = {"pending": "36", "running": "34", "success": "32", "failed": "31", "cancelled": "33",
-                  "active": "32", "suspended": "33", "crashed": "31"}
+COMFORTS = {  # the commands of labtasker_cli.py, and what they are for
+    "task retry": "Make failed (or selected) tasks pending again, with their retries at 0.",
+    "task logs": "Print what a task's last run, or an earlier one, has written.",
+    "task why": "Say what is in the way of a task's running, and where it stands in line.",
+    "watch": "Show what goes on, live: counts, rate, what runs, last failures; keys open, cancel, retry.",
+    "config": "Edit the configuration in $EDITOR; it is kept where it can be read.",
+    "demo": "Run a small sweep in a temporary folder, showing each command.",
+    "queue get": "Show the queue.",
+    "queue update": "Rename the queue, change its password or metadata.",
+    "queue delete": "Delete the queue.",
+    "journal verify": "Look for damage in a journal, also in one that is in use; exit 1 where there is any.",
+    "journal repair": "Put a file of all good lines in the place of a damaged journal; the damaged one is kept.",
+    "journal compact": "Fold a journal to its live data; this happens by itself too.",
+    "journal stats": "Print how long a journal is, and of what.",
+    "event listen": "Print the steps of tasks and workers as they come, until Ctrl-C; reconnects.",
+    "sbatch": "Submit a Slurm job of loops, an array with --array; prints its id. What is no option here and none of "
+              "labtasker loop goes to sbatch, such as -p, -t, -c, --mem, --gpus-per-task.",
+    "server wait": "Wait until a server of the configured store answers, and print its URL; exit 1 where none does.",
+    "completion": "Print what makes bash, zsh or fish complete commands, options, statuses, fields, ids. In ~/.bashrc: "
+                  "eval \"$(labtasker completion bash)\"; in ~/.zshrc after compinit the same with zsh; for fish, "
+                  "write it to ~/.config/fish/completions/labtasker.fish.",
+    "help filter": "Print the filter language: operators, dates, a task's fields.",
+    "help settings": "Print the settings of config.toml, and the variables that win over it.",
+    "help journal": "Print the format of the journal, a line a transaction.",
+    "help api": "Print the routes of the REST API.",
+}
+
+
+def comforts():
+    """Return the module labtasker_cli that lies beside this file, its commands now in COMMANDS, or None."""
+    path = os.path.join(os.path.dirname(os.path.realpath(__file__)), "labtasker_cli.py")
+    if "labtasker_cli" not in sys.modules and os.path.isfile(path):
+        import importlib.util
+        spec = importlib.util.spec_from_file_location("labtasker_cli", path)
+        module = sys.modules["labtasker_cli"] = importlib.util.module_from_spec(spec)
+        try:
+            spec.loader.exec_module(module)
+        except ImportError as error:  # work goes on without it
+            sys.modules["labtasker_cli"] = None
+            note("%s is of another version than labtasker %s (%s): copy both anew" % (path, __version__, error))
+    return sys.modules.get("labtasker_cli")
+
+
+def comforts_for(what):
+    """Return labtasker_cli; raises LabtaskerRuntimeError that says that `what` needs it."""
+    if not comforts():
+        raise LabtaskerRuntimeError("%s needs labtasker_cli.py beside labtasker.py, in %s"
+                                    % (what, os.path.dirname(os.path.realpath(__file__))))
+    return comforts()
+
+
+# ---- What is printed
 
 
 def is_terminal(stream):
@@ -8910,6 +8914,13 @@ def silence():
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
+def show(text, no_pager=False):
+    """Write a long result to stdout: through the pager, if there is one, where a person would have to scroll back."""
+    pager = comforts() if is_terminal(sys.stdout) and not no_pager else None
+    if not pager or not pager.page(text):
+        say(text)
+
+
 def some(tasks):
     """Return "1 task", "3 tasks"."""
     return "%d task%s" % (len(tasks), "" if len(tasks) == 1 else "s")
@@ -8919,78 +8930,6 @@ def hint(word, choices):
     """Return a few words that offer the choice that looks most like `word`, or nothing."""
     best = nearest(word, choices)
     return "; did you mean %s?" % best if best else ""
-
-
-def screen_size(stream=None):
-    """Return (columns, lines) of the terminal; COLUMNS wins, as everywhere. (shutil's takes 3 ms to import.)"""
-    try:
-        columns, lines = os.get_terminal_size((stream or sys.stdout).fileno())
-    except (OSError, ValueError):
-        columns = lines = 0
-    wished = os.environ.get("COLUMNS", "")
-    return wished.isdigit() and int(wished) or columns or 80, lines or 24
-
-
-def wants_colour(options):
-    """Return whether to colour: --ansi and --no-ansi decide, else a terminal does, and NO_COLOR forbids."""
-    if options.ansi is not None:
-        return options.ansi
-    return is_terminal(sys.stdout) and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
-
-
-def show(text, no_pager=False):
-    """Write a long result to stdout: through the pager, if there is one, where a person would have to scroll back."""
-    long = is_terminal(sys.stdout) and text.count("\n") + 2 >= screen_size()[1]
-    pager = comforts() if long and not no_pager else None
-    if not pager or not pager.page(text):
-        say(text)
-
-
-COMFORTS = {  # the commands of labtasker_cli.py, and what they are for
-    "task retry": "Make failed (or selected) tasks pending again, with their retries at 0.",
-    "task logs": "Print what a task's last run, or an earlier one, has written.",
-    "task why": "Say what is in the way of a task's running, and where it stands in line.",
-    "watch": "Show what goes on, live: counts, rate, what runs, last failures; keys open, cancel, retry.",
-    "config": "Edit the configuration in $EDITOR; it is kept where it can be read.",
-    "journal verify": "Look for damage in a journal, also in one that is in use; exit 1 where there is any.",
-    "journal repair": "Put a file of all good lines in the place of a damaged journal; the damaged one is kept.",
-    "journal compact": "Fold a journal to its live data; this happens by itself too.",
-    "journal stats": "Print how long a journal is, and of what.",
-    "event listen": "Print the steps of tasks and workers as they come, until Ctrl-C; reconnects.",
-    "sbatch": "Submit a Slurm job of loops, an array with --array; prints its id. What is no option here and none of "
-              "labtasker loop goes to sbatch, such as -p, -t, -c, --mem, --gpus-per-task.",
-    "server wait": "Wait until a server of the configured store answers, and print its URL; exit 1 where none does.",
-    "completion": "Print what makes bash, zsh or fish complete commands, options, statuses, fields, ids. In ~/.bashrc: "
-                  "eval \"$(labtasker completion bash)\"; in ~/.zshrc after compinit the same with zsh; for fish, "
-                  "write it to ~/.config/fish/completions/labtasker.fish.",
-    "help filter": "Print the filter language: operators, dates, a task's fields.",
-    "help settings": "Print the settings of config.toml, and the variables that win over it.",
-    "help journal": "Print the format of the journal, a line a transaction.",
-    "help api": "Print the routes of the REST API.",
-}
-
-
-def comforts():
-    """Return the module labtasker_cli that lies beside this file, its commands now in COMMANDS, or None."""
-    path = os.path.join(os.path.dirname(os.path.realpath(__file__)), "labtasker_cli.py")
-    if "labtasker_cli" not in sys.modules and os.path.isfile(path):
-        import importlib.util
-        spec = importlib.util.spec_from_file_location("labtasker_cli", path)
-        module = sys.modules["labtasker_cli"] = importlib.util.module_from_spec(spec)
-        try:
-            spec.loader.exec_module(module)
-        except ImportError as error:  # work goes on without it
-            sys.modules["labtasker_cli"] = None
-            note("%s is of another version than labtasker %s (%s): copy both anew" % (path, __version__, error))
-    return sys.modules.get("labtasker_cli")
-
-
-def second_file_needed():
-    """Return what to say of something that only labtasker_cli.py can do."""
-    return "needs labtasker_cli.py beside labtasker.py, in %s" % os.path.dirname(os.path.realpath(__file__))
-
-
-# ---- Listings: table, jsonl
 
 
 def brief(value):
@@ -9008,208 +8947,64 @@ def pairs(mapping):
                     if key != "labtasker_exception.traceback")
 
 
-def span(seconds):
-    """Return a length of time in its two leading digits or so: 45s, 12m, 3h, 5d."""
-    for size, unit in ((86400, "d"), (3600, "h"), (60, "m")):
-        if seconds >= 2 * size:
-            return "%d%s" % (seconds // size, unit)
-    return "%ds" % max(0, seconds)
-
-
-def age(moment):
-    """Return how long ago an aware datetime was, as `span` does."""
-    return span(now() - moment.timestamp())
-
-
-def spent_s(task):
-    """Return the seconds that a task's run takes by now, or took until the task last changed; None without a run."""
-    if task.start_time is None or task.status == "pending":
-        return None
-    last = (vars(task).get("attempts") or [{}])[-1]
-    told = last.get("end") if last.get("run_id") == vars(task).get("run_id") else None
-    end = now() if task.status == "running" else parse_time(told) if told else task.last_modified.timestamp()
-    return max(0.0, end - task.start_time.timestamp())
-
-
-def cells_wide(text):
-    """Return how many terminal cells `text` takes: East Asian wide characters take two."""
-    if len(text.encode("utf-8", "replace")) == len(text):
-        return len(text)
-    import unicodedata
-    return sum(0 if unicodedata.combining(c) else 2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text)
-
-
-def fitted(text, width):
-    """Return `text` cut and padded to exactly `width` cells."""
-    if cells_wide(text) > width:
-        text = text[:width]
-        while text and cells_wide(text) > width - 2:
-            text = text[:-1]
-        text += ".."[:width]
-    return text + " " * (width - cells_wide(text))
-
-
-def table(rows, room=10 ** 9, colour=False):
-    """Return rows of texts, the first the header, as aligned lines; columns with nothing in them are left out.
-
-    The widest column is made narrower until all fit in `room`."""
-    kept = [i for i in range(len(rows[0])) if any(row[i] for row in rows[1:])]
-    rows = [[clean(row[i], "") for i in kept] for row in rows]
-    widths = [min(room, max(map(cells_wide, column))) for column in zip(*rows)]
-    while sum(widths) + 2 * len(widths) - 2 > room and max(widths) > 8:
-        widths[widths.index(max(widths))] -= 1
-    return "\n".join(_table_line(row, widths, colour) for row in rows)
-
-
-def _table_line(row, widths, colour):
-    cells = [fitted(cell, width) for cell, width in zip(row, widths)]
-    cells[-1] = cells[-1].rstrip()
-    if colour:
-        cells = ["\x1b[%sm%s\x1b[0m" % (STATUS_COLOURS[cell], padded) if cell in STATUS_COLOURS else padded
-                 for cell, padded in zip(row, cells)]
-    return "  ".join(cells).rstrip()
-
-
-TASK_COLUMNS = {
-    "status": lambda task: task.status,
-    "name": lambda task: task.task_name or "",
-    "age": lambda task: age(task.created_at),
-    "duration": lambda task: "" if spent_s(task) is None else span(spent_s(task)),
-    "worker": lambda task: (task.worker_id or "")[:8],
-    "retries": lambda task: "%d/%d" % (task.retries, task.max_retries) if task.retries else "",
-    "args": lambda task: pairs(task.args) or brief(task.cmd or ""),
-    "summary": lambda task: pairs(task.summary),
-}
-TASK_COLUMNS_MORE = {
-    "priority": lambda task: str(task.priority),
-    "worker": lambda task: task.worker_id or "",
-    "metadata": lambda task: pairs(task.metadata),
-}
-WORKER_COLUMNS = {
-    "status": lambda worker: worker.status,
-    "name": lambda worker: worker.worker_name or "",
-    "age": lambda worker: age(worker.created_at),
-    "retries": lambda worker: "%d/%d" % (worker.retries, worker.max_retries),
-    "metadata": lambda worker: pairs(worker.metadata),
-}
-SHORT = {"id": "task_id", "name": "task_name", "worker": "worker_id"}  # what a table calls these fields
-WIDEST = 20  # cells that an argument's column may want; wider ones share a column
-
-
-def item_table(items, options):
-    """Return tasks or workers as a table that fits the terminal; --verbose cuts nothing."""
-    is_task, size, ids = isinstance(items[0], Task), 36, ids_of(items)
-    room = 10 ** 9 if options.verbose else screen_size()[0] if is_terminal(sys.stdout) else 1000
-    columns = WORKER_COLUMNS
-    if is_task:
-        size = 36 if options.verbose else 8
-        columns = chosen_columns(options.columns) if options.columns else dict(
-            TASK_COLUMNS, **TASK_COLUMNS_MORE) if options.verbose else TASK_COLUMNS
-    while len({text[:size] for text in ids}) < len(ids):
-        size += 1
-    heads = [text[:size] for text in ids]
-    if columns is TASK_COLUMNS:
-        for columns in apart(items):
-            if _width([heads] + [list(map(cell, items)) for cell in columns.values()]) <= room:
-                break
-    rows = [["id"] + list(columns)]
-    rows += [[head] + [cell(item) for cell in columns.values()] for head, item in zip(heads, items)]
-    return table(rows, room, wants_colour(options))
-
-
-def _width(columns):
-    """Return the cells that columns of texts want, none more than WIDEST; empty ones are left out."""
-    return sum(2 + min(WIDEST, max(map(len, column))) for column in columns if any(column)) - 2
-
-
-def apart(tasks):
-    """Return the TASK_COLUMNS in two ways: each argument in which tasks differ in a column, or these in one column.
-
-    Where they differ in none, all their arguments stand in one column."""
-    rows = [{key: brief(value) for key, value in flat(task.args)} for task in tasks]
-    keys = [key for key in dict.fromkeys(key for row in rows for key in row)
-            if len({row.get(key) for row in rows}) > 1]
-    if not keys or not all(rows):
-        return [TASK_COLUMNS]
-    wide, cells = {}, {id(task): row for task, row in zip(tasks, rows)}
-    for name, cell in TASK_COLUMNS.items():
-        wide.update({"args." + key: lambda task, key=key: cells[id(task)].get(key, "") for key in keys}
-                    if name == "args" else {name: cell})
-    return [wide, dict(TASK_COLUMNS, args=lambda task: " ".join(
-        "%s=%s" % (key, text) for key, text in cells[id(task)].items() if key in keys))]
-
-
-def column_names(options):
-    """Return the words of --columns, or []; raises UsageError for one that is no field of a task."""
-    words = [word.strip() for word in (options.columns or "").split(",") if word.strip()]
-    for word in words:
-        if word not in SHORT and word not in TASK_COLUMNS:
-            check_field(word, "--columns", list(SHORT) + ["age", "duration"])
-    return words
-
-
-def chosen_columns(words):
-    """Return {word: function of a task} of the columns that --columns names."""
-    return {word: TASK_COLUMNS.get(word) or (lambda task, word=word: brief_cell(field_of(task, word)))
-            for word in words if word != "id"}
-
-
-def brief_cell(value):
-    """Return a value for a table; what is not there is a dash."""
-    return "-" if value is None else pairs(value) if isinstance(value, dict) else brief(value)
-
-
-def field_of(task, word):
-    """Return what a task has at a field, a dotted one too, or by one of the names in its table; JSON types."""
-    computed = {"age": lambda: round(now() - task.created_at.timestamp(), 3), "duration": lambda: spent_s(task)}
-    return computed[word]() if word in computed else dig(task.to_dict(), SHORT.get(word, word).split("."))
+def aligned(rows):
+    """Return rows of texts, the first the header, as lines with columns."""
+    rows = [[clean(cell, "") for cell in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows)
 
 
 def ids_of(items):
     """Return the ids of tasks or workers."""
-    return [item.task_id if isinstance(item, Task) else item.worker_id for item in items]
+    return [getattr(item, item.ID) for item in items]
 
 
 def as_jsonl(rows):
     """Return dicts as JSON, one a line."""
-    return "\n".join(json.dumps(row) for row in rows)
+    return "\n".join(map(json.dumps, rows))
+
+
+PLAIN_COLUMNS = {Task: ("task_id", "status", "task_name", "args", "summary"),
+                 Worker: ("worker_id", "status", "worker_name", "metadata")}
+
+
+def plain_table(items):
+    """Return tasks or workers as a table; labtasker_cli.py makes one that fits the terminal."""
+    columns = PLAIN_COLUMNS[type(items[0])]
+    return aligned([columns] + [[pairs(value) if isinstance(value, dict) else value or ""
+                                 for value in (getattr(item, name) for name in columns)] for item in items])
 
 
 FORMATS = ("yaml", "jsonl", "csv")
 
 
-def written(rows, fmt, columns=()):
-    """Return dicts as text in one of FORMATS; all but jsonl are written by labtasker_cli.py."""
-    if fmt == "jsonl":
-        return as_jsonl(rows)
-    if not comforts():
-        raise LabtaskerRuntimeError("--fmt %s %s; --fmt jsonl does not" % (fmt, second_file_needed()))
-    return comforts().WRITERS[fmt](rows, columns)
-
-
-def record_text(row, fmt=None):
-    """Return one dict as text: YAML unless another format is asked for, indented JSON where YAML can't be written."""
-    if fmt not in (None, "yaml"):
-        return written([row], fmt)
-    return "\n".join(comforts().yaml_lines(row)) if comforts() else json.dumps(row, indent=2, ensure_ascii=False)
+def listing(items, options):
+    """Return tasks or workers as the options say; raises LabtaskerRuntimeError where labtasker_cli.py is needed."""
+    if options.quiet:
+        return "\n".join(ids_of(items))
+    if options.fmt == "jsonl" and not options.columns:
+        return as_jsonl([item.to_dict() for item in items])
+    if options.fmt != "table" or options.columns or comforts():
+        return comforts_for("--columns" if options.columns else "--fmt " + options.fmt).listing_text(items, options)
+    return plain_table(items) if items else ""
 
 
 def show_listing(items, options, nothing="Nothing matches."):
-    """Print the first --limit of tasks or workers, ids alone with --quiet; what else there is to say goes to stderr."""
-    shown, columns = items[:options.limit], options.columns
-    if options.quiet:
-        text = "\n".join(ids_of(shown))
-    elif options.fmt == "table":
-        text = item_table(shown, options) if shown else ""
-    else:
-        rows = [{word: field_of(item, word) for word in columns} if columns else item.to_dict() for item in shown]
-        text = written(rows, options.fmt, columns)
+    """Print the first --limit of tasks or workers; what else there is to say goes to stderr."""
+    text = listing(items[:options.limit], options)
     if text:
         show(text, options.no_pager)
     elif not options.quiet:
         note(nothing)
     if len(items) > options.limit:
         note("More match than the %d shown: --limit N shows more, --offset N goes on." % options.limit)
+
+
+def record_text(row, fmt="yaml"):
+    """Return one dict as text; YAML becomes indented JSON where labtasker_cli.py is not there to write it."""
+    if fmt == "yaml" and not comforts():
+        return json.dumps(row, indent=2)
+    return as_jsonl([row]) if fmt == "jsonl" else comforts_for("--fmt " + fmt).RECORD_WRITERS[fmt](row)
 
 
 # ---- Values that a person typed
@@ -9270,26 +9065,19 @@ def read_text(path):
         raise UsageError("%s is not UTF-8 text: %s" % ("stdin" if path == "-" else path, error)) from None
 
 
+def ask(question, option, **how):
+    """Return a person's answer; raises UsageError that names the `option` where nobody is there, or labtasker_cli.py
+    is not."""
+    if not is_terminal(sys.stdin) or not comforts():
+        raise UsageError("%s Nobody can be asked here: answer with %s" % (question.split(" [")[0], option))
+    return comforts().answer_to(question, **how)
+
+
 def confirm(question, option, given):
-    """Return where it is `given` or a person says yes, else end with exit code 1; UsageError where nobody is there."""
+    """Return where it is `given` or a person says yes, else end with exit code 1; raises UsageError as `ask` does."""
     if not given and ask(question + " [y/N]", option).lower() not in ("y", "yes"):
         note("Nothing was changed.")
         raise SystemExit(1)
-
-
-def ask(question, option, default="", secret=False):
-    """Return a person's answer; raises UsageError that names the `option` where stdin is no terminal."""
-    if not is_terminal(sys.stdin):
-        raise UsageError("%s Nobody can be asked here: answer with %s" % (question.split(" [")[0], option))
-    if secret:
-        import getpass
-        return getpass.getpass(question + " ")
-    sys.stderr.write(clean(question) + " ")
-    sys.stderr.flush()
-    line = sys.stdin.readline()
-    if not line.endswith("\n"):
-        sys.stderr.write("\n")
-    return line.strip() or default
 
 
 # ---- Task arguments: `-- --lr=0.1 --model resnet`, --args, --grid, --from
@@ -9437,51 +9225,36 @@ def do_task_submit(options):
         if new:
             say(as_jsonl([{key: value for key, value in task.items() if key != "task_id"} for task in new]))
         return note("Would submit %s%s." % (some(new), there))
-    if not options.unique:
-        ids = submit_tasks(new) if new[1:] else [submit_task(**new[0]).task_id]
-    elif new:
-        submit_tasks(new)
+    made = submit_tasks(new) if options.unique or new[1:] else [submit_task(**new[0]).task_id]
     if options.quiet:
-        say("\n".join(ids))
+        say("\n".join(ids or made))
     else:
-        say(("Submitted task %s" % ids[0] if len(tasks) == len(new) == 1 else "Submitted %s" % some(new)) + there)
+        say("Submitted %s%s" % ("task " + made[0] if len(tasks) == len(made) == 1 else some(made), there))
 
 
 # ---- Which tasks: ids, selectors, ids on stdin
 
 
 def filter_of(options):
-    """Return what -f gives, or None."""
+    """Return what -f gives: filter text, a query document from JSON or a Python literal, or None."""
     return typed_filter(options.extra_filter)
 
 
 def typed_filter(text):
-    """Return a filter as it was typed: filter text, a query document from JSON or a Python literal, or None."""
+    """Return a filter as `filter_of` does, from what was typed."""
     return dict_of(text, "--extra-filter") if text and text.lstrip().startswith("{") else text
 
 
 def selectors(options):
     """Return what --id, --name, --status and --extra-filter ask `ls_tasks` for: only what was given."""
-    return _given(task_id=None if options.task_id is None else full_id(options.task_id), task_name=options.task_name,
-                  status=options.status, extra_filter=filter_of(options))
+    return _given(task_id=full_id(options.task_id), task_name=options.task_name, status=options.status,
+                  extra_filter=filter_of(options))
 
 
-def full_id(word, find=None, what="task"):
+def full_id(word, find=ls_tasks):
     """Return the id of the one task (or what `find` lists) whose id starts with `word`; NotFound, UsageError."""
-    if len(word) == 36:
-        return word
-    is_hex = re.match("[0-9a-f][0-9a-f-]*\\Z", word)
-    found = (find or ls_tasks)(extra_filter={"_id": {"$regex": "^" + word}}, limit=2).content if is_hex else []
-    if len(found) > 1:
-        raise UsageError("more than one %s's id starts with %s: give more of it" % (what, word))
-    if not found:
-        raise NotFound("there is no %s %s (labtasker %s ls shows what there is)" % (what, brief(word), what))
-    return ids_of(found)[0]
-
-
-def full_worker_id(word):
-    """Return the id of the one worker whose id starts with `word`; None for None."""
-    return word if word is None else full_id(word, ls_workers, "worker")
+    is_whole = word is None or len(word) == 36 or not comforts()
+    return word if is_whole else comforts().id_that_starts(word, find)
 
 
 def read_ids():
@@ -9534,7 +9307,7 @@ def check_field(field, option, more=()):
 
 
 def do_task_ls(options):
-    query, options.columns = selectors(options), column_names(options)
+    query = selectors(options)
     if options.piped_in:
         ids = {"_id": {"$in": [full_id(word) for word in read_ids()]}}
         query["extra_filter"] = {"$and": [_query(query["extra_filter"]), ids]} if "extra_filter" in query else ids
@@ -9555,11 +9328,11 @@ def do_task_count(options):
     counts = collections.Counter({} if options.by or options.status else dict.fromkeys(TASK_STATES, 0))
     counts.update(brief(dig(task.to_dict(), field.split(".")))
                   for task in ls_tasks(limit=EVERY, **selectors(options)).content)
-    rows = list(counts.items()) + [("total", sum(counts.values()))]
+    total = sum(counts.values())
     if options.quiet:
-        say(str(rows[-1][1]))
-    else:
-        say(table([(field, "tasks")] + [(name, str(n)) for name, n in rows], colour=wants_colour(options)))
+        return say(str(total))
+    rows = [(field, "tasks")] + [(name, str(number)) for name, number in counts.items()] + [("total", str(total))]
+    say(comforts().coloured(rows, options) if comforts() else aligned(rows))
 
 
 # ---- Changing tasks
@@ -9617,13 +9390,12 @@ def do_task_update(options):
         raise UsageError("--editor goes without -u and field=value")
     if by_hand and not (options.editor or is_terminal(sys.stdin)):
         raise UsageError("what to change? Give -u field=value or --reset-pending; --editor opens them in $EDITOR")
-    if by_hand and not comforts():
-        raise LabtaskerRuntimeError("to edit tasks in $EDITOR %s; -u field=value does not" % second_file_needed())
+    edit_tasks = by_hand and comforts_for("--editor").edit_tasks
     tasks = chosen_tasks(options, limit=options.limit)
     if not tasks:
         return note("Nothing matches: nothing was updated.")
     if by_hand:
-        return comforts().edit_tasks(tasks, options)
+        return edit_tasks(tasks, options)
     by_id = options.task_id is not None or not selectors(options)
     confirm("Update %s?" % some(tasks), "--quiet", options.quiet or by_id and not is_terminal(sys.stdin))
     update_tasks([change_of(task, updates) for task in tasks], reset_pending=options.reset_pending)
@@ -9665,9 +9437,10 @@ def do_task_wait(options):
 # ---- Queues and workers
 
 
-def secret_of(options, question="Password:"):
+def secret_of(options):
     """Return a password: --password's, LABTASKER_PASSWORD's, or one typed unseen."""
-    return options.password or os.environ.get("LABTASKER_PASSWORD") or ask(question, "--password", secret=True)
+    return options.password or os.environ.get("LABTASKER_PASSWORD") or ask(
+        "Password of the queue:", "--password", secret=True)
 
 
 def do_queue_create(options):
@@ -9694,29 +9467,6 @@ def create_configured_queue(config, metadata=None):
             "the queue %s is there already, with another password: use that one, or another name" % config.queue_name)
 
 
-def do_queue_get(options):
-    queue = get_queue()
-    say(queue.queue_id if options.quiet else record_text(queue.to_dict()))
-
-
-def do_queue_update(options):
-    if options.new_queue_name is options.new_password is options.metadata is None:
-        raise UsageError("what to change? Give --new-queue-name, --new-password or --metadata")
-    update_queue(options.new_queue_name, options.new_password, metadata_of(options))
-    if not options.quiet:
-        say("Updated the queue")
-    if options.new_queue_name or options.new_password:
-        note("The configuration still has the old name or password: labtasker config changes it.")
-
-
-def do_queue_delete(options):
-    name = get_queue().queue_name
-    what = ", its tasks and its workers" if options.cascade else ""
-    confirm("Delete the queue %s%s for good?" % (name, what), "--yes", options.yes)
-    delete_queue(cascade_delete=options.cascade)
-    say("Deleted queue %s" % name)
-
-
 def do_worker_create(options):
     worker_id = create_worker(options.worker_name, metadata_of(options), options.max_retries)
     say(worker_id if options.quiet else "Created worker %s" % worker_id)
@@ -9724,18 +9474,18 @@ def do_worker_create(options):
 
 def do_worker_ls(options):
     show_listing(ls_workers(
-        worker_id=full_worker_id(options.worker_id), worker_name=options.worker_name, status=options.status,
+        worker_id=full_id(options.worker_id, ls_workers), worker_name=options.worker_name, status=options.status,
         extra_filter=filter_of(options), limit=options.limit + 1, offset=options.offset).content, options)
 
 
 def do_worker_report(options):
-    worker_id = full_worker_id(options.worker_id)
+    worker_id = full_id(options.worker_id, ls_workers)
     report_worker_status(worker_id, options.status)
     say("Worker %s is %s" % (worker_id, options.status))
 
 
 def do_worker_delete(options):
-    worker_id = full_worker_id(options.worker_id)
+    worker_id = full_id(options.worker_id, ls_workers)
     confirm("Delete worker %s?" % worker_id, "--yes", options.yes)
     delete_worker(worker_id, cascade_update=options.cascade_update)
     say("Deleted worker %s" % worker_id)
@@ -9754,7 +9504,7 @@ def do_loop(options):
                              "or a script on stdin)")
     return command_loop(
         argv=options.rest, shell=options.cmd, script_path=options.script_path, executable=options.executable,
-        extra_filter=filter_of(options), worker_id=full_worker_id(options.worker_id), eta_max=options.eta_max,
+        extra_filter=filter_of(options), worker_id=full_id(options.worker_id, ls_workers), eta_max=options.eta_max,
         heartbeat_timeout=options.heartbeat_timeout, max_tasks=options.max_tasks,
         idle_timeout_s=options.idle_timeout, verbose=options.verbose, grace_s=options.grace,
         server_lost_s=options.server_lost, use_pty=options.use_pty is not False, jobs=options.jobs, gpus=options.gpus,
@@ -9779,7 +9529,7 @@ def do_health(options):
     version = "version %s" % client().call("GET", "/").get("version") if client().extensions else "Labtasker 1.0"
     healthy = answer.status == "healthy"
     say("%s: %s, %s, %.1f ms%s" % (answer.status, client().where, version, spent_ms,
-                                           "" if healthy else ", " + answer.database))
+                                   "" if healthy else ", " + answer.database))
     return 0 if healthy else 1
 
 
@@ -9790,9 +9540,10 @@ def do_init(options):
     root = os.environ.get("LABTASKER_ROOT") or os.path.join(os.getcwd(), ".labtasker")
     path, then = os.path.join(root, CONFIG_NAME), "labtasker task submit -- --lr=0.1"
     confirm("%s is there already. Overwrite it?" % path, "--yes", options.yes or not os.path.exists(path))
-    config = Config(root, *asked_settings(options), heartbeat_interval_s=10, source=None)
+    asking = comforts() if is_terminal(sys.stdin) and not options.yes else None
+    config = Config(root, *(asking.asked_settings if asking else given_settings)(options))
     try:
-        config, said = opened_queue(config, options)
+        config, said = (asking.asked_queue if asking else opened_queue)(config, options)
         say(said)
     except LabtaskerConnectError as error:
         note(error)
@@ -9807,53 +9558,20 @@ def do_init(options):
     say("Next: " + then)
 
 
-def opened_queue(config, options):
-    """Return the Config, with another password where a person had to be asked for it again, and what was done."""
-    while True:
-        use_client(Client(_transport(config)))
-        try:
-            return config, create_configured_queue(config)
-        except LabtaskerRuntimeError as error:  # it is there, with another password
-            if options.password or os.environ.get("LABTASKER_PASSWORD") or not is_terminal(sys.stdin):
-                raise
-            note(error)
-        config = config._replace(password=secret_of(options, "Its own password:"))
+def given_settings(options):
+    """Return (url, queue name, password) from the options; raises UsageError that names what lacks or is wrong."""
+    for value, option in ((options.url, "--url"), (options.queue_name, "--queue-name")):
+        if value is None and not options.yes:
+            raise UsageError("nobody can be asked here: give %s, or --yes for the defaults" % option)
+    url, name = base_url(options.url or ""), options.queue_name or DEFAULT_QUEUE
+    check_queue_name(name)
+    return url, name, secret_of(options) if re.match("https?:", url) else options.password
 
 
-def asked_settings(options):
-    """Return (url, queue name, password) from the options and, for what they lack, from a person, tested at once."""
-    def setting(given, question, option, default):
-        if given is None and not options.yes:
-            given = ask("%s [%s]" % (question, default or "none"), option)
-        return given or default
-    while True:
-        url = base_url(setting(options.url, "Server's URL, or nothing for a store in this folder", "--url", ""))
-        if options.url is not None or options.yes or is_reached(url):
-            break
-    while True:
-        name = setting(options.queue_name, "Queue name", "--queue-name", DEFAULT_QUEUE)
-        if NAME.match(name):
-            break
-        words = "a queue's name is 1 to 100 letters, digits, _ and -, not %s" % brief(name)
-        if options.queue_name is not None or not is_terminal(sys.stdin):
-            raise UsageError(words)
-        note(words)
-    is_server = re.match("https?:", url)
-    return url, name, secret_of(options, "Password of the queue:") if is_server else options.password
-
-
-def is_reached(url):
-    """Return whether a server answers at a URL that a person typed, or is wanted although none does."""
-    if not re.match("https?:", url):
-        return True
-    began = monotonic()
-    try:
-        HttpTransport(url, DEFAULT_QUEUE, "").call("GET", "/health", None, None)
-        note("%s answers, in %.0f ms." % (url, 1000 * (monotonic() - began)))
-        return True
-    except LabtaskerConnectError as error:
-        note(error)
-        return ask("Take this URL all the same? [y/N]", "--yes").lower() in ("y", "yes")
+def check_queue_name(name):
+    """Raise UsageError unless a queue can have this name."""
+    if not NAME.match(name):
+        raise UsageError("a queue's name is 1 to 100 letters, digits, _ and -, not %s" % brief(name))
 
 
 def base_url(text):
@@ -9867,106 +9585,10 @@ def base_url(text):
     return text.rstrip("/") if scheme else text
 
 
-# ---- Demo
-
-DEMO_SCRIPT = '''\
-"""Teaches one neuron to tell two clouds of points apart, and reports how well it does."""
-import math, random, sys
-import labtasker
-
-lr, steps = float(sys.argv[1]), int(sys.argv[2])
-if (lr, steps) == (1.0, 3000) and labtasker.task_info().retries == 0:
-    sys.exit("out of memory (not really: the demo wants to show a retry)")
-
-dice = random.Random(1)
-points = [(dice.gauss(x, 1.6), dice.gauss(x / 2, 1.0), x > 3) for x in (2, 4) for _ in range(150)]
-a = b = c = 0.0
-for step in range(steps):
-    x, y, is_far = dice.choice(points)
-    error = is_far - 1 / (1 + math.exp(-(a * x + b * y + c)))
-    a, b, c = a + lr * error * x, b + lr * error * y, c + lr * error
-acc = sum((a * x + b * y + c > 0) == is_far for x, y, is_far in points) / len(points)
-labtasker.report_task_status(labtasker.task_info().task_id, "running", summary={"acc": acc})
-print("lr=%g steps=%d: accuracy %.3f" % (lr, steps, acc))
-'''
-DEMO_STEPS = (
-    ["task", "submit", "--grid", "--name", "demo", "--", "--lr=0.003,0.03,0.3,1.0", "--steps=30,3000"],
-    ["loop", "--", "python3", "train.py", "%(lr)", "%(steps)"],  # done by two workers at once
-    ["task", "count"],
-    ["task", "ls", "-s", "success", "-S", "summary.acc:desc", "--no-pager"],
-)
-
-
-def do_demo(options):
-    import shutil
-    import tempfile
-    folder = tempfile.mkdtemp(prefix="labtasker-demo-")
-    try:
-        shutil.copy(os.path.abspath(__file__), os.path.join(folder, "labtasker.py"))
-        run_demo(folder)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def run_demo(folder):
-    """Run a sweep in `folder`: two workers, one failure, one ranking; raises LabtaskerRuntimeError where it fails."""
-    began = monotonic()
-    with open(os.path.join(folder, "train.py"), "w") as file:
-        file.write(DEMO_SCRIPT)
-    say("A sweep in %s, which is removed at the end. The script:\n\n%s" % (
-        folder, re.sub("(?m)^", "    ", DEMO_SCRIPT.rstrip())))
-    codes = []
-    for words in DEMO_STEPS:
-        codes += demo_workers(folder, words) if words[0] == "loop" else [demo_start(folder, words).wait()]
-    store = StoreTransport(os.path.join(folder, ".labtasker"), DEFAULT_QUEUE)
-    tasks = Client(store).call("POST", "/api/v1/queues/me/tasks/search", {})["content"]
-    store.close()
-    done = sum(task["status"] == "success" for task in tasks)
-    retried = sum(task["retries"] == 1 for task in tasks)
-    say("\n%d of %d tasks done by two workers, %d after a retry, in %.1f s." % (
-        done, len(tasks), retried, monotonic() - began))
-    if any(codes) or (done, retried) != (8, 1):
-        raise LabtaskerRuntimeError("the demo did not go as it should; exit codes: %s" % codes)
-
-
-def demo_start(folder, words, suffix="", **streams):
-    """Return the process of a command of this program, shown first as one would type it."""
-    import shlex
-    import subprocess
-    words = ["python3", "-m", "labtasker"] + words
-    say("\n$ " + " ".join(shlex.quote(word) for word in words) + suffix)
-    sys.stdout.flush()
-    env = {key: value for key, value in os.environ.items() if not key.startswith("LABTASKER_")}
-    env.update(LABTASKER_ROOT=os.path.join(folder, ".labtasker"), PYTHONUNBUFFERED="1")
-    return subprocess.Popen([sys.executable if word == "python3" else word for word in words], cwd=folder, env=env,
-                            stdin=subprocess.DEVNULL, **streams)
-
-
-def demo_workers(folder, words):
-    """Return the exit codes of two workers that run at once, their lines shown as they come."""
-    import subprocess
-    workers = []
-
-    def echo(number, worker):
-        try:
-            for line in worker.stdout:
-                say("[worker %d] %s" % (number, clean(line.rstrip("\n"))))
-                sys.stdout.flush()
-        except BrokenPipeError:  # who reads the demo has seen enough; the main thread says so
-            pass
-    try:
-        for _ in (1, 2):
-            workers.append(demo_start(folder, words, " &", stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                                      universal_newlines=True))
-        readers = [threading.Thread(target=echo, args=pair) for pair in enumerate(workers, 1)]
-        for reader in readers:
-            reader.start()
-        for reader in readers:
-            reader.join()
-        return [worker.wait() for worker in workers]
-    finally:
-        for worker in workers:
-            worker.kill()
+def opened_queue(config, options):
+    """Return the Config and what was done: its queue is there after this, and open to it."""
+    use_client(Client(_transport(config)))
+    return config, create_configured_queue(config)
 
 
 # ---- From words to options
@@ -9988,46 +9610,49 @@ def option(spelling, help, **settings):
     return flags or [settings.pop("dest")], dict(settings, help=help)
 
 
+def typed(read):
+    """Return the type of an option that is read so; what `read` raises is told with the option's name."""
+    def option_type(text):
+        import argparse
+        try:
+            return read(text)
+        except LabtaskerValueError as error:
+            raise argparse.ArgumentTypeError(str(error))
+    return option_type
+
+
 def choice(spelling, choices, **settings):
     """Return an option that takes one of `choices`; its help lists them."""
-    def check(text):
-        import argparse
+    def read(text):
         if text not in choices:
-            raise argparse.ArgumentTypeError("%s is none of %s%s" % (brief(text), ", ".join(choices),
-                                                                    hint(text, choices)))
+            raise UsageError("%s is none of %s%s" % (brief(text), ", ".join(choices), hint(text, choices)))
         return text
-    check.choices = tuple(choices)  # for the shells' completion
-    return option(spelling, settings.pop("help", "|".join(choices)), type=check, **settings)
+    row = option(spelling, settings.pop("help", "|".join(choices)), type=typed(read), **settings)
+    row[1]["type"].choices = tuple(choices)  # for the shells' completion
+    return row
 
 
+@typed
 def count(text):
     """Return a number that is not negative; the type of options that count."""
-    import argparse
     if not re.match(r"[0-9]+\Z", text):
-        raise argparse.ArgumentTypeError("%s is no whole number from 0 on" % brief(text))
+        raise UsageError("%s is no whole number from 0 on" % brief(text))
     return int(text)
 
 
-def seconds(text):
-    """Return the seconds in a duration; the type of options that take one."""
-    import argparse
-    try:
-        return parse_duration(text)
-    except LabtaskerValueError as error:
-        raise argparse.ArgumentTypeError(str(error))
-
-
+@typed
 def duration(text):
     """Return a duration as it was typed, once it is known to be one: that is how it travels."""
-    seconds(text)
-    return text
+    return parse_duration(text) and text
+
+
+seconds = typed(parse_duration)
 
 
 def make_parser(path):
     """Return the parser of one command; only the one that was typed is ever built."""
     import argparse
     row = COMMANDS[path]
-    width = min(100, screen_size()[0])
     names = [settings["metavar"] for flags, settings in row.options if not flags[0].startswith("-")]
     usage = " ".join(["labtasker", path, "[options]"] + names + ([row.rest] if row.rest else []))
 
@@ -10035,6 +9660,8 @@ def make_parser(path):
         def error(self, message):
             raise UsageError("%s: %s (labtasker %s --help)" % (path, message, path))
 
+    width = os.environ.get("COLUMNS", "")
+    width = min(100, int(width)) if width.isdigit() else 80  # to look at the terminal takes an import of 3 ms
     parser = Parser(prog="labtasker " + path, usage=usage, description=row.help, allow_abbrev=False,
                     epilog="example:\n" + re.sub("(?m)^", "  ", row.example),
                     formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, 2, 34, width))
@@ -10067,9 +9694,7 @@ def unexpected(word, row, rest):
             word, row.example.split("\n")[0])
     if not word.startswith("-"):
         return "unexpected argument " + word
-    flags = {flag.lstrip("-"): flag for flags, _ in row.options for flag in flags if flag.startswith("--")}
-    best = nearest(word.lstrip("-"), flags)
-    return "unknown option " + word + ("; did you mean %s?" % flags[best] if best else "")
+    return "unknown option " + word + hint(word, [flag for flags, _ in row.options for flag in flags])
 
 
 def group(word):
@@ -10081,24 +9706,22 @@ def find_command(words):
     """Return (path, the words after it); raises UsageError that offers the nearest command."""
     for size in (2, 1):
         path = " ".join(words[:size])
-        if path in COMFORTS and not comforts():
-            raise LabtaskerRuntimeError("labtasker %s %s" % (path, second_file_needed()))
+        if path in COMFORTS:
+            comforts_for("labtasker " + path)
         if path in COMMANDS:
             return path, words[size:]
     comforts()
-    names = [path.split()[1] for path in group(words[0])]
-    if names:
-        best = "; did you mean %s?" % words[1] if words[1:] and words[1] in COMMANDS else ""
-        raise UsageError("there is no command %s%s: there are %s" % (
-            " ".join(words[:2]), best or hint(words[1], names) if words[1:] else "", ", ".join(names)))
-    inner = [path for path in COMMANDS if path.endswith(" " + words[0])]
-    best = "; did you mean %s?" % " or ".join(inner) if inner else hint(
-        words[0], {path.split()[0] for path in group("") + list(COMFORTS)})
-    raise UsageError("there is no command %s%s (labtasker --help lists them)" % (brief(words[0]), best))
+    word, inner = words[:2][-1], [path.split()[1] for path in group(words[0])]
+    alike = [path for path in COMMANDS if path.split()[-1] == word]
+    best = "; did you mean %s?" % " or ".join(alike) if alike else hint(
+        word, inner or {path.split()[0] for path in group("") + list(COMFORTS)})
+    raise UsageError("there is no command %s%s (%s)" % (
+        " ".join(words[:2]), best, "there are " + ", ".join(inner) if inner else "labtasker --help lists them"))
 
 
-def do_help(options):
-    path = " ".join(options.topic)
+def show_help(words):
+    """Show the help of the command that `words` spell, or the list of those that start so; UsageError for none."""
+    path = " ".join(words)
     comforts()
     if path not in COMMANDS and not group(path):
         topics = [name[5:] for name in COMFORTS if name.startswith("help ")]
@@ -10126,11 +9749,12 @@ def run_command(words):
     words = [os.fsencode(word).decode("utf-8") for word in words]
     if words[:1] in (["--version"], ["-V"]):
         return say("labtasker " + __version__)
-    asked = [word in ("-h", "--help") for word in words[:2]]
-    if not words or asked[0] or (asked[1:] == [True] and words[0] not in COMMANDS and group(words[0])):
+    if not words:
         comforts()
-        text = help_of("" if not words or asked[0] else words[0])
-        return say(text) if words else note(text) or 2
+        return note(help_of("")) or 2
+    asks = [word in ("-h", "--help") for word in words[:2]]
+    if asks[0] or any(asks) and words[0] not in COMMANDS and words[0] not in COMFORTS:
+        return show_help(words[:asks.index(True)])
     path, words = find_command(words)
     options = parse(path, words)
     if path.split()[0] in ("task", "worker", "health", "loop"):
@@ -10215,7 +9839,6 @@ JOURNAL = option("--db-path FILE", "the journal (that of the configured store)")
 SILENCE = option("--heartbeat-timeout TIME", "silence after which a run is given up", type=seconds)
 
 COMMANDS = {
-    "demo": Command(do_demo, "Run a small sweep in a temporary folder, showing each command.", "labtasker demo"),
     "task submit": Command(
         do_task_submit, "Queue a task, or many. Values are Python literals, else text; dots nest.",
         "labtasker task submit --name grid -- --lr=0.001 --model=resnet --opt.momentum=0.9\n"
@@ -10311,15 +9934,6 @@ COMMANDS = {
         lambda options: say(create_configured_queue(load_config(), metadata_of(options))),
         "Create the queue that the configuration names, where it is not there yet.",
         "labtasker queue create-from-config", [METADATA]),
-    "queue get": Command(do_queue_get, "Show the queue.", "labtasker queue get",
-                         [option("-q --quiet", "print its id alone")]),
-    "queue update": Command(
-        do_queue_update, "Rename the queue, change its password or metadata.",
-        "labtasker queue update --new-queue-name sweep2", [
-            option("--new-queue-name NAME", "letters, digits, _ and -"),
-            option("--new-password PASSWORD", "1 to 100 letters"), METADATA, SILENT]),
-    "queue delete": Command(do_queue_delete, "Delete the queue.", "labtasker queue delete --cascade --yes",
-                            [option("--cascade", "its tasks and workers too"), YES]),
     "worker create": Command(
         do_worker_create, "Register a worker and print its id.", "labtasker worker create --worker-name gpu0", [
             option("--worker-name --name NAME", "letters, digits, _ and -", dest="worker_name"), METADATA,
@@ -10336,7 +9950,8 @@ COMMANDS = {
         do_worker_delete, "Delete a worker.", "labtasker worker delete ID --yes", [
             WORKER, option("--cascade-update", "its tasks forget it (this is the default)", default=True),
             option("--no-cascade-update", "its tasks keep its id", dest="cascade_update", action="store_false"), YES]),
-    "help": Command(do_help, "List the commands, or print the help of one.", "labtasker help task submit",
+    "help": Command(lambda options: show_help(options.topic), "List the commands, or print the help of one.",
+                    "labtasker help task submit",
                     [option("COMMAND", "words of a command, or a topic", dest="topic", nargs="*")]),
     "__beats": Command(lambda options: beats_main(), "", ""),  # the worker's heartbeats, a process of its own
 }

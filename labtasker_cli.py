@@ -1,8 +1,9 @@
 """What pip's console scripts import, and the home of the comforts of a terminal that work can do without.
 
 `labtasker` and `lt` start `main`, `labtasker-server` starts `server_main`. labtasker.py alone does all the work; where
-this file lies beside it, it imports it when one of the commands here is typed or listed. Each enters itself into the
-table `COMMANDS`; what it is for stands in `COMFORTS`. Tests: test_cli.py, test_terminal.py, test_slurm.py.
+this file lies beside it, it imports it when one of the commands here is typed or listed, a table is shown, or a person
+asked. Each command enters itself into the table `COMMANDS`; what it is for stands in `COMFORTS`. Tests: test_cli.py,
+test_terminal.py, test_slurm.py.
 """
 import collections
 import itertools
@@ -14,27 +15,54 @@ import threading
 import time
 
 from labtasker import (
-    ARITHMETIC, CALLS, COMFORTS, COMMANDS, COMPARISONS, CONFIG_NAME, CONTROL, DATE_FORMS, EVERY, FILTER, FORMAT, ID,
-    IDS, INSTEAD, JOURNAL, LOGIC, OPERATORS, QUIET, RECORDS, REQUIRED, ROUTES, SELECT, SETTINGS, STATUS_COLOURS,
-    TASK_FIELDS, TASK_STATES, UPDATABLE, YES, Command, Disk, JobCommand, LabtaskerError, LabtaskerHTTPStatusError,
-    LabtaskerRuntimeError, LabtaskerValueError, Store, TaskUpdateRequest, Template, UsageError, age, apart, ask,
-    cells_wide, change_of, choice, chosen_tasks, clean, client, compact, confirm, connect_events, count, covers,
-    duration, filter_of, find_root, fitted, flat, format_time, full_id, get_task, group, health_check, ids_of, is_away,
-    is_terminal, joined, journal_header, journal_path, last_durable, load_config, ls_tasks, ls_workers, main,
-    monotonic, new_id, note, now, option, pairs, parse, parse_filter, paths_of, read_server_file, read_text,
-    record_text, say, screen_size, sealed, seconds, selectors, show, show_listing, some, span, spent_s, store_error,
-    store_folder, table, tasks_named, typed_filter, typed_value, unseal, update_tasks, updates_of, use_client, visible)
+    ARITHMETIC, CALLS, COMFORTS, COMMANDS, COMPARISONS, CONFIG_NAME, CONTROL, DATE_FORMS, DEFAULT_QUEUE, EVERY, FILTER,
+    FORMAT, ID, IDS, INSTEAD, JOURNAL, LOGIC, METADATA, OPERATORS, QUIET, RECORDS, REQUIRED, ROUTES, SELECT, SETTINGS,
+    SILENT, TASK_FIELDS, TASK_STATES, UPDATABLE, YES, Client, Command, Disk, HttpTransport, JobCommand,
+    LabtaskerConnectError, LabtaskerError, LabtaskerHTTPStatusError, LabtaskerRuntimeError, LabtaskerValueError,
+    NotFound, Store, StoreTransport, Task, TaskUpdateRequest, Template, UsageError, as_jsonl, ask, base_url, brief,
+    change_of, check_field, check_queue_name, choice, chosen_tasks, clean, client, compact, confirm, connect_events,
+    count, covers, delete_queue, dig, duration, filter_of, find_root, flat, format_time, full_id, get_queue, get_task,
+    given_settings, group, health_check, ids_of, is_away, is_terminal, joined, journal_header, journal_path,
+    last_durable, load_config, ls_tasks, ls_workers, main, metadata_of, monotonic, new_id, note, now, opened_queue,
+    option, pairs, parse, parse_filter, parse_time, paths_of, read_server_file, read_text, record_text, say, sealed,
+    seconds, selectors, show, show_listing, some, store_error, store_folder, tasks_named, typed_filter, typed_value,
+    unseal, update_queue, update_tasks, updates_of, use_client, visible)
 
 __all__ = ["main", "server_main"]
 
 server_main = main  # `labtasker-server serve` is `labtasker serve`
 
 
+# ---- The terminal: colours, its size, pages
+
+STATUS_COLOURS = {"pending": "36", "running": "34", "success": "32", "failed": "31", "cancelled": "33",
+                  "active": "32", "suspended": "33", "crashed": "31"}
+
+
+def screen_size(stream=None):
+    """Return (columns, lines) of the terminal; COLUMNS wins, as everywhere. (shutil's takes 3 ms to import.)"""
+    try:
+        columns, lines = os.get_terminal_size((stream or sys.stdout).fileno())
+    except (OSError, ValueError):
+        columns = lines = 0
+    wished = os.environ.get("COLUMNS", "")
+    return wished.isdigit() and int(wished) or columns or 80, lines or 24
+
+
+def wants_colour(options):
+    """Return whether to colour: --ansi and --no-ansi decide, else a terminal does, and NO_COLOR forbids."""
+    if options.ansi is not None:
+        return options.ansi
+    return is_terminal(sys.stdout) and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+
+
 def page(text):
-    """Return whether $PAGER (else `less -R`) showed `text`."""
+    """Return whether $PAGER (else `less -R`) showed `text`; one that fits the screen needs none."""
     import shlex
     import signal
     import subprocess
+    if text.count("\n") + 2 < screen_size()[1]:
+        return False
     command = shlex.split(os.environ.get("PAGER", "less -R"))
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the pager's
     try:
@@ -45,6 +73,208 @@ def page(text):
         return False
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+# ---- What a person is asked, and what he types in short
+
+
+def answer_to(question, default="", secret=False):
+    """Return a person's answer."""
+    if secret:
+        import getpass
+        return getpass.getpass(question + " ")
+    sys.stderr.write(clean(question) + " ")
+    sys.stderr.flush()
+    line = sys.stdin.readline()
+    if not line.endswith("\n"):
+        sys.stderr.write("\n")
+    return line.strip() or default
+
+
+def id_that_starts(word, find):
+    """Return the id of the one thing that `find` lists whose id starts with `word`; raises NotFound, UsageError."""
+    is_hex, what = re.match("[0-9a-f][0-9a-f-]*\\Z", word), "task" if find is ls_tasks else "worker"
+    found = find(extra_filter={"_id": {"$regex": "^" + word}}, limit=2).content if is_hex else []
+    if len(found) > 1:
+        raise UsageError("more than one %s's id starts with %s: give more of it" % (what, word))
+    if not found:
+        raise NotFound("there is no %s %s (labtasker %s ls shows what there is)" % (what, brief(word), what))
+    return ids_of(found)[0]
+
+
+# ---- Listings
+
+
+def span(seconds):
+    """Return a length of time in its two leading digits or so: 45s, 12m, 3h, 5d."""
+    for size, unit in ((86400, "d"), (3600, "h"), (60, "m")):
+        if seconds >= 2 * size:
+            return "%d%s" % (seconds // size, unit)
+    return "%ds" % max(0, seconds)
+
+
+def age(moment):
+    """Return how long ago an aware datetime was, as `span` does."""
+    return span(now() - moment.timestamp())
+
+
+def spent_s(task):
+    """Return the seconds that a task's run takes by now, or took until the task last changed; None without a run."""
+    if task.start_time is None or task.status == "pending":
+        return None
+    last = (vars(task).get("attempts") or [{}])[-1]
+    told = last.get("end") if last.get("run_id") == vars(task).get("run_id") else None
+    end = now() if task.status == "running" else parse_time(told) if told else task.last_modified.timestamp()
+    return max(0.0, end - task.start_time.timestamp())
+
+
+def cells_wide(text):
+    """Return how many terminal cells `text` takes: East Asian wide characters take two."""
+    if len(text.encode("utf-8", "replace")) == len(text):
+        return len(text)
+    import unicodedata
+    return sum(0 if unicodedata.combining(c) else 2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text)
+
+
+def fitted(text, width):
+    """Return `text` cut and padded to exactly `width` cells."""
+    if cells_wide(text) > width:
+        text = text[:width]
+        while text and cells_wide(text) > width - 2:
+            text = text[:-1]
+        text += ".."[:width]
+    return text + " " * (width - cells_wide(text))
+
+
+def table(rows, room=10 ** 9, colour=False):
+    """Return rows of texts, the first the header, as aligned lines; columns with nothing in them are left out.
+
+    The widest column is made narrower until all fit in `room`."""
+    kept = [i for i in range(len(rows[0])) if any(row[i] for row in rows[1:])]
+    rows = [[clean(row[i], "") for i in kept] for row in rows]
+    widths = [min(room, max(map(cells_wide, column))) for column in zip(*rows)]
+    while sum(widths) + 2 * len(widths) - 2 > room and max(widths) > 8:
+        widths[widths.index(max(widths))] -= 1
+    return "\n".join(_table_line(row, widths, colour) for row in rows)
+
+
+def _table_line(row, widths, colour):
+    cells = [fitted(cell, width) for cell, width in zip(row, widths)]
+    cells[-1] = cells[-1].rstrip()
+    if colour:
+        cells = ["\x1b[%sm%s\x1b[0m" % (STATUS_COLOURS[cell], padded) if cell in STATUS_COLOURS else padded
+                 for cell, padded in zip(row, cells)]
+    return "  ".join(cells).rstrip()
+
+
+TASK_COLUMNS = {
+    "status": lambda task: task.status,
+    "name": lambda task: task.task_name or "",
+    "age": lambda task: age(task.created_at),
+    "duration": lambda task: "" if spent_s(task) is None else span(spent_s(task)),
+    "worker": lambda task: (task.worker_id or "")[:8],
+    "retries": lambda task: "%d/%d" % (task.retries, task.max_retries) if task.retries else "",
+    "args": lambda task: pairs(task.args) or brief(task.cmd or ""),
+    "summary": lambda task: pairs(task.summary),
+}
+TASK_COLUMNS_MORE = {
+    "priority": lambda task: str(task.priority),
+    "worker": lambda task: task.worker_id or "",
+    "metadata": lambda task: pairs(task.metadata),
+}
+WORKER_COLUMNS = {
+    "status": lambda worker: worker.status,
+    "name": lambda worker: worker.worker_name or "",
+    "age": lambda worker: age(worker.created_at),
+    "retries": lambda worker: "%d/%d" % (worker.retries, worker.max_retries),
+    "metadata": lambda worker: pairs(worker.metadata),
+}
+SHORT = {"id": "task_id", "name": "task_name", "worker": "worker_id"}  # what a table calls these fields
+WIDEST = 20  # cells that an argument's column may want; wider ones share a column
+
+
+def item_table(items, options):
+    """Return tasks or workers as a table that fits the terminal; --verbose cuts nothing."""
+    is_task, size, ids = isinstance(items[0], Task), 36, ids_of(items)
+    room = 10 ** 9 if options.verbose else screen_size()[0] if is_terminal(sys.stdout) else 1000
+    columns = WORKER_COLUMNS
+    if is_task:
+        size = 36 if options.verbose else 8
+        columns = chosen_columns(column_names(options)) if options.columns else dict(
+            TASK_COLUMNS, **TASK_COLUMNS_MORE) if options.verbose else TASK_COLUMNS
+    while len({text[:size] for text in ids}) < len(ids):
+        size += 1
+    heads = [text[:size] for text in ids]
+    if columns is TASK_COLUMNS:
+        for columns in apart(items):
+            if _width([heads] + [list(map(cell, items)) for cell in columns.values()]) <= room:
+                break
+    rows = [["id"] + list(columns)]
+    rows += [[head] + [cell(item) for cell in columns.values()] for head, item in zip(heads, items)]
+    return table(rows, room, wants_colour(options))
+
+
+def _width(columns):
+    """Return the cells that columns of texts want, none more than WIDEST; empty ones are left out."""
+    return sum(2 + min(WIDEST, max(map(len, column))) for column in columns if any(column)) - 2
+
+
+def apart(tasks):
+    """Return the TASK_COLUMNS in two ways: each argument in which tasks differ in a column, or these in one column.
+
+    Where they differ in none, all their arguments stand in one column."""
+    rows = [{key: brief(value) for key, value in flat(task.args)} for task in tasks]
+    keys = [key for key in dict.fromkeys(key for row in rows for key in row)
+            if len({row.get(key) for row in rows}) > 1]
+    if not keys or not all(rows):
+        return [TASK_COLUMNS]
+    wide, cells = {}, {id(task): row for task, row in zip(tasks, rows)}
+    for name, cell in TASK_COLUMNS.items():
+        wide.update({"args." + key: lambda task, key=key: cells[id(task)].get(key, "") for key in keys}
+                    if name == "args" else {name: cell})
+    return [wide, dict(TASK_COLUMNS, args=lambda task: " ".join(
+        "%s=%s" % (key, text) for key, text in cells[id(task)].items() if key in keys))]
+
+
+def column_names(options):
+    """Return the words of --columns, or []; raises UsageError for one that is no field of a task."""
+    words = [word.strip() for word in (options.columns or "").split(",") if word.strip()]
+    for word in words:
+        if word not in SHORT and word not in TASK_COLUMNS:
+            check_field(word, "--columns", list(SHORT) + ["age", "duration"])
+    return words
+
+
+def chosen_columns(words):
+    """Return {word: function of a task} of the columns that --columns names."""
+    return {word: TASK_COLUMNS.get(word) or (lambda task, word=word: brief_cell(field_of(task, word)))
+            for word in words if word != "id"}
+
+
+def brief_cell(value):
+    """Return a value for a table; what is not there is a dash."""
+    return "-" if value is None else pairs(value) if isinstance(value, dict) else brief(value)
+
+
+def field_of(task, word):
+    """Return what a task has at a field, a dotted one too, or by one of the names in its table; JSON types."""
+    computed = {"age": lambda: round(now() - task.created_at.timestamp(), 3), "duration": lambda: spent_s(task)}
+    return computed[word]() if word in computed else dig(task.to_dict(), SHORT.get(word, word).split("."))
+
+
+def listing_text(items, options):
+    """Return tasks or workers as a table, or in another format, with the columns that were chosen; UsageError where a
+    column is no field."""
+    columns = column_names(options)
+    if options.fmt == "table":
+        return item_table(items, options) if items else ""
+    rows = [{word: field_of(item, word) for word in columns} if columns else item.to_dict() for item in items]
+    return WRITERS[options.fmt](rows, columns)
+
+
+def coloured(rows, options):
+    """Return rows of texts, the first the header, as aligned lines, coloured where that is wanted."""
+    return table(rows, colour=wants_colour(options))
 
 
 # ---- Formats: yaml, csv
@@ -106,7 +336,8 @@ def as_csv(rows, columns=()):
     return clean(text) if is_terminal(sys.stdout) else text
 
 
-WRITERS = {"yaml": lambda rows, columns: as_yaml(rows), "csv": as_csv}
+WRITERS = {"jsonl": lambda rows, columns: as_jsonl(rows), "yaml": lambda rows, columns: as_yaml(rows), "csv": as_csv}
+RECORD_WRITERS = {"yaml": lambda row: "\n".join(yaml_lines(row)), "csv": lambda row: as_csv([row])}
 
 
 # ---- Journals
@@ -267,6 +498,179 @@ def do_journal_stats(options):
             ["lines since", found.lines], ["last line", found.n], ["known to be on disk", found.durable],
             ["closed cleanly", "yes" if found.ended else "no"], ["bad pieces", len(found.bad)]]
     say(table([[str(cell) for cell in row] for row in rows]))
+
+
+# ---- Queues
+
+
+def do_queue_get(options):
+    queue = get_queue()
+    say(queue.queue_id if options.quiet else record_text(queue.to_dict()))
+
+
+def do_queue_update(options):
+    if options.new_queue_name is options.new_password is options.metadata is None:
+        raise UsageError("what to change? Give --new-queue-name, --new-password or --metadata")
+    update_queue(options.new_queue_name, options.new_password, metadata_of(options))
+    if not options.quiet:
+        say("Updated the queue")
+    if options.new_queue_name or options.new_password:
+        note("The configuration still has the old name or password: labtasker config changes it.")
+
+
+def do_queue_delete(options):
+    name = get_queue().queue_name
+    what = ", its tasks and its workers" if options.cascade else ""
+    confirm("Delete the queue %s%s for good?" % (name, what), "--yes", options.yes)
+    delete_queue(cascade_delete=options.cascade)
+    say("Deleted queue %s" % name)
+
+
+# ---- Setting up: what `init` asks
+
+
+def asked_settings(options):
+    """Return (url, queue name, password) from the options and, for what they lack, from a person, tested at once."""
+    while options.url is None:
+        url = base_url(ask("Server's URL, or nothing for a store in this folder [none]", "--url"))
+        options.url = url if is_reached(url) else None
+    while options.queue_name is None:
+        options.queue_name = ask("Queue name [%s]" % DEFAULT_QUEUE, "--queue-name", default=DEFAULT_QUEUE)
+        try:
+            check_queue_name(options.queue_name)
+        except UsageError as error:
+            note(error)
+            options.queue_name = None
+    return given_settings(options)
+
+
+def is_reached(url):
+    """Return whether a server answers at a URL that a person typed, or is wanted although none does."""
+    if not re.match("https?:", url):
+        return True
+    began = monotonic()
+    try:
+        HttpTransport(url, DEFAULT_QUEUE, "").call("GET", "/health", None, None)
+        note("%s answers, in %.0f ms." % (url, 1000 * (monotonic() - began)))
+        return True
+    except LabtaskerConnectError as error:
+        note(error)
+        return ask("Take this URL all the same? [y/N]", "--yes").lower() in ("y", "yes")
+
+
+def asked_queue(config, options):
+    """Return as `opened_queue` does, with another password where a person had to be asked for it again."""
+    while True:
+        try:
+            return opened_queue(config, options)
+        except LabtaskerRuntimeError as error:  # it is there, with another password
+            if options.password or os.environ.get("LABTASKER_PASSWORD"):
+                raise
+            note(error)
+        config = config._replace(password=ask("Its own password:", "--password", secret=True))
+
+
+# ---- Demo
+
+DEMO_SCRIPT = '''\
+"""Teaches one neuron to tell two clouds of points apart, and reports how well it does."""
+import math, random, sys
+import labtasker
+
+lr, steps = float(sys.argv[1]), int(sys.argv[2])
+if (lr, steps) == (1.0, 3000) and labtasker.task_info().retries == 0:
+    sys.exit("out of memory (not really: the demo wants to show a retry)")
+
+dice = random.Random(1)
+points = [(dice.gauss(x, 1.6), dice.gauss(x / 2, 1.0), x > 3) for x in (2, 4) for _ in range(150)]
+a = b = c = 0.0
+for step in range(steps):
+    x, y, is_far = dice.choice(points)
+    error = is_far - 1 / (1 + math.exp(-(a * x + b * y + c)))
+    a, b, c = a + lr * error * x, b + lr * error * y, c + lr * error
+acc = sum((a * x + b * y + c > 0) == is_far for x, y, is_far in points) / len(points)
+labtasker.report_task_status(labtasker.task_info().task_id, "running", summary={"acc": acc})
+print("lr=%g steps=%d: accuracy %.3f" % (lr, steps, acc))
+'''
+DEMO_STEPS = (
+    ["task", "submit", "--grid", "--name", "demo", "--", "--lr=0.003,0.03,0.3,1.0", "--steps=30,3000"],
+    ["loop", "--", "python3", "train.py", "%(lr)", "%(steps)"],  # done by two workers at once
+    ["task", "count"],
+    ["task", "ls", "-s", "success", "-S", "summary.acc:desc", "--no-pager"],
+)
+
+
+def do_demo(options):
+    import shutil
+    import tempfile
+    folder = tempfile.mkdtemp(prefix="labtasker-demo-")
+    try:
+        for name in ("labtasker", "labtasker_cli"):
+            shutil.copy(os.path.realpath(sys.modules[name].__file__), os.path.join(folder, name + ".py"))
+        run_demo(folder)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def run_demo(folder):
+    """Run a sweep in `folder`: two workers, one failure, one ranking; raises LabtaskerRuntimeError where it fails."""
+    began = monotonic()
+    with open(os.path.join(folder, "train.py"), "w") as file:
+        file.write(DEMO_SCRIPT)
+    say("A sweep in %s, which is removed at the end. The script:\n\n%s" % (
+        folder, re.sub("(?m)^", "    ", DEMO_SCRIPT.rstrip())))
+    codes = []
+    for words in DEMO_STEPS:
+        codes += demo_workers(folder, words) if words[0] == "loop" else [demo_start(folder, words).wait()]
+    store = StoreTransport(os.path.join(folder, ".labtasker"), DEFAULT_QUEUE)
+    tasks = Client(store).call("POST", "/api/v1/queues/me/tasks/search", {})["content"]
+    store.close()
+    done = sum(task["status"] == "success" for task in tasks)
+    retried = sum(task["retries"] == 1 for task in tasks)
+    say("\n%d of %d tasks done by two workers, %d after a retry, in %.1f s." % (
+        done, len(tasks), retried, monotonic() - began))
+    if any(codes) or (done, retried) != (8, 1):
+        raise LabtaskerRuntimeError("the demo did not go as it should; exit codes: %s" % codes)
+
+
+def demo_start(folder, words, suffix="", **streams):
+    """Return the process of a command of this program, shown first as one would type it."""
+    import shlex
+    import subprocess
+    words = ["python3", "-m", "labtasker"] + words
+    say("\n$ " + " ".join(shlex.quote(word) for word in words) + suffix)
+    sys.stdout.flush()
+    env = {key: value for key, value in os.environ.items() if not key.startswith("LABTASKER_")}
+    env.update(LABTASKER_ROOT=os.path.join(folder, ".labtasker"), PYTHONUNBUFFERED="1")
+    return subprocess.Popen([sys.executable if word == "python3" else word for word in words], cwd=folder, env=env,
+                            stdin=subprocess.DEVNULL, **streams)
+
+
+def demo_workers(folder, words):
+    """Return the exit codes of two workers that run at once, their lines shown as they come."""
+    import subprocess
+    workers = []
+
+    def echo(number, worker):
+        try:
+            for line in worker.stdout:
+                say("[worker %d] %s" % (number, clean(line.rstrip("\n"))))
+                sys.stdout.flush()
+        except BrokenPipeError:  # who reads the demo has seen enough; the main thread says so
+            pass
+    try:
+        for _ in (1, 2):
+            workers.append(demo_start(folder, words, " &", stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                                      universal_newlines=True))
+        readers = [threading.Thread(target=echo, args=pair) for pair in enumerate(workers, 1)]
+        for reader in readers:
+            reader.start()
+        for reader in readers:
+            reader.join()
+        return [worker.wait() for worker in workers]
+    finally:
+        for worker in workers:
+            worker.kill()
 
 
 # ---- Tasks: retry, why
@@ -1024,7 +1428,7 @@ def edited(text, name, read):
                 note("line %d: %s" % (number, words) if number else words)
             if not is_terminal(sys.stdin):
                 raise LabtaskerRuntimeError("%s, as it was edited, can't be taken: nothing was changed" % name)
-            if ask("Edit it again? [Y/n]", "", "y").lower() not in ("y", "yes"):
+            if ask("Edit it again? [Y/n]", "", default="y").lower() not in ("y", "yes"):
                 return None
             marked = with_marks(without_marks(found), mistakes)
     finally:
@@ -1648,6 +2052,13 @@ comfort("task why", do_task_why, "labtasker task why 3f2a -- python train.py --l
 comfort("watch", do_watch, "labtasker watch --name grid", SELECT + [
     option("--interval TIME", "between looks (2 s)", type=seconds, default=REFRESH_S)])
 comfort("config", do_config, "EDITOR=nano labtasker config")
+comfort("demo", do_demo, "labtasker demo")
+comfort("queue get", do_queue_get, "labtasker queue get", [option("-q --quiet", "print its id alone")])
+comfort("queue update", do_queue_update, "labtasker queue update --new-queue-name sweep2", [
+    option("--new-queue-name NAME", "letters, digits, _ and -"),
+    option("--new-password PASSWORD", "1 to 100 letters"), METADATA, SILENT])
+comfort("queue delete", do_queue_delete, "labtasker queue delete --cascade --yes",
+        [option("--cascade", "its tasks and workers too"), YES])
 comfort("journal verify", do_journal_verify, "labtasker journal verify --db-path old/journal.jsonl", [JOURNAL])
 comfort("journal repair", do_journal_repair, "labtasker journal repair", [JOURNAL, YES])
 comfort("journal compact", do_journal_compact, "labtasker journal compact", [JOURNAL])

@@ -460,7 +460,7 @@ def test_wide_and_long_values_fit_the_terminal(home):
     home.submit("--", "--text=" + "日本語" * 40, "--other=" + "x" * 200)
     home.submit("--name", "n" * 90, "--", "--lr=1")
     shown = on_terminal(home, ["task", "ls"], columns=60)[1].splitlines()
-    assert len(shown) == 3 and all(labtasker.cells_wide(line) <= 60 for line in shown), shown
+    assert len(shown) == 3 and all(labtasker_cli.cells_wide(line) <= 60 for line in shown), shown
     assert "x" * 200 in home.cli("task", "ls").stdout
     home.submit("--", "--long=" + "x" * 50000)
     assert len(home.cli("task", "ls").stdout) < 5000 and "x" * 50000 in home.cli("task", "ls", "--verbose").stdout
@@ -877,6 +877,39 @@ def test_labtasker_alone_does_the_work_and_says_what_it_lacks(alone, home):
     assert "did you mean config" in run_alone(alone, home, "confg", check=False).stderr
 
 
+@pytest.mark.slow
+def test_labtasker_alone_runs_a_cluster(alone, home, server):
+    """Each command of the work, by flags alone; a listing is a plain table, and what only people need is told of."""
+    words = ["init", "--url", server.url, "--queue-name", "mine", "--password", "secret"]
+    assert "Created queue mine" in run_alone(alone, home, *words).stdout
+    refused = run_alone(alone, home, *words, check=False)
+    assert refused.returncode == 2 and "Overwrite" in refused.stderr and "--yes" in refused.stderr
+    run_alone(alone, home, "queue", "create", "--queue-name", "other", "--password", "p")
+    run_alone(alone, home, "task", "submit", "--grid", "--name", "g", "--max-retries", "1", "--", "--lr=0.1,0.2", "--opt.name=a b")
+    run_alone(alone, home, "task", "submit", "--args", json.dumps({"text": HOSTILE}))
+    run_alone(alone, home, "loop", "-c", "echo %(opt.name); test %(lr) = 0.1", check=False)
+    shown = run_alone(alone, home, "task", "ls", "-f", "exists(args.lr)", "-S", "args.lr")
+    ids = [task["task_id"] for task in home.tasks("-f", "exists(args.lr)", "-S", "args.lr")]
+    assert shown.lines[0].split() == ["task_id", "status", "task_name", "args", "summary"]
+    assert [line.split()[:3] for line in shown.lines[1:]] == [[ids[0], "success", "g"], [ids[1], "failed", "g"]]
+    assert 'lr=0.1 opt.name="a b"' in shown.stdout
+    text = run_alone(alone, home, "task", "ls", "-s", "pending").stdout
+    assert "owned" in text and not set("\x1b\x07\x9b\u202e") & set(text)
+    assert json.loads(run_alone(alone, home, "task", "get", ids[0]).stdout)["args"]["lr"] == 0.1
+    assert "failed     1" in run_alone(alone, home, "task", "count").stdout
+    run_alone(alone, home, "task", "update", "--name", "g", "-u", "args.lr=9", "--reset-pending", "-q")
+    assert run_alone(alone, home, "task", "delete", "-y", ids[0]).stdout == "Deleted 1 task\n"
+    assert run_alone(alone, home, "task", "wait", "-f", "exists(args.nosuch)").returncode == 0
+    worker = run_alone(alone, home, "worker", "create", "--worker-name", "w", "--metadata", '{"gpu": 0}', "-q").stdout.strip()
+    assert "gpu=0" in run_alone(alone, home, "worker", "ls").stdout
+    run_alone(alone, home, "worker", "report", worker, "crashed")
+    run_alone(alone, home, "worker", "delete", worker, "--yes")
+    assert run_alone(alone, home, "health").stdout.startswith("healthy")
+    for words in (["task", "ls", "--fmt", "csv"], ["task", "ls", "--columns", "name"], ["task", "update", "--editor"]):
+        result = run_alone(alone, home, *words, check=False)
+        assert result.returncode == 1 and "%s needs labtasker_cli.py beside" % words[2] in result.stderr.replace(" csv", ""), result
+
+
 def test_a_second_file_of_another_version_does_not_stop_the_work(alone, home):
     (alone / "labtasker_cli.py").write_text("from labtasker import no_such_name")
     run_alone(alone, home, "task", "submit", "--", "--lr=1")
@@ -924,7 +957,9 @@ atexit.register(tell)
 def test_work_does_not_read_the_second_file(alone, home):
     (alone / "labtasker_cli.py").write_text("raise SystemExit('not needed')")
     run_alone(alone, home, "task", "submit", "--", "--lr=1")
-    run_alone(alone, home, "task", "ls")
+    run_alone(alone, home, "loop", "--", "echo", "%(lr)")
+    run_alone(alone, home, "task", "ls", "--fmt", "jsonl")
+    run_alone(alone, home, "task", "ls", "-q")
 
 
 def test_help_of_serve_tells_what_each_way_to_sync_may_lose():

@@ -82,10 +82,10 @@ def test_a_running_task_shows_its_worker_and_for_how_long(home):
 def test_a_duration_ends_with_the_attempt():
     times = ["2026-11-22T06:0%d:00+00:00" % minute for minute in range(4)]
     row = {"status": "success", "start_time": times[0], "last_modified": times[3], "created_at": times[0], "run_id": "r"}
-    assert labtasker.spent_s(labtasker.Task(row)) == 180
+    assert labtasker_cli.spent_s(labtasker.Task(row)) == 180
     task = labtasker.Task(row)
     task.attempts = [{"run_id": "r", "end": times[1]}]
-    assert labtasker.spent_s(task) == 60
+    assert labtasker_cli.spent_s(task) == 60
 
 
 # ---- sweeps
@@ -244,7 +244,7 @@ def test_a_screen_fits_whatever_its_size(width, height):
         if key:
             watch.press(key)
         lines = plain(watch.lines(width, height))
-        assert len(lines) == height and all(labtasker.cells_wide(line) <= width for line in lines), lines
+        assert len(lines) == height and all(labtasker_cli.cells_wide(line) <= width for line in lines), lines
 
 
 def test_keys_choose_filter_and_ask(monkeypatch):

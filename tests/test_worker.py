@@ -976,7 +976,7 @@ def plain_home(server_home):
     """A Place whose own copy of the module, here first on the path, never speaks of extensions."""
     source = harness.MODULE.read_text(encoding="utf-8")
     for line, instead in (('EXTENSIONS = "Labtasker-Extensions"', 'EXTENSIONS = "X-Nothing"'),
-                          (', wait_s=wait_s, answer="status")', ")")):
+                          ('answer="status", **locals())', "worker_id=worker_id, task_id=task_id)")):
         assert source.count("\n" + line) == 1 or source.count(line) == 1
         source = source.replace(line, instead)
     server_home.write("labtasker.py", source)
