@@ -789,7 +789,7 @@ def unmet(task, query):
         return []
     if isinstance(query, str):
         query = parse_filter(query, visible(TASK_FIELDS), now())
-    parts = query.get("$and", [query])
+    parts = query["$and"] if list(query) == ["$and"] else [query]
     return ["the filter's %s does not match" % json.dumps(part) for part in parts
             if not ls_tasks(task_id=task.task_id, extra_filter=part).content]
 

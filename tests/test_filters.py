@@ -315,7 +315,7 @@ EXPRESSIONS = [  # (filter, [args that match], [that don't])
     ({"$expr": {"$eq": ["$args.a.b", {"$literal": [1, 2]}]}}, [{"a": [{"b": 1}, 5, {}, {"b": 2}]}], [{"a": {"b": 1}}]),
     ({"$expr": {"$eq": ["$args.a", {"$literal": "$args.b"}]}}, [{"a": "$args.b"}], [{"a": 1, "b": 1}]),
     ({"$expr": {"$gt": [{"$add": ["$args.a", 1, 1]}, 3]}}, [{"a": 2}], [{"a": 1}, {"a": "x"}]),
-    ({"$expr": {"$lt": [{"$multiply": ["$args.a"]}, 0]}}, [], [{"a": 1}, {"a": "x"}]),
+    ({"$expr": {"$lt": [{"$multiply": ["$args.a"]}, 0]}}, [{"a": -1}], [{"a": 1}, {"a": "x"}]),
     ({"$expr": {"$add": ["$args.a"]}}, [{"a": 1}], [{"a": 0}, {"a": "x"}, {"a": [1]}, {}]),
     ({"$expr": {"$and": [{"$gt": ["$args.a", 1]}, {"$lt": ["$args.a", 3]}]}}, [{"a": 2}], [{"a": 1}, {"a": 3}, {}]),
     ({"$expr": {"$or": [{"$gt": ["$args.a", 1]}, "$args.b"]}}, [{"a": 2}, {"b": 1}, {"b": ""}, {"b": []}],
@@ -390,7 +390,7 @@ FILTERS = st.recursive(TESTS, lambda inner: st.builds(
 @pytest.mark.slow
 @settings(max_examples=300, deadline=None)
 @given(FILTERS, st.lists(RECORDS, min_size=1, max_size=5))
-def test_text_tree_document_and_tree_again_agree_on_every_record(text, records):
+def test_any_filter_has_an_answer_on_every_record_by_its_document_as_json_too(text, records):
     for record in records:
         assert matches(text, record) in (True, False)
 
@@ -399,7 +399,7 @@ def test_text_tree_document_and_tree_again_agree_on_every_record(text, records):
 @settings(max_examples=300, deadline=None)
 @given(st.text('()[]"\'<>=!&|+-*/%., \\\n01e' + "abdnorti#é", max_size=30)
        | st.builds("{}{}".format, FILTERS, st.text(max_size=3)))
-def test_any_text_gives_a_tree_or_a_filter_error_inside_the_text(text):
+def test_any_text_gives_a_document_or_a_filter_error_inside_the_text(text):
     try:
         read(written(text))(Record(args={}))
     except labtasker.FilterError as mistake:
@@ -414,7 +414,7 @@ DOCUMENTS = st.recursive(VALUES, lambda inner: st.lists(inner, max_size=2) | st.
 @pytest.mark.slow
 @settings(max_examples=300, deadline=None)
 @given(DOCUMENTS, RECORDS)
-def test_any_document_gives_a_tree_or_a_clear_refusal(document, record):
+def test_any_document_gives_a_predicate_or_a_clear_refusal(document, record):
     try:
         found = read(document)
     except labtasker.LabtaskerValueError as mistake:

@@ -40,6 +40,7 @@ HARD = [("a" * 300000, (r"a.*aaaab", r"a\w+a\w+b", r"(?i)a\w+a\w+b", r"\w+?\w+?!
 @pytest.mark.parametrize("pattern, there, missing", ACCEPTED, ids=[row[0] for row in ACCEPTED])
 def test_an_ordinary_pattern_is_accepted_and_finds_what_re_finds(pattern, there, missing):
     import re
+
     def test(text):
         return L.compile_query({"task_name": {"$regex": pattern}}, L.TASK_FIELDS)(L.TaskRecord(task_name=text))
     assert test(there) and re.search(pattern, there)
