@@ -3877,6 +3877,37 @@ def _run_worker(store, caller, request, route):
 Stream = collections.namedtuple("Stream", "pieces")  # an answer without an end: server-sent events, as bytes
 
 
+class Page(collections.namedtuple("Page", "head body etag")):
+    """An answer for a browser to show: header lines, and bytes that its copy under this ETag has already."""
+
+    __slots__ = ()
+
+
+def comforts():
+    """Return the module labtasker_cli that lies beside this file, its commands now in COMMANDS, or None."""
+    path = os.path.join(os.path.dirname(os.path.realpath(__file__)), "labtasker_cli.py")
+    if "labtasker_cli" not in sys.modules and os.path.isfile(path):
+        import importlib.util
+        spec = importlib.util.spec_from_file_location("labtasker_cli", path)
+        module = importlib.util.module_from_spec(spec)
+        try:
+            spec.loader.exec_module(module)
+        except ImportError as error:  # work goes on without it
+            module = None
+            print("labtasker: %s is of another version than labtasker %s (%s): copy both anew" % (
+                path, __version__, error), file=sys.stderr)
+        sys.modules["labtasker_cli"] = module  # now that it is whole: other threads look here
+    return sys.modules.get("labtasker_cli")
+
+
+def _run_comfort(store, caller, request, route):
+    """Return what the function of labtasker_cli.py answers that the route names as its operation."""
+    if comforts():
+        return getattr(comforts(), route.operation)(store, caller, request)
+    return Page("Content-Type: text/plain\r\nCache-Control: no-store\r\n", b"The page of this Labtasker server needs "
+                b"labtasker_cli.py beside labtasker.py: copy it there, of the same version, and reload.\n", None)
+
+
 def _run_events(store, caller, request, route):
     """Return the Stream of a queue's events, from after the one whose id was given, else from this moment on."""
     _run(store, caller, request, route)  # the queue is there, or one of this LocalName may be made later
@@ -3942,6 +3973,10 @@ def _always(store, call):
     return True
 
 
+def _once_loaded(store, call):
+    return "labtasker_cli" in sys.modules
+
+
 def _unless_new_filter(store, call):
     return call.request["extra_filter"] is None or store.has_standing(call.caller, call.request)
 
@@ -3967,7 +4002,10 @@ _PAGE = {"offset": Arg("whole", 0), "limit": Arg("whole", 100), "extra_filter": 
 _QUEUE, _TASKS, _WORKERS = "/api/v1/queues/me", "/api/v1/queues/me/tasks", "/api/v1/queues/me/workers"
 
 ROUTES = {
-    "GET /": _route(None, "a welcome", open=True, run=_run_welcome, quick=_always),
+    "GET /": _route(None, "a welcome; to a browser, /page", open=True, run=_run_welcome, quick=_always),
+    "GET /page": _route("page_html", "the page for a browser", open=True, run=_run_comfort, quick=_once_loaded),
+    "GET /page.css": _route("page_css", "how it looks", open=True, run=_run_comfort, quick=_once_loaded),
+    "GET /page.js": _route("page_js", "what it does", open=True, run=_run_comfort, quick=_once_loaded),
     "GET /health": _route(None, "whether the server answers", open=True, run=lambda *_: {"connection": "ok"},
                           quick=_always),
     "GET /health/full": _route(None, "whether the store can be written", open=True, run=_run_health, quick=_always),
@@ -3996,6 +4034,10 @@ ROUTES = {
     "POST " + _TASKS + "/search": _route(
         search_tasks_op, "tasks that match", writes=False, prepare=_read_task_filter,
         fields=dict(_PAGE, task_id=Arg("id"), task_name=Arg("text"), status=Arg("status"))),
+    "POST " + _TASKS + "/view": _route(
+        "view_tasks", "columns of tasks that match, short enough to look at, and how many there are by status",
+        prepare=_read_task_filter, run=_run_comfort,
+        fields=dict(_PAGE, status=Arg("status"), columns=Arg("texts"), spread=Arg("bool", False))),
     "POST " + _TASKS + "/next": _route(
         fetch_task_op, "fetch the next task that matches, and run it", prepare=_prepare_fetch, run=_run_fetch,
         waits=_until_found, quick=_unless_new_filter,
@@ -4005,6 +4047,9 @@ ROUTES = {
                 "attempt": _ours("attempt")}),
     "GET " + _TASKS + "/{task_id}": _route(get_task_op, "one task", writes=False, quick=_always),
     "DELETE " + _TASKS + "/{task_id}": _route(delete_task_op, "delete a task", status=204, quick=_always),
+    "GET " + _TASKS + "/{task_id}/log": _route(
+        "log_of_run", "the end of what a run wrote, where its log lies beside the store, else where it lies",
+        run=_run_comfort, query={"run_id": Arg("id")}),
     "POST " + _TASKS + "/{task_id}/status": _route(
         report_task_op, "report on a run, or on a task", quick=_always,
         fields={"status": Arg("status", REQUIRED), "worker_id": Arg("id"), "summary": Arg("dict"),
@@ -4108,7 +4153,7 @@ def answer_call(store, login, method, path, body=None, query=None, extensions=Tr
 
 def shown(route, answer, extensions):
     """Return (HTTP status, answer in JSON types) of what an operation answered."""
-    if isinstance(answer, Stream):
+    if isinstance(answer, (Stream, Page)):
         return route.status, answer
     if answer is None:
         return route.status, None if route.status == 204 else {}
@@ -4352,17 +4397,23 @@ def _json_in_pieces(answer):
 
 
 def http_answer(status, answer, request, keep):
-    """Return the bytes of an answer in JSON types; of a stream, its head."""
+    """Return the bytes of an answer in JSON types, or of a Page; of a stream, its head."""
+    is_page = isinstance(answer, Page)
+    if is_page and answer.etag and request.head.fields.get("if-none-match") == answer.etag:
+        status = 304
     extensions = request is not None and request.head.extensions
     start = _STARTS.get((status, extensions, keep))
     if start is None:
         start = _STARTS[status, extensions, keep] = _http_start(status, extensions, keep)
+    if request is not None and request.target == "/":
+        start += b"Vary: Accept\r\n"
     if isinstance(answer, Stream):
         return start + b"Content-Type: text/event-stream\r\nCache-Control: no-store\r\n\r\n"
-    if status == 204:
+    start += answer.head.encode() if is_page else b"Content-Type: application/json\r\n" if status != 204 else b""
+    if status in (204, 304):
         return start + b"\r\n"
-    body = b"" if answer is None else _json_in_pieces(answer).encode()
-    start += b"Content-Type: application/json\r\nContent-Length: %d\r\n\r\n" % len(body)
+    body = answer.body if is_page else b"" if answer is None else _json_in_pieces(answer).encode()
+    start += b"Content-Length: %d\r\n\r\n" % len(body)
     return start if request is not None and request.method == "HEAD" else start + body
 
 
@@ -4773,7 +4824,7 @@ class _Requests(_Peers):
         """Run a call: its answer leaves at the end of this turn, unless it waits for something."""
         route, caller, asked = call
         batch, answer = None, None
-        if route.operation is None:
+        if route.open:
             answer = route.run(self.store, caller, asked, route)
         else:
             batch, answer = self.store.begin(route.operation, caller, asked, route.writes)
@@ -4851,6 +4902,9 @@ class _Requests(_Peers):
         if query or "%" in path:
             from urllib.parse import parse_qsl, unquote
             path, asked = unquote(path), dict(parse_qsl(query))
+        wanted = request.head.fields.get("accept", "")
+        if path == "/" and re.search(r"text/html(?!\s*;\s*q=0(\.0*)?\s*(,|\Z))", wanted, re.IGNORECASE):
+            path = "/page"
         if "last-event-id" in request.head.fields:
             asked["last_event_id"] = request.head.fields["last-event-id"]
         return find_route("GET" if request.method == "HEAD" else request.method, path) + (asked,)
@@ -8851,21 +8905,6 @@ COMFORTS = {  # the commands of labtasker_cli.py, and what they are for
     "help journal": "Print the format of the journal, a line a transaction.",
     "help api": "Print the routes of the REST API.",
 }
-
-
-def comforts():
-    """Return the module labtasker_cli that lies beside this file, its commands now in COMMANDS, or None."""
-    path = os.path.join(os.path.dirname(os.path.realpath(__file__)), "labtasker_cli.py")
-    if "labtasker_cli" not in sys.modules and os.path.isfile(path):
-        import importlib.util
-        spec = importlib.util.spec_from_file_location("labtasker_cli", path)
-        module = sys.modules["labtasker_cli"] = importlib.util.module_from_spec(spec)
-        try:
-            spec.loader.exec_module(module)
-        except ImportError as error:  # work goes on without it
-            sys.modules["labtasker_cli"] = None
-            note("%s is of another version than labtasker %s (%s): copy both anew" % (path, __version__, error))
-    return sys.modules.get("labtasker_cli")
 
 
 def comforts_for(what):

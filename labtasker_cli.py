@@ -8,25 +8,29 @@ test_terminal.py, test_slurm.py.
 import collections
 import itertools
 import json
+import operator
 import os
 import re
+import stat
 import sys
 import threading
 import time
+import zlib
 
 from labtasker import (
     ARITHMETIC, CALLS, COMFORTS, COMMANDS, COMPARISONS, CONFIG_NAME, CONTROL, DATE_FORMS, DEFAULT_QUEUE, EVERY, FILTER,
-    FORMAT, ID, IDS, INSTEAD, JOURNAL, LOGIC, METADATA, OPERATORS, QUIET, RECORDS, REQUIRED, ROUTES, SELECT, SETTINGS,
-    SILENT, TASK_FIELDS, TASK_STATES, UPDATABLE, YES, Client, Command, Disk, HttpTransport, JobCommand,
-    LabtaskerConnectError, LabtaskerError, LabtaskerHTTPStatusError, LabtaskerRuntimeError, LabtaskerValueError,
-    NotFound, Store, StoreTransport, Task, TaskUpdateRequest, Template, UsageError, as_jsonl, ask, base_url, brief,
-    change_of, check_field, check_queue_name, choice, chosen_tasks, clean, client, compact, confirm, connect_events,
-    count, covers, delete_queue, dig, duration, filter_of, find_root, flat, format_time, full_id, get_queue, get_task,
-    given_settings, group, health_check, ids_of, is_away, is_terminal, joined, journal_header, journal_path,
-    last_durable, load_config, ls_tasks, ls_workers, main, metadata_of, monotonic, new_id, note, now, opened_queue,
-    option, pairs, parse, parse_filter, parse_time, paths_of, read_server_file, read_text, record_text, say, sealed,
-    seconds, selectors, show, show_listing, some, store_error, store_folder, tasks_named, typed_filter, typed_value,
-    unseal, update_queue, update_tasks, updates_of, use_client, visible)
+    FORMAT, ID, IDS, INSTEAD, JOURNAL, LOGIC, METADATA, NAME, OPERATORS, QUIET, RECORDS, REQUIRED, ROUTES, SELECT,
+    SETTINGS, SILENT, TASK_FIELDS, TASK_STATES, UPDATABLE, YES, Client, Command, Disk, HttpTransport, Instant,
+    JobCommand, LabtaskerConnectError, LabtaskerError, LabtaskerHTTPStatusError, LabtaskerRuntimeError,
+    LabtaskerValueError, NotFound, Page, Store, StoreTransport, Task, TaskUpdateRequest, Template, UsageError, _order,
+    _seen, as_jsonl, ask, base_url, brief, change_of, check_field, check_queue_name, choice, chosen_tasks, clean,
+    client, compact, confirm, connect_events, count, covers, delete_queue, dig, duration, filter_of, find_root, flat,
+    format_time, full_id, get_queue, get_task, get_task_op, given_settings, group, health_check, ids_of, is_away,
+    is_terminal, joined, journal_header, journal_path, last_durable, load_config, ls_tasks, ls_workers, main,
+    metadata_of, monotonic, new_id, note, now, opened_queue, option, pairs, parse, parse_filter, parse_time, paths_of,
+    read_server_file, read_text, record_text, say, sealed, seconds, selectors, show, show_listing, some, store_error,
+    store_folder, tasks_named, typed_filter, typed_value, unseal, update_queue, update_tasks, updates_of, use_client,
+    visible)
 
 __all__ = ["main", "server_main"]
 
@@ -2034,6 +2038,207 @@ def api_reference():
     return "\n".join(lines)
 
 
+# ---- The page: what the server answers a browser
+
+LOOK_BACK_S, FEWEST = 60, 20  # the rate is that of the tasks that ended in this time, or of so many
+SAMPLE, MOST_PATHS = 300, 400  # tasks that are looked at for what fields there are; fields that are told
+CELL, MOST_ROWS, TAIL_BYTES = 300, 20000, 1 << 17  # letters of a cell; rows of a view; bytes of a log
+
+POLICY = "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src 'self' data:; " \
+         "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+
+
+def page_of(kind, text):
+    """Return the Page of a text that never changes while the server runs."""
+    body = text.encode()
+    return Page("Content-Type: %s; charset=utf-8\r\nCache-Control: no-cache\r\nETag: \"%08x-%x\"\r\n"
+                "Content-Security-Policy: %s\r\nX-Content-Type-Options: nosniff\r\nReferrer-Policy: no-referrer\r\n"
+                "Cross-Origin-Opener-Policy: same-origin\r\nCross-Origin-Resource-Policy: same-origin\r\n" % (
+                    kind, zlib.crc32(body), len(body), POLICY), body, "\"%08x-%x\"" % (zlib.crc32(body), len(body)))
+
+
+def page_html(store, caller, request):
+    """Return the page."""
+    return page_of("text/html", PAGE_HTML)
+
+
+def page_css(store, caller, request):
+    """Return how the page looks."""
+    return page_of("text/css", PAGE_CSS)
+
+
+def page_js(store, caller, request):
+    """Return what the page does."""
+    return page_of("text/javascript", PAGE_JS)
+
+
+def view_tasks(store, caller, request):
+    """Return columns of the tasks that match: {rows: [[task id, status, cell...]], counts: {status: number}, queue:
+    {counts, per_s, eta_s}, fields: {dotted path: whether of numbers}, found: number}.
+
+    A cell is null, true, false, a number or text of bounded length. `counts` are those that the filter matches,
+    whatever their status. With `spread` the rows are a sample of those with values in the first two columns."""
+    return store.transact(lambda store, queue, request, at: (
+        [], lambda records=list(queue.tasks.values()): viewed(store, records, request, at)), caller, request, False)
+
+
+def viewed(store, records, request, at):
+    """Return what `view_tasks` answers, from a list of records in the order of their last change; outside the lock."""
+    everything = collections.Counter(record.status for record in records)
+    chosen, counts = records, everything
+    if request["extra_filter"] is not None:
+        seen = (_seen(store, record) if record.status == "running" else record for record in records)
+        chosen = list(filter(request["predicate"], seen))
+        counts = collections.Counter(record.status for record in chosen)
+    if request["status"]:
+        chosen = [record for record in chosen if record.status == request["status"]]
+    names = request["columns"] or []
+    if request["spread"]:
+        both = [value_of(name) for name in names[:2]]
+        chosen = [record for record in chosen if all(get(record) is not None for get in both)]
+    getters = [column_of(name) for name in names]
+    return {"rows": [[record.task_id, record.status] + [get(record) for get in getters]
+                     for record in rows_of(store, chosen, request)],
+            "found": len(chosen), "counts": counts, "queue": queue_pace(records, everything, at),
+            "fields": fields_of(records), "at": at}
+
+
+def rows_of(store, records, request):
+    """Return the records that are shown: a page of them in the order asked for, or a sample, always the same."""
+    offset, limit = request["offset"], min(request["limit"], MOST_ROWS)
+    if request["spread"]:  # not each k-th: a sweep's args come round in turn
+        import heapq
+        found = heapq.nsmallest(limit, records, lambda record: zlib.crc32(record.task_id.encode()))
+    elif not request["sort"]:
+        found = records[::-1][offset:offset + limit]
+    else:
+        found = sorted_page(records, request["sort"], offset, limit)
+    return [_seen(store, record) if record.status == "running" else record for record in found]
+
+
+def sorted_page(records, sort, offset, limit):
+    """Return a page of the records in order of a field, both ways with those last that have no value, or NaN."""
+    (field, way), = sort[:1]
+    get, end, is_last = value_of(field), offset + limit, way > 0
+
+    def key(record):
+        value = get(record)
+        return (value is None or value != value) == is_last, _order(value), record.created_at, record.task_id
+    if end > MOST_ROWS // 10:  # then sorting all is faster
+        return sorted(records, key=key, reverse=way < 0)[offset:end]
+    import heapq
+    found = heapq.nsmallest(end, records, key) if way > 0 else heapq.nlargest(end, reversed(records), key)
+    return found[offset:end]
+
+
+def value_of(field):
+    """Return the function that takes a column's value from a record; raises LabtaskerValueError."""
+    if field in MADE_UP:
+        return MADE_UP[field]
+    top, *path = field.split(".")
+    if top not in visible(TASK_FIELDS):
+        raise LabtaskerValueError("there is no column %s: fields of tasks are %s; made up are %s" % (
+            brief(field), ", ".join(visible(TASK_FIELDS)), ", ".join(MADE_UP)))
+    get = operator.attrgetter(top)
+    return (lambda record: dig(get(record), path)) if path else get
+
+
+def column_of(field):
+    """Return the function that makes a column's cell from a record."""
+    get = value_of(field)
+    return lambda record: cell(get(record))
+
+
+def cell(value):
+    """Return a value as it fits into a table: what is long is cut, what is nested is text."""
+    if isinstance(value, Instant):
+        return format_time(value)
+    if value is None or isinstance(value, (bool, int, float)):
+        return value
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False) if value else ""
+    return text if len(text) <= CELL else text[:CELL - 1] + "…"
+
+
+def took_s(record):
+    """Return the seconds that a record's run takes by now, or took; None without a run."""
+    if record.start_time is None or record.status == "pending":
+        return None
+    last = (record.attempts or [{}])[-1]
+    end = last.get("end") if last.get("run_id") == record.run_id and record.status != "running" else None
+    until = now() if record.status == "running" else end or record.last_modified
+    return max(0.0, (parse_time(until) if isinstance(until, str) else until) - record.start_time)
+
+
+MADE_UP = {  # columns that are no fields of a task
+    "duration": took_s,
+    "error": lambda record: error_of(record) or None,
+    "host": lambda record: record.attempts[-1].get("host") if record.attempts else None,
+}
+
+
+def fields_of(records):
+    """Return {dotted path: whether only numbers were seen there} of args, summary and metadata, from tasks here and
+    there, most common first."""
+    found, others = collections.Counter(), set()
+    for at in range(0, len(records), max(1, len(records) // SAMPLE)):
+        for top in ("args", "summary", "metadata"):
+            for key, value in itertools.islice(flat(getattr(records[at], top)), MOST_PATHS):
+                path = (top + "." + key)[:CELL]
+                found[path] += 1
+                if type(value) not in (int, float):
+                    others.add(path)
+    return {path: path not in others for path, _ in found.most_common(MOST_PATHS)}
+
+
+def queue_pace(records, counts, at):
+    """Return {counts, per_s, eta_s}: how many tasks a second ended lately, and how long the rest takes at that pace."""
+    ended = []
+    for record in reversed(records):
+        if record.last_modified < at - LOOK_BACK_S and len(ended) >= FEWEST:
+            break
+        if record.status in ("success", "failed") and record.start_time is not None:
+            ended.append(record)
+    since = ended[-1].last_modified if len(ended) > 1 else ended[0].start_time if ended else at
+    per_s = max(1, len(ended) - 1) / (at - since) if since < at else 0
+    left = counts["pending"] + counts["running"]
+    return {"counts": counts, "per_s": per_s, "eta_s": left / per_s if per_s and counts["running"] else None}
+
+
+def log_of_run(store, caller, request):
+    """Return the end of what a run wrote: {run_id, text, size, host, path}; without text where it lies elsewhere."""
+    task = store.transact(get_task_op, caller, request, False)
+    attempts = {attempt.get("run_id"): attempt for attempt in task.attempts}
+    run_id = request["run_id"] or task.run_id or next(reversed(list(attempts)), None)
+    if run_id != task.run_id and run_id not in attempts:
+        raise NotFound("task %s has no run %s" % (task.task_id, run_id))
+    told = attempts.get(run_id, {})
+    found = {"run_id": run_id, "host": told.get("host"), "path": told.get("log"), "text": None, "size": None}
+    if run_id and NAME.match(run_id) and NAME.match(task.task_id):
+        found.update(zip(("text", "size"), tail_of(store.folder, ("logs", task.task_id, run_id, "run.log"))))
+    return found
+
+
+def tail_of(folder, names):
+    """Return (the last text, the size) of a file that lies below a folder by these names, (None, None) where it does
+    not, or where any of them is a link or no plain file: a worker's folder may be another user's to write to."""
+    fds = []
+    try:
+        fds.append(os.open(folder, os.O_RDONLY | os.O_DIRECTORY))
+        for name in names[:-1]:
+            fds.append(os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=fds[-1]))
+        fds.append(os.open(names[-1], os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=fds[-1]))
+        status = os.fstat(fds[-1])
+        if not stat.S_ISREG(status.st_mode):
+            return None, None
+        data = os.pread(fds[-1], TAIL_BYTES, max(0, status.st_size - TAIL_BYTES))
+        return data.decode("utf-8", "replace"), status.st_size
+    except (OSError, ValueError):
+        return None, None
+    finally:
+        for fd in fds:
+            os.close(fd)
+
+
 # ---- The table
 
 
@@ -2083,3 +2288,2212 @@ comfort("help filter", lambda options: show(filter_reference()), "labtasker help
 comfort("help settings", lambda options: show(settings_reference()), "labtasker help settings")
 comfort("help journal", lambda options: show(journal_reference()), "labtasker help journal")
 comfort("help api", lambda options: show(api_reference()), "labtasker help api")
+
+
+# ---- The page: its parts, as the browser gets them
+
+PAGE_HTML = r"""<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark">
+<title>Labtasker</title>
+<link rel="icon" href="data:image/svg+xml,%3Csvg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 16 16'
+%3E%3Crect width='16' height='16' rx='3' fill='%232b5bcc'/%3E%3Cpath d='M4 4h2v6h6v2H4z' fill='%23fff'/%3E%3C/svg%3E">
+<link rel="stylesheet" href="/page.css">
+<script type="module" src="/page.js"></script>
+</head>
+<body>
+<noscript><p class="alone">This page needs JavaScript. Without it there are <code>labtasker task ls</code> and
+  <code>labtasker watch</code>.</p></noscript>
+
+<main id="login" class="alone" hidden>
+  <form id="login-form" autocomplete="on">
+    <h1>Labtasker</h1>
+    <p id="login-where" class="quiet"></p>
+    <label>Queue <input id="login-queue" name="username" autocomplete="username" required autocapitalize="none"
+      spellcheck="false"></label>
+    <label>Password <input id="login-password" name="password" type="password" autocomplete="current-password"
+      required></label>
+    <label class="tick"><input id="login-stay" type="checkbox"> Stay logged in on this computer</label>
+    <p id="login-error" role="alert"></p>
+    <button type="submit" class="main">Log in</button>
+    <p class="quiet">Both are in <code>.labtasker/config.toml</code>, where the tasks were submitted from. Unless you
+      ask to stay logged in, they are forgotten with this tab.</p>
+  </form>
+</main>
+
+<div id="app" hidden>
+  <a class="skip" href="#main">Skip to the content</a>
+  <header>
+    <h1><bdi id="queue-name"></bdi></h1>
+    <nav aria-label="Views">
+      <a id="to-tasks" href="#view=tasks">Tasks</a>
+      <a id="to-plot" href="#view=plot">Plot</a>
+      <a id="to-grid" href="#view=grid">Grid</a>
+      <a id="to-workers" href="#view=workers">Workers</a>
+    </nav>
+    <p id="connection" class="away"><span class="dot"></span><span id="connection-text">Connecting</span></p>
+    <button id="help" type="button" aria-label="Keyboard shortcuts" title="Keyboard shortcuts (?)">?</button>
+    <button id="logout" type="button">Log out</button>
+  </header>
+
+  <section id="away" aria-label="Connection lost" hidden><span id="away-text"></span> <span id="away-wait"></span>
+    <button id="away-now" type="button">Try now</button></section>
+
+  <section id="overview" aria-label="Overview">
+    <div id="states" role="group" aria-label="Show by status"></div>
+    <dl>
+      <div><dt>Done</dt><dd id="done">–</dd></div>
+      <div><dt>Rate</dt><dd id="rate">–</dd></div>
+      <div><dt>ETA</dt><dd id="eta">–</dd></div>
+    </dl>
+    <div id="bar" role="img" aria-label="Progress"></div>
+  </section>
+
+  <form id="filter-form" role="search">
+    <label for="filter" class="sr">Filter</label>
+    <div id="filter-box">
+      <input id="filter" type="text" autocomplete="off"
+        placeholder="Filter, such as  args.lr &gt; 0.01 and status == &quot;failed&quot;" autocapitalize="none"
+        autocorrect="off" spellcheck="false" aria-describedby="filter-error">
+      <button id="filter-clear" type="button" aria-label="Clear the filter" title="Clear the filter" hidden>×</button>
+    </div>
+    <button type="submit">Filter</button>
+    <div id="filter-error" role="alert" hidden></div>
+  </form>
+
+  <main id="main" tabindex="-1">
+    <section id="tasks" aria-label="Tasks" hidden>
+      <div class="tools">
+        <div role="group" aria-label="Selected tasks" id="selection">
+          <span id="selected">None selected</span>
+          <button id="select-none" type="button">Clear selection</button>
+          <button id="do-cancel" type="button" data-action="cancel">Cancel…</button>
+          <button id="do-retry" type="button" data-action="retry">Retry…</button>
+          <button id="do-priority" type="button" data-action="priority">Priority…</button>
+          <button id="do-delete" type="button" data-action="delete">Delete…</button>
+          <button id="select-all" type="button" hidden></button>
+        </div>
+        <div role="group" aria-label="Pages" id="pages">
+          <button id="columns" type="button">Columns…</button>
+          <span id="range"></span>
+          <button id="previous" type="button" aria-label="Previous page" title="Previous page (p)">‹</button>
+          <button id="next" type="button" aria-label="Next page" title="Next page (n)">›</button>
+        </div>
+      </div>
+      <div class="split">
+        <div class="scroll" tabindex="0" role="region" aria-label="Table of tasks">
+          <table id="table">
+            <caption class="sr">Tasks</caption><colgroup></colgroup><thead><tr></tr></thead><tbody></tbody>
+          </table>
+          <p id="empty" class="quiet" hidden></p>
+        </div>
+        <article id="task" aria-label="Task" tabindex="-1" hidden></article>
+      </div>
+    </section>
+
+    <section id="plot" aria-label="Plot" hidden>
+      <form class="tools">
+        <label>Vertical <select id="plot-y"></select></label>
+        <label>Horizontal <select id="plot-x"></select></label>
+        <label>Colour <select id="plot-colour"></select></label>
+        <label class="tick"><input id="plot-logy" type="checkbox"> Log vertical</label>
+        <label class="tick"><input id="plot-logx" type="checkbox"> Log horizontal</label>
+      </form>
+      <p id="plot-note" class="quiet note"></p>
+      <p id="plot-legend" class="quiet"></p>
+      <div id="plot-drawing" class="drawing"></div>
+      <details id="plot-data"><summary>The data as a table</summary></details>
+    </section>
+
+    <section id="grid" aria-label="Grid" hidden>
+      <form class="tools">
+        <label>Rows <select id="grid-y"></select></label>
+        <label>Columns <select id="grid-x"></select></label>
+        <label>Metric <select id="grid-metric"></select></label>
+        <label>Shown <select id="grid-how"><option value="mean">Mean</option><option value="min">Lowest</option>
+          <option value="max">Highest</option><option value="count">Number of tasks</option></select></label>
+      </form>
+      <p id="grid-note" class="quiet note"></p>
+      <div id="grid-drawing" class="drawing"></div>
+      <details id="grid-data"><summary>The data as a table</summary></details>
+    </section>
+
+    <section id="workers" aria-label="Workers" hidden>
+      <p id="workers-note" class="quiet note"></p>
+      <div class="scroll" tabindex="0" role="region" aria-label="Table of workers">
+        <table id="worker-table">
+          <caption class="sr">Workers</caption><colgroup></colgroup><thead><tr></tr></thead><tbody></tbody>
+        </table>
+      </div>
+    </section>
+  </main>
+</div>
+
+<div id="toasts" role="region" aria-label="Notifications"></div>
+<div id="tip" aria-hidden="true" hidden></div>
+<p id="said" class="sr" role="status"></p>
+<dialog id="dialog" aria-labelledby="dialog-title"></dialog>
+</body>
+</html>
+"""
+
+PAGE_CSS = r"""/* Colours: greys, one accent, and one a status; text has a contrast of 4.5 and more. */
+:root {
+  --ground: #fff; --raised: #f6f7f9; --line: #dfe3e8; --strong: #8a94a0; --text: #1a1f26; --quiet: #57606a;
+  --accent: #2b5bcc; --on-accent: #fff; --tint: #eaf0fd;
+  --pending: #8a94a0; --running: #2b5bcc; --success: #1f8a4c; --failed: #c93434; --cancelled: #b7791f;
+  --failed-text: #b42626; --failed-ground: #fdf0f0;
+  --c0: #2b5bcc; --c1: #c2571a; --c2: #1f8a4c; --c3: #8b45b5; --c4: #0d8597; --c5: #b0346f; --c6: #7a828c;
+  --deepest: 0.7;  /* the deepest colour that text can be read on */
+  --mono: ui-monospace, SFMono-Regular, "SF Mono", Menlo, Consolas, "DejaVu Sans Mono", "Liberation Mono", monospace;
+  --row: 2.125rem; --stretch: 1rem;
+}
+@media (prefers-color-scheme: dark) {
+  :root {
+    --ground: #101216; --raised: #181b21; --line: #2a2f38; --strong: #6b7582; --text: #e2e6eb; --quiet: #9aa4af;
+    --accent: #84a9ff; --on-accent: #0c1630; --tint: #1b2740;
+    --pending: #78828e; --running: #84a9ff; --success: #4fbf7d; --failed: #f07171; --cancelled: #d9a441;
+    --failed-text: #ff9a9a; --failed-ground: #2c1719;
+    --deepest: 0.5;
+    --c0: #84a9ff; --c1: #f0975c; --c2: #4fbf7d; --c3: #c792ea; --c4: #4cc3d4; --c5: #f07fb0; --c6: #98a2ad;
+  }
+}
+
+/* The page */
+*, ::before, ::after { box-sizing: border-box; }
+[hidden] { display: none !important; }
+html { font-size: clamp(14px, 11.6px + 0.17vw, 19px); color-scheme: light dark; }
+body { margin: 0; background: var(--ground); color: var(--text); line-height: 1.45;
+  font-family: system-ui, -apple-system, "Segoe UI", Roboto, "Noto Sans", "Liberation Sans", Arial, sans-serif;
+  font-variant-numeric: tabular-nums; -webkit-text-size-adjust: 100%; }
+h1, h2, h3, p, dl, dd, pre { margin: 0; font-weight: inherit; font-size: inherit; }
+a { color: var(--accent); text-decoration: none; }
+a:hover { text-decoration: underline; }
+code, pre, .mono { font-family: var(--mono); font-size: 0.923em; }
+.quiet { color: var(--quiet); }
+.sr { position: absolute; width: 1px; height: 1px; margin: -1px; padding: 0; overflow: hidden;
+  clip-path: inset(50%); white-space: nowrap; border: 0; }
+:focus-visible { outline: 2px solid var(--accent); outline-offset: 1px; border-radius: 3px; }
+#main:focus, article:focus { outline: none; }
+.skip { position: absolute; left: 0.5rem; top: -4rem; background: var(--ground); padding: 0.5rem 0.75rem;
+  z-index: 9; }
+.skip:focus { top: 0.25rem; }
+.dot { display: inline-block; width: 0.571rem; height: 0.571rem; border-radius: 50%;
+  background: var(--dot, var(--pending)); flex: none; }
+.pending { --dot: var(--pending); } .running { --dot: var(--running); } .success { --dot: var(--success); }
+.failed { --dot: var(--failed); } .cancelled { --dot: var(--cancelled); }
+.active { --dot: var(--success); } .suspended { --dot: var(--cancelled); } .crashed { --dot: var(--failed); }
+.pending > .dot, .cancelled > .dot { background: none; border: 0.143rem solid var(--dot); }
+
+/* Controls */
+button, input, select, textarea { font: inherit; color: inherit; }
+button, select, input:not([type=checkbox], [type=radio]) { height: 2rem; border: 1px solid var(--line);
+  border-radius: 5px; background: var(--ground); padding: 0 0.643rem; }
+input:not([type=checkbox], [type=radio]), select { border-color: var(--strong); }
+select { padding: 0 0.286rem; max-width: 14rem; }
+button { cursor: pointer; white-space: nowrap; }
+button:hover:not(:disabled) { background: var(--raised); border-color: var(--strong); }
+button:disabled { color: var(--quiet); cursor: default; opacity: 0.75; }
+button.main { background: var(--accent); border-color: var(--accent); color: var(--on-accent); }
+button.main:hover:not(:disabled) { background: var(--accent); filter: brightness(1.08); }
+button.danger { background: var(--failed-text); border-color: var(--failed-text); color: var(--ground); }
+button.danger:hover:not(:disabled) { background: var(--failed-text); filter: brightness(1.08); }
+button.plain { border: 0; background: none; padding: 0 0.25rem; height: auto; color: var(--accent); }
+button.plain:hover:not(:disabled) { background: none; text-decoration: underline; }
+input[type=checkbox] { width: 1.071rem; height: 1.071rem; margin: 0; accent-color: var(--accent);
+  vertical-align: middle; }
+label { display: inline-flex; align-items: center; gap: 0.5rem; }
+label.tick { gap: 0.429rem; }
+
+/* Log in */
+.alone { max-width: 24rem; margin: 12vh auto 2rem; padding: 0 1.25rem; }
+#login form { display: grid; gap: 1rem; }
+#login h1 { font-size: 1.571rem; font-weight: 600; letter-spacing: -0.01em; }
+#login label:not(.tick) { display: grid; gap: 0.286rem; font-weight: 500; }
+#login input:not([type=checkbox]) { height: 2.429rem; font-weight: 400; }
+#login button { height: 2.429rem; }
+#login-error { color: var(--failed-text); min-height: 1.45em; }
+
+/* The frame */
+#app { display: flex; flex-direction: column; min-height: 100vh; min-height: 100dvh; }
+header { display: flex; align-items: center; gap: 0.25rem 1rem; padding: 0 1rem; height: 3.143rem;
+  border-bottom: 1px solid var(--line); }
+header h1 { font-weight: 600; max-width: 16rem; overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
+nav { display: flex; align-self: stretch; gap: 0.25rem; }
+nav a { display: flex; align-items: center; padding: 0 0.643rem; color: var(--quiet);
+  border-bottom: 2px solid transparent; margin-bottom: -1px; }
+nav a:hover { color: var(--text); text-decoration: none; }
+nav a[aria-current] { color: var(--text); border-color: var(--accent); font-weight: 500; }
+nav a:focus-visible { outline-offset: -3px; }
+#connection { margin-left: auto; display: flex; align-items: center; gap: 0.5rem; color: var(--quiet);
+  white-space: nowrap; }
+#connection.live { --dot: var(--success); } #connection.away { --dot: var(--failed); }
+#away { background: var(--failed-ground); color: var(--failed-text); padding: 0.429rem 1rem;
+  border-bottom: 1px solid var(--line); }
+#away-wait { margin: 0 0.5rem; }
+#away button { height: 1.714rem; margin-left: 0.5rem; color: var(--text); }
+
+/* Counts, rate, progress */
+#overview { display: flex; flex-wrap: wrap; justify-content: space-between; align-items: center; padding: 0 1rem;
+  gap: 0 1.5rem; }
+#states { display: flex; gap: 0.143rem; padding: 0.5rem 0; margin-left: -0.643rem; }
+#states button { display: flex; align-items: center; gap: 0.429rem; border-color: transparent; }
+#states button b { font-weight: 600; min-width: var(--digits, 3ch); text-align: left; }
+#states button[aria-pressed=true] { background: var(--tint); border-color: var(--tint); }
+#overview dl { display: flex; gap: 1.5rem; }
+#overview dl div { display: flex; gap: 0.5rem; align-items: baseline; }
+dt { color: var(--quiet); }
+#overview dd { font-weight: 600; text-align: right; }
+#done { min-width: 4ch; } #rate { min-width: 9ch; } #eta { min-width: 8ch; }
+#bar { flex: 1 0 100%; display: flex; height: 0.286rem; border-radius: 2px; overflow: hidden;
+  background: var(--line); }
+
+/* Filter and tools */
+#filter-form { display: grid; grid-template-columns: 1fr auto; gap: 0 0.5rem; padding: 0.714rem 1rem 0; }
+#filter-box { position: relative; }
+#filter { width: 100%; font-family: var(--mono); font-size: 0.923rem; padding-right: 2rem; }
+#filter::placeholder { color: var(--quiet); opacity: 1; }
+#filter[aria-invalid=true] { border-color: var(--failed-text); }
+#filter-clear { position: absolute; right: 0.214rem; top: 0.214rem; height: 1.571rem; width: 1.571rem; padding: 0;
+  border: 0; background: none; color: var(--quiet); font-size: 1.143rem; line-height: 1; }
+#filter-error { grid-column: 1 / -1; color: var(--failed-text); padding-top: 0.357rem; }
+#filter-error pre { overflow-x: auto; color: var(--text); padding: 0.286rem 0.643rem;
+  background: var(--failed-ground); border-radius: 4px; margin-top: 0.286rem; }
+#filter-error pre mark { background: none; color: var(--failed-text); font-weight: 700; }
+main#main { flex: 1; display: flex; flex-direction: column; min-height: 0; padding: 0 1rem 1rem; }
+#workers .note { padding-top: 0.714rem; }
+#main > section { display: flex; flex-direction: column; flex: 1; min-height: 0; }
+.tools { display: flex; flex-wrap: wrap; gap: 0.5rem 1rem; align-items: center; justify-content: space-between;
+  padding: 0.714rem 0; }
+form.tools { justify-content: flex-start; }
+.tools [role=group] { display: flex; flex-wrap: wrap; gap: 0.286rem; align-items: center; }
+#selected { min-width: 8.5rem; color: var(--quiet); }
+#range { min-width: 12rem; text-align: right; padding-right: 0.286rem; color: var(--quiet); }
+#previous, #next { width: 2rem; padding: 0; font-size: 1.143rem; line-height: 1; }
+.note { min-height: 1.45em; padding-bottom: 0.5rem; }
+
+/* Tables */
+.split { flex: 1; display: flex; gap: 1rem; min-height: 0; }
+.scroll { flex: 1; overflow: auto; border: 1px solid var(--line); border-radius: 6px; min-width: 0;
+  min-height: 12rem; position: relative; }
+.scroll:focus-visible { outline-offset: -2px; }
+table { border-collapse: separate; border-spacing: 0; width: 100%; }
+#table, #worker-table { table-layout: fixed; min-width: calc(var(--width) * var(--stretch)); }
+col { width: calc(var(--width) * var(--stretch)); }
+col:not([style]) { width: auto; }
+th, td { padding: 0 0.643rem; text-align: left; height: var(--row); border-bottom: 1px solid var(--line);
+  white-space: nowrap; overflow: hidden; text-overflow: ellipsis; font-weight: inherit; }
+tbody tr:last-child > * { border-bottom-color: transparent; }
+thead th, thead td { position: sticky; top: 0; background: var(--raised); color: var(--quiet); z-index: 2;
+  font-weight: 500; }
+thead button { border: 0; background: none; padding: 0; height: 100%; width: 100%; text-align: inherit;
+  overflow: hidden; text-overflow: ellipsis; }
+thead button:hover:not(:disabled) { background: none; color: var(--text); }
+thead button:focus-visible { outline-offset: -2px; }
+[aria-sort=ascending] button::after { content: " ↑"; } [aria-sort=descending] button::after { content: " ↓"; }
+[aria-sort] button { color: var(--text); }
+.number { text-align: right; }
+tbody tr:hover { background: var(--raised); }
+tbody tr.chosen, tbody tr:has(input:checked) { background: var(--tint); }
+td.status { text-overflow: clip; }
+td.status .dot { margin-right: 0.5rem; }
+td.pick, th.pick { padding: 0; text-align: center; text-overflow: clip; }
+td.pick label { display: flex; width: 100%; height: 100%; justify-content: center; }
+#empty { position: sticky; left: 0; padding: 2.5rem 1rem; text-align: center; }
+
+/* A task */
+article { flex: 0 0 min(40rem, 46%); overflow: auto; border: 1px solid var(--line); border-radius: 6px;
+  padding: 0 1rem 1rem; }
+article > div:first-child { position: sticky; top: 0; background: var(--ground); display: flex; gap: 0.5rem;
+  align-items: center; padding: 0.643rem 0; z-index: 1; border-bottom: 1px solid var(--line); }
+article h2 { flex: 1; font-weight: 600; font-size: 1.071rem; overflow: hidden; text-overflow: ellipsis;
+  white-space: nowrap; }
+article h3 { font-weight: 600; padding: 1.143rem 0 0.357rem; }
+h3 + .facts, h3 + div > .facts { padding-top: 0; }
+article .buttons { display: flex; gap: 0.286rem; flex-wrap: wrap; padding-top: 0.714rem; }
+.facts { display: grid; grid-template-columns: minmax(6rem, max-content) minmax(0, 1fr); gap: 0.214rem 1.143rem;
+  padding-top: 0.714rem; }
+.facts dt, .facts dd { overflow-wrap: anywhere; min-width: 0; }
+.facts dt { max-width: 14rem; }
+.facts dd.mono, .mono { font-family: var(--mono); font-size: 0.923em; }
+.long { white-space: pre-wrap; overflow-wrap: anywhere; }
+pre.block { background: var(--raised); border: 1px solid var(--line); border-radius: 5px;
+  padding: 0.571rem 0.714rem; overflow: auto; max-height: 26rem; line-height: 1.4; white-space: pre-wrap;
+  overflow-wrap: anywhere; }
+.table-box { overflow-x: auto; border: 1px solid var(--line); border-radius: 5px; }
+.table-box table { width: 100%; }
+.table-box th, .table-box td { height: 1.857rem; }
+.wide-only { display: inline; }
+
+/* Drawings */
+.drawing { position: relative; flex: 1; min-height: 24rem; }
+.drawing svg { display: block; width: 100%; height: 100%; position: absolute; inset: 0; }
+.drawing text { fill: var(--quiet); font-size: 0.857rem; }
+.drawing .title { fill: var(--text); }
+.drawing .axis { stroke: var(--strong); } .drawing .tick { stroke: var(--line); }
+.drawing a { outline: none; cursor: pointer; text-decoration: none; }
+#plot-legend { display: flex; flex-wrap: wrap; gap: 0.143rem 1rem; }
+#plot-legend span { display: inline-flex; align-items: center; gap: 0.357rem; }
+.mark { fill: var(--c, var(--c0)); fill-opacity: 0.62; }
+td button.plain { padding: 0; }
+.drawing a:hover .mark, .drawing a:focus .mark { fill-opacity: 1; stroke: var(--text); stroke-width: 2; }
+.k0 { --c: var(--c0); } .k1 { --c: var(--c1); } .k2 { --c: var(--c2); } .k3 { --c: var(--c3); }
+.k4 { --c: var(--c4); } .k5 { --c: var(--c5); } .k6 { --c: var(--c6); }
+.drawing .cell { stroke-width: 0; fill: var(--accent); }
+.drawing .depth { opacity: var(--deepest); }
+.drawing .none { fill: var(--raised); }
+.drawing a:hover .cell, .drawing a:focus .cell { stroke: var(--text); stroke-width: 2; }
+.drawing .value { fill: var(--text); }
+details { padding-top: 0.714rem; }
+summary { cursor: pointer; color: var(--quiet); width: max-content; }
+details .table-box { max-height: 24rem; overflow: auto; margin-top: 0.5rem; }
+#tip { position: fixed; z-index: 20; background: var(--text); color: var(--ground); padding: 0.357rem 0.571rem;
+  border-radius: 4px; pointer-events: none; max-width: 22rem; white-space: pre-line; overflow-wrap: anywhere;
+  font-size: 0.923rem; }
+
+/* Dialogs and notifications */
+dialog { border: 1px solid var(--line); border-radius: 8px; background: var(--ground); color: var(--text);
+  padding: 1.25rem; width: min(32rem, calc(100vw - 2rem)); max-height: calc(100vh - 2rem); overflow: auto;
+  box-shadow: 0 12px 40px rgb(0 0 0 / 25%); }
+dialog::backdrop { background: rgb(10 12 16 / 45%); }
+dialog h2 { font-weight: 600; font-size: 1.143rem; padding-bottom: 0.5rem; }
+dialog form { display: grid; gap: 0.857rem; }
+dialog .buttons { display: flex; justify-content: flex-end; gap: 0.5rem; }
+dialog .choices { display: grid; gap: 0.286rem; border: 1px solid var(--line); border-radius: 5px; margin: 0;
+  padding: 0.571rem; max-height: 50vh; overflow: auto; }
+dialog .choices label { overflow-wrap: anywhere; }
+dialog kbd { font-family: var(--mono); border: 1px solid var(--line); border-radius: 3px; padding: 0 0.357rem;
+  background: var(--raised); }
+#toasts { position: fixed; left: 1rem; bottom: 1rem; display: grid; gap: 0.5rem; z-index: 30;
+  max-width: min(34rem, calc(100vw - 2rem)); }
+.toast { background: var(--text); color: var(--ground); border-radius: 6px;
+  padding: 0.571rem 0.571rem 0.571rem 0.857rem; display: flex; gap: 0.857rem; align-items: center;
+  box-shadow: 0 6px 24px rgb(0 0 0 / 25%); overflow-wrap: anywhere; }
+.toast span { flex: 1; }
+.toast button { background: none; border-color: var(--strong); color: var(--ground); height: 1.714rem; flex: none; }
+.toast button:hover:not(:disabled) { background: rgb(128 128 128 / 30%); }
+.toast :focus-visible { outline-color: var(--ground); }
+
+@media (min-width: 130rem) { :root { --stretch: 1.4rem; } }
+
+/* From a tablet on the tables scroll within the window, and a task stands beside them */
+@media (min-width: 50rem) and (min-height: 34rem) {
+  #app { height: 100vh; height: 100dvh; }
+}
+@media (max-width: 68rem) {
+  .split.with-task .scroll { display: none; }
+  article { flex: 1; }
+}
+@media (max-width: 50rem) {
+  header { flex-wrap: wrap; height: auto; padding: 0.357rem 0.75rem 0; gap: 0 0.5rem; }
+  header h1 { flex: 1; max-width: none; }
+  nav { order: 5; flex: 1 0 100%; height: 2.571rem; margin-left: -0.643rem; }
+  #overview { display: block; padding: 0 0.75rem; }
+  #states { display: grid; grid-template-columns: repeat(auto-fit, minmax(calc(var(--digits, 3ch) + 6.1rem), 1fr));
+    gap: 0; margin: 0 -0.357rem; }
+  #states button { padding: 0 0.214rem; gap: 0.286rem; }
+  #overview dl { justify-content: space-between; gap: 0.357rem; padding-bottom: 0.5rem; }
+  #overview dl div { gap: 0.357rem; }
+  #rate, #eta { min-width: 7ch; }
+  #filter-form { padding: 0.714rem 0.75rem 0; }
+  main#main { padding: 0 0.75rem 0.75rem; }
+  #selection { flex: 1 0 100%; }
+  #selected { min-width: 0; flex: 1 0 40%; }
+  #selection [data-action] { padding: 0 0.5rem; flex: 1 0 auto; }
+  #pages { flex: 1 0 100%; }
+  #range { flex: 1; min-width: 0; }
+  form.tools label { flex: 1 1 100%; justify-content: space-between; }
+  form.tools label.tick { flex: 0 0 auto; }
+  select { max-width: 60vw; }
+  .scroll { min-height: 24rem; }
+  #tasks:has(.with-task) .tools { display: none; }
+  .with-task { padding-top: 0.714rem; }
+  article { padding: 0 0.75rem 0.75rem; }
+  article .buttons button { padding: 0 0.5rem; flex: 1 0 auto; }
+  .drawing { min-height: 21rem; }
+}
+@media (prefers-reduced-motion: no-preference) { .running > .dot { transition: none; } }
+@media (forced-colors: active) { .dot { forced-color-adjust: none; } }
+"""
+
+PAGE_JS = r"""// The page of a Labtasker server. Reads downward: what a section needs stands above it, but for what is
+// called back later (the views, and what shows the login).
+//
+//    1. Elements   making and filling them; never from text as HTML, so that nothing a job reported is more than text
+//    2. Words      numbers, times, values as people read them
+//    3. Server     the login, requests, a server that is away
+//    4. Address    what is looked at stands behind the # of the address: never a secret
+//    5. Frame      counts, rate, filter; when to ask again
+//    6. Dialogs    questions, notifications, the tooltip
+//    7. Actions    cancel, retry, priority, delete, and their undoing
+//    8. Tasks      the table
+//    9. Task       one of them: args, summary, attempts, error, log
+//   10. Drawings   what plot and grid share: scales, axes, points to walk through
+//   11. Plot       a field against an arg
+//   12. Grid       two args, coloured by a metric
+//   13. Workers    and what each runs
+//   14. Views      the table that names them, keys, start
+
+// 1. Elements #################################################################
+
+const $ = (id) => document.getElementById(id);
+
+/** Returns an element with attributes, listeners (functions) and children: elements or text. */
+function el(name, attributes = {}, ...children) {
+  return dressed(document.createElement(name), attributes, children);
+}
+
+function svg(name, attributes = {}, ...children) {
+  return dressed(document.createElementNS("http://www.w3.org/2000/svg", name), attributes, children);
+}
+
+function dressed(node, attributes, children) {
+  for (const [key, value] of Object.entries(attributes)) {
+    if (typeof value === "function") node.addEventListener(key, value);
+    else if (value === true) node.setAttribute(key, "");
+    else if (value !== false && value !== null && value !== undefined) node.setAttribute(key, value);
+  }
+  node.append(...present(children));
+  return node;
+}
+
+/** Children as a plain list, without those that are null. */
+function present(children) {
+  return children.flat(Infinity).filter((child) => child !== null && child !== undefined);
+}
+
+/** Sets a text only where it differs: what stays the same is not drawn again. */
+function setText(node, text) {
+  if (node.textContent !== text) node.textContent = text;
+}
+
+function fill(node, ...children) {
+  node.replaceChildren(...present(children));
+}
+
+/** Makes a node's children one for each item, keeping those that are there: no flicker, and the focus stays. */
+function sync(parent, items, keyOf, make, update) {
+  const there = new Map([...parent.children].map((child) => [child.dataset.key, child]));
+  let place = parent.firstElementChild;
+  for (const item of items) {
+    const key = String(keyOf(item));
+    let child = there.get(key);
+    if (!child) {
+      child = make(item);
+      child.dataset.key = key;
+    }
+    there.delete(key);
+    if (child === place) place = place.nextElementSibling;
+    else parent.insertBefore(child, place);
+    update(child, item);
+  }
+  for (const child of there.values()) child.remove();
+}
+
+/** Fills a select with [value, text]s, keeping what is chosen; a value that is not among them is offered too. */
+function setOptions(select, options, chosen) {
+  if (chosen && !options.some(([value]) => value === chosen)) options = [...options, [chosen, chosen]];
+  const text = JSON.stringify(options);
+  if (select.dataset.options !== text) {
+    select.dataset.options = text;
+    fill(select, options.map(([value, shown]) => el("option", {value}, cut(shown, 60))));
+  }
+  if (select.value !== chosen) select.value = chosen;
+}
+
+/** Fills a table's thead and colgroup: columns are [title, class, width in rem or null for what is left]. */
+function setHead(table, columns, cellOf) {
+  const text = JSON.stringify(columns);
+  if (table.dataset.head === text) return;
+  table.dataset.head = text;
+  fill(table.tHead.rows[0], columns.map(cellOf));
+  fill(table.querySelector("colgroup"), columns.map(([, , width]) => sized(el("col"), width)));
+  sized(table, columns.reduce((sum, [, , width]) => sum + (width || 1), 0));
+}
+
+function sized(node, width) {
+  if (width) node.style.setProperty("--width", width);
+  return node;
+}
+
+// 2. Words ####################################################################
+
+const CONTROLS = /[\u0000-\u001f\u007f-\u009f]/g;
+
+/** What a table has under a key of its own: a field may be called `constructor`. */
+const own = (table, key) => (Object.hasOwn(table, key) ? table[key] : undefined);
+
+function cut(text, most) {
+  return text.length > most ? text.slice(0, most - 1) + "…" : text;
+}
+
+/** Text on one line: what would not be seen has a sign. */
+function oneLine(text) {
+  return text.replace(CONTROLS, (sign) => sign < " " ? String.fromCharCode(0x2400 + sign.charCodeAt(0)) : "\ufffd");
+}
+
+/** A value of any kind, whole; texts as they are. */
+function asText(value) {
+  return typeof value === "string" ? value : value === undefined ? "" : JSON.stringify(value);
+}
+
+/** A number to look at: at most six digits that count. */
+function shortNumber(value) {
+  const size = Math.abs(value);
+  if (Number.isInteger(value) && size < 1e15) return String(value);
+  const short = Number(value.toPrecision(size >= 1e5 ? 7 : 5));
+  return size < 1e-4 || size >= 1e15 ? short.toExponential().replace("e+", "e") : String(short);
+}
+
+function shortValue(value) {
+  if (value === null || value === undefined) return "";
+  return typeof value === "number" ? shortNumber(value) : cut(oneLine(asText(value)), 300);
+}
+
+const grouped = new Intl.NumberFormat("en").format;
+const many = (number, noun) => `${grouped(number)} ${noun}${number === 1 ? "" : "s"}`;
+
+/** Seconds as "1h 05m", "5m 12s", "12 s", "0.3 s". */
+function span(seconds) {
+  if (seconds === null || seconds === undefined || !isFinite(seconds)) return "";
+  const pair = (big, small) => (a, b) => `${a}${big} ${String(b).padStart(2, "0")}${small}`;
+  const whole = Math.round(seconds);
+  if (whole >= 172800) return pair("d", "h")(Math.floor(whole / 86400), Math.floor(whole % 86400 / 3600));
+  if (whole >= 3600) return pair("h", "m")(Math.floor(whole / 3600), Math.floor(whole % 3600 / 60));
+  if (whole >= 60) return pair("m", "s")(Math.floor(whole / 60), whole % 60);
+  return seconds < 9.95 ? `${seconds.toFixed(1)} s` : `${whole} s`;
+}
+
+/** A rate in a unit in which it is a number to read. */
+function rate(perSecond) {
+  const perMinute = perSecond * 60;
+  if (!perMinute) return "–";
+  if (perMinute >= 1) return `${grouped(perMinute >= 100 ? Math.round(perMinute) : Number(perMinute.toFixed(1)))}/min`;
+  return `${(perMinute * 60).toFixed(1)}/h`;
+}
+
+const two = (number) => String(number).padStart(2, "0");
+
+/** An ISO time in this computer's zone: the time of a moment today, else the day too. */
+function moment(iso, whole = false) {
+  const at = new Date(iso);
+  if (!iso || isNaN(at)) return "";
+  const day = `${at.getFullYear()}-${two(at.getMonth() + 1)}-${two(at.getDate())}`;
+  const time = `${two(at.getHours())}:${two(at.getMinutes())}:${two(at.getSeconds())}`;
+  if (whole) return `${day} ${time}`;
+  return at.toDateString() === new Date().toDateString() ? time : `${day.slice(5)} ${time.slice(0, 5)}`;
+}
+
+function bytes(size) {
+  const [unit, name] = size >= 1e6 ? [1e6, "MB"] : size >= 1e3 ? [1e3, "kB"] : [1, "bytes"];
+  return `${unit === 1 ? size : (size / unit).toFixed(1)} ${name}`;
+}
+
+/** [dotted path, value] of each leaf of nested objects. */
+function* leaves(value, path = "") {
+  for (const [key, item] of Object.entries(value)) {
+    const isDict = item !== null && typeof item === "object" && !Array.isArray(item) && Object.keys(item).length;
+    if (isDict) yield* leaves(item, `${path}${key}.`);
+    else yield [path + key, item];
+  }
+}
+
+/** A dotted path as the filter language has it. */
+function inFilter(path) {
+  const [top, ...keys] = path.split(".");
+  return top + keys.map((key) => /^[A-Za-z_]\w*$/.test(key) ? `.${key}` : `[${JSON.stringify(key)}]`).join("");
+}
+
+const NAMES = {task_name: "Name", status: "Status", created_at: "Created", last_modified: "Changed",
+    start_time: "Started",
+  last_heartbeat: "Last heard of", duration: "Took", error: "Error", host: "Host", priority: "Priority",
+      retries: "Retries",
+  task_id: "ID", worker_id: "Worker", cmd: "Command", interruptions: "Interruptions", git: "Commit",
+      max_retries: "Max retries"};
+const titleOf = (field) => own(NAMES, field) || field.replace(/^(args|summary)\./, "");
+
+// 3. Server ###################################################################
+
+const ME = "/api/v1/queues/me";
+const KEPT = "labtasker-login";
+const RETRY_MS = [1000, 2000, 4000, 8000, 15000, 30000];  // between attempts at a server that is away
+const SILENT_MS = 45000;  // it sends a ping every 15 s
+
+let login = null;  // {queue, authorization}
+
+/** An answer that is an error: its status, and what the server says. */
+class Refused extends Error {
+  constructor(status, detail) {
+    super(Array.isArray(detail) ? detail.map((row) => `${(row.loc || []).slice(1).join(".")}: ${row.msg}`).join("; ")
+      : String(detail));
+    this.status = status;
+  }
+}
+
+/** Nobody answered. */
+class Away extends Error {}
+
+function basic(queue, password) {
+  return "Basic " + btoa(String.fromCharCode(...new TextEncoder().encode(`${queue}:${password}`)));
+}
+
+/** JSON as Python writes it: NaN and Infinity, and integers that a browser would round, become text. */
+function readJson(text) {
+  return JSON.parse(text.replace(/"[^"\\]*(?:\\.[^"\\]*)*"|-?Infinity|NaN|-?\d[\d.eE+-]*/g,
+    (piece) => /^"|^-?\d{1,15}$|^-?\d.*[.eE]/.test(piece) ? piece : `"${piece}"`));
+}
+
+/** Returns the answer to a request; throws Refused or Away. */
+async function ask(method, path, body, {signal, as = login} = {}) {
+  let answer, text;
+  try {
+    answer = await fetch(path, {method, signal, credentials: "omit", cache: "no-store",
+      headers: {"Authorization": as.authorization, "Content-Type": "application/json", "Labtasker-Extensions": "1"},
+      body: body === undefined ? undefined : JSON.stringify(body)});
+    text = await answer.text();
+  } catch (error) {
+    if (error.name === "AbortError") throw error;
+    throw new Away("the server does not answer");
+  }
+  if (!answer.ok) {
+    let detail = text.slice(0, 500);
+    try { detail = readJson(text).detail; } catch { /* it is no JSON: something stands between */ }
+    if (answer.status === 401 && as === login) forget("The queue is gone, or its password is another now.");
+    throw new Refused(answer.status, detail);
+  }
+  return text ? readJson(text) : null;
+}
+
+const view = (request, options) => ask("POST", `${ME}/tasks/view`, request, options);
+
+/** Logs in, or throws. What is kept is kept for this tab, or where a person ticked so on this computer. */
+async function enter(queue, password, stays) {
+  const as = {queue, authorization: basic(queue, password)};
+  await ask("GET", ME, undefined, {as});
+  login = as;
+  (stays ? localStorage : sessionStorage).setItem(KEPT, JSON.stringify(as));
+}
+
+function remembered() {
+  for (const storage of [sessionStorage, localStorage]) {
+    try {
+      const as = JSON.parse(storage.getItem(KEPT));
+      if (as && as.authorization) return as;
+    } catch { /* nothing to go by */ }
+  }
+  return null;
+}
+
+function forget(why = "") {
+  login = null;
+  for (const storage of [sessionStorage, localStorage]) storage.removeItem(KEPT);
+  stream.stop();
+  refresher.stop();
+  showLogin(why);
+}
+
+/** The server's events: that something has changed, and whether it is there. Resumes where it was cut off. */
+const stream = {
+  last: null, stopper: null, failures: 0, since: null, timer: null, heardAt: 0,
+
+  start() {
+    if (this.stopper || !login || document.hidden) return;
+    clearTimeout(this.timer);
+    this.stopper = new AbortController();
+    this.listen(this.stopper).catch((error) => this.lost(error));
+  },
+
+  stop() {
+    clearTimeout(this.timer);
+    if (this.stopper) this.stopper.abort();
+    this.stopper = null;
+  },
+
+  async listen(stopper) {
+    const headers = {"Authorization": login.authorization, "Accept": "text/event-stream"};
+    if (this.last) headers["Last-Event-ID"] = this.last;
+    this.heardAt = Date.now();
+    const answer = await fetch(`${ME}/events`, {headers, signal: stopper.signal, credentials: "omit",
+        cache: "no-store"});
+    if (answer.status === 401) return forget("The queue is gone, or its password is another now.");
+    if (!answer.ok) throw new Refused(answer.status, "");
+    this.there();
+    const reader = answer.body.getReader(), decoder = new TextDecoder();
+    for (let rest = "";;) {
+      const {value, done} = await reader.read();
+      if (stopper !== this.stopper) return;
+      if (done) throw new Away("the stream ended");
+      this.heardAt = Date.now();
+      rest = this.take(rest + decoder.decode(value, {stream: true}));
+    }
+  },
+
+  /** Notes what came, and returns what is not whole yet. The events' data is not read: views ask for what they show. */
+  take(text) {
+    const end = text.lastIndexOf("\n\n") + 2;
+    if (end < 2) return text;
+    const whole = text.slice(0, end), ids = whole.match(/^id: \d+\.\d+$/gm);
+    if (ids) this.last = ids[ids.length - 1].slice(4);
+    if (/^event: (event|too_old)$/m.test(whole)) refresher.stir();
+    return text.slice(end);
+  },
+
+  there() {
+    const wasAway = this.since !== null;
+    this.failures = 0;
+    this.since = null;
+    showConnection();
+    if (wasAway) announce("The server is back.");
+    refresher.stir();
+  },
+
+  lost(error) {
+    if (error.name === "AbortError" && this.stopper === null) return;
+    this.stop();
+    if (!login) return;
+    this.since = this.since || new Date();
+    const wait = RETRY_MS[Math.min(this.failures++, RETRY_MS.length - 1)];
+    if (this.failures === 2) announce("The server does not answer. What is shown may be old.");
+    this.retryAt = Date.now() + wait;
+    this.timer = setTimeout(() => this.start(), wait);
+    showConnection();
+  },
+
+  /** Once a second: a connection that is silent for too long leads nowhere. */
+  watch() {
+    if (this.stopper && this.heardAt && Date.now() - this.heardAt > SILENT_MS) {
+      this.stopper.abort();
+      this.lost(new Away("silence"));
+    }
+    if (this.since) showConnection();
+  },
+};
+
+function showConnection() {
+  const away = stream.since !== null, place = $("connection");
+  place.className = away ? "away" : "live";
+  setText($("connection-text"), away ? "Away" : "Live");
+  $("away").hidden = !away || stream.failures < 2;
+  if (!away) return;
+  const wait = Math.max(0, Math.ceil((stream.retryAt - Date.now()) / 1000));
+  setText($("away-text"), `No answer from the server since ${moment(stream.since)}. What is shown is from then.`);
+  setText($("away-wait"), wait ? `Next attempt in ${wait} s` : "Trying");
+}
+
+// 4. Address ##################################################################
+
+const DEFAULTS = {view: "tasks", filter: "", status: "", sort: "created_at", way: "-1", page: "1", columns: "",
+    task: "",
+  run: "", x: "", y: "", colour: "", logx: "", logy: "", gx: "", gy: "", metric: "", how: "mean"};
+let at = {...DEFAULTS};
+
+function readAddress() {
+  const given = new URLSearchParams(location.hash.slice(1));
+  at = {...DEFAULTS};
+  for (const [key, value] of given) if (Object.hasOwn(DEFAULTS, key)) at[key] = value;
+  if (!Object.hasOwn(VIEWS, at.view)) at.view = "tasks";
+  if (!(Number(at.page) >= 1)) at.page = "1";
+}
+
+/** The address of what is looked at, with changes. */
+function address(changes) {
+  const asked = new URLSearchParams();
+  for (const [key, value] of Object.entries({...at, ...changes})) {
+    if (value !== DEFAULTS[key]) asked.set(key, value);
+  }
+  return "#" + (asked.toString() || "view=tasks");
+}
+
+function go(changes, {replace = false} = {}) {
+  const target = address(changes);
+  if (replace) history.replaceState(null, "", target);
+  else if (target !== location.hash) history.pushState(null, "", target);
+  arrive();
+}
+
+/** Shows what the address says. */
+function arrive() {
+  const before = at;
+  readAddress();
+  if (!login) return;
+  for (const name of Object.keys(VIEWS)) {
+    $(name).hidden = name !== at.view;
+    const link = $(`to-${name}`);
+    link.href = address({view: name, task: "", run: ""});
+    if (name === at.view) link.setAttribute("aria-current", "page");
+    else link.removeAttribute("aria-current");
+  }
+  $("filter-form").hidden = at.view === "workers";
+  if (document.activeElement !== $("filter")) $("filter").value = at.filter;
+  $("filter-clear").hidden = !$("filter").value;
+  if (before.view !== at.view) announce(`${VIEWS[at.view].title} shown`);
+  if (VIEWS[at.view].arrive) VIEWS[at.view].arrive(before);
+  refresher.now();
+}
+
+// 5. Frame ####################################################################
+
+const STATES = ["pending", "running", "success", "failed", "cancelled"];
+const MOST_OFTEN_MS = 500;  // between two looks, and three times what the last one took
+const IDLE_MS = 15000;  // between looks while nothing happens: rates and durations go on
+
+let fields = [], numeric = new Set();  // dotted paths that tasks have, and those of numbers
+let latest = null;  // the last answer of the server to the view
+
+/** Says something to who listens to the page. */
+function announce(text) {
+  $("said").textContent = "";
+  setTimeout(() => { $("said").textContent = text; }, 50);
+}
+
+/** Asks the server for what is shown: at once when a person did something, else at most twice a second. */
+const refresher = {
+  timer: null, running: null, dirty: false, readyAt: 0, failures: 0,
+
+  now() {
+    if (this.running) this.running.abort();
+    this.run();
+  },
+
+  stir() {
+    this.dirty = true;
+    if (this.running || !login || document.hidden) return;
+    clearTimeout(this.timer);
+    this.timer = setTimeout(() => this.run(), Math.max(0, this.readyAt - Date.now()));
+  },
+
+  stop() {
+    clearTimeout(this.timer);
+    if (this.running) this.running.abort();
+    this.running = null;
+  },
+
+  async run() {
+    clearTimeout(this.timer);
+    const stopper = this.running = new AbortController(), began = Date.now();
+    this.dirty = false;
+    let wait = IDLE_MS;
+    try {
+      await VIEWS[at.view].load(stopper.signal);
+      if (stopper !== this.running) return;
+      this.failures = 0;
+    } catch (error) {
+      if (stopper !== this.running || error.name === "AbortError") return;
+      wait = this.failed(error);
+    }
+    if (!login) return;
+    this.running = null;
+    const now = Date.now();
+    this.readyAt = now + Math.max(MOST_OFTEN_MS, 3 * (now - began));
+    if (this.dirty) this.stir();
+    else if (!document.hidden) this.timer = setTimeout(() => this.run(), wait);
+  },
+
+  /** Shows what went wrong; returns when to try again, in ms. */
+  failed(error) {
+    if (error instanceof Refused && error.status === 400 && at.filter) showFilterError(error.message);
+    else if (error instanceof Refused && error.status < 500) {
+      if (!this.failures) notify(error.message);
+    } else if (!(error instanceof Away || error instanceof Refused)) console.error(error);
+    return RETRY_MS[Math.min(this.failures++, RETRY_MS.length - 1)];
+  },
+};
+
+/** Shows what every view's answer tells: counts, rate, fields. */
+function showOverview(answer) {
+  latest = answer;
+  fields = Object.keys(answer.fields);
+  numeric = new Set(fields.filter((name) => answer.fields[name]));
+  const {counts, per_s: perSecond, eta_s: eta} = answer.queue, shown = answer.counts;
+  const total = sum(counts), done = total - (counts.pending || 0) - (counts.running || 0);
+  $("states").style.setProperty("--digits", `${grouped(total).length}ch`);
+  for (const button of $("states").children) {
+    const state = button.dataset.state;
+    setText(button.querySelector("b"), grouped(state ? shown[state] || 0 : sum(shown)));
+    button.setAttribute("aria-pressed", String(at.status === state));
+  }
+  const share = total ? Math.floor(100 * done / total) : 0;
+  setText($("done"), total ? `${share}%` : "–");
+  setText($("rate"), counts.running ? rate(perSecond) : "–");
+  setText($("eta"), eta === null ? "–" : span(eta));
+  $("bar").style.background = barOf(counts, total);
+  $("bar").setAttribute("aria-label", `${done} of ${total} done: ` +
+    STATES.map((state) => `${counts[state] || 0} ${state}`).join(", "));
+  document.title = `${total ? `${share}% · ` : ""}${login.queue} · Labtasker`;
+  clearFilterError();
+}
+
+/** The bar: how much of the whole has which status, in colours. */
+function barOf(counts, total) {
+  let from = 0;
+  const parts = ["success", "failed", "cancelled", "running"].map((state) => {
+    const to = from + (total ? 100 * (counts[state] || 0) / total : 0), part = `var(--${state}) ${from}% ${to}%`;
+    from = to;
+    return part;
+  });
+  return `linear-gradient(to right, ${parts.join(", ")}, var(--line) ${from}%)`;
+}
+
+/** What a view asks for: the tasks that the filter and the status leave. */
+const matching = () => ({status: at.status || null, extra_filter: at.filter || null});
+
+const sum = (counts) => Object.values(counts).reduce((one, other) => one + other, 0);
+
+function makeStates() {
+  fill($("states"), ["", ...STATES].map((state) => el("button", {type: "button", class: state, "data-state": state,
+    "aria-pressed": "false", click: () => go({status: at.status === state ? "" : state, page: "1", view: "tasks",
+        task: ""})},
+    state ? el("span", {class: "dot"}) : null, state ? state[0].toUpperCase() + state.slice(1) : "All", " ",
+        el("b", {}, "0"))));
+}
+
+/** The filter's error with the place marked: the server sends the text and a caret below it. */
+function showFilterError(detail) {
+  const [message, line, mark] = detail.split("\n");
+  const column = mark === undefined ? -1 : mark.indexOf("^");
+  const children = [el("span", {}, message)];
+  if (column >= 0) {
+    const shown = line.slice(2) || "", place = column - 2;
+    children.push(el("pre", {}, shown, "\n", " ".repeat(place), el("mark", {}, "^")));
+    const input = $("filter"), begin = Math.max(0, input.value.indexOf(shown.trimEnd())) + place;
+    if (document.activeElement === input) input.setSelectionRange(begin, begin);
+  }
+  fill($("filter-error"), children);
+  $("filter-error").hidden = false;
+  $("filter").setAttribute("aria-invalid", "true");
+}
+
+function clearFilterError() {
+  $("filter-error").hidden = true;
+  $("filter").removeAttribute("aria-invalid");
+}
+
+// 6. Dialogs ##################################################################
+
+const TOAST_MS = 20000;
+
+/** Opens the dialog with a form; resolves to the value of the button that closed it, "" when it was left. */
+function openDialog(title, children, buttons) {
+  const dialog = $("dialog");
+  return new Promise((resolve) => {
+    const form = el("form", {method: "dialog"}, el("h2", {id: "dialog-title"}, title), children,
+      el("div", {class: "buttons"}, buttons));
+    fill(dialog, form);
+    dialog.returnValue = "";
+    dialog.onclose = () => resolve(dialog.returnValue);
+    dialog.showModal();
+  });
+}
+
+const closing = (text, value, more = {}) => el("button", {type: "submit", value, ...more}, text);
+const leaving = () => el("button", {type: "button", click: () => $("dialog").close("")}, "Keep as it is");
+
+/** Shows a notification, which may have a button; it goes by itself, but not under a pointer or the focus. */
+function notify(text, button = null, action = null) {
+  const toast = el("div", {class: "toast"}, el("span", {dir: "auto"}, text));
+  let timer = null;
+  const stay = () => clearTimeout(timer);
+  const wait = () => { stay(); timer = setTimeout(() => toast.remove(), TOAST_MS); };
+  if (button) {
+    toast.append(el("button", {type: "button", "data-undo": true, click: () => { toast.remove(); action(); }},
+        button));
+  }
+  toast.append(el("button", {type: "button", "aria-label": "Dismiss", click: () => toast.remove()}, "×"));
+  toast.addEventListener("pointerenter", stay);
+  toast.addEventListener("pointerleave", wait);
+  toast.addEventListener("focusin", stay);
+  toast.addEventListener("focusout", wait);
+  $("toasts").append(toast);
+  while ($("toasts").children.length > 3) $("toasts").firstElementChild.remove();
+  announce(text);
+  wait();
+}
+
+function showTip(text, left, top) {
+  const tip = $("tip");
+  setText(tip, text);
+  tip.hidden = false;
+  const {width, height} = tip.getBoundingClientRect();
+  tip.style.left = `${Math.max(4, Math.min(left + 12, innerWidth - width - 4))}px`;
+  tip.style.top = `${top + 16 + height > innerHeight ? top - height - 10 : top + 14}px`;
+}
+
+const hideTip = () => { $("tip").hidden = true; };
+
+async function showHelp() {
+  const rows = KEYS.map(([key, what]) => [el("dt", {}, key.split(" ").map((one) => el("kbd", {}, one))),
+      el("dd", {}, what)]);
+  await openDialog("Keyboard shortcuts", el("dl", {class: "facts"}, rows), [closing("Close", "")]);
+}
+
+async function chooseColumns() {
+  const chosen = columnsShown();
+  const offered = [...new Set([...chosen, ...Object.keys(NAMES), ...fields])];
+  const boxes = offered.map((field) => el("label", {class: "tick"},
+    el("input", {type: "checkbox", value: field, checked: chosen.includes(field)}),
+        el("bdi", {}, own(NAMES, field) || field)));
+  const other = el("input", {id: "other-columns", autocapitalize: "none", spellcheck: "false",
+      placeholder: "args.opt.lr, summary.acc"});
+  const answer = await openDialog("Columns", [el("fieldset", {class: "choices"},
+      el("legend", {class: "sr"}, "Columns"), boxes),
+    el("label", {for: "other-columns"}, "Others "), other],
+        [leaving(), closing("As at first", "reset", {formnovalidate: true}),
+    closing("Show", "show", {class: "main"})]);
+  if (answer === "reset") go({columns: ""});
+  if (answer !== "show") return;
+  const more = other.value.split(",").map((name) => name.trim()).filter(Boolean);
+  const names = boxes.map((label) => label.firstElementChild).filter((box) => box.checked).map((box) => box.value);
+  go({columns: [...new Set([...names, ...more])].join(",")});
+}
+
+// 7. Actions ##################################################################
+
+const MOST_CHOSEN = 10000;  // tasks in one transaction of the server
+const AT_ONCE = 6;  // deletions under way
+
+const chosen = new Set();  // ids of the tasks that are ticked
+
+/** Returns [{id, status, priority}] of tasks as they are now; those that are gone are not among them. */
+async function statesOf(ids) {
+  const answer = await view({extra_filter: {task_id: {$in: ids}}, columns: ["priority", "task_name"],
+      limit: MOST_CHOSEN});
+  return answer.rows.map(([id, status, priority, name]) => ({id, status, priority, name}));
+}
+
+const update = (tasks, changes, reset = false) => tasks.length ? ask("PUT", `${ME}/tasks?reset_pending=${reset}`,
+  tasks.map((task) => ({task_id: task.id, ...(typeof changes === "function" ? changes(task) : changes)}))) : null;
+
+const tally = (tasks) => STATES.map((state) => [tasks.filter((task) => task.status === state).length, state])
+  .filter(([number]) => number).map(([number, state]) => `${grouped(number)} ${state}`).join(", ");
+
+/** Puts tasks back that are still as an action left them; says what of it could not be done. */
+async function undo(tasks, isStill, back) {
+  const before = new Map(tasks.map((task) => [task.id, task]));
+  const now = (await statesOf([...before.keys()])).filter((task) => isStill(task));
+  await back(now.map((task) => before.get(task.id)));
+  const moved = tasks.length - now.length;
+  notify(`Undone for ${many(now.length, "task")}.` + (moved
+      ? ` ${grouped(moved)} went on meanwhile and stayed as they are.` : ""));
+}
+
+const is = (...states) => (task) => states.includes(task.status);
+
+// What can be done to tasks: on which, what is asked before, how it is done, and undone where that is possible.
+const ACTIONS = {
+  cancel: {
+    title: "Cancel", applies: is("pending", "running"), none: "Only pending and running tasks can be cancelled.",
+    words: (tasks) => tasks.some(is("running")) ? "What runs is stopped." : "Cancelled tasks are not run.",
+    run: (tasks) => update(tasks, {status: "cancelled"}), done: () => "cancelled",
+    undo: (tasks) => undo(tasks, is("cancelled"), (left) => update(left, {status: "pending"})),
+    back: (tasks) => tasks.some(is("running")) ? "Undo (pending again)" : "Undo",
+  },
+  retry: {
+    title: "Retry", applies: is("failed", "cancelled", "success"), none: "Only tasks that are over can be run again.",
+    words: (tasks) => "Pending again, with retries at 0." + (tasks.some(is("success"))
+        ? " A new run replaces what was reported." : ""),
+    run: (tasks) => update(tasks, {}, true), done: () => "pending again",
+    undo: (tasks) => undo(tasks, is("pending"), (left) => update(left, {status: "cancelled"})),
+    back: (tasks) => tasks.every(is("cancelled")) ? "Undo" : "Cancel them",
+  },
+  priority: {
+    title: "Set the priority of", applies: () => true, none: "",
+    words: () => "Tasks of higher priority are run first.",
+    run: (tasks, value) => update(tasks, {priority: value}), done: (value) => `now of priority ${value}`,
+    undo: (tasks) => undo(tasks, () => true, (left) => update(left, (task) => ({priority: task.priority}))),
+    back: () => "Undo",
+  },
+  delete: {
+    title: "Delete", applies: () => true, none: "",
+    words: (tasks) => "What was reported goes too. This can't be undone."
+        + (tasks.some(is("running")) ? " What runs is stopped." : ""),
+    run: deleteEach, done: () => "deleted",
+  },
+};
+
+/** Deletes tasks one by one; where that fails, says how far it came. */
+async function deleteEach(tasks) {
+  const left = [...tasks];
+  let gone = 0;
+  const work = async () => {
+    while (left.length) {
+      const task = left.pop();
+      try {
+        await ask("DELETE", `${ME}/tasks/${task.id}`);
+      } catch (error) {
+        if (error.status !== 404) throw new Refused(error.status || 0,
+            `${grouped(gone)} of ${many(tasks.length, "task")} deleted, then: ${error.message}`);
+      }
+      gone += 1;
+      chosen.delete(task.id);
+    }
+  };
+  await Promise.all(Array.from({length: AT_ONCE}, work));
+}
+
+/** Asks whether to do something to the tasks with these ids, does it, offers to undo it. */
+async function act(name, ids) {
+  const action = ACTIONS[name];
+  try {
+    const all = await statesOf(ids), tasks = all.filter(action.applies);
+    if (!tasks.length) return notify(all.length ? action.none : "These tasks are gone.");
+    const value = await (name === "priority" ? askPriority(tasks) : askFirst(name, tasks, all.length - tasks.length));
+    if (value === null) return;
+    await action.run(tasks, value);
+    const text = `${many(tasks.length, "task")} ${action.done(value)}.`;
+    if (action.undo) notify(text, action.back(tasks), () => action.undo(tasks).catch(complain));
+    else notify(text);
+    if (name === "delete" && ids.includes(at.task)) go({task: "", run: ""});
+  } catch (error) {
+    complain(error);
+  }
+  refresher.now();
+}
+
+function complain(error) {
+  notify(error instanceof Away ? "The server does not answer: nothing is known to have been changed."
+      : error.message);
+}
+
+/** Resolves to true or null. */
+async function askFirst(name, tasks, others) {
+  const action = ACTIONS[name], count = String(tasks.length), isGrave = name === "delete" && tasks.length > 1;
+  const typed = el("input", {id: "typed", inputmode: "numeric", autocomplete: "off", required: true, pattern: count});
+  const answer = await openDialog(`${action.title} ${many(tasks.length, "task")}?`, [
+    el("p", {}, tasks.length === 1 ? el("bdi", {}, nameOf(tasks[0]), ` is ${tasks[0].status}. `)
+        : `${tally(tasks)}. `,
+      action.words(tasks),
+      others ? ` ${many(others, "other")} of those selected can't be, and stay as they are.` : ""),
+    isGrave ? el("label", {for: "typed"}, `Type ${count} to confirm `, typed) : null],
+  [leaving(), closing(`${action.title} ${many(tasks.length, "task")}`, "yes",
+      {class: name === "retry" ? "main" : "danger"})]);
+  return answer === "yes" && (!isGrave || typed.value.trim() === count) ? true : null;
+}
+
+/** Resolves to a priority or null. */
+async function askPriority(tasks) {
+  const values = [...new Set(tasks.map((task) => task.priority))];
+  const input = el("input", {id: "new-priority", type: "number", step: "1", required: true, value: values[0]});
+  const answer = await openDialog(`Set the priority of ${many(tasks.length, "task")}`, [
+    el("p", {}, ACTIONS.priority.words(), values.length > 1
+        ? ` Now they are from ${Math.min(...values)} to ${Math.max(...values)}.` : ""),
+    el("label", {for: "new-priority"}, "Priority ", input)],
+        [leaving(), closing("Set priority", "yes", {class: "main"})]);
+  return answer === "yes" && input.value !== "" ? Number(input.value) : null;
+}
+
+const nameOf = (task) => task.name || task.id.slice(0, 8);
+
+// 8. Tasks ####################################################################
+
+const PAGE_SIZE = 100;
+const WIDTHS = {status: 7.4, task_name: innerWidth < 800 ? 9 : 12, error: 22, created_at: 8.2, last_modified: 8.2,
+    start_time: 8.2, last_heartbeat: 8.2,
+  duration: 6.5, priority: 5.2, retries: 5.2, task_id: 20, worker_id: 20, host: 9, cmd: 18};
+const TIMES = new Set(["created_at", "last_modified", "start_time", "last_heartbeat"]);
+const FEW = {args: 4, summary: 2};  // columns that are shown before anybody chose some
+
+let firstColumns = null;
+
+/** The columns that are shown: those chosen, else the first few of what tasks have. They stay while one looks. */
+function columnsShown() {
+  if (at.columns) return at.columns.split(",");
+  const isComplete = firstColumns && Object.keys(FEW).every((top) =>
+      firstColumns.some((name) => name.startsWith(`${top}.`)));
+  if (!isComplete && fields.length) {
+    const some = (top) => fields.filter((name) => name.startsWith(`${top}.`) && !name.includes("labtasker_"))
+        .slice(0, FEW[top]);
+    firstColumns = ["task_name", "status", ...some("args"), ...some("summary"), "duration", "created_at"];
+  }
+  return firstColumns || ["task_name", "status", "duration", "created_at"];
+}
+
+async function loadTasks(signal) {
+  if (!fields.length) showOverview(await view({limit: 0}, {signal}));
+  const columns = columnsShown(), page = Number(at.page);
+  const [answer] = await Promise.all([
+    view({columns: [...columns, "task_name"], limit: PAGE_SIZE, offset: (page - 1) * PAGE_SIZE,
+        sort: [[at.sort, Number(at.way)]],
+      ...matching()}, {signal}),
+    at.task ? loadTask(signal) : null]);
+  showOverview(answer);
+  const pages = Math.max(1, Math.ceil(answer.found / PAGE_SIZE));
+  if (page > pages) return go({page: String(pages)}, {replace: true});
+  showTable(columns, answer);
+}
+
+const widthOf = (name, isNumber) => own(WIDTHS, name) || (isNumber ? 7 : 9.5);
+
+function showTable(columns, answer) {
+  const isNumber = columns.map((_, index) => {
+    if (numeric.has(columns[index])) return true;
+    const cells = answer.rows.map((row) => row[index + 2]).filter((cell) => cell !== null);
+    const numbers = cells.filter((cell) => typeof cell === "number" || /^(NaN|-?Infinity|-?\d{16,})$/.test(cell));
+    return numbers.length > cells.length / 2;
+  });
+  const heads = columns.map((name, index) => [name, isNumber[index] || name === "duration" ? "number" : "",
+    widthOf(name, isNumber[index])]);
+  setHead($("table"), [["", "pick", 2.6], ...heads, ["rest", "rest", null]], headCell);
+  for (const cell of $("table").tHead.rows[0].cells) {
+    if (cell.dataset.field === at.sort) cell.setAttribute("aria-sort", at.way === "1" ? "ascending" : "descending");
+    else cell.removeAttribute("aria-sort");
+  }
+  sync($("table").tBodies[0], answer.rows, (row) => row[0], makeRow,
+      (node, row) => fillRow(node, row, columns, isNumber));
+  const first = (Number(at.page) - 1) * PAGE_SIZE;
+  setText($("range"), answer.found
+      ? `${grouped(first + 1)}–${grouped(first + answer.rows.length)} of ${grouped(answer.found)}` : "0 tasks");
+  $("previous").disabled = at.page === "1";
+  $("next").disabled = first + PAGE_SIZE >= answer.found;
+  $("empty").hidden = answer.rows.length > 0;
+  setText($("empty"), sum(answer.queue.counts) ? "No task matches."
+      : "No tasks yet. labtasker task submit -- --lr=0.1 submits one.");
+  showSelection(answer);
+  if (announceFound) {
+    announceFound = false;
+    announce(`${many(answer.found, "task")} found`);
+  }
+}
+
+let announceFound = false;
+
+function headCell([name, kind]) {
+  if (kind === "rest") return el("td");
+  if (!name) {
+    return el("th", {scope: "col", class: kind}, el("input",
+        {type: "checkbox", id: "pick-all", "aria-label": "Select all on this page",
+      change: (event) => pickAll(event.target.checked)}));
+  }
+  return el("th", {scope: "col", class: kind, "data-field": name}, el("button", {type: "button", title: name,
+    click: () => go({sort: name, way: at.sort === name && at.way === "-1" ? "1" : "-1", page: "1"})}, titleOf(name)));
+}
+
+function makeRow([id]) {
+  const box = el("input", {type: "checkbox", change: () => { pick(id, box.checked); showSelection(latest); }});
+  return el("tr", {}, el("td", {class: "pick"}, el("label", {}, box)));
+}
+
+function fillRow(node, row, columns, isNumber) {
+  const [id, status] = row, name = row[row.length - 1] || id.slice(0, 8);
+  const box = node.cells[0].querySelector("input");
+  box.checked = chosen.has(id);
+  if (box.getAttribute("aria-label") !== `Select ${name}`) box.setAttribute("aria-label", `Select ${name}`);
+  node.classList.toggle("chosen", id === at.task);
+  while (node.cells.length < columns.length + 2) node.insertCell();  // the last one takes what room is left
+  while (node.cells.length > columns.length + 2) node.deleteCell(node.cells.length - 2);
+  columns.forEach((column, index) => {
+    const cell = node.cells[index + 1];
+    fillCell(cell, column, row[index + 2], {id, status, name, isNumber: isNumber[index]});
+  });
+}
+
+function fillCell(cell, column, value, {id, status, name, isNumber}) {
+  const isLink = column === "task_name" || column === "task_id";
+  const text = column === "task_name" ? oneLine(name) : TIMES.has(column) ? moment(value) : column === "duration"
+      ? span(value) : shortValue(value);
+  const kind = column === "status" ? `status ${status}` : isNumber || column === "duration" ? "number" : "";
+  if (cell.className !== kind) cell.className = kind;
+  if (cell.dataset.column !== column) {
+    cell.dataset.column = column;
+    fill(cell, column === "status" ? el("span", {class: "dot"}) : [], isLink ? el("a", {}, el("bdi")) : el("bdi"));
+  }
+  setText(cell.querySelector("bdi"), text);
+  if (isLink) cell.firstElementChild.href = address({task: id, run: ""});
+  const title = TIMES.has(column) ? moment(value, true) : text && asText(value) !== text || text.length > 12
+      ? asText(value) || text : "";
+  if (cell.title !== title) cell.title = title;
+}
+
+function pick(id, isChosen) {
+  if (isChosen) chosen.add(id);
+  else chosen.delete(id);
+}
+
+function pickAll(isChosen) {
+  for (const row of $("table").tBodies[0].rows) {
+    pick(row.dataset.key, isChosen);
+    row.cells[0].querySelector("input").checked = isChosen;
+  }
+  showSelection(latest);
+}
+
+async function pickMatching() {
+  const answer = await view({limit: MOST_CHOSEN, ...matching()});
+  for (const [id] of answer.rows) chosen.add(id);
+  if (answer.found > MOST_CHOSEN) {
+    notify(`The ${grouped(MOST_CHOSEN)} that changed last are selected: no more go in one transaction.`);
+  }
+  for (const row of $("table").tBodies[0].rows) row.cells[0].querySelector("input")
+      .checked = chosen.has(row.dataset.key);
+  showSelection(latest);
+}
+
+function showSelection(answer) {
+  const rows = [...$("table").tBodies[0].rows], here = rows.filter((row) => chosen.has(row.dataset.key)).length;
+  setText($("selected"), chosen.size ? `${grouped(chosen.size)} selected` : "None selected");
+  for (const button of $("selection").querySelectorAll("[data-action], #select-none")) button.disabled = !chosen.size;
+  const all = $("pick-all");
+  if (all) {
+    all.checked = rows.length > 0 && here === rows.length;
+    all.indeterminate = here > 0 && here < rows.length;
+  }
+  $("select-all").hidden = !(all && all.checked && answer.found > rows.length && chosen.size < answer.found);
+  setText($("select-all"), `Select all ${grouped(answer.found)}`);
+}
+
+// 9. Task #####################################################################
+
+const LONG = 400;  // letters of a value that are shown before one asks for all
+const MOST_ROWS = 200;  // values of a task that are shown before one asks for all
+
+let shownTask = null, shownLog = null;
+
+async function loadTask(signal) {
+  let task = null;
+  try {
+    task = await ask("GET", `${ME}/tasks/${encodeURIComponent(at.task)}`, undefined, {signal});
+  } catch (error) {
+    if (!(error instanceof Refused && error.status === 404)) throw error;
+  }
+  const text = JSON.stringify(task);
+  if (text !== shownTask) {
+    shownTask = text;
+    showTask(task);
+  }
+  if (task) await loadLog(task, signal);
+}
+
+function arriveAtTasks(before) {
+  $("task").hidden = !at.task;
+  document.querySelector(".split").classList.toggle("with-task", Boolean(at.task));
+  if (at.task === before.task) return;
+  shownTask = shownLog = null;
+  for (const row of $("table").tBodies[0].rows) row.classList.toggle("chosen", row.dataset.key === at.task);
+  if (at.task) {
+    fill($("task"), el("p", {class: "quiet"}, "Loading…"));
+    $("task").focus();
+    $("task").scrollTop = 0;
+  } else if (before.task) {
+    const row = [...$("table").tBodies[0].rows].find((one) => one.dataset.key === before.task);
+    ((row && row.querySelector("a")) || $("main")).focus();
+  }
+}
+
+const closeTask = () => go({task: "", run: ""});
+
+function showTask(task) {
+  const open = new Set([...$("task").querySelectorAll("[data-open]")].map((node) => node.dataset.open));
+  const focused = $("task").contains(document.activeElement) ? document.activeElement.id : "";
+  const close = el("button", {type: "button", id: "close-task", "aria-label": "Close the task", title: "Close (Esc)",
+      click: closeTask}, "×");
+  if (!task) {
+    fill($("task"), el("div", {}, el("h2", {}, "Not there"), close),
+        el("p", {class: "facts"}, `There is no task ${at.task} in this queue: it was deleted.`));
+    return;
+  }
+  fill($("task"), el("div", {}, el("h2", {}, el("bdi", {}, task.task_name || task.task_id.slice(0, 8))), close),
+      taskButtons(task),
+    taskFacts(task), errorOf(task), part("Args", task.args, open), part("Summary", reported(task.summary), open),
+    part("Metadata", task.metadata, open), attemptsOf(task), logOf(task));
+  if (focused && $(focused)) $(focused).focus();
+}
+
+function taskButtons(task) {
+  const one = (name) => el("button", {type: "button", id: `task-${name}`, "data-one": name,
+      disabled: !ACTIONS[name].applies(task),
+    click: () => act(name, [task.task_id])}, `${name[0].toUpperCase()}${name.slice(1)}…`);
+  return el("div", {class: "buttons", role: "group", "aria-label": "This task"},
+      ["cancel", "retry", "priority", "delete"].map(one));
+}
+
+/** A list of [name, text or element]s; those without anything are left out. */
+function facts(rows) {
+  return el("dl", {class: "facts"}, rows.filter(([, value]) => value !== null && value !== "" && value !== undefined)
+    .map(([name, value]) => [el("dt", {}, el("bdi", {}, oneLine(name))), el("dd", {}, value)]));
+}
+
+function taskFacts(task) {
+  const time = (iso) => iso && moment(iso, true);
+  return facts([["Status", el("span", {class: task.status}, el("span", {class: "dot"}), ` ${task.status}`)],
+      ["ID", el("span", {class: "mono"}, task.task_id)],
+    ["Created", time(task.created_at)], ["Started", time(task.start_time)], ["Changed", time(task.last_modified)],
+    ["Last heard of", task.status === "running" ? time(task.last_heartbeat) : ""],
+        ["Priority", String(task.priority)],
+    ["Failed runs", `${task.retries} of ${task.max_retries}`],
+        ["Interruptions", task.interruptions ? String(task.interruptions) : ""],
+    ["Handed back", task.reason], ["Worker", task.worker_id && el("span", {class: "mono"}, task.worker_id)],
+        ["Commit", task.git && el("span", {class: "mono"}, task.git)],
+    ["Command", task.cmd && task.cmd.length ? longText(Array.isArray(task.cmd) ? task.cmd.join(" ") : task.cmd,
+        "mono") : ""],
+    ["Time limits", [task.task_timeout && `${span(task.task_timeout)} for a run`,
+        task.heartbeat_timeout && `${span(task.heartbeat_timeout)} of silence`].filter(Boolean).join(", ")]]);
+}
+
+/** A summary without what is shown as the error. */
+function reported(summary) {
+  return Object.fromEntries(Object.entries(summary).filter(([key]) => key !== "labtasker_exception"
+      && key !== "labtasker_error"));
+}
+
+function errorOf(task) {
+  const raised = task.summary.labtasker_exception, said = task.summary.labtasker_error;
+  if (!raised && !said) return null;
+  const lines = [];
+  if (said) lines.push(asText(said));
+  if (raised && typeof raised === "object") {
+    lines.push(raised.traceback ? asText(raised.traceback) : `${asText(raised.type)}: ${asText(raised.message)}`);
+  } else if (raised) lines.push(asText(raised));
+  return [el("h3", {}, "Error"), longBlock(lines.join("\n"))];
+}
+
+function longBlock(text) {
+  return el("pre", {class: "block", tabindex: "0", role: "region", "aria-label": "Error", dir: "auto"},
+      cut(text, 20000));
+}
+
+/** A text of any length: its begin, and a button for the rest. */
+function longText(text, kind = "") {
+  const shown = el("bdi", {class: `long ${kind}`}, cut(text, LONG));
+  if (text.length <= LONG) return shown;
+  const more = el("button", {type: "button", class: "plain", click: () => { setText(shown, text); more.remove(); }},
+    `Show all (${bytes(text.length)})`);
+  return el("span", {}, shown, " ", more);
+}
+
+function part(title, values, open) {
+  const rows = [...leaves(values)];
+  if (!rows.length) return null;
+  const isOpen = open.has(title) || rows.length <= MOST_ROWS;
+  const shown = (some) => some.map(([name, value]) => [name,
+      typeof value === "number" ? String(value) : longText(asText(value), typeof value === "string" ? "" : "mono") ]);
+  const list = facts(shown(isOpen ? rows : rows.slice(0, MOST_ROWS)));
+  const box = el("div", isOpen && rows.length > MOST_ROWS ? {"data-open": title} : {}, list);
+  if (!isOpen) {
+    box.append(el("button", {type: "button", class: "plain", click: () => {
+      box.dataset.open = title;
+      fill(box, facts(shown(rows)));
+    }}, `Show all ${grouped(rows.length)} values`));
+  }
+  return [el("h3", {}, title), box];
+}
+
+/** A table of its own that scrolls sideways where it has to. */
+function tableBox(label, head, rows) {
+  return el("div", {class: "table-box", tabindex: "0", role: "region", "aria-label": label},
+    el("table", {}, el("thead", {}, el("tr", {}, head)), el("tbody", {}, rows)));
+}
+
+function attemptsOf(task) {
+  if (!task.attempts || !task.attempts.length) return null;
+  const titles = [["#", "number"], ["Log"], ["Status"], ["Started"], ["Took", "number"], ["Host"], ["Exit", "number"],
+    ["Reason"]];
+  const head = titles.map(([title, kind = ""]) => el("th", {scope: "col", class: kind}, title));
+  return [el("h3", {}, "Attempts"), tableBox("Attempts", head, task.attempts.map(attemptRow).reverse())];
+}
+
+function attemptRow(one, index) {
+  const status = one.status || "running", reason = shortValue(one.reason);
+  const took = one.start ? (new Date(one.end || Date.now()) - new Date(one.start)) / 1000 : null;
+  return el("tr", {}, el("td", {class: "number"}, String(index + 1)),
+    el("td", {}, el("a", {href: address({run: one.run_id}), "aria-label": `Log of attempt ${index + 1}`}, "Log")),
+    el("td", {class: `status ${status}`}, el("span", {class: "dot"}), el("bdi", {}, shortValue(status))),
+    el("td", {}, moment(one.start)), el("td", {class: "number"}, span(took)),
+    el("td", {}, el("bdi", {}, shortValue(one.host))), el("td", {class: "number"}, shortValue(one.exit_code)),
+    el("td", {title: reason}, el("bdi", {}, reason)));
+}
+
+function logOf(task) {
+  if (!task.start_time && !(task.attempts || []).length) return null;
+  return [el("h3", {id: "log-title"}, "Log"), el("p", {id: "log-note", class: "quiet"}, "Loading…"),
+    el("pre", {id: "log", class: "block", tabindex: "0", role: "region", "aria-labelledby": "log-title"})];
+}
+
+/** A terminal's output as text: without colours, and of a line that was written over, what stood there last. */
+function plainLog(text) {
+  return text.replace(/\u001b\[[0-9;?]*[ -/]*[@-~]|\u001b\][^\u0007\u001b]*(\u0007|\u001b\\)|\u001b./g, "")
+      .replace(/\r+\n/g, "\n")
+    .replace(/^.*\r(?=[^\n])/gm, "").replace(/[\u0000-\u0008\u000b-\u001f\u007f-\u009f]/g, "");
+}
+
+async function loadLog(task, signal) {
+  if (!$("log")) return;
+  const query = at.run ? `?run_id=${encodeURIComponent(at.run)}` : "";
+  let found;
+  try {
+    found = await ask("GET", `${ME}/tasks/${task.task_id}/log${query}`, undefined, {signal});
+  } catch (error) {
+    if (!(error instanceof Refused)) throw error;
+    found = {text: null, why: error.message};
+  }
+  const key = `${found.run_id} ${found.size} ${found.why}`;
+  if (key === shownLog && $("log-note").textContent !== "Loading…") return;
+  shownLog = key;
+  const log = $("log"), isAtEnd = log.scrollTop + log.clientHeight >= log.scrollHeight - 8;
+  const number = (task.attempts || []).findIndex((one) => one.run_id === found.run_id) + 1;
+  const which = number ? `Attempt ${number} of ${task.attempts.length}` : "The last run";
+  log.hidden = found.text === null;
+  if (found.text === null) {
+    setText($("log-note"), found.why
+        || (found.path ? `${which} wrote its log on ${found.host || "its worker's host"}, to ${found.path}: not here.`
+      : `${which} left no log beside this server's store.`));
+    return;
+  }
+  setText(log, plainLog(found.text));
+  const share = found.text.length < found.size - 4 ? `the end of ${bytes(found.size)}` : bytes(found.size);
+  setText($("log-note"), `${which}, ${share}${found.host ? `, on ${found.host}` : ""}`);
+  if (isAtEnd) log.scrollTop = log.scrollHeight;
+}
+
+// 10. Drawings ################################################################
+
+const MOST_POINTS = 2000;  // of a sample of the tasks that match: each is a link
+const MOST_READ = 20000;  // that a grid is made of
+const LOG_DECADES = 2;  // numbers that span more are drawn on a log scale unless one says otherwise
+const MOST_BANDS = 60;
+const LISTED = 500;  // rows of the table below a drawing
+
+/** The number that a cell stands for, or null. */
+function numberOf(cell) {
+  return typeof cell === "number" && isFinite(cell) ? cell : typeof cell === "boolean" ? Number(cell) : null;
+}
+
+/** Values in order: numbers by size, then texts. */
+function inOrder(values) {
+  return [...new Set(values)].sort((one, other) => typeof one === typeof other
+    ? (one < other ? -1 : one > other ? 1 : 0) : typeof one === "number" ? -1 : typeof other === "number" ? 1 : 0);
+}
+
+/** Round numbers from low to high, some `count` of them. */
+function linearTicks(low, high, count) {
+  const rough = (high - low) / Math.max(1, count), size = 10 ** Math.floor(Math.log10(rough));
+  const step = size * [1, 2, 2.5, 5, 10].find((factor) => factor * size >= rough * 0.999);
+  const ticks = [];
+  for (let at = Math.ceil(low / step - 1e-9); at * step <= high + step * 1e-9;
+      at++) ticks.push(Number((at * step).toPrecision(12)));
+  return ticks;
+}
+
+function logTicks(low, high, count) {
+  const first = Math.floor(Math.log10(low)), last = Math.ceil(Math.log10(high)), ticks = [];
+  const each = Math.max(1, Math.ceil((last - first) / Math.max(1, count)));
+  const factors = 3 * (last - first) <= Math.max(6, count) ? [1, 2, 5] : [1];
+  for (let power = first; power <= last; power += each) {
+    for (const factor of factors) ticks.push(Number((factor * 10 ** power).toPrecision(3)));
+  }
+  return ticks.filter((tick) => tick >= low * 0.999 && tick <= high * 1.001);
+}
+
+/** Returns {place(value), ticks: [[value, text]], log} that maps values to 0 to 1; texts get a band each. `wish`: is a
+    log scale wanted ("1"), not wanted ("0"), or where it is apt (""). */
+function scaleOf(values, wish, count) {
+  const numbers = values.filter((value) => typeof value === "number");
+  if (numbers.length < values.length) return bandScale(values);
+  let low = Math.min(...numbers), high = Math.max(...numbers);
+  const canLog = low > 0, log = canLog && (wish ? wish === "1" : high / low >= 10 ** LOG_DECADES);
+  if (low === high) [low, high] = log ? [low / 2, high * 2]
+      : [low - (Math.abs(low) || 1) / 2, high + (Math.abs(high) || 1) / 2];
+  const [from, to] = log ? [Math.log10(low), Math.log10(high)] : [low, high], margin = (to - from) * 0.04;
+  const begin = from - margin, size = to - from + 2 * margin;
+  const ticks = log ? logTicks(10 ** begin, 10 ** (begin + size), count) : linearTicks(begin, begin + size, count);
+  return {log, canLog, place: (value) => ((log ? Math.log10(value) : value) - begin) / size,
+      ticks: ticks.map((tick) => [tick, shortNumber(tick)])};
+}
+
+function bandScale(values) {
+  const all = inOrder(values), shown = all.slice(0, MOST_BANDS),
+      places = new Map(shown.map((value, index) => [value, (index + 0.5) / shown.length]));
+  return {log: false, canLog: false, band: 1 / shown.length, hidden: all.length - shown.length,
+      place: (value) => places.get(value),
+    ticks: shown.map((value) => [value, cut(shortValue(value), 16)])};
+}
+
+/** The axes of a drawing: lines, ticks, titles. */
+function axes(box, scaleX, scaleY, titleX, titleY) {
+  const {left, top, width, height, unit} = box, bottom = top + height, parts = [];
+  const widest = Math.max(...scaleX.ticks.map(([, text]) => text.length));
+  const everyX = Math.ceil(scaleX.ticks.length * (widest * 7 + 12) * unit / width);
+  const everyY = Math.ceil(scaleY.ticks.length * 16 * unit / height);
+  for (const [value, text] of scaleX.ticks.filter((tick, index) => index % everyX === 0)) {
+    const x = left + width * scaleX.place(value);
+    parts.push(svg("line", {class: "tick", x1: x, x2: x, y1: top, y2: bottom}),
+      svg("text", {x, y: bottom + 17 * unit, "text-anchor": "middle"}, text));
+  }
+  for (const [value, text] of scaleY.ticks.filter((tick, index) => index % everyY === 0)) {
+    const y = top + height * (1 - scaleY.place(value));
+    parts.push(svg("line", {class: "tick", x1: left, x2: left + width, y1: y, y2: y}),
+      svg("text", {x: left - 8 * unit, y: y + 4 * unit, "text-anchor": "end"}, text));
+  }
+  parts.push(svg("path", {class: "axis", fill: "none", d: `M${left} ${top}V${bottom}H${left + width}`}),
+    svg("text", {class: "title", x: left + width / 2, y: bottom + 38 * unit, "text-anchor": "middle"}, titleX),
+    svg("text", {class: "title", x: left, y: top - 10 * unit}, titleY));
+  return svg("g", {"aria-hidden": "true"}, parts);
+}
+
+/** The room for a drawing: its element's size less that for ticks and titles. */
+function roomIn(place, scaleY) {
+  const {width, height} = place.getBoundingClientRect();
+  const unit = parseFloat(getComputedStyle(document.documentElement).fontSize) / 14;  // what fits 14 px grows along
+  const widest = Math.max(3, ...scaleY.ticks.map(([, text]) => text.length));
+  const left = Math.min(width * 0.35, (20 + widest * 7.5) * unit);
+  return {left, top: 26 * unit, width: Math.max(80, width - left - 18 * unit), height: Math.max(80, height - 74 * unit),
+    unit, whole: {width, height}};
+}
+
+/** One stop for Tab in a drawing; arrows walk on from there. `next(index, key)` returns where to. */
+function walkable(group, next) {
+  const links = [...group.querySelectorAll("a")];
+  links.forEach((link, index) => {
+    link.setAttribute("tabindex", index ? "-1" : "0");
+    link.addEventListener("focus", () => {
+      const box = link.getBoundingClientRect();
+      links.forEach((other) => { if (other.getAttribute("tabindex") === "0") other.setAttribute("tabindex", "-1"); });
+      link.setAttribute("tabindex", "0");
+      showTip(link.getAttribute("aria-label"), box.left + box.width / 2, box.top + box.height / 2);
+    });
+    link.addEventListener("blur", hideTip);
+    link.addEventListener("keydown", (event) => {
+      const to = links[next(index, event.key)];
+      if (!to) return;
+      event.preventDefault();
+      to.focus();
+    });
+    link.addEventListener("pointerenter", (event) => showTip(link.getAttribute("aria-label"), event.clientX,
+        event.clientY));
+    link.addEventListener("pointerleave", hideTip);
+  });
+}
+
+/** Draws: axes and the like, then a group of links to walk through; the focus stays on the same one. */
+function drawIn(place, room, title, parts, group, next) {
+  const focused = place.contains(document.activeElement) ? document.activeElement.dataset.id : null;
+  const titleId = `${place.id}-title`;
+  fill(place, svg("svg", {viewBox: `0 0 ${room.whole.width} ${room.whole.height}`, role: "group",
+    "aria-labelledby": titleId}, svg("title", {id: titleId}, title), parts, group));
+  walkable(group, next);
+  const again = focused && [...group.querySelectorAll("a")].find((link) => link.dataset.id === focused);
+  if (again) again.focus();
+}
+
+/** Fills the table below a drawing when it is opened. */
+function listData(details, columns, rows) {
+  const isNumber = (index) => rows.length > 0 && rows.every((row) => typeof row[index] === "number");
+  const kinds = columns.map((_, index) => (isNumber(index) ? "number" : ""));
+  const cellOf = (value, index) => el("td", {class: kinds[index]},
+    value instanceof Node ? value.cloneNode(true) : el("bdi", {}, shortValue(value)));
+  details.ontoggle = () => {
+    [...details.children].slice(1).forEach((child) => child.remove());
+    if (!details.open) return;
+    const head = columns.map((name, index) => el("th", {scope: "col", class: kinds[index]}, name));
+    details.append(tableBox("The data", head, rows.slice(0, LISTED).map((row) => el("tr", {}, row.map(cellOf)))));
+    if (rows.length <= LISTED) return;
+    details.append(el("p", {class: "quiet"}, `The first ${LISTED} of ${grouped(rows.length)} rows.`));
+  };
+  details.ontoggle();
+}
+
+const taskLink = (id, name) => el("a", {href: address({view: "tasks", task: id, run: ""})},
+    el("bdi", {}, name || id.slice(0, 8)));
+
+/** A field's first choice in a select, and that chosen. */
+function chooseField(select, options, wish, fallback) {
+  const value = wish || fallback || "";
+  setOptions(select, options, value);
+  return value;
+}
+
+/** The fields under these names, those of numbers first. */
+function ofKind(...tops) {
+  const found = fields.filter((name) => tops.some((top) => name.startsWith(`${top}.`))
+      && !name.includes("labtasker_"));
+  return [...found.filter((name) => numeric.has(name)), ...found.filter((name) => !numeric.has(name))];
+}
+
+const asOptions = (names) => names.map((name) => [name, name]);
+
+// 11. Plot ####################################################################
+
+let plotted = null;  // what was asked and answered last, to draw it again in another size
+
+async function loadPlot(signal) {
+  if (!fields.length) showOverview(await view({limit: 0}, {signal}));
+  const results = [...ofKind("summary"), "duration"];
+  const others = [...ofKind("args", "metadata", "summary"), "created_at", "start_time", "duration", "host"];
+  const y = chooseField($("plot-y"), asOptions(results), at.y, results[0]);
+  const x = chooseField($("plot-x"), asOptions(others), at.x, ofKind("args")[0] || "created_at");
+  const colour = chooseField($("plot-colour"), [["", "None"], ...asOptions(["status", ...others])], at.colour, "");
+  const answer = await view({columns: [x, y, "task_name", ...(colour ? [colour] : [])], spread: true,
+    limit: MOST_POINTS, ...matching()}, {signal});
+  showOverview(answer);
+  const text = JSON.stringify([x, y, colour, at.logx, at.logy, answer.rows, answer.found]);
+  if (plotted && plotted.text === text) return;
+  plotted = {text, x, y, colour, answer};
+  drawPlot();
+}
+
+/** Returns the points of an answer's rows, from left to right: {id, name, x, y, shownX, shade}. */
+function pointsOf({x, colour, answer}) {
+  const points = answer.rows.map(([id, status, cellX, cellY, name, shade]) => ({id, name: name || id.slice(0, 8),
+    x: TIMES.has(x) && cellX ? new Date(cellX).getTime() : cellX, y: numberOf(cellY), shownX: cellX,
+    shade: colour === "status" ? status : shade}));
+  return points.filter((point) => point.y !== null && point.x !== null && typeof point.x !== "boolean")
+    .sort((one, other) => (one.x < other.x ? -1 : one.x > other.x ? 1 : one.y - other.y));
+}
+
+function drawPlot() {
+  if (!plotted || at.view !== "plot") return;
+  const points = pointsOf(plotted), place = $("plot-drawing");
+  setText($("plot-note"), plotNote(points));
+  if (!points.length) {
+    fill(place);
+    return listData($("plot-data"), [], []);
+  }
+  const {x, y, colour} = plotted, scaleY = scaleOf(points.map((point) => point.y), at.logy, 6);
+  const room = roomIn(place, scaleY);
+  const scaleX = scaleOf(points.map((point) => point.x), at.logx, Math.max(2, room.width / 90));
+  if (TIMES.has(x)) scaleX.ticks = scaleX.ticks.map(([tick]) => [tick, moment(tick)]);
+  showScale($("plot-logx"), scaleX);
+  showScale($("plot-logy"), scaleY);
+  const shades = shadesOf(colour, points);
+  fill($("plot-legend"), shades.legend);
+  const draw = {...plotted, room, scaleX, scaleY, shades};
+  const group = svg("g", {role: "list", "aria-label": "Points"}, points.map((point) => pointLink(point, draw)));
+  drawIn(place, room, `${titleOf(y)} against ${titleOf(x)}, ${many(points.length, "task")}`,
+    [axes(room, scaleX, scaleY, x, y)], group,
+    (index, key) => stepAlong(points.length, index, key));
+  listData($("plot-data"), ["Task", x, y, ...(colour ? [colour] : [])], points.map((point) =>
+    [taskLink(point.id, point.name), point.shownX, point.y, ...(colour ? [point.shade] : [])]));
+}
+
+function plotNote(points) {
+  const {answer} = plotted, odd = answer.rows.length - points.length;
+  if (!points.length) return "No task has both yet.";
+  const which = answer.found > answer.rows.length
+    ? `${grouped(answer.rows.length)} of ${grouped(answer.found)} tasks, a fair sample` : many(points.length, "task");
+  return `${which}${odd ? `; ${grouped(odd)} without a number to draw` : ""}. Enter opens a task, arrows walk on.`;
+}
+
+function showScale(box, scale) {
+  box.disabled = !scale.canLog;
+  box.checked = scale.log;
+}
+
+const stepAlong = (length, index, key) => ({ArrowRight: index + 1, ArrowDown: index + 1, ArrowLeft: index - 1,
+  ArrowUp: index - 1, Home: 0, End: length - 1})[key];
+
+const SHAPES = [  // of a point of radius r: so that no one has to tell colours apart
+  (r) => `M${-r} 0a${r} ${r} 0 1 0 ${2 * r} 0a${r} ${r} 0 1 0 ${-2 * r} 0`,
+  (r) => `M${-r} ${-r}h${2 * r}v${2 * r}h${-2 * r}z`,
+  (r) => `M0 ${-1.3 * r}L${1.2 * r} ${r}H${-1.2 * r}z`,
+  (r) => `M0 ${-1.4 * r}L${1.4 * r} 0L0 ${1.4 * r}L${-1.4 * r} 0z`,
+  (r) => `M0 ${1.3 * r}L${1.2 * r} ${-r}H${-1.2 * r}z`,
+  (r) => `M${-r} 0L0 ${-r}L${r} 0L0 ${r}zM${-r} ${-r}L${r} ${r}M${-r} ${r}L${r} ${-r}`,
+];
+const OTHER = SHAPES.length;  // the colour of values that have none of their own
+
+/** Returns {of(value), legend}: colour and shape of points by a field. The most common values have one each;
+    numbers of many values differ in depth. */
+function shadesOf(colour, points) {
+  if (!colour) return {of: () => ({kind: 0, shape: 0}), legend: []};
+  const counts = new Map();
+  for (const {shade} of points) counts.set(shade, (counts.get(shade) || 0) + 1);
+  const values = inOrder([...counts.keys()].filter((value) => value !== null && value !== undefined));
+  if (values.length > SHAPES.length && values.every((value) => typeof value === "number")) return depths(values);
+  const often = [...values].sort((one, other) => counts.get(other) - counts.get(one)).slice(0, SHAPES.length);
+  const named = values.filter((value) => often.includes(value));
+  const rows = named.map((value, index) => [cut(shortValue(value), 18), index]);
+  if (named.length < counts.size) rows.push(["other", OTHER]);
+  return {of: (value) => (named.includes(value) ? {kind: named.indexOf(value), shape: named.indexOf(value)}
+    : {kind: OTHER, shape: 0}), legend: legendOf(rows)};
+}
+
+function legendOf(rows) {
+  return rows.map(([text, index]) => el("span", {class: `k${index}`},
+    svg("svg", {width: "1em", height: "1em", viewBox: "-7 -7 14 14", "aria-hidden": "true"},
+      svg("path", {class: "mark", d: SHAPES[index % SHAPES.length](5)})), el("bdi", {}, text)));
+}
+
+function depths(values) {
+  const low = values[0], high = values[values.length - 1], isWide = low > 0 && high / low >= 100;
+  const share = (value) => (isWide ? Math.log(value / low) / Math.log(high / low) : (value - low) / (high - low));
+  return {of: (value) => ({kind: 0, shape: 0, opacity: typeof value === "number" ? 0.2 + 0.8 * share(value) : 0.1}),
+    legend: [`pale ${shortNumber(low)}, deep ${shortNumber(high)}`]};
+}
+
+/** How far from the middle of its band a point is drawn, so that equal ones can be told apart; always the same. */
+function scatter(point, scale) {
+  return scale.band ? (parseInt(point.id.slice(0, 4), 16) / 65535 - 0.5) * 0.5 * scale.band || 0 : 0;
+}
+
+function pointLink(point, {room, scaleX, scaleY, shades, x, y, colour}) {
+  const left = room.left + room.width * (scaleX.place(point.x) + scatter(point, scaleX));
+  const top = room.top + room.height * (1 - scaleY.place(point.y));
+  if (!isFinite(left)) return null;
+  const {kind, shape, opacity} = shades.of(point.shade);
+  const shownX = TIMES.has(x) ? moment(point.shownX, true) : shortValue(point.shownX);
+  const words = [oneLine(point.name), `${titleOf(x)} ${shownX}`, `${titleOf(y)} ${shortNumber(point.y)}`];
+  if (colour) words.push(`${titleOf(colour)} ${shortValue(point.shade)}`);
+  return svg("g", {role: "listitem"}, svg("a", {href: address({view: "tasks", task: point.id, run: ""}),
+    "aria-label": words.join("\n"), class: `k${kind}`, "data-id": point.id,
+    transform: `translate(${left.toFixed(1)} ${top.toFixed(1)})`},
+  svg("path", {class: "mark", d: SHAPES[shape](4.5 * room.unit), "fill-opacity": opacity})));
+}
+
+// 12. Grid ####################################################################
+
+let gridded = null;  // what was asked and answered last
+
+async function loadGrid(signal) {
+  if (!fields.length) showOverview(await view({limit: 0}, {signal}));
+  const args = ofKind("args", "metadata"), metrics = [...ofKind("summary"), "duration"];
+  const y = chooseField($("grid-y"), asOptions(args), at.gy, args.find((name) => !numeric.has(name)) || args[0]);
+  const x = chooseField($("grid-x"), asOptions(args), at.gx, args.find((name) => name !== y));
+  const metric = chooseField($("grid-metric"), asOptions(metrics), at.metric, metrics[0]);
+  $("grid-how").value = at.how;
+  if (!x || !y) return setText($("grid-note"), "A grid needs tasks with two args.");
+  const answer = await view({columns: [y, x, metric], spread: true, limit: MOST_READ, ...matching()}, {signal});
+  showOverview(answer);
+  const text = JSON.stringify([x, y, metric, at.how, answer.rows]);
+  if (gridded && gridded.text === text) return;
+  gridded = {text, x, y, metric, answer, how: Object.hasOwn(HOW, at.how) ? at.how : "mean"};
+  drawGrid();
+}
+
+// What a cell shows of its tasks: words, and the number from their numbers and ids.
+const HOW = {
+  mean: ["mean", (numbers) => numbers.reduce((one, other) => one + other, 0) / numbers.length],
+  min: ["lowest", (numbers) => numbers.reduce((one, other) => Math.min(one, other))],
+  max: ["highest", (numbers) => numbers.reduce((one, other) => Math.max(one, other))],
+  count: ["", (numbers, ids) => ids.length],
+};
+
+/** Returns {rows, columns, isCut, cells: Map of "row column" to {down, across, ids, numbers, value}}. */
+function cellsOf({answer, how}) {
+  const [rows, columns] = [2, 3].map((index) => inOrder(answer.rows.map((row) => row[index])));
+  const [rowAt, columnAt] = [rows, columns].map((values) =>
+    new Map(values.slice(0, MOST_BANDS).map((value, index) => [value, index])));
+  const cells = new Map();
+  for (const [id, , rowValue, columnValue, metric] of answer.rows) {
+    const down = rowAt.get(rowValue), across = columnAt.get(columnValue), key = `${down} ${across}`;
+    if (down === undefined || across === undefined) continue;
+    const cell = cells.get(key) || {down, across, ids: [], numbers: []};
+    cells.set(key, cell);
+    cell.ids.push(id);
+    if (numberOf(metric) !== null) cell.numbers.push(numberOf(metric));
+  }
+  for (const cell of cells.values()) {
+    cell.value = cell.numbers.length || how === "count" ? HOW[how][1](cell.numbers, cell.ids) : null;
+  }
+  return {rows: rows.slice(0, MOST_BANDS), columns: columns.slice(0, MOST_BANDS), cells,
+    isCut: Math.max(rows.length, columns.length) > MOST_BANDS};
+}
+
+function drawGrid() {
+  if (!gridded || at.view !== "grid") return;
+  const {x, y, metric, how} = gridded, place = $("grid-drawing");
+  const found = cellsOf(gridded), {rows, columns, cells} = found;
+  const shown = how === "count" ? "number of tasks" : `${HOW[how][0]} ${titleOf(metric)}`;
+  const values = [...cells.values()].map((cell) => cell.value).filter((value) => value !== null);
+  const range = {low: Math.min(...values), high: Math.max(...values)};
+  setText($("grid-note"), gridNote(found, values.length ? range : null, shown));
+  if (!rows.length) {
+    fill(place);
+    return listData($("grid-data"), [], []);
+  }
+  const scaleY = bandScale(rows), scaleX = bandScale(columns), room = roomIn(place, scaleY), order = [];
+  const size = {width: room.width / columns.length, height: room.height / rows.length};
+  const widest = Math.max(...[...cells.values()].map((cell) => textOf(cell.value).length));
+  const hasText = size.width > (widest * 6.8 + 6) * room.unit && size.height > 16 * room.unit;
+  const draw = {...found, ...range, x, y, shown, room, size, hasText};
+  const parts = rows.flatMap((row, down) => columns.map((column, across) => {
+    const cell = cells.get(`${down} ${across}`);
+    if (cell) order.push(cell);
+    return cell ? gridCell(cell, draw) : svg("rect", {class: "cell none", ...boxAt(down, across, draw)});
+  }));
+  drawIn(place, room, `${shown} by ${titleOf(y)} and ${titleOf(x)}`, [axes(room, scaleX, scaleY, x, y)],
+    svg("g", {role: "list", "aria-label": "Cells"}, parts), (index, key) => stepInGrid(order, index, key));
+  listData($("grid-data"), [y, x, shown, "tasks"],
+    order.map(({down, across, value, ids}) => [rows[down], columns[across], value, ids.length]));
+}
+
+function gridNote({rows, isCut}, range, shown) {
+  const {answer} = gridded;
+  if (!rows.length) return "No task has both yet.";
+  const words = range ? `, from ${shortNumber(range.low)} (pale) to ${shortNumber(range.high)} (deep)` : "";
+  const which = answer.found > answer.rows.length
+    ? `${grouped(answer.rows.length)} of ${grouped(answer.found)} tasks, a fair sample` : many(answer.found, "task");
+  return `${shown[0].toUpperCase()}${shown.slice(1)}${words}; ${which}.` +
+    (isCut ? ` The first ${MOST_BANDS} values of each are drawn.` : "");
+}
+
+/** The index of the next cell in the direction of an arrow, undefined where there is none. */
+function stepInGrid(order, index, key) {
+  const along = {ArrowRight: [0, 1], ArrowLeft: [0, -1], ArrowUp: [1, 0], ArrowDown: [-1, 0]}[key];
+  const here = order[index];
+  if (!along) return {Home: 0, End: order.length - 1}[key];
+  for (let step = 1; step <= MOST_BANDS; step++) {
+    const found = order.findIndex(({down, across}) =>
+      down === here.down + along[0] * step && across === here.across + along[1] * step);
+    if (found >= 0) return found;
+  }
+  return undefined;
+}
+
+/** The place of a cell, with a line of ground around it. */
+function boxAt(down, across, {room, rows, size}) {
+  return {x: room.left + across * size.width + 1, y: room.top + (rows.length - 1 - down) * size.height + 1,
+    width: Math.max(1, size.width - 2), height: Math.max(1, size.height - 2), rx: 2};
+}
+
+const textOf = (value) => (value === null ? "–" : shortNumber(Number(value.toPrecision(3))));
+
+function gridCell(cell, draw) {
+  const {down, across, ids, value} = cell, {low, high, size, shown, x, y} = draw, box = boxAt(down, across, draw);
+  const depth = value === null ? 0 : 0.04 + 0.96 * (high > low ? (value - low) / (high - low) : 0.5);
+  const text = textOf(value);
+  const [row, column] = [draw.rows[down], draw.columns[across]];
+  const words = [`${titleOf(y)} ${shortValue(row)}`, `${titleOf(x)} ${shortValue(column)}`,
+    `${shown} ${value === null ? "none" : shortNumber(value)}`, many(ids.length, "task")];
+  const middle = {x: box.x + box.width / 2, y: box.y + box.height / 2 + 4 * draw.room.unit, "text-anchor": "middle"};
+  return svg("g", {role: "listitem"}, svg("a", {href: addressOf(cell, [[y, row], [x, column]]),
+    "aria-label": words.join("\n"), "data-id": `${down} ${across}`},
+  svg("rect", {class: "cell none", ...box}),
+  svg("rect", {class: "cell depth", "fill-opacity": depth.toFixed(3), ...box}),
+  draw.hasText ? svg("text", {class: "value", ...middle}, text) : null));
+}
+
+/** Where a cell leads: to its task, or to the list of its tasks. */
+function addressOf({ids}, pairs) {
+  if (ids.length === 1) return address({view: "tasks", task: ids[0], run: ""});
+  const condition = pairs.map(([path, value]) => `${inFilter(path)} == ${literal(value)}`).join(" and ");
+  const filter = at.filter ? `(${at.filter}) and ${condition}` : condition;
+  return address({view: "tasks", task: "", page: "1", filter});
+}
+
+const literal = (value) => (typeof value === "boolean" ? (value ? "True" : "False") : JSON.stringify(value));
+
+// 13. Workers #################################################################
+
+const MOST_WORKERS = 200;
+const WORKER_COLUMNS = [["Worker", "", innerWidth < 800 ? 9 : 12], ["Runs", "", innerWidth < 800 ? 9 : 14],
+  ["Since", "number", 6], ["Status", "", 8], ["Host", "", 9], ["Failures", "number", 6.5], ["Changed", "", 8.2],
+  ["Change", "", 8], ["", "rest", null]];
+
+async function loadWorkers(signal) {
+  const [found, answer] = await Promise.all([
+    ask("POST", `${ME}/workers/search`, {limit: MOST_WORKERS, sort: [["last_modified", -1]]}, {signal}),
+    view({columns: ["worker_id", "task_name", "duration", "host"], status: "running", limit: 1000}, {signal})]);
+  showOverview(answer);
+  const runs = new Map();
+  for (const [id, , worker, name, took, host] of answer.rows) {
+    runs.set(worker, [...(runs.get(worker) || []), {id, name: name || id.slice(0, 8), took, host}]);
+  }
+  const rows = found.content.map((worker) => ({...worker, runs: runs.get(worker.worker_id) || []}))
+    .sort((one, other) => other.runs.length - one.runs.length);
+  const known = new Set(rows.map((row) => row.worker_id));
+  for (const [id, theirs] of runs) if (!known.has(id)) rows.unshift(strayWorker(id, theirs));
+  showWorkers(rows, found.content.length === MOST_WORKERS);
+}
+
+/** A row for runs of nobody that is listed. */
+const strayWorker = (id, runs) => ({worker_id: id || "", worker_name: id ? null : "no worker", status: "", runs,
+  metadata: {}});
+
+function showWorkers(rows, isCut) {
+  const busy = rows.filter((row) => row.runs.length).length;
+  const others = isCut ? `; the ${MOST_WORKERS} that changed last are shown` : `, ${grouped(rows.length - busy)} not`;
+  setText($("workers-note"), rows.length ? `${many(busy, "worker")} at work${others}.`
+    : "No workers yet. labtasker loop -- python train.py --lr '%(lr)' starts one.");
+  setHead($("worker-table"), WORKER_COLUMNS, ([name, kind]) => (name ? el("th", {scope: "col", class: kind}, name)
+    : el("td")));
+  sync($("worker-table").tBodies[0], rows, (row) => row.worker_id, () => el("tr", {}), fillWorker);
+}
+
+function fillWorker(node, row) {
+  const text = JSON.stringify([row, address({})]), hadFocus = node.contains(document.activeElement);
+  if (node.dataset.text === text) return;
+  node.dataset.text = text;
+  const run = row.runs[0] || {}, next = row.status === "active" ? "suspended" : "active", name = workerName(row);
+  const word = next === "active" ? "Activate" : "Suspend";
+  const runs = row.runs.slice(0, 8).map((one, index) => [index ? ", " : "", taskLink(one.id, one.name)]);
+  const button = () => el("button", {type: "button", class: "plain", click: () => changeWorker(row, next),
+    "aria-label": `${word} ${name}`}, next === "active" ? word : `${word}…`);
+  fill(node, el("td", {title: row.worker_id}, el("bdi", {}, name)),
+    el("td", {}, row.runs.length ? runs : el("span", {class: "quiet"}, "nothing")),
+    el("td", {class: "number"}, span(run.took)),
+    el("td", {class: `status ${row.status}`}, row.status ? [el("span", {class: "dot"}), row.status] : null),
+    el("td", {}, el("bdi", {}, shortValue(run.host || row.metadata.host))),
+    el("td", {class: "number"}, shortValue(row.retries)), el("td", {}, moment(row.last_modified)),
+    el("td", {}, row.status ? button() : null), el("td"));
+  if (hadFocus && node.querySelector("button")) node.querySelector("button").focus();
+}
+
+const workerName = (row) => row.worker_name || row.worker_id.slice(0, 8);
+
+async function changeWorker(row, status) {
+  const name = workerName(row), set = (to) => ask("POST", `${ME}/workers/${row.worker_id}/status`, {status: to});
+  const question = () => openDialog(`Suspend ${name}?`, [el("p", {}, "It gets no more tasks; what it runs goes on.")],
+    [leaving(), closing("Suspend", "yes", {class: "danger"})]);
+  if (status === "suspended" && await question() !== "yes") return;
+  try {
+    await set(status);
+    if (status === "active") notify(`${name} is active again.`);
+    else notify(`${name} is suspended.`, "Undo", () => set("active").then(() => refresher.now()).catch(complain));
+  } catch (error) {
+    complain(error);
+  }
+  refresher.now();
+}
+
+// 14. Views ###################################################################
+
+const VIEWS = {
+  tasks: {title: "Tasks", load: loadTasks, arrive: arriveAtTasks},
+  plot: {title: "Plot", load: loadPlot, arrive: () => drawPlot()},
+  grid: {title: "Grid", load: loadGrid, arrive: () => drawGrid()},
+  workers: {title: "Workers", load: loadWorkers},
+};
+
+const press = (id) => () => { if (!$(id).disabled) $(id).click(); };
+const rowLinks = () => [...$("table").tBodies[0].querySelectorAll("td > a")].filter((link, index, all) => index === 0
+    || link.closest("tr") !== all[index - 1].closest("tr"));
+
+function stepRows(by) {
+  const links = rowLinks(), here = links.findIndex((link) => link.closest("tr").contains(document.activeElement));
+  const to = links[here < 0 ? (by > 0 ? 0 : links.length - 1) : Math.min(links.length - 1, Math.max(0, here + by))];
+  if (to) to.focus();
+}
+
+function tickRow() {
+  const row = document.activeElement.closest("#table tbody tr");
+  if (row) row.querySelector("input").click();
+}
+
+const KEYS = [  // keys, what they do, how; in tasks alone where the last is true
+  ["/", "Go to the filter", () => { $("filter").focus(); $("filter").select(); }],
+  ["1", "Tasks", () => go({view: "tasks"})], ["2", "Plot", () => go({view: "plot"})],
+  ["3", "Grid", () => go({view: "grid"})], ["4", "Workers", () => go({view: "workers"})],
+  ["j", "Next task", () => stepRows(1), true], ["k", "Task before", () => stepRows(-1), true],
+  ["x", "Select the task, or not", tickRow, true], ["a", "Select all on this page, or none", press("pick-all"), true],
+  ["n", "Next page", press("next"), true], ["p", "Previous page", press("previous"), true],
+  ["c", "Cancel the selected", press("do-cancel"), true], ["r", "Retry the selected", press("do-retry"), true],
+  ["y", "Priority of the selected", press("do-priority"), true],
+      ["d", "Delete the selected", press("do-delete"), true],
+  ["u", "Undo", () => { const all = document.querySelectorAll("[data-undo]");
+      if (all.length) all[all.length - 1].click(); }],
+  ["Escape", "Close the task"], ["?", "These shortcuts", showHelp],
+];
+
+function onKey(event) {
+  if (event.ctrlKey || event.metaKey || event.altKey || !login || $("dialog").open) return;
+  if (event.key === "Escape" && at.task && at.view === "tasks") return closeTask();
+  if (event.target.closest("input:not([type=checkbox]), select, textarea")) return;
+  const row = KEYS.find(([key, , run, isOfTasks]) => key === event.key && run && (!isOfTasks || at.view === "tasks"));
+  if (!row) return;
+  event.preventDefault();
+  row[2]();
+}
+
+function showLogin(why) {
+  $("app").hidden = true;
+  $("login").hidden = false;
+  $("toasts").replaceChildren();
+  if ($("dialog").open) $("dialog").close("");
+  setText($("login-where"), location.host);
+  setText($("login-error"), why);
+  document.title = "Labtasker";
+  ($("login-queue").value ? $("login-password") : $("login-queue")).focus();
+}
+
+function showApp() {
+  $("login").hidden = true;
+  $("app").hidden = false;
+  $("login-password").value = "";
+  setText($("queue-name"), login.queue);
+  fields = [];
+  firstColumns = latest = plotted = gridded = null;
+  chosen.clear();
+  stream.last = null;
+  stream.start();
+  arrive();
+}
+
+async function onLogin(event) {
+  event.preventDefault();
+  const button = event.target.querySelector("button");
+  button.disabled = true;
+  setText($("login-error"), "");
+  try {
+    await enter($("login-queue").value, $("login-password").value, $("login-stay").checked);
+    showApp();
+    $("main").focus();
+  } catch (error) {
+    setText($("login-error"), error.status === 401 ? "There is no such queue, or its password is another."
+        : `That did not work: ${error.message}.`);
+    $("login-password").select();
+  }
+  button.disabled = false;
+}
+
+function onFilter(event) {
+  event.preventDefault();
+  announceFound = true;
+  clearFilterError();
+  go({filter: $("filter").value.trim(), page: "1"});
+  if (at.filter === $("filter").value.trim()) refresher.now();
+}
+
+const on = (id, event, action) => $(id).addEventListener(event, action);
+
+function start() {
+  makeStates();
+  on("login-form", "submit", onLogin);
+  on("logout", "click", () => forget());
+  on("help", "click", showHelp);
+  on("away-now", "click", () => { stream.stop(); stream.start(); });
+  on("filter-form", "submit", onFilter);
+  on("filter", "input", () => { $("filter-clear").hidden = !$("filter").value; });
+  on("filter-clear", "click", () => { $("filter").value = ""; $("filter").focus(); $("filter-form").requestSubmit();
+      });
+  on("columns", "click", () => chooseColumns());
+  on("previous", "click", () => go({page: String(Number(at.page) - 1)}));
+  on("next", "click", () => go({page: String(Number(at.page) + 1)}));
+  on("select-all", "click", () => pickMatching().catch(complain));
+  on("select-none", "click", () => { chosen.clear(); refresher.now(); });
+  for (const button of $("selection").querySelectorAll("[data-action]")) button.addEventListener("click",
+      () => act(button.dataset.action, [...chosen]));
+  for (const [id, key] of [["plot-x", "x"], ["plot-y", "y"], ["plot-colour", "colour"], ["grid-x", "gx"],
+      ["grid-y", "gy"], ["grid-metric", "metric"], ["grid-how", "how"]]) {
+    on(id, "change", () => go({[key]: $(id).value, ...(key === "x" ? {logx: ""} : key === "y" ? {logy: ""} : {})}));
+  }
+  for (const key of ["logx", "logy"]) on(`plot-${key}`, "change",
+      () => go({[key]: $(`plot-${key}`).checked ? "1" : "0"}));
+  for (const form of document.querySelectorAll("form.tools")) form.addEventListener("submit",
+      (event) => event.preventDefault());
+  addEventListener("popstate", arrive);
+  addEventListener("hashchange", arrive);
+  addEventListener("keydown", onKey);
+  document.addEventListener("visibilitychange", onVisibility);
+  new ResizeObserver(() => drawPlot()).observe($("plot-drawing"));
+  new ResizeObserver(() => drawGrid()).observe($("grid-drawing"));
+  setInterval(() => stream.watch(), 1000);
+  login = remembered();
+  if (login) showApp();
+  else showLogin("");
+}
+
+/** A tab that nobody sees asks for nothing: browsers keep six connections to a server, for all its tabs together. */
+function onVisibility() {
+  if (!login) return;
+  if (document.hidden) {
+    stream.stop();
+    refresher.stop();
+  } else {
+    stream.start();
+    refresher.now();
+  }
+}
+
+start();
+"""

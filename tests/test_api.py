@@ -22,7 +22,7 @@ def call(tmp_path):
 
 
 def test_every_route_says_what_it_does_and_its_fields_have_kinds():
-    assert len(L.ROUTES) == 22
+    assert len(L.ROUTES) == 27
     for key, route in L.ROUTES.items():
         assert route.meaning and key.split(" ")[0] in ("GET", "POST", "PUT", "DELETE")
         for arg in list(route.fields.values()) + list(route.query.values()):
@@ -364,6 +364,7 @@ def test_every_kind_of_field_has_bad_values():
 DEFAULTS = {  # the page's; what is not here has none
     "DELETE " + ME: {"cascade_delete": False}, "PUT " + ME + "/tasks": {"reset_pending": True},
     "POST " + ME + "/tasks": {"max_retries": 3, "priority": 0}, "POST " + ME + "/tasks/search": {"offset": 0, "limit": 100},
+    "POST " + ME + "/tasks/view": {"offset": 0, "limit": 100, "spread": False},
     "POST " + ME + "/tasks/next": {"start_heartbeat": True, "wait_s": 0}, "POST " + ME + "/tasks/{task_id}/heartbeat": {"wait_s": 0},
     "POST " + ME + "/workers": {"max_retries": 3}, "POST " + ME + "/workers/search": {"offset": 0, "limit": 100},
     "DELETE " + ME + "/workers/{worker_id}": {"cascade_update": True},
@@ -396,9 +397,11 @@ ANSWERS = [  # route, body or query, status, what the answer's objects hold; in 
     ("GET " + ME, {}, 200, QUEUE), ("PUT " + ME, {"metadata_update": {"a": 1}}, 200, QUEUE),
     ("POST " + ME + "/workers", {"worker_name": "w"}, 201, {"worker_id"}), ("POST " + ME + "/tasks", {"args": {"a": 1}}, 201, {"task_id"}),
     ("POST " + ME + "/tasks", [{"args": {"a": 2}}], 201, {"task_ids"}),
+    ("POST " + ME + "/tasks/view", {"columns": ["args.a"]}, 200, {"rows", "found", "counts", "queue", "fields", "at"}),
     ("POST " + ME + "/tasks/search", {}, 200, {"found", "content"}), ("POST " + ME + "/tasks/next", {"worker_id": "{w}"}, 200, {"found", "task"}),
     ("POST " + ME + "/tasks/{t}/heartbeat", {}, 204, None), ("POST " + ME + "/tasks/{t}/heartbeat", {"answer": "status"}, 200, {"status"}),
     ("POST " + ME + "/tasks/{t}/status", {"status": "success"}, 200, set()), ("GET " + ME + "/tasks/{t}", {}, 200, TASK),
+    ("GET " + ME + "/tasks/{t}/log", {}, 200, {"run_id", "text", "size", "host", "path"}),
     ("PUT " + ME + "/tasks", [{"_id": "{t}"}], 200, {"found", "content"}), ("DELETE " + ME + "/tasks/{t}", {}, 204, None),
     ("POST " + ME + "/workers/search", {}, 200, {"found", "content"}), ("POST " + ME + "/workers/{w}/status", {"status": "suspended"}, 200, set()),
     ("GET " + ME + "/workers/{w}", {}, 200, WORKER - {"worker_id"} | {"_id"}), ("DELETE " + ME + "/workers/{w}", {}, 204, None),
@@ -406,8 +409,17 @@ ANSWERS = [  # route, body or query, status, what the answer's objects hold; in 
 ]
 
 
+PAGES = {"GET /page", "GET /page.css", "GET /page.js"}
+
+
+@pytest.mark.parametrize("key", sorted(PAGES))
+def test_the_parts_of_the_page_are_no_json(call, key):
+    status, answer = call(*key.split(" "))
+    assert status == 200 and isinstance(answer, L.Page) and len(answer.body) > 1000 and answer.etag in answer.head
+
+
 def test_every_route_answers_with_its_status_and_fields(call):
-    known, seen = {}, {"GET " + ME + "/events"}
+    known, seen = {}, {"GET " + ME + "/events"} | PAGES
     for key, given, status, fields in ANSWERS:
         method, path = key.split(" ")
         seen.add(key.replace("{t}", "{task_id}").replace("{w}", "{worker_id}"))
@@ -428,7 +440,7 @@ def test_who_has_no_password_is_let_in_nowhere_but_where_the_page_says(call, key
     def login():
         raise L.Unauthorized("Invalid credentials")
     method, path = key.split(" ")
-    is_open = key in ("GET /", "GET /health", "GET /health/full", "GET /api/v1/polling", "POST /api/v1/queues")
+    is_open = key in PAGES | {"GET /", "GET /health", "GET /health/full", "GET /api/v1/polling", "POST /api/v1/queues"}
     if not is_open:
         assert L.answer_call(None, login, method, path, None, {}) == (401, {"detail": "Invalid credentials"})
     assert L.ROUTES[key].open is is_open

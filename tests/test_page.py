@@ -1,0 +1,1197 @@
+"""The page at `/`: what the server sends without a browser, then every action of it in headless Chromium.
+
+The browser's tests work on one server with 100,000 tasks (LT_TEST_PAGE_TASKS) while four workers run some of them, by
+mouse and by keys alone, on a screen of 360 px and on one of 3,840. What they change has args that no worker asks for.
+Times are printed and asserted nowhere."""
+import collections
+import json
+import math
+import os
+import re
+import shutil
+import sys
+import threading
+import time
+
+import pytest
+
+import browser
+import harness
+import labtasker
+from harness import PASSWORD, QUEUE, Server, http, wait_until
+
+TASKS = int(os.environ.get("LT_TEST_PAGE_TASKS", "100000"))
+WATCH_S = float(os.environ.get("LT_TEST_PAGE_WATCH_S", "6"))  # how long each view is looked at for movement
+BURST_S = float(os.environ.get("LT_TEST_PAGE_BURST_S", "10"))
+RUNS = 4000  # done before the tests begin
+ME = "/api/v1/queues/me"
+JOB = """
+import math, time
+import labtasker
+from labtasker import Required
+@labtasker.loop(heartbeat_timeout=60)
+def job(model=Required(), lr=Required(), batch=Required(), seed=Required()):
+    print("epoch 1: lr", lr)
+    time.sleep(0.2)  # the work
+    if seed % 7 == 0:
+        raise ValueError("loss is not finite at step %d" % seed)
+    labtasker.finish("success", {"loss": abs(math.log10(lr) + 3) + batch / 512, "acc": 1 - lr})
+job()
+"""
+
+
+def arguments(i):
+    """Return the args of the load's i-th task."""
+    return {"model": ("resnet", "vit", "mlp")[i % 3], "lr": round(10 ** (-5 + i % 40 / 10), 6), "batch": 16 << i % 5,
+            "seed": i // 40}
+
+
+# What others do at the server
+
+def asked(server, method, path, body=None, wanted=200):
+    """Return the answer to a request of another client, which must have that status."""
+    status, answer, _ = server.http(method, ME + path, body, {"Labtasker-Extensions": "1"})
+    assert status == wanted, (path, status, answer)
+    return answer
+
+
+def submit(server, case, count, **fields):
+    """Return the ids of new tasks that no worker of the load asks for."""
+    return asked(server, "POST", "/tasks", [
+        dict({"task_name": "%s-%d" % (case, i), "args": {"case": case, "i": i}}, **fields) for i in range(count)],
+        201)["task_ids"]
+
+
+def search(server, document, **fields):
+    """Return the tasks that match."""
+    body = dict({"extra_filter": document, "limit": 10 ** 6}, **fields)
+    return asked(server, "POST", "/tasks/search", body)["content"]
+
+
+def states(server, ids):
+    """Return the tasks' statuses in the order of their ids, None for one that is gone."""
+    found = {task["task_id"]: task["status"] for task in search(server, {"task_id": {"$in": list(ids)}})}
+    return [found.get(one) for one in ids]
+
+
+def change(server, ids, reset=False, **fields):
+    """Change tasks as another client."""
+    asked(server, "PUT", "/tasks?reset_pending=%s" % str(reset).lower(), [dict(fields, task_id=one) for one in ids])
+
+
+def begin(server, document, **fields):
+    """Return a task that now runs: the next one that matches."""
+    return asked(server, "POST", "/tasks/next", dict(
+        {"eta_max": "1h", "start_heartbeat": False, "extra_filter": document}, **fields))["task"]
+
+
+def report(server, task_id, status, **fields):
+    asked(server, "POST", "/tasks/%s/status" % task_id, dict(fields, status=status))
+
+
+class Load:
+    """What goes on at a server: many tasks, some of them done, and four workers."""
+
+    def __init__(self, server, folder):
+        self.server, self.folder, self.workers = server, folder, []
+        for first in range(0, TASKS, 1000):
+            asked(server, "POST", "/tasks", [
+                {"task_name": "%s-%06d" % (arguments(i)["model"], i), "args": arguments(i), "priority": i % 4,
+                 "metadata": {"tags": ["sweep"]}, "max_retries": 1} for i in range(first, first + 1000)], 201)
+        self.run_some()
+        (folder / "job.py").write_text(JOB)
+        for _ in range(4):
+            self.workers.append(harness.start([sys.executable, "job.py"], folder, folder / "workers.log", server.env))
+
+    def run_some(self):
+        """Run tasks from four threads, without waiting between them."""
+        threads = [threading.Thread(target=self.run_share, args=(RUNS // 4,)) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+
+    def run_share(self, count):
+        for _ in range(count):
+            task = begin(self.server, None)
+            args = task["args"]
+            if args["seed"] % 7 == 0:
+                report(self.server, task["task_id"], "failed", summary={"labtasker_error": "ValueError: no luck"})
+            else:
+                report(self.server, task["task_id"], "success", summary={
+                    "loss": abs(math.log10(args["lr"]) + 3) + args["batch"] / 512, "acc": 1 - args["lr"]})
+
+    def close(self):
+        for worker in self.workers:
+            harness.end_group(worker)
+
+
+# Without a browser
+
+def get(server, path="/", accept="text/html,application/xhtml+xml,*/*;q=0.8", method="GET", **headers):
+    """Return (status, text, headers) of a request as a browser makes it."""
+    import urllib.error
+    import urllib.request
+    request = urllib.request.Request(server.url + path, method=method, headers=dict(
+        {name.replace("_", "-"): value for name, value in headers.items()}, **({"Accept": accept} if accept else {})))
+    try:
+        answer = urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=30)
+    except urllib.error.HTTPError as error:
+        answer = error
+    with answer:
+        return answer.getcode(), answer.read().decode("utf-8"), answer.headers
+
+
+def parts(html):
+    """Return (url, attributes) of all that a page's HTML links to or asks for."""
+    return re.findall(r"""(?:src|href|action|srcset|data|poster)\s*=\s*["']?([^"'\s>]*)""", html)
+
+
+@pytest.mark.slow
+def test_a_browser_gets_the_page_and_everyone_else_json(server):
+    for accept in ("text/html,application/xhtml+xml,*/*;q=0.8", "text/html", "TEXT/HTML;q=0.9"):
+        status, text, headers = get(server, accept=accept)
+        assert status == 200 and headers["Content-Type"].lower() == "text/html; charset=utf-8", (accept, text[:200])
+        assert text.lower().startswith("<!doctype html>")
+    for accept in ("*/*", "application/json", None, "application/json, text/plain, */*", "text/html;q=0, */*"):
+        status, text, headers = get(server, accept=accept)
+        assert status == 200 and headers["Content-Type"].startswith("application/json"), (accept, headers)
+        assert json.loads(text)["versions"] == ["v1"]
+    assert "Accept" in headers["Vary"] and "Accept" in get(server)[2]["Vary"]
+    status, text, headers = get(server, method="HEAD")
+    assert (status, text) == (200, "") and int(headers["Content-Length"]) > 1000
+
+
+@pytest.mark.slow
+def test_the_page_is_sent_with_a_strict_policy_and_nothing_is_kept(server):
+    _, text, headers = get(server)
+    policy = dict(part.split(None, 1) for part in headers["Content-Security-Policy"].split("; "))
+    assert policy["default-src"] == "'none'" and "unsafe" not in headers["Content-Security-Policy"]
+    assert policy["frame-ancestors"] == policy["base-uri"] == "'none'" and "form-action" in policy
+    assert "*" not in headers["Content-Security-Policy"] and "http" not in headers["Content-Security-Policy"]
+    assert headers["X-Content-Type-Options"] == "nosniff" and headers["Referrer-Policy"] == "no-referrer"
+    assert "no-store" in headers["Cache-Control"] or "no-cache" in headers["Cache-Control"] and headers["ETag"]
+    if headers["ETag"]:
+        assert get(server, If_None_Match=headers["ETag"])[:2] == (304, "")
+        assert get(server, If_None_Match='"other"')[0] == 200
+    for path in [path for path in parts(text) if path.startswith("/")]:
+        status, _, headers = get(server, path, accept="*/*")
+        assert status == 200 and headers["X-Content-Type-Options"] == "nosniff", path
+    assert "Set-Cookie" not in headers
+
+
+@pytest.mark.slow
+def test_where_the_second_file_is_missing_the_page_says_how_to_get_it(tmp_path):
+    (tmp_path / "server").mkdir()
+    shutil.copy(str(harness.MODULE), str(tmp_path / "server"))  # where it is started: this one is imported
+    with Server(tmp_path / "server") as server:
+        status, text, headers = get(server)
+        assert status == 200 and "labtasker_cli.py" in text, text
+        assert json.loads(get(server, accept="*/*")[1])["versions"] == ["v1"]
+        assert "Content-Security-Policy" in headers or not headers["Content-Type"].startswith("text/html")
+
+
+@pytest.mark.slow
+def test_nothing_of_the_page_is_inline_or_from_elsewhere_and_its_script_parses(server, tmp_path):
+    _, html, _ = get(server)
+    assert not re.search(r"<script(?![^>]*\bsrc=)|<style|\sstyle=|\son\w+=|javascript:", html, re.I)
+    script, style = get(server, "/page.js", "*/*"), get(server, "/page.css", "*/*")
+    assert script[2]["Content-Type"].startswith("text/javascript") and style[2]["Content-Type"].startswith("text/css")
+    known = "http://www.w3.org/2000/svg"  # a name, which nobody asks for
+    for text in (html, script[1], style[1]):
+        assert not [url for url in re.findall(r"(?:https?:)?//[\w.-]+\.\w[^\s'\"`)]*", text) if url != known]
+    assert not re.search(r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|\beval\(|new Function", script[1])
+    if not shutil.which("node"):
+        pytest.skip("no node to parse the script with; the rest held")
+    (tmp_path / "page.mjs").write_text(script[1], "utf-8")
+    harness.run(["node", "--check", tmp_path / "page.mjs"], tmp_path)
+
+
+def view(server, **fields):
+    """Return the answer to what the page asks for its tables."""
+    return asked(server, "POST", "/tasks/view", fields)
+
+
+@pytest.mark.slow
+def test_a_view_is_short_whatever_the_tasks_hold(server):
+    ids = submit(server, "long", 3, metadata={"text": "x" * 10 ** 6, "deep": {"a": list(range(10 ** 5))},
+                                              "nan": float("nan")})
+    answer = view(server, columns=["args.i", "metadata.text", "metadata.deep", "metadata.nan", "args.none", "duration"],
+                  sort=[["args.i", 1]], limit=2)
+    assert [row[0] for row in answer["rows"]] == ids[:2] and answer["found"] == 3 and answer["counts"] == {"pending": 3}
+    assert len(json.dumps(answer)) < 5000 and math.isnan(answer["rows"][0][5]) and answer["rows"][0][6:] == [None, None]
+    assert {"args.i", "args.case", "metadata.text", "metadata.nan"} <= set(answer["fields"])
+    assert [row[0] for row in view(server, sort=[["args.i", -1]], limit=2, offset=2)["rows"]] == ids[:1]
+    for body, word in (({"columns": ["nosuch"]}, "nosuch"), ({"extra_filter": "args.i = 1"}, "^"),
+                       ({"limit": -1}, "limit")):
+        status, answer, _ = server.http("POST", ME + "/tasks/view", body)
+        assert status in (400, 422) and word in json.dumps(answer), answer
+
+
+@pytest.mark.slow
+def test_a_log_is_read_beside_the_store_and_nowhere_else(server):
+    (one,) = submit(server, "log", 1)
+    (server.folder / "secret").write_text("a secret")
+    folder = server.folder / "logs" / one / begin(server, None)["run_id"]
+    path = ME + "/tasks/%s/log" % one
+    assert server.http("GET", path)[1]["text"] is None
+    folder.mkdir(parents=True)
+    (folder / "run.log").write_text("x" * 10 ** 6 + "\nthe end\n")
+    found = server.http("GET", path)[1]
+    assert found["text"].endswith("\nthe end\n") and len(found["text"]) < 2 * 10 ** 5 and found["size"] == 10 ** 6 + 9
+    (folder / "run.log").unlink()
+    (folder / "run.log").symlink_to(server.folder / "secret")
+    assert server.http("GET", path)[1]["text"] is None
+    (folder / "run.log").unlink()
+    os.mkfifo(str(folder / "run.log"))
+    assert server.http("GET", path)[1]["text"] is None
+    for run_id in ("..", "../..", "%2e%2e", "no-such-run"):
+        status, answer, _ = server.http("GET", path + "?run_id=" + run_id)
+        assert status in (400, 404, 422), (run_id, status, answer)
+    assert http("GET", server.url + path, auth=(QUEUE, "wrong"))[0] == 401
+
+
+# With a browser
+
+class Person:
+    """One who uses the page: a tab, a hand, and a server that others change too."""
+
+    def __init__(self, tab, hand, server):
+        self.tab, self.page, self.hand, self.server = tab, tab.page, hand(tab.page), server
+
+    def open(self, address=""):
+        """Go to an address of the page, logged in."""
+        if not self.page.url.startswith(self.server.url):
+            self.page.goto(self.server.url + "/" + address)
+            self.log_in()
+        else:
+            self.page.goto(self.server.url + "/" + address)
+        self.sees(self.named("heading", QUEUE))
+        return self
+
+    def log_in(self, queue=QUEUE, password=PASSWORD, stay=False):
+        self.hand.fill(self.page.get_by_label("Queue"), queue)
+        self.hand.fill(self.page.get_by_label("Password"), password)
+        if stay:
+            self.hand.press(self.page.get_by_label("Stay logged in"))
+        self.press("Log in")
+
+    def named(self, role, name, within=None, exact=True):
+        return (within or self.page).get_by_role(role, name=name, exact=exact)
+
+    def press(self, name, within=None, role="button"):
+        """Use the button, link or tick of that name."""
+        self.hand.press(self.named(role, name, within))
+
+    def sees(self, control):
+        control.first.wait_for()
+        return control
+
+    def says(self, where, words):
+        """Wait until a place (a locator) holds words (text, or a pattern); return its text."""
+        pattern = words if hasattr(words, "search") else re.compile(re.escape(words))
+        return wait_until(lambda: pattern.search(where.text_content()) and where.text_content(),
+                          "the page says %r" % pattern.pattern, 60)
+
+    def filter(self, text):
+        """Filter, and wait for what comes of it."""
+        with self.answer():
+            self.hand.fill(self.page.locator("#filter"), text)
+            self.page.keyboard.press("Enter")
+
+    def answer(self):
+        """Wait, on leaving, for the server's answer to what is done within."""
+        return self.page.expect_response(lambda answer: answer.url.endswith("/tasks/view"))
+
+    def rows(self):
+        """Return the table's rows as {field: text}."""
+        return self.page.evaluate("""[...document.querySelectorAll('#table tbody tr')].map(row => Object.fromEntries(
+            [...row.querySelectorAll('td[data-column]')].map(cell => [cell.dataset.column, cell.textContent])))""")
+
+    def names(self):
+        return [row["task_name"] for row in self.rows()]
+
+    def finds(self, count):
+        """Wait until the table says how many tasks match."""
+        end = "of {:,}".format(count) if count else "0 tasks"
+        self.says(self.page.locator("#range"), re.compile(re.escape(end) + r"\Z"))
+
+    def case(self, name):
+        """Show the tasks of a case alone, by the filter."""
+        self.filter('args.case == "%s"' % name)
+        self.finds(len(search(self.server, {"args.case": name})))
+
+    def dialog(self):
+        return self.sees(self.page.get_by_role("dialog"))
+
+
+cases = ("case-%d" % number for number in range(10 ** 6))
+
+
+@pytest.fixture(scope="module")
+def chromium():
+    reason = browser.missing()
+    if reason:
+        pytest.skip(reason)
+    chromium = browser.Chromium()
+    yield chromium
+    chromium.close()
+
+
+@pytest.fixture(scope="module")
+def load(chromium, tmp_path_factory):
+    """The server with the load on it."""
+    folder = tmp_path_factory.mktemp("load")
+    with Server(folder / ".labtasker") as server:
+        load = Load(server, folder)
+        yield load
+        load.close()
+
+
+WAYS = [pytest.param(hand, size, id="%s-%s" % (hand.__name__.lower(), size))
+        for size in ("narrow", "wide") for hand in (browser.Mouse, browser.Keys)]
+in_every_way = pytest.mark.parametrize("hand, size", WAYS)
+
+
+@pytest.fixture
+def person(chromium, load, request):
+    """A Person at the load's page, whose page must have broken no rule in the end; by keys or mouse, narrow or wide."""
+    given = request.node.callspec.params if hasattr(request.node, "callspec") else {}
+    with chromium.session(given.get("size", "desk"), given.get("scheme", "light")) as session:
+        person = Person(session.tab(), given.get("hand", browser.Mouse), load.server)
+        yield person
+        for tab in session.tabs:
+            assert not tab.sideways(), tab.sideways()
+            tab.is_blameless(*person.__dict__.get("known", ()))
+
+
+def no_login_box(tab):
+    """Return a list that takes the moments in which the browser would ask for a password itself."""
+    boxes, session = [], tab.session.context.new_cdp_session(tab.page)
+
+    def on_auth(event):
+        boxes.append(event["request"]["url"])
+        session.send("Fetch.continueWithAuth", {"requestId": event["requestId"],
+                                                "authChallengeResponse": {"response": "CancelAuth"}})
+    session.on("Fetch.requestPaused", lambda event: session.send(
+        "Fetch.continueRequest", {"requestId": event["requestId"]}))
+    session.on("Fetch.authRequired", on_auth)
+    session.send("Fetch.enable", {"handleAuthRequests": True})
+    return boxes
+
+
+STORED = "[Object.entries(localStorage), Object.entries(sessionStorage), document.cookie]"
+
+
+@pytest.mark.slow
+@in_every_way
+def test_logging_in(person, hand, size):
+    person.known, boxes = ["401 (Unauthorized)"], no_login_box(person.tab)
+    page = person.page
+    page.goto(person.server.url)
+    assert page.evaluate("document.activeElement.id") == page.get_by_label("Queue").get_attribute("id")
+    for queue, password in ((QUEUE, "wrong"), ("nosuch", PASSWORD), (QUEUE, "pässwörd: ☃")):
+        person.log_in(queue, password)
+        person.says(page.get_by_role("alert").filter(visible=True), "no such queue, or its password is another")
+        assert page.evaluate(STORED) == [[], [], ""]
+    person.log_in()
+    person.sees(person.named("heading", QUEUE))
+    assert [len(one) for one in page.evaluate(STORED)] == [0, 1, 0] and not boxes
+    page.reload()
+    person.sees(person.named("heading", QUEUE))
+    other = Person(person.tab.session.tab(), hand, person.server)
+    other.page.goto(person.server.url)
+    other.log_in(stay=True)
+    other.sees(other.named("heading", QUEUE))
+    third = Person(person.tab.session.tab(), hand, person.server)
+    third.page.goto(person.server.url)
+    third.sees(third.named("heading", QUEUE))
+    third.press("Log out")
+    third.sees(third.named("button", "Log in"))
+    assert third.page.evaluate(STORED)[0] == []
+    person.press("Log out")
+    person.sees(person.named("button", "Log in"))
+    assert page.evaluate(STORED)[1] == [] and page.get_by_label("Password").input_value() == ""
+    for url in [url for tab in person.tab.session.tabs for url in tab.urls + [tab.page.url]]:
+        assert PASSWORD not in url and "@" not in url and "wrong" not in url
+
+
+@pytest.mark.slow
+@in_every_way
+def test_the_filter_finds_tasks_or_marks_its_error(person, hand, size):
+    case = next(cases)
+    submit(person.server, case, 7)
+    person.open()
+    person.known = ["400 (Bad Request)"]
+    person.filter('args.case == "%s" and args.i >= 2' % case)
+    person.finds(5)
+    assert sorted(person.names()) == ["%s-%d" % (case, i) for i in range(2, 7)]
+    field, error = person.page.locator("#filter"), person.named("alert", "").filter(visible=True)
+    for text, place, words in (("args.i = 2", 7, "=="), ("status == 'failed' and nosuch > 1", 23, "nosuch"),
+                               ("args.i >", 8, ""), ('regex(task_name, "(")', 17, "")):
+        person.hand.fill(field, text)
+        person.page.keyboard.press("Enter")
+        person.says(error, text)
+        said = error.inner_text()
+        shown, mark = [line for line in said.split("\n") if line.strip()][-2:]
+        assert words in said and shown == text and mark.index("^") == place, said
+        assert field.get_attribute("aria-invalid") == "true"
+        assert "filter-error" in field.get_attribute("aria-describedby")
+        assert sorted(person.names()) == ["%s-%d" % (case, i) for i in range(2, 7)], "what was found last stays"
+    person.press("Clear the filter")
+    assert field.input_value() == "" and field.evaluate("one => one === document.activeElement")
+    wait_until(lambda: not error.count(), "the error is gone")
+    person.says(person.page.locator("#range"), re.compile(r"of %s\d" % ("{:,}".format(TASKS)[:3])))
+    person.filter('args.case == "%s" and args.i > 99' % case)
+    person.finds(0)
+    assert person.page.get_by_text("No task matches.").is_visible()
+
+
+@pytest.mark.slow
+@in_every_way
+def test_sorting_by_every_column(person, hand, size):
+    case = next(cases)
+    ids = submit(person.server, case, 250)
+    asked(person.server, "PUT", "/tasks?reset_pending=false", [
+        {"task_id": one, "priority": at * 7 % 250} for at, one in enumerate(ids)])
+    person.open()
+    person.case(case)
+    heads = person.page.locator("#table th[data-field]")
+    fields = heads.evaluate_all("all => all.map(one => one.dataset.field)")
+    assert {"task_name", "status", "duration", "created_at"} < set(fields)
+    assert heads.and_(person.page.locator("[aria-sort]")).count() == 1
+    for field in fields:
+        head = person.page.locator('th[data-field="%s"]' % field)
+        for _ in range(2):
+            with person.answer() as answer:
+                person.hand.press(head.get_by_role("button"))
+            wait_until(lambda: head.get_attribute("aria-sort"), "the column says how it is sorted")
+            way = {"ascending": 1, "descending": -1}[head.get_attribute("aria-sort")]
+            if field != "duration":  # which is made up by the page
+                wanted = search(person.server, {"args.case": case}, sort=[[field, way]])
+                values = {task["task_id"]: json.dumps(labtasker.dig(task, field.split("."))) for task in wanted}
+                shown = [values[row[0]] for row in answer.value.json()["rows"]]
+                assert shown == list(values.values())[:100], (field, way)
+    choose_columns(person, only=["task_name", "priority"])
+    priority = person.page.locator('th[data-field="priority"]').get_by_role("button")
+    for way in (-1, 1):
+        with person.answer():
+            person.hand.press(priority)
+        wanted = list(range(249, 149, -1) if way < 0 else range(100))
+        wait_until(lambda: [int(row["priority"]) for row in person.rows()] == wanted, "the rows are in order")
+
+
+def choose_columns(person, only, others=""):
+    """Choose the columns by the dialog."""
+    person.press("Columns…")
+    boxes = person.dialog().get_by_role("checkbox")
+    ticked = boxes.evaluate_all("all => all.map(one => [one.value, one.checked])")
+    for at, (field, is_ticked) in enumerate(ticked):
+        if is_ticked != (field in only):
+            person.hand.press(boxes.nth(at))
+    if others:
+        person.hand.fill(person.dialog().get_by_role("textbox", name="Others"), others)
+    with person.answer():
+        person.press("Show", person.dialog())
+
+
+@pytest.mark.slow
+@in_every_way
+def test_columns_are_chosen_and_stay_chosen(person, hand, size):
+    case = next(cases)
+    submit(person.server, case, 2, metadata={"deep": {"er": [1, 2]}, "tag-x": "yes"})
+    person.open()
+    person.case(case)
+    choose_columns(person, ["task_name", "priority"], "metadata.deep.er, metadata.tag-x, args.nosuch")
+    fields = ["task_name", "priority", "metadata.deep.er", "metadata.tag-x", "args.nosuch"]
+    wait_until(lambda: sorted(person.rows()[0]) == sorted(fields), "the columns are there")
+    for row in person.rows():
+        assert [row[field].replace(" ", "") for field in fields[1:]] == ["0", "[1,2]", "yes", ""]
+    person.page.reload()
+    person.finds(2)
+    assert sorted(person.rows()[0]) == sorted(fields)
+    person.press("Columns…")
+    with person.answer():
+        person.press("As at first", person.dialog())
+    wait_until(lambda: "created_at" in person.rows()[0], "the first columns are back")
+    person.press("Columns…")
+    person.dialog()
+    person.page.keyboard.press("Escape")
+    wait_until(lambda: not person.page.get_by_role("dialog").count(), "the dialog is gone")
+    assert person.page.locator("#columns").evaluate("one => one === document.activeElement"), "the focus is back"
+
+
+@pytest.mark.slow
+@in_every_way
+def test_pages_of_a_hundred_thousand_tasks(person, hand, size):
+    person.open("#sort=args.seed&way=1&columns=task_name,args.seed,args.lr")
+    place = person.page.locator("#range")
+    person.says(place, re.compile(r"^1–100 of [\d,]+$"))
+    first = person.names()
+    assert len(set(first)) == 100 and person.named("button", "Previous page").is_disabled()
+    with person.answer():
+        person.press("Next page")
+    person.says(place, "101–200 of")
+    wait_until(lambda: not set(first) & set(person.names()), "the rows are others")
+    with person.answer():
+        person.press("Previous page")
+    person.says(place, re.compile("^1–100 of"))
+    assert person.names() == first
+    last = TASKS // 100
+    person.open("#sort=args.seed&way=-1&columns=task_name,args.seed&page=%d" % last)  # those without a seed come last
+    person.says(place, "{:,}–{:,} of".format(last * 100 - 99, last * 100))
+    person.open("#page=%d" % 10 ** 9)
+    person.says(place, re.compile(r"–([\d,]+) of \1$"))
+
+
+@pytest.mark.slow
+@in_every_way
+def test_counts_by_status(person, hand, size):
+    case = next(cases)
+    ids = submit(person.server, case, 6)
+    change(person.server, ids[:4], status="cancelled")
+    person.open()
+    person.case(case)
+    group = person.named("group", "Show by status")
+    for name, count in (("All", 6), ("Pending", 2), ("Running", 0), ("Cancelled", 4)):
+        button = person.sees(person.named("button", "%s %d" % (name, count), group))
+        person.hand.press(button)
+        person.finds(count)
+        assert button.get_attribute("aria-pressed") == "true"
+        assert {row["status"] for row in person.rows()} == (
+            {"pending", "cancelled"} if name == "All" else {name.lower()} if count else set())
+    for place in ("#done", "#rate", "#eta"):
+        assert re.search(r"\d", person.page.locator(place).inner_text()), place
+    assert re.search(r"\d+ of \d+ done", person.page.locator("#bar").get_attribute("aria-label"))
+
+
+@pytest.mark.slow
+@in_every_way
+def test_a_plots_points_lead_to_their_tasks(person, hand, size):
+    person.open('#view=plot&filter=args.seed < 100 and status == "success"&y=summary.loss&x=args.lr')
+    svg = person.sees(person.page.locator("#plot-drawing svg"))
+    count = wait_until(lambda: svg.get_by_role("link").count(), "points are there")
+    assert count > 500 and "loss against lr" in svg.locator("title").text_content()
+    person.hand.choose(person.named("combobox", "Colour"), "args.model")
+    person.says(svg, "resnet")
+    person.hand.choose(person.named("combobox", "Vertical"), "summary.acc")
+    wait_until(lambda: "acc against lr" in svg.locator("title").text_content(), "the other field is drawn")
+    tick = person.page.get_by_label("Log horizontal")
+    assert tick.is_checked(), "four decades"
+    person.hand.press(tick)
+    wait_until(lambda: not tick.is_checked(), "linear")
+    person.filter('task_name == "vit-000043"')
+    wait_until(lambda: svg.get_by_role("link").count() == 1, "one point is left")
+    point = svg.get_by_role("link")
+    assert point.get_attribute("aria-label").split("\n") == ["vit-000043", "lr 0.00002", "acc 0.99998", "model vit"]
+    person.hand.press(point)
+    person.sees(person.named("article", "Task"))
+    person.sees(person.named("heading", "vit-000043"))
+
+
+@pytest.mark.slow
+@in_every_way
+def test_a_grids_cells_lead_to_their_tasks(person, hand, size):
+    case = next(cases)
+    ids = []
+    for one in range(3):
+        for other in ("a", "b"):
+            for again in range(2):
+                args = {"case": case, "one": one, "other": other, "again": again}
+                ids += submit(person.server, case, 1, args=args)
+    for at, one in enumerate(ids):
+        begin(person.server, {"task_id": one})
+        report(person.server, one, "success", summary={"score": at})
+    person.open('#view=grid&filter=args.case == "%s"' % case)
+    for label, field in (("Rows", "args.one"), ("Columns", "args.other"), ("Metric", "summary.score"),
+                         ("Shown", "Highest")):
+        person.hand.choose(person.named("combobox", label), field)
+    cells = person.page.locator("#grid-drawing").get_by_role("link")
+    labels = "all => all.map(one => one.getAttribute('aria-label').split('\\n')[2]).sort()"
+    wanted = sorted("highest score %d" % at for at in (1, 3, 5, 7, 9, 11))
+    wait_until(lambda: cells.evaluate_all(labels) == wanted, "the cells show the highest")
+    person.hand.choose(person.named("combobox", "Shown"), "Mean")
+    cell = person.sees(cells.and_(person.page.get_by_role(
+        "link", name=re.compile(r"one 1\s+other b\s+mean score 6\.5\s+2 tasks"))))
+    person.hand.press(cell) if hand is browser.Mouse else walk_to(person, cells, cell)
+    person.finds(2)
+    assert sorted(person.names()) == [case + "-0"] * 2
+
+
+def walk_to(person, all_of_them, one):
+    """Tab to the group, then go by arrows to the one, and press Enter."""
+    person.hand.reach(person.page.locator("#grid-drawing a[tabindex='0']"))
+    for key in ("Home", "ArrowRight", "ArrowUp", "ArrowRight", "ArrowRight", "ArrowUp"):
+        if one.evaluate("one => one === document.activeElement"):
+            break
+        person.page.keyboard.press(key)
+    assert one.evaluate("one => one === document.activeElement"), "arrows lead to every cell"
+    person.page.keyboard.press("Enter")
+
+
+FAILS = """
+import labtasker
+@labtasker.loop(extra_filter='args.case == "%s"', pass_args_dict=True)
+def job(args):
+    print("the first line")
+    print("\\033[31mlast words\\033[0m")
+    raise ValueError("no <b>luck</b> today")
+job()
+"""
+
+
+@pytest.mark.slow
+@in_every_way
+def test_a_task_is_shown_whole(person, load, hand, size):
+    case = next(cases)
+    (one,) = submit(person.server, case, 1, max_retries=2, metadata={"note": "for the paper"}, priority=7,
+                    args={"case": case, "lr": 0.1, "opt": {"name": "adam", "betas": [0.9, 0.999]}})
+    (load.folder / "fails.py").write_text(FAILS % case)
+    worker = harness.start([sys.executable, "fails.py"], load.folder, load.folder / "fails.log", person.server.env)
+    try:
+        wait_until(lambda: states(person.server, [one]) == ["failed"], "the task has failed twice", 60)
+    finally:
+        harness.end_group(worker)
+    person.open()
+    person.case(case)
+    person.press(case + "-0", role="link")
+    article = person.sees(person.named("article", "Task"))
+    person.sees(person.named("heading", case + "-0", article))
+    for words in ("failed", one, "for the paper", "adam", "[0.9,0.999]", "2 of 2", "ValueError: no <b>luck</b> today",
+                  "Traceback"):
+        person.says(article, words)
+    log = person.page.locator("#log")
+    person.says(log, "the first line")
+    assert "last words" in log.inner_text() and "[31m" not in log.inner_text()
+    person.says(person.page.locator("#log-note"), "Attempt 2 of 2")
+    person.press("Log of attempt 1", article, role="link")
+    person.says(person.page.locator("#log-note"), "Attempt 1 of 2")
+    person.press("Close the task", article)
+    wait_until(lambda: not article.is_visible(), "the task is closed")
+    assert "case" in person.page.evaluate("document.activeElement.textContent"), "the focus is where it came from"
+
+
+def pick(person, *names):
+    """Tick tasks by their names."""
+    for name in names:
+        person.press("Select " + name, role="checkbox")
+
+
+def note(person, words):
+    """Return the notification that holds words."""
+    person.says(person.page.get_by_role("region", name="Notifications"), words)
+    return person.page.locator("#toasts .toast").filter(has_text=words)
+
+
+@pytest.mark.slow
+@in_every_way
+def test_cancelling_and_retrying_are_asked_about_and_undone(person, hand, size):
+    case, server = next(cases), person.server
+    ids = submit(server, case, 4, max_retries=1)
+    person.open()
+    person.case(case)
+    buttons = person.named("group", "Selected tasks")
+    assert person.named("button", "Cancel…", buttons).is_disabled()
+    pick(person, case + "-0", case + "-2", case + "-3")
+    person.says(person.page.locator("#selected"), "3 selected")
+    for leave in (lambda: person.press("Keep as it is", person.dialog()), lambda: person.page.keyboard.press("Escape")):
+        person.press("Cancel…", buttons)
+        person.says(person.dialog(), "Cancel 3 tasks?")
+        leave()
+        wait_until(lambda: not person.page.get_by_role("dialog").count(), "the dialog is gone")
+        assert states(server, ids) == ["pending"] * 4
+    person.press("Cancel…", buttons)
+    person.press("Cancel 3 tasks", person.dialog())
+    toast = note(person, "3 tasks cancelled")
+    assert states(server, ids) == ["cancelled", "pending", "cancelled", "cancelled"]
+    wait_until(lambda: [row["status"] for row in person.rows()].count("cancelled") == 3, "the table shows it")
+    change(server, ids[3:], reset=True)  # someone else is faster with that one
+    person.press("Undo", toast)
+    note(person, "Undone for 2 tasks. 1 went on meanwhile")
+    assert states(server, ids) == ["pending"] * 4
+
+    person.press("Clear selection", buttons)
+    pick(person, case + "-1")
+    person.press("Retry…", buttons)
+    note(person, "Only tasks that are over can be run again")
+    change(server, ids[1:2], status="cancelled")
+    person.press("Retry…", buttons)
+    person.press("Retry 1 task", person.dialog())
+    toast = note(person, "1 task pending again")
+    assert states(server, ids) == ["pending"] * 4
+    person.press("Undo", toast)
+    note(person, "Undone for 1 task.")
+    assert states(server, ids)[1] == "cancelled"
+
+
+@pytest.mark.slow
+@in_every_way
+def test_priority_is_set_and_put_back(person, hand, size):
+    case, server = next(cases), person.server
+    ids = submit(server, case, 2)
+    change(server, ids[1:], priority=5)
+
+    def priorities():
+        found = {task["task_id"]: task["priority"] for task in search(server, {"args.case": case})}
+        return [found[one] for one in ids]
+    person.open()
+    person.case(case)
+    person.press("Select all on this page", role="checkbox")
+    person.press("Priority…", person.named("group", "Selected tasks"))
+    field = person.named("spinbutton", "Priority", person.dialog())
+    for text in ("", "1.5"):
+        person.hand.fill(field, text)
+        person.press("Set priority", person.dialog())
+        assert person.page.get_by_role("dialog").count() and priorities() == [0, 5], "it says what is wrong and waits"
+    person.hand.fill(field, "-3")
+    person.press("Set priority", person.dialog())
+    toast = note(person, "2 tasks")
+    assert priorities() == [-3, -3]
+    person.press("Undo", toast)
+    note(person, "Undone for 2 tasks")
+    assert priorities() == [0, 5]
+
+
+@pytest.mark.slow
+@in_every_way
+def test_deleting_many_takes_typing_their_number(person, hand, size):
+    case, server = next(cases), person.server
+    ids = submit(server, case, 130)
+    person.open()
+    person.case(case)
+    person.press("Select all on this page", role="checkbox")
+    person.press("Select all 130")
+    person.says(person.page.locator("#selected"), "130 selected")
+    person.press("Delete…", person.named("group", "Selected tasks"))
+    person.says(person.dialog(), "can't be undone")
+    person.press("Delete 130 tasks", person.dialog())
+    person.hand.fill(person.dialog().get_by_role("textbox"), "13")
+    person.press("Delete 130 tasks", person.dialog())
+    assert person.page.get_by_role("dialog").count() and set(states(server, ids)) == {"pending"}, "13 is not 130"
+    person.hand.fill(person.dialog().get_by_role("textbox"), "130")
+    person.press("Delete 130 tasks", person.dialog())
+    note(person, "130 tasks deleted")
+    assert set(states(server, ids)) == {None}
+    person.finds(0)
+    person.says(person.page.locator("#selected"), "None selected")
+
+
+@pytest.mark.slow
+@in_every_way
+def test_one_task_is_handled_where_it_is_shown(person, hand, size):
+    case, server = next(cases), person.server
+    (one,) = submit(server, case, 1, max_retries=1)
+    begin(server, {"task_id": one})
+    report(server, one, "failed")
+    person.open()
+    person.case(case)
+    person.press(case + "-0", role="link")
+    article = person.sees(person.named("article", "Task"))
+    group = person.named("group", "This task", article)
+    person.press("Retry…", group)
+    person.press("Retry 1 task", person.dialog())
+    note(person, "1 task pending again")
+    assert states(server, [one]) == ["pending"]
+    person.says(article, "pending")
+    person.press("Cancel…", group)
+    person.press("Cancel 1 task", person.dialog())
+    note(person, "1 task cancelled")
+    assert states(server, [one]) == ["cancelled"]
+    person.press("Delete…", group)
+    person.press("Delete 1 task", person.dialog())
+    note(person, "1 task deleted")
+    assert states(server, [one]) == [None]
+    wait_until(lambda: not article.is_visible(), "what is gone is not shown")
+
+
+@pytest.mark.slow
+@in_every_way
+def test_workers_and_what_each_runs(person, load, hand, size):
+    case, server = next(cases), person.server
+    submit(server, case, 1)
+    worker_id = asked(server, "POST", "/workers", {"worker_name": "w-" + case, "metadata": {"host": "gpu-7"}},
+                      201)["worker_id"]
+    begin(server, {"args.case": case}, worker_id=worker_id)
+
+    def state():
+        return asked(server, "GET", "/workers/" + worker_id)["status"]
+    person.open("#view=workers")
+    table = person.page.locator("#worker-table")
+    row = person.sees(table.get_by_role("row").filter(has_text="w-" + case))
+    for words in ("active", case + "-0", "gpu-7"):
+        person.says(row, words)
+    assert table.locator("tbody tr").filter(has_text=re.compile("resnet|vit|mlp")).count(), "the load's workers run"
+    person.press("Suspend w-" + case, row)
+    person.press("Keep as it is", person.dialog())
+    assert state() == "active"
+    person.press("Suspend w-" + case, row)
+    person.press("Suspend", person.dialog())
+    toast = note(person, "is suspended")
+    assert state() == "suspended"
+    person.press("Undo", toast)
+    wait_until(lambda: state() == "active", "it is active again")
+    person.press("Suspend w-" + case, row)
+    person.press("Suspend", person.dialog())
+    person.press("Activate w-" + case, row)
+    wait_until(lambda: state() == "active", "it is active again")
+    person.press(case + "-0", row, role="link")
+    person.sees(person.named("heading", case + "-0"))
+
+
+@pytest.mark.slow
+def test_shortcuts(person):
+    case, page = next(cases), person.page
+    ids = submit(person.server, case, 101)
+    person.open()
+    person.case(case)
+    key = page.keyboard.press
+
+    def focused():
+        return page.evaluate("document.activeElement.textContent || document.activeElement.id")
+    page.locator("#main").focus()
+    first, second = person.names()[:2]
+    for keys, wanted in (("j", first), ("j", second), ("k", first), ("/", "filter")):
+        key(keys)
+        assert focused() == wanted, keys
+    page.keyboard.type("jx12")
+    assert page.locator("#filter").input_value() == "jx12", "what is typed into the filter is no shortcut"
+    page.locator("#main").focus()
+    key("j")
+    key("x")
+    person.says(page.locator("#selected"), "1 selected")
+    key("a")
+    person.says(page.locator("#selected"), "100 selected")
+    key("a")
+    person.says(page.locator("#selected"), "None selected")
+    with person.answer():
+        key("n")
+    person.says(page.locator("#range"), "101–101 of 101")
+    with person.answer():
+        key("p")
+    person.says(page.locator("#range"), "1–100 of 101")
+    page.locator("#main").focus()
+    key("j")
+    key("x")
+    for keys, words in (("c", "Cancel 1 task?"), ("y", "Set the priority"), ("d", "Delete 1 task?")):
+        key(keys)
+        person.says(person.dialog(), words)
+        key("Escape")
+        wait_until(lambda: not page.get_by_role("dialog").count(), "the dialog is gone")
+    key("c")
+    person.press("Cancel 1 task", person.dialog())
+    note(person, "1 task cancelled")
+    assert sorted(set(states(person.server, ids))) == ["cancelled", "pending"]
+    key("u")
+    note(person, "Undone for 1 task")
+    assert set(states(person.server, ids)) == {"pending"}
+    for keys, name in (("2", "Plot"), ("3", "Grid"), ("4", "Workers"), ("1", "Tasks")):
+        key(keys)
+        person.sees(page.get_by_role("region", name=name, exact=True))
+        assert person.named("link", name).get_attribute("aria-current") == "page"
+    key("?")
+    for words in ("Go to the filter", "Undo", "Close the task"):
+        person.says(person.dialog(), words)
+    key("Escape")
+    wait_until(lambda: not page.get_by_role("dialog").count(), "the dialog is gone")
+    page.go_back()
+    person.sees(page.get_by_role("region", name="Workers", exact=True))
+
+
+@pytest.mark.slow
+def test_what_others_change_appears_by_itself_in_two_tabs(person):
+    case, server = next(cases), person.server
+    ids = submit(server, case, 3)
+    other = Person(person.tab.session.tab(), browser.Mouse, server)
+    for one in (person, other):
+        one.open()
+        one.case(case)
+        one.page.evaluate("window.same = true")
+    change(server, ids[:1], status="cancelled")
+    more = submit(server, case, 2)
+    asked(server, "DELETE", "/tasks/" + ids[1], wanted=204)
+    begin(server, {"task_id": more[0]})
+    report(server, more[0], "success", summary={"score": 0.75})
+    for one in (person, other):
+        one.finds(4)
+        wanted = ["cancelled", "pending", "pending", "success"]
+        wait_until(lambda: sorted(row["status"] for row in one.rows()) == wanted, "the states are there", 30)
+        assert one.page.evaluate("window.same"), "it was not loaded anew"
+    change(server, ids[2:], priority=9)  # no step: no event
+    choose_columns(person, ["task_name", "priority"])
+    wait_until(lambda: "9" in [row["priority"] for row in person.rows()], "what is no event appears too", 40)
+
+
+@pytest.mark.slow
+def test_a_server_that_is_away_is_shown_so_and_picked_up_again(chromium, tmp_path):
+    with Server(tmp_path / "server") as server, chromium.session("narrow", "dark") as session:
+        submit(server, "before", 3)
+        person = Person(session.tab(), browser.Mouse, server).open()
+        person.finds(3)
+        person.says(person.page.locator("#connection"), "Live")
+        port = int(server.url.rsplit(":", 1)[1])
+        server.kill()
+        person.says(person.page.locator("#connection"), "Away")
+        person.says(person.page.get_by_role("region", name="Connection lost"), "No answer from the server since")
+        person.says(person.page.get_by_role("status"), "does not answer")
+        assert len(person.rows()) == 3, "what was known stays"
+        assert not person.tab.axe()
+        person.tab.shoot("away-narrow-dark")
+        pick(person, "before-0")
+        person.press("Cancel…")
+        note(person, "The server does not answer")
+        server.start(port)
+        missed = submit(server, "missed", 2)
+        change(server, missed[:1], status="cancelled")
+        person.says(person.page.locator("#connection"), "Live")
+        person.finds(5)
+        wait_until(lambda: [row["status"] for row in person.rows()].count("cancelled") == 1, "nothing was missed")
+        assert not person.page.get_by_role("region", name="Connection lost").is_visible()
+        submit(server, "after", 1)
+        person.finds(6)
+        server.kill()
+        try_now = person.sees(person.page.get_by_role("button", name=re.compile("^Try now")))
+        with person.page.expect_request("**/events"):
+            try_now.click()
+        server.start(port)
+        person.says(person.page.locator("#connection"), "Live")
+        person.tab.is_blameless("ERR_CONNECTION_REFUSED", "ERR_INCOMPLETE_CHUNKED_ENCODING", "ERR_CONNECTION_RESET",
+                                "ERR_EMPTY_RESPONSE")
+
+
+HOSTILE = {
+    "tag": "<script>alert(1)</script>", "img": "<img src=x onerror=alert(1)>", "quotes": "\"'`</td>&amp;${alert(1)}",
+    "rtl": "\u202egnp.exe \u05d0\u05d1", "control": "\x1b[31m\x00\x07\r\n\ttab", "long": "M" * (1 << 20),
+    "words": "w " * 50000, "quoted": "\"" * (1 << 18), "slashes": "\\\" \\u003c", "smile": "\U0001f600",
+    "nan": float("nan"), "inf": float("inf"), "minus": float("-inf"), "big": 2 ** 63, "empty": "", "none": None,
+    "list": ["<b>", {"a": "</script>"}], "__proto__": {"x": 1}, "constructor": "Function",
+    "link": "javascript:alert(1)", "many": {"k%d" % i: i for i in range(3000)}}
+ODD = """#view=plot&x=args.tag&y=args.i
+#view=plot&x=args.nan&y=args.big
+#view=plot&x=args.rtl&y=duration&colour=args.tag
+#view=plot&x=args.constructor&y=args.many.k7
+#view=plot&y=args.inf&x=args.many.k7
+#view=grid&gx=args.tag&gy=args.quotes&metric=args.inf
+#view=grid&gx=args.rtl&gy=args.nan&metric=duration
+#view=grid&gx=args.list&gy=args.none&metric=args.k
+#view=workers
+#view=nosuch&sort=nosuch&page=-1&way=7
+#view=constructor&columns=,,
+#columns=constructor,__proto__.x,args.constructor,args.__proto__.x&sort=constructor
+#task=<script>alert(6)</script>
+#status=<b>&filter=%00
+#constructor=1&__proto__=2&hasOwnProperty=3""".split("\n")
+
+
+def fail_with_everything(server):
+    """Return the id of a task that failed and reported all that is hostile."""
+    submit(server, "x", 3, args=dict(HOSTILE), metadata={"tags": ["<script>alert(2)</script>"]}, max_retries=1)
+    worker_id = asked(server, "POST", "/workers", {
+        "worker_name": "w", "metadata": {"host": "<script>alert(4)</script>"}}, 201)["worker_id"]
+    for _ in range(2):  # the first goes on running
+        task = begin(server, None, worker_id=worker_id, cmd="</pre><script>alert(3)</script>")
+    report(server, task["task_id"], "failed", worker_id=worker_id, summary=dict(
+        HOSTILE, labtasker_error="</pre><script>alert(5)</script>" + "E" * 10 ** 5,
+        labtasker_exception={"traceback": HOSTILE["tag"]}))
+    return task["task_id"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", ["narrow", "wide"])
+def test_what_a_hostile_task_holds_is_text(chromium, tmp_path, size):
+    with Server(tmp_path / "server") as server, chromium.session(size) as session:
+        failed, person = fail_with_everything(server), Person(session.tab(), browser.Mouse, server)
+        person.open().finds(3)
+        hostile_cells_are_text(person)
+        began = time.monotonic()
+        person.open("#task=" + failed)
+        article = person.sees(person.named("article", "Task"))
+        person.says(article, HOSTILE["tag"])
+        print("a task with two megabytes is shown after %.2f s, longest work of the page %d ms" % (
+            time.monotonic() - began, person.tab.seen("longest")))
+        for words in ("</pre><script>alert(3)</script>", "</pre><script>alert(5)</script>", "-Infinity", str(2 ** 63),
+                      "javascript:alert(1)"):
+            person.says(article, words)
+        assert not article.locator("script, img, b, a[href^='javascript']").count()
+        article.get_by_role("button", name="Show all (1.0 MB)").first.click()
+        wait_until(lambda: "M" * (1 << 20) in article.text_content(), "all of it is there")
+        article.get_by_role("button", name=re.compile("Show all 3,0")).first.click()
+        person.says(article, "many.k2999")
+        assert not person.tab.sideways(), person.tab.sideways()
+        for address in ODD:
+            person.open(address)
+            person.page.wait_for_timeout(300)
+            assert not person.tab.sideways(), (address, person.tab.sideways())
+        person.tab.is_blameless("status of 4")
+
+
+def hostile_cells_are_text(person):
+    person.open("#columns=" + ",".join(["task_name", "error"] + ["args." + key for key in HOSTILE]))
+    row = wait_until(lambda: "args.tag" in person.rows()[0] and person.rows()[0], "the columns are there")
+    for key in ("tag", "img", "quotes", "rtl", "constructor", "link", "smile"):
+        assert row["args." + key] == HOSTILE[key], key
+    assert [row["args." + key] for key in ("nan", "inf", "minus", "big")] == [
+        "NaN", "Infinity", "-Infinity", str(2 ** 63)]
+    assert person.page.locator("td[data-column='args.rtl'] bdi").count() == 3, "it can't turn what stands beside it"
+    assert all(len(text) <= 300 for text in row.values()) and "\x1b" not in row["args.control"]
+
+
+class Burst:
+    """A thousand tasks that are cancelled and made pending again twice a second, while it is entered."""
+
+    def __init__(self, server, ids):
+        self.server, self.ids, self.changes, self.ended = server, ids, 0, threading.Event()
+        self.thread = threading.Thread(target=self.work)
+
+    def work(self):
+        while not self.ended.is_set():
+            due = time.monotonic() + 1
+            change(self.server, self.ids, status="cancelled")
+            change(self.server, self.ids, reset=True)
+            self.changes += 2 * len(self.ids)
+            self.ended.wait(max(0, due - time.monotonic()))
+
+    def __enter__(self):
+        self.thread.start()
+        return self
+
+    def __exit__(self, *_):
+        self.ended.set()
+        self.thread.join()
+
+
+@pytest.mark.slow
+def test_two_thousand_changes_a_second_do_not_freeze_it(person):
+    """It goes on answering clicks, and what it shows in the end is what is so. Prints how long it took to answer."""
+    case, server = next(cases), person.server
+    ids, waits = submit(server, case, 1000), []
+    person.open()
+    person.case(case)
+    person.page.evaluate("seen.longest = seen.shift = 0, seen.shifts = []")
+    began = time.monotonic()
+    with Burst(server, ids) as burst:
+        while time.monotonic() - began < BURST_S:
+            clicked = time.monotonic()
+            person.press("Select all on this page", role="checkbox")
+            person.page.evaluate("new Promise(done => requestAnimationFrame(() => setTimeout(done)))")
+            waits.append(time.monotonic() - clicked)
+    print("%.0f changes a second: the page answered a click after %.0f ms at the median, %.0f ms at most; its longest "
+          "work was %.0f ms" % (burst.changes / (time.monotonic() - began), 1e3 * sorted(waits)[len(waits) // 2],
+                                1e3 * max(waits), person.tab.seen("longest")))
+    change(server, ids[:300], status="cancelled")
+    person.says(person.named("group", "Show by status"),
+                re.compile(r"All\s+1,000.*Pending\s+700.*Cancelled\s+300", re.S))
+    assert person.tab.seen("shift") < 0.001, person.tab.seen("shifts")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", sorted(browser.SIZES))
+def test_nothing_moves_while_it_updates(person, size):
+    """Each view is watched for some seconds while workers run, submissions come and one is at the page."""
+    for address in ("", "#view=plot", "#view=grid", "#view=workers", "#status=success&sort=last_modified"):
+        person.open(address)
+        person.page.wait_for_timeout(2500)  # what moves when it comes is of no interest
+        person.page.evaluate("seen.shift = 0, seen.shifts = []")
+        began = time.monotonic()
+        while time.monotonic() - began < WATCH_S:
+            submit(person.server, next(cases), 3)
+            person.page.wait_for_timeout(500)
+        assert person.tab.seen("shift") < 0.001, (address, person.tab.seen("shifts"))
+
+
+def every_view(person):
+    """Go through all that the page shows; yields a name for each."""
+    case, server, page = next(cases), person.server, person.page
+    ids = submit(server, case, 5, max_retries=2, metadata={"tags": ["v2"]})
+    document = {"args.model": "vit", "summary.labtasker_exception": {"$exists": True}}
+    failed = wait_until(lambda: search(server, document, status="failed", limit=1),
+                        "one of the workers' tasks has failed", 120)[0]
+    page.goto(server.url)
+    person.sees(person.named("button", "Log in"))
+    yield "login"
+    person.log_in(password="wrong")
+    person.says(page.get_by_role("alert").filter(visible=True), "no such queue")
+    yield "login-wrong"
+    person.log_in()
+    person.sees(person.named("heading", QUEUE))
+    person.says(page.locator("#range"), "1–100 of")
+    yield "tasks"
+    person.filter("args.i = 2")
+    person.says(page.get_by_role("alert").filter(visible=True), "args.i = 2")
+    yield "filter-error"
+    person.case(case)
+    pick(person, case + "-1", case + "-3")
+    yield "selected"
+    buttons = person.named("group", "Selected tasks")
+    for name in ("Cancel…", "Priority…", "Delete…"):
+        person.press(name, buttons)
+        person.dialog()
+        yield "dialog-" + name[:-1].lower()
+        page.keyboard.press("Escape")
+    for name in ("Columns…", "Keyboard shortcuts"):
+        person.press(name)
+        person.dialog()
+        yield "dialog-" + name.split("…")[0].replace(" ", "-").lower()
+        page.keyboard.press("Escape")
+    person.press("Cancel…", buttons)
+    person.press("Cancel 2 tasks", person.dialog())
+    note(person, "2 tasks cancelled")
+    yield "note"
+    person.open("#filter=args.seed < 0")
+    person.finds(0)
+    yield "nothing-found"
+    person.open("#task=" + failed["task_id"])
+    person.says(page.locator("#log"), "epoch 1")
+    yield "task"
+    person.open("#task=" + ids[0])
+    person.sees(person.named("heading", case + "-0"))
+    yield "task-pending"
+    for address, place in (("plot&colour=args.model&filter=args.seed < 12", "#plot-drawing svg"),
+                           ("grid", "#grid-drawing svg"), ("workers", "#worker-table tbody tr")):
+        person.open("#view=" + address)
+        person.sees(page.locator(place))
+        page.wait_for_timeout(700)
+        yield address.split("&")[0]
+        if place.endswith("svg"):
+            page.locator(place).get_by_role("link").nth(3).focus()
+            yield address.split("&")[0] + "-point"
+            page.get_by_text("The data as a table").filter(visible=True).click()
+            yield address.split("&")[0] + "-data"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("size", sorted(browser.SIZES))
+def test_axe_core_finds_nothing_in_any_view(person, size, scheme):
+    person.known, found = ["401 (Unauthorized)", "400 (Bad Request)"], []
+    for at, name in enumerate(every_view(person), 1):
+        person.tab.shoot("%s-%s-%02d-%s" % (size, scheme, at, name))
+        found += [(name, one) for one in person.tab.axe()] + [(name, one) for one in person.tab.sideways()]
+    assert at >= 20 and not found, "\n".join("%s: %s" % one for one in found)
+
+
+@pytest.mark.slow
+def test_how_long_the_first_table_and_a_filters_result_take(person):
+    """Prints medians of seven, from the request or the key to the rows on the screen, while the load goes on."""
+    took, page = collections.defaultdict(list), person.page
+    person.open()
+
+    def timed(what, act, there):
+        began = time.monotonic()
+        act()
+        page.wait_for_function(there)
+        page.evaluate("new Promise(done => requestAnimationFrame(() => setTimeout(done)))")
+        took[what].append(1e3 * (time.monotonic() - began))
+    full = "document.querySelectorAll('#table tbody tr').length === 100"
+    for turn in range(7):
+        model, field = ("resnet", "vit", "mlp")[turn % 3], "args.%s" % ("lr" if turn % 2 else "seed")
+        timed("first table, page opened anew", page.reload, full)
+        page.locator("#filter").fill('args.model == "%s" and args.lr > 0.01 and args.seed == %d' % (model, 300 + turn))
+        timed("a filter's result", lambda: page.keyboard.press("Enter"),
+              "/of [1-9]\\d?$/.test(document.querySelector('#range').textContent)")
+        timed("the filter cleared", lambda: person.press("Clear the filter"), full)
+        timed("sorted by an arg", page.locator('th[data-field="%s"] button' % field).click,
+              "document.querySelector('#table [aria-sort]').dataset.field === '%s'" % field)
+        with person.answer():
+            person.open()
+    for what, times in took.items():
+        print("%s, %d tasks: %.0f ms (%.0f-%.0f)" % (what, TASKS, sorted(times)[3], min(times), max(times)))
