@@ -4225,6 +4225,7 @@ STOP_GRACE_S = 4.0  # for requests that run when the server is told to stop
 SWITCH_S = 0.0005  # after which a thread that scans hands the interpreter over, ten times as often as by default
 EXTENSIONS_HEADER = "Labtasker-Extensions"
 SAFE_METHODS = ("GET", "HEAD")  # change nothing
+WANTS_PAGE = Pattern(r"text/html(?!\s*;\s*q=0(\.0*)?\s*(,|\Z))", re.IGNORECASE)  # an Accept header
 
 # Threads, by what they are for: how many at a time, for one user, in line, in line for one user.
 GATES = {
@@ -4342,6 +4343,19 @@ class HttpRequest(collections.namedtuple("HttpRequest", "method target head keep
     """A whole request, and whether its connection stays open after it."""
 
     __slots__ = ()
+
+    def path_and_query(self):
+        """Return (path, {name: value}) of what is asked for; a browser that asks for / is shown the page."""
+        path, _, query = self.target.partition("?")
+        if "://" in path and not path.startswith("/"):  # the absolute form, which proxies are sent
+            path = "/" + path.split("/", 3)[3] if path.count("/") > 2 else "/"
+        fields, asked = self.head.fields, {}
+        if query or "%" in path:
+            from urllib.parse import parse_qsl, unquote
+            path, asked = unquote(path), dict(parse_qsl(query))
+        if "last-event-id" in fields:
+            asked["last_event_id"] = fields["last-event-id"]
+        return "/page" if path == "/" and WANTS_PAGE.search(fields.get("accept", "")) else path, asked
 
 
 class Connection:
@@ -4895,18 +4909,7 @@ class _Requests(_Peers):
     @staticmethod
     def find(request):
         """Return (route, ids, query) of an HttpRequest's method and target."""
-        path, _, query = request.target.partition("?")
-        if "://" in path and not path.startswith("/"):  # the absolute form, which proxies are sent
-            path = "/" + path.split("/", 3)[3] if path.count("/") > 2 else "/"
-        asked = {}
-        if query or "%" in path:
-            from urllib.parse import parse_qsl, unquote
-            path, asked = unquote(path), dict(parse_qsl(query))
-        wanted = request.head.fields.get("accept", "")
-        if path == "/" and re.search(r"text/html(?!\s*;\s*q=0(\.0*)?\s*(,|\Z))", wanted, re.IGNORECASE):
-            path = "/page"
-        if "last-event-id" in request.head.fields:
-            asked["last_event_id"] = request.head.fields["last-event-id"]
+        path, asked = request.path_and_query()
         return find_route("GET" if request.method == "HEAD" else request.method, path) + (asked,)
 
     def read(self, request, caller, route, ids, query):
