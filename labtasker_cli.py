@@ -2085,11 +2085,12 @@ def view_tasks(store, caller, request):
 def viewed(store, records, request, at):
     """Return what `view_tasks` answers, from a list of records in the order of their last change; outside the lock."""
     everything = collections.Counter(record.status for record in records)
-    chosen, counts = records, everything
+    chosen, counts, fields = records, everything, fields_of(records)
     if request["extra_filter"] is not None:
         seen = (_seen(store, record) if record.status == "running" else record for record in records)
         chosen = list(filter(request["predicate"], seen))
         counts = collections.Counter(record.status for record in chosen)
+        fields = dict(fields_of(chosen), **fields)  # what is asked for stands first
     if request["status"]:
         chosen = [record for record in chosen if record.status == request["status"]]
     names = request["columns"] or []
@@ -2100,7 +2101,7 @@ def viewed(store, records, request, at):
     return {"rows": [[record.task_id, record.status] + [get(record) for get in getters]
                      for record in rows_of(store, chosen, request)],
             "found": len(chosen), "counts": counts, "queue": queue_pace(records, everything, at),
-            "fields": fields_of(records), "at": at}
+            "fields": fields, "at": at}
 
 
 def rows_of(store, records, request):
@@ -4282,17 +4283,16 @@ const WORKER_COLUMNS = [["Worker", "", innerWidth < 800 ? 9 : 12], ["Runs", "", 
 
 async function loadWorkers(signal) {
   const [found, answer] = await Promise.all([
-    ask("POST", `${ME}/workers/search`, {limit: MOST_WORKERS, sort: [["last_modified", -1]]}, {signal}),
+    ask("POST", `${ME}/workers/search`, {limit: MOST_WORKERS, sort: [["created_at", -1]]}, {signal}),
     view({columns: ["worker_id", "task_name", "duration", "host"], status: "running", limit: 1000}, {signal})]);
   showOverview(answer);
   const runs = new Map();
   for (const [id, , worker, name, took, host] of answer.rows) {
     runs.set(worker, [...(runs.get(worker) || []), {id, name: name || id.slice(0, 8), took, host}]);
   }
-  const rows = found.content.map((worker) => ({...worker, runs: runs.get(worker.worker_id) || []}))
-    .sort((one, other) => other.runs.length - one.runs.length);
+  const rows = found.content.map((worker) => ({...worker, runs: runs.get(worker.worker_id) || []}));
   const known = new Set(rows.map((row) => row.worker_id));
-  for (const [id, theirs] of runs) if (!known.has(id)) rows.unshift(strayWorker(id, theirs));
+  for (const [id, theirs] of [...runs].sort()) if (!known.has(id)) rows.push(strayWorker(id, theirs));
   showWorkers(rows, found.content.length === MOST_WORKERS);
 }
 
@@ -4302,7 +4302,7 @@ const strayWorker = (id, runs) => ({worker_id: id || "", worker_name: id ? null 
 
 function showWorkers(rows, isCut) {
   const busy = rows.filter((row) => row.runs.length).length;
-  const others = isCut ? `; the ${MOST_WORKERS} that changed last are shown` : `, ${grouped(rows.length - busy)} not`;
+  const others = isCut ? `; the ${MOST_WORKERS} newest are shown` : `, ${grouped(rows.length - busy)} not`;
   setText($("workers-note"), rows.length ? `${many(busy, "worker")} at work${others}.`
     : "No workers yet. labtasker loop -- python train.py --lr '%(lr)' starts one.");
   setHead($("worker-table"), WORKER_COLUMNS, ([name, kind]) => (name ? el("th", {scope: "col", class: kind}, name)
