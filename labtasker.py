@@ -4361,7 +4361,7 @@ class HttpRequest(collections.namedtuple("HttpRequest", "method target head keep
 class Connection:
     """A peer: what it has sent and was not read yet, what is to be sent to it, and what it waits for."""
 
-    __slots__ = ("sock", "peer", "inbox", "outbox", "line", "head", "busy", "closing", "parked",
+    __slots__ = ("sock", "peer", "inbox", "outbox", "line", "head", "busy", "closing", "ended", "parked",
                  "handshake", "heard_at", "vouched", "counted", "since", "reserved", "lingering", "gate")
 
     def __init__(self, sock, peer, is_tls):
@@ -4369,6 +4369,7 @@ class Connection:
         self.line = self.head = None  # of a request whose body is not all there
         self.busy = False  # whether a request is being answered; the next one waits
         self.closing = False  # whether it is closed once all is sent
+        self.ended = False  # whether it sends no more
         self.parked = None  # (Call, HttpRequest, when to give up, id waited for) of a request that waits
         self.handshake, self.heard_at = is_tls, monotonic()
         self.vouched = False  # whether it has shown a right password
@@ -4585,6 +4586,9 @@ class _Peers(_Log):
             return
         except OSError:  # reset, or TLS broken off
             return self.drop(conn)
+        if not data and conn.busy and not conn.parked:  # it may still read: what was done for it must not be lost
+            conn.ended = True
+            return self.store.journal.flush()
         if not data or len(conn.inbox) > ROOM_BYTES + conn.reserved:
             return self.drop(conn)
         if conn.lingering:
@@ -5024,7 +5028,7 @@ class _Threads(_Requests):
 
     def write_answer(self, conn, request, keep, status, answer):
         """Make the bytes of an answer."""
-        keep = keep and not self.stopping
+        keep = keep and not (self.stopping or conn.ended)
         self.note(conn, request, status)
         return self.reply, http_answer(status, answer, request, keep), keep
 
@@ -5592,7 +5596,8 @@ class HttpTransport:
 
         What a broken connection kept from arriving is sent again; so is what may have arrived, unless ONCE forbids
         it."""
-        given, lost = {key: value for key, value in (query or {}).items() if value is not None}, False
+        given, lost = {name: str(value).lower() if value is True or value is False else value
+                       for name, value in (query or {}).items() if value is not None}, False
         target = path
         if given:
             from urllib.parse import urlencode
@@ -5994,22 +5999,12 @@ class Answer(Response):
     FIELDS = {}
 
     def __init__(self, values):
-        self._values = values
-
-    def __getattr__(self, name):
-        if name not in self.FIELDS:
-            raise AttributeError("a %s has no %s" % (type(self).__name__, name))
-        value = self.__dict__[name] = _in_python(self.FIELDS[name], self._values.get(name))
-        return value
+        super().__init__(_values=values, **{
+            name: _in_python(field, values.get(name)) for name, field in self.FIELDS.items()})
 
     def to_dict(self):
         """Return the fields as they came, times as ISO text."""
         return dict(self._values)
-
-    def __repr__(self):
-        shown = [(name, getattr(self, name)) for name in self.FIELDS]
-        return "%s(%s)" % (type(self).__name__, ", ".join(
-            "%s=%r" % pair for pair in shown if pair[1] not in (None, {})))
 
     def __eq__(self, other):
         return type(self) is type(other) and self._values == other._values
@@ -9939,7 +9934,7 @@ COMMANDS = {
             option("--gpus LIST", "a slot for each of these: 0,1 or UUIDs, or all"),
             option("--per-gpu K", "K slots for each of them (1)", type=count),
             option("--eta-max TIME", "a longer run is given up: 90, 10 min, 1h30m", type=duration), SILENCE,
-            option("--time-limit TIME", "end by then (or when the Slurm or PBS job ends)", type=seconds),
+            option("--time-limit TIME", "end by then (or with the Slurm or PBS job)", type=seconds),
             option("--drain-before TIME", "start nothing that long before the time is up", type=seconds),
             option("--max-tasks N", "end after N tasks", type=count),
             option("--idle-timeout TIME", "stay that long for tasks to come", type=seconds),

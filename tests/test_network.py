@@ -288,8 +288,8 @@ def test_a_connection_that_was_closed_meanwhile_is_opened_anew_for_whatever_ther
     cutter.plans.append(("after", 1))
     L.get_queue()
     harness.wait_until(lambda: cutter.cuts["after"], "the cut")
-    connection = L.client().transport.kept.connection
-    harness.wait_until(lambda: not connection.is_silent(), "the end of the connection is here")
+    sock = vars(L.client().transport.opener.kept)[cutter.url[7:]].sock
+    harness.wait_until(lambda: L._is_readable(sock), "the end of the connection is here")
     assert call().found
 
 
