@@ -96,6 +96,15 @@ def test_requests_that_come_together_are_answered_in_order(loop):
     assert [part[:3] for part in client.sock.sent.split(b"HTTP/1.1 ")[1:]] == [b"201", b"200", b"404"]
 
 
+def test_who_has_ended_its_sending_hears_what_was_done_for_it(loop):
+    client, loop.server.is_writing = loop.client(), True  # the writer is at work on what came before
+    assert loop.call(client, *submit(a=1)) is None
+    client.sock.recv = lambda size: b""
+    loop.server.attend(client, 1)
+    loop.server.settle()
+    assert loop.answer(client)[0] == 201 and b"Connection: close" in client.sock.sent and client.closing
+
+
 def test_a_request_may_come_byte_by_byte(loop):
     client = loop.client()
     for byte in loop.bytes(*submit(text="\u00e9\u4e2d")):
