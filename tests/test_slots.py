@@ -16,6 +16,8 @@ from test_worker import (
     beat_fast, cancel, children, is_alive, output, start_script, submit, task, wait_for_end, wait_for_line,
     wait_for_task)
 
+pytestmark = pytest.mark.slow  # they run on one Python, the others have the quick part of the rest
+
 SHOW = "echo is $LABTASKER_SLOT/$CUDA_VISIBLE_DEVICES/$LABTASKER_RUN_ID"
 GATED = "echo begins $LABTASKER_SLOT $$; until test -e gate; do sleep 0.05; done"
 
@@ -128,7 +130,6 @@ def test_max_tasks_holds_for_all_slots_together(home):
     assert statuses() == {"success": 5, "pending": 3}
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("jobs", [1, 4])
 def test_a_signal_hands_back_what_all_slots_run(both, jobs):
     ids = submit(jobs + 1)
@@ -141,7 +142,6 @@ def test_a_signal_hands_back_what_all_slots_run(both, jobs):
     wait_until(lambda: not [pid for pid in list(pids.values()) + others if is_alive(int(pid))], "nothing is left running")
 
 
-@pytest.mark.slow
 def test_a_second_signal_kills_all_jobs_at_once(both):
     submit(3)
     loop = both.start_cli("loop", "-j", "3", "--grace", "10 min", "--", "sh", "-c", "trap '' TERM INT; " + GATED, "%(n)")
@@ -153,7 +153,6 @@ def test_a_second_signal_kills_all_jobs_at_once(both):
     assert wait_for_end(loop) == 130 and statuses() == {"pending": 3}
 
 
-@pytest.mark.slow
 def test_kill_9_of_a_loop_ends_all_its_jobs_and_their_tasks_are_tried_again(both):
     beat_fast(both)
     ids = submit(4)
@@ -167,7 +166,6 @@ def test_kill_9_of_a_loop_ends_all_its_jobs_and_their_tasks_are_tried_again(both
     assert wait_for_end(again) == 143
 
 
-@pytest.mark.slow
 def test_a_task_that_is_cancelled_is_ended_in_its_slot_alone(both):
     ids = submit(2)
     loop = both.start_cli("loop", "-j", "2", "--", "sh", "-c", GATED, "%(n)")
@@ -395,7 +393,6 @@ def test_until_when_tasks_are_started_and_jobs_are_left_alone():
     assert none.start_until == none.stop_at == none.end_time == float("inf")
 
 
-@pytest.mark.slow
 def test_what_runs_when_the_time_is_up_is_handed_back_and_another_loop_finishes_it(both):
     ids = submit(3)
     text = "trap 'echo told; exit 0' TERM; %s & wait $!" % GATED
@@ -412,7 +409,6 @@ def test_what_runs_when_the_time_is_up_is_handed_back_and_another_loop_finishes_
     assert both.cli("loop", "--", "sh", "-c", GATED, "%(n)").returncode == 0 and statuses() == {"success": 3}
 
 
-@pytest.mark.slow
 def test_a_job_that_does_not_hear_is_killed_before_the_time_is_up(home):
     submit()
     loop = home.start_cli("loop", "--time-limit", "6s", "--grace", "1s", "--", "sh", "-c", "trap '' TERM; " + GATED, "%(n)")
@@ -420,7 +416,6 @@ def test_a_job_that_does_not_hear_is_killed_before_the_time_is_up(home):
     assert wait_for_end(loop) == 0 and not is_alive(pid) and statuses() == {"pending": 1}
 
 
-@pytest.mark.slow
 def test_before_the_end_nothing_is_started_and_what_runs_is_waited_for(both):
     submit(2)
     loop = both.start_cli("loop", "--time-limit", "1h", "--drain-before", "59 min 57s", "--", "sh", "-c", GATED, "%(n)")
@@ -432,7 +427,6 @@ def test_before_the_end_nothing_is_started_and_what_runs_is_waited_for(both):
     assert "nothing more is started, as the time is up in 0:59:5" in output(loop)
 
 
-@pytest.mark.slow
 def test_a_loop_that_waits_for_tasks_leaves_when_none_could_be_started(both):
     loop = both.start_cli("loop", "--idle-timeout", "1h", "--time-limit", "1h", "--drain-before", "59 min 57s", "--", "true", "%(n)")
     assert wait_for_end(loop) == 0 and "nothing more is started" in output(loop)
@@ -491,7 +485,6 @@ def test_outside_of_a_loop_no_end_is_known(home):
     assert run.lines == ["None False"]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGUSR2", "SIGXCPU", "SIGHUP"])
 def test_a_job_that_asks_saves_and_is_handed_back(both, name):
     one, = submit()
@@ -504,7 +497,6 @@ def test_a_job_that_asks_saves_and_is_handed_back(both, name):
     wait_until(lambda: "saved" in output(loop) or name == "SIGTERM", "it has saved")
 
 
-@pytest.mark.slow
 def test_a_job_hears_of_the_signal_of_a_scheduler_itself(home):
     script = home.write("child.py", CHILD)
     process = home.start(sys.executable, script)
@@ -513,7 +505,6 @@ def test_a_job_hears_of_the_signal_of_a_scheduler_itself(home):
     assert wait_for_end(process) == 0 and "saved" in output(process)
 
 
-@pytest.mark.slow
 def test_a_job_that_asks_is_told_in_all_its_processes_and_threads(home):
     submit()
     script = home.write("child.py", """
@@ -556,7 +547,6 @@ finally:
 ASKS = "while not labtasker.preempted(): time.sleep(0.05)\n    print('saved', flush=True)"
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGINT"])
 def test_a_function_that_asks_is_not_interrupted(both, name):
     one, = submit()
@@ -568,7 +558,6 @@ def test_a_function_that_asks_is_not_interrupted(both, name):
     assert (task(one).status, task(one).retries, task(one).interruptions) == ("pending", 0, 1)
 
 
-@pytest.mark.slow
 def test_a_function_is_told_when_the_time_of_its_slurm_job_is_up(both):
     one, two = submit(2)
     env = program(both, "squeue", "echo 0:09")
@@ -578,7 +567,6 @@ def test_a_function_is_told_when_the_time_of_its_slurm_job_is_up(both):
     assert "saved" in output(loop) and [(task(i).status, task(i).retries) for i in (one, two)] == [("pending", 0)] * 2
 
 
-@pytest.mark.slow
 def test_a_function_that_does_not_ask_gets_an_exception_when_the_time_is_up(home):
     one, = submit()
     loop = start_script(home, FUNCTION % ("time_limit='4s', grace=1", "time.sleep(600)"))
@@ -586,7 +574,6 @@ def test_a_function_that_does_not_ask_gets_an_exception_when_the_time_is_up(home
     assert (task(one).status, task(one).retries, task(one).interruptions) == ("pending", 0, 1)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("function", [
     "while True:\n        try: time.sleep(600)\n        except KeyboardInterrupt: print('deaf', flush=True)",
     "labtasker.preempted()\n    import ctypes; ctypes.CDLL(None).sleep(30)",
@@ -605,7 +592,6 @@ def test_a_function_that_does_not_end_is_ended_after_its_grace_and_its_task_is_h
 # While there is nothing to do
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("jobs", ["1", "3"])
 def test_a_loop_that_waits_gets_a_task_soon_and_leaves_soon(both, jobs):
     loop = both.start_cli("loop", "-j", jobs, "--idle-timeout", "1h", "--", "echo", "had", "%(n)")
@@ -617,7 +603,6 @@ def test_a_loop_that_waits_gets_a_task_soon_and_leaves_soon(both, jobs):
     assert "1 success" in output(loop)
 
 
-@pytest.mark.slow
 def test_an_idle_loop_asks_a_server_once_in_a_long_while(server_home):
     loop = server_home.start_cli("loop", "-j", "4", "--idle-timeout", "1h", "--", "true", "%(n)")
     wait_until(lambda: labtasker.ls_workers().content, "it has begun")
@@ -634,7 +619,6 @@ def test_an_idle_loop_asks_a_server_once_in_a_long_while(server_home):
     assert wait_for_end(loop) == 143
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("is_function", [False, True])
 def test_a_signal_is_heard_while_a_server_that_was_stopped_is_asked(server_home, is_function):
     if is_function:
@@ -654,7 +638,6 @@ def test_a_signal_is_heard_while_a_server_that_was_stopped_is_asked(server_home,
         server_home.server.process.send_signal(signal.SIGCONT)
 
 
-@pytest.mark.slow
 def test_no_task_is_lost_to_a_loop_that_leaves_as_it_comes(server_home):
     """Each is either handed out and handed back, or not handed out at all."""
     loops = [server_home.start_cli("loop", "--idle-timeout", "1h", "--", "sleep", "600", "%(n)") for _ in range(4)]
@@ -669,7 +652,6 @@ def test_no_task_is_lost_to_a_loop_that_leaves_as_it_comes(server_home):
 # A server that is away
 
 
-@pytest.mark.slow
 def test_results_of_all_slots_wait_for_a_server_that_is_away(server_home):
     submit(3, max_retries=1)
     server = server_home.server
@@ -684,7 +666,6 @@ def test_results_of_all_slots_wait_for_a_server_that_is_away(server_home):
     assert statuses() == {"success": 3} and {t.retries for t in labtasker.ls_tasks().content} == {0}
 
 
-@pytest.mark.slow
 def test_four_jobs_are_handed_back_though_the_server_was_stopped(server_home):
     submit(4, max_retries=1)
     server = server_home.server
