@@ -2549,7 +2549,7 @@ nav a:focus-visible { outline-offset: -3px; }
 dt { color: var(--quiet); }
 #overview dd { font-weight: 600; text-align: right; }
 #done { min-width: 4ch; } #rate { min-width: 9ch; } #eta { min-width: 8ch; }
-#bar { flex: 1 0 100%; display: flex; height: 0.286rem; border-radius: 2px; overflow: hidden;
+#bar { flex: 1 0 100%; margin-top: 0.3rem; display: flex; height: 0.286rem; border-radius: 2px; overflow: hidden;
   background: var(--line); }
 
 /* Filter and tools */
@@ -4255,7 +4255,7 @@ function gridCell(cell, draw) {
   const text = textOf(value);
   const [row, column] = [draw.rows[down], draw.columns[across]];
   const words = [`${titleOf(y)} ${shortValue(row)}`, `${titleOf(x)} ${shortValue(column)}`,
-    `${shown} ${value === null ? "none" : shortNumber(value)}`, many(ids.length, "task")];
+    `${shown} ${value === null ? "none" : text}`, many(ids.length, "task")];
   const middle = {x: box.x + box.width / 2, y: box.y + box.height / 2 + 4 * draw.room.unit, "text-anchor": "middle"};
   return svg("g", {role: "listitem"}, svg("a", {href: addressOf(cell, [[y, row], [x, column]]),
     "aria-label": words.join("\n"), "data-id": `${down} ${across}`},

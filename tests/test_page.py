@@ -1,7 +1,7 @@
 """The page at `/`: what the server sends without a browser, then every action of it in headless Chromium.
 
 The browser's tests work on one server with 100,000 tasks (LT_TEST_PAGE_TASKS: 20,000 or more) while four workers run,
-by mouse and by keys alone, on a screen of 360 px and on one of 3,840. What they change has args that no worker asks for.
+by mouse and by keys alone, on a screen of 360 px and on one of 3,840. What they change has args that no worker wants.
 Times are printed and asserted nowhere."""
 import collections
 import json
