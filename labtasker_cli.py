@@ -4311,7 +4311,7 @@ function showWorkers(rows, isCut) {
 }
 
 function fillWorker(node, row) {
-  const text = JSON.stringify([row, address({})]), hadFocus = node.contains(document.activeElement);
+  const text = JSON.stringify([row, address({})]), focused = document.activeElement, hadFocus = node.contains(focused);
   if (node.dataset.text === text) return;
   node.dataset.text = text;
   const run = row.runs[0] || {}, next = row.status === "active" ? "suspended" : "active", name = workerName(row);
@@ -4326,7 +4326,10 @@ function fillWorker(node, row) {
     el("td", {}, el("bdi", {}, shortValue(run.host || row.metadata.host))),
     el("td", {class: "number"}, shortValue(row.retries)), el("td", {}, moment(row.last_modified)),
     el("td", {}, row.status ? button() : null), el("td"));
-  if (hadFocus && node.querySelector("button")) node.querySelector("button").focus();
+  if (!hadFocus) return;
+  const same = [...node.querySelectorAll("a")].find((link) => link.href === focused.href);
+  const again = same || node.querySelector("button");
+  if (again) again.focus();
 }
 
 const workerName = (row) => row.worker_name || row.worker_id.slice(0, 8);
