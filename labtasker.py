@@ -3317,8 +3317,8 @@ def fetch_task_op(store, queue, request, at):
         fields["cmd"] = request["cmd"]
     if request.get("heartbeat_timeout") is not None:
         fields["heartbeat_timeout"] = request["heartbeat_timeout"]
-    if request.get("eta_max_s") is not None:
-        fields["task_timeout"] = request["eta_max_s"]
+    if request.get("eta_max") is not None:
+        fields["task_timeout"] = request["eta_max"]
     if request.get("attempt"):
         fields["attempts"] = _attempts_with(task, request["attempt"], fields)
     return [["task", task.task_id, fields, task.status]], {"found": True, "task": revised(task, dict(fields))}
@@ -3842,7 +3842,6 @@ _read_task_filter = _read_filter(visible(TASK_FIELDS))
 def _prepare_fetch(store, request):
     if not request["start_heartbeat"] and request["eta_max"] is None:
         raise BadRequest("a fetch needs heartbeats (start_heartbeat) or eta_max, or a dead run would never be noticed")
-    request["eta_max_s"] = request["eta_max"]
     for key in request["required_fields"] or ():
         if key != "*":
             check_key(key, ["required_fields"])
@@ -4240,17 +4239,17 @@ GATES = {
 class BadHead(LabtaskerError):
     """A request that can't be read; the connection is closed after the answer."""
 
-    status, code = 400, "bad_request"
+    status = 400
 
 
 class HeadTooLarge(BadHead):
-    status, code = 431, "head_too_large"
+    status = 431
 
 
 class Busy(LabtaskerError):
     """More is asked at once than there is room for; later it may be less."""
 
-    status, code = 503, "busy"
+    status = 503
 
 
 class Head(collections.namedtuple("Head", "fields length login extensions close keep_alive foreign")):
@@ -4907,7 +4906,7 @@ class _Requests(_Peers):
         for conn in list(waiting):
             asked = conn.parked[0].request
             wish = (str(asked.get("required_fields")), asked.get("filter_text"))
-            if ("eta_max_s" not in asked or wish not in in_vain) and self.retry(conn):
+            if ("eta_max" not in asked or wish not in in_vain) and self.retry(conn):
                 in_vain.add(wish)
 
     @staticmethod
