@@ -387,9 +387,6 @@ def find_program(name):
     return shutil.which(name, path=os.environ["PATH"] + ":/usr/sbin:/sbin")
 
 
-needs_slurm = pytest.mark.skipif(bool(why_no_slurm()), reason=why_no_slurm())
-
-
 class Slurm:
     """A Slurm with one node, this machine: `folder`, `env`."""
 
@@ -460,6 +457,9 @@ def is_zombie(pid):
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory):
     """A Slurm of the tests' own."""
+    reason = why_no_slurm()
+    if reason:
+        pytest.skip(reason)
     found = Slurm(tmp_path_factory.mktemp("slurm"))
     try:
         found.start()
@@ -567,7 +567,6 @@ def sweep(home, cluster):
 MEETING = "while len(open('runs').readlines()) < 3: time.sleep(0.05)"  # at least three at a time
 
 
-@needs_slurm
 def test_an_array_drains_a_sweep_over_a_server_that_runs_in_a_job(sweep):
     server = sweep.serve()
     sweep.submit(30, MEETING)
@@ -582,7 +581,6 @@ def test_an_array_drains_a_sweep_over_a_server_that_runs_in_a_job(sweep):
     sweep.check_done_once(30)
 
 
-@needs_slurm
 def test_the_server_s_job_ends_and_another_one_on_the_same_store_goes_on(sweep):
     first = sweep.serve()
     sweep.submit(12, GATED)
@@ -601,7 +599,6 @@ def test_the_server_s_job_ends_and_another_one_on_the_same_store_goes_on(sweep):
     sweep.check_done_once(12)
 
 
-@needs_slurm
 def test_scancel_hands_the_task_back_and_the_next_job_finishes_it(sweep):
     sweep.submit(2, GATED)
     job = sweep.sbatch("--array=0-1", "-t", "10")
@@ -617,7 +614,6 @@ def test_scancel_hands_the_task_back_and_the_next_job_finishes_it(sweep):
     sweep.check_done_once(2, interrupted=2)
 
 
-@needs_slurm
 def test_a_job_at_its_time_limit_hands_its_task_back_and_the_next_job_finishes_it(sweep):
     sweep.submit(1, GATED)
     job = sweep.sbatch("-t", "1")
@@ -633,7 +629,6 @@ def test_a_job_at_its_time_limit_hands_its_task_back_and_the_next_job_finishes_i
     sweep.check_done_once(1, interrupted=1)
 
 
-@needs_slurm
 def test_a_loop_that_does_not_know_its_time_limit_hands_its_task_back_all_the_same(sweep):
     """By the SIGTERM at the end: squeue can't be found on the node."""
     sweep.submit(1, GATED)
@@ -652,7 +647,6 @@ def test_a_loop_that_does_not_know_its_time_limit_hands_its_task_back_all_the_sa
     sweep.check_done_once(1, interrupted=1)
 
 
-@needs_slurm
 def test_what_can_not_finish_in_what_is_left_is_not_started(sweep):
     sweep.submit(1)
     job = sweep.sbatch("-t", "1", "--eta-max", "2h")
@@ -674,7 +668,6 @@ if not begun:
 """
 
 
-@needs_slurm
 def test_the_signal_before_the_time_limit_reaches_the_job_which_writes_a_checkpoint(sweep):
     sweep.submit(1, CHECKPOINT)
     job = sweep.sbatch("-t", "2", "--signal=B:USR1@60")
@@ -690,7 +683,6 @@ def test_the_signal_before_the_time_limit_reaches_the_job_which_writes_a_checkpo
     sweep.check_done_once(1, interrupted=1)
 
 
-@needs_slurm
 def test_a_job_that_is_requeued_goes_on_in_the_same_log(sweep):
     sweep.submit(1, GATED)
     job = sweep.sbatch("--array=3", "-t", "10")
@@ -705,7 +697,6 @@ def test_a_job_that_is_requeued_goes_on_in_the_same_log(sweep):
     sweep.check_done_once(1, interrupted=1)
 
 
-@needs_slurm
 def test_a_job_that_is_preempted_by_another_goes_on_when_that_is_over(sweep):
     sweep.submit(1, GATED)
     job = sweep.sbatch("--exclusive", "-t", "10")
@@ -719,7 +710,6 @@ def test_a_job_that_is_preempted_by_another_goes_on_when_that_is_over(sweep):
     sweep.check_done_once(1, interrupted=1)
 
 
-@needs_slurm
 def test_the_first_task_of_an_array_runs_the_server(sweep):
     """More of an array than fits at once: when the sweep is done, what has not begun is cancelled, and all is over."""
     sweep.submit(30, MEETING)
@@ -733,7 +723,6 @@ def test_the_first_task_of_an_array_runs_the_server(sweep):
     sweep.check_done_once(30)
 
 
-@needs_slurm
 def test_the_server_stays_as_long_as_others_of_its_array_run(sweep):
     """The first task's loop is done, as its filter lets it have one task only; the others are at work."""
     sweep.submit(3, "if n != '0':\n    " + GATED)
@@ -755,7 +744,6 @@ def test_the_server_stays_as_long_as_others_of_its_array_run(sweep):
     sweep.check_done_once(3)
 
 
-@needs_slurm
 def test_another_task_of_the_array_runs_the_server_where_the_first_does_not(sweep):
     """The first is cancelled before it begins; a requeued one would be late in the same way."""
     sweep.submit(6)
@@ -766,7 +754,6 @@ def test_another_task_of_the_array_runs_the_server_where_the_first_does_not(swee
     sweep.check_done_once(6)
 
 
-@needs_slurm
 def test_scancel_of_an_array_with_its_server_loses_nothing(sweep):
     """Server and loops get SIGTERM at once: what the loops have to say is delivered by the next command there."""
     sweep.submit(4, GATED)
@@ -782,7 +769,6 @@ def test_scancel_of_an_array_with_its_server_loses_nothing(sweep):
     sweep.check_done_once(4, interrupted=4)
 
 
-@needs_slurm
 def test_the_signal_before_the_time_limit_reaches_the_loop_beside_the_server(sweep):
     sweep.submit(1, CHECKPOINT)
     job = sweep.sbatch("-t", "2", "--signal=USR1@60", "--server")
@@ -795,7 +781,6 @@ def test_the_signal_before_the_time_limit_reaches_the_loop_beside_the_server(swe
     sweep.check_done_once(1, interrupted=1)
 
 
-@needs_slurm
 def test_each_task_of_a_job_is_a_loop(sweep):
     sweep.submit(10, MEETING)
     job = sweep.sbatch("-n", "4", "-c", "2", "-t", "10")
@@ -804,7 +789,6 @@ def test_each_task_of_a_job_is_a_loop(sweep):
     sweep.check_done_once(10)
 
 
-@needs_slurm
 def test_each_slot_has_one_of_the_gpus_that_slurm_gave(sweep):
     sweep.submit(6, "open('gpus', 'a').write(os.environ['CUDA_VISIBLE_DEVICES'] + '\\n')\n" + MEETING.replace("3", "4"))
     job = sweep.sbatch("--gpus-per-task=2", "--gpus", "all", "--per-gpu", "2", "-t", "10")
@@ -814,7 +798,6 @@ def test_each_slot_has_one_of_the_gpus_that_slurm_gave(sweep):
     sweep.check_done_once(6)
 
 
-@needs_slurm
 def test_names_with_blanks_and_quotes_come_through_slurm(sweep):
     folder = sweep.cwd / "it's a \"b\" %x #1"  # but no backslash: with one in a path Slurm leaves %j as it is
     folder.mkdir()
@@ -828,7 +811,6 @@ def test_names_with_blanks_and_quotes_come_through_slurm(sweep):
     assert (folder / "done").read_text() == "0\n"
 
 
-@needs_slurm
 def test_what_slurm_refuses_is_said_with_its_code(sweep):
     result = sweep.place.cli("sbatch", "-p", "nope", "--", "true", check=False)
     assert result.returncode == 1 and result.stdout == "" and "invalid partition specified: nope" in result.stderr
