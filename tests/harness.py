@@ -292,7 +292,7 @@ def check_store(folder):
     assert not found.bad and not found.lost, (found.bad, found.lost)
     told = labtasker.read_server_file(str(folder)) or {"addresses": ()}
     for url in told["addresses"]:
-        compare_with_server(replayed(path), url, told["key"])
+        compare_with_server(path, url, told["key"])
 
 
 def replayed(path):
@@ -307,16 +307,25 @@ def replayed(path):
             for queue in state.queues.values()}
 
 
-def compare_with_server(queues, url, key):
+def compare_with_server(path, url, key):
     """The server's memory must be what its journal gives, but for heartbeats, which are not written."""
-    for name, tasks in queues.items():
+    while True:  # until nothing is written in between: what was under way may still end, a run be given up
+        size, queues = path.stat().st_size, replayed(path)
         try:
-            status, answer, _ = http("POST", url + "/api/v1/queues/me/tasks/search", {"limit": 10 ** 9}, (name, key),
-                                     {"Labtasker-Extensions": "1"})
+            shown = {name: tasks_of(url, name, key) for name in queues}
         except urllib.error.URLError:  # it is gone, killed by a test
             return
-        assert status == 200, answer
-        shown = {task["task_id"]: task for task in answer["content"]}
-        for task in list(shown.values()) + list(tasks.values()):
+        if path.stat().st_size == size:
+            break
+    for tasks in list(shown.values()) + list(queues.values()):
+        for task in tasks.values():
             task.pop("last_heartbeat")
-        assert json.dumps(shown) == json.dumps(tasks), "memory and journal differ"  # text, in which NaN equals NaN
+    assert json.dumps(shown) == json.dumps(queues), "memory and journal differ"  # text, in which NaN equals NaN
+
+
+def tasks_of(url, name, key):
+    """Return {task id: task as a dict} of a server's queue."""
+    status, answer, _ = http("POST", url + "/api/v1/queues/me/tasks/search", {"limit": 10 ** 9}, (name, key),
+                             {"Labtasker-Extensions": "1"})
+    assert status == 200, answer
+    return {task["task_id"]: task for task in answer["content"]}
