@@ -336,6 +336,7 @@ def to_datetime(instant):
     return datetime.datetime.fromtimestamp(instant, UTC)
 
 
+@functools.lru_cache(1000)  # of a run that begins three times are the same, and it was submitted not long ago
 def format_time(instant):
     """Return an instant as ISO 8601 text in UTC, always with microseconds."""
     fraction, second = math.modf(instant)
@@ -2254,7 +2255,7 @@ SERVER_LOCK_S = 1.0  # a file that is locked for longer may be a server's
 EMBEDDED_POLL_S = 0.1  # how often a waiting process without a server looks at the file
 LOOK_INTERVAL_S = 1.0  # how often time-outs are looked for at the most
 
-dump_json = json.JSONEncoder(separators=(",", ":")).encode
+dump_json = json.JSONEncoder(separators=(",", ":"), check_circular=False).encode  # what came as JSON has no circles
 
 
 class Beats:
@@ -3803,6 +3804,8 @@ def checked(spec, given, where):
     if not isinstance(given, dict):
         raise InvalidFields([(where, "should be an object, not %s" % type(given).__name__)])
     found, problems = spec.defaults.copy(), []
+    if not (given or spec.required):
+        return found
     for name, value in given.items():
         if value is None or name not in spec:
             continue
