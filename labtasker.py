@@ -7668,15 +7668,20 @@ class Limit:
         self.stop_at = max(self.kill_at - grace_s, self.end_at - left_s / 2)
         self.start_until = min(self.stop_at - eta_max_s, self.end_at - drain_before_s)
 
-    def filtered(self, request, at):
-        """Return the filter of a fetch that leaves out tasks whose task_timeout is longer than what is left. It changes
-        only now and then, as a store prepares for each that it is asked."""
-        given, left_s = request.get("extra_filter"), max(1, self.start_until - at)
+    def longest_s(self, request, at):
+        """Return the longest task_timeout of tasks that are started, infinity for any. It changes only now and then, as
+        a store prepares for each filter that it is asked."""
+        left_s = max(1, self.start_until - at)
         if request.get("eta_max") is not None or left_s == math.inf:
-            return given
+            return math.inf
         step_s = 2.0 ** (math.frexp(left_s)[1] - 4)
-        fits = {"$or": [{"task_timeout": None}, {"task_timeout": {"$lte": left_s // step_s * step_s}}]}
-        return {"$and": [given, fits]} if given else fits
+        return left_s // step_s * step_s
+
+    def filtered(self, request, at):
+        """Return the filter of a fetch that leaves out tasks whose task_timeout is longer than what is left."""
+        given, longest_s = request.get("extra_filter"), self.longest_s(request, at)
+        fits = {"$or": [{"task_timeout": None}, {"task_timeout": {"$lte": longest_s}}]}
+        return given if longest_s == math.inf else {"$and": [given, fits]} if given else fits
 
 
 def seconds_left(given_s=None):
@@ -7828,7 +7833,22 @@ class Loop:
             return "the time is up in " + left if self.is_time_up else "stopped by " + signal_name(self.wake.stop)
         if self.fatal or self.taken == self.max_tasks:
             return "ended" if self.fatal else "that was the last of --max-tasks"
-        return "no more tasks" if self.done else "nothing more is started, as the time is up in " + left
+        if not self.done:
+            return "nothing more is started, as the time is up in " + left
+        longer = self._longer()
+        return "no more tasks%s" % (longer and ", but for %d that may take longer than the %s left" % (longer, left) or "")
+
+    def _longer(self):
+        """Return how many pending tasks, up to a hundred, fit but for their task_timeout and the time that is left."""
+        given, longest_s = self.request.get("extra_filter"), self.limit.longest_s(self.request, monotonic())
+        longer = {"task_timeout": {"$gt": longest_s}}
+        if longest_s == math.inf:
+            return 0
+        try:
+            found = ls_tasks(status="pending", extra_filter={"$and": [given, longer]} if given else longer, limit=100)
+        except LabtaskerError:  # how it ends is told all the same
+            return 0
+        return sum(covers(self.request.get("required_fields") or (), paths_of(task.args)) for task in found.content)
 
     def _tally(self):
         words = {"pending": "handed back", None: "left as they are"}
