@@ -7836,7 +7836,8 @@ class Loop:
         if not self.done:
             return "nothing more is started, as the time is up in " + left
         longer = self._longer()
-        return "no more tasks%s" % (longer and ", but for %d that may take longer than the %s left" % (longer, left) or "")
+        but = ", but for %d that may take longer than the %s left" % (longer, left) if longer else ""
+        return "no more tasks" + but
 
     def _longer(self):
         """Return how many pending tasks, up to a hundred, fit but for their task_timeout and the time that is left."""
