@@ -351,6 +351,7 @@ def _second_text(second):
     return (EPOCH + datetime.timedelta(seconds=second)).isoformat()[:19]
 
 
+@functools.lru_cache(1000)  # as `format_time`
 def parse_time(text):
     """Return the Instant that ISO 8601 text means, or raise ValueError. Without a zone it is UTC."""
     found = ISO.match(text)
@@ -2307,12 +2308,17 @@ class BeatFiles:
             return None
 
     def __setitem__(self, run_id, times):
-        path = os.path.join(self.folder, run_id)
-        draft = "%s.%d" % (path, os.getpid())
-        os.makedirs(self.folder, 0o700, exist_ok=True)
-        with open(draft, "w") as file:
-            file.write("%s %r %r\n" % ((self.host_id,) + times))
-        os.replace(draft, path)
+        """Write in place, always of the same length: it needs no room where the file is there. Who reads half of it
+        finds a time in between, or none, as of a run that is not known."""
+        try:
+            fd = os.open(os.path.join(self.folder, run_id), os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        except FileNotFoundError:
+            os.makedirs(self.folder, 0o700, exist_ok=True)
+            return self.__setitem__(run_id, times)
+        try:
+            os.write(fd, ("%s %20.6f %20.6f\n" % ((self.host_id,) + times)).encode())
+        finally:
+            os.close(fd)
 
     def pop(self, run_id, default=None):
         """Forget a run."""
@@ -6016,7 +6022,8 @@ class Answer(Response):
 
     def __init__(self, values):
         super().__init__(_values=values, **{
-            name: _in_python(field, values.get(name)) for name, field in self.FIELDS.items()})
+            name: _in_python(field, values.get(name)) if field.kind in ("time", "dict") else values.get(name)
+            for name, field in self.FIELDS.items()})
 
     def to_dict(self):
         """Return the fields as they came, times as ISO text."""
