@@ -2252,6 +2252,7 @@ MAX_EVENTS = 10000  # the latest, kept in memory for those who listen
 MAX_LOG = 100000  # newly pending tasks remembered for those filters to catch up with
 DEFAULT_QUEUE = "default"  # of the store without a server, made at the first write
 SERVER_LOCK_S = 1.0  # a file that is locked for longer may be a server's
+RECENT = 50  # tasks that ended last, by which the rate goes
 EMBEDDED_POLL_S = 0.1  # how often a waiting process without a server looks at the file
 LOOK_INTERVAL_S = 1.0  # how often time-outs are looked for at the most
 
@@ -2971,8 +2972,9 @@ class Store(StoreFile):
         return batch
 
     def _stir(self, queue_id, done):
-        """Note which of the tasks, and of the queues with a new pending task, that are `waited` for have changed."""
-        keys = {key for _, key, _, _ in done}
+        """Note which of the tasks, of the queues, and of the queues with a new pending task, that are `waited` for
+        have changed."""
+        keys = {key for _, key, _, _ in done} | {"change of " + queue_id}
         if any(isinstance(new, TaskRecord) and new.status == "pending" for _, _, _, new in done):
             keys.add(queue_id)
         self.stirred |= keys & self.waited
@@ -3247,20 +3249,27 @@ def submit_tasks_op(store, queue, request, at):
     return changes, {"task_ids": [one for one in ids]} if request["many"] else {"task_id": next(iter(ids))}
 
 
-def _selected(store, records, request, id_field, name_field):
-    """Return the function that answers a search over a list of records, filtered, sorted and cut.
-
-    A running task shows when it was last heard of."""
+def _tests(request, id_field, name_field):
+    """Return the predicates of records that a request has."""
     tests = [lambda record, get=operator.attrgetter(field), value=request[field]: get(record) == value
              for field in (id_field, name_field, "status") if request[field] is not None]
-    if request["extra_filter"] is not None:
-        tests.append(request["predicate"])
-    offset, limit = request["offset"], request["limit"]
+    return tests + ([] if request["extra_filter"] is None else [request["predicate"]])
+
+
+def _matching(store, records, tests):
+    """Return an iterator of the records that pass all tests. A running task shows when it was last heard of."""
+    found = map(lambda record: _seen(store, record) if record.status == "running" else record, records)
+    for test in tests:
+        found = filter(test, found)
+    return found
+
+
+def _selected(store, records, request, id_field, name_field):
+    """Return the function that answers a search over a list of records, filtered, sorted and cut."""
+    tests, offset, limit = _tests(request, id_field, name_field), request["offset"], request["limit"]
 
     def answer():
-        found = map(lambda record: _seen(store, record) if record.status == "running" else record, records)
-        for test in tests:
-            found = filter(test, found)
+        found = _matching(store, records, tests)
         if request.get("sort"):
             sort = [[id_field if field == "_id" else field, way] for field, way in request["sort"]]
             found = sort_records(found, sort, lambda record: (record.created_at, getattr(record, id_field)))
@@ -3279,6 +3288,38 @@ def search_tasks_op(store, queue, request, at):
             records = itertools.islice(records, request["offset"] + request["limit"])
         records = list(records)
     return [], _selected(store, records, request, "task_id", "task_name")
+
+
+def count_tasks_op(store, queue, request, at):
+    """Decide nothing; answer, outside the lock, how many tasks match, by the values of a field; how many of the
+    RECENT have ended, in how many seconds until now; and the mark of the state that this is about."""
+    tests, mark = _tests(request, "task_id", "task_name"), _mark(store)
+    records = list(queue.tasks.values())
+    top, *path = request["by"].split(".")
+
+    def value(record):
+        found = getattr(record, top)
+        found = dig(format_time(found) if isinstance(found, Instant) else found, path)
+        return found if type(found) is str else (dump_json(found),)  # True is no 1, and a dict can't be a key
+
+    def answer():
+        found = list(_matching(store, records, tests))
+        counts = collections.Counter(value(record) for record in found)
+        ended = (record.start_time for record in reversed(found)
+                 if record.status in ("success", "failed") and record.start_time is not None)
+        began = list(itertools.islice(ended, RECENT))
+        return {"counts": [[key if type(key) is str else json.loads(key[0]), number] for key, number in counts.items()],
+                "ended": len(began), "took_s": max(0.0, at - min(began)) if began else 0.0, "mark": mark}
+    return [], answer
+
+
+def _mark(store):
+    return "%s-%d" % (store.server_id, store.journal.n)  # of what is taken back the answer never leaves
+
+
+def get_mark_op(store, queue, request, at):
+    """Decide nothing; answer the mark of the state as it is."""
+    return [], {"mark": _mark(store)}
 
 
 def _seen(store, task):
@@ -3871,6 +3912,13 @@ def _prepare_fetch(store, request):
     _read_task_filter(store, request)
 
 
+def _prepare_count(store, request):
+    known = visible(TASK_FIELDS)
+    if request["by"].split(".")[0] not in known:
+        raise InvalidFields([(["body", "by"], "should be a field of tasks: %s" % ", ".join(known))])
+    _read_task_filter(store, request)
+
+
 def _prepare_updates(store, request):
     for at, update in enumerate(request["updates"]):
         update["task_id"] = update["task_id"] or update.pop("_id")
@@ -3977,11 +4025,15 @@ def _run_polling(store, caller, request, route):
             "polling_interval": LOOK_INTERVAL_S}
 
 
-# What makes a request with `wait_s` wait: the id of the task or queue whose change may bring another answer.
+# What makes a request with `wait_s` wait: the key in Store.waited of what may bring another answer.
 
 
 def _until_found(store, caller, request, answer):
     return None if answer["found"] else store.state.names.get(caller, caller)
+
+
+def _until_changed(store, caller, request, answer):
+    return "change of " + store.state.names.get(caller, caller) if answer["mark"] == request["seen"] else None
 
 
 def _until_over(store, caller, request, answer):
@@ -4056,6 +4108,11 @@ ROUTES = {
     "POST " + _TASKS + "/search": _route(
         search_tasks_op, "tasks that match", writes=False, prepare=_read_task_filter,
         fields=dict(_PAGE, task_id=Arg("id"), task_name=Arg("text"), status=Arg("status"))),
+    "POST " + _TASKS + "/count": _route(
+        count_tasks_op, "how many tasks match, by the values of a field; and how fast they end", writes=False,
+        prepare=_prepare_count,
+        fields={"task_id": Arg("id"), "task_name": Arg("text"), "status": Arg("status"),
+                "extra_filter": Arg("filter"), "by": Arg("text", "status")}),
     "POST " + _TASKS + "/view": _route(
         "view_tasks", "columns of tasks that match, short enough to look at, and how many there are by status",
         prepare=_read_task_filter, run=_run_comfort,
@@ -4080,6 +4137,9 @@ ROUTES = {
         heartbeat_op, "say that a run is alive", status=204, writes=False, waits=_until_over, quick=_always,
         query={"worker_id": Arg("id"), "run_id": _ours("id"), "answer": _ours("answer"),
                "wait_s": _ours("wait", 0.0)}),
+    "GET " + _QUEUE + "/mark": _route(
+        get_mark_op, "a mark that is another after each change; with wait_s, once it is not the one seen",
+        writes=False, waits=_until_changed, quick=_always, query={"seen": Arg("text"), "wait_s": Arg("wait", 0.0)}),
     "GET " + _QUEUE + "/events": _route(
         get_queue_op, "a stream of server-sent events, one for each step of a state machine", writes=False,
         run=_run_events, query={"last_event_id": _ours("event_id")}),
@@ -8919,26 +8979,27 @@ def watch(slot, run, process):
 # which enters its commands into the table and shows what there is in a nicer way.
 # Uses 1, 2, 3, 5, 6, 7, 8, 9. Tests: test_cli.py, test_terminal.py.
 
+EACH_DAY = ("task", "loop", "watch", "init", "serve", "sbatch")  # what the list of commands tells the most of
 EVERY = 10 ** 9  # the limit of a listing that leaves nothing out
 CONTROL = Pattern("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 COMFORTS = {  # the commands of labtasker_cli.py, and what they are for
-    "task retry": "Make failed (or selected) tasks pending again, with their retries at 0.",
+    "task retry": "Make failed, or selected, tasks pending again. Their retries start at 0 anew.",
     "task logs": "Print what a task's last run, or an earlier one, has written.",
-    "task why": "Say what is in the way of a task's running, and where it stands in line.",
-    "watch": "Show what goes on, live: counts, rate, what runs, last failures; keys open, cancel, retry.",
+    "task why": "Say what is in the way of a task, and where it stands in line.",
+    "watch": "Show what goes on, live: counts, rate, what runs, last failures. Keys open, cancel, retry.",
     "config": "Edit the configuration in $EDITOR; it is kept where it can be read.",
     "demo": "Run a small sweep in a temporary folder, showing each command.",
     "queue get": "Show the queue.",
     "queue update": "Rename the queue, change its password or metadata.",
     "queue delete": "Delete the queue.",
-    "journal verify": "Look for damage in a journal, also in one that is in use; exit 1 where there is any.",
-    "journal repair": "Put a file of all good lines in the place of a damaged journal; the damaged one is kept.",
+    "journal verify": "Look for damage in a journal, also in one in use. Exit 1 where there is any.",
+    "journal repair": "Put the good lines of a damaged journal in its place. The damaged one is kept.",
     "journal compact": "Fold a journal to its live data; this happens by itself too.",
     "journal stats": "Print how long a journal is, and of what.",
-    "event listen": "Print the steps of tasks and workers as they come, until Ctrl-C; reconnects.",
+    "event listen": "Print the steps of tasks and workers as they come, until Ctrl-C. Reconnects.",
     "sbatch": "Submit a Slurm job of loops, an array with --array; prints its id. What is no option here and none of "
               "labtasker loop goes to sbatch, such as -p, -t, -c, --mem, --gpus-per-task.",
-    "server wait": "Wait until a server of the configured store answers, and print its URL; exit 1 where none does.",
+    "server wait": "Wait until the configured store's server answers; print its URL. Exit 1 where none does.",
     "completion": "Print what makes bash, zsh or fish complete commands, options, statuses, fields, ids. In ~/.bashrc: "
                   "eval \"$(labtasker completion bash)\"; in ~/.zshrc after compinit the same with zsh; for fish, "
                   "write it to ~/.config/fish/completions/labtasker.fish.",
@@ -9403,12 +9464,50 @@ def do_task_get(options):
     show(record_text(task.to_dict(), options.fmt), options.no_pager)
 
 
+# How many tasks match: {value of a field as text: number}; how many of the last to end have ended, in how many seconds;
+# the mark of the state that was counted, or None; and when that was, on the monotonic clock.
+Count = collections.namedtuple("Count", "counts ended took_s mark at")
+
+
+def counted(query, field="status"):
+    """Return the Count of the tasks that match. Who has the extensions counts; from another all have to be fetched."""
+    query, at = dict(query, extra_filter=_query(query.get("extra_filter"))), monotonic()
+    if not client().extensions:
+        tasks = ls_tasks(limit=EVERY, **query).content
+        values = (dig(task.to_dict(), field.split(".")) for task in tasks)
+        return Count(collections.Counter(map(brief, values)), 0, 0, None, at)
+    answer, counts = _ask("POST " + _TASKS + "/count", by=field, **query), collections.Counter()
+    for value, number in answer["counts"]:
+        counts[brief(value)] += number
+    return Count(counts, answer["ended"], answer["took_s"], answer["mark"], at)
+
+
+def looks(query, wait_s):
+    """Yield the Count of the tasks that match, now and again: when something has changed, and after `wait_s` at the
+    latest. Counting takes a tenth of the time at most; where the mark is the same nothing is counted. A server that
+    goes away meanwhile is waited for."""
+    def look():
+        is_same = found.mark and found.mark == _ask("GET " + _QUEUE + "/mark", seen=found.mark, wait_s=wait_s)["mark"]
+        return (found, pause_s) if is_same else counted_in(query)
+
+    found, pause_s = counted_in(query)
+    while True:
+        yield found
+        time.sleep(pause_s)
+        found, pause_s = patiently(look, time.sleep, lambda: SERVER_LOST_S)
+
+
+def counted_in(query):
+    """Return (what `counted` does, the seconds to pause after that)."""
+    found = counted(query)
+    return found, min(30, max(0.5, 10 * (monotonic() - found.at)))
+
+
 def do_task_count(options):
     field = options.by or "status"
     check_field(field, "--by")
     counts = collections.Counter({} if options.by or options.status else dict.fromkeys(TASK_STATES, 0))
-    counts.update(brief(dig(task.to_dict(), field.split(".")))
-                  for task in ls_tasks(limit=EVERY, **selectors(options)).content)
+    counts.update(counted(selectors(options), field).counts)
     total = sum(counts.values())
     if options.quiet:
         return say(str(total))
@@ -9499,20 +9598,17 @@ def do_task_delete(options):
 
 
 def do_task_wait(options):
-    """Poll, at most a tenth of the time, until nothing is pending or running; 1 where something failed."""
+    """Look until nothing is pending or running; 1 where something failed."""
     query, last = selectors(options), None
     if is_terminal(sys.stderr) and not options.quiet and comforts():
         return comforts().wait_with_bar(query)
-    while True:
-        began = monotonic()
-        counts = collections.Counter(task.status for task in ls_tasks(limit=EVERY, **query).content)
+    for counts in (found.counts for found in looks(query, IDLE_WAIT_S)):
         if counts != last and not options.quiet:
             note(", ".join("%d %s" % (counts[state], state) for state in TASK_STATES if counts[state])
                  or "Nothing matches.")
         last = counts
         if not counts["pending"] and not counts["running"]:
             return 1 if counts["failed"] else 0
-        time.sleep(min(30, max(0.5, 10 * (monotonic() - began))))
 
 
 # ---- Queues and workers
@@ -9691,6 +9787,11 @@ def option(spelling, help, **settings):
     return flags or [settings.pop("dest")], dict(settings, help=help)
 
 
+def switch(name, help, default=None):
+    """Return the row of two options in one, `--name` and `--no-name`."""
+    return ["--" + name, "--no-" + name], {"action": "switch", "help": help, "default": default}
+
+
 def typed(read):
     """Return the type of an option that is read so; what `read` raises is told with the option's name."""
     def option_type(text):
@@ -9733,23 +9834,56 @@ seconds = typed(parse_duration)
 def make_parser(path):
     """Return the parser of one command; only the one that was typed is ever built."""
     import argparse
-    row = COMMANDS[path]
-    names = [settings["metavar"] for flags, settings in row.options if not flags[0].startswith("-")]
-    usage = " ".join(["labtasker", path, "[options]"] + names + ([row.rest] if row.rest else []))
 
     class Parser(argparse.ArgumentParser):
         def error(self, message):
             raise UsageError("%s: %s (labtasker %s --help)" % (path, message, path))
 
-    width = os.environ.get("COLUMNS", "")
-    width = min(100, int(width)) if width.isdigit() else 80  # to look at the terminal takes an import of 3 ms
-    parser = Parser(prog="labtasker " + path, usage=usage, description=row.help, allow_abbrev=False,
-                    epilog="example:\n" + re.sub("(?m)^", "  ", row.example),
-                    formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, 2, 34, width))
+        def format_help(self):
+            return command_help(path) + "\n"
+
+    class Switch(argparse.Action):
+        def __init__(self, **settings):
+            super().__init__(nargs=0, **settings)
+
+        def __call__(self, parser, options, values, flag):
+            setattr(options, self.dest, not flag.startswith("--no-"))
+
+    parser = Parser(prog="labtasker " + path, add_help=False, allow_abbrev=False)
+    parser.register("action", "switch", Switch)
     parser.set_defaults(fmt="table", limit=EVERY, verbose=False, ansi=None, no_pager=False, columns=None)  # listings
-    for flags, settings in row.options:
+    parser.add_argument("-h", "--help", action="help")
+    for flags, settings in COMMANDS[path].options:
         parser.add_argument(*flags, **settings)
     return parser
+
+
+def spelled(flags, settings):
+    """Return an option as help spells it: `-f, --extra-filter FILTER`, `--[no-]ansi`, `ID`."""
+    if settings.get("action") == "switch":
+        return "--[no-]" + flags[0][2:]
+    names = [flag for flag in flags if flag.startswith("-")]
+    return (", ".join(names) + " " + settings.get("metavar", "")).strip()
+
+
+def command_help(path):
+    """Return the help of a command: how it is typed, what it does, its options, an example. All of it, and the prompt
+    after it, is to fit a screen of 24 lines."""
+    import textwrap
+    row = COMMANDS[path]
+    width = os.environ.get("COLUMNS", "")
+    width = min(100, int(width)) if width.isdigit() else 80  # to look at the terminal takes an import of 3 ms
+    rows = [(spelled(flags, settings), settings["help"]) for flags, settings in row.options]
+    places = [("[%s ...]" if "nargs" in settings else "%s") % settings["metavar"]
+              for flags, settings in row.options if not flags[0].startswith("-")]
+    places = ["[options]"] * (len(places) < len(rows)) + places + [row.rest or ""]
+    lines = ["usage: " + " ".join(["labtasker", path] + places).strip()]
+    lines += textwrap.wrap(row.help, width) + [""] * bool(rows)
+    wide = max([len(name) for name, _ in rows], default=0)
+    for name, help in rows:
+        lines += textwrap.wrap(help, width, initial_indent="  %-*s  " % (wide, name),
+                               subsequent_indent=" " * (wide + 4), break_on_hyphens=False)
+    return "\n".join(lines) + "\nexample: " + row.example.replace("\n", "\n         ")
 
 
 def parse(path, words):
@@ -9814,15 +9948,26 @@ def show_help(words):
 def help_of(path):
     """Return the help of a command, or the list of the commands whose path starts with `path`."""
     if path in COMMANDS:
-        return make_parser(path).format_help().rstrip()
-    typed = "labtasker %sCOMMAND" % (path and path + " ")
-    lines = ["usage: %s [options]" % typed, ""]
-    lines += ["  %-25s %s" % (name, COMMANDS[name].help.split(". ")[0].rstrip(".")) for name in group(path)]
-    missing = [name for name in COMFORTS if name not in COMMANDS]
-    if missing and not path:
-        lines += ["", "With labtasker_cli.py beside labtasker.py also: " + ", ".join(missing)]
-    return "\n".join(lines + ["", typed + " --help tells more of each.", "", "example:",
-                              "  " + COMMANDS[group(path)[0]].example.split("\n")[0]])
+        return command_help(path)
+    listed = group(path) if path else [name for word in EACH_DAY for name in group("") if name.split()[0] == word]
+    wide = max(map(len, listed))
+    lines = ["usage: labtasker %sCOMMAND [options]; each tells more with --help" % (path and path + " "), ""]
+    lines += ["  %-*s  %s" % (wide, name, COMMANDS[name].help.split(". ")[0].rstrip(".")) for name in listed]
+    lines += ["  " + line for line in the_rest()] if not path else []
+    return "\n".join(lines + ["example: " + COMMANDS[listed[0]].example.split("\n")[0]])
+
+
+def the_rest():
+    """Return the lines of the list of commands for those that are not EACH_DAY's: one a noun that has several."""
+    nouns = {}
+    for path in group(""):
+        nouns.setdefault(path.split()[0], []).append(path.partition(" ")[2])
+    rest = sorted(set(nouns).difference(EACH_DAY), key=lambda noun: (noun == "help", list(nouns).index(noun)))
+    single = [(noun + " " + nouns[noun][0]).strip() for noun in rest if not nouns[noun][1:]]
+    lines = ["%s %s" % (noun, ", ".join(filter(None, nouns[noun]))) for noun in rest if nouns[noun][1:]]
+    missing = ", ".join(name for name in COMFORTS if name not in COMMANDS)
+    return [", ".join(single)] + lines + (
+        ["With labtasker_cli.py beside labtasker.py also: " + missing] if missing else [])
 
 
 def run_command(words):
@@ -9896,7 +10041,7 @@ def explained(error):
 
 # ---- The table
 
-ID = option("ID", "the task's id; its first letters are enough where no other starts so", dest="task_id")
+ID = option("ID", "the task's id, or its first letters", dest="task_id")
 IDS = option("ID", "task ids; without any, and no selectors, from stdin", dest="ids", nargs="*", default=[])
 WORKER = option("ID", "the worker's id, or its first letters", dest="worker_id")
 QUIET = option("-q --quiet", "print ids alone")
@@ -9904,9 +10049,8 @@ SILENT = option("-q --quiet", "print nothing")
 YES = option("-y --yes", "ask nothing")
 NO_PAGER = option("--no-pager", "never show it through $PAGER")
 METADATA = option("--metadata DICT", "JSON or Python literal: '{\"tags\": [\"v1\"]}'")
-COLOUR = [option("--ansi", "colour, also when not on a terminal", default=None),
-          option("--no-ansi", "never colour", dest="ansi", action="store_false")]
-FILTER = option("-f --extra-filter FILTER", "filter text or query document (labtasker help filter)")
+COLOUR = [switch("ansi", "colour also where there is no terminal, or never")]
+FILTER = option("-f --extra-filter FILTER", "filter text or document (labtasker help filter)")
 SELECT = [option("--id --task-id ID", "the task with this id", dest="task_id"),
           option("--name --task-name NAME", "tasks with this name", dest="task_name"),
           choice("-s --status STATUS", TASK_STATES), FILTER]
@@ -9922,7 +10066,7 @@ SILENCE = option("--heartbeat-timeout TIME", "silence after which a run is given
 COMMANDS = {
     "task submit": Command(
         do_task_submit, "Queue a task, or many. Values are Python literals, else text; dots nest.",
-        "labtasker task submit --name grid -- --lr=0.001 --model=resnet --opt.momentum=0.9\n"
+        "labtasker task submit --name grid -- --lr=0.001 --opt.momentum=0.9\n"
         "labtasker task submit --grid -- --lr=0.1,0.01 --seed=1:5:1", [
             option("--args DICT", "the arguments as JSON or Python literal"),
             option("--name --task-name NAME", "letters, digits, _ and -", dest="task_name"), METADATA,
@@ -9932,8 +10076,8 @@ COMMANDS = {
             option("--task-timeout TIME", "length after which a run is given up", type=seconds),
             option("--grid", "one task for each combination of comma-separated values and start:stop:step ranges, "
                    "stop included"),
-            option("--from FILE", "one task for each line of JSON lines or CSV; - is stdin", dest="from_file"),
-            option("--unique", "leave out what a task of the queue has for its arguments already"),
+            option("--from FILE", "one task a line of JSON lines or CSV; - is stdin", dest="from_file"),
+            option("--unique", "leave out what some task has for arguments already"),
             option("--dry-run", "print what would be submitted, as JSON lines"), QUIET],
         "[-- --NAME=VALUE ...]"),
     "task ls": Command(
@@ -9951,7 +10095,7 @@ COMMANDS = {
     "task update": Command(
         do_task_update, "Change fields of tasks, all in one transaction. A field becomes exactly what is typed; "
         "its neighbours stay.",
-        "labtasker task update -s failed -f 'args.model == \"vit\"' -u args.lr=0.005 --reset-pending", SELECT + [
+        "labtasker task update -s failed -u args.lr=0.005 --reset-pending", SELECT + [
             option("-u --update FIELD=VALUE", "repeatable: args.lr=0.005, 'metadata.tags=[\"v2\"]', status=cancelled",
                    action="append"),
             option("--reset-pending", "pending again, with its retries at 0"),
@@ -9960,18 +10104,18 @@ COMMANDS = {
             option("-q --quiet", "ask nothing, print nothing")],
         "[-- FIELD=VALUE ...]"),
     "task wait": Command(
-        do_task_wait, "Wait until no selected task is pending or running; exit 1 where any is failed.",
+        do_task_wait, "Wait until no selected task is pending or running. Exit 1 where any is failed.",
         "labtasker task wait --name grid && echo done", SELECT + [SILENT]),
     "task delete": Command(
         do_task_delete, "Delete tasks. Where one of the ids is unknown, none is deleted.",
         "labtasker task ls -s failed -q --limit 10000 | labtasker task delete -y", [IDS] + SELECT + [YES]),
     "loop": Command(
-        do_loop, "Run a command for each pending task whose arguments it takes, until there are no more.",
+        do_loop, "Run a command for each pending task whose arguments it takes. Then end.",
         "labtasker loop -- python train.py --lr '%(lr)' --model '%(model)'", [
             option("-c --cmd TEXT", "a command for the shell, values quoted for it"),
             option("--script-path FILE", "a script for the shell, values quoted for it"),
             option("--executable FILE", "the shell (/bin/sh)"),
-            option("-f --extra-filter FILTER", "filter text or query (labtasker help filter)"),
+            FILTER,
             option("--worker-id ID", "run as this worker (labtasker worker create)"),
             option("--worker-max-retries N", "failed runs at which this loop is suspended", type=count),
             option("-j --jobs N", "run N at once, each in a slot (1)", type=count),
@@ -9984,13 +10128,12 @@ COMMANDS = {
             option("--idle-timeout TIME", "stay that long for tasks to come", type=seconds),
             option("--grace TIME", "from the signal that stops a job to KILL (10)", type=seconds),
             option("--server-lost TIME", "patience with a server that is away (1h)", type=seconds),
-            option("--use-pty", "run it on a pseudo-terminal (the default)", default=None),
-            option("--no-use-pty", "run it on pipes", dest="use_pty", action="store_false"),
+            switch("use-pty", "run it on a pseudo-terminal (the default), or pipes"),
             option("-v --verbose", "say more")],
         "[-- COMMAND ...]"),
     "init": Command(
         do_init, "Write the configuration, test it, and create the queue.",
-        "labtasker init --url http://head:9321 --queue-name sweep --password secret --yes",
+        "labtasker init --url http://head:9321 --queue-name sweep",
         [option("--url URL", "the server, or a folder for a store without one")] + QUEUE + [
             option("-y --yes", "ask nothing: overwrite, keep, take defaults")]),
     "health": Command(do_health, "Say whether the server or store answers; exit 1 where not.", "labtasker health"),
@@ -10013,7 +10156,7 @@ COMMANDS = {
                             "labtasker queue create --queue-name sweep --password secret", QUEUE + [METADATA, QUIET]),
     "queue create-from-config": Command(
         lambda options: say(create_configured_queue(load_config(), metadata_of(options))),
-        "Create the queue that the configuration names, where it is not there yet.",
+        "Create the configured queue where there is none yet.",
         "labtasker queue create-from-config", [METADATA]),
     "worker create": Command(
         do_worker_create, "Register a worker and print its id.", "labtasker worker create --worker-name gpu0", [
@@ -10029,8 +10172,7 @@ COMMANDS = {
         [WORKER, choice("STATUS", WORKER_STATES, dest="status")]),
     "worker delete": Command(
         do_worker_delete, "Delete a worker.", "labtasker worker delete ID --yes", [
-            WORKER, option("--cascade-update", "its tasks forget it (this is the default)", default=True),
-            option("--no-cascade-update", "its tasks keep its id", dest="cascade_update", action="store_false"), YES]),
+            WORKER, switch("cascade-update", "its tasks forget it (the default), or keep its id", default=True), YES]),
     "help": Command(lambda options: show_help(options.topic), "List the commands, or print the help of one.",
                     "labtasker help task submit",
                     [option("COMMAND", "words of a command, or a topic", dest="topic", nargs="*")]),

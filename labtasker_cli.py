@@ -19,14 +19,14 @@ import zlib
 
 from labtasker import (
     ARITHMETIC, CALLS, COMFORTS, COMMANDS, COMPARISONS, CONFIG_NAME, CONTROL, DATE_FORMS, DEFAULT_QUEUE, EVERY, FILTER,
-    FORMAT, ID, IDS, INSTEAD, JOURNAL, LOGIC, METADATA, NAME, OPERATORS, QUIET, RECORDS, REQUIRED, ROUTES, SELECT,
-    SETTINGS, SILENT, TASK_FIELDS, TASK_STATES, UPDATABLE, YES, Client, Command, Disk, HttpTransport, Instant,
+    FORMAT, ID, IDS, INSTEAD, JOURNAL, LOGIC, METADATA, NAME, OPERATORS, QUIET, RECENT, RECORDS, REQUIRED, ROUTES,
+    SELECT, SETTINGS, SILENT, TASK_FIELDS, TASK_STATES, UPDATABLE, YES, Client, Command, Disk, HttpTransport, Instant,
     JobCommand, LabtaskerConnectError, LabtaskerError, LabtaskerHTTPStatusError, LabtaskerRuntimeError,
     LabtaskerValueError, NotFound, Page, Store, StoreTransport, Task, TaskUpdateRequest, Template, UsageError, _order,
     _seen, as_jsonl, ask, base_url, brief, change_of, check_field, check_queue_name, choice, chosen_tasks, clean,
     client, compact, confirm, connect_events, count, covers, delete_queue, dig, duration, filter_of, find_root, flat,
     format_time, full_id, get_queue, get_task, get_task_op, given_settings, group, health_check, ids_of, is_away,
-    is_terminal, joined, journal_header, journal_path, last_durable, load_config, ls_tasks, ls_workers, main,
+    is_terminal, joined, journal_header, journal_path, last_durable, load_config, looks, ls_tasks, ls_workers, main,
     metadata_of, monotonic, new_id, note, now, opened_queue, option, pairs, parse, parse_filter, parse_time, paths_of,
     read_server_file, read_text, record_text, say, sealed, seconds, selectors, show, show_listing, some, store_error,
     store_folder, tasks_named, typed_filter, typed_value, unseal, update_queue, update_tasks, updates_of, use_client,
@@ -65,7 +65,7 @@ def page(text):
     import shlex
     import signal
     import subprocess
-    if text.count("\n") + 2 < screen_size()[1]:
+    if text.count("\n") + 2 <= screen_size()[1]:  # the last line is the prompt's
         return False
     command = shlex.split(os.environ.get("PAGER", "less -R"))
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the pager's
@@ -150,15 +150,20 @@ def fitted(text, width):
     return text + " " * (width - cells_wide(text))
 
 
-def table(rows, room=10 ** 9, colour=False):
-    """Return rows of texts, the first the header, as aligned lines; columns with nothing in them are left out.
-
-    The widest column is made narrower until all fit in `room`."""
-    kept = [i for i in range(len(rows[0])) if any(row[i] for row in rows[1:])]
-    rows = [[clean(row[i], "") for i in kept] for row in rows]
-    widths = [min(room, max(map(cells_wide, column))) for column in zip(*rows)]
+def narrowed(widths, room):
+    """Return the widths of columns, the widest made narrower until all fit in `room`, or all are narrow."""
+    widths = list(widths)
     while sum(widths) + 2 * len(widths) - 2 > room and max(widths) > 8:
         widths[widths.index(max(widths))] -= 1
+    return widths
+
+
+def table(rows, room=10 ** 9, colour=False):
+    """Return rows of texts, the first the header, as aligned lines that fit in `room`; columns with nothing in them
+    are left out."""
+    kept = [i for i in range(len(rows[0])) if any(row[i] for row in rows[1:])]
+    rows = [[clean(row[i], "") for i in kept] for row in rows]
+    widths = narrowed([min(room, max(map(cells_wide, column))) for column in zip(*rows)], room)
     return "\n".join(_table_line(row, widths, colour) for row in rows)
 
 
@@ -179,7 +184,7 @@ TASK_COLUMNS = {
     "worker": lambda task: (task.worker_id or "")[:8],
     "retries": lambda task: "%d/%d" % (task.retries, task.max_retries) if task.retries else "",
     "args": lambda task: pairs(task.args) or brief(task.cmd or ""),
-    "summary": lambda task: pairs(task.summary),
+    "summary": lambda task: outcome(task),
 }
 TASK_COLUMNS_MORE = {
     "priority": lambda task: str(task.priority),
@@ -223,8 +228,15 @@ def _width(columns):
     return sum(2 + min(WIDEST, max(map(len, column))) for column in columns if any(column)) - 2
 
 
+def outcome(task):
+    """Return a task's summary as short text, what went wrong first."""
+    rest = {key: value for key, value in task.summary.items() if key not in ("labtasker_error", "labtasker_exception")}
+    return " ".join(filter(None, (error_of(task), pairs(rest))))
+
+
 def apart(tasks):
-    """Return the TASK_COLUMNS in two ways: each argument in which tasks differ in a column, or these in one column.
+    """Return the TASK_COLUMNS in two ways: each argument in which tasks differ in a column, or these in one column,
+    the shortest first.
 
     Where they differ in none, all their arguments stand in one column."""
     rows = [{key: brief(value) for key, value in flat(task.args)} for task in tasks]
@@ -236,8 +248,9 @@ def apart(tasks):
     for name, cell in TASK_COLUMNS.items():
         wide.update({"args." + key: lambda task, key=key: cells[id(task)].get(key, "") for key in keys}
                     if name == "args" else {name: cell})
+    short = sorted(keys, key=lambda key: max(len(row.get(key, "")) for row in rows))
     return [wide, dict(TASK_COLUMNS, args=lambda task: " ".join(
-        "%s=%s" % (key, text) for key, text in cells[id(task)].items() if key in keys))]
+        "%s=%s" % (key, cells[id(task)][key]) for key in short if key in cells[id(task)]))]
 
 
 def column_names(options):
@@ -593,7 +606,7 @@ for step in range(steps):
     error = is_far - 1 / (1 + math.exp(-(a * x + b * y + c)))
     a, b, c = a + lr * error * x, b + lr * error * y, c + lr * error
 acc = sum((a * x + b * y + c > 0) == is_far for x, y, is_far in points) / len(points)
-labtasker.report_task_status(labtasker.task_info().task_id, "running", summary={"acc": acc})
+labtasker.report_task_status(labtasker.task_info().task_id, "running", summary={"acc": round(acc, 3)})
 print("lr=%g steps=%d: accuracy %.3f" % (lr, steps, acc))
 '''
 DEMO_STEPS = (
@@ -801,7 +814,6 @@ def unmet(task, query):
 # ---- Waiting: how far it is
 
 Pace = collections.namedtuple("Pace", "counts per_s eta_s")
-RECENT = 50  # tasks that ended last, by which the rate goes
 REFRESH_S, WHOLE_S = 2.0, 30.0  # between looks; between looks at everything, since deleted tasks tell nobody
 
 
@@ -830,8 +842,12 @@ def pace(tasks, moment):
     counts = collections.Counter(task.status for task in tasks)
     ended = sorted((task.last_modified.timestamp(), task.start_time.timestamp()) for task in tasks
                    if task.status in ("success", "failed") and task.start_time)[-RECENT:]
-    left, spent_s = counts["pending"] + counts["running"], moment - min(begin for _, begin in ended) if ended else 0
-    per_s = len(ended) / spent_s if spent_s > 0 else 0.0
+    return pace_of(counts, len(ended), moment - min(begin for _, begin in ended) if ended else 0)
+
+
+def pace_of(counts, ended, took_s):
+    """Return the Pace of so many tasks by status, when the last `ended` of them took so many seconds until now."""
+    left, per_s = counts["pending"] + counts["running"], ended / took_s if took_s > 0 else 0.0
     return Pace(counts, per_s, left / per_s if left and per_s and counts["running"] else None)
 
 
@@ -848,6 +864,8 @@ def progress(found, width):
     done = total - found.counts["pending"] - found.counts["running"]
     words = ["%d of %d done" % (done, total)] + [
         "%d %s" % (found.counts[state], state) for state in ("failed", "running") if found.counts[state]]
+    if found.counts["pending"] and not found.counts["running"]:
+        words.append("none running")
     if found.per_s:
         words.append(per_time(found.per_s))
     if found.eta_s is not None:
@@ -858,22 +876,30 @@ def progress(found, width):
     return "[%s%s] %s" % ("#" * full, "." * (room - full), text) if room >= 5 else text[:width]
 
 
+def paces(query):
+    """Yield the Pace of the tasks that match, every REFRESH_S at the latest."""
+    if client().extensions:
+        for found in looks(query, REFRESH_S):
+            yield pace_of(found.counts, found.ended, found.took_s + monotonic() - found.at)
+    sweep = Sweep(query)
+    while True:
+        began = monotonic()
+        sweep.refresh()
+        yield pace(sweep.tasks.values(), now())
+        time.sleep(min(30, max(REFRESH_S, 10 * (monotonic() - began))))
+
+
 def wait_with_bar(query):
     """Return the exit code of `task wait`, with a bar that moves on the terminal at stderr."""
-    sweep, began = Sweep(query), monotonic()
-    while True:
-        look_at = monotonic()
-        sweep.refresh()
-        found, left_s = pace(sweep.tasks.values(), now()), max(0.5, 10 * (monotonic() - look_at))
-        if not sweep.tasks:
+    for found in paces(query):
+        if not sum(found.counts.values()):
             note("Nothing matches.")
             return 0
         over = not found.counts["pending"] and not found.counts["running"]
-        sys.stderr.write("\r\x1b[K" + progress(found, screen_size(sys.stderr)[0] - 1) + "\n" * over)
+        sys.stderr.write("\r\x1b[K" + progress(found, screen_size(sys.stderr)[0] - 1) + ("\n" if over else "\r"))
         sys.stderr.flush()
         if over:
             return 1 if found.counts["failed"] else 0
-        time.sleep(min(30, left_s, REFRESH_S if monotonic() - began > 5 else 0.5))
 
 
 # ---- Logs
@@ -909,7 +935,7 @@ def last_words(task):
 BOLD, FAINT, INVERSE = "1", "2", "7"
 STATES = (None, "running", "failed", "pending", "success", "cancelled")
 KEYS = {  # key: (method of Watch, words in the last line)
-    "up": ("go_up", ""), "k": ("go_up", ""), "down": ("go_down", ""), "j": ("go_down", "up, down: choose"),
+    "up": ("go_up", ""), "k": ("go_up", ""), "down": ("go_down", ""), "j": ("go_down", "arrows"),
     "enter": ("open_task", "Enter: open"), "l": ("open_log", "l: log"), "c": ("ask_cancel", "c: cancel"),
     "r": ("ask_retry", "r: retry"), "s": ("next_state", "s: status"), "/": ("edit_filter", "/: filter"),
     "esc": ("go_back", ""), "backspace": ("go_back", ""), "q": ("quit", "q: back"),
@@ -1039,15 +1065,15 @@ class View:
         at = next((at for at, (_, task) in enumerate(rows) if task and task.task_id == self.current), 0)
         begin = max(0, min(at - room // 2, len(rows) - room)) if at >= room - 1 else 0
         rows = rows[begin:begin + room]
-        columns = self._columns([task for title, task in rows if title is None])
+        columns = self._columns([task for title, task in rows if title is None], width - 2)
         return [self._row(title, task, columns, width) for title, task in rows] or ["No task matches."[:width]]
 
-    def _columns(self, tasks):
-        """Return {task id: line}, aligned."""
-        rows = [[self.cells[name](task) for name in WATCHED] for task in tasks]
-        widths = [max(map(cells_wide, column)) for column in zip(*rows)]
-        return {task.task_id: "  ".join(fitted(cell, width) for cell, width in zip(row, widths) if width)
-                for task, row in zip(tasks, rows)}
+    def _columns(self, tasks, room):
+        """Return {task id: line}, aligned; columns with nothing in them are left out."""
+        columns = [[clean(self.cells[name](task), "") for task in tasks] for name in WATCHED]
+        columns = [column for column in columns if any(column)]
+        widths = narrowed([max(map(cells_wide, column)) for column in columns], room)
+        return {task.task_id: "  ".join(map(fitted, row, widths)) for task, row in zip(tasks, zip(*columns))}
 
     def _worker(self, task):
         worker = self.workers.get(task.worker_id)
@@ -2272,15 +2298,14 @@ comfort("journal stats", do_journal_stats, "labtasker journal stats", [JOURNAL])
 comfort("event listen", do_event_listen, "labtasker event listen --compact", [
     option("-c --compact", "one line for each"), option("--raw", "JSON as it came, one line for each"),
     option("--timeout TIME", "how long to try to connect at first (10)", type=seconds, default=10)])
-comfort("sbatch", do_sbatch, "labtasker sbatch --array=0-7 -t 4:00:00 --gpus-per-task=1 --server -- "
-        "python train.py --lr '%(lr)'", [
+comfort("sbatch", do_sbatch, "labtasker sbatch --array=0-7 -t 4:00:00 -- python train.py --lr '%(lr)'", [
             option("--dry-run", "print the script instead; it can be kept, and submitted by sbatch"),
             option("--server", "the first task of the array runs the server of the configured folder's store, too"),
             option("--listen HOST:PORT", "where that server listens (0.0.0.0:0; port 0 picks one)", type=listening,
                    default=("0.0.0.0", 0)),
             option("--server-wait TIME", "how long the others wait for it, before one of them runs it (2m)",
                    type=duration, default="2m")],
-        "[sbatch's and the loop's options] -- COMMAND ...", sort_sbatch)
+        "[sbatch's and loop's options] -- COMMAND ...", sort_sbatch)
 comfort("server wait", do_server_wait, "labtasker server wait --timeout 10m && labtasker task ls", [
     option("--timeout TIME", "for so long at most (10m)", type=seconds, default=600)])
 comfort("completion", do_completion, "labtasker completion bash", [

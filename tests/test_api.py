@@ -22,7 +22,7 @@ def call(tmp_path):
 
 
 def test_every_route_says_what_it_does_and_its_fields_have_kinds():
-    assert len(L.ROUTES) == 27
+    assert len(L.ROUTES) == 29
     for key, route in L.ROUTES.items():
         assert route.meaning and key.split(" ")[0] in ("GET", "POST", "PUT", "DELETE")
         for arg in list(route.fields.values()) + list(route.query.values()):
@@ -365,6 +365,7 @@ DEFAULTS = {  # the page's; what is not here has none
     "DELETE " + ME: {"cascade_delete": False}, "PUT " + ME + "/tasks": {"reset_pending": True},
     "POST " + ME + "/tasks": {"max_retries": 3, "priority": 0}, "POST " + ME + "/tasks/search": {"offset": 0, "limit": 100},
     "POST " + ME + "/tasks/view": {"offset": 0, "limit": 100, "spread": False},
+    "POST " + ME + "/tasks/count": {"by": "status"}, "GET " + ME + "/mark": {"wait_s": 0},
     "POST " + ME + "/tasks/next": {"start_heartbeat": True, "wait_s": 0}, "POST " + ME + "/tasks/{task_id}/heartbeat": {"wait_s": 0},
     "POST " + ME + "/workers": {"max_retries": 3}, "POST " + ME + "/workers/search": {"offset": 0, "limit": 100},
     "DELETE " + ME + "/workers/{worker_id}": {"cascade_update": True},
@@ -398,6 +399,7 @@ ANSWERS = [  # route, body or query, status, what the answer's objects hold; in 
     ("POST " + ME + "/workers", {"worker_name": "w"}, 201, {"worker_id"}), ("POST " + ME + "/tasks", {"args": {"a": 1}}, 201, {"task_id"}),
     ("POST " + ME + "/tasks", [{"args": {"a": 2}}], 201, {"task_ids"}),
     ("POST " + ME + "/tasks/view", {"columns": ["args.a"]}, 200, {"rows", "found", "counts", "queue", "fields", "at"}),
+    ("POST " + ME + "/tasks/count", {}, 200, {"counts", "ended", "took_s", "mark"}), ("GET " + ME + "/mark", {}, 200, {"mark"}),
     ("POST " + ME + "/tasks/search", {}, 200, {"found", "content"}), ("POST " + ME + "/tasks/next", {"worker_id": "{w}"}, 200, {"found", "task"}),
     ("POST " + ME + "/tasks/{t}/heartbeat", {}, 204, None), ("POST " + ME + "/tasks/{t}/heartbeat", {"answer": "status"}, 200, {"status"}),
     ("POST " + ME + "/tasks/{t}/status", {"status": "success"}, 200, set()), ("GET " + ME + "/tasks/{t}", {}, 200, TASK),
@@ -407,6 +409,72 @@ ANSWERS = [  # route, body or query, status, what the answer's objects hold; in 
     ("GET " + ME + "/workers/{w}", {}, 200, WORKER - {"worker_id"} | {"_id"}), ("DELETE " + ME + "/workers/{w}", {}, 204, None),
     ("DELETE " + ME, {"cascade_delete": "true"}, 204, None),
 ]
+
+
+ODD = [True, 1, 1.0, "1", None, [1], {"b": {"c": 2}}, {"b": {"c": "2"}}, "x", "x", "null"]
+
+
+@pytest.mark.parametrize("asked", [{}, {"status": "pending"}, {"status": "failed"}, {"task_name": "odd"}, {"task_name": "nosuch"},
+                                   {"task_id": "t3"}, {"task_id": "nosuch"}, {"extra_filter": 'exists(args.a.b)'},
+                                   {"extra_filter": {"task_id": {"$in": ["t1", "t2", "t11"]}}, "status": "running"}], ids=json.dumps)
+def test_tasks_are_counted_as_they_are_listed(door, asked):  # noqa: F811
+    for i, value in enumerate(ODD):
+        door.submit(task_id="t%d" % i, task_name="odd" if i % 2 else None, args={"a": value})
+    door.fetch(), door.report(door.fetch(), "success"), door.report(door.fetch(), "failed")
+    listed = door("POST", "tasks/search", dict(asked, limit=99))["content"]
+    for by in ("status", "task_name", "args.a", "args.a.b", "args.a.b.c", "args", "priority", "created_at", "start_time",
+               "attempts", "status.x", "args.nosuch"):
+        wished = []  # [JSON text of the value, number], in the order of the list
+        for task in listed:
+            text = json.dumps(L.dig(task, by.split(".")))
+            rows = [row for row in wished if row[0] == text]
+            rows[0].__setitem__(1, rows[0][1] + 1) if rows else wished.append([text, 1])
+        counts = door("POST", "tasks/count", dict(asked, by=by))["counts"]
+        assert [[json.dumps(value), number] for value, number in counts] == wished, by
+
+
+def test_all_that_is_no_number_is_counted_as_one_value(call):
+    call("POST", ME + "/tasks", [{"args": {"a": float("nan")}}, {"args": {"a": 1}}, {"args": {"a": float("nan")}}])
+    assert json.dumps(call("POST", ME + "/tasks/count", {"by": "args.a"})[1]["counts"]) == "[[NaN, 2], [1, 1]]"
+
+
+def test_a_count_tells_how_fast_tasks_end(door):  # noqa: F811
+    assert door("POST", "tasks/count", {})["ended"] == 0
+    for i in range(L.RECENT + 2):
+        door.submit()
+    runs = [door.fetch() for _ in range(L.RECENT + 1)]
+    for run in runs:
+        door.report(run, "success")
+    door.clock.pass_s(100)
+    found = door("POST", "tasks/count", {})
+    began = min(L.parse_time(run["start_time"]) for run in runs[1:])  # the first of those that ended last
+    assert (found["ended"], found["took_s"]) == (L.RECENT, pytest.approx(door.clock.day - began))
+    assert door("POST", "tasks/count", {"status": "pending"})["took_s"] == 0
+
+
+@pytest.mark.parametrize("by", ["nosuch", "", "argz.x", "digest", "fetch_id"])
+def test_only_fields_that_are_shown_are_counted_by(call, by):
+    status, answer = call("POST", ME + "/tasks/count", {"by": by})
+    assert status == 422 and answer["detail"][0]["loc"] == ["body", "by"] and "task_name" in answer["detail"][0]["msg"]
+
+
+def test_the_mark_is_another_after_each_change_and_the_same_as_long_as_there_is_none(door):  # noqa: F811
+    def mark():
+        return door("GET", "mark")["mark"]
+    first, run = door.submit(), []
+    steps = {"submit": door.submit, "fetch": lambda: run.append(door.fetch()),
+             "report": lambda: door.report(run[0], "running", summary={"a": 1}), "end": lambda: door.report(run[0], "failed"),
+             "update": lambda: door.update(first, priority=3), "delete": lambda: door("DELETE", "tasks/" + first)}
+    seen = [mark()]
+    for name, step in steps.items():
+        step()
+        assert mark() not in seen, name
+        seen.append(mark())
+    run = [door.submit(), door.fetch()]
+    before = mark()
+    door("POST", "tasks/search", {})
+    door("POST", "tasks/%s/heartbeat" % run[1]["task_id"])
+    assert mark() == before == door("POST", "tasks/count", {})["mark"]
 
 
 PAGES = {"GET /page", "GET /page.css", "GET /page.js"}

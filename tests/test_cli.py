@@ -181,13 +181,45 @@ def test_a_server_that_is_not_there_is_named(home):
 
 # ---- help
 
-@pytest.mark.parametrize("path", [path for path, row in labtasker.COMMANDS.items() if row.help])
+@pytest.mark.parametrize("path", [""] + sorted({path.split()[0] for path in labtasker.COMMANDS if " " in path}) + [
+    path for path, row in labtasker.COMMANDS.items() if row.help])
 def test_help_fits_a_screen_and_ends_with_an_example(path, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     lines = labtasker.help_of(path).split("\n")
-    assert "example:" in lines
-    assert lines[-1].startswith("  ") and ("labtasker " + path) in " ".join(lines[lines.index("example:"):])
-    assert len(lines) <= 30, len(lines)
+    example = [line for line in lines if line.startswith("example: ")]
+    assert len(example) == 1 and ("labtasker " + path).rstrip() in example[0]
+    assert all(line.startswith(" " * 9) for line in lines[lines.index(example[0]) + 1:])
+    assert len(lines) <= 23, len(lines)  # of 24: the prompt comes after them
+    assert max(map(len, lines)) <= 80, max(lines, key=len)
+
+
+@pytest.mark.parametrize("path", [path for path, row in labtasker.COMMANDS.items() if row.help])
+def test_help_tells_every_option(path):
+    words = re.split(r"[\s,]+", labtasker.help_of(path))
+    for flags, settings in labtasker.COMMANDS[path].options:
+        for name in flags if flags[0].startswith("-") else [settings["metavar"]]:
+            assert name in words or re.sub("^--(no-)?", "--[no-]", name) in words, name
+
+
+def listed():
+    """Return the commands that `labtasker --help` tells of: on a line of their own, or with others."""
+    found = set()
+    for line in labtasker.help_of("").split("\n"):
+        row, *more = re.split(" {2,}", line.strip())
+        first, *others = row.split(", ")
+        found.update([first] + others + [first.split()[0] + " " + other for other in others] * (not more))
+    return found
+
+
+@pytest.mark.parametrize("path", [path for path, row in labtasker.COMMANDS.items() if row.help])
+def test_every_command_is_found_from_the_list(path):
+    assert path in listed() or path == "help"
+
+
+@pytest.mark.parametrize("flags, value", [([], None), (["--ansi"], True), (["--no-ansi"], False), (["--ansi", "--no-ansi"], False)])
+def test_a_switch_has_two_flags_in_one_row(flags, value):
+    assert labtasker.parse("task ls", flags).ansi is value
+    assert labtasker.help_of("task ls").count("ansi") == 1
 
 
 @pytest.mark.parametrize("words", [["--help"], ["-h"], ["task", "--help"], ["task", "submit", "--help"], ["help"],
@@ -495,13 +527,18 @@ def test_a_full_disk_under_stdout_is_one_message(home):
 
 
 @pytest.mark.slow
-def test_count_by_status_and_by_field(home):
+def test_count_by_status_and_by_field(both):
+    home = both
     submit_some(home)
     assert home.cli("task", "count").stdout.split() == "status tasks pending 3 running 0 success 0 failed 0 " \
                                                        "cancelled 0 total 3".split()
     assert home.cli("task", "count", "--by", "args.model").stdout.split() == "args.model tasks vit 1 resnet 1 " \
                                                                              "None 1 total 3".split()
     assert home.cli("task", "count", "-q", "--name", "sweep").stdout == "2\n"
+    assert home.cli("task", "count", "-q", "-f", "args.lr > 0.15").stdout == "2\n"
+    assert home.cli("task", "count", "-q", "-s", "failed").stdout == "0\n"
+    assert home.cli("task", "count", "-q", "--id", home.tasks()[0]["task_id"][:8]).stdout == "1\n"
+    assert home.cli("task", "count", "--by", "args.lr", "--name", "sweep").stdout.split()[2:] == "0.1 1 0.2 1 total 2".split()
 
 
 # ---- changing
@@ -617,7 +654,8 @@ def test_delete_with_an_unknown_id_deletes_nothing(home):
 
 
 @pytest.mark.slow
-def test_wait_ends_when_nothing_is_left_to_do(home):
+def test_wait_ends_when_nothing_is_left_to_do(both):
+    home = both
     assert "Nothing matches" in home.cli("task", "wait").stderr
     submit_some(home)
     waiting = home.start_cli("task", "wait")
@@ -842,7 +880,7 @@ def test_commands_can_be_imported_from_the_second_file():
 @pytest.mark.parametrize("name", labtasker.COMFORTS)
 def test_the_second_file_enters_every_comfort_into_the_table(name):
     assert labtasker.COMMANDS[name].help == labtasker.COMFORTS[name]
-    assert name in labtasker.help_of("")
+    assert name in listed()
 
 
 @pytest.fixture

@@ -293,6 +293,52 @@ def test_a_server_without_the_extensions_is_sent_and_asked_what_it_knows(plain, 
     assert L.create_worker("w") and len(L.ls_workers(limit=99).content) == 1
 
 
+def test_a_server_without_the_extensions_is_not_asked_to_count(plain, monkeypatch):
+    asked, call = [], PlainTransport.call
+    monkeypatch.setattr(PlainTransport, "call", lambda self, *words: asked.append(words[1]) or call(self, *words))
+    monkeypatch.setattr(L.time, "sleep", lambda seconds: None)
+    L.submit_tasks([{"args": {"i": i % 2}} for i in range(9)])
+    looks = L.looks({"extra_filter": "args.i == 1"}, 60)
+    assert next(looks).counts == {"pending": 4} and L.counted({}, "args.i").counts == {"0": 5, "1": 4}
+    L.fetch_task(heartbeat_timeout=60, extra_filter="args.i == 1")
+    assert next(looks).counts == {"pending": 3, "running": 1}
+    assert any(path.endswith("/search") for path in asked)
+    assert not any(path.endswith(("/count", "/mark")) for path in asked), asked
+
+
+def test_looks_count_again_only_when_something_has_changed(folder, monkeypatch):
+    counted, count, slept = [], L.counted, []
+    monkeypatch.setattr(L, "counted", lambda query: counted.append(query) or count(query))
+    monkeypatch.setattr(L.time, "sleep", slept.append)
+    L.submit_task(args={"a": 1}, task_name="mine")
+    looks = L.looks({"task_name": "mine"}, 0)
+    assert [next(looks).counts for _ in range(5)] == [{"pending": 1}] * 5 and len(counted) == 1
+    L.submit_task(args={"a": 2}, task_name="mine")
+    assert next(looks).counts == {"pending": 2} and len(counted) == 2
+    assert [next(looks).counts for _ in range(5)] == [{"pending": 2}] * 5 and len(counted) == 2
+    assert len(slept) == 10 and min(slept) >= 0.5
+
+
+def test_looks_wait_for_a_server_that_went_away(folder, monkeypatch, capsys):
+    slept, call = [], L.StoreTransport.call
+
+    def away(*words):
+        if len(slept) < 4:
+            raise L.LabtaskerConnectError("no answer")
+        return call(*words)
+    monkeypatch.setattr(L.time, "sleep", slept.append)
+    L.submit_task(args={"a": 1})
+    looks = L.looks({}, 0)
+    next(looks)
+    monkeypatch.setattr(L.StoreTransport, "call", away)
+    assert next(looks).counts == {"pending": 1} and len(slept) == 4
+    shown = capsys.readouterr().err
+    assert shown.count("no answer") == 1 and "it is back" in shown
+    slept.clear()
+    with pytest.raises(L.LabtaskerConnectError):  # at the first look it may never have been there
+        next(L.looks({}, 0))
+
+
 def test_a_filter_of_a_field_that_is_selected_too_is_anded_everywhere(folder):
     L.submit_task(args={"a": 1}, task_name="x")
     sent = []

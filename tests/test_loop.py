@@ -183,6 +183,18 @@ def test_a_waiting_heartbeat_hears_at_once_of_the_end_of_its_run(loop):
     assert loop.answer(beating) == (200, {"status": "cancelled"})
 
 
+def test_who_waits_for_another_mark_is_woken_by_the_own_queue_only(loop):
+    other = L.answer_call(loop.store, None, "POST", "/api/v1/queues", {"queue_name": "other", "password": "p"})[1]["queue_id"]
+    seen, waiting = loop.call(loop.client(), "GET", "/mark")[1]["mark"], loop.client()
+    assert loop.call(loop.client(), "GET", "/mark?seen=another&wait_s=30") == (200, {"mark": seen})
+    assert loop.call(waiting, "GET", "/mark?seen=%s&wait_s=30" % seen) is None
+    assert L.answer_call(loop.store, lambda: other, "POST", ME + "/tasks", {"args": {"i": 1}})[0] == 201
+    loop.server.turn(0)
+    assert loop.answer(waiting) is None
+    assert loop.call(loop.client(), *submit(i=1))[0] == 201
+    assert loop.answer(waiting) == loop.call(loop.client(), "GET", "/mark") != (200, {"mark": seen})
+
+
 def test_a_thread_that_submits_wakes_who_waits(loop):
     client = loop.client()
     assert loop.call(client, *fetch(30)) is None

@@ -183,6 +183,8 @@ SAFE = {  # route: a function that prepares and returns a call whose lost answer
     "POST /api/v1/queues/me/tasks": lambda: lambda: L.submit_task(args={"a": 1}),
     "POST /api/v1/queues/me/tasks (list)": lambda: lambda: L.submit_tasks([{"args": {"a": i}} for i in range(10)]),
     "POST /api/v1/queues/me/tasks/search": lambda: L.ls_tasks,
+    "POST /api/v1/queues/me/tasks/count": lambda: lambda: L.counted({}),
+    "GET /api/v1/queues/me/mark": lambda: lambda: L.client().call("GET", "/api/v1/queues/me/mark"),
     "POST /api/v1/queues/me/tasks/next": a_fetch,
     "POST /api/v1/queues/me/tasks/{task_id}/status": lambda: a_report(by_run=True),
     "POST /api/v1/queues/me/tasks/{task_id}/heartbeat": a_beat,

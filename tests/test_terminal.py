@@ -49,6 +49,8 @@ def test_columns_that_do_not_fit_share_one(home):
         home.cli("task", "submit", "--args", json.dumps({key: value for key in row}))
     shown = on_terminal(home, ["task", "ls"], columns=70)[1].splitlines()
     assert shown[0].split()[-1] == "args" and all(len(line) <= 70 for line in shown)
+    home.cli("task", "submit", "--args", json.dumps(dict(row, seed=3)))
+    assert " seed=3 a=" in on_terminal(home, ["task", "ls"], columns=70)[1]  # the shortest first: they are seen
 
 
 @pytest.mark.slow
@@ -272,6 +274,25 @@ def test_keys_choose_filter_and_ask(monkeypatch):
         assert not watch.over
         watch.press(key)
     assert watch.over
+
+
+def test_a_screen_of_80_columns_tells_all_keys_and_what_went_wrong_beside_long_arguments():
+    assert len("  ".join(words for _, words in labtasker_cli.KEYS.values() if words)) <= 80
+    tasks = some_tasks(MANY)
+    for at, task in enumerate(tasks):
+        task.task_name, task.args = "a-name-that-is-rather-long", {"prompt": "%d " % at + "x" * 100, "seed": at}
+        task.summary = {"acc": 0.5, "labtasker_error": "exit code 1\nmore"} if task.status == "failed" else {}
+    shown = plain(labtasker_cli.Watch(Still(tasks), {}, "q").lines(80, 24))
+    failed = next(line for line in shown if "00000002" in line)
+    assert "seed=2" in failed and "exit cod" in failed and "q: back" in shown[-1]
+    assert "none running" in labtasker_cli.progress(labtasker_cli.pace(tasks[2:], 1000.0), 80)
+    assert "none running" not in shown[1]
+
+
+def test_a_summary_begins_with_what_went_wrong():
+    for summary, text in [({"acc": 1}, "acc=1"), ({"labtasker_error": "exit code 1", "acc": 1}, "exit code 1 acc=1"), ({}, ""),
+                          ({"labtasker_exception": {"type": "KeyError", "message": "x", "traceback": "..."}}, "KeyError: x")]:
+        assert labtasker_cli.outcome(labtasker.Task({"summary": summary})) == text
 
 
 def test_bytes_of_a_terminal_become_keys():
