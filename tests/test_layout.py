@@ -1,5 +1,6 @@
 """The wall that imports are elsewhere: the map, the reading order, the size of functions, the imports."""
 import ast
+import functools
 import re
 import statistics
 import symtable
@@ -22,6 +23,7 @@ AT_MODULE_LEVEL = {"collections", "datetime", "errno", "fcntl", "functools", "gc
 IF_THERE = {"tomllib", "typing_extensions"}  # newer than the oldest Python, or not part of it: used where they are
 
 
+@functools.lru_cache(None)
 def banners():
     """Return [(line number, section number, name)] in the file's order."""
     found = [(number, BANNER.match(line)) for number, line in enumerate(LINES, 1)]
