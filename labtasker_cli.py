@@ -2633,26 +2633,26 @@ td.pick label { display: flex; width: 100%; height: 100%; justify-content: cente
 /* A task */
 article { flex: 0 0 min(40rem, 46%); overflow: auto; border: 1px solid var(--line); border-radius: 6px;
   padding: 0 1rem 1rem; }
-article > div:first-child { position: sticky; top: 0; background: var(--ground); display: flex; gap: 0.5rem;
+article > [data-key=head] { position: sticky; top: 0; background: var(--ground); display: flex; gap: 0.5rem;
   align-items: center; padding: 0.643rem 0; z-index: 1; border-bottom: 1px solid var(--line); }
 article h2 { flex: 1; font-weight: 600; font-size: 1.071rem; overflow: hidden; text-overflow: ellipsis;
   white-space: nowrap; }
 article h3 { font-weight: 600; padding: 1.143rem 0 0.357rem; }
-h3 + .facts, h3 + div > .facts { padding-top: 0; }
+h3 + div > .facts { padding-top: 0; }
 article .buttons { display: flex; gap: 0.286rem; flex-wrap: wrap; padding-top: 0.714rem; }
 .facts { display: grid; grid-template-columns: minmax(6rem, max-content) minmax(0, 1fr); gap: 0.214rem 1.143rem;
   padding-top: 0.714rem; }
 .facts dt, .facts dd { overflow-wrap: anywhere; min-width: 0; }
 .facts dt { max-width: 14rem; }
-.facts dd.mono, .mono { font-family: var(--mono); font-size: 0.923em; }
 .long { white-space: pre-wrap; overflow-wrap: anywhere; }
 pre.block { background: var(--raised); border: 1px solid var(--line); border-radius: 5px;
   padding: 0.571rem 0.714rem; overflow: auto; max-height: 26rem; line-height: 1.4; white-space: pre-wrap;
   overflow-wrap: anywhere; }
 .table-box { overflow-x: auto; border: 1px solid var(--line); border-radius: 5px; }
-.table-box table { width: 100%; }
 .table-box th, .table-box td { height: 1.857rem; }
-.wide-only { display: inline; }
+.table-box .kept { position: sticky; right: 0; background: var(--ground); border-left: 1px solid var(--line); }
+.table-box th.kept { background: var(--raised); z-index: 3; }
+tr:hover > .kept { background: var(--raised); }
 
 /* Drawings */
 .drawing { position: relative; flex: 1; min-height: 24rem; }
@@ -2661,8 +2661,9 @@ pre.block { background: var(--raised); border: 1px solid var(--line); border-rad
 .drawing .title { fill: var(--text); }
 .drawing .axis { stroke: var(--strong); } .drawing .tick { stroke: var(--line); }
 .drawing a { outline: none; cursor: pointer; text-decoration: none; }
-#plot-legend { display: flex; flex-wrap: wrap; gap: 0.143rem 1rem; }
-#plot-legend span { display: inline-flex; align-items: center; gap: 0.357rem; }
+#plot-legend { display: flex; flex-wrap: wrap; gap: 0.214rem 1.286rem; }
+#plot-legend:not(:empty) { padding-bottom: 0.643rem; }
+#plot-legend span { display: inline-flex; align-items: center; gap: 0.429rem; }
 .mark { fill: var(--c, var(--c0)); fill-opacity: 0.62; }
 td button.plain { padding: 0; }
 .drawing a:hover .mark, .drawing a:focus .mark { fill-opacity: 1; stroke: var(--text); stroke-width: 2; }
@@ -2731,7 +2732,7 @@ dialog kbd { font-family: var(--mono); border: 1px solid var(--line); border-rad
   #selection [data-action] { padding: 0 0.5rem; flex: 1 0 auto; }
   #pages { flex: 1 0 100%; }
   #range { flex: 1; min-width: 0; }
-  form.tools label { flex: 1 1 100%; justify-content: space-between; }
+  form.tools label { flex: 1 1 16rem; justify-content: space-between; }
   form.tools label.tick { flex: 0 0 auto; }
   select { max-width: 60vw; }
   .scroll { min-height: 24rem; }
@@ -2741,7 +2742,6 @@ dialog kbd { font-family: var(--mono); border: 1px solid var(--line); border-rad
   article .buttons button { padding: 0 0.5rem; flex: 1 0 auto; }
   .drawing { min-height: 21rem; }
 }
-@media (prefers-reduced-motion: no-preference) { .running > .dot { transition: none; } }
 @media (forced-colors: active) { .dot { forced-color-adjust: none; } }
 """
 
@@ -2819,15 +2819,15 @@ function sync(parent, items, keyOf, make, update) {
   for (const child of there.values()) child.remove();
 }
 
-/** Fills a select with [value, text]s, keeping what is chosen; a value that is not among them is offered too. */
-function setOptions(select, options, chosen) {
-  if (chosen && !options.some(([value]) => value === chosen)) options = [...options, [chosen, chosen]];
+/** Fills a select with [value, text]s and shows the wanted one; a value that is not among them is offered too. */
+function setOptions(select, options, wanted) {
+  if (wanted && !options.some(([value]) => value === wanted)) options = [...options, [wanted, wanted]];
   const text = JSON.stringify(options);
   if (select.dataset.options !== text) {
     select.dataset.options = text;
     fill(select, options.map(([value, shown]) => el("option", {value}, cut(shown, 60))));
   }
-  if (select.value !== chosen) select.value = chosen;
+  if (select.value !== wanted) select.value = wanted;
 }
 
 /** Fills a table's thead and colgroup: columns are [title, class, width in rem or null for what is left]. */
@@ -2852,6 +2852,8 @@ const CONTROLS = /[\u0000-\u001f\u007f-\u009f]/g;
 /** What a table has under a key of its own: a field may be called `constructor`. */
 const own = (table, key) => (Object.hasOwn(table, key) ? table[key] : undefined);
 
+const capital = (word) => word[0].toUpperCase() + word.slice(1);
+
 function cut(text, most) {
   return text.length > most ? text.slice(0, most - 1) + "…" : text;
 }
@@ -2866,12 +2868,24 @@ function asText(value) {
   return typeof value === "string" ? value : value === undefined ? "" : JSON.stringify(value);
 }
 
-/** A number to look at: at most six digits that count. */
-function shortNumber(value) {
-  const size = Math.abs(value);
-  if (Number.isInteger(value) && size < 1e15) return String(value);
-  const short = Number(value.toPrecision(size >= 1e5 ? 7 : 5));
-  return size < 1e-4 || size >= 1e15 ? short.toExponential().replace("e+", "e") : String(short);
+/** Is a number written with a power, as 2e-5? Python's bounds, or nearly. */
+const isFar = (value) => value !== 0 && (Math.abs(value) < 1e-4 || Math.abs(value) >= 1e15);
+
+/** A number with all its digits. */
+function wholeNumber(value, hasPower = isFar(value)) {
+  return hasPower && value ? value.toExponential().replace("e+", "e") : String(value);
+}
+
+/** A number to look at: five digits that count, or what stands before the point. */
+function shortNumber(value, hasPower = isFar(value)) {
+  const size = Math.abs(value), isWhole = Number.isInteger(value) && size < 1e15;
+  return wholeNumber(isWhole ? value : Number(value.toPrecision(size >= 1e5 ? 7 : 5)), hasPower);
+}
+
+/** Returns what writes numbers that stand together, in one way: all with a power where one of them needs it. */
+function writerOf(numbers) {
+  const hasPower = numbers.some(isFar);
+  return (value) => shortNumber(value, hasPower);
 }
 
 function shortValue(value) {
@@ -2903,14 +2917,16 @@ function rate(perSecond) {
 
 const two = (number) => String(number).padStart(2, "0");
 
-/** An ISO time in this computer's zone: the time of a moment today, else the day too. */
-function moment(iso, whole = false) {
+const isToday = (time) => new Date(time).toDateString() === new Date().toDateString();
+
+/** A time in this computer's zone: "whole", "time" of the day alone, or with a short "day"; at first the day of what
+    was not today. */
+function moment(iso, form = isToday(iso) ? "time" : "day") {
   const at = new Date(iso);
   if (!iso || isNaN(at)) return "";
   const day = `${at.getFullYear()}-${two(at.getMonth() + 1)}-${two(at.getDate())}`;
   const time = `${two(at.getHours())}:${two(at.getMinutes())}:${two(at.getSeconds())}`;
-  if (whole) return `${day} ${time}`;
-  return at.toDateString() === new Date().toDateString() ? time : `${day.slice(5)} ${time.slice(0, 5)}`;
+  return {whole: `${day} ${time}`, time, day: `${day.slice(5)} ${time.slice(0, 5)}`}[form];
 }
 
 function bytes(size) {
@@ -2934,11 +2950,9 @@ function inFilter(path) {
 }
 
 const NAMES = {task_name: "Name", status: "Status", created_at: "Created", last_modified: "Changed",
-    start_time: "Started",
-  last_heartbeat: "Last heard of", duration: "Took", error: "Error", host: "Host", priority: "Priority",
-      retries: "Retries",
-  task_id: "ID", worker_id: "Worker", cmd: "Command", interruptions: "Interruptions", git: "Commit",
-      max_retries: "Max retries"};
+  start_time: "Started", last_heartbeat: "Last heard of", duration: "Took", error: "Error", host: "Host",
+  priority: "Priority", retries: "Retries", task_id: "ID", worker_id: "Worker", cmd: "Command",
+  interruptions: "Interruptions", git: "Commit", max_retries: "Max retries"};
 const titleOf = (field) => own(NAMES, field) || field.replace(/^(args|summary)\./, "");
 
 // 3. Server ###################################################################
@@ -3023,17 +3037,20 @@ function forget(why = "") {
 
 /** The server's events: that something has changed, and whether it is there. Resumes where it was cut off. */
 const stream = {
-  last: null, stopper: null, failures: 0, since: null, timer: null, heardAt: 0,
+  last: null, stopper: null, failures: 0, since: null, timer: null, clock: null, heardAt: 0, retryAt: 0,
 
   start() {
     if (this.stopper || !login || document.hidden) return;
     clearTimeout(this.timer);
-    this.stopper = new AbortController();
-    this.listen(this.stopper).catch((error) => this.lost(error));
+    clearInterval(this.clock);
+    this.clock = setInterval(() => this.watch(), 1000);
+    const stopper = this.stopper = new AbortController();
+    this.listen(stopper).catch(() => { if (stopper === this.stopper) this.lost(); });
   },
 
   stop() {
     clearTimeout(this.timer);
+    clearInterval(this.clock);
     if (this.stopper) this.stopper.abort();
     this.stopper = null;
   },
@@ -3076,8 +3093,7 @@ const stream = {
     refresher.stir();
   },
 
-  lost(error) {
-    if (error.name === "AbortError" && this.stopper === null) return;
+  lost() {
     this.stop();
     if (!login) return;
     this.since = this.since || new Date();
@@ -3085,15 +3101,13 @@ const stream = {
     if (this.failures === 2) announce("The server does not answer. What is shown may be old.");
     this.retryAt = Date.now() + wait;
     this.timer = setTimeout(() => this.start(), wait);
+    this.clock = setInterval(() => this.watch(), 1000);
     showConnection();
   },
 
   /** Once a second: a connection that is silent for too long leads nowhere. */
   watch() {
-    if (this.stopper && this.heardAt && Date.now() - this.heardAt > SILENT_MS) {
-      this.stopper.abort();
-      this.lost(new Away("silence"));
-    }
+    if (this.stopper && Date.now() - this.heardAt > SILENT_MS) this.lost();
     if (this.since) showConnection();
   },
 };
@@ -3112,8 +3126,7 @@ function showConnection() {
 // 4. Address ##################################################################
 
 const DEFAULTS = {view: "tasks", filter: "", status: "", sort: "created_at", way: "-1", page: "1", columns: "",
-    task: "",
-  run: "", x: "", y: "", colour: "", logx: "", logy: "", gx: "", gy: "", metric: "", how: "mean"};
+  task: "", run: "", x: "", y: "", colour: "", logx: "", logy: "", gx: "", gy: "", metric: "", how: "mean"};
 let at = {...DEFAULTS};
 
 function readAddress() {
@@ -3121,7 +3134,7 @@ function readAddress() {
   at = {...DEFAULTS};
   for (const [key, value] of given) if (Object.hasOwn(DEFAULTS, key)) at[key] = value;
   if (!Object.hasOwn(VIEWS, at.view)) at.view = "tasks";
-  if (!(Number(at.page) >= 1)) at.page = "1";
+  if (!(Number.isSafeInteger(Number(at.page)) && at.page >= 1)) at.page = "1";
 }
 
 /** The address of what is looked at, with changes. */
@@ -3155,6 +3168,7 @@ function arrive() {
   $("filter-form").hidden = at.view === "workers";
   if (document.activeElement !== $("filter")) $("filter").value = at.filter;
   $("filter-clear").hidden = !$("filter").value;
+  hideTip();
   if (before.view !== at.view) announce(`${VIEWS[at.view].title} shown`);
   if (VIEWS[at.view].arrive) VIEWS[at.view].arrive(before);
   refresher.now();
@@ -3164,7 +3178,8 @@ function arrive() {
 
 const STATES = ["pending", "running", "success", "failed", "cancelled"];
 const MOST_OFTEN_MS = 500;  // between two looks, and three times what the last one took
-const IDLE_MS = 15000;  // between looks while nothing happens: rates and durations go on
+const GLANCE_MS = 1500;  // between glances while nothing happens
+const IDLE_MS = 15000;  // between looks then: rates and durations go on
 
 let fields = [], numeric = new Set();  // dotted paths that tasks have, and those of numbers
 let latest = null;  // the last answer of the server to the view
@@ -3175,20 +3190,20 @@ function announce(text) {
   setTimeout(() => { $("said").textContent = text; }, 50);
 }
 
-/** Asks the server for what is shown: at once when a person did something, else at most twice a second. */
+/** Asks the server for what is shown: at once when a person did something, at most twice a second when events come.
+    Not all that others change is an event: a glance every now and then asks whether anything was written. */
 const refresher = {
-  timer: null, running: null, dirty: false, readyAt: 0, failures: 0,
+  timer: null, running: null, isStale: true, readyAt: 0, dueAt: 0, mark: null, failures: 0,
 
   now() {
     if (this.running) this.running.abort();
+    this.isStale = true;
     this.run();
   },
 
   stir() {
-    this.dirty = true;
-    if (this.running || !login || document.hidden) return;
-    clearTimeout(this.timer);
-    this.timer = setTimeout(() => this.run(), Math.max(0, this.readyAt - Date.now()));
+    this.isStale = true;
+    if (!this.running && login && !document.hidden) this.runIn(this.readyAt - Date.now());
   },
 
   stop() {
@@ -3197,13 +3212,17 @@ const refresher = {
     this.running = null;
   },
 
+  runIn(wait) {
+    clearTimeout(this.timer);
+    this.timer = setTimeout(() => this.run(), Math.max(0, wait));
+  },
+
   async run() {
     clearTimeout(this.timer);
-    const stopper = this.running = new AbortController(), began = Date.now();
-    this.dirty = false;
-    let wait = IDLE_MS;
+    const stopper = this.running = new AbortController(), {signal} = stopper;
+    let wait = GLANCE_MS;
     try {
-      await VIEWS[at.view].load(stopper.signal);
+      if (this.isStale || Date.now() >= this.dueAt || await this.glance(signal)) await this.look(signal);
       if (stopper !== this.running) return;
       this.failures = 0;
     } catch (error) {
@@ -3212,10 +3231,27 @@ const refresher = {
     }
     if (!login) return;
     this.running = null;
-    const now = Date.now();
-    this.readyAt = now + Math.max(MOST_OFTEN_MS, 3 * (now - began));
-    if (this.dirty) this.stir();
-    else if (!document.hidden) this.timer = setTimeout(() => this.run(), wait);
+    const untilReady = this.readyAt - Date.now();
+    if (!document.hidden) this.runIn(this.isStale ? untilReady : Math.max(wait, untilReady));
+  },
+
+  /** Returns whether anything was written since the last glance: one before a look, so that nothing is missed. */
+  async glance(signal) {
+    const {mark} = await ask("GET", `${ME}/mark`, undefined, {signal}), isOther = mark !== this.mark;
+    this.mark = mark;
+    return isOther;
+  },
+
+  async look(signal) {
+    const began = Date.now();
+    this.isStale = false;
+    this.dueAt = 0;
+    try {
+      await VIEWS[at.view].load(signal);
+      if (!signal.aborted) this.dueAt = Date.now() + IDLE_MS;
+    } finally {
+      this.readyAt = Date.now() + Math.max(MOST_OFTEN_MS, 3 * (Date.now() - began));
+    }
   },
 
   /** Shows what went wrong; returns when to try again, in ms. */
@@ -3268,12 +3304,16 @@ const matching = () => ({status: at.status || null, extra_filter: at.filter || n
 
 const sum = (counts) => Object.values(counts).reduce((one, other) => one + other, 0);
 
+/** Asks what fields tasks have, where that is not known yet. */
+async function knowFields(signal) {
+  if (!fields.length) showOverview(await view({limit: 0}, {signal}));
+}
+
 function makeStates() {
+  const press = (state) => go({status: at.status === state ? "" : state, page: "1", view: "tasks", task: ""});
   fill($("states"), ["", ...STATES].map((state) => el("button", {type: "button", class: state, "data-state": state,
-    "aria-pressed": "false", click: () => go({status: at.status === state ? "" : state, page: "1", view: "tasks",
-        task: ""})},
-    state ? el("span", {class: "dot"}) : null, state ? state[0].toUpperCase() + state.slice(1) : "All", " ",
-        el("b", {}, "0"))));
+    "aria-pressed": "false", click: () => press(state)}, state ? el("span", {class: "dot"}) : null,
+  state ? capital(state) : "All", " ", el("b", {}, "0"))));
 }
 
 /** The filter's error with the place marked: the server sends the text and a caret below it. */
@@ -3356,18 +3396,16 @@ async function showHelp() {
 }
 
 async function chooseColumns() {
-  const chosen = columnsShown();
-  const offered = [...new Set([...chosen, ...Object.keys(NAMES), ...fields])];
+  const columns = columnsShown();
+  const offered = [...new Set([...columns, ...Object.keys(NAMES), ...fields])];
   const boxes = offered.map((field) => el("label", {class: "tick"},
-    el("input", {type: "checkbox", value: field, checked: chosen.includes(field)}),
-        el("bdi", {}, own(NAMES, field) || field)));
+    el("input", {type: "checkbox", value: field, checked: columns.includes(field)}),
+    el("bdi", {}, own(NAMES, field) || field)));
   const other = el("input", {id: "other-columns", autocapitalize: "none", spellcheck: "false",
       placeholder: "args.opt.lr, summary.acc"});
-  const answer = await openDialog("Columns", [el("fieldset", {class: "choices"},
-      el("legend", {class: "sr"}, "Columns"), boxes),
-    el("label", {for: "other-columns"}, "Others "), other],
-        [leaving(), closing("As at first", "reset", {formnovalidate: true}),
-    closing("Show", "show", {class: "main"})]);
+  const list = el("fieldset", {class: "choices"}, el("legend", {class: "sr"}, "Columns"), boxes);
+  const answer = await openDialog("Columns", [list, el("label", {for: "other-columns"}, "Others "), other],
+    [leaving(), closing("As at first", "reset", {formnovalidate: true}), closing("Show", "show", {class: "main"})]);
   if (answer === "reset") go({columns: ""});
   if (answer !== "show") return;
   const more = other.value.split(",").map((name) => name.trim()).filter(Boolean);
@@ -3516,12 +3554,13 @@ const nameOf = (task) => task.name || task.id.slice(0, 8);
 
 const PAGE_SIZE = 100;
 const WIDTHS = {status: 7.4, task_name: innerWidth < 800 ? 9 : 12, error: 22, created_at: 8.2, last_modified: 8.2,
-    start_time: 8.2, last_heartbeat: 8.2,
-  duration: 6.5, priority: 5.2, retries: 5.2, task_id: 20, worker_id: 20, host: 9, cmd: 18};
+  start_time: 8.2, last_heartbeat: 8.2, duration: 6.5, priority: 5.2, retries: 5.2, task_id: 20, worker_id: 20,
+  host: 9, cmd: 18};
 const TIMES = new Set(["created_at", "last_modified", "start_time", "last_heartbeat"]);
 const FEW = {args: 4, summary: 2};  // columns that are shown before anybody chose some
 
 let firstColumns = null;
+let announceFound = false;  // after a filter, how many tasks it found
 
 /** The columns that are shown: those chosen, else the first few of what tasks have. They stay while one looks. */
 function columnsShown() {
@@ -3537,7 +3576,7 @@ function columnsShown() {
 }
 
 async function loadTasks(signal) {
-  if (!fields.length) showOverview(await view({limit: 0}, {signal}));
+  await knowFields(signal);
   const columns = columnsShown(), page = Number(at.page);
   const [answer] = await Promise.all([
     view({columns: [...columns, "task_name"], limit: PAGE_SIZE, offset: (page - 1) * PAGE_SIZE,
@@ -3550,17 +3589,19 @@ async function loadTasks(signal) {
   showTable(columns, answer);
 }
 
+/** Is a column one of numbers, so that it stands at the right: are most of its values? */
+function areNumbers(values) {
+  const there = values.filter((value) => value !== null && value !== undefined);
+  const numbers = there.filter((value) => typeof value === "number" || /^(NaN|-?Infinity|-?\d{16,})$/.test(value));
+  return numbers.length > there.length / 2;
+}
+
 const widthOf = (name, isNumber) => own(WIDTHS, name) || (isNumber ? 7 : 9.5);
 
 function showTable(columns, answer) {
-  const isNumber = columns.map((_, index) => {
-    if (numeric.has(columns[index])) return true;
-    const cells = answer.rows.map((row) => row[index + 2]).filter((cell) => cell !== null);
-    const numbers = cells.filter((cell) => typeof cell === "number" || /^(NaN|-?Infinity|-?\d{16,})$/.test(cell));
-    return numbers.length > cells.length / 2;
-  });
-  const heads = columns.map((name, index) => [name, isNumber[index] || name === "duration" ? "number" : "",
-    widthOf(name, isNumber[index])]);
+  const isNumber = columns.map((name, index) => name === "duration" || numeric.has(name)
+    || areNumbers(answer.rows.map((row) => row[index + 2])));
+  const heads = columns.map((name, index) => [name, isNumber[index] ? "number" : "", widthOf(name, isNumber[index])]);
   setHead($("table"), [["", "pick", 2.6], ...heads, ["rest", "rest", null]], headCell);
   for (const cell of $("table").tHead.rows[0].cells) {
     if (cell.dataset.field === at.sort) cell.setAttribute("aria-sort", at.way === "1" ? "ascending" : "descending");
@@ -3582,8 +3623,6 @@ function showTable(columns, answer) {
     announce(`${many(answer.found, "task")} found`);
   }
 }
-
-let announceFound = false;
 
 function headCell([name, kind]) {
   if (kind === "rest") return el("td");
@@ -3617,9 +3656,9 @@ function fillRow(node, row, columns, isNumber) {
 
 function fillCell(cell, column, value, {id, status, name, isNumber}) {
   const isLink = column === "task_name" || column === "task_id";
-  const text = column === "task_name" ? oneLine(name) : TIMES.has(column) ? moment(value) : column === "duration"
-      ? span(value) : shortValue(value);
-  const kind = column === "status" ? `status ${status}` : isNumber || column === "duration" ? "number" : "";
+  const text = column === "task_name" ? oneLine(name) : TIMES.has(column) ? moment(value)
+    : column === "duration" ? span(value) : shortValue(value);
+  const kind = column === "status" ? `status ${status}` : isNumber ? "number" : "";
   if (cell.className !== kind) cell.className = kind;
   if (cell.dataset.column !== column) {
     cell.dataset.column = column;
@@ -3627,7 +3666,7 @@ function fillCell(cell, column, value, {id, status, name, isNumber}) {
   }
   setText(cell.querySelector("bdi"), text);
   if (isLink) cell.firstElementChild.href = address({task: id, run: ""});
-  const title = TIMES.has(column) ? moment(value, true) : text && asText(value) !== text || text.length > 12
+  const title = TIMES.has(column) ? moment(value, "whole") : text && asText(value) !== text || text.length > 12
       ? asText(value) || text : "";
   if (cell.title !== title) cell.title = title;
 }
@@ -3637,12 +3676,17 @@ function pick(id, isChosen) {
   else chosen.delete(id);
 }
 
-function pickAll(isChosen) {
+/** Ticks what is chosen. */
+function showChosen() {
   for (const row of $("table").tBodies[0].rows) {
-    pick(row.dataset.key, isChosen);
-    row.cells[0].querySelector("input").checked = isChosen;
+    row.cells[0].querySelector("input").checked = chosen.has(row.dataset.key);
   }
   showSelection(latest);
+}
+
+function pickAll(isChosen) {
+  for (const row of $("table").tBodies[0].rows) pick(row.dataset.key, isChosen);
+  showChosen();
 }
 
 async function pickMatching() {
@@ -3651,9 +3695,7 @@ async function pickMatching() {
   if (answer.found > MOST_CHOSEN) {
     notify(`The ${grouped(MOST_CHOSEN)} that changed last are selected: no more go in one transaction.`);
   }
-  for (const row of $("table").tBodies[0].rows) row.cells[0].querySelector("input")
-      .checked = chosen.has(row.dataset.key);
-  showSelection(latest);
+  showChosen();
 }
 
 function showSelection(answer) {
@@ -3674,7 +3716,8 @@ function showSelection(answer) {
 const LONG = 400;  // letters of a value that are shown before one asks for all
 const MOST_ROWS = 200;  // values of a task that are shown before one asks for all
 
-let shownTask = null, shownLog = null;
+let shownLog = null;  // which run's log is shown, and how much of it
+const drawn = new WeakMap();  // what a part of the task was drawn from
 
 async function loadTask(signal) {
   let task = null;
@@ -3683,11 +3726,7 @@ async function loadTask(signal) {
   } catch (error) {
     if (!(error instanceof Refused && error.status === 404)) throw error;
   }
-  const text = JSON.stringify(task);
-  if (text !== shownTask) {
-    shownTask = text;
-    showTask(task);
-  }
+  showTask(task);
   if (task) await loadLog(task, signal);
 }
 
@@ -3695,7 +3734,6 @@ function arriveAtTasks(before) {
   $("task").hidden = !at.task;
   document.querySelector(".split").classList.toggle("with-task", Boolean(at.task));
   if (at.task === before.task) return;
-  shownTask = shownLog = null;
   for (const row of $("table").tBodies[0].rows) row.classList.toggle("chosen", row.dataset.key === at.task);
   if (at.task) {
     fill($("task"), el("p", {class: "quiet"}, "Loading…"));
@@ -3709,29 +3747,40 @@ function arriveAtTasks(before) {
 
 const closeTask = () => go({task: "", run: ""});
 
+/** Shows a task, or that it is gone (null). A part that tells the same as before stays as it is, with its focus. */
 function showTask(task) {
-  const open = new Set([...$("task").querySelectorAll("[data-open]")].map((node) => node.dataset.open));
   const focused = $("task").contains(document.activeElement) ? document.activeElement.id : "";
-  const close = el("button", {type: "button", id: "close-task", "aria-label": "Close the task", title: "Close (Esc)",
-      click: closeTask}, "×");
-  if (!task) {
-    fill($("task"), el("div", {}, el("h2", {}, "Not there"), close),
-        el("p", {class: "facts"}, `There is no task ${at.task} in this queue: it was deleted.`));
-    return;
-  }
-  fill($("task"), el("div", {}, el("h2", {}, el("bdi", {}, task.task_name || task.task_id.slice(0, 8))), close),
-      taskButtons(task),
-    taskFacts(task), errorOf(task), part("Args", task.args, open), part("Summary", reported(task.summary), open),
-    part("Metadata", task.metadata, open), attemptsOf(task), logOf(task));
-  if (focused && $(focused)) $(focused).focus();
+  sync($("task"), task ? partsOf(task) : partsOfNone(), ([name]) => name, () => el("div"), (node, [, told, make]) => {
+    const text = JSON.stringify(told);
+    if (drawn.get(node) === text) return;
+    drawn.set(node, text);
+    fill(node, make());
+  });
+  if (focused && $(focused) && document.activeElement !== $(focused)) $(focused).focus();
 }
+
+/** The parts of a task: [name, what it tells, function that makes its elements of that]. */
+function partsOf(task) {
+  const {args, summary, metadata, attempts: runs, ...rest} = task, attempts = runs || [];
+  const title = task.task_name || task.task_id.slice(0, 8), hasRun = Boolean(task.start_time || attempts.length);
+  return [["head", title, () => taskHead(title)], ["facts", rest, () => [taskButtons(task), taskFacts(task)]],
+    ["error", summary, () => errorOf(summary)], ["args", args, () => valuesOf("Args", args)],
+    ["summary", summary, () => valuesOf("Summary", reported(summary))],
+    ["metadata", metadata, () => valuesOf("Metadata", metadata)],
+    ["attempts", attempts.map((one) => [one, tookOf(one), address({run: one.run_id})]), () => attemptsOf(attempts)],
+    ["log", hasRun, () => (hasRun ? logPlace() : null)]];
+}
+
+const partsOfNone = () => [["head", at.task, () => taskHead("Not there")],
+  ["facts", at.task, () => el("p", {class: "facts"}, `There is no task ${at.task} in this queue: it was deleted.`)]];
+
+const taskHead = (title) => [el("h2", {}, el("bdi", {}, title)), el("button", {type: "button", id: "close-task",
+  "aria-label": "Close the task", title: "Close (Esc)", click: closeTask}, "×")];
 
 function taskButtons(task) {
   const one = (name) => el("button", {type: "button", id: `task-${name}`, "data-one": name,
-      disabled: !ACTIONS[name].applies(task),
-    click: () => act(name, [task.task_id])}, `${name[0].toUpperCase()}${name.slice(1)}…`);
-  return el("div", {class: "buttons", role: "group", "aria-label": "This task"},
-      ["cancel", "retry", "priority", "delete"].map(one));
+    disabled: !ACTIONS[name].applies(task), click: () => act(name, [task.task_id])}, `${capital(name)}…`);
+  return el("div", {class: "buttons", role: "group", "aria-label": "This task"}, Object.keys(ACTIONS).map(one));
 }
 
 /** A list of [name, text or element]s; those without anything are left out. */
@@ -3741,42 +3790,35 @@ function facts(rows) {
 }
 
 function taskFacts(task) {
-  const time = (iso) => iso && moment(iso, true);
+  const time = (iso) => iso && moment(iso, "whole"), fixed = (text) => text && el("span", {class: "mono"}, text);
+  const limits = [task.task_timeout && `${span(task.task_timeout)} for a run`,
+    task.heartbeat_timeout && `${span(task.heartbeat_timeout)} of silence`];
+  const command = Array.isArray(task.cmd) ? task.cmd.join(" ") : task.cmd;
   return facts([["Status", el("span", {class: task.status}, el("span", {class: "dot"}), ` ${task.status}`)],
-      ["ID", el("span", {class: "mono"}, task.task_id)],
-    ["Created", time(task.created_at)], ["Started", time(task.start_time)], ["Changed", time(task.last_modified)],
+    ["ID", fixed(task.task_id)], ["Created", time(task.created_at)], ["Started", time(task.start_time)],
+    ["Changed", time(task.last_modified)],
     ["Last heard of", task.status === "running" ? time(task.last_heartbeat) : ""],
-        ["Priority", String(task.priority)],
-    ["Failed runs", `${task.retries} of ${task.max_retries}`],
-        ["Interruptions", task.interruptions ? String(task.interruptions) : ""],
-    ["Handed back", task.reason], ["Worker", task.worker_id && el("span", {class: "mono"}, task.worker_id)],
-        ["Commit", task.git && el("span", {class: "mono"}, task.git)],
-    ["Command", task.cmd && task.cmd.length ? longText(Array.isArray(task.cmd) ? task.cmd.join(" ") : task.cmd,
-        "mono") : ""],
-    ["Time limits", [task.task_timeout && `${span(task.task_timeout)} for a run`,
-        task.heartbeat_timeout && `${span(task.heartbeat_timeout)} of silence`].filter(Boolean).join(", ")]]);
+    ["Priority", String(task.priority)], ["Failed runs", `${task.retries} of ${task.max_retries}`],
+    ["Interruptions", task.interruptions ? String(task.interruptions) : ""], ["Handed back", task.reason],
+    ["Worker", fixed(task.worker_id)], ["Commit", fixed(task.git)],
+    ["Command", command && longText(command, "mono")], ["Time limits", limits.filter(Boolean).join(", ")]]);
 }
 
 /** A summary without what is shown as the error. */
 function reported(summary) {
-  return Object.fromEntries(Object.entries(summary).filter(([key]) => key !== "labtasker_exception"
-      && key !== "labtasker_error"));
+  const {labtasker_exception: raised, labtasker_error: said, ...others} = summary;
+  return others;
 }
 
-function errorOf(task) {
-  const raised = task.summary.labtasker_exception, said = task.summary.labtasker_error;
-  if (!raised && !said) return null;
-  const lines = [];
+function errorOf(summary) {
+  const {labtasker_exception: raised, labtasker_error: said} = summary, lines = [];
   if (said) lines.push(asText(said));
   if (raised && typeof raised === "object") {
     lines.push(raised.traceback ? asText(raised.traceback) : `${asText(raised.type)}: ${asText(raised.message)}`);
   } else if (raised) lines.push(asText(raised));
-  return [el("h3", {}, "Error"), longBlock(lines.join("\n"))];
-}
-
-function longBlock(text) {
-  return el("pre", {class: "block", tabindex: "0", role: "region", "aria-label": "Error", dir: "auto"},
-      cut(text, 20000));
+  if (!lines.length) return null;
+  return [el("h3", {}, "Error"), el("pre", {class: "block", tabindex: "0", role: "region", "aria-label": "Error",
+    dir: "auto"}, cut(lines.join("\n"), 20000))];
 }
 
 /** A text of any length: its begin, and a button for the rest. */
@@ -3788,19 +3830,15 @@ function longText(text, kind = "") {
   return el("span", {}, shown, " ", more);
 }
 
-function part(title, values, open) {
+function valuesOf(title, values) {
   const rows = [...leaves(values)];
   if (!rows.length) return null;
-  const isOpen = open.has(title) || rows.length <= MOST_ROWS;
-  const shown = (some) => some.map(([name, value]) => [name,
-      typeof value === "number" ? String(value) : longText(asText(value), typeof value === "string" ? "" : "mono") ]);
-  const list = facts(shown(isOpen ? rows : rows.slice(0, MOST_ROWS)));
-  const box = el("div", isOpen && rows.length > MOST_ROWS ? {"data-open": title} : {}, list);
-  if (!isOpen) {
-    box.append(el("button", {type: "button", class: "plain", click: () => {
-      box.dataset.open = title;
-      fill(box, facts(shown(rows)));
-    }}, `Show all ${grouped(rows.length)} values`));
+  const shown = (some) => facts(some.map(([name, value]) => [name, typeof value === "number" ? wholeNumber(value)
+    : longText(asText(value), typeof value === "string" ? "" : "mono")]));
+  const box = el("div", {}, shown(rows.slice(0, MOST_ROWS)));
+  if (rows.length > MOST_ROWS) {
+    box.append(el("button", {type: "button", class: "plain", click: () => fill(box, shown(rows))},
+      `Show all ${grouped(rows.length)} values`));
   }
   return [el("h3", {}, title), box];
 }
@@ -3811,27 +3849,31 @@ function tableBox(label, head, rows) {
     el("table", {}, el("thead", {}, el("tr", {}, head)), el("tbody", {}, rows)));
 }
 
-function attemptsOf(task) {
-  if (!task.attempts || !task.attempts.length) return null;
-  const titles = [["#", "number"], ["Log"], ["Status"], ["Started"], ["Took", "number"], ["Host"], ["Exit", "number"],
-    ["Reason"]];
+function attemptsOf(attempts) {
+  if (!attempts.length) return null;
+  const titles = [["#", "number"], ["Status"], ["Started"], ["Took", "number"], ["Host"], ["Exit", "number"],
+    ["Reason"], ["Log", "kept"]];
   const head = titles.map(([title, kind = ""]) => el("th", {scope: "col", class: kind}, title));
-  return [el("h3", {}, "Attempts"), tableBox("Attempts", head, task.attempts.map(attemptRow).reverse())];
+  return [el("h3", {}, "Attempts"), tableBox("Attempts", head, attempts.map(attemptRow).reverse())];
 }
+
+/** How long a run took, or takes by now, in words. */
+const tookOf = (one) => one.start ? span((new Date(one.end || Date.now()) - new Date(one.start)) / 1000) : "";
 
 function attemptRow(one, index) {
   const status = one.status || "running", reason = shortValue(one.reason);
-  const took = one.start ? (new Date(one.end || Date.now()) - new Date(one.start)) / 1000 : null;
   return el("tr", {}, el("td", {class: "number"}, String(index + 1)),
-    el("td", {}, el("a", {href: address({run: one.run_id}), "aria-label": `Log of attempt ${index + 1}`}, "Log")),
     el("td", {class: `status ${status}`}, el("span", {class: "dot"}), el("bdi", {}, shortValue(status))),
-    el("td", {}, moment(one.start)), el("td", {class: "number"}, span(took)),
+    el("td", {}, moment(one.start)), el("td", {class: "number"}, tookOf(one)),
     el("td", {}, el("bdi", {}, shortValue(one.host))), el("td", {class: "number"}, shortValue(one.exit_code)),
-    el("td", {title: reason}, el("bdi", {}, reason)));
+    el("td", {title: reason}, el("bdi", {}, reason)),
+    el("td", {class: "kept"}, el("a", {id: `log-of-${index + 1}`, href: address({run: one.run_id}),
+      "aria-label": `Log of attempt ${index + 1}`}, "Log")));
 }
 
-function logOf(task) {
-  if (!task.start_time && !(task.attempts || []).length) return null;
+/** Where `loadLog` puts it. */
+function logPlace() {
+  shownLog = null;
   return [el("h3", {id: "log-title"}, "Log"), el("p", {id: "log-note", class: "quiet"}, "Loading…"),
     el("pre", {id: "log", class: "block", tabindex: "0", role: "region", "aria-labelledby": "log-title"})];
 }
@@ -3839,8 +3881,8 @@ function logOf(task) {
 /** A terminal's output as text: without colours, and of a line that was written over, what stood there last. */
 function plainLog(text) {
   return text.replace(/\u001b\[[0-9;?]*[ -/]*[@-~]|\u001b\][^\u0007\u001b]*(\u0007|\u001b\\)|\u001b./g, "")
-      .replace(/\r+\n/g, "\n")
-    .replace(/^.*\r(?=[^\n])/gm, "").replace(/[\u0000-\u0008\u000b-\u001f\u007f-\u009f]/g, "");
+    .replace(/\r+\n/g, "\n").replace(/^.*\r(?=[^\n])/gm, "")
+    .replace(/[\u0000-\u0008\u000b-\u001f\u007f-\u009f]/g, "");
 }
 
 async function loadLog(task, signal) {
@@ -3853,12 +3895,13 @@ async function loadLog(task, signal) {
     if (!(error instanceof Refused)) throw error;
     found = {text: null, why: error.message};
   }
-  const key = `${found.run_id} ${found.size} ${found.why}`;
-  if (key === shownLog && $("log-note").textContent !== "Loading…") return;
+  const attempts = task.attempts || [];
+  const number = attempts.findIndex((one) => one.run_id === found.run_id) + 1;
+  const key = `${found.run_id} ${found.size} ${found.why} ${number} ${attempts.length}`;
+  if (key === shownLog || !$("log")) return;
   shownLog = key;
   const log = $("log"), isAtEnd = log.scrollTop + log.clientHeight >= log.scrollHeight - 8;
-  const number = (task.attempts || []).findIndex((one) => one.run_id === found.run_id) + 1;
-  const which = number ? `Attempt ${number} of ${task.attempts.length}` : "The last run";
+  const which = number ? `Attempt ${number} of ${attempts.length}` : "The last run";
   log.hidden = found.text === null;
   if (found.text === null) {
     setText($("log-note"), found.why
@@ -3877,6 +3920,7 @@ async function loadLog(task, signal) {
 const MOST_POINTS = 2000;  // of a sample of the tasks that match: each is a link
 const MOST_READ = 20000;  // that a grid is made of
 const LOG_DECADES = 2;  // numbers that span more are drawn on a log scale unless one says otherwise
+const LEAST_MS = 10000;  // times that are nearer to each other than that are drawn with as much around them
 const MOST_BANDS = 60;
 const LISTED = 500;  // rows of the table below a drawing
 
@@ -3896,8 +3940,19 @@ function linearTicks(low, high, count) {
   const rough = (high - low) / Math.max(1, count), size = 10 ** Math.floor(Math.log10(rough));
   const step = size * [1, 2, 2.5, 5, 10].find((factor) => factor * size >= rough * 0.999);
   const ticks = [];
-  for (let at = Math.ceil(low / step - 1e-9); at * step <= high + step * 1e-9;
-      at++) ticks.push(Number((at * step).toPrecision(12)));
+  for (let index = Math.ceil(low / step - 1e-9); index * step <= high + step * 1e-9; index++) {
+    ticks.push(Number((index * step).toPrecision(12)));
+  }
+  return ticks;
+}
+
+/** Round times of this zone from low to high, in ms. */
+function timeTicks(low, high, count) {
+  const rough = (high - low) / Math.max(1, count), days = Math.ceil(rough / 864e5);
+  const step = 1000 * ([1, 2, 5, 10, 15, 30, 60, 120, 300, 600, 900, 1800, 3600, 7200, 10800, 21600, 43200]
+    .find((seconds) => 1000 * seconds >= rough) || 86400 * days);
+  const offset = new Date(low).getTimezoneOffset() * 60000, ticks = [];
+  for (let tick = Math.ceil((low - offset) / step) * step + offset; tick <= high; tick += step) ticks.push(tick);
   return ticks;
 }
 
@@ -3912,27 +3967,32 @@ function logTicks(low, high, count) {
 }
 
 /** Returns {place(value), ticks: [[value, text]], log} that maps values to 0 to 1; texts get a band each. `wish`: is a
-    log scale wanted ("1"), not wanted ("0"), or where it is apt (""). */
-function scaleOf(values, wish, count) {
+    log scale wanted ("1"), not wanted ("0"), or where it is apt (""); of times (in ms) there is none. */
+function scaleOf(values, wish, count, areTimes = false) {
   const numbers = values.filter((value) => typeof value === "number");
   if (numbers.length < values.length) return bandScale(values);
   let low = Math.min(...numbers), high = Math.max(...numbers);
-  const canLog = low > 0, log = canLog && (wish ? wish === "1" : high / low >= 10 ** LOG_DECADES);
-  if (low === high) [low, high] = log ? [low / 2, high * 2]
-      : [low - (Math.abs(low) || 1) / 2, high + (Math.abs(high) || 1) / 2];
+  const canLog = low > 0 && !areTimes, log = canLog && (wish ? wish === "1" : high / low >= 10 ** LOG_DECADES);
+  if (areTimes && high - low < LEAST_MS) [low, high] = [low - LEAST_MS, high + LEAST_MS];
+  else if (low === high) {
+    const around = (Math.abs(low) || 1) / 2;
+    [low, high] = log ? [low / 2, high * 2] : [low - around, high + around];
+  }
   const [from, to] = log ? [Math.log10(low), Math.log10(high)] : [low, high], margin = (to - from) * 0.04;
   const begin = from - margin, size = to - from + 2 * margin;
-  const ticks = log ? logTicks(10 ** begin, 10 ** (begin + size), count) : linearTicks(begin, begin + size, count);
+  const ticks = log ? logTicks(10 ** begin, 10 ** (begin + size), count)
+    : (areTimes ? timeTicks : linearTicks)(begin, begin + size, count);
+  const form = ticks.every(isToday) ? "time" : "day", write = areTimes ? (tick) => moment(tick, form) : writerOf(ticks);
   return {log, canLog, place: (value) => ((log ? Math.log10(value) : value) - begin) / size,
-      ticks: ticks.map((tick) => [tick, shortNumber(tick)])};
+    ticks: ticks.map((tick) => [tick, write(tick)])};
 }
 
 function bandScale(values) {
-  const all = inOrder(values), shown = all.slice(0, MOST_BANDS),
-      places = new Map(shown.map((value, index) => [value, (index + 0.5) / shown.length]));
-  return {log: false, canLog: false, band: 1 / shown.length, hidden: all.length - shown.length,
-      place: (value) => places.get(value),
-    ticks: shown.map((value) => [value, cut(shortValue(value), 16)])};
+  const shown = inOrder(values).slice(0, MOST_BANDS), isNumber = (value) => typeof value === "number";
+  const places = new Map(shown.map((value, index) => [value, (index + 0.5) / shown.length]));
+  const write = writerOf(shown.filter(isNumber));
+  return {log: false, canLog: false, band: 1 / shown.length, place: (value) => places.get(value),
+    ticks: shown.map((value) => [value, isNumber(value) ? write(value) : cut(shortValue(value), 16)])};
 }
 
 /** The axes of a drawing: lines, ticks, titles. */
@@ -3967,34 +4027,41 @@ function roomIn(place, scaleY) {
     unit, whole: {width, height}};
 }
 
-/** One stop for Tab in a drawing; arrows walk on from there. `next(index, key)` returns where to. */
+/** One stop for Tab in a drawing; arrows walk on from there. `next(index, key)` returns where to. Each link listens
+    for the focus itself: a group that did would take it. */
 function walkable(group, next) {
   const links = [...group.querySelectorAll("a")];
-  links.forEach((link, index) => {
-    link.setAttribute("tabindex", index ? "-1" : "0");
+  const tipAt = (link, x, y) => showTip(link.getAttribute("aria-label"), x, y);
+  let stop = links[0];
+  for (const link of links) {
+    link.setAttribute("tabindex", link === stop ? "0" : "-1");
     link.addEventListener("focus", () => {
       const box = link.getBoundingClientRect();
-      links.forEach((other) => { if (other.getAttribute("tabindex") === "0") other.setAttribute("tabindex", "-1"); });
-      link.setAttribute("tabindex", "0");
-      showTip(link.getAttribute("aria-label"), box.left + box.width / 2, box.top + box.height / 2);
+      stop.setAttribute("tabindex", "-1");
+      stop = link;
+      stop.setAttribute("tabindex", "0");
+      tipAt(link, box.left + box.width / 2, box.top + box.height / 2);
     });
     link.addEventListener("blur", hideTip);
-    link.addEventListener("keydown", (event) => {
-      const to = links[next(index, event.key)];
-      if (!to) return;
-      event.preventDefault();
-      to.focus();
-    });
-    link.addEventListener("pointerenter", (event) => showTip(link.getAttribute("aria-label"), event.clientX,
-        event.clientY));
-    link.addEventListener("pointerleave", hideTip);
+  }
+  group.addEventListener("keydown", (event) => {
+    const to = links[next(links.indexOf(event.target), event.key)];
+    if (!to) return;
+    event.preventDefault();
+    to.focus();
   });
+  group.addEventListener("pointerover", (event) => {
+    const link = event.target.closest("a");
+    if (link) tipAt(link, event.clientX, event.clientY);
+  });
+  group.addEventListener("pointerout", hideTip);
 }
 
 /** Draws: axes and the like, then a group of links to walk through; the focus stays on the same one. */
 function drawIn(place, room, title, parts, group, next) {
   const focused = place.contains(document.activeElement) ? document.activeElement.dataset.id : null;
   const titleId = `${place.id}-title`;
+  hideTip();
   fill(place, svg("svg", {viewBox: `0 0 ${room.whole.width} ${room.whole.height}`, role: "group",
     "aria-labelledby": titleId}, svg("title", {id: titleId}, title), parts, group));
   walkable(group, next);
@@ -4004,10 +4071,12 @@ function drawIn(place, room, title, parts, group, next) {
 
 /** Fills the table below a drawing when it is opened. */
 function listData(details, columns, rows) {
-  const isNumber = (index) => rows.length > 0 && rows.every((row) => typeof row[index] === "number");
-  const kinds = columns.map((_, index) => (isNumber(index) ? "number" : ""));
+  const inColumns = columns.map((_, index) => rows.map((row) => row[index]));
+  const kinds = inColumns.map((values) => (areNumbers(values) ? "number" : ""));
+  const writers = inColumns.map((values) => writerOf(values.filter((value) => typeof value === "number")));
+  const textOf = (value, index) => (typeof value === "number" ? writers[index](value) : shortValue(value));
   const cellOf = (value, index) => el("td", {class: kinds[index]},
-    value instanceof Node ? value.cloneNode(true) : el("bdi", {}, shortValue(value)));
+    value instanceof Node ? value.cloneNode(true) : el("bdi", {}, textOf(value, index)));
   details.ontoggle = () => {
     [...details.children].slice(1).forEach((child) => child.remove());
     if (!details.open) return;
@@ -4036,6 +4105,10 @@ function ofKind(...tops) {
   return [...found.filter((name) => numeric.has(name)), ...found.filter((name) => !numeric.has(name))];
 }
 
+/** How many tasks are drawn, in words. */
+const shareOf = ({found, rows}, drawnCount) => (found > rows.length
+  ? `${grouped(rows.length)} of ${grouped(found)} tasks, a fair sample` : many(drawnCount, "task"));
+
 const asOptions = (names) => names.map((name) => [name, name]);
 
 // 11. Plot ####################################################################
@@ -4043,7 +4116,7 @@ const asOptions = (names) => names.map((name) => [name, name]);
 let plotted = null;  // what was asked and answered last, to draw it again in another size
 
 async function loadPlot(signal) {
-  if (!fields.length) showOverview(await view({limit: 0}, {signal}));
+  await knowFields(signal);
   const results = [...ofKind("summary"), "duration"];
   const others = [...ofKind("args", "metadata", "summary"), "created_at", "start_time", "duration", "host"];
   const y = chooseField($("plot-y"), asOptions(results), at.y, results[0]);
@@ -4077,8 +4150,8 @@ function drawPlot() {
   }
   const {x, y, colour} = plotted, scaleY = scaleOf(points.map((point) => point.y), at.logy, 6);
   const room = roomIn(place, scaleY);
-  const scaleX = scaleOf(points.map((point) => point.x), at.logx, Math.max(2, room.width / 90));
-  if (TIMES.has(x)) scaleX.ticks = scaleX.ticks.map(([tick]) => [tick, moment(tick)]);
+  const count = Math.max(3, room.width / room.unit / 90);
+  const scaleX = scaleOf(points.map((point) => point.x), at.logx, count, TIMES.has(x));
   showScale($("plot-logx"), scaleX);
   showScale($("plot-logy"), scaleY);
   const shades = shadesOf(colour, points);
@@ -4095,8 +4168,7 @@ function drawPlot() {
 function plotNote(points) {
   const {answer} = plotted, odd = answer.rows.length - points.length;
   if (!points.length) return "No task has both yet.";
-  const which = answer.found > answer.rows.length
-    ? `${grouped(answer.rows.length)} of ${grouped(answer.found)} tasks, a fair sample` : many(points.length, "task");
+  const which = shareOf(answer, points.length);
   return `${which}${odd ? `; ${grouped(odd)} without a number to draw` : ""}. Enter opens a task, arrows walk on.`;
 }
 
@@ -4128,7 +4200,9 @@ function shadesOf(colour, points) {
   if (values.length > SHAPES.length && values.every((value) => typeof value === "number")) return depths(values);
   const often = [...values].sort((one, other) => counts.get(other) - counts.get(one)).slice(0, SHAPES.length);
   const named = values.filter((value) => often.includes(value));
-  const rows = named.map((value, index) => [cut(shortValue(value), 18), index]);
+  const write = writerOf(named.filter((value) => typeof value === "number"));
+  const rows = named.map((value, index) => [typeof value === "number" ? write(value) : cut(shortValue(value), 18),
+    index]);
   if (named.length < counts.size) rows.push(["other", OTHER]);
   return {of: (value) => (named.includes(value) ? {kind: named.indexOf(value), shape: named.indexOf(value)}
     : {kind: OTHER, shape: 0}), legend: legendOf(rows)};
@@ -4142,9 +4216,10 @@ function legendOf(rows) {
 
 function depths(values) {
   const low = values[0], high = values[values.length - 1], isWide = low > 0 && high / low >= 100;
+  const write = writerOf([low, high]);
   const share = (value) => (isWide ? Math.log(value / low) / Math.log(high / low) : (value - low) / (high - low));
   return {of: (value) => ({kind: 0, shape: 0, opacity: typeof value === "number" ? 0.2 + 0.8 * share(value) : 0.1}),
-    legend: [`pale ${shortNumber(low)}, deep ${shortNumber(high)}`]};
+    legend: [`pale ${write(low)}, deep ${write(high)}`]};
 }
 
 /** How far from the middle of its band a point is drawn, so that equal ones can be told apart; always the same. */
@@ -4157,7 +4232,7 @@ function pointLink(point, {room, scaleX, scaleY, shades, x, y, colour}) {
   const top = room.top + room.height * (1 - scaleY.place(point.y));
   if (!isFinite(left)) return null;
   const {kind, shape, opacity} = shades.of(point.shade);
-  const shownX = TIMES.has(x) ? moment(point.shownX, true) : shortValue(point.shownX);
+  const shownX = TIMES.has(x) ? moment(point.shownX, "whole") : shortValue(point.shownX);
   const words = [oneLine(point.name), `${titleOf(x)} ${shownX}`, `${titleOf(y)} ${shortNumber(point.y)}`];
   if (colour) words.push(`${titleOf(colour)} ${shortValue(point.shade)}`);
   return svg("g", {role: "listitem"}, svg("a", {href: address({view: "tasks", task: point.id, run: ""}),
@@ -4171,7 +4246,7 @@ function pointLink(point, {room, scaleX, scaleY, shades, x, y, colour}) {
 let gridded = null;  // what was asked and answered last
 
 async function loadGrid(signal) {
-  if (!fields.length) showOverview(await view({limit: 0}, {signal}));
+  await knowFields(signal);
   const args = ofKind("args", "metadata"), metrics = [...ofKind("summary"), "duration"];
   const y = chooseField($("grid-y"), asOptions(args), at.gy, args.find((name) => !numeric.has(name)) || args[0]);
   const x = chooseField($("grid-x"), asOptions(args), at.gx, args.find((name) => name !== y));
@@ -4221,17 +4296,18 @@ function drawGrid() {
   const found = cellsOf(gridded), {rows, columns, cells} = found;
   const shown = how === "count" ? "number of tasks" : `${HOW[how][0]} ${titleOf(metric)}`;
   const values = [...cells.values()].map((cell) => cell.value).filter((value) => value !== null);
-  const range = {low: Math.min(...values), high: Math.max(...values)};
-  setText($("grid-note"), gridNote(found, values.length ? range : null, shown));
+  const range = {low: Math.min(...values), high: Math.max(...values)}, write = writerOf(values);
+  const words = values.length ? `, from ${write(range.low)} (pale) to ${write(range.high)} (deep)` : "";
+  setText($("grid-note"), gridNote(found, capital(shown) + words));
   if (!rows.length) {
     fill(place);
     return listData($("grid-data"), [], []);
   }
   const scaleY = bandScale(rows), scaleX = bandScale(columns), room = roomIn(place, scaleY), order = [];
   const size = {width: room.width / columns.length, height: room.height / rows.length};
-  const widest = Math.max(...[...cells.values()].map((cell) => textOf(cell.value).length));
+  const widest = Math.max(...[...cells.values()].map((cell) => cellText(cell.value, write).length));
   const hasText = size.width > (widest * 6.8 + 6) * room.unit && size.height > 16 * room.unit;
-  const draw = {...found, ...range, x, y, shown, room, size, hasText};
+  const draw = {...found, ...range, x, y, shown, write, room, size, hasText};
   const parts = rows.flatMap((row, down) => columns.map((column, across) => {
     const cell = cells.get(`${down} ${across}`);
     if (cell) order.push(cell);
@@ -4243,13 +4319,10 @@ function drawGrid() {
     order.map(({down, across, value, ids}) => [rows[down], columns[across], value, ids.length]));
 }
 
-function gridNote({rows, isCut}, range, shown) {
+function gridNote({rows, isCut}, words) {
   const {answer} = gridded;
   if (!rows.length) return "No task has both yet.";
-  const words = range ? `, from ${shortNumber(range.low)} (pale) to ${shortNumber(range.high)} (deep)` : "";
-  const which = answer.found > answer.rows.length
-    ? `${grouped(answer.rows.length)} of ${grouped(answer.found)} tasks, a fair sample` : many(answer.found, "task");
-  return `${shown[0].toUpperCase()}${shown.slice(1)}${words}; ${which}.` +
+  return `${words}; ${shareOf(answer, answer.found)}.` +
     (isCut ? ` The first ${MOST_BANDS} values of each are drawn.` : "");
 }
 
@@ -4272,12 +4345,12 @@ function boxAt(down, across, {room, rows, size}) {
     width: Math.max(1, size.width - 2), height: Math.max(1, size.height - 2), rx: 2};
 }
 
-const textOf = (value) => (value === null ? "–" : shortNumber(Number(value.toPrecision(3))));
+const cellText = (value, write) => (value === null ? "–" : write(Number(value.toPrecision(3))));
 
 function gridCell(cell, draw) {
   const {down, across, ids, value} = cell, {low, high, size, shown, x, y} = draw, box = boxAt(down, across, draw);
   const depth = value === null ? 0 : 0.04 + 0.96 * (high > low ? (value - low) / (high - low) : 0.5);
-  const text = textOf(value);
+  const text = cellText(value, draw.write);
   const [row, column] = [draw.rows[down], draw.columns[across]];
   const words = [`${titleOf(y)} ${shortValue(row)}`, `${titleOf(x)} ${shortValue(column)}`,
     `${shown} ${value === null ? "none" : text}`, many(ids.length, "task")];
@@ -4303,7 +4376,7 @@ const literal = (value) => (typeof value === "boolean" ? (value ? "True" : "Fals
 
 const MOST_WORKERS = 200;
 const WORKER_COLUMNS = [["Worker", "", innerWidth < 800 ? 9 : 12], ["Runs", "", innerWidth < 800 ? 9 : 14],
-  ["Since", "number", 6], ["Status", "", 8], ["Host", "", 9], ["Failures", "number", 6.5], ["Changed", "", 8.2],
+  ["For", "number", 6], ["Status", "", 8], ["Host", "", 9], ["Failures", "number", 6.5], ["Changed", "", 8.2],
   ["Change", "", 8], ["", "rest", null]];
 
 async function loadWorkers(signal) {
@@ -4384,11 +4457,10 @@ const VIEWS = {
 };
 
 const press = (id) => () => { if (!$(id).disabled) $(id).click(); };
-const rowLinks = () => [...$("table").tBodies[0].querySelectorAll("td > a")].filter((link, index, all) => index === 0
-    || link.closest("tr") !== all[index - 1].closest("tr"));
 
 function stepRows(by) {
-  const links = rowLinks(), here = links.findIndex((link) => link.closest("tr").contains(document.activeElement));
+  const links = [...$("table").tBodies[0].rows].map((row) => row.querySelector("td > a")).filter(Boolean);
+  const here = links.findIndex((link) => link.closest("tr").contains(document.activeElement));
   const to = links[here < 0 ? (by > 0 ? 0 : links.length - 1) : Math.min(links.length - 1, Math.max(0, here + by))];
   if (to) to.focus();
 }
@@ -4488,7 +4560,7 @@ function start() {
   on("previous", "click", () => go({page: String(Number(at.page) - 1)}));
   on("next", "click", () => go({page: String(Number(at.page) + 1)}));
   on("select-all", "click", () => pickMatching().catch(complain));
-  on("select-none", "click", () => { chosen.clear(); refresher.now(); });
+  on("select-none", "click", () => { chosen.clear(); showChosen(); });
   for (const button of $("selection").querySelectorAll("[data-action]")) button.addEventListener("click",
       () => act(button.dataset.action, [...chosen]));
   for (const [id, key] of [["plot-x", "x"], ["plot-y", "y"], ["plot-colour", "colour"], ["grid-x", "gx"],
@@ -4499,13 +4571,11 @@ function start() {
       () => go({[key]: $(`plot-${key}`).checked ? "1" : "0"}));
   for (const form of document.querySelectorAll("form.tools")) form.addEventListener("submit",
       (event) => event.preventDefault());
-  addEventListener("popstate", arrive);
   addEventListener("hashchange", arrive);
   addEventListener("keydown", onKey);
   document.addEventListener("visibilitychange", onVisibility);
   new ResizeObserver(() => drawPlot()).observe($("plot-drawing"));
   new ResizeObserver(() => drawGrid()).observe($("grid-drawing"));
-  setInterval(() => stream.watch(), 1000);
   login = remembered();
   if (login) showApp();
   else showLogin("");

@@ -36,6 +36,16 @@ SIDEWAYS = """() => {
         .map(node => [node.getBoundingClientRect().right, node.outerHTML.slice(0, 80)])
         .filter(([right]) => right > width + 1).slice(0, 12)];
 }"""
+CROOKED = """() => [...document.querySelectorAll("table")].filter(one => one.checkVisibility()).flatMap(table => {
+    const rows = [...table.tBodies[0].rows], way = cell => getComputedStyle(cell).textAlign.replace("start", "left");
+    return [...table.tHead.rows[0].cells].map((head, at) => {
+        const cells = rows.map(row => row.cells[at]).filter(cell => cell && cell.textContent);
+        const areNumbers = cells.length && cells.every(cell => /^-?[\\d.]+(e-?\\d+)?$/.test(cell.textContent));
+        const wanted = areNumbers ? "right" : way(head);
+        return [head.textContent, way(head), ...new Set(cells.map(way))].concat(
+            [way(head), ...cells.map(way)].some(one => one !== wanted) ? ["crooked"] : []);
+    }).filter(found => found.includes("crooked"));
+})"""
 WHERE = """one => {
     const here = document.activeElement, name = here.outerHTML.slice(0, 80);
     if (one === here) return ["here", name];
@@ -140,6 +150,10 @@ class Tab:
     def sideways(self):
         """Return what makes the page wider than the screen: (right edge in pixels, HTML); nothing where it fits."""
         return self.page.evaluate(SIDEWAYS)
+
+    def crooked(self):
+        """Return the columns whose head is not aligned as their cells are, or whose numbers are not at the right."""
+        return self.page.evaluate(CROOKED)
 
     def shoot(self, name, whole=False):
         """Leave a screenshot where LT_TEST_SHOTS says."""

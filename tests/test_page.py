@@ -926,6 +926,46 @@ def test_what_others_change_appears_by_itself_in_two_tabs(person):
 
 
 @pytest.mark.slow
+def test_a_change_that_is_no_step_is_seen_at_a_glance_and_a_hidden_page_asks_nothing(chromium, server):
+    with chromium.session() as session:
+        ids, glances = submit(server, "quiet", 3), []
+        person = Person(session.tab(), browser.Mouse, server)
+        person.page.on("request", lambda request: request.url.endswith("/mark") and glances.append(request))
+        person.open("#columns=task_name,priority")
+        person.finds(3)
+        for priority in (5, 6):
+            wait_glance(person, 3)  # all that there was is shown by now
+            change(server, ids[:1], priority=priority)
+            began, before = time.monotonic(), len(glances)
+            wait_until(lambda: str(priority) in [row["priority"] for row in person.rows()], "the priority is there")
+            print("a change that is no event appears after %.1f s" % (time.monotonic() - began))
+            assert len(glances) <= before + 2, "the first glance after the change saw it, not a look that was due"
+        hide(person, True)
+        asked_before = len(person.tab.urls)
+        change(server, ids[:1], priority=7)
+        person.page.wait_for_timeout(4000)  # more than two glances
+        assert len(person.tab.urls) == asked_before
+        hide(person, False)
+        wait_until(lambda: "7" in [row["priority"] for row in person.rows()], "what was missed is there")
+        person.tab.is_blameless()
+
+
+def hide(person, is_hidden):
+    """Make the page believe that its tab is hidden, or is seen again."""
+    person.page.evaluate("""isHidden => {
+        Object.defineProperty(document, "hidden", {get: () => isHidden, configurable: true});
+        document.dispatchEvent(new Event("visibilitychange"));
+    }""", is_hidden)
+
+
+def wait_glance(person, count):
+    """Wait until the page has asked so many times whether anything was written."""
+    for _ in range(count):
+        with person.page.expect_response(lambda answer: answer.url.endswith("/mark")):
+            pass
+
+
+@pytest.mark.slow
 def test_a_server_that_is_away_is_shown_so_and_picked_up_again(chromium, server):
     with chromium.session("narrow", "dark") as session:
         submit(server, "before", 3)
@@ -1169,7 +1209,7 @@ def test_axe_core_finds_nothing_in_any_view(person, size, scheme):
     person.known, found = ["401 (Unauthorized)", "400 (Bad Request)"], []
     for at, name in enumerate(every_view(person), 1):
         person.tab.shoot("%s-%s-%02d-%s" % (size, scheme, at, name))
-        found += [(name, one) for one in person.tab.axe()] + [(name, one) for one in person.tab.sideways()]
+        found += [(name, one) for one in person.tab.axe() + person.tab.sideways() + person.tab.crooked()]
     assert at >= 20 and not found, "\n".join("%s: %s" % one for one in found)
 
 
