@@ -2595,6 +2595,7 @@ main#main { flex: 1; display: flex; flex-direction: column; min-height: 0; paddi
 .tools { display: flex; flex-wrap: wrap; gap: 0.5rem 1rem; align-items: center; justify-content: space-between;
   padding: 0.714rem 0; }
 form.tools { justify-content: flex-start; }
+form.tools select { width: 12rem; }  /* whatever fields come and go */
 .tools [role=group] { display: flex; flex-wrap: wrap; gap: 0.286rem; align-items: center; }
 #selected { min-width: 8.5rem; color: var(--quiet); }
 #range { min-width: 12rem; text-align: right; padding-right: 0.286rem; color: var(--quiet); }
