@@ -18,7 +18,7 @@ import labtasker as L
 
 SETTINGS = {  # name: (value of the quick version, meaning)
     "KILLS": (20, "times that the server of the crash checker is killed"),
-    "STEPS": (20000, "operations compared with the model"),
+    "STEPS": (12000, "operations compared with the model"),
     "CUTS": (400, "power cuts tried on each long history"),
     "BITS": (2000, "random bits of a journal flipped, one at a time"),
     "LAST_BYTES": (96, "bytes at a journal's end of which every bit is flipped"),
@@ -28,7 +28,7 @@ SETTINGS = {  # name: (value of the quick version, meaning)
     "QUERIES": (200, "query documents that each seed asks of mongomock too"),
     "DATES": (150, "dates made at random that dateparser reads too, in each zone"),
     "CUTS_NET": (150, "operations through a proxy that cuts connections"),
-    "SOAK": (40, "seconds in which workers, jobs and server are killed and stopped"),
+    "SOAK": (30, "seconds in which workers, jobs and server are killed and stopped"),
     "SOAK_WORKERS": (12, "loops that run at once meanwhile"),
     "SEED": (1, "where the dice start"),
 }
