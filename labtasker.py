@@ -2461,6 +2461,17 @@ class LocalName(str):
     """The name of a queue asked for by somebody who may read the store's file: no password is asked."""
 
 
+class QueueId(str):
+    """The id of a queue asked for by somebody who knew its password; `stored`: the hash that it was right for.
+
+    It lets nobody in any more once the queue has another password."""
+
+    def __new__(cls, queue_id, stored):
+        made = super().__new__(cls, queue_id)
+        made.stored = stored
+        return made
+
+
 class QueueState:
     """A queue in memory: its record, its tasks in the order of their last change, its workers, the indexes.
 
@@ -2535,6 +2546,11 @@ class State:
 
     def __init__(self):
         self.queues, self.names = {}, {}  # {queue id: QueueState}, {queue name: queue id}
+
+    def id_of(self, caller):
+        """Return the id of a caller's queue, or None where a LocalName's is not there. Ids and names never mix: a
+        queue may be named like the id of another."""
+        return self.names.get(caller) if isinstance(caller, LocalName) else caller
 
     def put_queue(self, queue_id, new):
         """Put the queue, or None, in the place of the one under this id, which is returned."""
@@ -2634,18 +2650,25 @@ def transitions(n, at, queue_id, changes, done):
 
 def follow(store, queue_id, after, pause_s):
     """Yield the Transitions of a queue, an id or a LocalName, after the event `after`, (n, k); None after every
-    `pause_s` without any; text where events were compacted away. Ends when the store closes."""
-    quiet_since = monotonic()
-    while not store.closing:
+    `pause_s` without any; text where events were compacted away. Ends when the store closes, and as soon as the queue
+    has another password or is gone."""
+    quiet_since, there = monotonic(), store.state.id_of(queue_id)
+
+    def is_over():
+        has_login = isinstance(queue_id, (QueueId, LocalName)) and there is not None
+        return store.closing or has_login and not store.is_open_to(queue_id, there)
+    while not is_over():
         gap, news, last = _news(store, after)
         for event in _older_events(store.path, after, last) if gap else news:
             after = (event.n, event.k)
-            named = store.state.names.get(queue_id) if isinstance(queue_id, LocalName) else queue_id
-            if event.queue_id in (named, None):
+            there = there or store.state.id_of(queue_id)  # the queue of a LocalName may be made later
+            if is_over():
+                return
+            if event.queue_id in (there, None):
                 yield event
                 quiet_since = monotonic()
         if not gap and not news:
-            store.wait_for(lambda: _news(store, after)[2] > after, quiet_since + pause_s - monotonic())
+            store.wait_for(lambda: _news(store, after)[2] > after or is_over(), quiet_since + pause_s - monotonic())
             if not store.is_server and store.journal.exists():
                 store.alone(lambda: None, writes=False)
         if monotonic() - quiet_since >= pause_s:  # other queues' events are no sign of life
@@ -2907,7 +2930,7 @@ class Store(StoreFile):
         self.looked_at, self.looked = -math.inf, {}  # when time-outs were looked for; {queue id: when, or as good as}
         self.filters = {}  # (document as text, names of fields): predicate
         self.logins = {}  # (name or id of a queue, a password that was right): the hash that it was right for
-        self.waited, self.stirred = set(), set()  # ids of tasks and queues: that a server waits for, that changed since
+        self.waited, self.stirred = set(), set()  # keys of what a server waits for, and of what changed since
         self.on_stir, self.run_began = lambda: None, False
         self.collecting = threading.Lock()  # one thread at a time has the tasks looked through for a new filter
 
@@ -2935,10 +2958,9 @@ class Store(StoreFile):
 
     def _queue(self, queue_id, writes):
         """Return the queue of this id, or of this LocalName; the default queue is made at the first write."""
-        if not isinstance(queue_id, LocalName):
-            queue = self.state.queues.get(queue_id)
-        elif queue_id in self.state.names:
-            queue = self.state.queues[self.state.names[queue_id]]
+        there = self.state.id_of(queue_id)
+        if there is not None:
+            queue = self.state.queues[there] if self.is_open_to(queue_id, there) else None
         elif queue_id != DEFAULT_QUEUE:
             raise Unauthorized("no queue %r in %s: make it with 'labtasker queue create-from-config'"
                                % (str(queue_id), self.path))
@@ -2984,10 +3006,12 @@ class Store(StoreFile):
 
     def _stir(self, queue_id, done):
         """Note which of the tasks, of the queues, and of the queues with a new pending task, that are `waited` for
-        have changed."""
-        keys = {key for _, key, _, _ in done} | {"change of " + queue_id}
+        have changed. A change of the queue's own record is one for all who wait: their password may be another."""
+        keys = {(queue_id, key) for _, key, _, _ in done} | {(queue_id, "change")}
         if any(isinstance(new, TaskRecord) and new.status == "pending" for _, _, _, new in done):
-            keys.add(queue_id)
+            keys.add((queue_id, "pending"))
+        if (queue_id, queue_id) in keys:
+            keys |= {key for key in self.waited if key and key[0] in (queue_id, None)}
         self.stirred |= keys & self.waited
         if self.stirred:
             self.on_stir()
@@ -3017,6 +3041,10 @@ class Store(StoreFile):
 
     def look_for_timeouts(self, queue_id=None):
         """Fail the runs of a queue, or of all, that were silent or have run for too long; at most once a second."""
+        if isinstance(queue_id, LocalName):
+            queue_id = self.state.id_of(queue_id) or queue_id
+        elif queue_id is not None:
+            queue_id = str(queue_id)
         if monotonic() - self.looked.get(queue_id, -math.inf) < LOOK_INTERVAL_S:
             return
         with self.lock:
@@ -3024,7 +3052,7 @@ class Store(StoreFile):
             if queue_id is None:
                 wanted = [one for one, queue in self.state.queues.items() if queue.running]
             else:
-                wanted = [self.state.names.get(queue_id, queue_id) if isinstance(queue_id, LocalName) else queue_id]
+                wanted = [queue_id]
             wanted = [one for one in wanted if monotonic() - self.looked.get(one, -math.inf) >= LOOK_INTERVAL_S]
             self.looked.update((one, monotonic()) for one in wanted)
         for one in wanted:
@@ -3038,7 +3066,7 @@ class Store(StoreFile):
 
     def has_standing(self, queue_id, request):
         """Return whether the filter of a fetch is kept current already, so that its answer takes no time."""
-        queue = self.state.queues.get(self.state.names.get(queue_id, queue_id))
+        queue = self.state.queues.get(self.state.id_of(queue_id))
         asked = queue and queue.pending.standing.get((_required(request), request["filter_text"]))
         return bool(asked and asked.ready)
 
@@ -3071,29 +3099,38 @@ class Store(StoreFile):
         return known, text
 
     def login(self, name, password):
-        """Return the id of the queue, or raise Unauthorized.
+        """Return the QueueId of the queue, or raise Unauthorized.
 
-        The hashing, 41 ms, is done once: a right pair is remembered under its keyed hash, Python's own for text,
-        while the queue has that password."""
+        The hashing is done once: a right pair is remembered under its keyed hash, Python's own for text, while the
+        queue has that password. A name may be another queue's id: then the password tells which of the two is meant."""
         known = self.known_login(name, password)
         if known:
             return known
-        queue_id = self.state.names.get(name, name)
-        queue = self.state.queues.get(queue_id)
-        stored = queue.record.password if queue else None
-        salt = stored.split("$")[2] if stored else "00" * 16  # an unknown queue costs the same
-        if not same_secret(hash_password(password, salt), stored or ""):
-            raise Unauthorized("Invalid credentials")
-        if len(self.logins) > MAX_STANDING:
-            self.logins.clear()
-        self.logins[name, password] = stored
-        return queue_id
+        queues = [self.state.queues.get(key) for key in (self.state.names.get(name), name)]
+        for queue in [queue for queue in queues if queue] or [None]:
+            stored = queue.record.password if queue else None
+            if is_password(password, stored):
+                if len(self.logins) > MAX_STANDING:
+                    self.logins.clear()
+                self.logins[name, password] = known = QueueId(queue.record.queue_id, stored)
+                return known
+        raise Unauthorized("Invalid credentials")
 
     def known_login(self, name, password):
-        """Return the id of the queue if this password was right before and still is, or None."""
-        queue_id = self.state.names.get(name, name)
-        queue, right = self.state.queues.get(queue_id), self.logins.get((name, password))
-        return queue_id if right and queue and queue.record.password == right else None
+        """Return the QueueId of the queue if this password was right before and still is, or None."""
+        known = self.logins.get((name, password))
+        if known is not None and self.is_open_to(known, known):
+            if name == known or name == self.state.queues[known].record.queue_name:
+                return known
+        return None
+
+    def is_open_to(self, caller, queue_id):
+        """Return whether a queue is there, is still the one that a LocalName names, and has the password that a
+        QueueId was had for."""
+        queue = self.state.queues.get(queue_id)
+        if queue is None or isinstance(caller, LocalName):
+            return queue is not None and queue.record.queue_name == caller
+        return not isinstance(caller, QueueId) or queue.record.password == caller.stored
 
 
 def same_secret(one, other):
@@ -3168,12 +3205,23 @@ def _strike(queue, worker_id, count, at):
 # Operations: queues
 
 
-def hash_password(password, salt=None):
-    """Return the PBKDF2 hash of a password as text, with its salt."""
+def hash_password(password, salt=None, rounds=None):
+    """Return the PBKDF2 hash of a password as text, with its rounds and its salt."""
     import hashlib
-    salt = salt or os.urandom(16).hex()
-    key = hashlib.pbkdf2_hmac("sha256", password.encode("utf-8", "surrogatepass"), bytes.fromhex(salt), PASSWORD_ROUNDS)
-    return "pbkdf2_sha256$%d$%s$%s" % (PASSWORD_ROUNDS, salt, key.hex())
+    salt, rounds = salt or os.urandom(16).hex(), rounds or PASSWORD_ROUNDS
+    key = hashlib.pbkdf2_hmac("sha256", password.encode("utf-8", "surrogatepass"), bytes.fromhex(salt), rounds)
+    return "pbkdf2_sha256$%d$%s$%s" % (rounds, salt, key.hex())
+
+
+def is_password(password, stored):
+    """Return whether this is the password of a stored hash; for None, after the same time, that it is not.
+
+    The rounds are the stored ones, so that the constant can change while the passwords stay."""
+    kind, rounds, salt = (stored or "pbkdf2_sha256$%d$%s$" % (PASSWORD_ROUNDS, "00" * 16)).split("$")[:3]
+    if kind != "pbkdf2_sha256":
+        raise Unauthorized("labtasker %s can't check this queue's password, which is hashed by %.40r: update it"
+                           % (__version__, kind))
+    return same_secret(hash_password(password, salt, int(rounds)), stored or "")
 
 
 PASSWORD_ROUNDS = 100000  # 41 ms
@@ -4036,19 +4084,20 @@ def _run_polling(store, caller, request, route):
             "polling_interval": LOOK_INTERVAL_S}
 
 
-# What makes a request with `wait_s` wait: the key in Store.waited of what may bring another answer.
+# What makes a request with `wait_s` wait: the key in Store.waited of what may bring another answer, (id of the queue,
+# what in it): "pending", "change" or the id of a task.
 
 
 def _until_found(store, caller, request, answer):
-    return None if answer["found"] else store.state.names.get(caller, caller)
+    return None if answer["found"] else (store.state.id_of(caller), "pending")
 
 
 def _until_changed(store, caller, request, answer):
-    return "change of " + store.state.names.get(caller, caller) if answer["mark"] == request["seen"] else None
+    return (store.state.id_of(caller), "change") if answer["mark"] == request["seen"] else None
 
 
 def _until_over(store, caller, request, answer):
-    return request["task_id"] if answer and answer["status"] == "running" else None
+    return (store.state.id_of(caller), request["task_id"]) if answer and answer["status"] == "running" else None
 
 
 # Which requests are answered in less than a millisecond, so that a server needs no thread for them.
@@ -4463,7 +4512,7 @@ class Connection:
         self.busy = False  # whether a request is being answered; the next one waits
         self.closing = False  # whether it is closed once all is sent
         self.ended = False  # whether it sends no more
-        self.parked = None  # (Call, HttpRequest, when to give up, id waited for) of a request that waits
+        self.parked = None  # (Call, HttpRequest, when to give up, key waited for) of a request that waits
         self.handshake, self.heard_at = is_tls, monotonic()
         self.vouched = False  # whether it has shown a right password
         self.counted, self.since = 0, None  # bytes of it in `held`, and since when there are any
@@ -4954,7 +5003,7 @@ class _Requests(_Peers):
         return monotonic() + wait_s if wait_s < 10 else math.ceil(monotonic() + wait_s)
 
     def park(self, conn, request, call, give_up_at, key):
-        """Keep a request until the task or queue with this id changes; with None for it, until it is given up."""
+        """Keep a request until what has this key changes; with None for it, until it is given up."""
         conn.parked = (call, request, give_up_at, key)
         self.parked.setdefault(key, collections.OrderedDict())[conn] = None
         self.store.waited.add(key)
@@ -4976,6 +5025,9 @@ class _Requests(_Peers):
         call, request, give_up_at, key = self.unpark(conn)
         if key is None:
             self.answer(conn, *call)
+            return False
+        if key[0] and key[0] not in self.store.state.queues:  # the default queue would be made anew
+            self.answer(conn, *self.refusal(request, Unauthorized("the queue was deleted")))
             return False
         request = request._replace(started=monotonic())
         self.attempt(conn, request, self.begin, call, -math.inf if is_last else give_up_at)
@@ -5154,7 +5206,7 @@ class _Server(_Threads):
         self.heavy = set()  # (login, target) of requests whose answers are large
         self.gates = {name: _Gate(*row) for name, row in GATES.items()}
         self.answered = []  # (connection, request, keep, batch or None, status, answer) of this turn
-        self.parked = {}  # id of a task or queue, None for no more than time: {connection that waits for it: None}
+        self.parked = {}  # key of what is waited for, None for no more than time: {connection that waits for it: None}
         self.give_up_at = math.inf  # when the first of them gives up
         self.returned = collections.deque()  # (connection, what to do next) from threads
         self.is_writing, self.to_write = False, threading.Semaphore(0)

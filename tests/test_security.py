@@ -1,4 +1,5 @@
 """What must be refused, and must not get out: patterns that explode, cross-site requests, secrets, paths, escapes."""
+import base64
 import os
 import socket
 import stat
@@ -10,7 +11,7 @@ import pytest
 
 import labtasker as L
 from harness import PASSWORD, Server, http, run, run_cli
-from test_loop import ME, loop, submit  # noqa: F401 (a fixture)
+from test_loop import ME, fetch, loop, submit  # noqa: F401 (a fixture)
 
 # Patterns that people write -> what they find, what they don't.
 ACCEPTED = [
@@ -181,9 +182,87 @@ def test_an_unknown_queue_costs_what_a_wrong_password_does(loop, monkeypatch):
     for login in (("q", "wrong"), ("nosuch", "wrong")):
         with pytest.raises(L.Unauthorized, match="Invalid credentials"):
             loop.store.login(*login)
-    assert len(hashed) == 2 and all(len(bytes.fromhex(salt)) == 16 for _, salt in hashed)
+    assert len(hashed) == 2 and all(len(bytes.fromhex(salt)) == 16 and rounds == L.PASSWORD_ROUNDS for _, salt, rounds in hashed)
     loop.store.login("q", "p")
     assert len(hashed) == 2  # it was right before
+
+
+def test_a_password_is_checked_with_the_rounds_that_it_was_hashed_with(loop, monkeypatch):
+    loop.store.logins.clear()
+    monkeypatch.setattr(L, "PASSWORD_ROUNDS", 1000)
+    assert loop.store.login("q", "p") == loop.store.state.names["q"]
+    L.answer_call(loop.store, None, "POST", "/api/v1/queues", {"queue_name": "later", "password": "p"})
+    monkeypatch.setattr(L, "PASSWORD_ROUNDS", 2000)
+    assert loop.store.login("later", "p") == loop.store.state.names["later"]
+    with pytest.raises(L.Unauthorized):
+        loop.store.login("later", "wrong")
+    assert L.is_password("p", L.hash_password("p")) and not L.is_password("p", None)
+    with pytest.raises(L.Unauthorized, match="hashed by 'scrypt': update it"):
+        L.is_password("p", "scrypt$1$00$00")
+
+
+def wait_for_a_task(loop, auth):
+    """Return a client whose fetch waits, with this Authorization."""
+    loop.auth, waiting = auth, loop.client()
+    assert loop.call(waiting, *fetch(50)) is None
+    return waiting
+
+
+def login_of(name, password):
+    return base64.b64encode(("%s:%s" % (name, password)).encode()).decode()
+
+
+def test_a_queue_named_like_anothers_id_takes_nothing_of_it(loop):
+    victim = loop.store.state.names["q"]
+    L.answer_call(loop.store, None, "POST", "/api/v1/queues", {"queue_name": victim, "password": "evil"})
+    evil = loop.store.login(victim, "evil")
+    assert evil != victim and loop.store.login(victim, "p") == victim == loop.store.login("q", "p")
+    with pytest.raises(L.Unauthorized):
+        loop.store.login("q", "evil")
+    own, theirs = wait_for_a_task(loop, login_of("q", "p")), wait_for_a_task(loop, login_of(victim, "evil"))
+    mark = L.answer_call(loop.store, lambda: victim, "GET", ME + "/mark")[1]["mark"]
+    loop.auth = login_of(victim, "p")  # by its id
+    assert loop.call(loop.client(), *submit(a=1))[0] == 201
+    assert loop.answer(own)[1]["found"] and loop.answer(theirs) is None
+    assert L.answer_call(loop.store, lambda: victim, "GET", ME + "/mark", query={"seen": mark})[1]["mark"] != mark
+    loop.auth = login_of(victim, "evil")
+    assert loop.call(loop.client(), *submit(b=1))[0] == 201
+    assert loop.answer(theirs)[1]["task"]["args"] == {"b": 1}
+    assert [len(loop.store.state.queues[one].tasks) for one in (victim, evil)] == [1, 1]
+
+
+@pytest.mark.parametrize("method, body", [("PUT", {"new_password": "other"}), ("DELETE", None)])
+def test_what_waits_for_a_queue_ends_with_its_password_and_with_the_queue(loop, method, body):
+    old = loop.auth
+    loop.call(loop.client(), *submit(a=1))
+    task = loop.call(loop.client(), *fetch())[1]["task"]
+    waiting = [wait_for_a_task(loop, old), loop.client(), loop.client()]
+    assert loop.call(waiting[1], "POST", "/tasks/%s/heartbeat?answer=status&wait_s=50" % task["task_id"]) is None
+    mark = loop.call(loop.client(), "GET", "/mark")[1]["mark"]
+    assert loop.call(waiting[2], "GET", "/mark?wait_s=50&seen=" + mark) is None
+    stream = L.answer_call(loop.store, lambda: loop.store.login("q", "p"), "GET", ME + "/events")[1].pieces
+    next(stream)
+    status = L.answer_call(loop.store, lambda: loop.store.login("q", "p"), method, ME, body)[0]
+    loop.server.settle()
+    assert status < 300 and [loop.answer(one)[0] for one in waiting] == [401] * 3 and not loop.server.parked
+    if method == "PUT":
+        loop.auth = login_of("q", "other")
+        loop.store.login("q", "other")
+        assert loop.call(loop.client(), *submit(secret=42))[0] == 201
+    assert list(stream) == []
+
+
+def test_metadata_and_name_of_a_queue_change_under_those_who_wait(loop):
+    waiting = wait_for_a_task(loop, loop.auth)
+    stream = L.answer_call(loop.store, lambda: loop.store.login("q", "p"), "GET", ME + "/events")[1].pieces
+    next(stream)
+    L.answer_call(loop.store, lambda: loop.store.login("q", "p"), "PUT", ME, {"metadata_update": {"a": 1}, "new_queue_name": "r"})
+    loop.server.settle()
+    assert loop.answer(waiting) is None
+    loop.auth = login_of("r", "p")
+    loop.store.login("r", "p")
+    assert loop.call(loop.client(), *submit(a=1))[0] == 201
+    assert loop.answer(waiting)[1]["found"] and b'"new_state": "pending"' in next(stream)
 
 
 def test_files_are_their_owners_alone(tmp_path):
