@@ -62,9 +62,22 @@ __version__ = "0.1.0"
 
 
 class LabtaskerError(Exception):
-    """The root of every error raised here. `status` is the HTTP status that a server answers it with."""
+    """The root of every error raised here. `status` is the HTTP status that a server answers it with.
+
+    Each survives pickle and copy, so that a `multiprocessing.Pool` can hand it to the process that waits for it."""
 
     status = 500
+
+    def __reduce__(self):
+        return _remade, (type(self), self.args, vars(self))
+
+
+def _remade(kind, args, attributes):
+    """Return the error that was pickled or copied; its `__init__`, which takes other arguments, is not called."""
+    error = kind.__new__(kind, *args)
+    error.args = args
+    vars(error).update(attributes)
+    return error
 
 
 class LabtaskerRuntimeError(LabtaskerError, RuntimeError):
@@ -1175,25 +1188,26 @@ def sort_records(records, sort, ties):
     """Return the records sorted by [[dotted field, 1 or -1], ...]; `ties` is the key of what comes out equal."""
     found = sorted(records, key=ties)
     for field, direction in reversed(sort):
-        keys = field.split(".")
-        found.sort(key=lambda record: _order(dig(getattr(record, keys[0], None), keys[1:])), reverse=direction < 0)
+        keys, last = field.split("."), NAN_LAST[direction]
+        found.sort(key=lambda record: _order(dig(getattr(record, keys[0], None), keys[1:]), nan=last),
+                   reverse=direction < 0)
     return found
 
 
-def _order(value, arranged=iter):
-    """Return the key that sorts values of all kinds, in the order of BRACKETS.
+def _order(value, arranged=iter, nan=(2, 0)):
+    """Return the key that sorts values of all kinds, in the order of BRACKETS; `nan` is that of NaN.
 
     Dicts go pair by pair, as in MongoDB: first by the kind of the value, then by the key, then by the value; where
     only equality counts, the pairs are `arranged` as if in one order."""
     kind = type(value)
     if kind is list:
-        return BRACKETS[kind], tuple(_order(each, arranged) for each in value)
+        return BRACKETS[kind], tuple(_order(each, arranged, nan) for each in value)
     if kind is dict:
-        return BRACKETS[kind], tuple((BRACKETS[type(each)], key, _order(each, arranged))
+        return BRACKETS[kind], tuple((BRACKETS[type(each)], key, _order(each, arranged, nan))
                                      for key, each in arranged(value.items()))
     if value is None or value is MISSING:
         return NULL_ORDER
-    return (BRACKETS[kind], value) if value == value else NAN_ORDER
+    return (BRACKETS[kind], value) if value == value else nan
 
 
 # Patterns ----------------------------------------------------------------------
@@ -1323,7 +1337,8 @@ def _pattern_test(document):
 
 
 BRACKETS = {type(MISSING): 0, type(None): 0, int: 1, float: 1, str: 3, dict: 4, list: 5, bool: 6, Instant: 7}
-NULL_ORDER, NAN_ORDER = (0, 0), (2, 0)
+NULL_ORDER = (0, 0)
+NAN_LAST = {1: (2, 0), -1: (0.5, 0)}  # direction of a sort: the key of NaN, which follows the numbers in both
 COMPARABLE = {int: NUMBERS, float: NUMBERS, str: (str,), bool: (bool,), Instant: (Instant,)}
 LOGIC = {"$and": _all_of, "$or": _any_of, "$nor": _none_of}
 
@@ -9215,33 +9230,65 @@ def record_text(row, fmt="yaml"):
 # ---- Values that a person typed
 
 
-NUMBER = Pattern(r"-?(?:0|[1-9][0-9]{0,99})(?:\.[0-9]+)?(?:e-?[0-9]{1,9})?\Z")  # in JSON as in Python
 WORD = Pattern(r"(?!(?:True|False|None)\Z)[A-Za-z_][A-Za-z0-9_./-]*\Z")  # that is no literal, nor can begin one
+SHORT_NUMBER = Pattern(r"-?(?:0|[1-9][0-9]{0,14})\Z|-?(?=[0-9.]{3,16}\Z)(?:0|[1-9][0-9]*)\.[0-9]+\Z")  # never lossy
+DECIMAL = Pattern(r"[-+]?(?:(?:0|[1-9][0-9]*)(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][-+]?[0-9]+)?\Z")
+NUMBERS_OF_LITERAL = Pattern(r"""(?s)('(?:\\.|[^'\\])*'|"(?:\\.|[^"\\])*")"""
+                             r"""|(?<![\w.)\]'"])[-+]?\.?[0-9](?:[eE][-+](?=[0-9])|[\w.])*""")
+
+
+def number_or_text(text, read=float):
+    """Return the number that `text` is, or the text itself where the number would be written as another one."""
+    if SHORT_NUMBER.match(text):
+        return json.loads(text)
+    import decimal
+    try:
+        value = read(text)
+        is_kept = -2 ** 63 <= value < 2 ** 64 if read is int else decimal.Decimal(repr(value)) == decimal.Decimal(text)
+    except (ValueError, ArithmeticError):
+        return text
+    return value if is_kept else text
+
+
+def _kept_numbers(text):
+    """Return a Python literal in which each number that would come out as another one stands as text."""
+    def kept(match):
+        word = match.group()
+        if match.group(1) or word[-1] in "jJ":
+            return word
+        is_kept = DECIMAL.match(word) and number_or_text(word, int if word.strip("+-").isdigit() else float) != word
+        return word if is_kept else json.dumps(word)
+    return NUMBERS_OF_LITERAL.sub(kept, text)
 
 
 def literal(text):
     """Return what `text` is as a Python literal that JSON can hold, or the text itself.
 
-    Most are seen at a glance; `ast` takes 4 ms to import."""
-    if NUMBER.match(text):
+    A number in it that can't be written again as it stands (31e8473, 2024_01_15) stays text too. Most are seen at a
+    glance; `ast` takes 4 ms to import."""
+    if SHORT_NUMBER.match(text):
         return json.loads(text)
     if WORD.match(text):
         return text
     import ast
     import warnings
     try:
+        kept = _kept_numbers(text)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return json.loads(json.dumps(ast.literal_eval(text.lstrip(" \t"))))
+            found = json.dumps(ast.literal_eval(kept.lstrip(" \t")))
+        found = json.loads(found, object_pairs_hook=_no_duplicates)
     except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
         return text
+    return text if kept != text and isinstance(found, str) else found
 
 
 def typed_value(text, what, strict=False):
     """Return `text` as JSON, else as a Python literal, else as it stands; raises UsageError for a key that is there
-    twice, and where it is `strict` instead of returning text as it stands."""
+    twice, and where it is `strict` instead of returning text as it stands. Numbers are kept as by `literal`."""
     try:
-        return json.loads(text, object_pairs_hook=_no_duplicates)
+        return json.loads(text, object_pairs_hook=_no_duplicates, parse_float=number_or_text,
+                          parse_int=functools.partial(number_or_text, read=int))
     except InvalidFields as error:
         raise UsageError("%s: %s" % (what, error)) from None
     except (ValueError, RecursionError) as error:
@@ -9338,9 +9385,10 @@ def range_values(key, match):
     try:
         start, stop, step = map(decimal.Decimal, match.groups())
         steps = (stop - start) / step
-    except decimal.DecimalException:
-        steps = -1
-    if not 0 <= steps < 1000000:
+        is_kept = all(math.isfinite(float(bound)) for bound in (start, stop, step))
+    except (decimal.DecimalException, OverflowError):
+        is_kept, steps = False, -1
+    if not (is_kept and 0 <= steps < 1000000):
         raise UsageError("--%s=%s is no range: write start:stop:step, as in 1:5:1 or 0.1:0.5:0.1"
                          % (key, match.group()))
     number = float if re.search("[.e]", match.group(), re.I) else int

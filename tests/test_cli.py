@@ -1,5 +1,6 @@
 """Section 10: the command line. Real processes in real folders; the pure parts by import."""
 import csv
+import decimal
 import fcntl
 import io
 import json
@@ -17,6 +18,8 @@ import harness
 import labtasker
 import labtasker_cli
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from labtasker import UsageError
 
 MISSING = "00000000-0000-4000-8000-000000000000"
@@ -276,6 +279,48 @@ def test_only_the_parser_of_the_typed_command_is_built(monkeypatch):
 def test_literal(text, value):
     found = labtasker.literal(text)
     assert found == value and type(found) is type(value)
+
+
+KEPT_AS_TEXT = ["31e8473", "1e-400", "2024_01_15", "0x1F", "0b1", "00", "00123e4", "1e400", "-1e400", "18446744073709551616",
+                "0.1234567890123456789", "2.5e-324", "1" * 5000, " 1_0"]
+KEPT_AS_NUMBERS = [("1e23", 1e23), ("1.10", 1.1), ("18446744073709551615", 2 ** 64 - 1), ("-9223372036854775808", -2 ** 63), ("5e-324", 5e-324),
+                   ("9007199254740993", 9007199254740993), ("+0.1", 0.1), ("1E5", 100000.0), ("-.5", -0.5), ("5.", 5.0),
+                   ("0.30000000000000004", 0.1 + 0.2)]
+
+
+@pytest.mark.parametrize("text, value", [(text, text) for text in KEPT_AS_TEXT] + KEPT_AS_NUMBERS)
+def test_a_number_that_would_come_out_as_another_text_stays_text_by_every_way_in(text, value):
+    ways = {"flag": labtasker.literal(text), "update": labtasker.typed_value(text, "x"),
+            "grid": labtasker.grid_values("x", text)[0], "csv": labtasker.tasks_of_csv("x", 'a\n"%s"\n' % text)[0]["args"]["a"],
+            "python": labtasker.typed_value("{'a': [%s]}" % text, "x")["a"][0]}
+    assert {way: (type(found), found) for way, found in ways.items()} == dict.fromkeys(ways, (type(value), value)) or (
+        text.startswith(" ") and ways.pop("python") == text.strip() and set(ways.values()) == {text})
+
+
+@given(st.one_of(st.floats(allow_nan=False, allow_infinity=False), st.integers(-2 ** 63, 2 ** 64 - 1)))
+def test_every_number_comes_out_as_it_was_written(number):
+    for text in (repr(number), json.dumps(number)):
+        for read in (labtasker.literal, lambda text: labtasker.typed_value(text, "x"), lambda text: labtasker.dict_of('{"a": %s}' % text, "x")["a"]):
+            assert (type(read(text)), repr(read(text))) == (type(number), repr(number))
+
+
+@given(st.text("0123456789.eE_+-x", min_size=1, max_size=9))
+def test_what_is_read_as_a_number_is_that_number(text):
+    found = labtasker.literal(text)
+    assert found == text or decimal.Decimal(text) == decimal.Decimal(repr(found))
+
+
+@pytest.mark.parametrize("text, found", [
+    ("[31e8473, 1e-400, 2024_01_15, 1]", ["31e8473", "1e-400", "2024_01_15", 1]), ("['1_0', 1_0]", ["1_0", "1_0"]),
+    ('{"a": 1e400, "b": NaN}', {"a": "1e400", "b": float}), ("{1: 2, '1': 3}", "{1: 2, '1': 3}")])
+def test_numbers_within_a_literal_are_kept_as_those_alone_are(text, found):
+    value = labtasker.typed_value(text, "x")
+    assert value == found or value["a"] == found["a"] and value["b"] != value["b"]
+
+
+def test_a_range_without_an_end_is_refused():
+    with pytest.raises(labtasker.UsageError, match="is no range"):
+        labtasker.grid_values("x", "0:1e400:1e399")
 
 
 @pytest.mark.slow

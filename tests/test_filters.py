@@ -434,9 +434,12 @@ def values_sorted(values, direction):
 
 
 @given(st.permutations(ORDERED))
-def test_values_of_all_kinds_have_one_order_and_descending_is_its_reverse(values):
+def test_values_of_all_kinds_have_one_order_and_descending_is_its_reverse_but_that_nan_follows_the_numbers(values):
+    at, backwards = ORDERED.index(NAN), ORDERED[::-1]
+    backwards.remove(NAN)
+    backwards.insert(len(backwards) - 1, NAN)
     assert str(values_sorted(values, 1)) == str(ORDERED)
-    assert str(values_sorted(values, -1)) == str(ORDERED[::-1])
+    assert str(values_sorted(values, -1)) == str(backwards) and ORDERED[at - 1] == math.inf
 
 
 def test_missing_sorts_as_null_and_times_come_last():

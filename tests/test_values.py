@@ -1,5 +1,8 @@
 """Errors, ids, names, dotted keys, times."""
+import copy
 import datetime
+import multiprocessing
+import pickle
 import uuid
 
 import pytest
@@ -7,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import labtasker
+import labtasker_cli
 
 KEYS = st.text("abcXYZ019_-", min_size=1, max_size=4)
 JSON = st.recursive(st.none() | st.booleans() | st.integers() | st.text(max_size=5),
@@ -139,3 +143,40 @@ def test_a_syntax_mistake_shows_the_line_and_a_caret_under_the_column():
 def test_a_syntax_mistake_far_to_the_right_is_still_in_view_and_control_characters_are_not():
     shown, caret = str(labtasker.FilterError("odd", "x\x1b" * 500 + "!" + "y" * 500, 1000)).splitlines()[1:]
     assert shown[caret.index("^")] == "!" and len(shown) <= 120 and "\x1b" not in shown
+
+
+MADE_WITH = {  # what the errors that take arguments of their own are made with
+    "LabtaskerHTTPStatusError": (409, [{"loc": ["body", "args"], "msg": "no"}], "http://h"), "SyntaxMistake": ("no", "a b\nc", 4),
+    "FilterError": ("no", "a b", 2), "TemplateError": ("no", "%(", 0), "InvalidFields": ([(["body"], "no")],)}
+ERRORS = sorted({kind for module in (labtasker, labtasker_cli) for kind in vars(module).values()
+                 if isinstance(kind, type) and issubclass(kind, labtasker.LabtaskerError)}, key=lambda kind: kind.__name__)
+
+
+@pytest.mark.parametrize("kind", ERRORS, ids=lambda kind: kind.__name__)
+def test_every_error_survives_pickle_and_copy_with_all_that_it_says(kind):
+    try:
+        error = kind(*MADE_WITH.get(kind.__name__, ("what went wrong",)))
+    except TypeError:
+        pytest.fail("%s takes arguments of its own: add them to MADE_WITH" % kind.__name__)
+    error.extra = "by hand"
+    copies = [pickle.loads(pickle.dumps(error, protocol)) for protocol in range(pickle.HIGHEST_PROTOCOL + 1)]
+    for other in copies + [copy.copy(error), copy.deepcopy(error)]:
+        assert (type(other), str(other), other.args, vars(other), other.status) == (
+            kind, str(error), error.args, vars(error), error.status)
+
+
+class OfAUser(labtasker.LabtaskerHTTPStatusError):
+    def __init__(self):
+        super().__init__(404, "gone")
+
+
+def test_an_error_that_a_user_made_of_ours_survives_pickle():
+    assert str(pickle.loads(pickle.dumps(OfAUser()))) == "gone"
+
+
+@pytest.mark.slow
+def test_the_answer_of_a_pool_whose_call_raised_an_error_of_ours_is_that_error():
+    with multiprocessing.Pool(1) as pool:
+        with pytest.raises(labtasker.FilterError) as found:
+            pool.apply_async(labtasker.parse_filter, ("nosuch == 1", ["args"], 0)).get(60)
+    assert found.value.column == 0 and found.value.text == "nosuch == 1"
