@@ -53,6 +53,7 @@ except ImportError:  # Windows: the client and the worker work, the store says w
     fcntl = None
 
 __version__ = "0.1.0"
+THIS_FILE = os.path.abspath(__file__)  # now: a later change of the working folder would make it another
 
 # 1. Values ###################################################################
 #
@@ -2729,16 +2730,35 @@ def _older_events(path, after, last):
             return
 
 
+_STARTED = """
+import importlib.util, json, sys
+spec = importlib.util.spec_from_file_location("labtasker", sys.argv[1])
+module = sys.modules["labtasker"] = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(module)
+answer = getattr(module, sys.argv[2])(*sys.argv[3:])
+if answer is not None:
+    print(json.dumps(answer))
+"""
+
+
+def in_python(function, *words):
+    """Return the words of a command that calls a function of this file and prints its answer, unless None, as JSON.
+
+    Every process of ours is started so: isolated (-I), and with this very file. It never imports a module from the
+    working folder or from PYTHONPATH."""
+    options = ["-B"] if sys.dont_write_bytecode else []
+    if getattr(sys, "pycache_prefix", None):
+        options += ["-X", "pycache_prefix=" + sys.pycache_prefix]
+    return [sys.executable, "-I"] + options + ["-c", _STARTED, THIS_FILE, function] + list(words)
+
+
 def _start_process(function, words, is_heard):
     """Return the Popen of a process that calls a function of this file and, where it `is_heard`, prints its answer
     as JSON."""
     import subprocess
     output = subprocess.PIPE if is_heard else subprocess.DEVNULL
-    folder, name = os.path.split(os.path.splitext(os.path.abspath(__file__))[0])
-    program = ("import json, sys; sys.path.insert(0, sys.argv[1]); "
-               "print(json.dumps(getattr(__import__(sys.argv[2]), sys.argv[3])(*sys.argv[4:])))")
-    return subprocess.Popen([sys.executable, "-c", program, folder, name, function] + list(words), stdout=output,
-                            stderr=output, stdin=subprocess.DEVNULL, universal_newlines=True, start_new_session=True)
+    return subprocess.Popen(in_python(function, *words), stdout=output, stderr=output, stdin=subprocess.DEVNULL,
+                            universal_newlines=True, start_new_session=True)
 
 
 def in_other_process(function, *words):
@@ -7617,8 +7637,8 @@ class Heartbeats:
         if self.process:
             self._end()
         self.process = subprocess.Popen(
-            [sys.executable, os.path.abspath(__file__), "__beats"], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-            universal_newlines=True, start_new_session=True,
+            in_python("beats_main"), stdin=subprocess.PIPE, stdout=subprocess.PIPE, universal_newlines=True,
+            start_new_session=True,
             env=dict(os.environ, LABTASKER_ROOT=os.path.abspath(load_config().root)))
         try:
             self.process.stdin.write("".join(json.dumps(message) + "\n" for message in self.runs.values()))
@@ -10287,7 +10307,6 @@ COMMANDS = {
     "help": Command(lambda options: show_help(options.topic), "List the commands, or print the help of one.",
                     "labtasker help task submit",
                     [option("COMMAND", "words of a command, or a topic", dest="topic", nargs="*")]),
-    "__beats": Command(lambda options: beats_main(), "", ""),  # the worker's heartbeats, a process of its own
 }
 
 if __name__ == "__main__":

@@ -135,6 +135,25 @@ def test_the_process_that_compacts_does(door):
     assert json.loads(L.in_other_process("compact", door.path))[0] == before > os.stat(door.path).st_size
 
 
+@pytest.mark.parametrize("leads_here", ["cwd", "PYTHONPATH"])
+def test_no_process_of_ours_imports_from_the_working_folder_or_pythonpath(door, tmp_path, monkeypatch, leads_here):
+    busy(door, 5)
+    trap = tmp_path / "trap"
+    trap.mkdir()
+    for name in ("json", "labtasker", "heapq", "importlib"):
+        (trap / (name + ".py")).write_text("raise SystemExit('imported from the wrong folder: ' + __file__)")
+    monkeypatch.chdir(trap if leads_here == "cwd" else tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(trap) if leads_here == "PYTHONPATH" else "")
+    assert json.loads(L.in_other_process("compact", door.path))
+    beats = subprocess.run(L.in_python("beats_main"), input=b'{"end": true}\n', stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert (beats.returncode, beats.stdout, beats.stderr) == (0, b"", b"")
+
+
+def test_there_is_one_way_to_start_a_python():
+    source = (TESTS.parent / "labtasker.py").read_text(encoding="utf-8")
+    assert source.count("sys.executable") == 1 and "[sys.executable, \"-I\"]" in source
+
+
 def test_two_compactions_at_once_are_one(door):
     busy(door, 5)
     guard = L.FileLock(door.path + ".compact")

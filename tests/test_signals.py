@@ -54,7 +54,7 @@ def port_of(server):
 def beats_of(loop):
     """Return the pid of a loop's heartbeats."""
     def find():
-        return [pid for pid in children(loop.pid) if b"__beats" in pathlib.Path("/proc/%d/cmdline" % pid).read_bytes()]
+        return [pid for pid in children(loop.pid) if b"beats_main" in pathlib.Path("/proc/%d/cmdline" % pid).read_bytes()]
     return wait_until(find, "the loop has its heartbeats")[0]
 
 
@@ -432,7 +432,7 @@ class Soak:
         """Return the pid of a loop's job, or of its heartbeats, or None."""
         try:
             found = [pid for pid in children(self.some_loop())
-                     if (b"__beats" in pathlib.Path("/proc/%d/cmdline" % pid).read_bytes()) == is_beats]
+                     if (b"beats_main" in pathlib.Path("/proc/%d/cmdline" % pid).read_bytes()) == is_beats]
         except OSError:
             found = []
         return self.dice.choice(found) if found else None

@@ -905,7 +905,7 @@ def test_beats_that_die_are_started_again(home):
     one, = submit(max_retries=1)
     loop = home.start_cli("loop", "--", "sh", "-c", "echo pids; sleep 6", "%(n)")
     wait_for_line(loop, "pids")
-    beats, = wait_until(lambda: [pid for pid in children(loop.pid) if b"__beats" in pathlib.Path(
+    beats, = wait_until(lambda: [pid for pid in children(loop.pid) if b"beats_main" in pathlib.Path(
         "/proc/%d/cmdline" % pid).read_bytes()], "the loop has its heartbeats")
     os.kill(beats, signal.SIGKILL)
     assert wait_for_end(loop) == 0, output(loop)
