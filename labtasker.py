@@ -4402,6 +4402,9 @@ STOP_GRACE_S = 4.0  # for requests that run when the server is told to stop
 SWITCH_S = 0.0005  # after which a thread that scans hands the interpreter over, ten times as often as by default
 EXTENSIONS_HEADER = "Labtasker-Extensions"
 SAFE_METHODS = ("GET", "HEAD")  # change nothing
+CHALLENGE = 'WWW-Authenticate: Basic realm="labtasker", charset="UTF-8"'  # many clients send nothing without a realm
+STREAM_HEADERS = (b"Content-Type: text/event-stream\r\nCache-Control: no-cache, no-store, no-transform\r\n"
+                  b"X-Accel-Buffering: no\r\n\r\n")  # a proxy must neither keep events back nor compress them
 WANTS_PAGE = Pattern(r"text/html(?!\s*;\s*q=0(\.0*)?\s*(,|\Z))", re.IGNORECASE)  # an Accept header
 
 # Threads, by what they are for: how many at a time, for one user, in line, in line for one user.
@@ -4453,7 +4456,8 @@ def read_head(block, own_names=()):
             raise BadHead("a header that is none")
         if name in fields and name in ("content-length", "host", "authorization"):
             raise BadHead("two %s headers" % name)
-        fields[name] = value.strip()
+        value = value.strip()
+        fields[name] = fields[name] + "," + value if name == "connection" and name in fields else value
     if "transfer-encoding" in fields:
         raise BadHead("Transfer-Encoding is not taken here: send a Content-Length")
     length = fields.get("content-length", "0")
@@ -4461,9 +4465,9 @@ def read_head(block, own_names=()):
         raise BadHead("a Content-Length that is no number")
     if len(length) > 18 or int(length) > MAX_BODY_BYTES:
         raise TooLarge("a body of over %d bytes" % MAX_BODY_BYTES)
-    wish = fields.get("connection", "").lower()
+    options = [option.strip() for option in fields.get("connection", "").lower().split(",")]
     return Head(fields, int(length), _basic_login(fields.get("authorization", "")), EXTENSIONS_HEADER.lower() in fields,
-                wish == "close", wish == "keep-alive", _foreign(fields, own_names))
+                "close" in options, "keep-alive" in options, _foreign(fields, own_names))
 
 
 def _foreign(fields, own_names):
@@ -4471,14 +4475,16 @@ def _foreign(fields, own_names):
 
     Browsers alone send Origin, and with every request that changes something: without one any Host will do, so that
     aliases, tunnels and proxies need no settings. With one, the page has to be this server's own, and its Host an
-    address or one of `own_names`: any other name can be made to lead here by whoever owns it (DNS rebinding)."""
-    if fields.get("sec-fetch-site", "") in ("cross-site", "same-site"):
+    address or one of `own_names`: any other name can be made to lead here by whoever owns it (DNS rebinding).
+    Where Host is another than the page's and the browser knows that both are of one origin, a proxy has changed it."""
+    site = fields.get("sec-fetch-site", "")
+    if site in ("cross-site", "same-site"):
         return "a page of another site"
     origin = fields.get("origin")
     if origin is None:
         return None
     host = fields.get("host", "").lower()
-    if origin.lower().partition("://")[2] != host or not host:
+    if not host or origin.lower().partition("://")[2] != host and site != "same-origin":
         return "a page of another site (%.100s)" % ascii(origin)[1:-1]
     name = re.sub(r":\d*\Z", "", host)
     if re.match(r"[\d.]+\Z|\[[0-9a-f:.]+\]\Z", name) or name == "localhost" or name in own_names:
@@ -4516,8 +4522,8 @@ class Heads:
         return head
 
 
-class HttpRequest(collections.namedtuple("HttpRequest", "method target head keep body started")):
-    """A whole request, and whether its connection stays open after it."""
+class HttpRequest(collections.namedtuple("HttpRequest", "method target head keep body started is_old")):
+    """A whole request, whether its connection stays open after it, and whether it `is_old`: HTTP/1.0."""
 
     __slots__ = ()
 
@@ -4576,8 +4582,9 @@ class Connection:
         del self.inbox[:head.length]
         method, target, version = self.line
         self.line = self.head = None
-        keep = head.keep_alive if version == "HTTP/1.0" else not head.close
-        return HttpRequest(method, target, head, keep, body, monotonic())
+        is_old = version == "HTTP/1.0"
+        keep = not head.close and (head.keep_alive or not is_old)
+        return HttpRequest(method, target, head, keep, body, monotonic(), is_old)
 
 
 def _json_in_pieces(answer):
@@ -4594,13 +4601,14 @@ def http_answer(status, answer, request, keep):
     if is_page and answer.etag and request.head.fields.get("if-none-match") == answer.etag:
         status = 304
     extensions = request is not None and request.head.extensions
-    start = _STARTS.get((status, extensions, keep))
+    key = status, extensions, keep, request is not None and request.is_old
+    start = _STARTS.get(key)
     if start is None:
-        start = _STARTS[status, extensions, keep] = _http_start(status, extensions, keep)
+        start = _STARTS[key] = _http_start(*key)
     if request is not None and request.target == "/":
         start += b"Vary: Accept\r\n"
     if isinstance(answer, Stream):
-        return start + b"Content-Type: text/event-stream\r\nCache-Control: no-store\r\n\r\n"
+        return start + STREAM_HEADERS
     start += answer.head.encode() if is_page else b"Content-Type: application/json\r\n" if status != 204 else b""
     if status in (204, 304):
         return start + b"\r\n"
@@ -4609,14 +4617,16 @@ def http_answer(status, answer, request, keep):
     return start if request is not None and request.method == "HEAD" else start + body
 
 
-_STARTS = {}  # (status, extensions, keep): the bytes that such an answer starts with
+_STARTS = {}  # (status, extensions, keep, is_old): the bytes that such an answer starts with
 
 
-def _http_start(status, extensions, keep):
+def _http_start(status, extensions, keep, is_old):
+    """Return the first lines of an answer. HTTP/1.0 closes a connection unless the answer says that it is kept."""
     from http.client import responses
     headers = [(True, "HTTP/1.1 %d %s" % (status, responses.get(status, ""))),
-               (status == 401, "WWW-Authenticate: Basic"), (status == 503, "Retry-After: %d" % RETRY_AFTER_S),
-               (extensions, EXTENSIONS_HEADER + ": 1"), (not keep, "Connection: close")]
+               (status == 401, CHALLENGE), (status == 503, "Retry-After: %d" % RETRY_AFTER_S),
+               (extensions, EXTENSIONS_HEADER + ": 1"), (not keep, "Connection: close"),
+               (keep and is_old, "Connection: keep-alive")]
     return "".join(line + "\r\n" for is_sent, line in headers if is_sent).encode()
 
 
@@ -4947,7 +4957,7 @@ class _Requests(_Peers):
     def admit_body(self, conn):
         """Let a large body come, from one whose password is known to be right; strangers' is looked at first."""
         method, target, _ = conn.line
-        request = HttpRequest(method, target, conn.head, False, b"", monotonic())
+        request = HttpRequest(method, target, conn.head, False, b"", monotonic(), False)
         if self.find(request)[0].open:
             raise TooLarge("a body of over %d bytes" % QUICK_BYTES)
         if self.known_caller(conn.head.login) is None:
@@ -5747,6 +5757,13 @@ class Exchange:
         self.sock, self.is_cut = None, False
 
 
+def _is_of_protocol(method, path, status, answer):
+    """Return whether an answer that is no error can be a Labtasker server's: something between may have sent it."""
+    if status != 204:
+        return 200 <= status < 300 and isinstance(answer, dict) and method != "DELETE"
+    return find_route(method, path)[0].status == 204
+
+
 def _is_of_http(error):
     """Return whether an error is one of http.client's, without importing that."""
     return type(error).__module__ == "http.client"
@@ -5807,13 +5824,17 @@ class HttpTransport:
         status, extensions, content = (self._ask_plainly if is_plain else self._ask_urllib)(asked)
         if extensions or (status != 204 and status < 500):  # of an empty answer the head may be cut off
             self.extensions = extensions == "1"
+        path = asked.target.partition("?")[0]
         try:
-            return status, json.loads(content.decode()) if content else None
+            answer = json.loads(content.decode()) if content else None
         except ValueError:
-            if status >= 400:  # a proxy's page, or a bug of a 1.0.1 server
-                return status, {"detail": content[:200].decode("utf-8", "replace")}
-            raise LabtaskerConnectError("%s answered %s %s with what is no JSON: is it a Labtasker server?" % (
-                self.url, asked.method, asked.target.partition("?")[0])) from None
+            answer = content
+        if status < 400 and not _is_of_protocol(asked.method, path, status, answer):
+            raise LabtaskerConnectError("%s answered %s %s with %s and %s: is it a Labtasker server?" % (
+                self.url, asked.method, path, status, "what is no JSON object" if content else "nothing else"))
+        if status >= 400 and answer is content:  # a proxy's page, or a bug of a 1.0.1 server
+            answer = {"detail": content[:200].decode("utf-8", "replace")}
+        return status, answer
 
     def _ask_urllib(self, asked):
         """Return (status, the header that tells of extensions, content) of an Exchange over a kept connection."""
@@ -5897,8 +5918,10 @@ class HttpTransport:
             sock = connection.sock
             connection.request("GET", request.selector, headers=headers)
             response = connection.getresponse()
-            if response.status != 200:
+            if response.status >= 400:
                 return response.status, json.loads(response.read().decode())
+            if response.status != 200 or "text/event-stream" not in response.getheader("Content-Type", ""):
+                raise ValueError("it answered with %d and no events: is it a Labtasker server?" % response.status)
             sock.settimeout(REQUEST_TIMEOUT_S)
         except (OSError, HTTPException, ValueError) as error:
             raise self.away(error) from None

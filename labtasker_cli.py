@@ -2327,8 +2327,8 @@ PAGE_HTML = r"""<!DOCTYPE html>
 <title>Labtasker</title>
 <link rel="icon" href="data:image/svg+xml,%3Csvg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 16 16'
 %3E%3Crect width='16' height='16' rx='3' fill='%232b5bcc'/%3E%3Cpath d='M4 4h2v6h6v2H4z' fill='%23fff'/%3E%3C/svg%3E">
-<link rel="stylesheet" href="/page.css">
-<script type="module" src="/page.js"></script>
+<link rel="stylesheet" href="page.css">
+<script type="module" src="page.js"></script>
 </head>
 <body>
 <noscript><p class="alone">This page needs JavaScript. Without it there are <code>labtasker task ls</code> and
@@ -2958,8 +2958,9 @@ const titleOf = (field) => own(NAMES, field) || field.replace(/^(args|summary)\.
 
 // 3. Server ###################################################################
 
-const ME = "/api/v1/queues/me";
-const KEPT = "labtasker-login";
+const UNDER = new URL(".", import.meta.url).pathname;  // "/", or the path under which a proxy serves this server
+const ME = `${UNDER}api/v1/queues/me`;
+const KEPT = `labtasker-login${UNDER.slice(0, -1)}`;  // a proxy may serve several under one name
 const RETRY_MS = [1000, 2000, 4000, 8000, 15000, 30000];  // between attempts at a server that is away
 const SILENT_MS = 45000;  // it sends a ping every 15 s
 

@@ -151,6 +151,38 @@ def test_half_an_answer_is_none(answer):
         L.HttpTransport(Canned(answer).url, "q", "p").call("GET", "/health", None, None)
 
 
+def of_a_stranger(status, body=b"", *headers):
+    lines = [b"HTTP/1.1 " + status, b"Content-Length: %d" % len(body)] + list(headers)
+    return b"\r\n".join(lines) + b"\r\n\r\n" + body
+
+
+@pytest.mark.parametrize("first", [0, 9], ids=["plainly", "urllib"])
+@pytest.mark.parametrize("answer", [
+    of_a_stranger(b"200 OK"), of_a_stranger(b"302 Found", b"", b"Location: /login"), of_a_stranger(b"304 Not Modified"),
+    of_a_stranger(b"202 Accepted"), of_a_stranger(b"200 OK", b"{}"), of_a_stranger(b"302 Found", b"{}"),
+    of_a_stranger(b"200 OK", b"null"), of_a_stranger(b"200 OK", b"<html>")])
+def test_what_no_labtasker_server_answers_is_never_taken_for_done(answer, first):
+    transport = L.HttpTransport(Canned(answer).url, "q", "p")
+    transport.asked = first
+    with pytest.raises(L.LabtaskerConnectError, match="is it a Labtasker server"):
+        transport.call("DELETE", "/api/v1/queues/me/tasks/x", None, None)
+    transport.close()
+
+
+@pytest.mark.parametrize("answer", [of_a_stranger(b"204 No Content"), of_a_stranger(b"200 OK", b'"ok"'), of_a_stranger(b"200 OK", b"[]"),
+                                    of_a_stranger(b"200 OK"), of_a_stranger(b"301 Moved", b"{}", b"Location: /")])
+def test_an_answer_has_the_kind_of_content_that_was_asked_for(answer):
+    with pytest.raises(L.LabtaskerConnectError, match="is it a Labtasker server"):
+        L.HttpTransport(Canned(answer).url, "q", "p").call("GET", "/api/v1/queues/me/tasks/x", None, None)
+
+
+@pytest.mark.parametrize("answer", [of_a_stranger(b"204 No Content"), of_a_stranger(b"302 Found"),
+                                    of_a_stranger(b"200 OK", b"<html>", b"Content-Type: text/html")])
+def test_what_is_no_stream_of_events_is_not_listened_to(answer):
+    with pytest.raises(L.LabtaskerConnectError, match="is it a Labtasker server"):
+        L.HttpTransport(Canned(answer).url, "q", "p").listen(None, 20)
+
+
 @pytest.mark.parametrize("url, found", [
     ("http://host", ("host", None, None)), ("http://10.0.0.1:9321", ("10.0.0.1", "9321", None)),
     ("http://[::1]:80/a/b-c", ("[::1]", "80", "/a/b-c")), ("https://host", None), ("http://user:word@host", None),

@@ -9,6 +9,7 @@ import math
 import os
 import re
 import shutil
+import socket
 import sys
 import threading
 import time
@@ -174,7 +175,7 @@ def test_the_page_is_sent_with_a_strict_policy_and_nothing_is_kept(server):
     if headers["ETag"]:
         assert get(server, If_None_Match=headers["ETag"])[:2] == (304, "")
         assert get(server, If_None_Match='"other"')[0] == 200
-    assert {"/page.js", "/page.css"} <= set(parts(text))
+    assert {"page.js", "page.css"} <= set(parts(text))
     for path, kind in (("/page.js", "text/javascript"), ("/page.css", "text/css")):
         status, _, headers = get(server, path, accept="*/*")
         assert status == 200 and headers["X-Content-Type-Options"] == "nosniff", path
@@ -198,6 +199,7 @@ def test_nothing_of_the_page_is_inline_or_from_elsewhere_and_its_script_parses(t
     html, style, script = (make(None, None, None).body.decode("utf-8")
                            for make in (source.page_html, source.page_css, source.page_js))
     assert not re.search(r"<script(?![^>]*\bsrc=)|<style|\sstyle=|\son\w+=|javascript:", html, re.I)
+    assert not re.search(r"(href|src|action)=\"?/", html), "from the root of whatever it is served under"
     known = "http://www.w3.org/2000/svg"  # a name, which nobody asks for
     for text in (html, script, style):
         assert not [url for url in re.findall(r"(?:https?:)?//[\w.-]+\.\w[^\s'\"`)]*", text) if url != known]
@@ -963,6 +965,56 @@ def wait_glance(person, count):
     for _ in range(count):
         with person.page.expect_response(lambda answer: answer.url.endswith("/mark")):
             pass
+
+
+NGINX = """daemon off; pid %(here)s/pid; error_log %(here)s/err; events {} http { access_log off; %(paths)s server {
+    listen 127.0.0.1:%(port)d; location /some/where/ { proxy_pass %(url)s/; } } }"""
+
+
+class Proxy:
+    """An nginx, set up in the shortest way, that serves a server under a path: it buffers, and changes Host."""
+
+    def __init__(self, server, folder):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        kinds = ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
+        (folder / "nginx.conf").write_text(NGINX % {
+            "here": folder, "port": port, "url": server.url,
+            "paths": " ".join("%s_temp_path %s/%s;" % (kind, folder, kind) for kind in kinds)})
+        self.url, self.http = "http://127.0.0.1:%d/some/where" % port, server.http
+        self.process = harness.start([shutil.which("nginx") or "/usr/sbin/nginx", "-e", folder / "err", "-c", folder / "nginx.conf"],
+                                     folder, folder / "out")
+
+    def answers(self):
+        assert self.process.poll() is None
+        try:
+            return http("GET", self.url + "/health")[0] == 200
+        except OSError:
+            return False
+
+
+@pytest.mark.slow
+def test_all_of_the_page_works_under_a_path_of_a_proxy(chromium, server, tmp_path):
+    if not (shutil.which("nginx") or os.path.exists("/usr/sbin/nginx")):
+        pytest.skip("no nginx to put between")
+    proxy = Proxy(server, tmp_path)
+    try:
+        wait_until(proxy.answers, "the proxy passes requests on")
+        with chromium.session() as session:
+            submit(server, "before", 2)
+            person = Person(session.tab(), browser.Mouse, proxy).open()
+            person.says(person.page.locator("#connection"), "Live")
+            person.finds(2)
+            submit(server, "after", 1)  # this is an event
+            person.finds(3)
+            asked_for = {url[len(proxy.url):].partition("?")[0] for url in person.tab.urls if url.startswith(proxy.url)}
+            assert {"/page.css", "/page.js", ME + "/events", ME + "/tasks/view"} <= asked_for
+            assert not [url for url in person.tab.urls if not url.startswith((proxy.url + "/", "data:"))]
+            assert person.page.evaluate("Object.keys(sessionStorage)") == ["labtasker-login/some/where"]
+            person.tab.is_blameless()
+    finally:
+        harness.end_group(proxy.process)
 
 
 @pytest.mark.slow

@@ -84,6 +84,10 @@ SITES = [  # headers -> whether a page of another site may have sent it
     ({"host": "head:1", "origin": "http://head:2"}, True), ({"origin": "http://head"}, True), ({"host": "", "origin": ""}, True),
     ({"host": "head", "sec-fetch-site": "cross-site"}, True), ({"host": "head", "sec-fetch-site": "same-origin"}, False),
     ({"host": "1.2.3.4.evil.example", "origin": "http://1.2.3.4.evil.example"}, True),
+    ({"host": "127.0.0.1:9", "origin": "https://hub", "sec-fetch-site": "same-origin"}, False),  # a proxy has changed Host
+    ({"host": "evil.example", "origin": "http://evil.example", "sec-fetch-site": "same-origin"}, True),
+    ({"host": "127.0.0.1:9", "origin": "http://127.0.0.1:8", "sec-fetch-site": "same-site"}, True),
+    ({"host": "127.0.0.1:9", "origin": "http://evil.example", "sec-fetch-site": "none"}, True),
 ]
 
 

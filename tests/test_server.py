@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 import threading
+import urllib.request
 
 import pytest
 
@@ -78,7 +79,49 @@ def test_bad_requests_get_their_status_and_the_server_goes_on(server):
 def test_older_and_longer_forms_of_requests_are_understood(server):
     assert b"200 OK" in talk(server, b"GET http://any.host:1/health HTTP/1.1\r\nHost: x\r\n\r\n")
     assert b"Connection: close" in talk(server, b"GET /health HTTP/1.0\r\n\r\n")
-    assert b"Connection: close" not in talk(server, b"GET /health HTTP/1.0\r\nConnection: keep-alive\r\n\r\n")
+
+
+@pytest.mark.parametrize("version, headers, is_kept", [
+    ("1.1", "", True), ("1.1", "Connection: keep-alive, Upgrade\r\n", True), ("1.1", "Connection: close, TE\r\n", False),
+    ("1.1", "Connection: TE ,\tClose\r\n", False), ("1.1", "Connection: close\r\nConnection: TE\r\n", False),
+    ("1.1", "Connection: TE\r\nConnection: close\r\n", False), ("1.1", "Connection: closed\r\n", True),
+    ("1.1", "Connection: keep-alive, close\r\n", False), ("1.0", "", False), ("1.0", "Connection: Keep-Alive\r\n", True),
+    ("1.0", "Connection: keep-alive, Upgrade\r\n", True), ("1.0", "Connection: keep-alive, close\r\n", False),
+])
+def test_a_connection_is_kept_as_the_list_of_its_options_says(server, version, headers, is_kept):
+    """HTTP/1.0 closes unless both sides say otherwise, so there the answer says that it is kept."""
+    asked = ("GET /health HTTP/%s\r\n%s\r\n" % (version, headers)).encode()
+    host, port = server.url[7:].split(":")
+    with socket.create_connection((host, int(port)), timeout=20) as connection:
+        reader = connection.makefile("rb")
+        for turn in range(2 if is_kept else 1):
+            connection.sendall(asked)
+            lines = [line.strip() for line in iter(reader.readline, b"\r\n")]
+            reader.read(int([line for line in lines if line.startswith(b"Content-Length")][0][15:]))
+            assert lines[0] == b"HTTP/1.1 200 OK"
+            assert (b"Connection: close" in lines, b"Connection: keep-alive" in lines) == (
+                not is_kept, is_kept and version == "1.0")
+        assert is_kept or reader.read() == b""
+
+
+def test_a_proxy_is_told_to_pass_events_on_at_once(server):
+    head = b"GET /api/v1/queues/me/events HTTP/1.1\r\nAuthorization: Basic %s\r\n\r\n" % (
+        base64.b64encode(("%s:%s" % (QUEUE, PASSWORD)).encode()))
+    host, port = server.url[7:].split(":")
+    with socket.create_connection((host, int(port)), timeout=20) as connection:
+        connection.sendall(head)
+        told = connection.recv(65536).partition(b"\r\n\r\n")[0].split(b"\r\n")
+    assert b"X-Accel-Buffering: no" in told and any(
+        line.startswith(b"Cache-Control: ") and b"no-transform" in line for line in told)
+
+
+def test_a_client_that_waits_for_the_challenge_gets_in(server):
+    """urllib's own handler sends its password only for a challenge with a realm."""
+    known = urllib.request.HTTPPasswordMgrWithDefaultRealm()
+    known.add_password(None, server.url, QUEUE, PASSWORD)
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}), urllib.request.HTTPBasicAuthHandler(known))
+    with opener.open(server.url + "/api/v1/queues/me", timeout=20) as answer:
+        assert json.loads(answer.read().decode())["queue_name"] == QUEUE
 
 
 def test_one_who_asks_first_is_told_that_its_body_is_welcome(server):
@@ -100,7 +143,7 @@ def test_wrong_and_right_passwords(server):
     assert http("GET", server.url + "/api/v1/queues/me", auth=(queue_id, PASSWORD))[0] == 200
     for auth in ((QUEUE, "wrong"), (QUEUE, ""), ("nosuch", PASSWORD), (QUEUE, PASSWORD + "x"), ("", "")):
         status, answer, headers = http("GET", server.url + "/api/v1/queues/me", auth=auth)
-        assert (status, answer) == (401, {"detail": "Invalid credentials"}) and headers["WWW-Authenticate"] == "Basic"
+        assert (status, answer) == (401, {"detail": "Invalid credentials"}) and headers["WWW-Authenticate"].startswith('Basic realm="labtasker"')
     server.http("PUT", "/api/v1/queues/me", {"new_password": "other"})
     assert http("GET", server.url + "/api/v1/queues/me", auth=(QUEUE, PASSWORD))[0] == 401
     assert http("GET", server.url + "/api/v1/queues/me", auth=(QUEUE, "other"))[0] == 200
