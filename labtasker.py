@@ -1512,6 +1512,8 @@ FSYNC_MODES = {
 SYNC_INTERVAL_S = 1.0  # of --fsync interval
 READ_BYTES = 1 << 20  # read at a time when a journal is replayed
 OWNER_BYTES = 512  # of an owner file; its JSON is filled up with blanks
+MOST_NOTE_BYTES = 64 << 10  # of a file in which a process says who it is
+MOST_FILE_BYTES = 64 << 20  # of another JSON file of ours: four times what a server takes as one request
 OWNER_LAPSE_S = 12.0  # for so long another host's counter must stand still before its store is taken over
 ADOPT_BYTES = 256 << 10  # of new lines that a compaction copies while writers wait: some milliseconds
 
@@ -1552,10 +1554,11 @@ class Disk:
             os.close(fd)
 
     @classmethod
-    def create(cls, path, pieces):
-        """Return when a file of these byte `pieces` is on disk under `path`: all of it, or none."""
+    def create(cls, path, pieces, synced=True):
+        """Return when a file of these byte `pieces` is on disk under `path`: all of it, or none. Not `synced`: a power
+        cut may lose it."""
         draft = "%s.new-%d" % (path, os.getpid())
-        fd = cls.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+        fd = cls.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | getattr(os, "O_CLOEXEC", 0), 0o600)
         try:
             try:
                 waiting = bytearray()
@@ -1565,14 +1568,16 @@ class Disk:
                         cls.write_all(fd, bytes(waiting))
                         waiting.clear()
                 cls.write_all(fd, bytes(waiting))
-                cls.sync(fd)
+                if synced:
+                    cls.sync(fd)
             finally:
                 os.close(fd)
             cls.rename(draft, path)
         except OSError:
             os.unlink(draft)
             raise
-        cls.sync_folder(path)
+        if synced:
+            cls.sync_folder(path)
 
 
 class FileLock:
@@ -1655,19 +1660,72 @@ def process_start(pid):
         return None
 
 
-def _read_told(path):
-    """Return the dict that a file holds as JSON; {} when that can't be read."""
+class OddFile(LabtaskerValueError):
+    """A file of ours that does not hold what it should: another program, or another version, wrote it."""
+
+
+def open_plain(path):
+    """Return a binary file to read from, or raise OddFile where the path is a pipe, a device, a folder: reading such a
+    one may wait, or not end."""
+    import stat
     try:
-        with open(path, encoding="utf-8") as file:
-            told = json.load(file)
-        return told if isinstance(told, dict) else {}
-    except (OSError, ValueError):
+        fd = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0)
+                     | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOCTTY", 0))
+    except (IsADirectoryError, ValueError):  # ValueError: a path with a zero byte
+        raise OddFile("%r is not a plain file" % path) from None
+    except OSError as error:
+        if error.errno not in (errno.ENXIO, errno.EOPNOTSUPP):  # a socket, a device without a driver
+            raise
+        raise OddFile("%r is not a plain file" % path) from None
+    if stat.S_ISREG(os.fstat(fd).st_mode):
+        return os.fdopen(fd, "rb")
+    os.close(fd)
+    raise OddFile("%r is not a plain file" % path)
+
+
+def load_json(path, kinds, needed=(), most_bytes=MOST_FILE_BYTES):
+    """Return the dict that a JSON file of ours holds. `kinds`: {field: its type, or [type] for a list of such}; None
+    may stand anywhere but for the fields that are `needed`, and other fields may be there.
+
+    Raises OSError where it can't be read, OddFile where it is anything else."""
+    with open_plain(path) as file:
+        data = file.read(most_bytes + 1)
+    if len(data) > most_bytes:
+        raise OddFile("%s is over %d bytes" % (path, most_bytes))
+    try:
+        found = json.loads(data.decode("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise OddFile("%s is not JSON: %s" % (path, error)) from None
+    if not isinstance(found, dict):
+        raise OddFile("%s is not a JSON object" % path)
+    for name, kind in (kinds or {}).items():
+        value = found.get(name)
+        if name in needed if value is None else not _is_kind(value, kind):
+            raise OddFile("%s: %s %s" % (path, name, "is missing" if value is None else "is not of its type"))
+    return found
+
+
+def _is_kind(value, kind):
+    if isinstance(kind, list):
+        return isinstance(value, list) and all(type(item) is kind[0] for item in value)
+    return type(value) is kind
+
+
+def read_json(path, kinds=None, most_bytes=MOST_FILE_BYTES):
+    """Return what load_json does; {} where the file is not there or not what it should be."""
+    try:
+        return load_json(path, kinds, (), most_bytes)
+    except (OSError, OddFile):
         return {}
+
+
+SERVER_KINDS = {"server": str, "key": str, "pid": int, "host": str, "host_id": str, "addresses": [str], "ca_file": str}
+OWNER_KINDS = {"host_id": str, "host": str, "pid": int, "started": str, "server": bool, "count": str, "released": bool}
 
 
 def read_server_file(folder):
     """Return what the server of the store in `folder` says of itself in server.json, or None."""
-    return _read_told(os.path.join(folder, "server.json")) or None
+    return read_json(os.path.join(folder, "server.json"), SERVER_KINDS, MOST_NOTE_BYTES) or None
 
 
 class Owner:
@@ -1692,11 +1750,11 @@ class Owner:
         """Return the epochs for which there is an owner file, lowest first."""
         folder, prefix = os.path.split(self.path + ".owner-")
         ends = [name[len(prefix):] for name in os.listdir(folder) if name.startswith(prefix)]
-        return sorted(int(end) for end in ends if end.isdigit())
+        return sorted(int(end) for end in ends if re.match(r"[0-9]{1,15}\Z", end))
 
     def read(self, epoch):
         """Return what the owner of an epoch says of itself; {} when that can't be read."""
-        return _read_told(self._file(epoch))
+        return read_json(self._file(epoch), OWNER_KINDS, MOST_NOTE_BYTES)
 
     def holds(self):
         """Return whether this process still owns the store."""
@@ -1755,7 +1813,10 @@ class Owner:
         self.epoch = epoch
         for old in self.epochs():
             if old < epoch:
-                os.unlink(self._file(old))
+                try:
+                    os.unlink(self._file(old))
+                except OSError:  # it is gone already, or a folder that another program made
+                    pass
         return True
 
     def _told(self, **more):
@@ -2269,6 +2330,7 @@ MAX_LOG = 100000  # newly pending tasks remembered for those filters to catch up
 DEFAULT_QUEUE = "default"  # of the store without a server, made at the first write
 SERVER_LOCK_S = 1.0  # a file that is locked for longer may be a server's
 RECENT = 50  # tasks that ended last, by which the rate goes
+BEAT_BYTES = 4096  # a beat file is a line, whatever another program has made of it
 EMBEDDED_POLL_S = 0.1  # how often a waiting process without a server looks at the file
 LOOK_INTERVAL_S = 1.0  # how often time-outs are looked for at the most
 
@@ -2318,9 +2380,10 @@ class BeatFiles:
     def get(self, run_id):
         """Return (began, last heard of), or None."""
         try:
-            with open(os.path.join(self.folder, run_id)) as file:
-                host, began, last = file.read().split()
-            return (float(began), float(last)) if host == self.host_id else (-math.inf, -math.inf)
+            with open_plain(os.path.join(self.folder, run_id)) as file:
+                host, began, last = file.read(BEAT_BYTES).decode("ascii").split()
+            began, last = float(began), float(last)
+            return (began, last) if host == self.host_id else (-math.inf, -math.inf)
         except (OSError, ValueError):
             return None
 
@@ -7189,8 +7252,8 @@ def deliver(task_id, status, summary=None, worker_id=None, run_id=None, reason=N
 
 
 # Reports that can't be delivered, as the server is away, wait in the configuration's folder `outbox`: a file each,
-# named so that they sort by age. Whoever uses that configuration next delivers them: this loop, another, or any
-# command. All can be delivered twice, as they name their run.
+# named so that they sort in the order in which they were put there. Whoever uses that configuration next delivers
+# them: this loop, another, or any command. All can be delivered twice, as they name their run.
 
 
 def outbox():
@@ -7218,13 +7281,20 @@ def keep_report(run, report):
     else:
         old = None
     os.makedirs(outbox(), 0o700, exist_ok=True)
-    path = os.path.join(outbox(), "%017.6f-%s-%d.json" % (now(), run.key, os.getpid()))
+    path = os.path.join(outbox(), "%017.6f-%s-%d.json" % (_next_place(), run.key, os.getpid()))
     content = dict(report, task_id=run.task_id, run_id=run.run_id, queue=config.queue_name, store=_store_name(config))
     Disk.create(path, [json.dumps(content).encode()])
     if old:
         _remove(old[0])
     run.is_end_kept = report["status"] != "running"
     run.kept = None if run.is_end_kept else (path, report["summary"])
+
+
+def _next_place():
+    """Return the time now, or one after all reports that wait: a clock that is set back must not change their order."""
+    names = [os.path.basename(path) for path in kept_reports()]
+    taken = [float(name[:17]) for name in names if re.match(r"[0-8][0-9]{9}\.[0-9]{6}-", name)]
+    return max([float(now())] + [at + 1e-6 for at in taken])
 
 
 def _store_name(config):
@@ -7244,15 +7314,61 @@ def deliver_kept(run=None):
     away.
 
     One that is refused, as the task was taken by another meanwhile, say, is told of and forgotten: what the run came to
-    stays in its log folder."""
-    config, count = load_config(), 0
+    stays in its log folder. A file that is no report is set aside. Where one has to stay, what came later of its run
+    does too: the report that ends a run would have the server refuse its summary."""
+    config, count, staying = load_config(), 0, set()
     for path in kept_reports(run):
-        report = read_json(path)
-        queue, store = report.pop("queue", None), report.pop("store", None)  # None: another was faster
-        if queue == config.queue_name and _deliver_one(report, store == _store_name(config)):
-            _remove(path)
-            count += 1
+        try:
+            report = read_kept(path)
+            is_ours = report and report.pop("queue") == config.queue_name
+            if not is_ours or report.get("run_id") in staying:
+                continue
+            if _deliver_one(report, report.pop("store", None) == _store_name(config)):
+                _remove(path)
+                count += 1
+            else:
+                staying.add(report.get("run_id") or path)
+        except OddFile as error:
+            set_aside(path, error)
     return count
+
+
+KEPT_KINDS = {"task_id": str, "run_id": str, "worker_id": str, "status": str, "summary": dict, "reason": str,
+              "attempt": dict, "queue": str, "store": str}
+
+
+def read_kept(path):
+    """Return the report in a file of the outbox, None where another was faster; raise OddFile where it is none."""
+    try:
+        report = load_json(path, KEPT_KINDS, ("task_id", "status", "queue"))
+    except OSError as error:
+        if isinstance(error, PermissionError) or error.errno == errno.ELOOP or os.path.islink(path):
+            raise OddFile("%s can't be read: %s" % (path, error.strerror)) from None
+        return None  # it is gone, or the disk has a bad moment
+    unknown = sorted(set(report) - set(KEPT_KINDS))
+    if unknown:
+        raise OddFile("%s has a field %r, which this version does not know" % (path, unknown[0][:50]))
+    if not NAME.match(report["task_id"]) or report["status"] not in REPORTS:
+        raise OddFile("%s is about task %.50r and status %.50r" % (path, report["task_id"], report["status"]))
+    try:
+        json.dumps(report)
+    except RecursionError:
+        raise OddFile("%s is nested too deep" % path) from None
+    return report
+
+
+def set_aside(path, why):
+    """Give a file of the outbox a name under which nothing looks at it any more, and say so."""
+    names = itertools.chain([path + ".aside"], ("%s.aside-%d" % (path, n) for n in itertools.count(2)))
+    aside = next(name for name in names if not os.path.lexists(name))
+    try:
+        os.rename(path, aside)
+    except FileNotFoundError:  # another was faster
+        return
+    except OSError as error:
+        return remark("%s; it can't be set aside: %s" % (why, error.strerror))
+    remark("%s. So it can't be delivered as a report, and was renamed to %s. If another version of Labtasker wrote it, "
+           "take the ending away again and run a command of that version here." % (why, os.path.basename(aside)))
 
 
 def _deliver_one(report, is_its_store):
@@ -7275,9 +7391,10 @@ def post(run, report, pause=time.sleep, limit_s=lambda: SERVER_LOST_S):
     if monotonic() >= run.away_until:
         try:
             deliver_kept(run)
-            if not run.is_end_kept:
-                deliver(run.task_id, run_id=run.run_id, **report)
-            return True
+            if not kept_reports(run):  # else what waits goes first
+                if not run.is_end_kept:
+                    deliver(run.task_id, run_id=run.run_id, **report)
+                return True
         except LabtaskerError as error:
             if not is_away(error):
                 raise
@@ -7293,22 +7410,10 @@ def post(run, report, pause=time.sleep, limit_s=lambda: SERVER_LOST_S):
 
 def write_json(path, value):
     """Put a JSON value into a file, or in its place, that only its owner can read; a full disk is told of."""
-    draft = "%s.%d" % (path, os.getpid())
     try:
-        with open(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
-            file.write(json.dumps(value, indent=2) + "\n")
-        os.replace(draft, path)
+        Disk.create(path, [json.dumps(value, indent=2).encode() + b"\n"], synced=False)
     except OSError as error:
         remark("can't write %s: %s" % (path, error.strerror))
-
-
-def read_json(path):
-    """Return the dict in a file, {} where there is none."""
-    try:
-        with open(path) as file:
-            return json.load(file)
-    except (OSError, ValueError):
-        return {}
 
 
 class Run:
@@ -7373,7 +7478,8 @@ class Run:
     def ended_by_job(self):
         """Return the status that the job, in whichever of its processes, has set itself, or None."""
         if self.ended is None:
-            self.ended = read_json(self.path("status.json")).get("status")
+            told = read_json(self.path("status.json"), {"status": str}).get("status")
+            self.ended = told if told in ENDS_OF_JOBS else None
         return self.ended
 
     def make_log_dir(self):
@@ -7382,6 +7488,7 @@ class Run:
 
 
 STOP_FILE = "stop.json"
+ENDS_OF_JOBS = ("success", "failed", "cancelled", "pending")  # what a job may set its own task to
 RUNS = {}  # thread or, for a job's process, its task and run -> Run
 SERVER_LOST_S = 3600  # how long a server may be away
 AWAY_S = 10  # after a report that could not be delivered: how long those that follow are kept without asking
@@ -7484,7 +7591,7 @@ def preempted():
         return run.preempted
     if threading.current_thread() is threading.main_thread():
         _hear_of_stops()
-    return bool(STOPS) or run is not None and os.path.exists(run.path(STOP_FILE))
+    return bool(STOPS) or run is not None and bool(read_json(run.path(STOP_FILE), {"signal": str}))
 
 
 STOPS = []  # signals that told this process to stop, since it asks

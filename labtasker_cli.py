@@ -30,7 +30,7 @@ from labtasker import (
     metadata_of, monotonic, new_id, note, now, opened_queue, option, pairs, parse, parse_filter, parse_time, paths_of,
     read_server_file, read_text, record_text, say, sealed, seconds, selectors, show, show_listing, some, store_error,
     store_folder, tasks_named, typed_filter, typed_value, unseal, update_queue, update_tasks, updates_of, use_client,
-    visible)
+    visible, OddFile, open_plain)
 
 __all__ = ["main", "server_main"]
 
@@ -914,10 +914,10 @@ def last_log(task):
 def last_lines(path, limit, tail_bytes=65536):
     """Return the last lines of a file as a terminal would show them, or [] where it can't be read."""
     try:
-        with open(path, "rb") as file:
-            file.seek(max(0, os.path.getsize(path) - tail_bytes))
-            text = file.read().decode("utf-8", "replace")
-    except OSError:
+        with open_plain(path) as file:
+            file.seek(max(0, os.fstat(file.fileno()).st_size - tail_bytes))
+            text = file.read(tail_bytes).decode("utf-8", "replace")
+    except (OSError, OddFile):
         return []
     lines = [line.rstrip("\r").split("\r")[-1] for line in text.rstrip("\n").split("\n")]  # bars go back to the start
     return [clean(re.sub("\x1b\\[[0-9;?]*[A-Za-z]", "", line), "").expandtabs(4) for line in lines[-limit:]]
@@ -1375,6 +1375,7 @@ def log_path(task, attempt):
     here = os.path.join(os.path.abspath(find_root()), "logs", task.task_id, attempt.get("run_id") or task.run_id or "",
                         "run.log")
     told = attempt.get("log")
+    told = told if isinstance(told, str) and os.path.isabs(told) and "\0" not in told else None
     return told if told and (os.path.exists(told) or not os.path.exists(here)) else here
 
 
@@ -1401,7 +1402,7 @@ COLOURS = re.compile("\x1b\\[[0-9;]*m")
 def print_from(path, position):
     """Return the new position after printing what is in the file from there on."""
     try:
-        with open(path, "rb") as file:
+        with open_plain(path) as file:
             file.seek(position)
             for data in iter(lambda: file.read(1 << 20), b""):
                 print_output(data)

@@ -1,7 +1,9 @@
 """Section 4: one owner a store, also where a lock that one host takes is not seen on another."""
+import contextlib
 import json
 import os
 import signal
+import socket
 import sys
 import threading
 
@@ -241,3 +243,75 @@ def test_drafts_of_processes_that_died_are_removed_when_a_server_opens(tmp_path)
     store = server(tmp_path)
     assert sorted(os.listdir(str(tmp_path))) == ["journal.jsonl", "journal.jsonl.lock", "journal.jsonl.owner-1", "journal.jsonl.torn-5-5"]
     store.close()
+
+
+def odd(path, kind):
+    """Put what another program might leave under a name of ours there."""
+    if kind == "folder":
+        path.mkdir()
+    elif kind == "pipe":
+        os.mkfifo(str(path))
+    elif kind == "device":
+        path.symlink_to("/dev/zero")
+    elif kind == "socket":
+        with contextlib.closing(socket.socket(socket.AF_UNIX)) as made:
+            made.bind(path.name)  # in the working folder: the whole path may be too long for a socket
+    elif kind == "huge":
+        with open(str(path), "wb") as file:
+            file.truncate(L.MOST_FILE_BYTES + 1)
+    elif kind == "nothing behind the link":
+        path.symlink_to("nowhere")
+    else:
+        path.write_bytes(kind)
+    return path
+
+
+ODD = ["folder", "pipe", "device", "socket", "huge", b"", b"\0" * 100, b"{", b"[]", b"null", b'"text"', b"\xff\xfe{}", b"[" * 100000,
+       b'{"n": ' + b"[" * 100000, b"7" * 10000]
+
+
+@pytest.mark.parametrize("kind", ODD, ids=repr)
+def test_a_file_of_ours_that_is_no_plain_small_json_object_is_named_and_never_waited_for(tmp_path, monkeypatch, kind):
+    monkeypatch.chdir(tmp_path)
+    path = odd(tmp_path / "server.json", kind)
+    with pytest.raises(L.OddFile, match="server.json"):
+        L.load_json(str(path), {})
+    assert L.read_json(str(path)) == {} and L.read_server_file(str(tmp_path)) is None
+
+
+@pytest.mark.parametrize("told", [
+    {"addresses": "http://h:1"}, {"addresses": [1]}, {"addresses": {"a": 1}}, {"pid": "7"}, {"pid": True}, {"key": ["k"]},
+    {"host_id": 1}, {"ca_file": 7}], ids=repr)
+def test_a_server_file_with_a_field_of_another_type_is_none(tmp_path, told):
+    (tmp_path / "server.json").write_text(json.dumps(dict({"server": "s", "addresses": ["http://h:1"]}, later=[1])))
+    assert L.read_server_file(str(tmp_path))["addresses"] == ["http://h:1"]
+    (tmp_path / "server.json").write_text(json.dumps(dict({"server": "s", "addresses": ["http://h:1"]}, **told)))
+    assert L.read_server_file(str(tmp_path)) is None
+
+
+def test_a_file_of_ours_is_written_whole_or_stays_as_it_was(tmp_path, monkeypatch):
+    path = tmp_path / "told.json"
+    L.write_json(str(path), {"a": 1})
+
+    def full(fd, data):
+        os.write(fd, bytes(data)[:3])
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr(L.Disk, "write", staticmethod(full))
+    L.write_json(str(path), {"a": 2})
+    assert L.read_json(str(path)) == {"a": 1} and os.listdir(str(tmp_path)) == ["told.json"]
+
+
+@pytest.mark.parametrize("name, kind", [("owner-7", "folder"), ("owner-7", b"{}"), ("owner-7", "device"), ("owner-\xb2", b""),
+                                        ("owner-" + "9" * 40, b"")])
+def test_an_odd_owner_file_keeps_nobody_out(tmp_path, name, kind):
+    odd(tmp_path / ("journal.jsonl." + name), kind)
+    store = L.Store(str(tmp_path / "journal.jsonl"))
+    store.owner._is_silent = lambda epoch, told: True
+    assert submit(store)[0] == 201 and store.owner.holds()
+
+
+@pytest.mark.parametrize("kind", ["folder", "device", b"", b"nothing of ours", b"x" * 100000, b"\xff 1 2"])
+def test_an_odd_beat_file_is_that_of_a_run_which_is_not_known(tmp_path, kind):
+    (tmp_path / "beats").mkdir()
+    odd(tmp_path / "beats" / "run", kind)
+    assert L.BeatFiles(str(tmp_path)).get("run") is None

@@ -527,3 +527,97 @@ def test_whatever_is_killed_or_stopped_every_task_is_done_and_counted_once(reque
     assert not outbox(place)
     for t in tasks:
         assert [a["status"] for a in t.attempts].count("success") == 1 and "end" in t.attempts[-1]
+
+
+# The outbox: what waits there is delivered in its order, and what is no report is no bug
+
+
+@pytest.fixture
+def running(home):
+    """A Run of a task that this process has fetched, with a store without a server."""
+    labtasker.submit_task(args={"n": 1})
+    worker = labtasker.create_worker()
+    found = labtasker.fetch_task(worker_id=worker, required_fields=["n"]).task
+    return labtasker.Run(found.task_id, found.run_id, worker, found)
+
+
+def keep(run, status, **more):
+    labtasker.keep_report(run, dict({"status": status, "summary": None, "worker_id": run.worker_id}, **more))
+
+
+@pytest.mark.parametrize("shifts", [(60, 0), (0, -3600), (1e6, 1e6), (0, 0)])
+def test_what_waits_is_delivered_in_the_order_in_which_it_was_kept_whatever_the_clock(running, monkeypatch, shifts):
+    real = labtasker.now
+    monkeypatch.setattr(labtasker, "now", lambda: labtasker.Instant(real() + shifts[0]))
+    job = labtasker.Run(running.task_id, running.run_id, running.worker_id)  # in the job's process
+    keep(job, "running", summary={"acc": 0.9})
+    monkeypatch.setattr(labtasker, "now", lambda: labtasker.Instant(real() + shifts[1]))
+    keep(running, "success")
+    monkeypatch.setattr(labtasker, "now", real)
+    assert labtasker.deliver_kept() == 2 and not labtasker.kept_reports()
+    got = task(running.task_id)
+    assert (got.status, got.summary) == ("success", {"acc": 0.9})
+
+
+def test_where_a_report_has_to_stay_what_came_later_of_its_run_stays_too(running, monkeypatch):
+    job = labtasker.Run(running.task_id, running.run_id, running.worker_id)
+    keep(job, "running", summary={"acc": 0.9})
+    keep(running, "success")
+    send, answers = labtasker.deliver, [500]
+
+    def refuse_once(*given, **named):
+        if answers:
+            raise labtasker.LabtaskerHTTPStatusError(answers.pop(), "out of order", None)
+        return send(*given, **named)
+    monkeypatch.setattr(labtasker, "deliver", refuse_once)
+    assert labtasker.deliver_kept() == 0 and len(labtasker.kept_reports()) == 2
+    answers.append(500)
+    assert labtasker.post(running, {"status": "success", "summary": {"late": 1}, "worker_id": running.worker_id}) is False
+    assert labtasker.deliver_kept() == 2
+    assert (task(running.task_id).status, task(running.task_id).summary["acc"]) == ("success", 0.9)
+
+
+REPORT = {"task_id": "t", "run_id": "r", "worker_id": None, "status": "success", "summary": None, "queue": "default", "store": "s"}
+ODD_REPORTS = {
+    "empty": b"", "no JSON": b"\0\xff", "a list": b"[]", "null": b"null", "a text": b'"report"', "deep": b"[" * 100000,
+    "no report": b"{}", "another version's": json.dumps(dict(REPORT, later=1)).encode(),
+    "a path for a task": json.dumps(dict(REPORT, task_id="../../queues/me")).encode(),
+    "a status of another version": json.dumps(dict(REPORT, status="paused")).encode(),
+    "a summary that is a list": json.dumps(dict(REPORT, summary=[1])).encode(),
+    "a task that is a number": json.dumps(dict(REPORT, task_id=7)).encode(),
+}
+
+
+@pytest.mark.parametrize("name", ODD_REPORTS)
+def test_what_is_no_report_is_set_aside_named_once_and_holds_up_nothing(running, name, capsys):
+    os.makedirs(labtasker.outbox())
+    path = pathlib.Path(labtasker.outbox(), "1000000000.000000-x-1.json")
+    path.write_bytes(ODD_REPORTS[name])
+    keep(running, "success")
+    labtasker.bring_what_waits()
+    assert task(running.task_id).status == "success" and path.with_suffix(".json.aside").read_bytes() == ODD_REPORTS[name]
+    assert "renamed to %s.aside" % path.name in capsys.readouterr().err
+    labtasker.bring_what_waits()
+    assert capsys.readouterr().err == "" and not labtasker.kept_reports()
+
+
+@pytest.mark.parametrize("kind", ["pipe", "folder", "link to nothing", "device"])
+def test_what_is_no_plain_file_in_the_outbox_is_set_aside_and_never_waited_for(running, kind, capsys):
+    os.makedirs(labtasker.outbox())
+    path = pathlib.Path(labtasker.outbox(), "odd.json")
+    {"pipe": lambda: os.mkfifo(str(path)), "folder": path.mkdir, "device": lambda: path.symlink_to("/dev/zero"),
+     "link to nothing": lambda: path.symlink_to("nowhere")}[kind]()
+    path.with_suffix(".json.aside").write_text("of an earlier one")
+    labtasker.bring_what_waits()
+    assert "odd.json.aside-2" in capsys.readouterr().err and not labtasker.kept_reports()
+    assert path.with_suffix(".json.aside").read_text() == "of an earlier one"
+
+
+def test_an_odd_file_in_the_outbox_ends_no_command_and_no_loop(home):
+    submit()
+    (home.folder / "outbox").mkdir()
+    (home.folder / "outbox" / "a.json").write_text('{"task_id": "x", "status": "success", "queue": "default", "store": "s", "step": 1}')
+    run = home.cli("task", "count")
+    assert "a.json.aside" in run.stderr and "bug" not in run.stderr and "a.json" not in home.cli("task", "count").stderr
+    os.mkfifo(str(home.folder / "outbox" / "b.json"))
+    assert "b.json.aside" in home.cli("loop", "--", "true", "%(n)").stderr

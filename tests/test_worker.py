@@ -1048,3 +1048,14 @@ def test_nobody_is_asked_where_there_is_no_terminal(home, monkeypatch):
     monkeypatch.setitem(labtasker.LOOP_SETTINGS, "prompt_on_failure", False)
     labtasker.set_prompt_on_task_failure(True)
     assert labtasker.ask_to_go_on()
+
+
+def test_a_log_that_is_no_plain_file_is_refused_and_never_waited_for(home):
+    one, = submit(max_retries=1)
+    assert home.cli("loop", "--", "sh", "-c", "echo words; exit 1", "%(n)").returncode == 0
+    log, = (home.folder / "logs").glob("*/*/run.log")
+    assert "words" in home.cli("task", "logs", one).stdout
+    log.unlink()
+    os.mkfifo(str(log))
+    run = home.cli("task", "logs", one, check=False, timeout_s=20)
+    assert run.returncode == 1 and "is not a plain file" in run.stderr
