@@ -3025,11 +3025,14 @@ class Store(StoreFile):
         super().__init__(path, is_server, fsync)
         self.changed, self.closing = threading.Condition(self.lock), False
         self.beats = Beats({} if is_server else BeatFiles(self.folder))
-        self.looked_at, self.looked = -math.inf, {}  # when time-outs were looked for; {queue id: when, or as good as}
+        self.looked_at = -math.inf  # when time-outs were looked for
+        # {queue id: when, at the earliest, a run of it is over}; the earliest of all; both on the monotonic clock
+        self.timeouts_at, self.next_timeout_at = {}, -math.inf
+        self.awake_until = math.inf  # when, at the latest, this process meant to wake; a server says so before it waits
         self.filters = {}  # (document as text, names of fields): predicate
         self.logins = {}  # (name or id of a queue, a password that was right): the hash that it was right for
         self.waited, self.stirred = set(), set()  # keys of what a server waits for, and of what changed since
-        self.on_stir, self.run_began = lambda: None, False
+        self.on_stir = lambda: None
         self.collecting = threading.Lock()  # one thread at a time has the tasks looked through for a new filter
 
     def begin(self, operation, queue_id, request, writes=True):
@@ -3115,17 +3118,24 @@ class Store(StoreFile):
             self.on_stir()
 
     def _note_run(self, old, new):
-        """Have the beats begin with a run and end with it, and time-outs looked for."""
+        """Have the beats begin with a run and end with it, and time-outs looked for when it may be over."""
         before = old.run_id if old is not None and old.status == "running" else None
         after = new.run_id if new is not None and new.status == "running" else None
-        if after:
-            self.run_began = True
-            self.looked[new.queue_id] = min(self.looked.get(new.queue_id, -math.inf), monotonic())
         if after != before:
             if before:
                 self.beats.runs.pop(before, None)
             if after:
                 self.beats.start(after)
+                self._look_by(new.queue_id, max(LOOK_INTERVAL_S, min(
+                    (one for one in (new.heartbeat_timeout, new.task_timeout) if one is not None), default=math.inf)))
+        elif after and (old.heartbeat_timeout, old.task_timeout) != (new.heartbeat_timeout, new.task_timeout):
+            self._look_by(new.queue_id, LOOK_INTERVAL_S)
+
+    def _look_by(self, queue_id, in_s):
+        """Have the time-outs of a queue looked for in so many seconds, unless that happens earlier."""
+        at = monotonic() + in_s
+        self.timeouts_at[queue_id] = min(at, self.timeouts_at.get(queue_id, -math.inf))
+        self.next_timeout_at = min(at, self.next_timeout_at)
 
     def wait_for(self, is_there, timeout_s):
         """Return once is_there() or the store closes, or after so many seconds; without a server also when others
@@ -3137,22 +3147,30 @@ class Store(StoreFile):
         while not (self.is_server or is_there() or self.journal.is_stale() or monotonic() >= give_up_at):
             time.sleep(max(0, min(EMBEDDED_POLL_S, give_up_at - monotonic())))
 
+    def notice_sleep(self):
+        """Give every run its full time again where this process woke much later than it meant to: it was stopped, and
+        heard of nobody meanwhile."""
+        late_s = monotonic() - self.awake_until
+        if late_s > SLEPT_S:
+            with self.lock:
+                self.beats.pardon(late_s)
+                self.awake_until = monotonic()
+
     def look_for_timeouts(self, queue_id=None):
         """Fail the runs of a queue, or of all, that were silent or have run for too long; at most once a second."""
         if isinstance(queue_id, LocalName):
             queue_id = self.state.id_of(queue_id) or queue_id
         elif queue_id is not None:
             queue_id = str(queue_id)
-        if monotonic() - self.looked.get(queue_id, -math.inf) < LOOK_INTERVAL_S:
-            return
         with self.lock:
+            self.notice_sleep()
             self.looked_at, seen = monotonic(), self.journal.n
             if queue_id is None:
                 wanted = [one for one, queue in self.state.queues.items() if queue.running]
             else:
                 wanted = [queue_id]
-            wanted = [one for one in wanted if monotonic() - self.looked.get(one, -math.inf) >= LOOK_INTERVAL_S]
-            self.looked.update((one, monotonic()) for one in wanted)
+            wanted = [one for one in wanted if self.timeouts_at.get(one, -math.inf) <= self.looked_at]
+            self.timeouts_at.update((one, self.looked_at + LOOK_INTERVAL_S) for one in wanted)
         for one in wanted:
             try:
                 quiet_s = self.transact(expire_runs, one, None)
@@ -3160,7 +3178,12 @@ class Store(StoreFile):
                 continue
             with self.lock:
                 if self.is_server and self.journal.n == seen:  # else a run may have begun that is over earlier
-                    self.looked[one] = monotonic() + max(0.0, quiet_s - LOOK_INTERVAL_S)
+                    self.timeouts_at[one] = monotonic() + max(LOOK_INTERVAL_S, quiet_s)
+        if queue_id is None:
+            with self.lock:
+                running = [one for one, queue in self.state.queues.items() if queue.running]
+                self.timeouts_at = {one: at for one, at in self.timeouts_at.items() if one in self.state.queues}
+                self.next_timeout_at = min((self.timeouts_at.get(one, -math.inf) for one in running), default=math.inf)
 
     def has_standing(self, queue_id, request):
         """Return whether the filter of a fetch is kept current already, so that its answer takes no time."""
@@ -3178,12 +3201,6 @@ class Store(StoreFile):
                 asked, entries = queue.pending.begin_standing(
                     _required(request), request["filter_text"], request["predicate"])
             asked.collect(entries)
-
-    def quiet_s(self):
-        """Return the seconds in which, as far as was looked, no run's time is over."""
-        with self.lock:
-            return min((self.looked.get(one, -math.inf) + LOOK_INTERVAL_S - monotonic()
-                        for one, queue in self.state.queues.items() if queue.running), default=math.inf)
 
     def predicate(self, document, fields):
         """Return the predicate of a query document and its text; the latest are remembered."""
@@ -3534,7 +3551,8 @@ def fetch_task_op(store, queue, request, at):
               "fetch_id": request.get("fetch_id"), "last_heartbeat": at if request["start_heartbeat"] else None}
     if request.get("cmd"):
         fields["cmd"] = request["cmd"]
-    if request.get("heartbeat_timeout") is not None:
+    is_wished = not (request.get("heartbeat_default") and task.heartbeat_timeout is not None)
+    if request.get("heartbeat_timeout") is not None and is_wished:
         fields["heartbeat_timeout"] = request["heartbeat_timeout"]
     if request.get("eta_max") is not None:
         fields["task_timeout"] = request["eta_max"]
@@ -4281,7 +4299,7 @@ ROUTES = {
         fields={"worker_id": Arg("id"), "eta_max": Arg("duration"), "heartbeat_timeout": Arg("seconds"),
                 "start_heartbeat": Arg("bool", True), "required_fields": Arg("texts"), "extra_filter": Arg("filter"),
                 "cmd": Arg("cmd"), "fetch_id": _ours("id"), "wait_s": _ours("wait", 0.0),
-                "attempt": _ours("attempt")}),
+                "attempt": _ours("attempt"), "heartbeat_default": _ours("bool", False)}),
     "GET " + _TASKS + "/{task_id}": _route(get_task_op, "one task", writes=False, quick=_always),
     "DELETE " + _TASKS + "/{task_id}": _route(delete_task_op, "delete a task", status=204, quick=_always),
     "GET " + _TASKS + "/{task_id}/log": _route(
@@ -5307,7 +5325,7 @@ class _Server(_Threads):
         self.id = store.server_id = new_id()
         self.key = os.urandom(24).hex()  # the key stands in server.json, for who may read it
         self.stopping, self.compaction = False, None
-        self.due_at, self.housekept_at, self.swept_at = monotonic(), -math.inf, monotonic()
+        self.due_at = self.swept_at = monotonic()  # when the next chore is due, time-outs aside; when it swept
         self.connections = set()  # but for those that threads have, or that are in line for one
         self.held = self.large = 0  # bytes of unfinished requests and unread answers; of large bodies
         self.handshakes, self.eager = 0, []  # in this turn; connections with a request in hand that have had their turn
@@ -5332,7 +5350,7 @@ class _Server(_Threads):
         threading.Thread(target=self.write_always, name="journal writer", daemon=True).start()
         gc.disable()  # requests leave no cycles behind (a test counts them); a search through a million tasks takes 1 s
         while not self.stopping:
-            self.turn(min(self.due_at, self.give_up_at) - monotonic())
+            self.turn(min(self.due_at, self.store.next_timeout_at, self.give_up_at) - monotonic())
             self.service_actions()
         self.selector.unregister(self.socket)
         with self.store.lock:  # streams end
@@ -5355,7 +5373,11 @@ class _Server(_Threads):
     def turn(self, timeout_s):
         """Take in what has come within so many seconds, write what was decided, send the answers."""
         eager, self.eager, self.handshakes = self.eager, [], 0
-        for key, events in self.selector.select(0 if eager else max(0, timeout_s)):
+        timeout_s = 0 if eager else max(0, timeout_s)
+        self.store.awake_until = monotonic() + timeout_s
+        found = self.selector.select(timeout_s)
+        self.store.notice_sleep()
+        for key, events in found:
             if isinstance(key.data, Connection):
                 self.guard(key.data, self.attend, key.data, events)
             else:
@@ -5436,32 +5458,23 @@ class _Server(_Threads):
         self.go_on_later(conn)
 
     def service_actions(self):
-        """Do what is due: look for time-outs, show that the owner lives, have the journal compacted when that is worth
-        it. Once a second while a run's time may be over then, else rarely: a wake costs an idle machine 0.3 ms."""
+        """Do what is due: look for time-outs when a run's time may be over; every few seconds show that the owner
+        lives, and have the journal compacted when that is worth it. A wake costs an idle machine 0.3 ms."""
         store = self.store
-        if store.run_began:
-            store.run_began = False
-            self.due_at = min(self.due_at, self.housekept_at + LOOK_INTERVAL_S)
-        late_s = monotonic() - self.due_at
-        if late_s < 0:
+        if monotonic() < min(self.due_at, store.next_timeout_at):
             return
-        if late_s > SLEPT_S:
-            with store.lock:
-                store.beats.pardon(late_s)
         try:
             store.look_for_timeouts()
             store.owner.move()
             store.journal.settle()
         except (StoreUnavailable, OSError):  # a full disk: the next look tries again
-            pass
+            store.next_timeout_at = max(store.next_timeout_at, monotonic() + LOOK_INTERVAL_S)
         if store.is_bloated() and not (self.compaction and self.compaction.is_alive()):
             self.compaction = threading.Thread(target=self.compact, name="compaction", daemon=True)
             self.compaction.start()
         if monotonic() - self.swept_at >= SWEEP_S:
             self.sweep()
-        is_quiet = store.quiet_s() > QUIET_LOOK_S and store.journal.fsync != "interval"
-        self.housekept_at = monotonic()
-        self.due_at = self.housekept_at + (QUIET_LOOK_S if is_quiet else LOOK_INTERVAL_S)
+        self.due_at = monotonic() + (LOOK_INTERVAL_S if store.journal.fsync == "interval" else QUIET_LOOK_S)
 
     def compact(self):
         """Compact the store's journal and log what came of it."""
@@ -6537,12 +6550,12 @@ def unseen(tasks):
 
 
 def fetch_task(worker_id=None, eta_max=None, heartbeat_timeout=None, start_heartbeat=True, required_fields=None,
-               extra_filter=None, cmd=None, fetch_id=None, wait_s=None, attempt=None):
+               extra_filter=None, cmd=None, fetch_id=None, wait_s=None, attempt=None, heartbeat_default=None):
     """Return `.found` and `.task`: the next task that matches, which is running now.
 
     `eta_max` is a duration ("1h30m"), `heartbeat_timeout` seconds. `required_fields`: the keys that the task's
     args must have, no more, no less; with "*" more are taken. `attempt` is what the task keeps of this run: a dict of
-    texts and numbers. Raises WorkerSuspended."""
+    texts and numbers. `heartbeat_default`: a task's own heartbeat_timeout stays. Raises WorkerSuspended."""
     body = _given(**dict(locals(), extra_filter=_query(extra_filter), fetch_id=fetch_id or new_id()))
     answer = client().call("POST", _TASKS + "/next", body, _given(wait_s=wait_s))  # the transport waits so much longer
     return TaskFetchResponse(found=answer["found"], task=answer.get("task") and Task(answer["task"]))
@@ -8168,7 +8181,7 @@ class Loop:
         """Make a worker where none was named, and settle what every fetch asks for."""
         interval_s = load_config().heartbeat_interval_s
         if self.request.get("heartbeat_timeout") is None:
-            self.request["heartbeat_timeout"] = 3 * interval_s
+            self.request.update(heartbeat_timeout=3 * interval_s, heartbeat_default=True)
         if not self.request.get("required_fields"):
             remark("no field of args is asked for: every task fits, whatever its args")
         if not self.request.get("worker_id"):

@@ -261,34 +261,80 @@ def test_requests_leave_no_cycles_behind(loop):
         gc.enable()
 
 
-def test_a_quiet_server_gives_up_a_silent_run_in_time_and_one_that_was_stopped_does_not(loop, monkeypatch):
-    clock = [1000.0]
-    monkeypatch.setattr(L, "monotonic", lambda: clock[0])
-    loop.server.due_at = clock[0]
+class Clock:
+    """The monotonic clock of a server whose loop is turned by hand: what is due is done, a little late."""
+
+    def __init__(self, loop, monkeypatch):
+        self.loop, self.at = loop, 1000.0
+        monkeypatch.setattr(L, "monotonic", lambda: self.at)
+        loop.server.due_at = loop.server.swept_at = self.at
+
+    def serve_for(self, seconds, before=lambda: None):
+        """Return how often the server woke; `before` is done at each time."""
+        server, end, wakes = self.loop.server, self.at + seconds, 0
+        while self.at < end:
+            self.loop.store.awake_until = max(self.at, min(server.due_at, self.loop.store.next_timeout_at, end))
+            self.at = self.loop.store.awake_until + 0.01
+            before()
+            self.loop.store.notice_sleep()
+            server.service_actions()
+            wakes += 1
+        return wakes
+
+    def status(self, task_id):
+        return self.loop.call(self.loop.client(), "GET", "/tasks/" + task_id)[1]["status"]
+
+
+@pytest.fixture
+def clock(loop, monkeypatch):
+    return Clock(loop, monkeypatch)
+
+
+def test_a_quiet_server_gives_up_a_silent_run_in_time_and_one_that_was_stopped_does_not(loop, clock):
     ids = [loop.call(loop.client(), *submit(i=i))[1]["task_id"] for i in range(2)]
-
-    def status(task_id):
-        return loop.call(loop.client(), "GET", "/tasks/" + task_id)[1]["status"]
-
-    def serve_for(seconds):
-        """Do what is due, each a little late."""
-        end, looks = clock[0] + seconds, 0
-        while clock[0] < end:
-            clock[0] = max(clock[0], loop.server.due_at) + 0.01
-            loop.server.service_actions()
-            looks += 1
-        return looks
     loop.call(loop.client(), *fetch())
-    assert serve_for(55) < 20 and status(ids[0]) == "running"
-    serve_for(10)
-    assert status(ids[0]) == "pending"
+    assert clock.serve_for(55) < 20 and clock.status(ids[0]) == "running"
+    clock.serve_for(10)
+    assert clock.status(ids[0]) == "pending"
     loop.call(loop.client(), *fetch())
-    serve_for(30)
-    clock[0] += 600
-    serve_for(55)
-    assert status(ids[1]) == "running" or status(ids[0]) == "running"
-    serve_for(10)
-    assert status(ids[0]) == status(ids[1]) == "pending"
+    clock.serve_for(30)
+    clock.at += 600
+    loop.store.look_for_timeouts(next(iter(loop.store.state.queues)))  # as a fetch in a thread does, before the loop wakes
+    clock.serve_for(55)
+    assert "running" in (clock.status(ids[1]), clock.status(ids[0]))
+    clock.serve_for(10)
+    assert clock.status(ids[0]) == clock.status(ids[1]) == "pending"
+
+
+@pytest.mark.parametrize("every_s", [0.3, 2.5, 7])
+@pytest.mark.parametrize("times, given_up_s", [({"heartbeat_timeout": 60}, 60), ({"eta_max": "90"}, 90)], ids=["silent", "long"])
+def test_a_run_is_given_up_in_time_however_often_others_begin(loop, clock, every_s, times, given_up_s):
+    """Only a clock that shows a gap tells that the server slept, not the schedule, which each new run changes."""
+    dead = loop.call(loop.client(), *submit(i=0))[1]["task_id"]
+    loop.call(loop.client(), "POST", "/tasks/next", dict({"start_heartbeat": "heartbeat_timeout" in times}, **times))
+    last = [clock.at]
+
+    def others_work():
+        if clock.at >= last[0] + every_s:
+            last[0] = clock.at
+            other = loop.call(loop.client(), *submit(j=1))[1]["task_id"]
+            loop.call(loop.client(), *fetch(required_fields=["j"]))
+            loop.call(loop.client(), "POST", "/tasks/%s/status" % other, {"status": "success"})
+    clock.serve_for(given_up_s - 1, others_work)
+    assert clock.status(dead) == "running"
+    clock.serve_for(5, others_work)
+    assert clock.status(dead) == "pending"
+
+
+def test_a_time_out_that_is_shortened_while_the_task_runs_is_kept(loop, clock):
+    one = loop.call(loop.client(), *submit(i=0))[1]["task_id"]
+    loop.call(loop.client(), *fetch())
+    clock.serve_for(20)
+    queue = next(iter(loop.store.state.queues))
+    L.answer_call(loop.store, lambda: queue, "PUT", ME + "/tasks", [{"task_id": one, "heartbeat_timeout": 5}],
+                  {"reset_pending": "false"})
+    clock.serve_for(3)
+    assert clock.status(one) == "pending"
 
 
 @pytest.mark.parametrize("line", [1, 0], ids=["a-thread-is-free", "none-is"])

@@ -201,6 +201,15 @@ def test_a_task_updated_twice_in_one_request_gets_both(door):
     assert answer["content"][0]["args"] == door.task(task_id)["args"] == {"a": 1, "b": 2, "c": 3}
 
 
+def test_a_loops_default_leaves_a_task_its_own_heartbeat_timeout_and_a_wish_does_not(door):
+    own, none = door.submit(heartbeat_timeout=6), door.submit()
+    for fields, seen in (({"heartbeat_default": True}, {own: 6, none: 60}), ({}, {own: 60, none: 60})):
+        runs = [door.fetch(heartbeat_timeout=60, **fields) for _ in range(2)]
+        assert {run["task_id"]: run["heartbeat_timeout"] for run in runs} == seen
+        for run in runs:
+            door.report(run, "pending")
+
+
 def test_a_silent_run_fails_after_its_heartbeat_timeout_and_says_so(door):
     task_id = door.submit()
     task = door.fetch(heartbeat_timeout=30)
