@@ -5752,7 +5752,39 @@ def flat(mapping, prefix=""):
 
 
 def load_config():
-    """Return the Config in force: environment, then the file, then what holds where nothing is configured."""
+    """Return the Config in force: that with which a loop began in this process, else environment, then the file, then
+    what holds where nothing is configured."""
+    return PINNED[-1].config if PINNED else _read_config()
+
+
+PINNED = []  # a PinnedConfig for each loop under way in this process
+
+
+class PinnedConfig:
+    """A context in which the configuration and the environment of its beginning hold for the loop, whatever a function
+    does to os.environ or the working folder.
+
+    `environ` is for the loop's own processes; `told` has the settings that came from the environment, for its jobs."""
+
+    def __enter__(self):
+        config = _read_config()
+        files = {name: value and os.path.abspath(value) for name, value in (
+            ("root", config.root), ("ca_file", config.ca_file))}
+        self.config = config._replace(**files)
+        self.told = {variable: os.environ[variable] for _, variable, _, _ in SETTINGS.values()
+                     if os.environ.get(variable or "")}
+        if "LABTASKER_CA_FILE" in self.told:
+            self.told["LABTASKER_CA_FILE"] = self.config.ca_file
+        self.told["LABTASKER_ROOT"] = self.config.root
+        self.environ = dict(os.environ, **self.told)
+        PINNED.append(self)
+        return self
+
+    def __exit__(self, *_):
+        PINNED.remove(self)
+
+
+def _read_config():
     root = find_root()
     paths = [os.path.join(root, name) for name in (CONFIG_NAME, OLD_CONFIG_NAME)]
     path = next(filter(os.path.isfile, paths), None)
@@ -7222,11 +7254,12 @@ def value_text(args, key):
 
 
 def remark(text):
-    """Write a line for the person who started the loop to stderr; a terminal that is gone is no error."""
+    """Write a line for the person who started the loop to stderr. Where that is gone, or a function has put something
+    else there that takes no text, the loop goes on without."""
     try:
         sys.stderr.write("labtasker: %s\n" % re.sub(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]", "?", str(text)))
         sys.stderr.flush()
-    except (OSError, ValueError, AttributeError):
+    except Exception:
         pass
 
 
@@ -7469,6 +7502,14 @@ class Run:
             return remark("can't write to %s: %s" % (self.log_dir, error.strerror))
         write_json(self.path("task.json"), self.task.to_dict())
 
+    def written_task(self):
+        """Return the Task that `begin` has written down, None where it could not, or what is there is none."""
+        told = read_json(self.path("task.json"))
+        try:
+            return Task(told) if told.get("task_id") == self.task_id and isinstance(told.get("args"), dict) else None
+        except (LabtaskerError, TypeError, ValueError):
+            return None
+
     def note_summary(self, summary):
         """Merge into the file of the run's summary."""
         if summary:
@@ -7546,9 +7587,11 @@ def current_worker_id():
 
 
 def task_info():
-    """Return the Task that runs here, as it was when it was started, or raise LabtaskerRuntimeError."""
+    """Return the Task that runs here, as it was when it was started, or raise LabtaskerRuntimeError.
+
+    The run's folder has it, so that a job can begin while the server is away; only without that file is it asked."""
     run = current_run()
-    return run.task or get_task(run.task_id)
+    return run.task or run.written_task() or get_task(run.task_id)
 
 
 def get_labtasker_log_dir():
@@ -7656,8 +7699,7 @@ class Wake:
         os.set_blocking(self.write_end, False)
         self.in_main = threading.current_thread() is threading.main_thread()
         if self.in_main:
-            quiet = {"warn_on_full_buffer": False} if sys.version_info >= (3, 7) else {}
-            self.wakeup_fd = signal.set_wakeup_fd(self.write_end, **quiet)
+            self.wakeup_fd = self._be_woken()
             for signum in self.signals:
                 if not self._is_taken(signum):
                     self._handle(signum)
@@ -7671,6 +7713,23 @@ class Wake:
         self.handlers[signum] = signal.getsignal(signum)
         if self.handlers[signum] == signal.SIG_IGN:  # nohup, or started in the background by a script
             self.ignored.add(signum)
+        self._listen_to(signum)
+
+    def hear_again(self):
+        """Take the signals back that a function which is over has left to handlers of its own."""
+        for signum in self.handlers:
+            self._listen_to(signum)
+        if self.in_main and self.handlers:
+            self._be_woken()
+
+    def _be_woken(self):
+        """Return the descriptor that a signal's number was written to so far; now it wakes `pause`."""
+        import signal
+        quiet = {"warn_on_full_buffer": False} if sys.version_info >= (3, 7) else {}
+        return signal.set_wakeup_fd(self.write_end, **quiet)
+
+    def _listen_to(self, signum):
+        import signal
         signal.signal(signum, self.on_child if signum == getattr(signal, "SIGCHLD", None) else self.on_signal)
 
     @staticmethod
@@ -7751,6 +7810,7 @@ class Heartbeats:
 
     def __init__(self, on_lost):
         self.on_lost, self.runs, self.process, self.reader = on_lost, {}, None, None
+        self.environ = None  # that of the loop's beginning, once it has begun
         self.lock = threading.Lock()  # guards runs, process and what is written to it
 
     def add(self, run, interval_s, group=None):
@@ -7781,8 +7841,7 @@ class Heartbeats:
             self._end()
         self.process = subprocess.Popen(
             in_python("beats_main"), stdin=subprocess.PIPE, stdout=subprocess.PIPE, universal_newlines=True,
-            start_new_session=True,
-            env=dict(os.environ, LABTASKER_ROOT=os.path.abspath(load_config().root)))
+            start_new_session=True, env=self.environ)
         try:
             self.process.stdin.write("".join(json.dumps(message) + "\n" for message in self.runs.values()))
             self.process.stdin.flush()
@@ -7963,23 +8022,6 @@ def end_groups(groups, give_up_at, pause):
         signal_group(group, signal.SIGKILL)
 
 
-class PinnedRoot:
-    """A context in which the configuration stays that of its beginning, wherever a function changes the folder to.
-
-    Only the main thread's loop does that, as the environment belongs to all threads."""
-
-    def __enter__(self):
-        self.is_on = threading.current_thread() is threading.main_thread()
-        self.before = os.environ.get("LABTASKER_ROOT")
-        if self.is_on:
-            os.environ["LABTASKER_ROOT"] = os.path.abspath(load_config().root)
-
-    def __exit__(self, *_):
-        if self.is_on:
-            os.environ.pop("LABTASKER_ROOT", None)
-            os.environ.update({"LABTASKER_ROOT": self.before} if self.before is not None else {})
-
-
 class Limit:
     """How long a loop has: until `start_until` tasks are started, at `stop_at` jobs told to stop, at `kill_at` killed,
     and by `end_at` their tasks are handed back; on the clock of `monotonic`, `end_time` on the wall's."""
@@ -8104,12 +8146,13 @@ class Loop:
         self.counts, self.taken, self.done = collections.Counter(), 0, False
         self.fatal, self.error, self.is_time_up, self.is_unheard = None, None, False, False
         self.begun, self.waiting = False, {}  # {key of a run whose report waits in the outbox: Run}
-        self.idle_since = None
+        self.idle_since, self.pinned = None, None
 
     def run(self):
         """Return the exit code: 0 once there are no more tasks or there is no more time, 1 on a failure, 128 + its
         number on a signal."""
-        with self.wake, PinnedRoot():
+        with self.wake, PinnedConfig() as self.pinned:
+            self.beats.environ = self.pinned.environ
             try:
                 self._register()
                 self._supervise()
@@ -8281,7 +8324,8 @@ class Slot:
 
     def environment(self, run):
         """Return what the job of a run gets as its environment."""
-        given = dict(os.environ, **run.environment())
+        given = dict(os.environ, **self.loop.pinned.told)
+        given.update(run.environment())
         given.update(self.own)
         return {name: value for name, value in given.items() if value is not None}
 
@@ -8643,22 +8687,42 @@ def run_function(slot, run, call):
             run.asks_preempted = False
             wake.nudge()
         return monotonic() < kill_at
-    outcome = slot.have_done(lambda: _call_function(slot, run, call), guard)
+    outcome = slot.have_done(lambda: _put_back(wake, lambda: _call_function(slot, run, call)), guard)
     if outcome is None:
         slot.close(run, slot.loop.handed_back())
         _end_process(slot)
     return outcome
 
 
+def _put_back(wake, action):
+    """Return action(), done by the thread that runs the loop; the process' umask and signals are then the loop's again.
+    """
+    if not wake.in_main:
+        return action()
+    import signal
+    mask, is_posix = os.umask(0o077), hasattr(signal, "pthread_sigmask")
+    os.umask(mask)
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, ()) if is_posix else ()
+    try:
+        return action()
+    finally:
+        os.umask(mask)
+        wake.hear_again()
+        if is_posix:
+            signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+
+
 def _end_process(slot):
     """End the process, as a function that was told to stop did not; its task was handed back."""
     slot.loop.leave()
     code = slot.loop.tell_end()
-    for stream in (sys.stdout, sys.stderr):
-        flush = threading.Thread(target=stream.flush, daemon=True)  # the function may hold it
-        flush.start()
-        flush.join(1)
-    os._exit(code)
+    try:
+        for stream in (sys.stdout, sys.stderr):
+            flush = threading.Thread(target=getattr(stream, "flush", None), daemon=True)  # the function may hold it
+            flush.start()
+            flush.join(1)
+    finally:
+        os._exit(code)
 
 
 def _call_function(slot, run, call):

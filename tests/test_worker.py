@@ -593,6 +593,81 @@ def test_a_function_that_changes_the_folder_changes_nothing_for_the_loop(home, t
     assert [task(i).status for i in ids] == ["success"] * 2 and len(run_folders(home)) == 2
 
 
+CHANGES = ["os.environ.clear()", "os.environ.update(LABTASKER_ROOT=elsewhere, LABTASKER_URL='http://127.0.0.1:9')",
+           "os.umask(0o777)", "sys.stdout = sys.stderr = None", "sys.stderr = Deaf()", "locale.setlocale(locale.LC_ALL, 'C')",
+           "[signal.signal(s, signal.SIG_DFL) for s in (signal.SIGINT, signal.SIGTERM)]",
+           "signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM, signal.SIGINT])"]
+CHANGER = """
+import os, signal, locale, sys, labtasker
+from labtasker import Required
+elsewhere = os.path.abspath("elsewhere")
+class Deaf:
+    def write(self, text):
+        raise RuntimeError("no")
+    def flush(self):
+        pass
+@labtasker.loop()
+def main(n: int = Required()):
+    if n == 0:
+        os.chdir(elsewhere)
+        %s
+main()
+"""
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_a_function_does_to_its_process_changes_nothing_for_the_loop(home, change):
+    (home.cwd / "elsewhere" / ".labtasker").mkdir(parents=True)
+    ids = submit(3)
+    loop = home.start(sys.executable, home.write("loop.py", CHANGER % change))
+    assert wait_for_end(loop) == 0, output(loop)
+    assert [task(i).status for i in ids] == ["success"] * 3
+    assert [sorted(os.listdir(str(folder))) for folder in run_folders(home)] == [["run.log", "status.json", "task.json"]] * 3
+    assert {path.stat().st_mode & 0o777 for folder in run_folders(home) for path in folder.iterdir()} == {0o600}
+    assert not list((home.cwd / "elsewhere" / ".labtasker").iterdir())
+
+
+@pytest.mark.parametrize("change", CHANGES[-2:])
+def test_a_loop_hears_of_signals_again_once_the_function_that_took_them_is_over(home, change):
+    def main(n):
+        exec(change, {"signal": signal})
+    submit(2)
+    heard, before = [], signal.getsignal(signal.SIGTERM)
+
+    @labtasker.loop()
+    def run(n=Required()):
+        heard.append(signal.getsignal(signal.SIGTERM) != signal.SIG_DFL and
+                     signal.SIGTERM not in signal.pthread_sigmask(signal.SIG_BLOCK, ()))
+        main(n)
+    run()
+    assert heard == [True, True] and signal.getsignal(signal.SIGTERM) == before
+
+
+def test_a_job_of_a_loop_finds_the_store_of_the_loop_whatever_an_earlier_function_cleared(server_home):
+    ids = submit(2)
+
+    @labtasker.loop()
+    def main(n=Required()):
+        text = "import labtasker; labtasker.report_task_status(%r, 'running', {'from': 'a child'})" % ids[n]
+        child = {"PYTHONPATH": str(harness.ROOT), **{k: v for k, v in os.environ.items() if k.startswith("LABTASKER_")}}
+        assert subprocess.run([sys.executable, "-c", text], env=child).returncode == 0
+        for name in [name for name in os.environ if name.startswith("LABTASKER_")]:
+            del os.environ[name]
+    main()
+    os.environ.update(server_home.env)
+    assert [task(i).summary for i in ids] == [{"from": "a child"}] * 2
+
+
+def test_a_job_that_finds_no_file_of_its_task_asks_for_it(home):
+    one, = submit()
+    text = ("import labtasker, os; path = labtasker.get_labtasker_log_dir() / 'task.json'; %s; "
+            "labtasker.report_task_status(labtasker.current_task_id(), 'running', labtasker.task_info().args)")
+    for damage in ("os.unlink(str(path))", "path.write_text('[1]')", "path.write_text('{')", "path.write_text('{\"task_id\": 1}')"):
+        home.cli("loop", "--", sys.executable, "-c", text % damage, "%(n)")
+        assert (task(one).status, task(one).summary) == ("success", {"n": 0})
+        labtasker.update_tasks([TaskUpdateRequest(task_id=one, replace_fields=["summary"], summary={})], reset_pending=True)
+
+
 def test_every_attempt_is_kept_on_the_task(both):
     one, = submit(max_retries=30)
     both.cli("loop", "--max-tasks", "24", "--", "sh", "-c", "exit 3", "%(n)")
@@ -953,6 +1028,24 @@ def test_a_result_waits_for_the_server_and_the_loop_goes_on_when_it_is_back(serv
     assert wait_for_end(loop) == 0, output(loop)
     assert [(task(i).status, task(i).retries) for i in ids] == [("success", 0)] * 2
     assert output(loop).count("waiting for it to come back") == 1 and "it is back" in output(loop)
+
+
+@pytest.mark.slow
+def test_a_job_knows_its_task_and_reports_while_the_server_is_away(server_home):
+    one, = submit(max_retries=1)
+    text = ("import labtasker; task = labtasker.task_info(); assert labtasker.is_enabled() and labtasker.current_worker_id(); "
+            "labtasker.report_task_status(labtasker.current_task_id(), 'running', {'acc': task.args['n']}); "
+            "labtasker.finish('success', {'done': task.task_id}); print('knows', task.args)")
+    loop = server_home.start_cli("loop", "--", "sh", "-c", 'echo begins; until test -e gate; do sleep 0.05; done; exec "$@"',
+                                 "sh", sys.executable, "-c", text, "%(n)")
+    wait_for_line(loop, "begins")
+    port = int(server_home.server.url.rpartition(":")[2])
+    server_home.server.kill()
+    server_home.write("gate", "")
+    wait_for_line(loop, "knows {'n': 0}")
+    server_home.server.start(port)
+    assert wait_for_end(loop) == 0, output(loop)
+    assert (task(one).status, task(one).summary, task(one).retries) == ("success", {"acc": 0, "done": one}, 0)
 
 
 @pytest.mark.slow
