@@ -9059,41 +9059,61 @@ class RunLog:
 
 
 class Progress:
-    """Makes readable lines of a stream with carriage returns."""
+    """Makes readable lines of a stream with carriage returns, in time and memory that do not depend on what comes."""
 
     STEP_S = 1.0  # between two states of a line that are kept
+    LONGEST_BYTES = 65536  # of a state that is held back: a longer one is no progress bar, and is kept as it comes
+    RETURNS = Pattern(br"\r\r+")
+    OVERWRITTEN = Pattern(br"\r[^\n]*\r")  # from the end of a line's first state to the beginning of its last
 
     def __init__(self):
-        self.held, self.is_held, self.shown_at = b"", False, -math.inf
+        self.held, self.is_held, self.shown_at = bytearray(), False, -math.inf
         self.ends_in_return, self.is_line_empty = False, True
 
     def feed(self, data, at):
         """Return what of `data`, which came at the time `at`, goes to the file now."""
         data = b"\r" * self.ends_in_return + data
         self.ends_in_return = data.endswith(b"\r")  # the next byte decides whether it only ends a line
-        parts = re.sub(b"\r+\n", b"\n", data.rstrip(b"\r") if self.ends_in_return else data).split(b"\r")
-        found = self._part(parts[0])
-        for part in parts[1:]:
-            self.held, self.is_held = b"", at - self.shown_at < self.STEP_S
-            if not self.is_held:
+        if b"\r" not in data:
+            return self._go_on(data)
+        data = self.RETURNS.sub(b"\r", data.rstrip(b"\r") if self.ends_in_return else data).replace(b"\r\n", b"\n")
+        data, is_over, states = data.partition(b"\r")
+        found = [self._go_on(data)]
+        if is_over:
+            self.held, self.is_held = bytearray(), False
+            if at - self.shown_at >= self.STEP_S:
                 self.shown_at = at
-                found += b"" if self.is_line_empty else b"\n"
-                self.is_line_empty = True
-            found += self._part(part)
-        return found
+                data, is_over, states = states.partition(b"\r")
+                found += [b"" if self.is_line_empty else b"\n", data]
+                self.is_line_empty = data.endswith(b"\n") or not data
+        if is_over:
+            found += self._overwritten(b"\r" + states)
+        return b"".join(found)
 
-    def _part(self, part):
+    def _overwritten(self, states):
+        """Yield what is kept of states that come too soon, each after a return: the first and the last of each line;
+        the last one of a line without an end is held back."""
+        whole, end, begun = self.OVERWRITTEN.sub(b"\r", states).rpartition(b"\n")
+        if end:
+            yield whole.replace(b"\n\r", b"\n").replace(b"\r", b"\n")[self.is_line_empty:] + end
+            self.is_line_empty = True
+        first, self.is_held, last = begun.partition(b"\r")
+        yield first
+        self.is_line_empty = self.is_line_empty and not first
+        yield self._go_on(last)
+
+    def _go_on(self, data):
         """Return what of bytes without a carriage return is kept now."""
         if self.is_held:
-            self.held += part
-            return self.rest() if b"\n" in part else b""
-        if part:
-            self.is_line_empty = part.endswith(b"\n")
-        return part
+            self.held += data
+            return self.rest() if b"\n" in data or len(self.held) > self.LONGEST_BYTES else b""
+        if data:
+            self.is_line_empty = data.endswith(b"\n")
+        return data
 
     def rest(self):
         """Return the state of the line that was held back."""
-        found, self.held, self.is_held = self.held, b"", False
+        found, self.held, self.is_held = bytes(self.held), bytearray(), False
         found = (b"" if self.is_line_empty or not found else b"\n") + found
         self.is_line_empty = found.endswith(b"\n") if found else self.is_line_empty
         return found
@@ -9149,18 +9169,23 @@ class Output:
 class Labelled:
     """Makes whole lines with a label before each of a stream's bytes, so that those of several jobs are told apart."""
 
-    LONGEST = 65536  # what has no end by then is shown as a line
+    LONGEST_BYTES = 65536  # what has no end by then is shown as a line
 
     def __init__(self, label):
-        self.label, self.progress, self.rest = label.encode(), Progress(), b""
+        self.label, self.progress, self.rest = label.encode(), Progress(), bytearray()
 
     def __call__(self, data):
         """Return what is to be shown of `data`; b"" ends the stream."""
-        self.rest += self.progress.feed(data, monotonic()) if data else self.progress.rest()
-        if self.rest and (not data or len(self.rest) > self.LONGEST) and not self.rest.endswith(b"\n"):
+        come = self.progress.feed(data, monotonic()) if data else self.progress.rest()
+        self.rest += come
+        is_whole = not data or len(self.rest) > self.LONGEST_BYTES
+        if not is_whole and b"\n" not in come:
+            return b""
+        if is_whole and self.rest and not self.rest.endswith(b"\n"):
             self.rest += b"\n"
-        *lines, self.rest = self.rest.split(b"\n")
-        return b"".join(self.label + line + b"\n" for line in lines)
+        lines, end, rest = bytes(self.rest).rpartition(b"\n")
+        self.rest = bytearray(rest)
+        return end and self.label + lines.replace(b"\n", b"\n" + self.label) + end
 
 
 def _place_of(number):

@@ -7,7 +7,9 @@ import subprocess
 import sys
 import threading
 
+import hypothesis
 import pytest
+from hypothesis import strategies
 
 import harness
 import labtasker
@@ -761,6 +763,24 @@ def test_lines_that_are_overwritten_become_lines_of_their_own():
     assert made((0, b"\r1%"), (0.5, b"\r2%"), (1.5, b"\r3%"), (1.6, b"\r4%"), (1.7, b"\r5%\nend\n")) == b"1%\n3%\n5%\nend\n"
     assert made((0, b"1%\r"), (0.1, b"2%\r"), (0.2, b"3%")) == b"1%\n2%\n3%"
     assert made((0, b"\r\r\r"), (0, b"x")) == b"x"
+    assert made((0, b"a\rb\rc\nd\re\rf\n"), (0, b"g\rh\r\n\ri")) == b"a\nb\nc\nd\nf\ng\nh\ni"
+
+
+@hypothesis.given(strategies.lists(strategies.sampled_from([b"\r", b"\n", b"\r\n", b"a", b"bc", b"\x1b[2K", b"\xc3"]), max_size=30))
+def test_what_is_kept_of_output_does_not_depend_on_the_pieces_in_which_it_comes(pieces):
+    whole, parts = labtasker.Progress(), labtasker.Progress()
+    one = whole.feed(b"".join(pieces), 0) + whole.rest()
+    assert one == b"".join(parts.feed(piece, 0) for piece in pieces) + parts.rest()
+    assert b"\r" not in one
+
+
+def test_a_state_longer_than_a_progress_bar_is_kept_as_it_comes_and_not_in_memory():
+    line, kept = labtasker.Progress(), b""
+    line.feed(b"1%\r2%\r", 0)
+    for count in range(1, 500):
+        kept += line.feed(b"z" * 1000, 0.1)
+        assert 1000 * count - len(kept) <= line.LONGEST_BYTES
+    assert kept + line.rest() == b"\n" + b"z" * 499000
 
 
 # Signals
