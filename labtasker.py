@@ -7692,7 +7692,6 @@ class Wake:
         self.nudged = False  # the next SIGINT is not a person's: a run was lost
 
     def __enter__(self):
-        import signal
         self.pid, self.handlers, self.ignored = os.getpid(), {}, set()
         self.read_end, self.write_end = os.pipe()
         os.set_blocking(self.read_end, False)
