@@ -7201,6 +7201,9 @@ def check_fields(fields):
     return list(fields)
 
 
+MARK = "\x1a"  # stands for a placeholder in the text that a reader reads; `places` tells which of them do
+
+
 class Template:
     """A text with `%(key)` placeholders, dots for nested keys; `keys` are its keys, once each, in order.
 
@@ -7209,29 +7212,46 @@ class Template:
     TOKEN = Pattern(r"%%\(|%\([ \t]*([a-zA-Z0-9_-]+(?:\.[a-zA-Z0-9_-]+)*)[ \t]*\)|%\(")
 
     def __init__(self, text):
-        self.parts, self.keys, end = [], [], 0  # parts: literal text, key, literal text, key ... text
-        for match in self.TOKEN.finditer(text):
+        self.text, self.parts, self.keys, self.spans, end = text, [""], [], [], 0
+        for match in self.TOKEN.finditer(text):  # parts: literal text, key, literal text, key ... text
             if match.group() == "%(":
                 raise TemplateError(_template_mistake(text, match.end()), text, match.start())
-            self.parts += [text[end:match.start()], match.group(1)]
-            self.keys += [match.group(1)] if match.group(1) and match.group(1) not in self.keys else []
-            end = match.end()
-        self.parts.append(text[end:])
+            self.parts[-1] += text[end:match.start()]
+            end, key = match.end(), match.group(1)
+            if key is None:
+                self.parts[-1] += "%("
+                continue
+            self.parts += [key, ""]
+            self.spans.append(match.span())  # of each key that stands in parts
+            self.keys += [key] if key not in self.keys else []
+        self.parts[-1] += text[end:]
 
     def plain(self, args):
         """Return the text with each value as it stands, for a word of an argv list."""
-        return self._fill(args, str)
+        return self.filled(args, [value_text] * len(self.spans))
 
     def shell(self, args):
-        """Return the text with each value quoted for a shell."""
-        import shlex
-        return self._fill(args, shlex.quote)
+        """Return the text with each value quoted for /bin/sh; raises TemplateError where that can't be done."""
+        return self.filled(args, shell_writers(self))
 
-    def _fill(self, args, quote):
-        filled = list(self.parts)
-        for i in range(1, len(filled), 2):
-            filled[i] = "%(" if filled[i] is None else quote(value_text(args, filled[i]))
-        return "".join(filled)
+    def filled(self, args, writers):
+        """Return the text, each value written by the writer of its place; LabtaskerValueError if one is missing."""
+        parts = list(self.parts)
+        for number, write in enumerate(writers):
+            parts[2 * number + 1] = write(value_at(args, parts[2 * number + 1]))
+        return "".join(parts)
+
+    def marked(self):
+        """Return (the text with MARK for each placeholder, their offsets in it)."""
+        places, offset = [], -1
+        for part in self.parts[:-1:2]:
+            offset += len(part) + 1
+            places.append(offset)
+        return MARK.join(self.parts[::2]), places
+
+    def refuse(self, number, message):
+        """Raise TemplateError that shows the placeholder of this number."""
+        raise TemplateError(message, self.text, self.spans[number][0])
 
 
 def _template_mistake(text, begin):
@@ -7245,12 +7265,413 @@ def _template_mistake(text, begin):
             "write %%%%( for the characters %%( themselves" % inside)
 
 
-def value_text(args, key):
-    """Return the value at the dotted `key` as text, dicts and lists as JSON; LabtaskerValueError if there is none."""
+def value_at(args, key):
+    """Return the value at the dotted `key`; LabtaskerValueError if there is none."""
     value = dig(args, key.split("."), args)
     if value is args:
         raise LabtaskerValueError("the task's args have no %r for %%(%s)" % (key, key))
+    return value
+
+
+def value_text(value):
+    """Return a value as text, dicts and lists as JSON."""
     return json.dumps(value, ensure_ascii=False) if isinstance(value, (dict, list)) else str(value)
+
+
+# A value is written into a text for a shell by the way in which the shell reads its place: outside of quotes, within
+# single or double ones. The reader below finds that out. Where it can't be sure what a shell makes of the text, it
+# refuses the placeholders after that point: a wrong guess would have the shell run what a task brings.
+
+WAY_OUT = "set a variable before it, in a line V=%%(%s), and write \"$V\" here"
+PARAMETER = Pattern(r"""(?x) \$ (?: \w+ | [@*\#?$!-]
+    | \{ [\#!]? (?:\w+|[@*\#?$!-]) (?: \[[\w@*$+-]+\] )? (?: [-:+=?\#%/,^@] (?:
+        [^'"\\`$(){}<>\n] | \$\w | \\[\w/.] | "[^'"\\`$(){}<>\n]*" | \$\{\w+(?::?[-+=?][^'"\\`$(){}<>\n]*)?\}
+        | \$\((?!\s*case\b)[^'"\\`$(){}<>\n;&|\#]*\) )* )? \} )""")
+SHELL_SUM = Pattern(r"""\(\(((?:[^'"`\\\n(){}]|\([^'"`\\\n(){}]*\)|\$\{\w+\})*)\)\)""")
+OPERATOR_OF_NUMBERS = Pattern(r"\s-(?:eq|ne|lt|le|gt|ge|v|R)\s")
+# What a shell calculates outside of $((...)), also where it is quoted: from the begin of a command to the placeholder.
+CALCULATED = Pattern(r"""(?sx) \s* (?: (?:then|do|else|elif|if|while|until|!|\{|time|builtin|command) \s+ )* (?:
+      (?: [\w.]+ = \S* \s+ )* (?: (?:let|integer|float) \s | \w+ \[ [^]]* \Z )
+    | (?:declare|typeset|local|readonly|export) \s (?: .*\s )? (?: -\w*[iEF]\w* \s | ["']? \w+ \[ [^]]* \Z )
+    | (?: .*\s )? \w+ \+?= \( (?: .*\s )? \[ [^]]* \Z )""")
+ONE_LINE, JOINED_LINE = Pattern(r"[^\n]*\n?"), Pattern(r"(?:[^\n\\]|\\[^\n]|\\\n)*\\?\n?")
+HERE_WORD = Pattern(r"(?:'[^'\n\x1a]*'|\"[^\"\\$`\n\x1a]*\"|\\[^\n\x1a]|[^\s'\"\\$`;&|<>()\x1a])+")
+
+
+class _AllRead(Exception):
+    """What follows has no placeholder: nobody needs to know how a shell reads it."""
+
+
+class ShellReader:
+    """How a shell reads a template: `ways` has, for each placeholder, the name of the one of SHELL_WRITERS for it."""
+
+    def __init__(self, template, is_zsh=False):
+        self.template, self.is_zsh, self.ways = template, is_zsh, {}
+        self.text, self.places = template.marked()
+        self.numbers = {offset: number for number, offset in enumerate(self.places)}
+        self.inside = self.started = None  # the construct that takes no placeholder, and where the command began
+        self.numeric_until = 0
+        try:
+            if "\0" in self.text:
+                self.give_up(0, "a character NUL")
+            self.commands(0, is_inner=False)
+        except _AllRead:
+            pass
+
+    def give_up(self, i, what):
+        """Refuse the first placeholder from the offset `i` on, as it is not known how a shell reads it."""
+        number = next((number for number, place in enumerate(self.places) if place >= i), None)
+        if number is None:
+            raise _AllRead
+        key, line = self.template.parts[2 * number + 1], self.text.count("\n", 0, i) + 1
+        self.template.refuse(number, "how a shell reads %%(%s) can't be told with certainty after %s in line %d: %s" % (
+            key, what, line, WAY_OUT % key))
+
+    def refuse(self, i, what):
+        """Refuse the placeholder at the offset `i`."""
+        number, key = self.numbers[i], self.template.parts[2 * self.numbers[i] + 1]
+        self.template.refuse(number, "%%(%s) stands %s, where no value can be put safely: %s" % (
+            key, what, WAY_OUT % key))
+
+    def check_free(self, begin, end, what):
+        """Refuse a placeholder between two offsets."""
+        for i in self.places:
+            if begin <= i < end:
+                self.refuse(i, what)
+
+    def place(self, i, way):
+        """Note how the placeholder at the offset `i` is read."""
+        if self.inside:
+            self.refuse(i, self.inside)
+        begun = self.text[self.started:i]
+        if i < self.numeric_until or CALCULATED.match(begun) or self.is_zsh and re.search(r"\$\w+\[[^\]]*\Z", begun):
+            way = "number"
+            if re.search(r"\$\w*\Z", begun):
+                self.refuse(i, "right behind a variable")
+        self.ways[self.numbers[i]] = way
+
+    def commands(self, i, is_inner):
+        """Return the offset after commands: the end, or, where they are inner ones, after the `)` that closes them."""
+        text, is_fresh, depth, documents = self.text, True, 0, []  # is_fresh: a word would begin here
+        self.started = i
+        while i < len(text):
+            char, begin = text[i], i
+            if i in self.numbers:
+                self.place(i, "bare")
+                i += 1
+            elif char == "\\":
+                i = self.escaped(i)
+                if text[i - 1] == "\n":
+                    continue
+            elif char in QUOTING:
+                i = QUOTING[char](self, i, False)
+                if documents and "\n" in text[begin:i]:
+                    self.give_up(begin, "lines within quotes behind <<")
+            elif char == "#" and is_fresh:
+                i = self.comment(i, is_inner)
+            elif char == "\n":
+                i = here_documents(self, i + 1, documents, is_inner)
+                documents = []
+            elif text.startswith("<<", i) and not text.startswith("<<<", i):
+                i = document_word(self, i + 2, documents)
+            elif text.startswith("((", i):
+                i = self.arithmetic(i)
+            elif char in "()":
+                depth += 1 if char == "(" else -1
+                self.check_paren(i)
+                i += 1
+                if depth < 0 and is_inner:
+                    if documents:
+                        self.give_up(i, "a here document in $(...) that has not begun")
+                    return i
+            else:
+                i = self.plain_word(i, is_fresh, is_inner)
+            is_fresh = text[i - 1] in " \t\n;&|()" and (i == begin + 1 or char in "\n(")
+            if is_fresh and char in ";&|\n()" and text[max(0, begin - 1):begin + 1] not in ("=(", ">&", "<&"):
+                self.started = i
+        return i
+
+    def plain_word(self, i, is_fresh, is_inner):
+        """Return the offset after a character, or some, without a meaning for quoting."""
+        text = self.text
+        if text.startswith("<<<", i):
+            return i + 3
+        if text[i] in "<>" and text.startswith("#", i + 1):
+            self.give_up(i, "%s#" % text[i])
+        if is_fresh and is_inner and re.match(r"case\b", text[i:i + 5]):
+            self.give_up(i, "case within $(...)")
+        if is_fresh and re.match(r"\[\[\s", text[i:i + 3]):
+            end = text.find("]]", i)
+            if end >= 0 and OPERATOR_OF_NUMBERS.search(text[i:end]):
+                self.numeric_until = max(self.numeric_until, end)
+            return i + 2
+        return i + 1
+
+    def check_paren(self, i):
+        """Give up at a parenthesis that a shell may read in a way of its own."""
+        before, after = self.text[i - 1:i], self.text[i + 1:i + 2]
+        is_in_word = before and before not in " \t\n;&|(=<>$" and after != ")"
+        if self.text[i] == "(" and self.is_zsh and (after == "#" or is_in_word):
+            self.give_up(i, "a parenthesis within a word of zsh")
+
+    def escaped(self, i):
+        """Return the offset after a backslash and what it escapes."""
+        if i + 1 in self.numbers:
+            self.refuse(i + 1, "behind a backslash")
+        return min(i + 2, len(self.text))
+
+    def single(self, i, _):
+        """Return the offset after 'text'."""
+        end = (self.text + "'").find("'", i + 1)
+        for place in self.places:
+            if i < place < end:
+                self.place(place, "single")
+        return min(end + 1, len(self.text))
+
+    def double(self, i, _):
+        """Return the offset after "text"."""
+        i += 1
+        while i < len(self.text) and self.text[i] != '"':
+            if i in self.numbers:
+                self.place(i, "double")
+                i += 1
+            elif self.text[i] == "\\":
+                i = self.escaped(i)
+            elif self.text[i] in "$`":
+                i = QUOTING[self.text[i]](self, i, True)
+            else:
+                i += 1
+        return min(i + 1, len(self.text))
+
+    def backticks(self, i, _):
+        """Return the offset after `commands`."""
+        match = re.compile(r"(?s)`((?:[^`\\]|\\.)*)`").match(self.text, i)
+        if not match:
+            self.give_up(i, "a ` that is not closed")
+        self.check_free(i, match.end(), "within `...`")
+        if match.group(1).count("'") % 2 or match.group(1).count('"') % 2 or "<<" in match.group(1):
+            self.give_up(i, "`...` with an open quote or a here document")
+        return match.end()
+
+    def dollar(self, i, is_quoted):
+        """Return the offset after a $ and what belongs to it."""
+        text = self.text
+        if text.startswith("$((", i):
+            return self.arithmetic(i + 1)
+        if text.startswith("$(", i):
+            outer = self.inside, self.started
+            self.inside = self.inside or "within $(...)"
+            i = self.commands(i + 2, is_inner=True)
+            self.inside, self.started = outer
+            return i
+        if i + 1 in self.numbers and not is_quoted:
+            self.refuse(i + 1, "behind a $")
+        if text.startswith("$'", i) and not is_quoted:
+            end = text.find("'", i + 2)
+            self.check_free(i, len(text) if end < 0 else end, "within $'...'")
+            if end < 0 or (len(text[:end]) - len(text[:end].rstrip("\\"))) % 2:
+                self.give_up(i, "a backslash in $'...'")
+            return end + 1
+        match = PARAMETER.match(text, i)
+        if text[i + 1:i + 2] in ("{", "["):
+            if not match:
+                self.check_free(i, text.find("}" if text[i + 1] == "{" else "]", i), "within $" + text[i + 1])
+                self.give_up(i, "$%s with quotes or expansions in it" % text[i + 1])
+            self.check_free(i, match.end(), "within ${...}")
+        return match.end() if match else i + 1
+
+    def arithmetic(self, i):
+        """Return the offset after ((a + 1)): a number may stand there, as nothing in it can be run."""
+        match = SHELL_SUM.match(self.text, i)
+        if not match or re.search(r"\s#|\bcase\b", match.group(1)):
+            self.give_up(i, "(( with quotes, expansions or comments in it")
+        for place in self.places:
+            if i < place < match.end():
+                if self.inside:
+                    self.refuse(place, self.inside)
+                self.ways[self.numbers[place]] = "term"
+        return match.end()
+
+    def comment(self, i, is_inner):
+        """Return the offset of the end of the line of a # comment, whose placeholders stay as they are."""
+        end = (self.text + "\n").find("\n", i)
+        if is_inner and re.search("['\"`()\\\\]", self.text[i:end]):
+            self.give_up(i, "a comment with quotes or parentheses in $(...)")
+        for place in self.places:
+            if i < place < end:
+                self.ways[self.numbers[place]] = "comment"
+        return end
+
+
+def is_flat(body):
+    """Return whether each expansion in a here document ends in its line, so that it hides no end from any shell."""
+    return all(not re.search(r"`|\$[({]", line) or line.count("(") == line.count(")") and line.count("{") ==
+               line.count("}") and not any(line.count(quote) % 2 for quote in "`'\"") for line in body.split("\n"))
+
+
+def document_word(reader, i, documents):
+    """Return the offset after what ends a here document, which is added to `documents`."""
+    has_tabs = reader.text.startswith("-", i)
+    begin = re.compile(r"-?[ \t]*").match(reader.text, i).end()
+    match = HERE_WORD.match(reader.text, begin)
+    if begin in reader.numbers or match and match.end() in reader.numbers:
+        reader.refuse(begin if begin in reader.numbers else match.end(), "in the word that ends a here document")
+    if not match or reader.text[match.end():match.end() + 1] in ("'", '"', "$", "`", "\\"):
+        reader.give_up(i, "<< without a plain word")
+    quotes = set(re.findall(r"['\"\\]", match.group()))
+    if len(quotes) > 1:
+        reader.give_up(i, "<< with a word of two kinds of quotes")
+    documents.append((re.sub(r"['\"\\]", "", match.group()), has_tabs, not quotes))
+    return match.end()
+
+
+def here_documents(reader, i, documents, is_inner):
+    """Return the offset after the here documents that begin at a line's start."""
+    for word, has_tabs, is_expanded in documents:
+        begin, end = i, None
+        while i < len(reader.text) and end is None:
+            match = (JOINED_LINE if is_expanded else ONE_LINE).match(reader.text, i)
+            line = match.group().rstrip("\n")
+            if (line.lstrip("\t") if has_tabs else line) == word:
+                end = match.end()
+            elif is_inner and line.lstrip("\t").startswith(word):
+                reader.give_up(i, "a here document in $(...)")
+            i = match.end()
+        body_end = len(reader.text) if end is None else end
+        reader.check_free(begin, body_end, "in a here document")
+        body = reader.text[begin:body_end]
+        if is_inner and re.search("['\"`()]", body) or is_expanded and not is_flat(body):
+            reader.give_up(begin, "a here document with commands or quotes in it")
+        i = body_end
+    return i
+
+
+QUOTING = {"'": ShellReader.single, '"': ShellReader.double, "`": ShellReader.backticks, "$": ShellReader.dollar}
+
+# How the values are written, by how their places are read. A Spot is a placeholder: its key, the characters beside it,
+# and how it was typed.
+Spot = collections.namedtuple("Spot", "key before after typed")
+BARE = Pattern(r"[\w%+:./@-]+\Z", re.ASCII)  # needs no quotes between BARE_BEFORE and BARE_AFTER
+BARE_BEFORE, BARE_AFTER = Pattern(r"(?:\A|(?<!\$)[\s=/:.,;|&(@\x1a-])\Z"), Pattern(r"[\s/:.,;|&)}\x1a-]?\Z")
+SHELL_WORDS = frozenset("if then else elif fi do done case esac while until for in function select time coproc repeat "
+                     "foreach end nocorrect noglob".split())
+
+
+def quoted(text):
+    """Return a text in single quotes, for a shell."""
+    return "'%s'" % text.replace("'", "'\"'\"'")
+
+
+def _text_of(value, spot):
+    text = value_text(value)
+    if "\0" in text:
+        raise LabtaskerValueError("%%(%s) has a null character, which no command can get" % spot.key)
+    return text
+
+
+def _write_bare(value, spot):
+    text = _text_of(value, spot)
+    is_bare = BARE.match(text) and text not in SHELL_WORDS and BARE_BEFORE.search(spot.before) and \
+        BARE_AFTER.match(spot.after)
+    return text if is_bare else quoted(text)
+
+
+def _write_number(value, spot):
+    text = _text_of(value, spot)
+    if not re.match(r"-?[0-9]+(?:\.[0-9]+)?(?:e[+-]?[0-9]+)?\Z", text):
+        raise LabtaskerValueError("%%(%s) stands where the shell calculates: it takes a number there, not %.80r" % (
+            spot.key, text))
+    return text
+
+
+def _write_term(value, spot):
+    text = _write_number(value, spot)
+    return "(%s)" % text if text.startswith("-") else text
+
+
+SHELL_WRITERS = {
+    "bare": _write_bare,
+    "word": lambda value, spot: quoted(_text_of(value, spot)),
+    "single": lambda value, spot: quoted(_text_of(value, spot))[1:-1],
+    "double": lambda value, spot: '"%s"' % quoted(_text_of(value, spot)),
+    "number": _write_number,
+    "term": _write_term,
+    "comment": lambda value, spot: spot.typed,
+}
+
+
+def shell_writers(template, is_zsh=False):
+    """Return the writer of each placeholder in a text for a shell; raises TemplateError where there can be none."""
+    reader, writers = ShellReader(template, is_zsh), []
+    for number, (begin, end) in enumerate(template.spans):
+        text, place, way = reader.text, reader.places[number], reader.ways[number]
+        spot = Spot(template.parts[2 * number + 1], text[max(0, place - 2):place], text[place + 1:place + 2],
+                    template.text[begin:end])
+        writers.append(functools.partial(SHELL_WRITERS["word" if way == "bare" and is_zsh else way], spot=spot))
+    return writers
+
+
+# A script may be Python as well: there a value is a literal of Python, or a part of one.
+
+PYTHON_TOKEN = Pattern(r"""(?sx) (?P<comment>\#[^\n]*) | (?P<prefix>[A-Za-z]*) (?:
+      (?P<three>\'\'\'|\"\"\") (?:\\.|.)*? (?P=three)
+    | (?P<one>['"]) (?!(?P=one){2}) (?:\\.|(?!(?P=one))[^\\\n])* (?P=one)
+    | (?P<open>['"]) )""")
+OPEN_ESCAPE = Pattern(r"(?:\A|[^\\])(?:\\\\)*\\(?:[xuU][0-9a-fA-F]*|[0-7]{1,2}|N(?:\{[^}]*)?)?\Z")
+
+
+def _python_literal(value):
+    if isinstance(value, (dict, list)) or isinstance(value, float) and not math.isfinite(value):
+        return "__import__('json').loads(%s)" % ascii(json.dumps(value))
+    return "(%s)" % ascii(value)
+
+
+def _python_part(value):
+    return "".join(char if re.match(r"[A-Za-z ]", char) else "\\U%08x" % ord(char) for char in value_text(value))
+
+
+def python_writers(template):
+    """Return the writer of each placeholder in Python's text; raises TemplateError where there can be none."""
+    text, places = template.marked()
+    writers = dict.fromkeys(places, _python_literal)
+    for match in PYTHON_TOKEN.finditer(text):
+        comment, prefix = match.group("comment"), match.group("prefix") or ""
+        inner = [place for place in places if match.start() < place < match.end()]
+        bare = match.group().replace("{{", "").replace("}}", "")
+        if match.group("open") or re.search("[ft]", prefix.lower()) and bare.count("{") != bare.count("}"):
+            inner = [place for place in places if place > match.start()]  # versions of Python read it in different ways
+        for place in inner:
+            number = places.index(place)
+            if comment is not None:
+                writers[place] = lambda value, typed=template.text.__getitem__(slice(*template.spans[number])): typed
+            elif match.group("open") or prefix not in ("", "u", "U") or OPEN_ESCAPE.search(text[match.start():place]):
+                template.refuse(number, "this place in a text of Python takes no value: set a variable before it, "
+                                        "V = %%(%s), and use V here" % template.parts[2 * number + 1])
+            else:
+                writers[place] = _python_part
+    for number, place in enumerate(places):
+        beside = text[max(0, place - 1):place] + text[place + 1:place + 2]
+        if writers[place] is _python_literal and re.search(r"\w", beside):
+            template.refuse(number, "a value can't be a part of a name of Python")
+    return [writers[place] for place in places]
+
+
+def writers_for(program, template):
+    """Return the writer of each placeholder in a text that these words of a program run; raises TemplateError, and
+    UsageError for a program whose language is not known."""
+    if not template.spans:
+        return []
+    words = [os.path.basename(word) for word in program if not word.startswith("-") and "=" not in word]
+    name = words[1] if words[:1] in (["env"], ["busybox"]) and words[1:] else words[0] if words else ""
+    import shutil
+    for known in (name, os.path.basename(os.path.realpath(shutil.which(program[0]) or program[0]))):
+        if re.match(r"(?:r?ba|da|a|r?k|m?k|lk|r?z|ya)?sh[\d.-]*\Z", known):
+            return shell_writers(template, is_zsh="zsh" in known)
+        if re.match(r"(?:python|pypy)[\d.]*[a-z]?\Z", known):
+            return python_writers(template)
+    raise UsageError("values can be put into a text for sh, bash, dash, ksh, zsh and Python. How %s reads it is not "
+                     "known: give it the values as words, as in loop -- %s FILE '%%(%s)'" % (
+                         name, " ".join(program), template.keys[0]))
 
 
 def remark(text):
@@ -8853,6 +9274,7 @@ class JobCommand:
         self.is_argv, self.is_script, self.executable = bool(argv), bool(script_path), executable
         self.text = read_script(script_path) if script_path else shell
         self.templates = [Template(text) for text in (argv or [self.text])]
+        self.writers = None if argv else writers_for(self.program(), self.templates[0])
         self.cmd = list(argv) if argv else shell or [executable or "/bin/sh", str(script_path)]
         self.keys = list(collections.OrderedDict.fromkeys(key for one in self.templates for key in one.keys))
 
@@ -8860,16 +9282,16 @@ class JobCommand:
         """Return (argv list, path of a script to be removed later or None); LabtaskerValueError if a key is missing."""
         if self.is_argv:
             return [template.plain(args) for template in self.templates], None
-        text = self.templates[0].shell(args)
+        text = self.templates[0].filled(args, self.writers)
         if not self.is_script:
-            return [self.executable or "/bin/sh", "-c", text], None
+            return self.program() + ["-c", text], None
         path = write_script(text, folder)
-        return self.interpreter() + [path], path
+        return self.program() + [path], path
 
-    def interpreter(self):
-        """Return the words that run the script: the executable asked for, else its #! line, else /bin/sh."""
+    def program(self):
+        """Return the words that run the text: the executable asked for, else the #! line of a script, else /bin/sh."""
         import shlex
-        line = self.text.split("\n", 1)[0]
+        line = self.text.split("\n", 1)[0] if self.is_script else ""
         asked = [self.executable] if self.executable else shlex.split(line[2:]) if line.startswith("#!") else []
         return asked or ["/bin/sh"]
 
@@ -10475,7 +10897,7 @@ COMMANDS = {
         do_loop, "Run a command for each pending task whose arguments it takes. Then end.",
         "labtasker loop -- python train.py --lr '%(lr)' --model '%(model)'", [
             option("-c --cmd TEXT", "a command for the shell, values quoted for it"),
-            option("--script-path FILE", "a script for the shell, values quoted for it"),
+            option("--script-path FILE", "a script for the shell or Python; values stay values"),
             option("--executable FILE", "the shell (/bin/sh)"),
             FILTER,
             option("--worker-id ID", "run as this worker (labtasker worker create)"),

@@ -1,7 +1,11 @@
 """Templates: `%(key)` in commands. The cases are in cases/templates.txt."""
 import json
+import random
+import re
 import shlex
+import shutil
 import subprocess
+import sys
 
 import pytest
 from hypothesis import given
@@ -88,6 +92,148 @@ def test_a_real_shell_agrees():
     assert subprocess.check_output(["/bin/sh", "-c", command]).decode("utf-8") == nasty
 
 
+ODD_VALUES = ["", "a b", "it's", '"', "$HOME", "`touch ran`", "$(touch ran)", "\\", "a\\", "\n", "x\n\n", "-n", "!", "\u2028", "*", "~", "#x", "a=b",
+              "if", "{a,b}", "a,b", "2", "-1", "0.5", "';touch ran;'", '";touch ran;"', "\\'; touch ran #", "E\ntouch ran\n", "x[$(touch ran)]",
+              "\n touch ran\n", "\r", "%(v)", "'\"'\"';touch ran;'", "\\\"$(touch ran)\\\"", "]]; touch ran;[[", "}", "done"]
+SHELLS = [words for words in (["sh"], ["bash"], ["bash", "--posix"], ["zsh", "-f"], ["mksh"], ["busybox", "ash"]) if shutil.which(words[0])]
+OUTSIDE = {"%(v)": "V", "%(w)": "W", "a": "a", "/": "/", "=": "=", "\\'": "'", '\\"': '"', "\\\\": "\\", "\\$": "$", "\\#": "#", "''": "", '""': "",
+           "$(printf %s \"it's\")": "it's", '"$(printf %s "$(echo "x  y")")"': "x  y", "`echo b`": "b", "${NONE:-d}": "d", "$((1+2))": "3",
+           '"${H#he}"': "llo"}
+WITHIN_DOUBLE = {"%(v)": "V", "%(w)": "W", "a": "a", "'": "'", "#": "#", " ": " ", "\n": "\n", "(": "(", "<<E": "<<E", '\\"': '"', "\\$": "$", "\\\\": "\\",
+                 "${H}": "hello", "$%(v)": "$V", "`echo '('`": "(", "$(echo ')')": ")"}
+WITHIN_SINGLE = {"%(v)": "V", "%(w)": "W", "a": "a", '"': '"', "\\": "\\", "$(": "$(", "`": "`", "#": "#", "\n": "\n", "<<E": "<<E"}
+AROUND = ["show %s\n", "# it's \"\nshow %s\n", "show %s # don't %%(v)\n", "if :; then show %s; fi\n", "case x in a) ;; *) show %s;; esac\n",
+          "( show %s )\n", "f() { show %s; }; f\n", ": <<E\nit's \" ( $H\nE\nshow %s\n", ": <<'E'\nit's \" $( `\nE\nshow %s\n",
+          "X=$(echo it) && show %s\n", ": &&\\\nshow %s\n", "V=%s; show \"$V\"\n", "echo $(echo \"it's\" \"(\") >&2; show %s\n", ": <<-E\n\tx\n\tE\nshow %s\n"]
+
+
+def random_word(pick):
+    """Return a word of a shell with placeholders, and what it stands for, with V and W for the values."""
+    text, means = [], []
+    for _ in range(pick.randint(1, 5)):
+        quote, pieces = pick.choice([("", OUTSIDE), ('"', WITHIN_DOUBLE), ("'", WITHIN_SINGLE)])
+        chosen = [pick.choice(list(pieces)) for _ in range(pick.randint(1, 3))]
+        text += [quote] + chosen + [quote]
+        means += [pieces[piece] for piece in chosen]
+    return "".join(text), [meaning for meaning in means if meaning]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shell", SHELLS, ids=lambda words: "-".join(words))
+def test_a_shell_gets_each_value_as_it_is_wherever_its_placeholder_stands(shell, tmp_path):
+    pick, shown = random.Random(" ".join(shell)), 0
+    for _ in range(60):
+        values = {"v": pick.choice(ODD_VALUES), "w": pick.choice(ODD_VALUES)}
+        body, wanted = "", ""
+        for _ in range(8):
+            word, means = random_word(pick)
+            if word.startswith("=") and shell[0] == "zsh":
+                continue  # to zsh that is the path of a command
+            body += pick.choice(AROUND) % word
+            wanted += "<%s>[1]" % "".join({"V": values["v"], "W": values["w"], "$V": "$" + values["v"]}.get(one, one) for one in means)
+            shown += 1
+        template = Template(body)
+        text = template.filled(values, labtasker.shell_writers(template, is_zsh=shell[0] == "zsh"))
+        begin = "H=hello; unset NONE; set -f; show() { printf '<%s>' \"$@\"; printf '[%s]' $#; }\n"
+        done = subprocess.run(shell + ["-c", begin + text], cwd=str(tmp_path), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        assert done.stdout.decode("utf-8") == wanted, (body, values, done.stderr)
+        assert not list(tmp_path.iterdir()), (body, values)
+    assert shown > 300
+
+
+PIECES = ["'", '"', "`", "$(", ")", "(", "$((", "))", "((", "${", "}", "\\", "\n", "#", " #", " ", "x", "echo ", "$x", "$", "$'", "<<E", "<<-E\n", "<<'E'\n",
+          "\nE\n", "E", "<<<", "<", ">", ";", "|", "&&", "[[ ", " ]]", " -eq ", "case x in a) ", "esac", "%(v)", "%(v)", "%(v)", '"%(v)"', "'%(v)'", "=",
+          "a=", "a[", "]", "let ", "!", "~", "*", "%%(", "$$", "{", "if ", "then ", "fi", "declare -i x=", "${x:-", "${x#", "$[", "\\\n"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shell", SHELLS, ids=lambda words: "-".join(words))
+def test_no_value_is_run_by_the_shell_whatever_the_text_around_it(shell, tmp_path):
+    """Most of these texts are refused or no commands at all; what matters is that none runs what a value brings."""
+    pick, ran, refused = random.Random("|".join(shell)), 0, 0
+    evil = [value for value in ODD_VALUES if "touch" in value]
+    while ran < 150:
+        try:
+            template = Template("".join(pick.choice(PIECES) for _ in range(pick.randint(2, 12))))
+            text = template.filled({"v": pick.choice(evil)}, labtasker.shell_writers(template, is_zsh=shell[0] == "zsh"))
+        except labtasker.LabtaskerValueError:
+            refused += 1
+            continue
+        if template.spans:
+            ran += 1
+            subprocess.run(shell + ["-c", text], cwd=str(tmp_path), stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+            assert not (tmp_path / "ran").exists(), (template.text, text)
+    assert refused > 20
+
+
+@pytest.mark.parametrize("text, place, words", [
+    ("cat <<EOF\nlr=%(v)\nEOF", 13, "in a here document"), ("cat <<'EOF'\n%(v)\nEOF", 12, "in a here document"), ("cat <<%(v)\nx", 6, "here document"),
+    ("echo $(f %(v))", 9, "within $(...)"), ('echo "$(f "%(v)")"', 11, "within $(...)"), ("echo $(cat <<E\n%(v)\nE\n)", 15, "here document"),
+    ("echo `f %(v)`", 8, "within `...`"), ('echo "`f %(v)`"', 9, "within `...`"), ("echo ${x:-%(v)}", 10, "within ${"), ('"${x:-"%(v)"}"', 7, "within ${"),
+    ("echo $'%(v)'", 7, "within $'...'"), ("echo \\%(v)", 6, "behind a backslash"), ('echo "\\%(v)"', 7, "behind a backslash"), ("echo $%(v)", 6, "behind a $"),
+    ("echo $[%(v)]", 7, "within $["), ("x=$(case x in a) echo;; esac) y %(v)", 32, "case within $(...) in line 1"),
+    ("echo ${x:-'}'}\necho %(v)", 20, "in line 1"), ("echo $'a\\'b' %(v)", 13, "a backslash in $'...'"),
+])
+def test_a_place_where_a_value_can_not_be_put_is_shown(text, place, words):
+    with pytest.raises(TemplateError, match=re.escape(words)) as caught:
+        Template(text).shell({"v": 1})
+    assert caught.value.column == place and "V=%(v)" in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["echo $((%(v) + 1))", "((%(v) > 2))", "for ((i=0;i<%(v);i++)); do :; done", "[[ %(v) -gt 2 ]]", '[[ "%(v)" -gt 2 && a ]]',
+                                  "let x=%(v)", "declare -i x='%(v)'", "a[%(v)]=1", "a=([%(v)]=1)", "if [[ x && '%(v)' -eq 3 ]]; then :; fi"])
+def test_where_a_shell_calculates_a_value_is_a_number(text):
+    assert Template(text).shell({"v": 3}) == text.replace("%(v)", "3")
+    assert Template(text).shell({"v": "2"}) == text.replace("%(v)", "2")
+    for value in ("a[$(touch ran)]", "x", "", "1;2", "1 + 1", None, True, "3\n"):
+        with pytest.raises(labtasker.LabtaskerValueError, match="takes a number there"):
+            Template(text).shell({"v": value})
+
+
+def test_digits_and_words_of_the_shell_do_not_join_what_stands_beside_them():
+    assert Template("echo %(v)>out").shell({"v": 2}) == "echo '2'>out"
+    assert Template("echo $x%(v) \"$x%(v)\"").shell({"v": "y"}) == "echo $x'y' \"$x\"'y'\"\""
+    assert Template("%(v) x").shell({"v": "if"}) == "'if' x"
+    assert Template("%(v) x").shell({"v": "A=b"}) == "'A=b' x"
+
+
+def run_python(text, args):
+    """Return what a script of Python prints as JSON."""
+    template = Template(text)
+    filled = template.filled(args, labtasker.python_writers(template))
+    return json.loads(subprocess.check_output([sys.executable, "-c", "import json\n" + filled]).decode("utf-8"))
+
+
+@pytest.mark.slow
+def test_python_gets_values_as_its_own_literals_and_within_its_texts():
+    values = [1, -0.5, True, None, {"a": [1, "it's", float("inf")]}, "'" * 3 + '"' * 3 + "\\", *ODD_VALUES]
+    args = {"k%d" % i: value for i, value in enumerate(values)}
+    bare = "print(json.dumps([%s]))" % ", ".join("%%(%s)" % key for key in args)
+    assert run_python(bare, args) == values
+    for quote in ("'", '"', "'" * 3, '"' * 3):
+        text = "print(json.dumps([%s]))  # don't %%(k0)" % ", ".join("%s<%%(%s)>%s" % (quote, key, quote) for key in args)
+        assert run_python(text, args) == ["<%s>" % labtasker.value_text(value) for value in values]
+
+
+@pytest.mark.parametrize("text", ["f'{x} %(v)'", "r'%(v)'", "b'%(v)'", "f%(v)", "%(v)x", "'\\%(v)'", "'\\x4%(v)'", "'\\1%(v)'", "f'{d['a']}' + '%(v)'", "'open\n%(v)"])
+def test_a_place_in_a_text_of_python_that_takes_no_value_is_shown(text):
+    with pytest.raises(TemplateError):
+        labtasker.python_writers(Template(text))
+
+
+@pytest.mark.parametrize("program, is_known", [
+    (["/bin/sh"], True), (["/usr/bin/env", "bash"], True), (["/usr/bin/env", "-S", "bash", "-e"], True), (["/opt/bash-5.2"], True), (["/bin/zsh"], True),
+    (["python3.11", "-u"], True), (["/usr/bin/env", "perl"], False), (["node"], False), (["fish"], False), (["/bin/csh"], False), (["/x/tcsh"], False),
+])
+def test_a_program_whose_quoting_is_not_known_gets_no_values_in_its_text(program, is_known):
+    assert labtasker.writers_for(program, Template("no value")) == []
+    if is_known:
+        assert len(labtasker.writers_for(program, Template("x %(v) y"))) == 1
+    else:
+        with pytest.raises(labtasker.UsageError, match="give it the values as words"):
+            labtasker.writers_for(program, Template("x %(v) y"))
+
+
 @given(st.text(max_size=60))
 def test_any_text_is_taken_or_refused_with_a_column(text):
     try:
@@ -95,5 +241,4 @@ def test_any_text_is_taken_or_refused_with_a_column(text):
     except TemplateError as error:
         assert text[error.column:error.column + 2] == "%("
     else:
-        literal = "".join(part or "%(" if i % 2 else part for i, part in enumerate(template.parts) if not i % 2 or not part)
-        assert set(literal) <= set(text)
+        assert set("".join(template.parts[::2])) <= set(text)

@@ -455,6 +455,33 @@ def test_a_mistake_is_found_before_any_task_is_fetched(home, words, message):
     assert task(one).start_time is None and not labtasker.ls_workers().content
 
 
+@pytest.mark.parametrize("words, shown", [
+    (["--cmd", "echo $(echo %(n))"], "  echo $(echo %(n))\n              ^"), (["--cmd", "cat <<E\n%(n)\nE\n"], "  %(n)\n  ^"),
+    (["--executable", "perl", "--cmd", "print '%(n)'"], "perl"), (["--cmd", "echo `%(n)`"], "  echo `%(n)`\n        ^"),
+])
+def test_a_place_where_no_value_can_be_put_is_refused_before_any_task_is_fetched(home, words, shown):
+    one, = submit()
+    run = home.cli("loop", *words, check=False)
+    assert run.returncode == 2 and shown in run.stderr, run
+    assert task(one).start_time is None and not labtasker.ls_workers().content
+
+
+def test_a_value_that_a_shell_would_calculate_fails_that_task_alone(home):
+    bad = labtasker.submit_task(args={"n": "a[$(touch ran)]"}, max_retries=1).task_id
+    good, = submit()
+    run = home.cli("loop", "--executable", "bash", "--cmd", "[[ %(n) -eq 0 ]] && echo $((%(n) + 1))")
+    assert run.stdout == "1\n" and not (home.cwd / "ran").exists()
+    assert "takes a number" in task(bad).summary["labtasker_error"]
+    assert (task(bad).status, task(good).status) == ("failed", "success")
+
+
+def test_a_null_character_never_reaches_a_script(home):
+    bad = labtasker.submit_task(args={"n": "a\0b"}, max_retries=1).task_id
+    home.cli("loop", stdin="echo %(n)")
+    home.cli("loop", "--script-path", home.write("job.sh", "echo %(n)"))
+    assert "null" in task(bad).summary["labtasker_error"] and task(bad).status == "failed"
+
+
 def test_a_command_without_placeholders_takes_every_task_and_says_so(home):
     submit(2)
     run = home.cli("loop", "--", "echo", "x")
