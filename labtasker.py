@@ -115,6 +115,10 @@ class LabtaskerConnectError(LabtaskerNetworkError):
     """The server could not be reached, or went away before it answered."""
 
 
+class NotOurServer(LabtaskerConnectError):
+    """What answers at the address of a store's server does not prove that it is that server."""
+
+
 class WorkerSuspended(LabtaskerRuntimeError):
     """The worker is suspended or crashed and gets no tasks until it is set active."""
 
@@ -4498,6 +4502,55 @@ GATES = {
 }
 
 
+# A server and the clients that can read its server.json know each other by the key in it, which is never sent: on each
+# connection both prove that they have it. A proof covers a number that each side drew for this connection, so that an
+# old proof is worth nothing, and the address, so that one who listens elsewhere can't pass the server's own proof on.
+
+INTRODUCTION = Pattern(r"/\?nonce=([0-9a-f]{32,128})\Z")  # the target of the request that begins it
+
+
+def new_nonce():
+    """Return a number that nobody has drawn before, as text."""
+    return os.urandom(16).hex()
+
+
+def prove(key, side, nonces, address):
+    """Return the proof of one side, "server" or "client", that it has the key; `address` is that of the server's end
+    of the connection as this side sees it.
+
+    An HMAC by SHA-256."""
+    sha256 = _sha256()
+    padded = key.encode().ljust(64, b"\0")
+    text = "\n".join(("labtasker", side) + nonces + (_whereabouts(address),))
+    inner = sha256(bytes(byte ^ 0x36 for byte in padded) + text.encode("utf-8", "surrogatepass")).digest()
+    return sha256(bytes(byte ^ 0x5c for byte in padded) + inner).hexdigest()
+
+
+def _sha256():
+    """Return SHA-256 without hashlib where that can be: the library which hashlib loads takes longer than the rest of a
+    command."""
+    for name in ("_sha2", "_sha256", "hashlib"):  # the first is Python 3.12's
+        try:
+            return __import__(name).sha256
+        except ImportError:
+            pass
+
+
+def _whereabouts(address):
+    """Return text that is the same for both ends of a connection. A loopback address is one within its host, or its
+    container, alone."""
+    host = address[0].partition("%")[0]
+    host = host[7:] if host.startswith("::ffff:") else host
+    place = "%s %d" % (host, address[1])
+    if host.startswith("127.") or host == "::1":
+        try:
+            with open("/proc/sys/kernel/random/boot_id") as file:
+                return "%s %s %s" % (place, file.read().strip(), os.readlink("/proc/self/ns/net"))
+        except OSError:
+            return "%s %s" % (place, os.uname().nodename if hasattr(os, "uname") else "")
+    return place
+
+
 class BadHead(LabtaskerError):
     """A request that can't be read; the connection is closed after the answer."""
 
@@ -4626,7 +4679,7 @@ class Connection:
     """A peer: what it has sent and was not read yet, what is to be sent to it, and what it waits for."""
 
     __slots__ = ("sock", "peer", "inbox", "outbox", "line", "head", "busy", "closing", "ended", "parked",
-                 "handshake", "heard_at", "vouched", "counted", "since", "reserved", "lingering", "gate")
+                 "handshake", "heard_at", "vouched", "counted", "since", "reserved", "lingering", "gate", "proof")
 
     def __init__(self, sock, peer, is_tls):
         self.sock, self.peer, self.inbox, self.outbox = sock, peer, bytearray(), b""
@@ -4641,6 +4694,7 @@ class Connection:
         self.reserved = 0  # bytes of its large body in `large`
         self.lingering = 0  # bytes that are still thrown away of one that was refused while it sent
         self.gate = None  # (gate, user) that its request went through to a thread
+        self.proof = None  # what is on this connection the password of one who has the server's key
 
     def next_request(self, heads):
         """Return the next whole HttpRequest, or None when more bytes must come first; raise BadHead or TooLarge."""
@@ -4656,6 +4710,8 @@ class Connection:
             if len(self.line) != 3 or not self.line[2].startswith("HTTP/1.") or not self.line[1]:
                 raise BadHead("not an HTTP/1.1 request line")
             self.head = heads.read(block)
+            if self.proof:
+                self.head = self._without_proof(self.head)
         head = self.head
         if len(self.inbox) < head.length:
             return None
@@ -4666,6 +4722,11 @@ class Connection:
         is_old = version == "HTTP/1.0"
         keep = not head.close and (head.keep_alive or not is_old)
         return HttpRequest(method, target, head, keep, body, monotonic(), is_old)
+
+    def _without_proof(self, head):
+        """Return a Head with a LocalName and no password for a login, where its password is this connection's proof."""
+        name, password = head.login or ("", "")
+        return head._replace(login=(LocalName(name), None)) if name and same_secret(password, self.proof) else head
 
 
 def _json_in_pieces(answer):
@@ -5081,6 +5142,9 @@ class _Requests(_Peers):
         head = request.head
         if head.foreign and request.method not in SAFE_METHODS:
             raise Forbidden("sent by %s: nothing is changed for it" % head.foreign)
+        introduction = INTRODUCTION.match(request.target)
+        if introduction:
+            return self.introduce(conn, request, introduction.group(1))
         call = self.quick_call(request)
         if call is not None:
             conn.vouched = conn.vouched or call.caller is not None
@@ -5093,6 +5157,14 @@ class _Requests(_Peers):
         else:
             gate = "streams" if route.run is _run_events else "work"
         self.hand_over(conn, gate, work, request)
+
+    def introduce(self, conn, request, nonce):
+        """Answer the welcome with a proof that this server has its key, and know from now on the client's."""
+        nonces, address = (nonce, new_nonce()), conn.sock.getsockname()
+        conn.proof = prove(self.key, "client", nonces, address)
+        answer = dict(_run_welcome(self.store, None, None, None), nonce=nonces[1],
+                      proof=prove(self.key, "server", nonces, address))
+        self.answer(conn, request, request.keep, None, 200, answer)
 
     def quick_call(self, request):
         """Return the Call of a request that the loop itself answers, or None; raise what is wrong with it."""
@@ -5196,6 +5268,8 @@ class _Requests(_Peers):
         if login is None:
             raise Unauthorized("Invalid credentials")
         name, password = login
+        if password is None:  # the connection's proof was right
+            return name
         if len(password) == len(self.key) and same_secret(password, self.key):
             return LocalName(name)
         return self.store.known_login(name, password)
@@ -5872,6 +5946,13 @@ def _is_of_protocol(method, path, status, answer):
     return find_route(method, path)[0].status == 204
 
 
+def _basic(name, password):
+    """Return the Authorization header's value for a name and a password."""
+    from binascii import b2a_base64
+    token = b2a_base64(("%s:%s" % (name, password)).encode("utf-8", "surrogatepass"), newline=False)
+    return "Basic " + token.decode()
+
+
 def _is_of_http(error):
     """Return whether an error is one of http.client's, without importing that."""
     return type(error).__module__ == "http.client"
@@ -5884,13 +5965,16 @@ class HttpTransport:
     two requests to an http:// URL go over a plain socket each."""
 
     SINGLE = 2  # requests before urllib is imported
+    INTRODUCTION_S = 15.0  # for a server to prove that it has the key
+    MAX_WELCOME_BYTES = 65536  # of one who has not
 
-    def __init__(self, url, queue_name, password, ca_file=None):
-        from binascii import b2a_base64
+    def __init__(self, url, queue_name, password, ca_file=None, key=None):
         self.where, self.ca_file = url.rstrip("/"), ca_file
-        self.url = self.where
-        token = b2a_base64(("%s:%s" % (queue_name, password)).encode("utf-8", "surrogatepass"), newline=False).decode()
-        self.headers = {"Authorization": "Basic " + token, "Content-Type": "application/json", EXTENSIONS: "1"}
+        self.url, self.queue_name, self.key = self.where, queue_name, key
+        self.headers = {"Content-Type": "application/json", EXTENSIONS: "1"}
+        if not key:  # else each connection has a login of its own, after a proof
+            self.headers["Authorization"] = _basic(queue_name, password)
+        self.reached = []  # (plain socket, Authorization) of a connection that waits for its first request
         self.extensions = None  # not known before the first answer
         self.plain = URL_OF_HTTP.match(self.url)  # None: https, a user in it, or what else only urllib can read
         self.asked, self.opener = 0, None
@@ -5950,7 +6034,7 @@ class HttpTransport:
         from http.client import IncompleteRead
         self.opener = self.opener or _keeping_opener()
         request = urllib.request.Request(self.url + asked.target, asked.data, self.headers, method=asked.method)
-        request.exchange, request.ca_file = asked, self.ca_file
+        request.exchange, request.ca_file, request.meet = asked, self.ca_file, self.meet
         response = self.opener.open(request, timeout=asked.timeout_s)
         is_whole = response.chunked or response.length is not None
         content = response.read()
@@ -5960,16 +6044,23 @@ class HttpTransport:
 
     def _ask_plainly(self, asked):
         """Return the same of an Exchange as HTTP/1.0, whose answer ends with its connection."""
-        import socket
-        host, port, prefix = self.plain.groups("")
-        head = ["%s %s%s HTTP/1.0" % (asked.method, prefix, asked.target),
-                "Host: " + self.plain.group()[7:].partition("/")[0], "Content-Length: %d" % len(asked.data or b"")]
-        head += ["%s: %s" % pair for pair in self.headers.items()]
-        address = host.strip("[]").encode(), int(port or 80)  # a host as text costs the import of encodings.idna
-        with socket.create_connection(address, asked.timeout_s) as connection:
-            connection.sendall("\r\n".join(head + ["", ""]).encode() + (asked.data or b""))
+        connection, login = self._reach(asked.timeout_s)
+        with connection:
+            connection.sendall(self._plain_head(asked.method, asked.target, "1.0", login, asked.data))
             asked.is_sent, asked.sock = True, connection
-            got = b"".join(iter(lambda: connection.recv(65536), b""))
+            return self._plain_answer(b"".join(iter(lambda: connection.recv(65536), b"")))
+
+    def _plain_head(self, method, target, version, login, data):
+        """Return the bytes of a request."""
+        lines = ["%s %s%s HTTP/%s" % (method, self.plain.group(3) or "", target, version),
+                 "Host: " + self.plain.group()[7:].partition("/")[0], "Content-Length: %d" % len(data or b"")]
+        headers = dict(self.headers, Authorization=login) if login else self.headers
+        lines += ["%s: %s" % pair for pair in headers.items()]
+        return "\r\n".join(lines + ["", ""]).encode() + (data or b"")
+
+    def _plain_answer(self, got):
+        """Return (status, the header that tells of extensions, content) of an answer's bytes; raise ConnectionError
+        where some are missing."""
         head, end, content = got.partition(b"\r\n\r\n")
         first, *lines = head.decode("latin-1").split("\r\n")
         headers = {name.lower(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
@@ -5979,6 +6070,93 @@ class HttpTransport:
         if not re.match(r"HTTP/1\.[01] [0-9]{3}\b", first):
             raise LabtaskerConnectError("%s does not speak HTTP: is it a Labtasker server?" % self.url)
         return int(first[9:12]), headers.get(EXTENSIONS.lower()), content
+
+    def _reach(self, timeout_s):
+        """Return a plain socket to the server, and its Authorization where that is not the transport's own."""
+        import socket
+        while self.reached:
+            connection, login = self.reached.pop()
+            if not _is_readable(connection):
+                connection.settimeout(timeout_s)
+                return connection, login
+            connection.close()
+        host, port, _ = self.plain.groups("")
+        address = host.strip("[]").encode(), int(port or 80)  # a host as text costs the import of encodings.idna
+        connection = socket.create_connection(address, timeout_s)
+        try:
+            login = self.key and self._introduce(connection, lambda target: self._plain_welcome(connection, target))
+        except Exception:
+            connection.close()
+            raise
+        return connection, login
+
+    def _plain_welcome(self, connection, target):
+        """Return what `_plain_answer` does of a GET, after which the connection stays open."""
+        connection.sendall(self._plain_head("GET", target, "1.1", None, None))
+        got, give_up_at = b"", monotonic() + self.INTRODUCTION_S
+        while len(got) < self.MAX_WELCOME_BYTES:
+            connection.settimeout(max(0.001, give_up_at - monotonic()))
+            piece = connection.recv(65536)
+            got += piece
+            try:
+                return self._plain_answer(got)
+            except ConnectionError:
+                if not piece:
+                    raise
+        raise NotOurServer("what %s answered is no welcome of a Labtasker server" % self.url)
+
+    def _introduce(self, sock, ask):
+        """Return the Authorization for a connection once its other end has proved that it has the key, or raise
+        NotOurServer: then nothing but a number was sent."""
+        nonce, address = new_nonce(), sock.getpeername()
+        _, extensions, content = ask("/?nonce=" + nonce)
+        try:
+            told = json.loads(content.decode())
+        except (ValueError, RecursionError):
+            told = None
+        told = told if isinstance(told, dict) else {}
+        nonces = nonce, str(told.get("nonce"))
+        if told.get("proof") != prove(self.key, "server", nonces, address):  # new each time: its timing tells nothing
+            raise NotOurServer("%s answers, but does not prove that it is the server of the store: it may have the "
+                               "port of one that was killed, or the address leads elsewhere" % self.url)
+        self.extensions = extensions == "1"
+        return _basic(self.queue_name, prove(self.key, "client", nonces, address))
+
+    def meet(self, connection):
+        """Connect an http.client connection; `login` is then its Authorization, where that is its own."""
+        connection.login = None
+        if self.key:
+            connection.auto_open = False  # one that was closed is never opened again without a proof
+            timeout_s, connection.timeout = connection.timeout, self.INTRODUCTION_S
+            connection.connect()
+            try:
+                connection.login = self._introduce(connection.sock, lambda target: self._welcome(connection, target))
+            except Exception:
+                connection.close()
+                raise
+            connection.timeout = timeout_s
+            if connection.sock is not None:
+                connection.sock.settimeout(timeout_s)
+
+    def _welcome(self, connection, target):
+        """Return what `_plain_welcome` does, over an http.client connection."""
+        connection.request("GET", target, headers={EXTENSIONS: "1"})
+        response = connection.getresponse()
+        return response.status, response.headers.get(EXTENSIONS), response.read(self.MAX_WELCOME_BYTES)
+
+    def is_of_store(self):
+        """Return whether a server answers and proves that it has the key; raise NotOurServer where it does not. Its
+        connection is kept for the first request."""
+        try:
+            if self.plain:
+                self.reached.append(self._reach(self.INTRODUCTION_S))
+            else:
+                self.call("GET", "/health", None, None)
+        except NotOurServer:
+            raise
+        except (OSError, LabtaskerConnectError):
+            return False
+        return True
 
     def _check_repeat(self, method, path, body, error, lost, pause_s):
         """Raise LabtaskerConnectError where a request that failed with `error` must not be sent again."""
@@ -6022,7 +6200,11 @@ class HttpTransport:
         headers = dict(self.headers, Accept="text/event-stream", **({"Last-Event-ID": after} if after else {}))
         try:
             connection = _connection(request)
-            connection.connect()
+            self.meet(connection)
+            if connection.login:
+                headers["Authorization"] = connection.login
+            else:
+                connection.connect()
             sock = connection.sock
             connection.request("GET", request.selector, headers=headers)
             response = connection.getresponse()
@@ -6050,6 +6232,8 @@ class HttpTransport:
 
     def close(self):
         """Close this thread's connection."""
+        while self.reached:
+            self.reached.pop()[0].close()
         if self.opener:
             self.opener.kept.__dict__.clear()
 
@@ -6092,12 +6276,15 @@ class _KeepingHandler:
         connection = getattr(kept, request.host, None)
         if connection is None or connection.sock is None or _is_readable(connection.sock):
             connection = _connection(request)
+            request.meet(connection)
             setattr(kept, request.host, connection)
         connection.timeout = request.timeout
         if connection.sock is not None:
             connection.sock.settimeout(request.timeout)
-        connection.request(request.get_method(), request.selector, request.data,
-                           dict(request.headers, **request.unredirected_hdrs))
+        headers = dict(request.headers, **request.unredirected_hdrs)
+        if connection.login:
+            headers["Authorization"] = connection.login
+        connection.request(request.get_method(), request.selector, request.data, headers)
         request.exchange.is_sent, request.exchange.sock = True, connection.sock
         response = connection.getresponse()
         response.msg = response.reason
@@ -6257,17 +6444,25 @@ def _transport(config):
 def _living_server(folder, queue_name):
     """Return the HttpTransport of the server that holds the store in `folder`, or None.
 
-    A server.json can be left over from a server that was killed: its id has to be answered by what listens."""
-    told = read_server_file(folder) or {}
+    A server.json can be left over from a server that was killed, and its port be another's: what listens has to prove
+    that it has the key. One that can't is spoken of once, where no other address leads to the server."""
+    told, strange = read_server_file(folder) or {}, None
+    if not told.get("key"):
+        return None
     for url in told.get("addresses", ()):
-        transport = HttpTransport(url, queue_name, told.get("key"), told.get("ca_file"))
+        transport = HttpTransport(url, queue_name, None, told.get("ca_file"), told["key"])
         try:
-            status, answer = transport.call("GET", "/", None, None)
-        except LabtaskerConnectError:
-            continue
-        if status == 200 and isinstance(answer, dict) and answer.get("server") == told.get("server"):
-            return transport
+            if transport.is_of_store():
+                return transport
+        except NotOurServer as error:
+            strange = str(error)
+    if strange and strange not in _SPOKEN_OF:
+        _SPOKEN_OF.add(strange)
+        print("labtasker: " + strange, file=sys.stderr)
     return None
+
+
+_SPOKEN_OF = set()  # what this process has said of such servers
 
 
 def look_anew():

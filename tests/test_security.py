@@ -1,10 +1,13 @@
 """What must be refused, and must not get out: patterns that explode, cross-site requests, secrets, paths, escapes."""
 import base64
+import json
 import os
+import re
 import socket
 import stat
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -360,3 +363,149 @@ def test_a_cross_site_request_is_answered_403_by_a_server(server):
         status, answer, _ = server.http("POST", ME + "/tasks", {"args": {"a": 1}}, headers)
         assert status == 403 and "nothing is changed" in answer["detail"]
     assert server.http("POST", ME + "/tasks", {"args": {"a": 1}}, {"Origin": server.url})[0] == 201
+
+
+class Impostor:
+    """Listens where a server did, or elsewhere, and notes what it hears; `answer(request's bytes)` is what it says.
+
+    With `real`, an address, it passes everything on to who listens there, and back."""
+
+    def __init__(self, port=0, answer=None, real=None):
+        self.heard, self.answer, self.real = [], answer, real
+        self.socket = socket.socket()
+        self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        self.socket.bind(("127.0.0.1", port))
+        self.socket.listen(20)
+        self.port = self.socket.getsockname()[1]
+        threading.Thread(target=self.live, daemon=True).start()
+
+    def live(self):
+        try:
+            while True:
+                connection, _ = self.socket.accept()
+                threading.Thread(target=self.pass_on if self.real else self.speak, args=(connection,), daemon=True).start()
+        except OSError:  # closed
+            pass
+
+    def speak(self, connection):
+        with connection:
+            data = connection.recv(65536)
+            self.heard.append(data)
+            connection.sendall(self.answer(data))
+
+    def pass_on(self, connection):
+        with connection, socket.create_connection(self.real) as far:
+            data = connection.recv(65536)
+            while data:
+                self.heard.append(data)
+                far.sendall(data)
+                connection.sendall(far.recv(65536))
+                data = connection.recv(65536)
+
+    def close(self):
+        self.socket.shutdown(socket.SHUT_RDWR)  # closing alone does not wake who accepts
+        self.socket.close()
+
+
+def in_http(answer):
+    body = json.dumps(answer).encode()
+    return b"HTTP/1.1 200 OK\r\nLabtasker-Extensions: 1\r\nContent-Length: %d\r\n\r\n" % len(body) + body
+
+
+def nothing_but_numbers(heard):
+    return heard and all(data.startswith(b"GET /?nonce=") and b"Authorization" not in data for data in heard)
+
+
+def at_port(server, port):
+    """Have server.json name another port."""
+    path = server.folder / "server.json"
+    told = json.loads(path.read_text())
+    path.write_text(json.dumps(dict(told, addresses=["http://127.0.0.1:%d" % port])))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["old answers", "a proof of its own", "no JSON", "a relay"])
+def test_who_has_not_the_key_of_a_store_gets_neither_a_task_nor_a_login(server, tmp_path, kind):
+    port = int(server.url.rsplit(":", 1)[1])
+    old = http("GET", server.url + "/?nonce=" + "0" * 32)[1]
+    assert old["proof"]
+    impostor = Impostor(real=("127.0.0.1", port)) if kind == "a relay" else Impostor(answer=lambda data: {
+        "old answers": in_http(old), "no JSON": b"nonsense", "a proof of its own": in_http(dict(old, proof=L.prove(
+            "its own key", "server", (data[12:44].decode(), old["nonce"]), ("127.0.0.1", impostor.port))))}[kind])
+    at_port(server, impostor.port)
+    if kind != "a relay":  # which needs the real one
+        server.kill()
+    done = run_cli(["task", "submit", "--", "--secret=hunter2"], tmp_path, check=False, env={"LABTASKER_ROOT": str(server.folder)})
+    impostor.close()
+    assert nothing_but_numbers(impostor.heard), impostor.heard
+    if kind == "a relay":
+        assert done.returncode == 1 and "does not prove" in done.stderr and "in use by another process" in done.stderr
+    else:  # the store is free, and opened itself
+        assert done.returncode == 0 and ("does not prove" in done.stderr) == (kind != "no JSON"), done
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("asked", [0, 1, 5])
+def test_a_client_that_was_let_in_asks_for_a_proof_on_each_new_connection(server, asked):
+    transport = L._living_server(str(server.folder), server.queue)
+    for _ in range(asked):
+        assert transport.call("GET", ME, None, None)[0] == 200
+    old = http("GET", server.url + "/?nonce=" + "0" * 32)[1]
+    server.kill()
+    impostor = Impostor(int(server.url.rsplit(":", 1)[1]), lambda data: in_http(old))
+    for attempt in (lambda: transport.call("POST", ME + "/tasks", None, '{"args": {"secret": "hunter2"}}'), lambda: transport.listen(None, 5)):
+        with pytest.raises(L.NotOurServer, match="does not prove"):
+            attempt()
+    impostor.close()
+    assert nothing_but_numbers(impostor.heard), impostor.heard
+
+
+@pytest.mark.slow
+def test_the_key_of_a_store_is_never_sent_and_a_login_holds_on_one_connection(server, monkeypatch):
+    sent, connect = [], socket.create_connection
+
+    class Recorded(socket.socket):
+        def sendall(self, data, *flags):
+            sent.append(bytes(data))
+            return super().sendall(data, *flags)
+
+    def recorded(*given, **more):
+        made = connect(*given, **more)
+        timeout_s, again = made.gettimeout(), Recorded(made.family, made.type, made.proto, made.detach())
+        again.settimeout(timeout_s)
+        return again
+    monkeypatch.setattr(socket, "create_connection", recorded)
+    key = json.loads((server.folder / "server.json").read_text())["key"]
+    transport = L._living_server(str(server.folder), server.queue)
+    for _ in range(4):  # two of a connection each, and two over one that is kept
+        assert transport.call("GET", ME, None, None)[1]["queue_name"] == server.queue and transport.extensions
+    status, lines = transport.listen(None, 5)
+    lines.close()
+    transport.close()
+    logins = re.findall(rb"Authorization: Basic (\S+)", b"".join(sent))
+    assert status == 200 and len(logins) == 5 and len(set(logins)) == 4
+    for data in [b"".join(sent)] + [base64.b64decode(login) for login in logins]:
+        assert key.encode() not in data
+    for login in logins:
+        assert http("GET", server.url + ME, headers={"Authorization": "Basic " + login.decode()})[0] == 401
+    assert http("GET", server.url + ME, auth=("nosuch", key))[0] == 401
+
+
+def test_both_ends_of_a_connection_are_a_part_of_a_proof(monkeypatch):
+    def proof(host, port=1):
+        return L.prove("key", "server", ("a", "b"), (host, port))
+    assert proof("10.0.0.1") == proof("::ffff:10.0.0.1") and proof("fe80::1%eth0") == proof("fe80::1")
+    assert len({proof("10.0.0.1"), proof("10.0.0.2"), proof("10.0.0.1", 2), L.prove("key", "client", ("a", "b"), ("10.0.0.1", 1))}) == 4
+    here = proof("127.0.0.1"), proof("::1"), proof("10.0.0.1")
+    monkeypatch.setattr(L.os, "readlink", lambda path: "net:[another container]")
+    there = proof("127.0.0.1"), proof("::1"), proof("10.0.0.1")
+    assert [one == other for one, other in zip(here, there)] == [False, False, True]
+
+
+def test_an_empty_key_or_none_lets_nobody_be_the_server(tmp_path):
+    impostor = Impostor(answer=lambda data: in_http({}))
+    for told in ({}, {"key": ""}, {"key": None}):
+        (tmp_path / "server.json").write_text(json.dumps(dict(told, addresses=["http://127.0.0.1:%d" % impostor.port])))
+        assert L._living_server(str(tmp_path), "q") is None
+    impostor.close()
+    assert not impostor.heard
