@@ -5923,6 +5923,16 @@ class StoreTransport:
             answer = Lines(answer.pieces, lambda: setattr(self.store, "closing", True))
         return status, answer
 
+    def is_intact(self):
+        """Return whether the store's descriptors lead to its files, as far as they are open."""
+        for one in [one for one in vars(self.store).values() if isinstance(getattr(one, "fd", None), int)]:
+            try:
+                if not os.path.samestat(os.fstat(one.fd), os.stat(one.path)):
+                    return False
+            except OSError:
+                return False
+        return True
+
     def close(self):
         """Give the store up."""
         self.store.close()
@@ -6230,6 +6240,11 @@ class HttpTransport:
             except OSError:  # it is over
                 pass
 
+    @staticmethod
+    def is_intact():
+        """Return that nothing is lost with its descriptors but connections, which `client_held` looks at."""
+        return True
+
     def close(self):
         """Close this thread's connection."""
         while self.reached:
@@ -6412,8 +6427,56 @@ def client():
     """Return this process' Client, made from the configuration at its first use, and anew after a fork."""
     global _client
     if _client is None or _client.pid != os.getpid():
+        hold_standard_streams()
         _client = Client(_transport(load_config()))
     return _client
+
+
+def hold_standard_streams():
+    """Open what of stdin, stdout and stderr is closed: else a file of ours got its number, and what is printed."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # the lowest number that is free is this one
+
+
+class Held:
+    """Descriptors of ours, with what tells whether they are that still: a job's function can close them all, and others
+    then get their numbers."""
+
+    LOST = []  # whose descriptors are not theirs any more: kept for ever, as closing them would close another's
+
+    def __init__(self, *numbers):
+        self.places = {number: self._place(number) for number in numbers}
+
+    @staticmethod
+    def _place(number):
+        try:
+            found = os.fstat(number)
+            return found.st_dev, found.st_ino, found.st_mode
+        except (OSError, ValueError):
+            return None
+
+    def is_intact(self):
+        """Return whether all are open and lead to where they did."""
+        return all(place and place == self._place(number) for number, place in self.places.items())
+
+
+def drop_lost_client(held):
+    """Have this process make a new Client where descriptors of the old one, of its store or those in `held` (of
+    `client_held`), were closed by others."""
+    global _client
+    if _client and not (held.is_intact() and _client.transport.is_intact()):
+        Held.LOST.append(_client)
+        _client = None
+
+
+def client_held():
+    """Return the Held of the connections that threads of this process keep."""
+    under_way = getattr(_client.transport, "under_way", {}) if _client else {}
+    numbers = [asked.sock.fileno() for asked in list(under_way.values()) if asked.sock]
+    return Held(*[number for number in numbers if number >= 0])
 
 
 def use_client(other):
@@ -7327,8 +7390,9 @@ class Wanted:
         import inspect
         self.function, self.pass_args_dict = function, pass_args_dict
         self.name = getattr(function, "__name__", str(function))
-        if not callable(function) or inspect.isclass(function) or inspect.iscoroutinefunction(function):
+        if not callable(function) or inspect.isclass(function):
             raise LabtaskerTypeError("loop() decorates plain functions, not %r" % (function,))
+        self._check_runs(function)
         self.signature, self.hints = inspect.signature(function), type_hints(function)
         self.required = {}
         for parameter in self.signature.parameters.values():
@@ -7336,6 +7400,20 @@ class Wanted:
         free = [p for name, p in self.signature.parameters.items() if name not in self.required]
         self.free = self.signature.replace(parameters=free)
         self.fields = self._fields(required_fields)
+
+    @staticmethod
+    def _check_runs(function):
+        """Raise LabtaskerTypeError where a call of the function would not run what it says."""
+        import inspect
+        while isinstance(function, functools.partial):
+            function = function.func
+        kinds = {inspect.isasyncgenfunction: "an async generator", inspect.iscoroutinefunction: "a coroutine",
+                 inspect.isgeneratorfunction: "a generator"}
+        for called, is_one in itertools.product((function, getattr(type(function), "__call__", None)), kinds):
+            if is_one(called):
+                raise LabtaskerTypeError(
+                    "loop() decorates plain functions, not %r: its call returns %s and runs nothing. Call it in a "
+                    "plain function that runs it to its end" % (function, kinds[is_one]))
 
     def _note(self, parameter):
         """Enter the parameter where it is marked as Required."""
@@ -8127,17 +8205,24 @@ class Run:
             return None
 
     def note_summary(self, summary):
-        """Merge into the file of the run's summary."""
-        if summary:
+        """Merge into the file of the run's summary; a disk that can't take it is told of, as it was reported."""
+        if not summary:
+            return
+        try:
             self.make_log_dir()
             write_json(self.path("summary.json"), merge(read_json(self.path("summary.json")), nest(summary, "summary")))
+        except (OSError, LabtaskerError) as error:
+            remark("can't write %s: %s" % (self.path("summary.json"), error))
 
     def note_end(self, status, **facts):
         """Remember, in a file too, that the run ended; from a process of the job the loop hears of it by that file."""
         self.ended = status
-        if os.path.isdir(self.log_dir) or self.task is None:
-            self.make_log_dir()
-            write_json(self.path("status.json"), dict(facts, status=status))
+        try:
+            if os.path.isdir(self.log_dir) or self.task is None:
+                self.make_log_dir()
+                write_json(self.path("status.json"), dict(facts, status=status))
+        except OSError as error:
+            remark("can't write %s: %s" % (self.path("status.json"), error))
 
     def note_stop(self, signum):
         """Remember, in a file for the processes of the job, that it was told to stop."""
@@ -8309,10 +8394,8 @@ class Wake:
 
     def __enter__(self):
         self.pid, self.handlers, self.ignored = os.getpid(), {}, set()
-        self.read_end, self.write_end = os.pipe()
-        os.set_blocking(self.read_end, False)
-        os.set_blocking(self.write_end, False)
         self.in_main = threading.current_thread() is threading.main_thread()
+        self._open_pipe()
         if self.in_main:
             self.wakeup_fd = self._be_woken()
             for signum in self.signals:
@@ -8322,6 +8405,19 @@ class Wake:
                 os.register_at_fork(after_in_child=_leave_loops)
             WAKES.append(self)
         return self
+
+    def _open_pipe(self):
+        self.read_end, self.write_end = os.pipe()
+        self.held = Held(self.read_end, self.write_end)
+        os.set_blocking(self.read_end, False)
+        os.set_blocking(self.write_end, False)
+
+    def mend(self):
+        """Open another pipe where a function has closed this one."""
+        if not self.held.is_intact():
+            self._open_pipe()
+            if self.in_main:
+                self._be_woken()
 
     def _handle(self, signum):
         import signal
@@ -8359,13 +8455,17 @@ class Wake:
         for signum, handler in self.handlers.items():
             signal.signal(signum, signal.SIG_DFL if handler is None else handler)
         if self.in_main:
-            signal.set_wakeup_fd(self.wakeup_fd)
+            try:
+                signal.set_wakeup_fd(self.wakeup_fd)
+            except (OSError, ValueError):  # that one is closed
+                signal.set_wakeup_fd(-1)
         self.handlers = {}
 
     def __exit__(self, *_):
         self.restore()
-        os.close(self.read_end)
-        os.close(self.write_end)
+        if self.held.is_intact():
+            os.close(self.read_end)
+            os.close(self.write_end)
         self.write_end = -1  # for a slot that was left behind
 
     def on_child(self, signum, frame):
@@ -8418,6 +8518,15 @@ def _leave_loops():
         wake.restore()
 
 
+def start_thread(thread):
+    """Start a thread, or raise LabtaskerRuntimeError where the system has none left."""
+    try:
+        thread.start()
+    except RuntimeError as error:
+        raise LabtaskerRuntimeError("no more threads can be had here (%s): raise `ulimit -u` or the pids.max of the "
+                                    "cgroup" % error) from None
+
+
 class Heartbeats:
     """The process that beats for a loop's runs: started with the first run, again if it dies, ended by `close`.
 
@@ -8452,6 +8561,7 @@ class Heartbeats:
     def _start(self):
         """Start the process and tell it of every run."""
         import subprocess
+        self._let_go()
         if self.process:
             self._end()
         self.process = subprocess.Popen(
@@ -8462,13 +8572,29 @@ class Heartbeats:
             self.process.stdin.flush()
         except OSError:  # it died at once: the reader sees that
             pass
+        self.held = Held(self.process.stdin.fileno(), self.process.stdout.fileno())
         self.reader = threading.Thread(target=self._read, args=(self.process,), daemon=True)
-        self.reader.start()
+        start_thread(self.reader)
+
+    def mend(self):
+        """Start another process where a function has closed the pipes to this one, which ends by that."""
+        with self.lock:
+            self._let_go()
+            if self.runs and not self.process:
+                self._start()
+
+    def _let_go(self):
+        if self.process and not self.held.is_intact():
+            Held.LOST.append(self.process)
+            self.process = None
 
     def _read(self, process):
-        for line in process.stdout:
-            message = json.loads(line)
-            self.on_lost(message["key"], message["status"])
+        try:
+            for line in process.stdout:
+                message = json.loads(line)
+                self.on_lost(message["key"], message["status"])
+        except (OSError, ValueError):  # a function has closed it
+            pass
         if self.runs:
             time.sleep(1)
         with self.lock:
@@ -8493,9 +8619,11 @@ class Heartbeats:
         """End the process and the thread that listens to it."""
         with self.lock:
             self.runs.clear()
+            self._let_go()
             process = self.process and self._end()
         if process:
-            self.reader.join()
+            if self.reader.ident is not None:  # else no thread was to be had for it
+                self.reader.join()
             process.stdout.close()
 
 
@@ -8799,6 +8927,16 @@ class Loop:
                 ", ".join("the report of task " + run.task_id for run in self.waiting.values()), outbox()))
         self.beats.close()
 
+    def mend(self, held):
+        """Open anew what a function has closed of ours, in the thread that runs the loop."""
+        try:
+            hold_standard_streams()
+            self.wake.mend()
+            self.beats.mend()
+            drop_lost_client(held)
+        except (OSError, LabtaskerError) as error:
+            remark("the function closed files of the loop, and they can't be opened again: %s" % error)
+
     def deliver_kept(self):
         """Deliver what waits in the outbox; runs of this loop that waited need no heartbeats then."""
         if kept_reports():
@@ -8853,7 +8991,7 @@ class Loop:
         """Return when each slot has left, or what is left of them waits for a server that does not answer."""
         give_up_at = math.inf
         for slot in self.slots:
-            slot.thread.start()
+            self._start_slot(slot)
         while not all(slot.has_left for slot in self.slots) and not self.is_unheard:
             waits = any(slot.doing == "wait" for slot in self.slots) and self.is_in_vain()
             self.wake.pause(0.2 if waits or self.wake.stop else min(60, self.limit.stop_at - monotonic()))
@@ -8864,6 +9002,16 @@ class Loop:
             patience_s = FETCH_CUT_S if not self.wake.runs and _file_stamp() is None else LEAVING_S
             give_up_at = min(give_up_at, monotonic() + patience_s) if is_idle else math.inf
             self.is_unheard = monotonic() > give_up_at
+
+    def _start_slot(self, slot):
+        """Start a slot's thread; where none is to be had, the loop goes on with those that it has."""
+        try:
+            start_thread(slot.thread)
+        except LabtaskerRuntimeError as error:
+            slot.has_left = True
+            if slot is self.slots[0]:
+                raise
+            slot.remark(error)
 
     def _hurry(self):
         """Let the slots look at what is new, and wait for the server no longer where that is in vain."""
@@ -8952,8 +9100,8 @@ class Slot:
                 self._guarded_pass()
         except WorkerSuspended as error:
             loop.fatal = "no more is run on %s: %s" % (host_name(), error)
-        except LabtaskerError as error:
-            loop.fatal = loop.fatal or str(error)
+        except (LabtaskerError, OSError, MemoryError) as error:
+            loop.fatal = loop.fatal or str(error) or type(error).__name__
         except BaseException as error:
             loop.error = loop.error or error
         finally:
@@ -9006,7 +9154,7 @@ class Slot:
                 self.remark("task %s" % describe(run.task, loop.verbose))
                 run.begin()
                 self.doing = "run"
-                outcome = loop.execute(self, run)
+                outcome = self._execute(run)
             self.close(run, outcome)
         finally:
             self.doing = None
@@ -9014,6 +9162,16 @@ class Slot:
             loop.idle_since = monotonic()
             self.wake.runs.discard(run)
             self.wake.ring()
+
+    def _execute(self, run):
+        """Return the Outcome of a run; where the loop itself can't run it, the task is handed back before that is
+        raised."""
+        try:
+            return self.loop.execute(self, run)
+        except Exception as error:
+            why = "the loop could not run it: %s" % exception_summary(error)["message"]
+            self.close(run, Outcome("pending", reason=why[:REASON_LIMIT]))
+            raise
 
     def _fetch(self):
         """Return the Run of the next task, or None, maybe after some time; the slot has its turn."""
@@ -9118,6 +9276,9 @@ class Slot:
                 pass
 
 
+UNTAKEN = (400, 413, 422)  # of a report whose summary a server can't take: then the end is reported without it
+
+
 def send_outcome(slot, run, outcome, facts):
     """Return the status once it is delivered or kept, or None where somebody else has ended the run."""
     try:
@@ -9125,11 +9286,14 @@ def send_outcome(slot, run, outcome, facts):
             "status": outcome.status, "summary": outcome.summary, "worker_id": run.worker_id,
             "reason": outcome.reason, "attempt": facts or None})
     except LabtaskerHTTPStatusError as error:
-        if error.status_code not in (404, 409):
+        if error.status_code not in (404, 409) + UNTAKEN:
             raise
-        if not run.ended:
-            slot.remark("task %s: %s is not taken: %s" % (run.task_id, outcome.status, error))
-        return None
+        slot.remark("task %s: %s is not taken: %s" % (run.task_id, outcome.status, error)) if not run.ended else None
+        if error.status_code not in UNTAKEN or not (outcome.summary or facts):
+            return None
+        told = {"labtasker_error": "%s (its summary was refused: %s)" % (
+            failure_text(outcome.summary or {})[:REASON_LIMIT], error)} if outcome.status == "failed" else None
+        return send_outcome(slot, run, outcome._replace(summary=told), None)
     words = {"pending": "handed back, no retry is charged: %s" % outcome.reason,
              "failed": "failed, attempt %d of %d: %s" % (
                  run.task.retries + 1, run.task.max_retries, failure_text(outcome.summary or {}))}
@@ -9223,7 +9387,7 @@ def set_prompt_on_task_failure(enabled):
 def ask_to_go_on():
     """Return whether to go on after a failure; no answer in ten seconds, or nobody to ask, means yes."""
     import select
-    if not (LOOP_SETTINGS["prompt_on_failure"] and sys.stdin and sys.stdin.isatty() and sys.stderr.isatty()):
+    if not (LOOP_SETTINGS["prompt_on_failure"] and _made(lambda: sys.stdin.isatty() and sys.stderr.isatty(), False)):
         return True
     sys.stderr.write("labtasker: the task failed. Go on with the next one? [Y/n] (yes in 10 s) ")
     sys.stderr.flush()
@@ -9348,18 +9512,24 @@ def _call_function(slot, run, call):
     os.environ.update(names)
     RUNS[thread] = run
     log = RunLog(run.path("run.log"))
-    tees = _listen_in(log) if wake.in_main else ()
+    tees, held = _listen_in(log) if wake.in_main else (), client_held()
     try:
         try:
             wake.interrupt = lambda signum: _interrupt(wake, run, signum)
             wake.interrupt(None)  # what came before
-            call(run.task.args)
+            answer = call(run.task.args)
         finally:
             wake.interrupt = None
+            if os.getpid() == run.pid:
+                slot.loop.mend(held)
+        if os.getpid() != run.pid:
+            _end_child(None)
         is_told = run.interrupted or run.preempted and run.asks_preempted
-        return slot.loop.handed_back() if is_told else Outcome("success")
+        return slot.loop.handed_back() if is_told else _outcome_of_answer(run, answer)
     except BaseException as error:
         wake.interrupt = None
+        if os.getpid() != run.pid:
+            _end_child(error)
         return _outcome_of_error(slot.loop, run, error)
     finally:
         _listen_no_more(tees)
@@ -9369,17 +9539,51 @@ def _call_function(slot, run, call):
             os.environ.pop(name, None) if before[name] is None else os.environ.update({name: before[name]})
 
 
+def _end_child(error):
+    """End a process that the function forked and that came back from it; never returns. The loop is its parent's."""
+    code = 0
+    try:
+        code = _code_of_exit(error) if error is not None else 0
+        if code is None:
+            code = 1
+            sys.stderr.write(exception_summary(error)["traceback"])
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+    except BaseException:  # nobody is left to tell
+        pass
+    finally:
+        os._exit(code)
+
+
 class Tee:
-    """A text stream that a run's log gets a copy of; for anything but writing it is the stream itself."""
+    """A text stream that a run's log gets a copy of; for anything but writing it is the stream itself.
+
+    A stream that takes nothing any more (a pipe that nobody reads, a full disk, none at all) is no error of the
+    function: its output goes on into the log."""
 
     def __init__(self, stream, feed):
         self.stream, self.feed = stream, feed
 
     def write(self, text):
         """Write, and return what the stream returns."""
-        answer = self.stream.write(text)
+        answer = self._try(lambda: self.stream.write(text), len(text))
         self.feed(text.encode("utf-8", "replace"))
         return answer
+
+    def flush(self):
+        """Flush the stream."""
+        self._try(lambda: self.stream.flush(), None)
+
+    def _try(self, action, otherwise):
+        try:
+            return action()
+        except UnicodeError:  # the function's own
+            raise
+        except BrokenPipeError:
+            _drain(self.stream)
+        except (OSError, ValueError):  # ValueError: it is closed
+            pass
+        return otherwise
 
     def writelines(self, lines):
         """Write them one by one."""
@@ -9390,11 +9594,22 @@ class Tee:
         return getattr(self.stream, name)
 
 
+def _drain(stream):
+    """Let what a pipe that nobody reads still holds go nowhere, so that neither the next line nor the interpreter's end
+    complains of it."""
+    try:
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, stream.fileno())
+        os.close(null)
+    except (OSError, ValueError, AttributeError):
+        pass
+
+
 def _listen_in(log):
     """Have what the function prints copied to its log; return {name in sys: Tee}.
 
     What it writes past Python's own streams isn't seen: to take that too would lose the last words of a crash."""
-    tees = {name: Tee(getattr(sys, name), log.channel()) for name in ("stdout", "stderr") if getattr(sys, name)}
+    tees = {name: Tee(getattr(sys, name) or open(os.devnull, "w"), log.channel()) for name in ("stdout", "stderr")}
     vars(sys).update(tees)
     return tees
 
@@ -9417,29 +9632,79 @@ def _interrupt(wake, run, signum):
         raise TaskCancelled("task %s is %s: nobody waits for this run any more" % (run.task_id, run.lost))
 
 
+def _outcome_of_answer(run, answer):
+    """Return the Outcome of a function that came to its end; one whose body has not run at all has failed."""
+    from collections import abc
+    kind = next((kind for kind in (abc.Coroutine, abc.AsyncGenerator, abc.Generator, abc.Awaitable)
+                 if issubclass(type(answer), kind)), None)
+    if kind is None:
+        return Outcome("success")
+    try:
+        answer.close()  # else Python complains later that it was never awaited
+    except Exception:  # it has none
+        pass
+    word = {abc.Coroutine: "a coroutine", abc.AsyncGenerator: "an async generator", abc.Generator: "a generator"}
+    error = "the function returned %s, which nobody runs: call it in a plain function, as asyncio.run(f(...)) or " \
+            "for _ in f(...) does" % word.get(kind, "an awaitable")
+    remark("task %s: %s" % (run.task_id, error))
+    return Outcome("failed", {"labtasker_error": error})
+
+
 def _outcome_of_error(loop_, run, error):
     import signal
     if run.lost:
         return Outcome(None)
-    if isinstance(error, KeyboardInterrupt) and not run.interrupted:  # raised by the function itself
+    is_interrupt = issubclass(type(error), KeyboardInterrupt)
+    if is_interrupt and not run.interrupted:  # raised by the function itself
         loop_.wake.stop = loop_.wake.stop or signal.SIGINT
-    if isinstance(error, KeyboardInterrupt) or run.interrupted:
+    if is_interrupt or run.interrupted:
         return loop_.handed_back()
-    if isinstance(error, SystemExit) and (error.code is None or isinstance(error.code, int)):
-        return outcome_of_exit(error.code or 0)
+    code = _code_of_exit(error)
+    if code is not None:
+        return outcome_of_exit(code)
     summary = {"labtasker_exception": exception_summary(error)}
     remark("task %s raised\n%s" % (run.task_id, summary["labtasker_exception"]["traceback"].rstrip()))
     return Outcome("failed", summary, None, None if ask_to_go_on() else "stopped after a failure, as you asked")
 
 
+def _code_of_exit(error):
+    """Return the exit code that a SystemExit stands for, None where it is another error or has a text."""
+    if not issubclass(type(error), SystemExit):
+        return None
+    code = _made(lambda: error.code, "?")
+    if code is None or isinstance(code, int):
+        return (code or 0) & 255 if -2 ** 31 <= (code or 0) < 2 ** 31 else 255
+    return None
+
+
 def exception_summary(error):
-    """Return type, message and traceback of an exception, without the frames of this file before the user's."""
+    """Return type, message and traceback of an exception, without the frames of this file before the user's.
+
+    Never raises: an exception can have no text, a name that is none, or a traceback that can't be shown."""
     import traceback
     trace = error.__traceback__
     while trace and trace.tb_frame.f_code.co_filename == exception_summary.__code__.co_filename:
         trace = trace.tb_next
-    text = "".join(traceback.format_exception(type(error), error, trace))
-    return {"type": type(error).__name__, "message": str(error)[:TEXT_LIMIT], "traceback": text[-TEXT_LIMIT:]}
+    kind = text_of(lambda: type(error).__name__, "exception")
+    message = text_of(lambda: str(error), "(its text can't be made)")
+    short = "%s: %s\n" % (kind, message)
+    text = text_of(lambda: "".join(traceback.format_exception(type(error), error, trace)), "") or text_of(
+        lambda: "".join(traceback.format_tb(trace)) + short, short)
+    return {"type": kind[:TEXT_LIMIT], "message": message[:TEXT_LIMIT], "traceback": text[-TEXT_LIMIT:]}
+
+
+def _made(make, otherwise):
+    """Return make(), which is a user's code, or `otherwise` where it raises anything."""
+    try:
+        return make()
+    except BaseException:
+        return otherwise
+
+
+def text_of(make, otherwise):
+    """Return the text that make() returns, without lone surrogates, or `otherwise` where it raises or is no text."""
+    text = _made(lambda: str.encode(make(), "utf-8", "backslashreplace").decode("utf-8"), None)
+    return otherwise if text is None else text
 
 
 def outcome_of_exit(code):
@@ -9645,10 +9910,15 @@ class RunLog:
     def __init__(self, path):
         self.lock = threading.Lock()  # guards fd and unfinished
         self.unfinished = None  # the stream whose line has no end yet
+        self.path, self.fd = path, None
+        self._open()
+
+    def _open(self):
         try:
-            self.fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+            self.fd = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
         except OSError:  # Run.begin has said so
             self.fd = None
+        self.held = Held(*[] if self.fd is None else [self.fd])
 
     def channel(self):
         """Return a function that takes the bytes of one stream; None ends it."""
@@ -9659,6 +9929,10 @@ class RunLog:
         with self.lock:
             if not data or self.fd is None:
                 return
+            if not self.held.is_intact():  # the function has closed it
+                self._open()
+                if self.fd is None:
+                    return
             data = b"\n" * (self.unfinished not in (None, line)) + data
             self.unfinished = None if data.endswith(b"\n") else line
             try:
@@ -9669,7 +9943,7 @@ class RunLog:
     def close(self):
         """Close the file; what comes now goes nowhere."""
         with self.lock:
-            if self.fd is not None:
+            if self.fd is not None and self.held.is_intact():
                 os.close(self.fd)
             self.fd = None
 
@@ -9752,16 +10026,18 @@ class Output:
                 ours, opened[place] = use_pty and _open_pty() or os.pipe()
                 self.sources[ours] = (number, Labelled(label) if label else lambda data: data, log.channel())
         self.ends = [opened[place] for place in places]
-        self.thread = threading.Thread(target=self._copy, daemon=True)
+        self.thread = threading.Thread(target=self._copy, daemon=True)  # to be started before the job is
+        self.begun = threading.Event()
 
     def listen(self):
         """Begin, once the job has its ends: then it alone holds them."""
         for end in set(self.ends):
             os.close(end)
-        self.thread.start()
+        self.begun.set()
 
     def _copy(self):
         import select
+        self.begun.wait()
         while self.sources:
             ready = select.select(sorted(self.sources), [], [])[0] if len(self.sources) > 1 else list(self.sources)
             for ours in ready:
@@ -9779,6 +10055,9 @@ class Output:
 
     def finish(self):
         """Return once all that the job wrote is where it belongs."""
+        if self.thread.ident is None:  # it could not be started, nor the job
+            list(map(os.close, set(self.ends).union(self.sources)))
+            return self.log.close()
         self.thread.join(self.DRAIN_S)
 
 
@@ -9853,6 +10132,7 @@ def run_job(slot, run, command, use_pty=True):
     """Return the Outcome of the command in a process group of its own."""
     script, output = None, Output(RunLog(run.path("run.log")), use_pty, slot.place.label)
     try:
+        start_thread(output.thread)
         words, script = command.words(run.task.args, run.make_log_dir())
         process = _start_job(words, slot.environment(run), output.ends)
     except (OSError, ValueError) as error:
@@ -9863,7 +10143,7 @@ def run_job(slot, run, command, use_pty=True):
         return Outcome("pending", reason=why, fatal=why)
     else:
         output.listen()
-        is_own_end = watch(slot, run, process)
+        is_own_end = _watched(slot, run, process)
     finally:
         output.finish()
         if script:
@@ -9872,6 +10152,17 @@ def run_job(slot, run, command, use_pty=True):
     if is_own_end and not _is_of_own_signal(slot, process.returncode):
         return outcome_of_exit(process.returncode)._replace(facts=facts)
     return Outcome(None, facts=facts) if run.lost else slot.loop.handed_back(facts)
+
+
+def _watched(slot, run, process):
+    """Return what watch() does; a job that can't be watched is killed, as its task will be given to another."""
+    import signal
+    try:
+        return watch(slot, run, process)
+    except BaseException:
+        signal_group(process.pid, signal.SIGKILL)
+        process.wait()
+        raise
 
 
 def _start_job(words, environment, ends):

@@ -1,5 +1,6 @@
 """Required and casts: what a decorated function gets of a task's args."""
 import enum
+import functools
 import pathlib
 import sys
 import typing
@@ -233,10 +234,27 @@ async def a_coroutine():
     pass
 
 
+async def an_async_generator():
+    yield 1
+
+
+def a_generator():
+    yield 1
+
+
+class CalledAsGenerator:
+    def __call__(self):
+        yield 1
+
+
 @pytest.mark.parametrize("decorate, message", [
     (lambda: labtasker.loop(lambda: None), "write @labtasker.loop\\(\\), with parentheses"),
     (lambda: Wanted(lambda lr=Required: None), "write Required\\(\\), with parentheses"),
-    (lambda: Wanted(a_coroutine), "plain functions"),
+    (lambda: Wanted(a_coroutine), "plain functions, not .*: its call returns a coroutine and runs nothing"),
+    (lambda: Wanted(a_generator), "its call returns a generator"),
+    (lambda: Wanted(an_async_generator), "its call returns an async generator"),
+    (lambda: Wanted(functools.partial(functools.partial(a_generator))), "its call returns a generator"),
+    (lambda: Wanted(CalledAsGenerator()), "its call returns a generator"),
     (lambda: Wanted(Unknown), "plain functions"),
     (lambda: Wanted(3), "plain functions"),
     (lambda: labtasker.loop(required_fields="lr")(lambda: None), "a list of keys is needed"),

@@ -177,6 +177,277 @@ def test_whatever_a_function_does_the_loop_goes_on(home, code, status):
     assert (task(first).status, task(second).status) == (status, "success")
 
 
+# Between a function's end and its report
+
+
+class NoText(Exception):
+    def __str__(self):
+        return None
+
+
+class Fails(Exception):
+    def __str__(self):
+        raise KeyError("in __str__")
+    __repr__ = __str__
+
+
+class Leaves(BaseException):
+    def __str__(self):
+        sys.exit(0)
+
+
+class OfNoClass(Exception):
+    @property
+    def __class__(self):
+        raise RuntimeError("no class")
+
+
+class Nameless(type):
+    __name__ = property(lambda self: 1 / 0)
+
+
+class OfNameless(Exception, metaclass=Nameless):
+    pass
+
+
+class NoCode(SystemExit):
+    code = property(lambda self: 1 / 0)
+
+
+class OddText(str):
+    def __getitem__(self, key):
+        raise IndexError(key)
+
+
+def caused(error, cause):
+    error.__cause__ = cause
+    return error
+
+
+def endless():
+    return endless()
+
+
+ODD_ERRORS = [NoText(), Fails(), Leaves(), OfNoClass(), OfNameless(), NoCode(), GeneratorExit(), MemoryError(), SystemExit("text"),
+              Exception("\ud800 half"), Exception("x" * 10 ** 6), Exception(OddText("odd")), caused(ValueError("v"), Fails()),
+              SyntaxError("no", (3, 4, 5, object())), UnicodeDecodeError("utf-8", b"\xff", 0, 1, "bad"), Exception(Fails())]
+if sys.version_info >= (3, 11):
+    ODD_ERRORS.append(BaseExceptionGroup("group", [Fails(), KeyboardInterrupt()]))  # noqa: F821
+
+
+def test_an_exception_of_whatever_kind_fails_its_task_and_the_loop_goes_on(home):
+    ids, seen = submit(len(ODD_ERRORS) + 2, max_retries=1), []
+
+    @labtasker.loop()
+    def main(n=Required()):
+        seen.append(n)
+        if n < len(ODD_ERRORS):
+            raise ODD_ERRORS[n]
+        if n == len(ODD_ERRORS):
+            endless()
+    main()
+    assert sorted(seen) == list(range(len(ids)))
+    found = [task(one) for one in ids]
+    assert [one.status for one in found] == ["failed"] * (len(ids) - 1) + ["success"]
+    raised = [one.summary["labtasker_exception"] for one in found[:-1]]
+    assert all(one["type"] and one["message"] is not None and one["traceback"] for one in raised)
+    assert "RecursionError" in raised[-1]["traceback"]
+
+
+def test_no_exit_code_of_a_function_is_taken_for_another():
+    codes = {None: 0, 0: 0, 3: 3, True: 1, 256: 0, -1: 255, 2 ** 70: 255, "text": None}
+    assert {code: labtasker._code_of_exit(SystemExit(code)) for code in codes} == codes
+    assert labtasker._code_of_exit(NoCode()) is None and labtasker._code_of_exit(OfNoClass()) is None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["return", "sys.exit(0)", "sys.exit('text')", "raise ValueError('in the child')", "1 / 0"])
+def test_a_child_that_the_function_forks_ends_where_it_comes_back(home, how):
+    ids = submit(2, max_retries=1)
+    loop = start_script(home, """
+@labtasker.loop()
+def main(n=Required()):
+    pid = os.fork()
+    if pid == 0:
+        %s
+    code = os.waitpid(pid, 0)[1]
+    labtasker.report_task_status(labtasker.current_task_id(), "running", {"pid": os.getpid(), "code": code})
+main()
+""" % how)
+    assert wait_for_end(loop) == 0, output(loop)
+    found = [task(one) for one in ids]
+    assert [one.status for one in found] == ["success"] * 2, output(loop)
+    assert {one.summary["pid"] for one in found} == {loop.pid}
+    assert {one.summary["code"] for one in found} == {0 if how in ("return", "sys.exit(0)") else 256}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["os.closerange(3, 256)", "os.closerange(0, 256)",
+                                 "n or (os.closerange(3, 256), kept.extend(open('own-%d' % i, 'w') for i in range(60)))",
+                                 "labtasker.finish('success'); os.closerange(3, 256)"])
+def test_a_function_that_closes_descriptors_takes_none_of_the_loops(both, how):
+    ids = submit(3, max_retries=1)
+    loop = start_script(both, """
+kept = []
+@labtasker.loop()
+def main(n=Required()):
+    if n < 2:
+        %s
+main()
+for file in kept:
+    file.write("x")
+    file.close()
+""" % how)
+    wait_until(lambda: loop.poll() is not None, "the loop ends")
+    assert [task(one).status for one in ids] == ["success"] * 3, output(loop)
+    assert loop.returncode == 0, output(loop)
+    assert {path.read_text() for path in both.cwd.glob("own-*")} <= {"x"}
+
+
+@pytest.mark.parametrize("make, word", [
+    (lambda: a_generator(), "a generator"), (lambda: a_coroutine(), "a coroutine"), (lambda: an_async_generator(), "an async generator"),
+    (lambda: Awaited(), "an awaitable")])
+def test_a_function_that_returns_what_nobody_runs_has_failed(home, make, word):
+    one, = submit(max_retries=1)
+
+    @labtasker.loop()
+    def main(n=Required()):
+        return make()
+    main()
+    found = task(one)
+    assert found.status == "failed" and "the function returned %s" % word in found.summary["labtasker_error"]
+
+
+def a_generator():
+    yield 1
+
+
+async def a_coroutine():
+    pass
+
+
+async def an_async_generator():
+    yield 1
+
+
+class Awaited:
+    def __await__(self):
+        return iter(())
+
+
+def test_what_a_function_returns_otherwise_does_not_matter(home):
+    ids, answers = submit(4), [OfNoClass(), object(), 0, iter([1])]
+
+    @labtasker.loop()
+    def main(n=Required()):
+        return answers[n]
+    main()
+    assert [task(one).status for one in ids] == ["success"] * 4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shell", ["{} | head -1", "{} 2>&1 | true", "{} >&-", "{} >&- 2>&-", "{} > /dev/full", "{} 2> /dev/full > /dev/full",
+                                   "{} < /dev/null 2>&1 >&- | head -1"])
+def test_a_decorated_run_is_nothing_the_worse_where_its_output_goes_nowhere(home, shell):
+    ids = submit(6, max_retries=1)
+    script = home.write("script.py", """
+import labtasker, sys
+from labtasker import Required
+@labtasker.loop()
+def main(n=Required()):
+    for i in range(2000):
+        print("line", i, flush=i % 100 == 0)
+    print("to stderr", file=sys.stderr)
+    sys.stderr.flush()
+main()
+""")
+    found = home.bash("set +o pipefail; " + shell.format("%s %s" % (sys.executable, script)), check=False)
+    assert [task(one).status for one in ids] == ["success"] * 6, found
+    text = home.cli("task", "logs", ids[-1]).stdout
+    assert "line 0\n" in text and "line 1999\n" in text and "to stderr\n" in text, found
+    assert "Traceback" not in found.stderr and "Exception ignored" not in found.stderr
+
+
+@pytest.mark.slow
+def test_what_is_printed_with_stdout_closed_never_goes_into_a_file_of_ours(home):
+    submit(2)
+    script = home.write("script.py", """
+import os, labtasker
+from labtasker import Required
+@labtasker.loop()
+def main(n=Required()):
+    os.system("echo ZQ-OUT; echo ZQ-OUT >&2")
+    try: os.write(1, b"ZQ-OUT")
+    except OSError: pass
+main()
+""")
+    home.bash("%s %s >&- 2>&- <&-" % (sys.executable, script))
+    assert "ZQ-OUT" not in (home.folder / "journal.jsonl").read_text()
+    assert {one["status"] for one in home.tasks()} == {"success"}
+
+
+def without_threads(monkeypatch, *names):
+    """Have the threads whose target has one of these names fail to start, as where `ulimit -u` is reached."""
+    start = threading.Thread.start
+
+    def refuse(thread):
+        if any(name in repr(thread._target) for name in names):
+            raise RuntimeError("can't start new thread")
+        start(thread)
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+
+
+@pytest.mark.parametrize("names", [["_copy"], ["_read"], ["live"]])
+@pytest.mark.parametrize("command", [True, False])
+def test_where_no_thread_is_to_be_had_the_task_is_handed_back_and_the_loop_says_so(home, monkeypatch, capfd, names, command):
+    one, = submit(max_retries=1)
+    without_threads(monkeypatch, *names)
+    if command:
+        code = labtasker.main(["loop", "--", "echo", "%(n)"])
+    else:
+        @labtasker.loop()
+        def main(n=Required()):
+            pass
+        try:
+            code = main() or 0
+        except SystemExit as error:
+            code = error.code
+    found = task(one)
+    if not command and names == ["_copy"]:  # only commands have that
+        assert (code, found.status) == (0, "success")
+    else:
+        assert (code, found.status, found.retries) == (1, "pending", 0)
+        assert "no more threads can be had here" in capfd.readouterr().err
+
+
+def test_a_loop_goes_on_with_the_slots_that_it_has_threads_for(home, monkeypatch, capfd):
+    ids, start, count = submit(4), threading.Thread.start, []
+
+    def refuse(thread):
+        count.append(1) if "live" in repr(thread._target) else None
+        if len(count) == 2 and "live" in repr(thread._target):
+            raise RuntimeError("can't start new thread")
+        start(thread)
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    assert labtasker.main(["loop", "-j", "3", "--", "true", "%(n)"]) == 0
+    assert [task(one).status for one in ids] == ["success"] * 4 and len(count) == 3
+
+
+def test_what_was_reported_is_no_error_where_the_disk_can_not_take_the_runs_own_notes(home, monkeypatch, capfd):
+    ids = submit(2, max_retries=1)
+
+    def fail(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    @labtasker.loop()
+    def main(n=Required()):
+        monkeypatch.setattr(labtasker.Run, "make_log_dir", fail)
+        labtasker.finish("success", {"acc": n})
+    main()
+    assert [(task(one).status, task(one).summary) for one in ids] == [("success", {"acc": n}) for n in (0, 1)]
+    assert "can't write" in capfd.readouterr().err
+
+
 def test_a_summary_is_merged_while_the_task_runs(both):
     one, = submit()
 
