@@ -1519,6 +1519,8 @@ OWNER_BYTES = 512  # of an owner file; its JSON is filled up with blanks
 MOST_NOTE_BYTES = 64 << 10  # of a file in which a process says who it is
 MOST_FILE_BYTES = 64 << 20  # of another JSON file of ours: four times what a server takes as one request
 OWNER_LAPSE_S = 12.0  # for so long another host's counter must stand still before its store is taken over
+HEADER_BYTES = 64 << 10  # a journal's first line is shorter
+MARK_BYTES = 10  # of a line's end, its checksum among them
 ADOPT_BYTES = 256 << 10  # of new lines that a compaction copies while writers wait: some milliseconds
 
 
@@ -1558,9 +1560,22 @@ class Disk:
             os.close(fd)
 
     @classmethod
-    def create(cls, path, pieces, synced=True):
+    def create(cls, path, pieces, synced=True, keep=None):
         """Return when a file of these byte `pieces` is on disk under `path`: all of it, or none. Not `synced`: a power
-        cut may lose it."""
+        cut may lose it. `keep`: see `replace`."""
+        path = path if keep is None else real_path(path)
+        draft = cls.draft(path, pieces, synced)
+        try:
+            cls.replace(draft, path, keep)
+        except OSError:
+            os.unlink(draft)
+            raise
+        if synced:
+            cls.sync_folder(path)
+
+    @classmethod
+    def draft(cls, path, pieces, synced=True):
+        """Return the path of a new file of these byte `pieces`, on disk, in the folder of the file at `path`."""
         draft = "%s.new-%d" % (path, os.getpid())
         fd = cls.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | getattr(os, "O_CLOEXEC", 0), 0o600)
         try:
@@ -1576,12 +1591,70 @@ class Disk:
                     cls.sync(fd)
             finally:
                 os.close(fd)
-            cls.rename(draft, path)
         except OSError:
             os.unlink(draft)
             raise
-        if synced:
-            cls.sync_folder(path)
+        return draft
+
+    @classmethod
+    def replace(cls, draft, path, keep=0o7777, ask=None):
+        """Return when the name `path` leads to the file `draft`; the folder is still to be synced.
+
+        Owner, group and the bits `keep` of the mode stay those of the file that was there; who may not give the file
+        away gets a PermissionError. `keep` None: they are new. `ask` is called last: it raises where the file must
+        not be replaced."""
+        if keep is not None and os.path.exists(path):
+            cls.make_like(draft, path, keep)
+        if ask:
+            ask()
+        cls.rename(draft, path)
+
+    @staticmethod
+    def make_like(path, model, keep=0o7777):
+        """Give a file the owner, the group and the bits `keep` of the mode of the file `model`."""
+        made, there = os.stat(path), os.stat(model)
+        if (made.st_mode ^ there.st_mode) & 0o7777:
+            os.chmod(path, there.st_mode & keep)
+        if (made.st_uid, made.st_gid) != (there.st_uid, there.st_gid):
+            os.chown(path, there.st_uid, there.st_gid)
+
+    @classmethod
+    def make_folder(cls, path):
+        """Return when the folder is there, for its owner alone if it is new, and its name is on disk."""
+        if os.path.isdir(path):
+            return
+        parent = os.path.dirname(os.path.abspath(path))
+        if not os.path.isdir(parent):
+            os.makedirs(parent, exist_ok=True)
+            cls.sync_name(parent)
+        try:
+            os.mkdir(path, 0o700)
+        except FileExistsError:
+            if not os.path.isdir(path):
+                raise
+        cls.sync_name(path)
+
+    @classmethod
+    def sync_name(cls, folder):
+        """Return when the name of a folder is on disk, as far as this process may see to that."""
+        try:
+            cls.sync_folder(os.path.abspath(folder))
+        except PermissionError:  # the folder above may not be opened: whoever made it had to
+            pass
+
+
+def real_path(path):
+    """Return where a file is, or will be, whose name may be a symbolic link; a link to what is no file is none."""
+    leads_on = os.path.islink(path) and (os.path.isfile(path) or not os.path.exists(path))
+    return os.path.realpath(path) if leads_on else os.path.abspath(path)
+
+
+def discard(path):
+    """Remove a file, if it is there."""
+    try:
+        os.unlink(path)
+    except FileNotFoundError:
+        pass
 
 
 class FileLock:
@@ -1597,10 +1670,20 @@ class FileLock:
                                    "(labtasker init --url http://host:9321)" % sys.platform)
         self.path = path
 
+    def _open(self):
+        """Open the file; a new one belongs to whom the locked file belongs, whoever makes it."""
+        is_new, locked = not os.path.exists(self.path), self.path.rpartition(".")[0]
+        self.fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        if is_new and os.path.exists(locked):
+            try:
+                Disk.make_like(self.path, locked)
+            except OSError:  # it works for us all the same
+                pass
+
     def acquire(self, timeout_s):
         """Return whether the lock was had within `timeout_s` seconds."""
         if self.fd is None:
-            self.fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            self._open()
         give_up_at, pause_s = monotonic() + timeout_s, 0.00005
         while True:
             try:
@@ -1617,6 +1700,8 @@ class FileLock:
 
     def noted(self):
         """Return what others knew to be on disk: (a line's number, the inode whose name is); zeros else."""
+        if self.fd is None:
+            return 0, 0
         told, _, check = os.pread(self.fd, 50, 0).rpartition(b" ")
         return tuple(map(int, told.split())) if told and check == b"%08x" % zlib.crc32(told) else (0, 0)
 
@@ -1823,6 +1908,13 @@ class Owner:
                     pass
         return True
 
+    def renew(self, epoch):
+        """Return whether the store is owned in this epoch now, which a line of the journal names.
+
+        It can't be where another host took the store over: its owner file is there, also where what this host lists
+        is out of date. There is none where the journal of another folder was copied into this one."""
+        return self._take(epoch) and self.epochs()[-1:] == [epoch]
+
     def _told(self, **more):
         """Return the bytes that say who this is, always of the same length."""
         self.count, self.moved_at, pid = self.count + 1, monotonic(), os.getpid()
@@ -1895,12 +1987,44 @@ def unseal_all(lines):
     return [unseal(line + b"\n") for line in lines]
 
 
-def last_durable(data):
-    """Return the highest `durable` in the whole lines that can be found in damaged bytes, also in mid-line; 0."""
-    starts = (found.start() for found in re.finditer(rb'\{"n":', data))
-    lines = (unseal(data[start:data.find(b"\n", start) + 1]) for start in starts)
-    found = [line.get("durable") for line in lines if line]
-    return max([durable for durable in found if type(durable) is int], default=0)
+def last_durable(pieces):
+    """Return the highest `durable` in the whole lines that can be found in damaged bytes, also in mid-line; 0.
+
+    Takes the bytes in pieces and keeps of them what may be a line alone: a crash can leave gigabytes of zeros."""
+    highest, held, begun = 0, bytearray(), False
+    for piece in pieces:
+        *ended, rest = piece.split(b"\n")
+        for part in ended:
+            held += part + b"\n"
+            highest = max(highest, _durable_in(bytes(held)))
+            held, begun = bytearray(), False
+        cut = rest.rfind(b"\0") + 1
+        if cut:  # no line holds a zero
+            held, begun = bytearray(), False
+        held += rest[cut:]
+        begin = 0 if begun else held.find(_LINE_BEGINS)
+        begun = begin >= 0
+        del held[:begin if begun else max(0, len(held) - len(_LINE_BEGINS))]
+    return highest
+
+
+_LINE_BEGINS = b'{"n":'
+
+
+def _durable_in(data):
+    """Return what the whole line at the end of these bytes says is durable; 0 where there is none."""
+    begin = data.find(_LINE_BEGINS) if data[-19:-11] == b',"crc":"' else -1
+    while begin >= 0:
+        durable = (unseal(data[begin:]) or {}).get("durable")
+        if type(durable) is int:
+            return durable
+        begin = data.find(_LINE_BEGINS, begin + 1)
+    return 0
+
+
+def mark_text(mark):
+    """Return the checksum in the last bytes of a line, for a header to keep, or None where there is none."""
+    return mark[:8].decode("latin-1") or None
 
 
 class Batch:
@@ -1919,9 +2043,13 @@ class JournalFile:
         self.path, self.lock, self.disk, self.mode = os.path.abspath(path), lock, disk, mode
         self.fd = self.inode = None
         self.size = self.n = self.durable = 0  # bytes applied, last line's number, last number on disk
+        self.mark = b""  # how the last line ends that was applied: its checksum tells this history from any other
+        self.remains = b""  # what this process wrote after `size` and could not take back
+        self.seen = 0  # the file's length when it was read: a torn end is not news again
         self.folds = 0  # lines read of those that stand for the folded ones
         self.fenced = None  # why this process must never write again
         self.heals = True  # whether a torn end is cut off; not by those who only read
+        self.reads_only = False  # whether the file is open to be read alone
         self.named = 0  # the inode whose name in the folder is known to be on disk
         self.header, self.notices = {}, []
 
@@ -1935,16 +2063,10 @@ class JournalFile:
     def open(self):
         """Return when the file is open and its header read, or raise StoreDamaged; a missing or empty one is made."""
         if not self.exists() and self.mode & os.O_RDWR:
-            header = {"journal": "labtasker", "format": FORMAT, "store": new_id(), "created_at": time.time()}
-            try:
-                self.disk.create(self.path, [sealed(header)])
-            except OSError:
-                if os.path.exists(self.path):  # its name may not be on disk
-                    os.unlink(self.path)
-                raise
-        fd = self.disk.open(self.path, self.mode | os.O_CLOEXEC)
+            self._make()
+        fd = self._open()
         try:
-            line = os.pread(fd, 65536, 0).partition(b"\n")[0] + b"\n"
+            line = os.pread(fd, HEADER_BYTES, 0).partition(b"\n")[0] + b"\n"
             header = unseal(line) or {}
             if header.get("journal") != "labtasker":
                 raise StoreDamaged("%s: byte 0: its first line is not the header of a Labtasker journal; nothing was "
@@ -1957,7 +2079,32 @@ class JournalFile:
             raise
         self._use(fd, header)
         if not self.size:
-            self.size, self.n = len(line), header.get("folded", 0)
+            self.size, self.n, self.mark = len(line), header.get("folded", 0), line[-1 - MARK_BYTES:-1]
+
+    def _open(self):
+        """Return a descriptor of the file: one to read alone, where it may only be read and nothing is written."""
+        self.reads_only = False
+        try:
+            return self.disk.open(self.path, self.mode | os.O_CLOEXEC)
+        except OSError as error:
+            if self.heals or error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+                raise
+        self.reads_only = True
+        return self.disk.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
+
+    def _make(self):
+        """Return when an empty journal is there, with its name on disk, or raise OSError and leave none."""
+        line = sealed({"journal": "labtasker", "format": FORMAT, "store": new_id(), "created_at": time.time()})
+        try:
+            self.disk.create(self.path, [line], keep=0o7777)
+            self.disk.sync_name(os.path.dirname(real_path(self.path)))  # who made it may have died before
+        except OSError:
+            if self.exists():  # its name may not be on disk
+                with open(self.path, "rb") as file:
+                    is_ours = file.read() == line
+                if is_ours:
+                    os.unlink(real_path(self.path))
+            raise
 
     def _use(self, fd, header):
         """Go on with another descriptor, of the same file or of one that has taken its place."""
@@ -1973,21 +2120,28 @@ class JournalFile:
         """Yield the value of each line after the last one read; damage raises StoreDamaged or is set aside.
 
         Call it with the file's lock held: what is half written then was left by a process that died."""
-        rest, end = b"", os.fstat(self.fd).st_size
-        while self.size + len(rest) < end:
-            offset = self.size + len(rest)
-            chunk = os.pread(self.fd, min(READ_BYTES, end - offset), offset)
-            lines = (rest + chunk).split(b"\n")
-            rest = lines.pop()
-            if not chunk:  # cut meanwhile
+        start = offset = self.size  # where the next line begins, and where its end is looked for
+        self.seen, self.remains = os.fstat(self.fd).st_size, b""
+        while offset < self.seen:
+            chunk = os.pread(self.fd, min(READ_BYTES, self.seen - offset), offset)
+            if not chunk or self._is_no_line(start, offset, chunk.find(b"\n")):
                 break
+            last = chunk.rfind(b"\n") + 1
+            lines = (os.pread(self.fd, offset - start, start) + chunk[:last]).split(b"\n")[:-1] if last else []
             for line, value in zip(lines, unseal_all(lines)):
                 if value is None or not self._is_next(value):
                     return self._heal()
                 self.size += len(line) + 1
+                self.mark = line[-MARK_BYTES:]
                 yield value
-        if rest:
+            start, offset = offset + last if last else start, offset + len(chunk)
+        if start < offset:
             self._heal()
+
+    def _is_no_line(self, start, offset, at):
+        """Return whether a long stretch from `start`, whose newline is `at` bytes after `offset`, ends as no line does:
+        it need not be held in memory as a whole to be known as damage."""
+        return at >= 0 and offset - start > READ_BYTES and os.pread(self.fd, 8, offset + at - 18) != b',"crc":"'
 
     def _is_next(self, value):
         """Return whether the line is the one that has to come now, and count it."""
@@ -2000,88 +2154,58 @@ class JournalFile:
         self.n, self.durable = n, max(self.durable, durable)
         return True
 
-    def changed(self):
-        """Return whether the file is longer than what was read, or raise when it is not the file it was."""
-        try:
-            there = os.stat(self.path)
-        except FileNotFoundError:
-            there = None
-        if there is None or there.st_ino != self.inode or there.st_size < self.size:
-            self.fenced = ("%s was replaced, cut or removed while this process had it open: another writer is there; "
-                           "start again to go on with what is there now" % self.path)
-            raise StoreUnavailable(self.fenced)
-        return there.st_size > self.size
+    def is_same(self):
+        """Return whether the name leads to the file that is open, and the last line applied stands where it stood.
 
-    def replaced(self):
-        """Return whether another file is in the place of the one that is open."""
+        Neither inode nor length tells that: a backup may be copied into the file, or grow in its place."""
         try:
-            return os.stat(self.path).st_ino != self.inode
+            is_there = os.stat(self.path).st_ino == self.inode
         except FileNotFoundError:
             return False
+        return is_there and os.pread(self.fd, MARK_BYTES, self.size - 1 - MARK_BYTES) == self.mark
+
+    def has_more(self):
+        """Return whether the file is longer than what was read."""
+        return os.fstat(self.fd).st_size > self.size
 
     def is_stale(self):
         """Return whether others have done something since this process read the file; needs no lock."""
-        try:
-            there = os.stat(self.path)
-        except FileNotFoundError:
+        if self.fd is None or not self.exists():
             return False
-        return there.st_ino != self.inode or there.st_size > self.size
+        return not self.is_same() or os.fstat(self.fd).st_size not in (self.size, self.seen)
 
     def follow(self):
         """Return whether this process can go on in the file that another has put in the place of the one it read.
 
-        It can when it is the same store and all that was read here stands there too, folded or as lines."""
-        store, n, durable = self.header.get("store"), self.n, self.durable
+        It can when it is the same store and all that was read here stands there too, folded or as lines. The last
+        line read here tells that by its checksum, which a fold keeps of the last line that it stands for."""
+        store, n, durable, mark = self.header.get("store"), self.n, self.durable, self.mark
         self.rewind()
         if self.header.get("store") != store or self.n > n:
             return False
+        is_same = self.n == n and self.header.get("folded_crc") == mark_text(mark)
         self.size = max(self.size, self.header.get("tail", 0))
         lines = self.read_new()
         while self.n < n:
             if next(lines, None) is None:
                 return False
-        self.durable = durable
-        return True
+            is_same = self.mark == mark
+        lines.close()
+        if is_same and self.n == n:
+            self.durable = durable
+        return is_same
+
+    def forget(self):
+        """Have the file opened and read from its first line next time."""
+        if self.fd is not None:
+            os.close(self.fd)
+        self.fd, self.mark, self.remains = None, b"", b""
+        self.size = self.n = self.folds = self.durable = 0
 
     def rewind(self):
         """Open what is there now, to be read from its first line."""
-        self.size = self.n = self.folds = self.durable = 0
+        self.forget()
         self.open()
-
-    def _heal(self):
-        """Return after setting the damaged end aside, or raise StoreDamaged when acknowledged lines are damaged.
-
-        Those who only read leave it where it is: its writer may live. A line says what was durable before it:
-        damage at or before any later line's `durable` is rot."""
-        bad_n, end = self.n + 1, os.fstat(self.fd).st_size
-        tail = os.pread(self.fd, end - self.size, self.size)
-        if self.size < self.header.get("tail", 0) or last_durable(tail) >= bad_n:
-            raise StoreDamaged("%s: byte %d: line %d is damaged, and was on disk when later lines were written; "
-                               "nothing was changed. 'labtasker journal verify' shows all damage, 'labtasker journal "
-                               "repair' saves what can be saved" % (self.path, self.size, bad_n))
-        if not self.heals or self.mode == os.O_RDONLY:
-            return
-        aside = "%s.torn-%d-%d" % (self.path, self.size, time.time() * 1000)
-        self.disk.create(aside, [tail])
-        self.disk.truncate(self.fd, self.size)
-        self.disk.sync(self.fd)
-        self.notices.append("%s: the last %d bytes, from byte %d, were never acknowledged (a process or the machine "
-                            "died while writing them); they are kept in %s" % (self.path, len(tail), self.size, aside))
-
-
-class ReplacedFile(JournalFile):
-    """The file as another is put in its place: a copy of its good lines after a failed sync, a fold."""
-
-    io = broken = None  # see Journal
-
-    def _write_anew(self, end=None):
-        """Return when a copy of the lines known to be good, up to byte `end`, stands in the file's place.
-
-        After a failed sync the system may have dropped pages that it calls clean, so the old file is not
-        written to again."""
-        self.disk.create(self.path, self._bytes(0, end or self.size))
-        self._use(self.disk.open(self.path, self.mode | os.O_CLOEXEC), self.header)
-        self.broken = None
 
     def _bytes(self, offset, end):
         """Yield the file's bytes from `offset` to `end` in pieces."""
@@ -2092,26 +2216,110 @@ class ReplacedFile(JournalFile):
             offset += len(piece)
             yield piece
 
+    def _heal(self):
+        """Return after setting the damaged end aside, or raise StoreDamaged when acknowledged lines are damaged.
+
+        Those who only read leave it where it is: its writer may live. A line says what was durable before it:
+        damage at or before any later line's `durable` is rot."""
+        bad_n, end = self.n + 1, os.fstat(self.fd).st_size
+        if self.size < self.header.get("tail", 0) or last_durable(self._bytes(self.size, end)) >= bad_n:
+            raise StoreDamaged("%s: byte %d: line %d is damaged, and was on disk when later lines were written; "
+                               "nothing was changed. 'labtasker journal verify' shows all damage, 'labtasker journal "
+                               "repair' saves what can be saved" % (self.path, self.size, bad_n))
+        if not self.heals or self.mode == os.O_RDONLY:
+            return
+        aside = "%s.torn-%d-%d" % (self.path, self.size, time.time() * 1000)
+        self.disk.create(aside, self._bytes(self.size, end))
+        self.disk.truncate(self.fd, self.size)
+        self.disk.sync(self.fd)
+        self.notices.append(
+            "%s: the last %d bytes, from byte %d, were never acknowledged (a process or the machine died while writing "
+            "them); they are kept in %s" % (self.path, end - self.size, self.size, aside))
+
+
+class ReplacedFile(JournalFile):
+    """The file as another is put in its place: a copy of its good lines after a failed sync, a fold."""
+
+    io = broken = None  # see Journal
+
+    def __init__(self, path, lock=None, disk=Disk, mode=os.O_RDWR | os.O_APPEND):
+        super().__init__(path, lock, disk, mode)
+        self.allowed = lambda: True  # whether this process still owns the store, asked around every write
+        self.stops = True  # whether this process never writes again once the file is not as it left it
+
+    def check(self, end=None):
+        """Return the file's length, or raise StoreUnavailable unless this process owns the store and the file is the
+        one it knows: up to byte `end` (all that was applied), and after it only what this process wrote itself."""
+        end = self.size if end is None else end
+        rest = os.pread(self.fd, len(self.remains) + 1, end)
+        if self.is_same() and self.remains.startswith(rest) and self.allowed():
+            return end + len(rest)
+        text = ("%s has another owner or another writer now, or other content: this process must not write to it; "
+                "start again to go on with what is there" % self.path)
+        if self.stops:
+            self.fenced = text
+        raise StoreUnavailable(text)
+
+    def _replace(self, draft, fd, end, size):
+        """Return when the file `draft`, open as `fd`, is the journal: the one door by which a file takes its place.
+
+        It holds what this file holds up to byte `end`, of which `size` bytes of its own were applied here. Raises
+        StoreUnavailable where `check` does, or OSError; up to the rename the journal is as it was then."""
+        known = []
+        self.disk.replace(draft, real_path(self.path), ask=lambda: known.append(self.check(end)))
+        is_late = os.fstat(self.fd).st_size > known[0]
+        if is_late:  # this process was stopped just then, and another owner wrote: its lines are in no other file
+            for piece in self._bytes(end, os.fstat(self.fd).st_size):
+                self.disk.write_all(fd, piece)
+            self.disk.sync(fd)
+        header = unseal(os.pread(fd, HEADER_BYTES, 0).partition(b"\n")[0] + b"\n")
+        with self.lock:
+            self._use(os.dup(fd), header)
+            self.size, self.mark = size, os.pread(fd, MARK_BYTES, size - 1 - MARK_BYTES)
+        try:
+            self.disk.sync_folder(real_path(self.path))
+        except OSError as error:  # the old file might come back: nothing more is acknowledged on this one
+            self.broken = "the folder could not be synced: %s" % error
+            raise
+        self.named = self.inode
+        if is_late or not self.allowed():
+            self.fenced = ("%s got another owner while this process, which may have been stopped, replaced it"
+                           % self.path)
+            raise StoreUnavailable(self.fenced)
+
+    def _write_anew(self, end=None):
+        """Return when a copy of the lines known to be good, up to byte `end`, stands in the file's place.
+
+        After a failed sync the system may have dropped pages that it calls clean, so the old file is not
+        written to again."""
+        self.check(end)
+        end = self.size if end is None else end
+        draft = self.disk.draft(real_path(self.path), self._bytes(0, end))
+        try:
+            fd = self.disk.open(draft, self.mode | os.O_CLOEXEC)
+            try:
+                self._replace(draft, fd, end, self.size)
+            finally:
+                os.close(fd)
+        finally:
+            discard(draft)
+        self.broken, self.remains = None, b""
+
     def adopt(self, draft, offset):
         """Return when the fold in the file `draft`, with the lines from byte `offset` on after it, is the journal.
 
-        Writers go on meanwhile but for the last piece. Raises OSError; then the journal is as it was."""
+        Writers go on meanwhile but for the last piece. Raises OSError, or StoreUnavailable where the file is not the
+        one that was folded; then the journal is as it was."""
         fd = self.disk.open(draft, os.O_RDWR | os.O_APPEND | os.O_CLOEXEC)
         try:
+            header = unseal(os.pread(fd, HEADER_BYTES, 0).partition(b"\n")[0] + b"\n")
+            if mark_text(os.pread(self.fd, MARK_BYTES, offset - 1 - MARK_BYTES)) != header["read_crc"]:
+                raise StoreUnavailable("another file was put in the place of %s while it was compacted" % self.path)
             while self.size - offset > ADOPT_BYTES:
                 offset = self._append_to(fd, offset)
             with self.io:
-                self._append_to(fd, offset)
-                header = unseal(os.pread(fd, 65536, 0).partition(b"\n")[0] + b"\n")
-                self.disk.rename(draft, self.path)
-                with self.lock:
-                    self._use(os.dup(fd), header)
-                    self.size = os.fstat(fd).st_size
-                try:
-                    self.disk.sync_folder(self.path)
-                except OSError as error:  # the old file might come back: nothing more is acknowledged on this one
-                    self.broken = "the folder could not be synced: %s" % error
-                    raise
+                end = self._append_to(fd, offset)
+                self._replace(draft, fd, end, os.fstat(fd).st_size)
         finally:
             os.close(fd)
 
@@ -2137,11 +2345,11 @@ class Journal(ReplacedFile):
     def __init__(self, path, lock, fsync="always", disk=Disk, shared=None):
         super().__init__(path, lock, disk)
         self.fsync, self.synced_at, self.shared = fsync, 0.0, shared
+        self.stops = not shared  # without a server the next operation reads what is there
         self.batch = Batch()  # what is added goes down with this one
         self.io = threading.Lock()  # held while the file is written to or replaced; taken before `lock`
         self.writing = None  # the batch that is going down now
         self.broken = None  # why the page cache can't be trusted, until the file was written anew
-        self.allowed = lambda: True  # whether this process still owns the store, asked around every write
 
     def add(self, body, undo, tell=None):
         """Return the batch that the line of this JSON object (bytes) goes down with, or raise StoreUnavailable.
@@ -2189,7 +2397,7 @@ class Journal(ReplacedFile):
                 synced = self._saved(data) or self._take_back(batch, first, error)
         with self.lock:
             if not batch.error:
-                self.size += len(data)
+                self.size, self.mark, self.remains = self.size + len(data), data[-1 - MARK_BYTES:-1], b""
                 for i, tell in enumerate(batch.tells):
                     if tell:
                         tell(first + i)
@@ -2202,9 +2410,8 @@ class Journal(ReplacedFile):
         """Return whether `data` was synced as well as written, or raise OSError or StoreUnavailable."""
         if self.broken:
             self._write_anew()
-        if not self.shared and (self.changed() or not self.allowed()):  # `shared`: looked at when the lock was taken
-            self.fenced = "%s has another owner or another writer now: this process must not write to it" % self.path
-            raise StoreUnavailable(self.fenced)
+        self.check()
+        self.remains = data
         self.disk.write_all(self.fd, data)
         alone = os.fstat(self.fd).st_size == self.size + len(data)
         if self.shared:
@@ -2235,16 +2442,28 @@ class Journal(ReplacedFile):
             return False
         self.shared.acquire(math.inf)
         try:
-            if not self.replaced():  # else another process was here first
-                end = os.fstat(self.fd).st_size
-                added = os.pread(self.fd, end - self.size, self.size).split(b"\n")[:-1]
-                if not self.broken or end <= self.size + len(data) or None in unseal_all(added):
-                    return False
-                self._write_anew(end)
-        except OSError:
+            if not self.broken:
+                return False
+            if not self.is_same():  # another process was here first, if this is not another file
+                return self._stands(data)
+            added = os.pread(self.fd, os.fstat(self.fd).st_size - self.size, self.size).split(b"\n")[:-1]
+            end = self.size + sum(len(line) + 1 for line in added)
+            if end <= self.size + len(data) or None in unseal_all(added):
+                return False
+            self._write_anew(end)
+        except (OSError, StoreUnavailable):
             return False
         self.broken = None
         return True
+
+    def _stands(self, data):
+        """Return whether these lines are in the file that has taken the place of the one they were written to."""
+        there, last = JournalFile(self.path, mode=os.O_RDONLY), unseal(data[data.rfind(b"\n", 0, -1) + 1:])["n"]
+        there.open()
+        for _ in there.read_new():
+            if there.n >= last:
+                return there.n == last and there.mark == data[-1 - MARK_BYTES:-1]
+        return False
 
     def settle(self):
         """Sync what `--fsync interval` has left in the system's hands; called once a second."""
@@ -2279,9 +2498,13 @@ class Journal(ReplacedFile):
         if self.fenced:
             return
         try:  # at once: without a server the next to read the file is another process
+            self.check()
             self.disk.truncate(self.fd, self.size)
+            self.remains = b""
             if self.broken:
                 self._write_anew()
+        except StoreUnavailable:  # what stands there now is another's
+            pass
         except OSError as problem:
             self.broken = self.broken or "the file could not be cut back: %s" % problem
 
@@ -2849,22 +3072,23 @@ class StoreFile:
         self.path, self.is_server, self.server_id = os.path.abspath(path), is_server, None
         self.folder = os.path.dirname(self.path)
         self.lock = threading.RLock()
-        self.file_lock = FileLock(self.path + ".lock")
+        self.real_path = real_path(self.path)  # two links to one journal share its lock and its owner
+        self.file_lock = FileLock(self.real_path + ".lock")
         self.journal = Journal(self.path, self.lock, fsync, shared=None if is_server else self.file_lock)
-        self.owner, self.epoch_seen = Owner(self.path, is_server), 0
+        self.owner, self.epoch_seen = Owner(self.real_path, is_server), 0
         self.state, self.look_again_bytes = State(), SPARE_BYTES
         self.events = collections.deque(maxlen=MAX_EVENTS)  # the latest Transitions that are on disk
 
     def open(self, takeover=False):
         """Return when a server has the store to itself; StoreUnavailable when another process has it."""
         self.lock_file(2.0)
-        name = os.path.basename(self.path)
+        folder, name = os.path.split(self.real_path)
         drafts = tuple(name + end for end in (".new-", ".fold", ".owner.new-", ".repaired-"))
         try:
             self.owner.claim(takeover)
-            for other in os.listdir(self.folder):
+            for other in os.listdir(folder):
                 if other.startswith(drafts):  # of a process that died
-                    os.unlink(os.path.join(self.folder, other))
+                    os.unlink(os.path.join(folder, other))
             self.journal.open()
             self.catch_up()
             self._name_file()
@@ -2921,8 +3145,10 @@ class StoreFile:
     def alone(self, action, writes=True):
         """Return action(), called with the file's lock held and all read that others have written; embedded.
 
-        Reading needs no ownership of the store."""
+        Reading needs no ownership of the store, nor a lock where the store may only be read."""
         with self.lock:
+            if not writes and self.file_lock.fd is None and self.refusal():
+                return self._unlocked(action)
             self.lock_file(self.LOCK_TIMEOUT_S)
             try:
                 begun = writes and not self.owner.holds() and self.owner.claim()
@@ -2934,7 +3160,9 @@ class StoreFile:
                 if begun:
                     self._begin_epoch()
                 elif writes and self.epoch_seen > self.owner.epoch:
-                    raise StoreUnavailable("%s was taken over by another host" % self.path)
+                    if not self.owner.renew(self.epoch_seen):
+                        raise StoreUnavailable("%s was taken over by another host" % self.path)
+                    self._begin_epoch()
                 answer = action()
                 if writes:
                     self.owner.move()
@@ -2948,13 +3176,35 @@ class StoreFile:
                 finally:
                     self.file_lock.release()
 
+    def _unlocked(self, action):
+        """Return action() with all read that is there; what others are just writing is left for the next time."""
+        try:
+            self.journal.heals = False
+            self._read_on()
+            return action()
+        except OSError as error:
+            raise LabtaskerRuntimeError("%s can't be read (%s)" % (self.path, error.strerror))
+
+    def refusal(self):
+        """Return why this process may not write to the store, or None. Of a store that is not there yet, the folder is
+        asked in which it would be made."""
+        path = self.path
+        while not os.path.exists(path):
+            path = os.path.dirname(path)
+        asked = {path, os.path.dirname(os.path.realpath(path)) if os.path.isfile(path) else path}
+        if all(os.access(one, os.W_OK) for one in asked):
+            return None
+        if os.statvfs(path).f_flag & os.ST_RDONLY:
+            return "%s can't be written: its file system is mounted read-only" % self.path
+        return "%s can't be written: this user may only read it" % self.path
+
     def lock_file(self, timeout_s):
         """Take the file's lock, or raise StoreUnavailable saying who has it or what is wrong with the folder.
 
         A server of this host holds it for as long as it lives: it is not waited for."""
         try:
             if self.file_lock.fd is None:
-                os.makedirs(self.folder, 0o700, exist_ok=True)
+                Disk.make_folder(self.folder)
             if self.file_lock.acquire(min(timeout_s, SERVER_LOCK_S)):
                 return
             told = read_server_file(self.folder) or {}
@@ -2970,26 +3220,52 @@ class StoreFile:
     def _name_file(self):
         """Return when the file's name is on disk; who put the file there may have failed to see to that."""
         if self.journal.named != self.journal.inode:
-            self.journal.disk.sync_folder(self.path)
+            self.journal.disk.sync_folder(real_path(self.path))
             self.journal.named = self.journal.inode
 
     def _read_on(self):
         """Read what others have added to the file, or put in its place; the file's lock is held."""
+        if self.journal.reads_only and self.journal.heals:  # it may be written after all
+            self._start_anew()
         if self.journal.fd is None:
             self.journal.open()
-        elif self.journal.replaced():
-            self.look_again_bytes = SPARE_BYTES
-            if not self.journal.follow():
-                self.state = State()
-                self.events.clear()
-                self.journal.rewind()
-        if self.journal.changed():
+        elif not self.journal.is_same():
+            self._change_file()
+        if self.journal.has_more():
             self.catch_up()
         durable, self.journal.named = self.file_lock.noted()
-        self.journal.durable = max(self.journal.durable, min(self.journal.n, durable))
+        if self.journal.named == self.journal.inode:
+            self.journal.durable = max(self.journal.durable, min(self.journal.n, durable))
         for notice in self.journal.notices:
             print("labtasker: " + notice, file=sys.stderr)
         self.journal.notices = []
+
+    def _change_file(self):
+        """Go on in the file that is there now instead of the one that this process read; what was read stays where all
+        of it stands there too, as after a compaction."""
+        journal, lines, last = self.journal, self.journal.n, self.journal.header
+        if not journal.exists():
+            raise StoreUnavailable("%s was removed or emptied while this process had it open: put it back; or start "
+                                   "again, for a new store" % self.path)
+        self.look_again_bytes, can_go_on = SPARE_BYTES, False
+        try:
+            can_go_on = journal.follow()
+        finally:
+            if not can_go_on:
+                is_known = journal.header.get("store") == last.get("store") and journal.header.get("folded", 0) > lines
+                self._start_anew()
+        if can_go_on:
+            return
+        if not is_known:  # else others have written and compacted since
+            journal.notices.append("%s is not the file that this process had read up to line %d: another was put in "
+                                   "its place, or its content changed; it is read anew" % (self.path, lines))
+        journal.open()
+
+    def _start_anew(self):
+        """Forget what was read."""
+        self.state, self.epoch_seen = State(), 0
+        self.events.clear()
+        self.journal.forget()
 
     def is_bloated(self):
         """Return whether most of the file is dead weight; looked at every few megabytes."""
@@ -3002,7 +3278,7 @@ class StoreFile:
 
     def compact(self):
         """Return when the file is as short as its live data allows; a server has another process do the folding."""
-        draft = "%s.fold-%d" % (self.path, os.getpid())  # a name of its own: others may be at it too
+        draft = "%s.fold-%d" % (self.real_path, os.getpid())  # a name of its own: others may be at it too
         try:
             if self.is_server:
                 _, offset = json.loads(in_other_process("fold", self.path, draft))
@@ -3010,8 +3286,9 @@ class StoreFile:
             else:
                 _, offset = fold(self.path, draft)
                 self.alone(lambda: self.journal.adopt(draft, offset))
-        except OSError as error:
-            raise LabtaskerRuntimeError("%s could not be compacted (%s); it is as it was" % (self.path, error.strerror))
+        except (OSError, StoreUnavailable) as error:
+            why = error.strerror if isinstance(error, OSError) else error
+            raise LabtaskerRuntimeError("%s could not be compacted (%s); it is as it was" % (self.path, why))
         finally:
             if os.path.exists(draft):
                 os.unlink(draft)
@@ -3057,7 +3334,7 @@ class Store(StoreFile):
             answer = answer()
         if batch:
             self.journal.wait(batch)
-        if not self.is_server and self.is_bloated():
+        if not self.is_server and not self.journal.reads_only and self.is_bloated():
             self.compact_apart()
         return answer
 
@@ -3852,22 +4129,25 @@ def fold(path, draft):
     byte `offset` of the journal. Reads without the lock; what is not known to be on disk is not folded."""
     source, state, waiting = JournalFile(path, mode=os.O_RDONLY), State(), collections.deque()
     source.open()
-    n, offset = source.n, source.size
+    n, offset, mark = source.n, source.size, source.mark
+    last_crc = source.header.get("folded_crc")
     for line in source.read_new():
-        waiting.append((line, source.n, source.size))
+        waiting.append((line, source.n, source.size, source.mark))
         while waiting and ("fold" in line or waiting[0][1] <= line["durable"]):
-            value, n, offset = waiting.popleft()
+            value, n, offset, mark = waiting.popleft()
+            last_crc = last_crc if "fold" in value else mark_text(mark)
             if "changes" in value:
                 state.apply(value["queue"], value["changes"])
     body = sum(map(len, _fold_lines(state)))
-    header = journal_header(dict(source.header, folded=n, folded_at=time.time()), body)
+    told = dict(folded=n, folded_crc=last_crc, read_crc=mark_text(mark), folded_at=time.time())
+    header = journal_header(dict(source.header, **told), body)
     Disk.create(draft, itertools.chain([header], _fold_lines(state)))
     return n, offset
 
 
 def compact(path):
     """Return (bytes before, bytes after) of a store that no server holds."""
-    guard = FileLock(path + ".compact")
+    guard = FileLock(real_path(path) + ".compact")
     if not guard.acquire(0):
         raise StoreUnavailable("%s is being compacted already" % path)
     try:
@@ -4194,7 +4474,7 @@ def _run_welcome(store, caller, request, route):
 
 
 def _run_health(store, caller, request, route):
-    problem = store.journal.fenced or store.journal.broken
+    problem = store.journal.fenced or store.journal.broken or store.refusal()
     return {"status": "unhealthy" if problem else "healthy", "database": problem or "connected"}
 
 
@@ -5875,10 +6155,11 @@ def _read_config():
 
 
 def write_config(root, url, queue_name, password):
-    """Return the path of the configuration file, written anew, readable by its owner alone."""
-    os.makedirs(root, 0o700, exist_ok=True)
+    """Return the path of the configuration file, written anew; a new one is readable by its owner alone."""
+    Disk.make_folder(root)
     path, values = os.path.join(root, CONFIG_NAME), (url, queue_name, password)
-    Disk.create(path, [(CONFIG_TEXT % tuple(json.dumps(value or "") for value in values)).encode("utf-8")])
+    text = (CONFIG_TEXT % tuple(json.dumps(value or "") for value in values)).encode("utf-8")
+    Disk.create(path, [text], keep=0o770)  # never for everybody: a password is in it
     return path
 
 

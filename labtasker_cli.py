@@ -22,15 +22,15 @@ from labtasker import (
     FORMAT, ID, IDS, INSTEAD, JOURNAL, LOGIC, METADATA, NAME, OPERATORS, QUIET, RECENT, RECORDS, REQUIRED, ROUTES,
     SELECT, SETTINGS, SILENT, TASK_FIELDS, TASK_STATES, UPDATABLE, YES, Client, Command, Disk, HttpTransport, Instant,
     JobCommand, LabtaskerConnectError, LabtaskerError, LabtaskerHTTPStatusError, LabtaskerRuntimeError,
-    LabtaskerValueError, NotFound, Page, Store, StoreTransport, Task, TaskUpdateRequest, Template, UsageError, _order,
-    _seen, as_jsonl, ask, base_url, brief, change_of, check_field, check_queue_name, choice, chosen_tasks, clean,
-    client, compact, confirm, connect_events, count, covers, delete_queue, dig, duration, filter_of, find_root, flat,
-    format_time, full_id, get_queue, get_task, get_task_op, given_settings, group, health_check, ids_of, is_away,
-    is_terminal, joined, journal_header, journal_path, last_durable, load_config, looks, ls_tasks, ls_workers, main,
-    metadata_of, monotonic, new_id, note, now, opened_queue, option, pairs, parse, parse_filter, parse_time, paths_of,
-    read_server_file, read_text, record_text, say, sealed, seconds, selectors, show, show_listing, some, store_error,
-    store_folder, tasks_named, typed_filter, typed_value, unseal, update_queue, update_tasks, updates_of, use_client,
-    visible, OddFile, open_plain)
+    LabtaskerValueError, NotFound, Page, Store, StoreTransport, StoreUnavailable, Task, TaskUpdateRequest, Template,
+    UsageError, _order, _seen, as_jsonl, ask, base_url, brief, change_of, check_field, check_queue_name, choice,
+    chosen_tasks, clean, client, compact, confirm, connect_events, count, covers, delete_queue, dig, duration,
+    filter_of, find_root, flat, format_time, full_id, get_queue, get_task, get_task_op, given_settings, group,
+    health_check, ids_of, is_away, is_terminal, joined, journal_header, journal_path, last_durable, load_config, looks,
+    ls_tasks, ls_workers, main, metadata_of, monotonic, new_id, note, now, opened_queue, option, pairs, parse,
+    parse_filter, parse_time, paths_of, real_path, read_server_file, read_text, record_text, say, sealed, seconds,
+    selectors, show, show_listing, some, store_error, store_folder, tasks_named, typed_filter, typed_value, unseal,
+    update_queue, update_tasks, updates_of, use_client, visible, OddFile, open_plain)
 
 __all__ = ["main", "server_main"]
 
@@ -409,7 +409,7 @@ class Survey:
                 self.bad.append(piece)
             else:
                 self._count(piece)
-        self.durable = max([self.durable] + [last_durable(piece.data) for piece in self.bad])
+        self.durable = max([self.durable] + [last_durable([piece.data]) for piece in self.bad])
         self.rotten = [piece for piece in self.bad if piece.due <= self.durable]
         self.rotten += [numbers for numbers in self.lost if numbers[0] <= self.durable]
 
@@ -434,8 +434,13 @@ def repair_store(path):
     store.lock_file(2.0)
     try:
         store.owner.claim()
+        surveyed = _identity(path)
         found = Survey(path)
-        damaged, aside = _repair(found) if found.bad or found.lost else (None, None)
+
+        def ask():
+            if _identity(path) != surveyed or not store.owner.holds():
+                raise StoreUnavailable("%s was changed by others while it was repaired; it is as they left it" % path)
+        damaged, aside = _repair(found, ask) if found.bad or found.lost else (None, None)
     except OSError as error:
         raise store_error(path, error)
     finally:
@@ -445,19 +450,35 @@ def repair_store(path):
     return found, damaged, aside, list(collections.OrderedDict.fromkeys(ids))
 
 
-def _repair(found):
-    """Return (where the damaged file is kept now, where the bad bytes are) of the file that was surveyed."""
+def _identity(path):
+    """Return what tells the file, and its content, from every other."""
+    there = os.stat(path)
+    return there.st_dev, there.st_ino, there.st_size, there.st_mtime_ns
+
+
+def _repair(found, ask):
+    """Return (where the damaged file is kept now, where the bad bytes are) of the file that was surveyed. `ask` is
+    called last, and raises where the file must not be replaced."""
     path, stamp = found.path, int(time.time() * 1000)
-    damaged, aside, draft = ("%s.%s-%d" % (path, word, stamp) for word in ("damaged", "bad", "repaired"))
+    damaged, aside, draft = ("%s.%s-%d" % (real_path(path), word, stamp)
+                             for word in ("damaged", "bad", "repaired"))
     Disk.create(aside, (piece.data for piece in walk(path) if piece.problem))
     body = sum(len(data) for data, is_fold in _good_lines(path) if is_fold)
     first = next((piece.value["n"] for piece in walk(path) if not piece.problem and "n" in piece.value), 1)
     header = found.header or {"journal": "labtasker", "format": FORMAT, "store": new_id(), "folded": first - 1}
     header = dict(header, repaired_at=time.time())
     Disk.create(draft, itertools.chain([journal_header(header, body)], (data for data, _ in _good_lines(path))))
-    os.link(path, damaged)
-    Disk.rename(draft, path)
-    Disk.sync_folder(path)
+    try:
+        os.link(real_path(path), damaged)
+    except OSError:  # no hard links here
+        Disk.create(damaged, (piece.data for piece in walk(path)))
+    try:
+        Disk.replace(draft, real_path(path), ask=ask)
+    except LabtaskerError:
+        for each in (draft, damaged, aside):
+            os.unlink(each)
+        raise
+    Disk.sync_folder(real_path(path))
     return damaged, aside
 
 
@@ -1487,7 +1508,7 @@ def do_config(options):
     if text is None:
         note("Nothing was changed.")
         return 1
-    Disk.create(path, [text.encode("utf-8")])
+    Disk.create(path, [text.encode("utf-8")], keep=0o770)
     say("Wrote %s" % path)
 
 

@@ -72,6 +72,46 @@ def test_a_file_cut_at_any_byte_gives_the_lines_before_it(tmp_path):
             aside.unlink()
 
 
+@pytest.mark.parametrize("tail", ["zeros", "a line's beginning, then zeros", "letters", "zeros, then a newline"])
+@pytest.mark.parametrize("mode", [os.O_RDONLY, os.O_RDWR | os.O_APPEND])
+def test_a_long_end_without_a_newline_is_read_twice_at_most_and_never_held_as_a_whole(tmp_path, monkeypatch, tail, mode):
+    made = journal(tmp_path)
+    add(made, ["one", "two"])
+    made.close()
+    size, length = os.stat(made.path).st_size, 1 << 20
+    content = {"zeros": b"", "a line's beginning, then zeros": b'{"n":3,"durable":2,', "letters": b"x" * length,
+               "zeros, then a newline": b"\0" * (length - 1) + b"\n"}[tail].ljust(length, b"\0")
+    with open(made.path, "ab") as file:
+        file.write(content)
+    monkeypatch.setattr(L, "READ_BYTES", 4096)
+    read_bytes, largest, real = [], [], os.pread
+
+    def pread(fd, count, offset):
+        found = real(fd, count, offset)
+        read_bytes.append(len(found))
+        return found
+    monkeypatch.setattr(L.os, "pread", pread)
+    scanned = L._durable_in
+    monkeypatch.setattr(L, "_durable_in", lambda data: largest.append(len(data)) or scanned(data))
+    opened = L.Journal(made.path, threading.RLock())
+    opened.mode = mode
+    opened.open()
+    assert [line["value"] for line in opened.read_new()] == ["one", "two"]
+    assert sum(read_bytes) < 3.2 * length + 100000 and max(read_bytes) <= L.HEADER_BYTES
+    assert max(largest, default=0) < 10000
+    assert os.stat(made.path).st_size == (size + length if mode == os.O_RDONLY else size)
+    assert opened.is_stale() is False
+    opened.close()
+
+
+def test_a_durable_line_is_found_behind_any_stretch_of_zeros(monkeypatch):
+    line = L.sealed({"n": 9, "durable": 7, "text": '{"n":5' * 3})
+    whole = b"ab" + b"\0" * 50 + line + b"\0" * 30 + b"\n" + b'{"n":1,' + line[:-3] + b"\n{"
+    for size in (1, 2, 3, 7, 64, 1000):
+        assert L.last_durable(whole[at:at + size] for at in range(0, len(whole), size)) == 7
+        assert L.last_durable(whole[at:at + size] for at in range(len(line), len(whole), size)) == 0
+
+
 def test_rot_in_what_was_acknowledged_is_refused_with_its_place_and_nothing_changes(tmp_path):
     made = journal(tmp_path)
     add(made, ["one", "two", "three"])

@@ -145,6 +145,116 @@ def replayed_before_damage(tmp_path):
     return {change[1] for line in text.splitlines() for change in json.loads(line).get("changes", ()) if change[0] == "task"}
 
 
+class Away(L.Disk):
+    """A disk that fails every sync and rename while it `is_away`."""
+
+    is_away = True
+
+    @classmethod
+    def sync(cls, fd):
+        if cls.is_away:
+            raise OSError(5, "Input/output error")
+        L.Disk.sync(fd)
+
+    @classmethod
+    def rename(cls, source, path):
+        if cls.is_away:
+            raise OSError(5, "Input/output error")
+        os.replace(source, path)
+
+
+def test_a_superseded_server_whose_disk_comes_back_puts_no_copy_in_the_new_owners_files_place(hosts, tmp_path, monkeypatch):
+    one, two = hosts
+    with one:
+        first = server(tmp_path)
+        known = submit(first)[1]["task_id"]
+        first.journal.disk = Away
+        assert submit(first)[0] == 503 and first.journal.broken
+    with two:
+        second = server(tmp_path, takeover=True)
+        task_id = submit(second)[1]["task_id"]
+    monkeypatch.setattr(Away, "is_away", False)
+    with one:
+        status, answer = submit(first)
+        assert status == 503 and "another owner" in answer["detail"]
+    with two:
+        last = submit(second)[1]["task_id"]
+    assert replayed(tmp_path) == {known, task_id, last}
+
+
+@pytest.mark.parametrize("submits_before", [0, 2])
+def test_a_superseded_server_puts_no_fold_in_the_new_owners_files_place(hosts, tmp_path, monkeypatch, submits_before):
+    one, two = hosts
+    with one:
+        first = server(tmp_path)
+        ids = {submit(first)[1]["task_id"] for _ in range(3)}
+    real, second = L.fold, []
+
+    def fold(function, path, draft):
+        with two:
+            second.append(server(tmp_path, takeover=True))
+            ids.update(submit(second[0])[1]["task_id"] for _ in range(submits_before))
+        return json.dumps(real(path, draft))
+    monkeypatch.setattr(L, "in_other_process", fold)
+    with one:
+        with pytest.raises(L.LabtaskerRuntimeError, match="could not be compacted .*another owner"):
+            first.compact()
+        assert submit(first)[0] == 503
+    with two:
+        ids.add(submit(second[0])[1]["task_id"])
+    assert replayed(tmp_path) == ids
+    assert not [name for name in os.listdir(str(tmp_path)) if ".fold" in name or ".new-" in name]
+
+
+def test_a_server_that_was_stopped_within_a_replacement_keeps_what_the_new_owner_wrote_meanwhile(hosts, tmp_path):
+    one, two = hosts
+    with one:
+        first = server(tmp_path)
+        ids = {submit(first)[1]["task_id"] for _ in range(3)}
+
+    class Stopped(L.Disk):
+        @staticmethod
+        def rename(source, path):
+            if path == first.path:
+                with two:
+                    second = server(tmp_path, takeover=True)
+                    ids.add(submit(second)[1]["task_id"])
+            os.replace(source, path)
+    first.journal.disk = Stopped
+    _, offset = L.fold(first.path, str(tmp_path / "draft"))
+    with one:
+        with pytest.raises(L.StoreUnavailable, match="another owner"):
+            first.journal.adopt(str(tmp_path / "draft"), offset)
+        assert submit(first)[0] == 503
+    assert replayed(tmp_path) == ids
+
+
+def test_a_journal_copied_from_a_folder_of_later_epochs_can_be_written(tmp_path):
+    for _ in range(3):
+        store = server(tmp_path)
+        submit(store)
+        store.close()
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "journal.jsonl").write_bytes((tmp_path / "journal.jsonl").read_bytes())
+    for _ in range(3):
+        assert submit(L.Store(str(elsewhere / "journal.jsonl")))[0] == 201
+    assert len(replayed(elsewhere)) == 6
+
+
+def test_an_epoch_of_another_host_in_the_journal_stops_a_process_that_does_not_see_its_owner_file_yet(hosts, tmp_path, monkeypatch):
+    one, two = hosts
+    with one:
+        first = L.Store(str(tmp_path / "journal.jsonl"))
+        assert submit(first)[0] == 201
+    with two:
+        server(tmp_path, takeover=True)
+    with one:
+        monkeypatch.setattr(first.owner, "holds", lambda: True)
+        status, answer = submit(first)
+        assert status == 503 and "taken over by another host" in answer["detail"]
+
+
 @pytest.mark.slow
 def test_a_server_that_was_stopped_and_superseded_does_not_write_when_it_wakes(hosts, tmp_path, monkeypatch):
     from harness import Server
@@ -315,3 +425,189 @@ def test_an_odd_beat_file_is_that_of_a_run_which_is_not_known(tmp_path, kind):
     (tmp_path / "beats").mkdir()
     odd(tmp_path / "beats" / "run", kind)
     assert L.BeatFiles(str(tmp_path)).get("run") is None
+
+
+# The file is another one, or has another content, than the one that was read.
+
+
+def held(store):
+    """Return the arguments `a` of the tasks that a store sees, sorted."""
+    status, answer = L.answer_call(store, lambda: L.LocalName("default"), "POST", "/api/v1/queues/me/tasks/search", {"limit": 1000})
+    assert status == 200, answer
+    return sorted(task["args"]["a"] for task in answer["content"])
+
+
+def put(store, *numbers):
+    """Submit a task for each number; all are acknowledged."""
+    for number in numbers:
+        answer = L.answer_call(store, lambda: L.LocalName("default"), "POST", "/api/v1/queues/me/tasks", {"args": {"a": number}})
+        assert answer[0] == 201, answer
+
+
+def copied(path, content):
+    """Write other content into the file in place, as `cp` does."""
+    with open(path, "wb") as file:
+        file.write(content)
+
+
+def renamed(path, content):
+    """Put another file in the file's place, as `mv`, `rsync` and `git checkout` do."""
+    copied(path + ".other", content)
+    os.rename(path + ".other", path)
+
+
+def grown(count):
+    """Return the function that has another process add so many tasks to what it is given."""
+    def grow(folder, content):
+        other = L.Store(str(folder / "journal.jsonl"))
+        folder.mkdir()
+        copied(other.path, content)
+        put(other, *range(1000, 1000 + count))
+        return (folder / "journal.jsonl").read_bytes()
+    return grow
+
+
+def another(count):
+    """Return the function that makes another store with so many tasks, whatever it is given."""
+    return lambda folder, content: grown(count)(folder, b"")
+
+
+OTHER_CONTENTS = {
+    "a backup": lambda folder, content: content,
+    "a backup that grew shorter than what was read": grown(2),
+    "a backup that grew to as many lines": grown(4),
+    "a backup that grew longer": grown(9),
+    "another, shorter store": another(2),
+    "another store with as many lines": another(7),
+    "another, longer store": another(20),
+    "cut after a line": lambda folder, content: content[:content.rindex(b"\n", 0, -1) + 1],
+}
+
+
+@pytest.mark.parametrize("way", [copied, renamed])
+@pytest.mark.parametrize("what", OTHER_CONTENTS)
+@pytest.mark.parametrize("first", ["reads", "writes"])
+def test_a_process_reads_anew_what_was_put_in_its_files_place_and_says_so(tmp_path, capfd, way, what, first):
+    living = L.Store(str(tmp_path / "journal.jsonl"))
+    put(living, 0, 1, 2)
+    backup = (tmp_path / "journal.jsonl").read_bytes()
+    put(living, 50, 51, 52, 53)
+    content = OTHER_CONTENTS[what](tmp_path / "elsewhere", backup)
+    way(living.path, content)
+    wanted = held(L.Store(living.path))
+    if first == "writes":
+        put(living, 99)
+        wanted = wanted + [99]
+    assert held(living) == sorted(wanted)
+    assert (tmp_path / "journal.jsonl").read_bytes().startswith(content), "lines that others wrote were cut"
+    assert capfd.readouterr().err.count("is not the file that this process had read") == 1
+    put(living, 100)
+    assert held(L.Store(living.path)) == held(living) == sorted(wanted + [100])
+    assert not list(tmp_path.glob("*.torn-*"))
+
+
+def test_a_content_of_the_same_length_is_told_by_its_last_line(tmp_path, capfd):
+    living = L.Store(str(tmp_path / "journal.jsonl"))
+    put(living, 1, 2)
+    lines = (tmp_path / "journal.jsonl").read_bytes().splitlines(True)
+    changed = L.sealed(json.loads(lines[-1].decode().replace('"a":2', '"a":3')))
+    assert len(changed) == len(lines[-1])
+    copied(living.path, b"".join(lines[:-1]) + changed)
+    assert held(living) == [1, 3]
+    put(living, 4)
+    assert held(L.Store(living.path)) == [1, 3, 4] and "read anew" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("way", [copied, renamed])
+@pytest.mark.parametrize("what", OTHER_CONTENTS)
+def test_a_server_writes_nothing_into_what_was_put_in_its_files_place(tmp_path, way, what):
+    store = server(tmp_path)
+    known = [submit(store) for _ in range(3)]
+    backup = (tmp_path / "journal.jsonl").read_bytes()
+    known += [submit(store) for _ in range(4)]
+    assert {status for status, _ in known} == {201}
+    content = OTHER_CONTENTS[what](tmp_path / "elsewhere", backup)
+    way(store.path, content)
+    for _ in range(2):
+        status, answer = submit(store)
+        assert status == 503 and "start again" in answer["detail"]
+    with pytest.raises(L.LabtaskerRuntimeError, match="could not be compacted"):
+        store.compact()
+    store.close()
+    assert (tmp_path / "journal.jsonl").read_bytes() == content
+
+
+@pytest.mark.parametrize("way", [copied, renamed])
+@pytest.mark.parametrize("what", OTHER_CONTENTS)
+def test_a_compaction_leaves_a_file_alone_that_it_did_not_fold(tmp_path, monkeypatch, way, what):
+    living = L.Store(str(tmp_path / "journal.jsonl"))
+    put(living, 0, 1, 2)
+    backup = (tmp_path / "journal.jsonl").read_bytes()
+    put(living, 50, 51, 52, 53)
+    content, real = OTHER_CONTENTS[what](tmp_path / "elsewhere", backup), L.fold
+
+    def fold(path, draft):
+        answer = real(path, draft)
+        way(path, content)
+        return answer
+    monkeypatch.setattr(L, "fold", fold)
+    with pytest.raises(L.LabtaskerRuntimeError, match="could not be compacted .*another file was put in the place"):
+        L.compact(living.path)
+    assert (tmp_path / "journal.jsonl").read_bytes().startswith(content)
+    assert b'"folded"' not in (tmp_path / "journal.jsonl").read_bytes()
+
+
+@pytest.mark.parametrize("grow", [0, 1, 5, 20])
+def test_a_fold_of_another_history_is_not_taken_for_ones_own(tmp_path, grow):
+    """As many lines, fewer, more: the header keeps the checksum of the last line that was folded."""
+    living = L.Store(str(tmp_path / "journal.jsonl"))
+    put(living, 0, 1, 2)
+    backup = (tmp_path / "journal.jsonl").read_bytes()
+    put(living, 50, 51, 52, 53)
+    content = grown(grow)(tmp_path / "elsewhere", backup)
+    renamed(living.path, content)
+    L.compact(living.path)
+    L.compact(living.path)
+    assert held(living) == held(L.Store(living.path)) == [0, 1, 2] + list(range(1000, 1000 + grow))
+
+
+@pytest.mark.parametrize("way", ["removed", "emptied"])
+def test_a_process_whose_file_is_gone_makes_no_new_one_and_goes_on_when_it_is_back(tmp_path, way):
+    living = L.Store(str(tmp_path / "journal.jsonl"))
+    put(living, 1)
+    content = (tmp_path / "journal.jsonl").read_bytes()
+    os.rename(living.path, living.path + ".away")
+    if way == "emptied":
+        (tmp_path / "journal.jsonl").write_bytes(b"")
+    for _ in range(2):
+        status, answer = submit(living)
+        assert status == 503 and "removed or emptied" in answer["detail"]
+    assert not living.journal.exists()
+    os.rename(living.path + ".away", living.path)
+    put(living, 2)
+    assert held(living) == [1, 2] and (tmp_path / "journal.jsonl").read_bytes().startswith(content)
+
+
+def test_damage_in_what_was_put_in_its_files_place_leaves_no_half_read_state(tmp_path):
+    living = L.Store(str(tmp_path / "journal.jsonl"))
+    put(living, 1, 2, 3)
+    good = (tmp_path / "journal.jsonl").read_bytes()
+    content = grown(9)(tmp_path / "elsewhere", good[:good.rindex(b"\n", 0, -1) + 1])
+    renamed(living.path, content.replace(b'"a":1002', b'"a":1992'))
+    for _ in range(2):
+        status, answer = submit(living)
+        assert status == 503 and "damaged" in answer["detail"]
+    renamed(living.path, content)
+    put(living, 4)
+    assert held(living) == [1, 2, 4] + list(range(1000, 1009))
+
+
+def test_another_process_that_writes_the_file_anew_is_followed_without_a_word(tmp_path, capfd):
+    living, other = L.Store(str(tmp_path / "journal.jsonl")), L.Store(str(tmp_path / "journal.jsonl"))
+    put(living, 1, 2)
+    put(other, 3)
+    other.journal.broken = "a sync failed"
+    put(other, 4)
+    L.compact(living.path)
+    put(living, 5)
+    assert held(living) == held(other) == [1, 2, 3, 4, 5] and not capfd.readouterr().err
