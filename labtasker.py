@@ -546,6 +546,7 @@ def _moment(text, now):
 MAX_FILTER_CHARS = 100000  # of filter text: its tokens take a thousand times that in bytes
 MAX_NESTING = 40      # of brackets and arithmetic in filter text
 MAX_LEVELS = 100      # of dicts and lists in a query document
+MAX_PARTS = 2000      # comparisons and calculations in a query document: each is made for each record
 
 TOKEN = Pattern(r"""
     (?P<space>\s+)
@@ -904,11 +905,18 @@ class _Query:
     """Makes the predicates of a query document's parts."""
 
     def __init__(self, fields, id_field):
-        self.fields, self.id_field = frozenset(fields), id_field
+        self.fields, self.id_field, self.parts = frozenset(fields), id_field, 0
+
+    def count(self, number=1):
+        """Note so many more parts, or raise LabtaskerValueError where they are too many."""
+        self.parts += number
+        _require(self.parts <= MAX_PARTS, "the query has over %d comparisons and calculations; to compare a field with "
+                 "many values takes one $in (in filter text: field in [...])", MAX_PARTS)
 
     def matching(self, document):
         """Return the predicate of a document: all of its entries have to match."""
         _require(isinstance(document, dict), "a query has to be a document {...}, not %.100r", document)
+        self.count(len(document) or 1)
         return _all_of([self.entry(key, operand) for key, operand in document.items()])
 
     def entry(self, key, operand):
@@ -917,7 +925,7 @@ class _Query:
             return lambda record: _is_true(read(record))
         if key in LOGIC:
             _require(operand and isinstance(operand, list), FILLED_LIST, key, operand)
-            return LOGIC[key]([self.matching(each) for each in operand])
+            return LOGIC[key]([self.matching(each) for each in (operand if key == "$and" else _joined(operand))])
         _require(isinstance(key, str) and not key.startswith("$"), UNSUPPORTED, key, ", ".join([*LOGIC, "$expr"]))
         return self.conditions(self.path(key), operand)
 
@@ -932,6 +940,7 @@ class _Query:
         if not _has_operators(operand):
             return _reaching(path, _equal_test(operand))
         _require("$options" not in operand or "$regex" in operand, "$options has to stand beside $regex")
+        self.count(len(operand) - 1)
         return _all_of([self.condition(path, key, operand) for key in operand if key != "$options"])
 
     def condition(self, path, key, document):
@@ -940,6 +949,7 @@ class _Query:
         _require(key in OPERATORS, UNSUPPORTED, key, ", ".join(OPERATORS))
         if key in ("$in", "$nin", "$all"):
             _require(isinstance(operand, list), "%s has to be a list, not %.100r", key, operand)
+            self.count(sum(key == "$all" or not _kinds(each) for each in operand))  # the others are a set
         if key == "$not":
             _require(_has_operators(operand), "$not takes operators, as in {$not: {$gt: 1}}, not %.100r", operand)
             return _none_of([self.conditions(path, operand)])
@@ -950,6 +960,7 @@ class _Query:
 
     def value(self, operand):
         """Return the function of a record that gives a value of $expr, MISSING where it can't be had."""
+        self.count()
         if isinstance(operand, str) and operand.startswith("$"):
             first, *keys = self.path(operand[1:])
             return lambda record: _reached(getattr(record, first, MISSING), keys)
@@ -969,6 +980,22 @@ class _Query:
             return lambda record: calculate(*[read(record) for read in readers])
         one, other = readers
         return lambda record: calculate(one(record), other(record))
+
+
+def _joined(documents):
+    """Return alternatives with those that compare the same field with one number or text each made one $in: a set is
+    looked into as fast as one value."""
+    joined, rest = {}, []
+    for document in documents:
+        (key, operand), = document.items() if isinstance(document, dict) and len(document) == 1 else [(None, None)]
+        values = [operand["$eq"]] if operand and isinstance(operand, dict) and list(operand) == ["$eq"] else [operand]
+        if isinstance(operand, dict) and list(operand) == ["$in"] and isinstance(operand["$in"], list):
+            values = operand["$in"]
+        if isinstance(key, str) and not key.startswith("$") and all(map(_kinds, values)):
+            joined.setdefault(key, []).extend(values)
+        else:
+            rest.append(document)
+    return rest + [{key: {"$in": values}} for key, values in joined.items()]
 
 
 def _has_operators(operand):
@@ -1039,7 +1066,7 @@ def _reaching(path, test):
             if type(value) is dict:
                 value = value.get(key, MISSING)
             elif type(value) is list:
-                return any(map(test, _spread(getattr(record, first), keys)))
+                return any(map(test, _spread(getattr(record, first), keys, set())))
             else:
                 return test(MISSING)
         if type(value) is list:
@@ -1048,23 +1075,29 @@ def _reaching(path, test):
     return matches
 
 
-def _spread(value, keys):
+def _spread(value, keys, seen):
     """Yield each value that a dotted path reaches from `value`: through an array's dicts, and by index.
 
-    Past a scalar it reaches MISSING, past one that an index picked nothing at all, as in MongoDB."""
+    Past a scalar it reaches MISSING, past one that an index picked nothing at all, as in MongoDB. `seen` is a set of
+    the places that were reached: with indexes in arrays within each other there are exponentially many ways to one."""
+    place = id(value), len(keys)
+    if place in seen:
+        return
+    if type(value) in (dict, list):
+        seen.add(place)
     if not keys:
         yield value
         if type(value) is list:
             yield from value
     elif type(value) is dict:
-        yield from _spread(value.get(keys[0], MISSING), keys[1:])
+        yield from _spread(value.get(keys[0], MISSING), keys[1:], seen)
     elif type(value) is list:
         picked = value[int(keys[0])] if _is_index(keys[0], value) else MISSING
         if picked is not MISSING and (len(keys) == 1 or type(picked) in (dict, list)):
-            yield from _spread(picked, keys[1:])
+            yield from _spread(picked, keys[1:], seen)
         for item in value:
             if type(item) is dict:
-                yield from _spread(item, keys)
+                yield from _spread(item, keys, seen)
     else:
         yield MISSING
 
@@ -1163,12 +1196,15 @@ def _equality(is_equal):
 
 
 def _numbers(calculate):
-    """Return `calculate` for two numbers; anything else, or what has no result, gives MISSING."""
+    """Return `calculate` for two numbers; anything else, or what has no result, gives MISSING.
+
+    A whole number beyond 64 bits goes on as a float, as in MongoDB: its size has no bound."""
     def result(one, other):
         if type(one) not in NUMBERS or type(other) not in NUMBERS:
             return MISSING
         try:
-            return calculate(one, other)
+            found = calculate(one, other)
+            return found if type(found) is float or abs(found) < 1 << 64 else float(found)
         except (ZeroDivisionError, OverflowError, ValueError):
             return MISSING
     return result
@@ -1189,14 +1225,28 @@ def _remainder(one, other):
 # Sorting -----------------------------------------------------------------------
 
 
+SORTED_AT_ONCE = 20000  # records
+
+
 def sort_records(records, sort, ties):
     """Return the records sorted by [[dotted field, 1 or -1], ...]; `ties` is the key of what comes out equal."""
-    found = sorted(records, key=ties)
-    for field, direction in reversed(sort):
+    found = in_order(list(records), ties)
+    first = {}
+    for field, direction in sort:
+        first.setdefault(field, direction)  # the same field again changes nothing
+    for field, direction in reversed(list(first.items())):
         keys, last = field.split("."), NAN_LAST[direction]
-        found.sort(key=lambda record: _order(dig(getattr(record, keys[0], None), keys[1:]), nan=last),
-                   reverse=direction < 0)
+        found = in_order(found, lambda record: _order(dig(getattr(record, keys[0], None), keys[1:]), nan=last),
+                         direction < 0)
     return found
+
+
+def in_order(records, key, reverse=False):
+    """Return a list as `sorted` does. One call of `sorted` would hold the interpreter until all of them are: a long
+    list is sorted in parts, and these are merged."""
+    parts = [sorted(records[at:at + SORTED_AT_ONCE], key=key, reverse=reverse)
+             for at in range(0, len(records), SORTED_AT_ONCE)]
+    return list(heapq.merge(*parts, key=key, reverse=reverse)) if len(parts) > 1 else parts[0] if parts else []
 
 
 def _order(value, arranged=iter, nan=(2, 0)):
@@ -4167,6 +4217,7 @@ def compact(path):
 MAX_BODY_BYTES = 16 << 20  # a request's body: a thousand rich tasks are a tenth of it
 MAX_CONTAINERS = 300000  # lists and objects in a body: one takes a hundred bytes and more
 MAX_WAIT_S = 60  # a long poll
+MAX_SORTS = 16  # fields that a listing is sorted by: each goes through all of it
 ATTEMPT_BYTES = 2000  # what a worker may tell of a run
 PING_S = 15.0  # between the signs of life of a stream of events
 WAIT_SLICE_S = 1.0  # after which a waiting request without a server looks for time-outs again
@@ -4244,12 +4295,16 @@ def _int_between(low, high):
     return lambda value: whole(int(value) if type(value) is float and value.is_integer() else value)
 
 
+def _whole(value, check=_int_between(0, 2 ** 63)):
+    return min(check(value), 1 << 53)  # the sum of two is still a place in a list
+
+
 def _is_texts(value):
     return isinstance(value, list) and all(isinstance(item, str) for item in value)
 
 
 def _is_sort(value):
-    return isinstance(value, list) and all(
+    return isinstance(value, list) and len(value) <= MAX_SORTS and all(
         isinstance(pair, (list, tuple)) and len(pair) == 2 and isinstance(pair[0], str) and pair[1] in (1, -1)
         for pair in value)
 
@@ -4286,11 +4341,11 @@ KINDS = {
     "seconds": _seconds, "wait": _wait,
     "duration": lambda value: _seconds(parse_duration(value) if isinstance(value, str) else value),
     "int": _int_between(-2 ** 63, 2 ** 63 - 1), "count": _int_between(0, 2 ** 31),
-    "whole": _int_between(0, 2 ** 63),
+    "whole": _whole,
     "status": _one_of(TASK_STATES), "worker_status": _one_of(WORKER_STATES), "answer": _one_of(("status",)),
     "texts": _kind("a list of text", _is_texts),
     "cmd": _kind("text or a list of text", lambda value: isinstance(value, str) or _is_texts(value)),
-    "sort": _kind("a list of [field, 1 or -1]", _is_sort),
+    "sort": _kind("a list of at most %d [field, 1 or -1]" % MAX_SORTS, _is_sort),
     "attempt": _kind("an object of names with texts and numbers, of at most %d bytes" % ATTEMPT_BYTES, _is_attempt),
     "git": _text("a commit's id, with -dirty where files were changed since", Pattern(r"[0-9a-f]{7,64}(-dirty)?\Z")),
     "event_id": _text("an event's id, like 17.0", Pattern(r"\d{1,15}\.\d{1,6}\Z")),
@@ -4356,6 +4411,18 @@ def _read_filter(fields):
             given = request["extra_filter"] = parse_filter(given, fields, now())
         if given is not None:
             request["predicate"], request["filter_text"] = store.predicate(given, fields)
+    return prepare
+
+
+def _prepare_search(fields):
+    read_filter, known = _read_filter(fields), set(fields) | {"_id"}
+
+    def prepare(store, request):
+        for field, _ in request["sort"] or ():
+            if field.split(".")[0] not in known:
+                words = "%.100r is none of the fields %s" % (field, ", ".join(fields))
+                raise InvalidFields([(["body", "sort"], words)])
+        read_filter(store, request)
     return prepare
 
 
@@ -4566,7 +4633,7 @@ ROUTES = {
                     status=Arg("status"), retries=Arg("count"), max_retries=Arg("count"), priority=Arg("int"),
                     summary=Arg("dict"))),
     "POST " + _TASKS + "/search": _route(
-        search_tasks_op, "tasks that match", writes=False, prepare=_read_task_filter,
+        search_tasks_op, "tasks that match", writes=False, prepare=_prepare_search(visible(TASK_FIELDS)),
         fields=dict(_PAGE, task_id=Arg("id"), task_name=Arg("text"), status=Arg("status"))),
     "POST " + _TASKS + "/count": _route(
         count_tasks_op, "how many tasks match, by the values of a field; and how fast they end", writes=False,
@@ -4608,7 +4675,7 @@ ROUTES = {
         fields={"worker_id": _ours("id"), "worker_name": Arg("name"), "metadata": Arg("dict"),
                 "max_retries": Arg("count", 3)}),
     "POST " + _WORKERS + "/search": _route(
-        search_workers_op, "workers that match", writes=False, prepare=_read_filter(visible(WORKER_FIELDS)),
+        search_workers_op, "workers that match", writes=False, prepare=_prepare_search(visible(WORKER_FIELDS)),
         fields=dict(_PAGE, worker_id=Arg("id"), worker_name=Arg("text"), status=Arg("worker_status"))),
     "GET " + _WORKERS + "/{worker_id}": _route(
         get_worker_op, "one worker, its id as _id", writes=False, run=_run_worker),
@@ -5052,13 +5119,42 @@ def _http_start(status, extensions, keep, is_old):
     return "".join(line + "\r\n" for is_sent, line in headers if is_sent).encode()
 
 
+def _write_now(text):
+    """Return whether all of the text was written to stderr, where that takes no waiting; raise nothing."""
+    import select
+    try:
+        fd = sys.stderr.fileno()
+    except (OSError, ValueError, AttributeError):  # a notebook's, one that was closed, none
+        return bool(sys.stderr and not sys.stderr.closed and sys.stderr.write(text))
+    data = text.encode("utf-8", "backslashreplace")
+    with _LOG_LOCK:  # of two threads that see room for one line the other would wait
+        try:
+            while data:
+                if hasattr(select, "poll"):
+                    poll = select.poll()
+                    poll.register(fd, select.POLLOUT)
+                    if not poll.poll(0):
+                        return False
+                data = data[os.write(fd, data[:getattr(select, "PIPE_BUF", 512)]):]  # a pipe with room has room for it
+            return True
+        except OSError:  # a full disk, a pipe without a reader
+            return False
+
+
+_LOG_LOCK = threading.Lock()
 LOG_LEVELS = ("debug", "info", "warning", "error")
 
 
 class _Log:
-    """A server's log: lines on stderr."""
+    """A server's log: lines on stderr. The server goes on where they can't be written."""
 
     log_second = said = 0  # the second of the last lines, and how many there were in it
+    unwritten = 0  # lines since the last one that could be written
+
+    def tell(self, line):
+        """Write a line to stderr without waiting for whoever reads a pipe there; what has no room is counted."""
+        lost = "labtasker: %d lines of this log could not be written\n" % self.unwritten if self.unwritten else ""
+        self.unwritten = 0 if _write_now(lost + line + "\n") else self.unwritten + 1
 
     def say(self, level, text):
         """Print a log line, where its level is asked for; of those that are no errors LOG_LINES_S in a second."""
@@ -5067,11 +5163,11 @@ class _Log:
         stamp, second = time.strftime("%Y-%m-%d %H:%M:%S"), int(monotonic())
         if second != self.log_second:
             if self.said > LOG_LINES_S:
-                print(stamp, "warning", "%d more lines like these" % (self.said - LOG_LINES_S), file=sys.stderr)
+                self.tell("%s warning %d more lines like these" % (stamp, self.said - LOG_LINES_S))
             self.log_second, self.said = second, 0
         self.said += level not in ("debug", "error")
         if self.said <= LOG_LINES_S or level in ("debug", "error"):
-            print(stamp, level, text, file=sys.stderr, flush=True)
+            self.tell("%s %s %s" % (stamp, level, text))
 
     def note(self, conn, request, status):
         """Log who asked what and how long it took: all at level debug, else what failed, was refused or slow, and what
@@ -5107,10 +5203,11 @@ class _Peers(_Log):
         self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
         try:
             super().__init__((host, port), None)  # HTTPServer's
-        except OSError as error:
-            is_busy = error.errno == errno.EADDRINUSE
-            raise LabtaskerRuntimeError("can't listen on %s port %d: %s%s" % (
-                host, port, error.strerror or error, is_busy and _port_owner(port) + "; try --port 0" or ""))
+        except (OSError, OverflowError, ValueError, TypeError) as error:  # the others: of what is no port, no host
+            is_busy = getattr(error, "errno", None) == errno.EADDRINUSE
+            raise LabtaskerRuntimeError("can't listen on %s port %s: %s%s" % (
+                host, port, getattr(error, "strerror", None) or error,
+                is_busy and _port_owner(port) + "; try --port 0" or ""))
         self.waker, self.woken = socket.socketpair()
         self.selector = selectors.DefaultSelector()
         for end in (self.waker, self.woken, self.socket):
@@ -5971,7 +6068,7 @@ def _run_server(server, certfile, announce):
     for notice in store.journal.notices:
         server.say("warning", notice)
     text = "labtasker: listening on %s, store %s" % (" ".join(urls), store.path)
-    print(text, file=sys.stderr, flush=True)
+    server.tell(text)
     if announce:
         print(text, file=announce)
         announce.close()
@@ -9084,7 +9181,7 @@ def seconds_left(given_s=None):
 
 def in_words(seconds):
     """Return a length of time as text: "1 day, 2:03:04"."""
-    return str(datetime.timedelta(seconds=max(0, round(seconds))))
+    return str(datetime.timedelta(seconds=min(max(0, round(seconds)), 86400 * 999999999)))
 
 
 def _until(text):
@@ -11374,6 +11471,14 @@ def count(text):
 
 
 @typed
+def port(text):
+    """Return the number of a port."""
+    if not re.match(r"[0-9]{1,5}\Z", text, re.ASCII) or int(text) > 65535:
+        raise UsageError("%s is no port: a whole number from 0 to 65535" % brief(text))
+    return int(text)
+
+
+@typed
 def duration(text):
     """Return a duration as it was typed, once it is known to be one: that is how it travels."""
     return parse_duration(text) and text
@@ -11691,7 +11796,7 @@ COMMANDS = {
     "serve": Command(
         do_serve, "Run a server, so that several hosts share a store.", "labtasker serve --host 0.0.0.0 --port 9321", [
             option("--host ADDRESS", "address to listen on (127.0.0.1)", default="127.0.0.1"),
-            option("--port N", "%d; 0 picks one" % DEFAULT_PORT, type=count, default=DEFAULT_PORT),
+            option("--port N", "%d; 0 picks one" % DEFAULT_PORT, type=port, default=DEFAULT_PORT),
             option("--db-path FILE", "the journal (.labtasker/journal.jsonl)"),
             choice("--fsync WHEN", FSYNC_MODES, default="always",
                    help="; ".join("%s: %s" % mode for mode in FSYNC_MODES.items())),

@@ -22,15 +22,15 @@ from labtasker import (
     FORMAT, ID, IDS, INSTEAD, JOURNAL, LOGIC, METADATA, NAME, OPERATORS, QUIET, RECENT, RECORDS, REQUIRED, ROUTES,
     SELECT, SETTINGS, SILENT, TASK_FIELDS, TASK_STATES, UPDATABLE, YES, Client, Command, Disk, HttpTransport, Instant,
     JobCommand, LabtaskerConnectError, LabtaskerError, LabtaskerHTTPStatusError, LabtaskerRuntimeError,
-    LabtaskerValueError, NotFound, Page, Store, StoreTransport, StoreUnavailable, Task, TaskUpdateRequest, Template,
-    UsageError, _order, _seen, as_jsonl, ask, base_url, brief, change_of, check_field, check_queue_name, choice,
-    chosen_tasks, clean, client, compact, confirm, connect_events, count, covers, delete_queue, dig, duration,
+    LabtaskerValueError, NotFound, OddFile, Page, Store, StoreTransport, StoreUnavailable, Task, TaskUpdateRequest,
+    Template, UsageError, _order, _seen, as_jsonl, ask, base_url, brief, change_of, check_field, check_queue_name,
+    choice, chosen_tasks, clean, client, compact, confirm, connect_events, count, covers, delete_queue, dig, duration,
     filter_of, find_root, flat, format_time, full_id, get_queue, get_task, get_task_op, given_settings, group,
-    health_check, ids_of, is_away, is_terminal, joined, journal_header, journal_path, last_durable, load_config, looks,
-    ls_tasks, ls_workers, main, metadata_of, monotonic, new_id, note, now, opened_queue, option, pairs, parse,
-    parse_filter, parse_time, paths_of, real_path, read_server_file, read_text, record_text, say, sealed, seconds,
-    selectors, show, show_listing, some, store_error, store_folder, tasks_named, typed_filter, typed_value, unseal,
-    update_queue, update_tasks, updates_of, use_client, visible, OddFile, open_plain)
+    health_check, ids_of, in_order, is_away, is_terminal, joined, journal_header, journal_path, last_durable,
+    load_config, looks, ls_tasks, ls_workers, main, metadata_of, monotonic, new_id, note, now, open_plain, opened_queue,
+    option, pairs, parse, parse_filter, parse_time, paths_of, read_server_file, read_text, real_path, record_text, say,
+    sealed, seconds, selectors, show, show_listing, some, store_error, store_folder, tasks_named, typed_filter,
+    typed_value, unseal, update_queue, update_tasks, updates_of, use_client, visible)
 
 __all__ = ["main", "server_main"]
 
@@ -2090,7 +2090,8 @@ def api_reference():
 
 LOOK_BACK_S, FEWEST = 60, 20  # the rate is that of the tasks that ended in this time, or of so many
 SAMPLE, MOST_PATHS = 300, 400  # tasks that are looked at for what fields there are; fields that are told
-CELL, MOST_ROWS, TAIL_BYTES = 300, 20000, 1 << 17  # letters of a cell; rows of a view; bytes of a log
+CELL, MOST_ROWS, MOST_COLUMNS = 300, 20000, 200  # letters of a cell; rows, columns of a view
+TAIL_BYTES = 1 << 17  # of a log
 
 POLICY = "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src 'self' data:; " \
          "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
@@ -2142,6 +2143,8 @@ def viewed(store, records, request, at):
     if request["status"]:
         chosen = [record for record in chosen if record.status == request["status"]]
     names = request["columns"] or []
+    if len(names) > MOST_COLUMNS:
+        raise LabtaskerValueError("%d columns: at most %d are shown" % (len(names), MOST_COLUMNS))
     if request["spread"]:
         both = [value_of(name) for name in names[:2]]
         chosen = [record for record in chosen if all(get(record) is not None for get in both)]
@@ -2174,7 +2177,7 @@ def sorted_page(records, sort, offset, limit):
         value = get(record)
         return (value is None or value != value) == is_last, _order(value), record.created_at, record.task_id
     if end > MOST_ROWS // 10:  # then sorting all is faster
-        return sorted(records, key=key, reverse=way < 0)[offset:end]
+        return in_order(records, key, way < 0)[offset:end]
     import heapq
     found = heapq.nsmallest(end, records, key) if way > 0 else heapq.nlargest(end, reversed(records), key)
     return found[offset:end]

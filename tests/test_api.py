@@ -162,6 +162,31 @@ def test_search_offsets_limits_sorts_and_ands(call):
     assert call("POST", ME + "/tasks/search", {"status": "done"})[0] == 422
 
 
+@pytest.mark.parametrize("path", ["/tasks/search", "/workers/search"])
+def test_a_listing_is_sorted_by_fields_that_clients_see_and_by_no_more_than_sixteen(call, path):
+    for field in ("count", "index", "_replace", "password", "digest", "fetch_id", "__class__", "count.x", "nosuch", ""):
+        status, answer = call("POST", ME + path, {"sort": [["status", 1], [field, 1]]})
+        assert status == 422 and answer["detail"][0]["loc"] == ["body", "sort"], field
+    own = path.split("/")[1][:-1]
+    assert call("POST", ME + path, {"sort": [["_id", 1], [own + "_id", -1], [own + "_name", 1], ["metadata.a.b", -1]]})[0] == 200
+    assert call("POST", ME + path, {"sort": [["status", 1]] * 16})[0] == 200
+    assert call("POST", ME + path, {"sort": [["status", 1]] * 17})[0] == 422
+
+
+@pytest.mark.parametrize("number", [2 ** 31, 2 ** 53, 2 ** 62, 2 ** 63 - 1, 2 ** 63, 2 ** 63 + 1, 1e30, float("inf"), float("nan"), -1, 1.5, True, "1"])
+def test_an_offset_or_a_limit_of_any_size_has_an_answer(call, number):
+    call("POST", ME + "/tasks", {"args": {"a": 1}})
+    wanted = 200 if type(number) is int and 0 <= number <= 2 ** 63 else 422
+    for body in ({"limit": number}, {"offset": number}, {"offset": number, "limit": number}):
+        for path in ("/tasks/search", "/tasks/view", "/workers/search"):
+            for more in ({}, {"sort": [["status", 1]]}, {"extra_filter": {"status": "pending"}}):
+                status, answer = call("POST", ME + path, dict(body, **more))
+                assert status == wanted, (path, body, more, answer)
+        if wanted == 200:
+            found = call("POST", ME + "/tasks/search", body)[1]["content"]
+            assert len(found) == ("offset" not in body)
+
+
 def test_queues(call):
     assert call("POST", "/api/v1/queues", {"queue_name": "q", "password": "p", "metadata": {"a.b": 1}})[0] == 201
     assert call("POST", "/api/v1/queues", {"queue_name": "q", "password": "x"})[0] == 409

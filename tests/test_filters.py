@@ -109,6 +109,54 @@ def test_documents_that_nest_without_end_are_refused(shape):
         read({"$expr": document} if shape == "add" else document)
 
 
+MANY = {  # n parts of one kind
+    "or": lambda n: {"$or": [{"args.a": {"$gt": i}} for i in range(n)]}, "and": lambda n: {"$and": [{"args.a": i} for i in range(n)]},
+    "nor": lambda n: {"$nor": [{"args.a": {"$lt": i}} for i in range(n)]}, "empty": lambda n: {"$and": [{}] * n},
+    "fields": lambda n: {"args.a%d" % i: 1 for i in range(n)},
+    "fields of alternatives": lambda n: {"$or": [{"args.a%d" % i: 1 for i in range(n // 2)}] * 2},
+    "all": lambda n: {"args.a": {"$all": list(range(n))}}, "patterns": lambda n: {"args.a": {"$in": [{"$regex": "x"}] * n}},
+    "dicts": lambda n: {"args.a": {"$nin": [{"x": i} for i in range(n)]}}, "lists": lambda n: {"args.a": {"$in": [[i] for i in range(n)]}},
+    "not": lambda n: {"$and": [{"args.a": {"$not": {"$gt": i}}} for i in range(n)]},
+    "multiply": lambda n: {"$expr": {"$eq": [{"$multiply": ["$args.a"] * (n - 3)}, 1]}},
+    "add": lambda n: {"$expr": {"$eq": [{"$add": [1] * (n - 3)}, 1]}},
+    "or of values": lambda n: {"$expr": {"$or": ["$args.a"] * (n - 2)}},
+}
+
+
+@pytest.mark.parametrize("kind", MANY)
+def test_a_query_makes_a_bounded_number_of_comparisons(kind):
+    read(MANY[kind](900))
+    with pytest.raises(labtasker.LabtaskerValueError, match="over 2000 comparisons"):
+        read(MANY[kind](4010))
+
+
+@pytest.mark.parametrize("count", [3, 5000])
+def test_alternatives_of_one_field_are_a_set_of_any_size(count):
+    numbers = read({"$or": [{"args.a": i} if i % 2 else {"args.a": {"$eq": i}} for i in range(count)] + [{"args.a": {"$in": ["x", True]}}]})
+    for value, is_there in ((0, True), (count - 1, True), (count, False), ("x", True), (True, True), (False, False), (1.0, True),
+                            (None, False), ([count, 2], True), (float("nan"), False)):
+        assert numbers(Record(args={"a": value})) is is_there, value
+    mixed = read({"$nor": [{"args.a": 1}, {"args.a": None}, {"args.a": [2]}, {"args.b": 1}, {"args.a": {"$in": []}}]})
+    assert [mixed(Record(args=args)) for args in ({"a": 1}, {}, {"a": [2]}, {"a": 3, "b": 1}, {"a": 3})] == [False] * 4 + [True]
+
+
+def test_arrays_within_arrays_are_gone_through_once():
+    """With an index in the path there are two ways on at each of them."""
+    value = 1
+    for _ in range(45):
+        value = [{"0": value}]
+    matches_there = read({"args.a" + ".0" * 70: 7})
+    assert not matches_there(Record(args={"a": value}))
+    assert read({"args.a" + ".0" * 70: 1})(Record(args={"a": value}))
+
+
+@pytest.mark.parametrize("name, start", [("$multiply", 2), ("$add", 2 ** 62)])
+def test_whole_numbers_beyond_64_bits_are_floats(name, start):
+    bare = read({"$expr": {"$gt": [{name: ["$args.a"] * 400}, 0]}})
+    assert bare(Record(args={"a": start}))
+    assert not read({"$expr": {"$eq": [{name: ["$args.a"] * 400 + [1]}, start ** 400 + 1]}})(Record(args={"a": start}))
+
+
 @pytest.mark.parametrize("document, message", [
     ([], "a query has to be a document"),
     ({"$and": {}}, r"\$and has to be a list"),
@@ -454,6 +502,17 @@ def test_missing_sorts_as_null_and_times_come_last():
 
 def names(records, sort):
     return [record.task_id for record in labtasker.sort_records(records, sort, ties=lambda record: record.task_id)]
+
+
+def test_long_lists_are_sorted_as_short_ones_are(monkeypatch):
+    records = [Record("%03d" % i, priority=i * 7 % 5, status="ab"[i % 2]) for i in range(100)]
+    for sort in ([], [["priority", -1]], [["priority", 1], ["status", -1]], [["status", 1], ["status", -1], ["priority", 1]]):
+        wanted = names(records, sort)
+        for size in (1, 3, 99, 100):
+            monkeypatch.setattr(labtasker, "SORTED_AT_ONCE", size)
+            assert names(records, sort) == wanted
+        monkeypatch.undo()
+    assert labtasker.in_order([], key=str) == []
 
 
 def test_several_fields_and_ties():

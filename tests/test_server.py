@@ -2,6 +2,7 @@
 import base64
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -293,6 +294,50 @@ def test_the_file_alone_is_enough(tmp_path):
                               universal_newlines=True)
         assert done.returncode == 0, done.stderr
     assert "a=1" in done.stdout
+
+
+@pytest.mark.parametrize("how", ["a full disk", "a reader who left", "a reader who reads no more"])
+def test_a_server_goes_on_whatever_becomes_of_its_log(tmp_path, how):
+    """Also where its pipe is full: a write would wait for ever."""
+    reader, writer = os.pipe()
+    log = os.open("/dev/full", os.O_WRONLY) if how == "a full disk" else writer
+    process = subprocess.Popen([sys.executable, "-m", "labtasker", "serve", "--port", "0", "--log-level", "debug", "--db-path",
+                                str(tmp_path / "journal.jsonl")], cwd=str(tmp_path), env=clean_env(), stdout=log, stderr=log, start_new_session=True)
+    try:
+        told = wait_until(lambda: (tmp_path / "server.json").exists() and json.loads((tmp_path / "server.json").read_text()),
+                          "the server listens", never=lambda _: process.poll() is not None)
+        if how == "a reader who left":
+            os.close(reader)
+        host, port = told["addresses"][0][7:].split(":")
+        with socket.create_connection((host, int(port)), timeout=20) as connection:
+            lines = connection.makefile("rb")
+            for asked in range(1500):  # some 60 bytes of log each: more than a pipe holds
+                connection.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
+                assert lines.readline() == b"HTTP/1.1 200 OK\r\n", asked
+                lines.read(sum(int(line[15:]) for line in iter(lines.readline, b"\r\n") if line.startswith(b"Content-Length")))
+        if how == "a reader who reads no more":
+            assert len(os.read(reader, 1 << 20)) > 1 << 14, "the pipe was filled"
+            http("GET", told["addresses"][0] + "/health")
+            assert re.search(rb"\d+ lines of this log could not be written", os.read(reader, 1 << 20))
+        process.terminate()
+        assert process.wait(20) == 0
+    finally:
+        end_group(process)
+        for fd in {reader, writer, log} - ({reader} if how == "a reader who left" else set()):
+            os.close(fd)
+
+
+@pytest.mark.parametrize("port", ["99999", "65536", "-1", "x", "", "1" * 400, "\u0661", "1e3", "9321 "])
+def test_what_is_no_port_is_a_usage_error(tmp_path, port):
+    done = run_cli(["serve", "--port=" + port, "--db-path", tmp_path / "j.jsonl"], tmp_path, check=False)
+    assert done.returncode == 2 and "--port" in done.stderr and "from 0 to 65535" in done.stderr
+    assert not (tmp_path / "j.jsonl").exists()
+
+
+@pytest.mark.parametrize("host, port", [("127.0.0.1", 99999), ("127.0.0.1", -1), ("x" * 300, 0), ("a..b", 0), ("a\0b", 0), ("::x", 0)])
+def test_an_address_that_is_none_is_a_clear_error(tmp_path, host, port):
+    with pytest.raises(L.LabtaskerRuntimeError, match="can't listen on"):
+        L.serve(str(tmp_path / "journal.jsonl"), host, port)
 
 
 def test_a_bug_is_a_500_with_its_place_in_the_log(tmp_path):
