@@ -6147,50 +6147,196 @@ def find_root():
     return os.path.join(_nearest_with(".labtasker", os.path.isdir) or os.getcwd(), ".labtasker")
 
 
-_TOML_LINE = Pattern(r"""
-    \s*(?:
-      \[\s*(?P<table>[\w.-]+)\s*\]
-    | (?P<key>[\w.-]+)\s*=\s*(?: (?P<basic>"(?:[^"\\]|\\.)*") | '(?P<literal>[^']*)' | (?P<other>[\w.+-]+) )
-    )?\s*(?:\#.*)?\Z""", re.VERBOSE)
+BYTE_ORDER_MARKS = ((b"\xef\xbb\xbf", "utf-8"), (b"\xff\xfe\0\0", "utf-32-le"), (b"\0\0\xfe\xff", "utf-32-be"),
+                    (b"\xff\xfe", "utf-16-le"), (b"\xfe\xff", "utf-16-be"))
+
+
+def decoded(data, name, kind=LabtaskerValueError):
+    """Return the text of a file's bytes: UTF-8, or what its byte order mark says; raises a `kind` of error that has its
+    `name` and the line that is none."""
+    mark, encoding = next((pair for pair in BYTE_ORDER_MARKS if data.startswith(pair[0])), (b"", "utf-8"))
+    if encoding == "utf-8" and b"\0" in data:
+        raise kind("%s line %d has a null character: if the file is UTF-16, save it as UTF-8" % (
+            name, data.count(b"\n", 0, data.index(b"\0")) + 1))
+    try:
+        return data[len(mark):].decode(encoding)
+    except UnicodeDecodeError as error:
+        line = data[len(mark):][:error.start].decode(encoding, "ignore").count("\n") + 1
+        raise kind("%s line %d is not %s text (byte 0x%02x): save the file as UTF-8" % (
+            name, line, encoding.upper()[:6].rstrip("-"), data[len(mark):][error.start])) from None
+
+
+class TomlReader:
+    """A TOML text as {dotted key: value}, in `found`, the same on every Python, which has a reader only since 3.11.
+
+    Values are texts, numbers and booleans. Lists, dates and tables in a line are skipped in tables that are not ours;
+    in ours they are refused. Every mistake raises LabtaskerValueError with its line."""
+
+    GAP, BLANK = Pattern(r"[ \t]*(?:#[^\n]*)?"), Pattern(r"(?:[ \t\n]|#[^\n]*)*")
+    KEY = Pattern(r"""(?x) [ \t]* (?: ([A-Za-z0-9_-]+) | "([^"\\\n]*)" | '([^'\n]*)' ) [ \t]*""")
+    TEXT = Pattern(r"""(?xs) \"\"\" \n? (?P<basics> (?:[^"\\] | \\. | "{1,2}(?!"))* "{0,2} ) \"\"\"
+        | \'\'\' \n? (?P<literals> (?:[^'] | '{1,2}(?!'))* '{0,2} ) \'\'\'
+        | "(?!"") (?P<basic> (?:[^"\\\n] | \\[^\n])*) " | '(?!\'\') (?P<literal> [^'\n]*) '""")
+    WORD = Pattern(r"[A-Za-z0-9_.:+-]+(?: [0-9]{2}:[0-9:.Z+-]+)?")
+    WHOLE = Pattern(r"[+-]?(?:0|[1-9](?:_?[0-9]){0,400})\Z")
+    BASED = Pattern(r"0(?:x[0-9a-fA-F](?:_?[0-9a-fA-F])*|o[0-7](?:_?[0-7])*|b[01](?:_?[01])*)\Z")
+    REAL = Pattern(r"[+-]?(?:(?:0|[1-9](?:_?[0-9])*)(?:\.[0-9](?:_?[0-9])*)?(?:[eE][+-]?[0-9](?:_?[0-9])*)?|inf|nan)\Z")
+    DATE = Pattern(r"(?:[0-9]{4}-[0-9]{2}-[0-9]{2}(?:[Tt ][0-9:.]+(?:[Zz]|[+-][0-9:]+)?)?|[0-9]{2}:[0-9]{2}:[0-9.]+)\Z")
+    ESCAPE = Pattern(r"(?s)\\(?:u([dD][89abAB][0-9a-fA-F]{2})\\u([dD][c-fC-F][0-9a-fA-F]{2})|u([0-9a-fA-F]{4})"
+                     r"|U([0-9a-fA-F]{8})|([ \t]*\n[ \t\n]*)|(.))")
+    LETTERS = {"b": "\b", "t": "\t", "n": "\n", "f": "\f", "r": "\r", '"': '"', "\\": "\\"}
+    OTHER = object()  # a list, a date, a table in a line
+
+    def __init__(self, text, path, tables=()):
+        self.text, self.path, self.tables = text.replace("\r\n", "\n") + "\n", path, tables  # the tables that are ours
+        self.found, self.kinds, self.table, self.i = {}, {}, (), 0
+        try:
+            while self.skip(self.BLANK) < len(self.text):
+                (self.header if self.text[self.i] == "[" else self.setting)()
+                if self.text[self.skip(self.GAP)] != "\n":
+                    self.fail()
+        except RecursionError:
+            self.fail()
+
+    def fail(self, why="a line is [table], key = \"text\", key = 10, or a # comment", i=None):
+        """Raise the error of the line of an offset, else of where the reader is."""
+        i = min(self.i if i is None else i, len(self.text) - 1)
+        begin = self.text.rfind("\n", 0, i) + 1
+        raise LabtaskerValueError("%s line %d can't be read: %r; %s" % (
+            self.path, self.text.count("\n", 0, i) + 1, self.text[begin:self.text.index("\n", i)][:80], why))
+
+    def skip(self, pattern):
+        """Return the offset after what a pattern matches here."""
+        self.i = pattern.match(self.text, self.i).end()
+        return self.i
+
+    def take(self, word):
+        """Return whether a word stands here, and go behind it."""
+        is_there = self.text.startswith(word, self.i)
+        self.i += len(word) * is_there
+        return is_there
+
+    def key(self):
+        """Return the parts of a dotted key."""
+        parts = []
+        while not parts or self.take("."):
+            match = self.KEY.match(self.text, self.i) or self.fail()
+            parts.append(next(part for part in match.groups() if part is not None))
+            self.i = match.end()
+        return tuple(parts)
+
+    def header(self):
+        begin, is_list = self.i, self.text.startswith("[[", self.i)
+        self.i += 1 + is_list
+        path = self.key()
+        if not self.take("]]" if is_list else "]"):
+            self.fail()
+        kind = self.kinds.get(path)
+        if kind not in (None, "above") and not (kind == "list" and is_list):
+            self.fail("this table is there twice", begin)
+        if is_list and path[0] in self.tables:
+            self.fail("this table is one, not a list of them", begin)
+        if is_list:
+            self.kinds = {key: kind for key, kind in self.kinds.items() if key[:len(path)] != path}
+        self.note(path, "list" if is_list else "table", begin)
+        self.table = path
+
+    def note(self, path, kind, begin):
+        """Remember what a path is, and fail where it stands twice or below a value."""
+        above = [path[:size] for size in range(1, len(path))]
+        if self.kinds.get(path) in ("value", kind) or kind == "value" and path in self.kinds or any(
+                self.kinds.get(one) == "value" for one in above):
+            self.fail("%s is there twice" % ".".join(path), begin)
+        for one in above:
+            self.kinds.setdefault(one, "above")
+        self.kinds[path] = kind
+
+    def setting(self):
+        begin, path = self.i, self.table + self.key()
+        if not self.take("="):
+            self.fail()
+        self.skip(self.GAP)
+        value = self.value()
+        if value is self.OTHER and path[0] in self.tables:
+            self.fail("%s is a text, a number, true or false here" % ".".join(path), begin)
+        self.note(path, "value", begin)
+        if value is not self.OTHER:
+            self.found[".".join(path)] = value
+
+    def value(self):
+        char = self.text[self.i]
+        if char in "\"'":
+            return self.string()
+        if self.take("["):
+            return self.items("]", self.value)
+        if self.take("{"):
+            return self.items("}", self.pair)
+        match = self.WORD.match(self.text, self.i) or self.fail()
+        word, self.i = match.group(), match.end()
+        if word in ("true", "false"):
+            return word == "true"
+        for pattern, read in ((self.WHOLE, int), (self.BASED, lambda text: int(text, 0)), (self.REAL, float)):
+            if pattern.match(word):
+                return read(word.replace("_", ""))
+        if not self.DATE.match(word):
+            self.fail("%s is no text, number, true or false" % word[:80], match.start())
+        return self.OTHER
+
+    def items(self, end, read):
+        """Return OTHER after a list or a table in a line."""
+        while self.skip(self.BLANK) < len(self.text) and not self.take(end):
+            read()
+            self.skip(self.BLANK)
+            if not self.take(",") and not self.text.startswith(end, self.i):
+                self.fail()
+        if self.i >= len(self.text):
+            self.fail()
+        return self.OTHER
+
+    def pair(self):
+        self.key()
+        if not self.take("="):
+            self.fail()
+        self.skip(self.GAP)
+        self.value()
+
+    def string(self):
+        match = self.TEXT.match(self.text, self.i) or self.fail("a text is not closed")
+        plain = match.group(match.lastgroup)
+        found = plain if match.lastgroup.startswith("literal") else self.ESCAPE.sub(self.character, plain)
+        self.i = match.end()
+        return found
+
+    def character(self, match):
+        """Return what an escape in a text stands for."""
+        high, low, short, long, gap, letter = match.groups()
+        if high:
+            return json.loads('"\\u%s\\u%s"' % (high, low))
+        if gap is not None:
+            return ""
+        number = int(short or long or "0", 16)
+        if number > sys.maxunicode or 0xd800 <= number < 0xe000 or letter and letter not in self.LETTERS:
+            self.fail("%s is no character" % match.group())
+        return self.LETTERS[letter] if letter else chr(number)
 
 
 def read_toml(text, path):
-    """Return {dotted key: value} of the part of TOML that the configuration uses; LabtaskerValueError elsewhere.
+    """Return {dotted key: value} of a TOML text, read as TomlReader says; raises LabtaskerValueError with the line."""
+    return TomlReader(text, path, {key.split(".")[0] for key in SETTINGS}).found
 
-    Tables, texts, numbers and booleans. What it does not know it refuses instead of guessing."""
-    found, table = {}, ""
-    for number, line in enumerate(text.splitlines(), 1):
-        match = _TOML_LINE.match(line)
-        if not match:
-            raise LabtaskerValueError("%s line %d can't be read: %r; a line is [table], key = \"text\", key = 10, or "
-                                      "a # comment" % (path, number, line[:80]))
-        if match.group("table"):
-            table = match.group("table") + "."
-        elif match.group("literal") is not None:
-            found[table + match.group("key")] = match.group("literal")
-        elif match.group("key"):
-            word = match.group("basic") or match.group("other").replace("_", "").lstrip("+")
-            try:
-                found[table + match.group("key")] = json.loads(word)
-            except ValueError:
-                raise LabtaskerValueError("%s line %d: %s is no text, number, true or false"
-                                          % (path, number, word)) from None
-    return found
+
+def toml_text(text):
+    """Return a text as TOML writes it, in one line; raises LabtaskerValueError where it is not Unicode."""
+    if re.search("[\ud800-\udfff]", text):
+        raise LabtaskerValueError("%r can't be written into the configuration, as it is not UTF-8 text" % text)
+    return '"%s"' % re.sub(r'["\\]|[^ -~]', lambda match: "\\" + match.group() if match.group() in '"\\' else
+                           "\\U%08x" % ord(match.group()), text)
 
 
 def _read_settings(path):
     """Return {key: value} of a configuration file, or raise LabtaskerValueError naming what is wrong in it."""
-    with open(path, encoding="utf-8") as file:
-        text = file.read()
-    try:
-        import tomllib
-    except ImportError:
-        return read_toml(text, path)
-    try:
-        return dict(flat(tomllib.loads(text)))
-    except tomllib.TOMLDecodeError as error:
-        raise LabtaskerValueError("%s can't be read: %s; mend it, or make it anew with 'labtasker init'"
-                                  % (path, error)) from None
+    with open_plain(path) as file:
+        return read_toml(decoded(file.read(), path), path)
 
 
 def flat(mapping, prefix=""):
@@ -6255,7 +6401,7 @@ def write_config(root, url, queue_name, password):
     """Return the path of the configuration file, written anew; a new one is readable by its owner alone."""
     Disk.make_folder(root)
     path, values = os.path.join(root, CONFIG_NAME), (url, queue_name, password)
-    text = (CONFIG_TEXT % tuple(json.dumps(value or "") for value in values)).encode("utf-8")
+    text = (CONFIG_TEXT % tuple(toml_text(value or "") for value in values)).encode("utf-8")
     Disk.create(path, [text], keep=0o770)  # never for everybody: a password is in it
     return path
 
@@ -10142,10 +10288,12 @@ class JobCommand:
 def read_script(path):
     """Return a script's text, also where it is not all UTF-8; LabtaskerValueError where it can't be read."""
     try:
-        with open(str(path), encoding="utf-8", errors="surrogateescape") as file:
-            return file.read()
+        with open(str(path), "rb") as file:
+            data = file.read()
     except OSError as error:
         raise LabtaskerValueError("can't read the script %s: %s" % (path, error.strerror)) from None
+    is_marked = data.startswith(tuple(mark for mark, _ in BYTE_ORDER_MARKS))
+    return (decoded(data, path) if is_marked else data.decode("utf-8", "surrogateescape")).replace("\r\n", "\n")
 
 
 def write_script(text, folder):
@@ -10844,14 +10992,11 @@ def dict_of(text, what):
 
 
 def read_text(path):
-    """Return the text of a file, or of stdin for `-`; raises UsageError where it is not UTF-8."""
-    try:
-        if path == "-":
-            return sys.stdin.buffer.read().decode("utf-8-sig") if sys.stdin else ""
-        with open(path, encoding="utf-8-sig") as file:
-            return file.read()
-    except UnicodeDecodeError as error:
-        raise UsageError("%s is not UTF-8 text: %s" % ("stdin" if path == "-" else path, error)) from None
+    """Return the text of a file, or of stdin for `-`, line ends as they are; raises UsageError where it is not text."""
+    if path == "-":
+        return decoded(sys.stdin.buffer.read(), "stdin", UsageError) if sys.stdin else ""
+    with open(path, "rb") as file:
+        return decoded(file.read(), path, UsageError)
 
 
 def ask(question, option, **how):
@@ -10948,33 +11093,79 @@ def tasks_of_json(path, text):
     """Return the submissions in JSON lines; raises UsageError that names the line.
 
     A line is the arguments, or, where it has a dict `args`, a whole submission, as `task ls` and --dry-run print."""
-    found = []
-    for number, line in enumerate(text.split("\n"), 1):
-        row = dict_of(line, "%s line %d" % (path, number)) if line.strip() else None
-        if row and isinstance(row.get("args"), dict):
-            for key in row:
-                if key not in TASK_FIELDS:
-                    raise UsageError("%s line %d: a task has no field %s%s" % (
-                        path, number, key, hint(key, SUBMISSION_FIELDS)))
-            found.append({key: row[key] for key in SUBMISSION_FIELDS if key in row})
-        elif row is not None:
-            found.append({"args": row})
-    return found
+    lines = enumerate(re.split("\r\n?|\n", text), 1)
+    return [submission_in(dict_of(line, where), where) for where, line in (
+        ("%s line %d" % (path, number), line) for number, line in lines) if line.strip()]
+
+
+def tasks_of_list(path, text):
+    """Return the submissions in a JSON list, each as in tasks_of_json; raises UsageError that names the line or the
+    item."""
+    rows = typed_value(text, path, strict=True)
+    if not isinstance(rows, list):
+        raise UsageError("%s takes a list of dicts, or JSON lines, not %s" % (path, brief(rows)))
+    for number, row in enumerate(rows, 1):
+        if not isinstance(row, dict):
+            raise UsageError("%s: item %d of the list is %s, not a dict" % (path, number, brief(row)))
+    return [submission_in(row, "%s: item %d" % (path, number)) for number, row in enumerate(rows, 1)]
+
+
+def submission_in(row, where):
+    """Return the submission that a dict is: the arguments, or a task with a dict `args`; UsageError names `where`."""
+    if not isinstance(row.get("args"), dict):
+        return {"args": row}
+    for key in row:
+        if key not in TASK_FIELDS:
+            raise UsageError("%s: a task has no field %s%s" % (where, key, hint(key, SUBMISSION_FIELDS)))
+    return {key: row[key] for key in SUBMISSION_FIELDS if key in row}
+
+
+def csv_rows(path, text):
+    """Yield (number of the line where it begins, cells) for each row of CSV; raises UsageError with the line."""
+    import csv
+    import io
+    csv.field_size_limit(sys.maxsize)  # of the process; the store has its own limits
+    rows, line = csv.reader(io.StringIO(text, newline=""), strict=True), 1
+    while True:
+        try:
+            yield line, next(rows)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            raise UsageError("%s line %d, in the row that begins in line %d: %s; a quote in a cell is written twice, "
+                             "and one at its start needs one at its end" % (path, rows.line_num, line, error)) from None
+        line = rows.line_num + 1
 
 
 def tasks_of_csv(path, text):
-    """Return the submissions in CSV, a column an argument, empty cells left out; raises UsageError with the line."""
-    import csv
-    rows = csv.reader(text.splitlines(True))
-    header, found = next(rows, []), []
+    """Return the submissions in CSV, a column an argument, or, in what `task ls --fmt csv` prints, a field; empty cells
+    are left out. Raises UsageError with the line."""
+    rows, found = csv_rows(path, text), []
+    header = next(rows, (1, []))[1]
     if len(set(header)) < len(header):
         raise UsageError("%s: a column is there twice: %s" % (path, ", ".join(header)))
-    for row in rows:
+    is_listing = any(key.startswith("args.") for key in header) and all(
+        key.split(".")[0] in TASK_FIELDS for key in header)
+    for line, row in rows:
         if len(row) > len(header):
-            raise UsageError("%s line %d has %d cells, the header %d" % (path, rows.line_num, len(row), len(header)))
-        if any(row):
-            found.append({"args": {key: literal(cell) for key, cell in zip(header, row) if cell}})
+            raise UsageError("%s line %d has %d cells, the header %d" % (path, line, len(row), len(header)))
+        cells = {key: cell for key, cell in zip(header, row) if cell}
+        if cells:
+            found.append(listed_submission(cells) if is_listing else {
+                "args": {key: literal(cell) for key, cell in cells.items()}})
     return found
+
+
+def listed_submission(cells):
+    """Return the submission of a row of `task ls --fmt csv`."""
+    task = {"args": {}}
+    for key, cell in cells.items():
+        top, _, rest = key.partition(".")
+        if top in ("args", "metadata") and rest:
+            task.setdefault(top, {})[rest] = literal(cell)
+        elif top in SUBMISSION_FIELDS and not rest:
+            task[top] = cell if top == "task_name" else literal(cell)
+    return task
 
 
 def submissions(options):
@@ -10989,7 +11180,8 @@ def submissions(options):
         rows = [{"args": {}}]
     if options.from_file:
         text = read_text(options.from_file)
-        rows = (tasks_of_json if text.lstrip()[:1] == "{" else tasks_of_csv)(options.from_file, text)
+        read = {"{": tasks_of_json, "[": tasks_of_list}.get(text.lstrip()[:1], tasks_of_csv)
+        rows = read("stdin" if options.from_file == "-" else options.from_file, text)
     fields = _given(**{name: getattr(options, name) for name in SUBMISSION_FIELDS})
     fields.update(_given(metadata=metadata_of(options)))
     tasks = [dict(row, **dict(fields, args=joined(row["args"], fixed))) for row in rows]
@@ -11323,7 +11515,8 @@ def do_loop(options):
     if sum(map(bool, (options.rest, options.cmd, options.script_path))) > 1:
         raise UsageError("-- COMMAND, --cmd and --script-path exclude each other")
     if not (options.rest or options.cmd or options.script_path):
-        options.cmd = "" if sys.stdin is None or is_terminal(sys.stdin) else read_text("-")
+        options.cmd = "" if sys.stdin is None or is_terminal(sys.stdin) else read_text(
+            "-").replace("\r\n", "\n")
         if not options.cmd.strip():
             raise UsageError("what to run? labtasker loop -- python train.py --lr '%(lr)' (or --cmd, --script-path, "
                              "or a script on stdin)")

@@ -339,18 +339,19 @@ def as_yaml(rows):
 
 def as_csv(rows, columns=()):
     """Return dicts as CSV: a column for each field, `args.lr` and the like for what is nested, or `columns`."""
-    import csv
-    import io
     fields = list(dict.fromkeys(key for row in rows for key in row))
     if not columns:
         rows = [{key: value for key, value in flat(row) if value != {}} for row in rows]
         columns = sorted({key for row in rows for key in row}, key=lambda key: (fields.index(key.split(".")[0]), key))
-    out = io.StringIO()
-    writer = csv.DictWriter(out, columns, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    text = out.getvalue().rstrip("\n")
+    lines = [columns] + [[row.get(column) for column in columns] for row in rows]
+    text = "\n".join(",".join(map(csv_cell, line)) if line[1:] else csv_cell(line[0]) or '""' for line in lines if line)
     return clean(text) if is_terminal(sys.stdout) else text
+
+
+def csv_cell(value):
+    """Return a value as a cell of CSV, in quotes where a reader of any Python needs them; None is an empty one."""
+    text = "" if value is None else str(value)
+    return '"%s"' % text.replace('"', '""') if re.search('[",\r\n]|\\A\\s|\\s\\Z', text) else text
 
 
 WRITERS = {"jsonl": lambda rows, columns: as_jsonl(rows), "yaml": lambda rows, columns: as_yaml(rows), "csv": as_csv}
@@ -1469,7 +1470,7 @@ def edited(text, name, read):
                 os.chmod(path, 0o600)
                 file.write(marked)
             run_editor(path)
-            found = read_text(path)
+            found = read_text(path).replace("\r\n", "\n")
             if found == marked or without_marks(found) == text:
                 return None
             try:
@@ -1504,7 +1505,7 @@ def do_config(options):
     path = os.path.join(find_root(), CONFIG_NAME)
     if not os.path.exists(path):
         raise LabtaskerValueError("there is no %s: labtasker init writes it" % path)
-    text = edited(read_text(path), CONFIG_NAME, checked_config)
+    text = edited(read_text(path).replace("\r\n", "\n"), CONFIG_NAME, checked_config)
     if text is None:
         note("Nothing was changed.")
         return 1
@@ -1578,10 +1579,15 @@ def values_of(row):
         if name in ("task_name", "status") and row[name] is not None:
             found[name] = row[name]
         elif TASK_FIELDS[name].kind == "dict" and row[name]:
-            found.update((name + "." + key, json.dumps(value, ensure_ascii=False)) for key, value in flat(row[name]))
+            found.update((name + "." + key, form_text(value)) for key, value in flat(row[name]))
         elif TASK_FIELDS[name].kind != "dict":
-            found[name] = json.dumps(row[name], ensure_ascii=False)
+            found[name] = form_text(row[name])
     return found
+
+
+def form_text(value):
+    """Return a value as JSON in one line, whatever an editor takes for the end of a line."""
+    return CONTROL.sub(lambda match: "\\u%04x" % ord(match.group()), json.dumps(value, ensure_ascii=False))
 
 
 def read_form(text, tasks):

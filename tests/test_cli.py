@@ -398,6 +398,94 @@ def test_grid_is_the_product_in_one_transaction(home):
 
 
 @pytest.mark.slow
+def args_of(text, read=labtasker.tasks_of_csv):
+    return [task["args"] for task in read("x.csv", text)]
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+def test_only_the_ends_of_lines_end_a_row(end):
+    odd = "\u2028\u2029\x85\x0b\x0c\x1c\x1d\x1e"
+    assert args_of(end.join(["text,n", odd + ",1", '"a%sb",2' % end, '"say ""hi"", c",3', "", "d,4"])) == [
+        {"text": odd, "n": 1}, {"text": "a%sb" % end, "n": 2}, {"text": 'say "hi", c', "n": 3}, {"text": "d", "n": 4}]
+
+
+@pytest.mark.parametrize("text, words", [
+    ('prompt,lr\n1,2\n"half open,0.1\n3,4\n', "x.csv line 4, in the row that begins in line 3"), ('a\n"x"y\n', "x.csv line 2"), ('"a', "x.csv line 1"),
+    ('a,b\n"x\ny",1\n1,2,3\n', "x.csv line 4 has 3 cells"), ('a\n"x\n\n', "row that begins in line 2"), ("a,b,a\n", "twice: a, b, a"),
+])
+def test_a_mistake_in_csv_is_named_with_its_line(text, words):
+    with pytest.raises(labtasker.UsageError, match=words):
+        labtasker.tasks_of_csv("x.csv", text)
+
+
+def test_a_cell_may_have_any_size():
+    assert args_of("text,n\n%s,1\n" % ("x" * 300000)) == [{"text": "x" * 300000, "n": 1}]
+
+
+ODD_CELLS = ["a\rb", "a\nb", "a\r\nb", 'a"b', '"', "a,b", "\u2028", "\x85\x0b\x0c", " a", "a ", "a\n", "'", "#", "[", "{", "%(x)", "\ufeff", "é", "\t"]
+
+
+@pytest.mark.parametrize("text", ODD_CELLS, ids=ascii)
+def test_csv_that_is_written_is_read_back(text):
+    rows = [{"a": text, "b": 1}, {"a": "x", "b": None}, {"a": text, "b": [1, text, None]}]
+    written = labtasker_cli.as_csv(rows)
+    assert list(csv.reader(io.StringIO(written, newline=""), strict=True)) == [
+        ["a", "b"], [text, "1"], ["x", ""], [text, str([1, text, None])]]
+    assert labtasker_cli.as_csv([{"a": text}, {"a": None}, {"a": text}]).count('""') >= 1
+    assert [task["args"]["a"] for task in labtasker.tasks_of_csv("x", written)] == [text, "x", text]
+
+
+def test_json_is_taken_as_lines_and_as_a_list():
+    rows = [{"lr": 1, "text": "a\u2028b\r\n"}, {"args": {"lr": 2}, "task_name": "two"}]
+    wanted = [{"args": rows[0]}, rows[1]]
+    lines = [json.dumps(row, ensure_ascii=False) for row in rows]
+    for end in ("\n", "\r\n", "\r"):
+        assert labtasker.tasks_of_json("x", end.join(lines + ["", ""])) == wanted
+    for indent in (None, 2):
+        assert labtasker.tasks_of_list("x", json.dumps(rows, indent=indent)) == wanted
+
+
+@pytest.mark.parametrize("text, words", [("[1]", "item 1 of the list is 1"), ('[{"a": 1},\n{"a": ]', "line 2"), ('[{"args": {}, "x": 1}]', "item 1: a task has no field x"),
+                                         ('[{"a": 1, "a": 2}]', "twice"), ("[{}", "x takes JSON")])
+def test_a_mistake_in_a_list_is_named(text, words):
+    with pytest.raises(labtasker.UsageError, match=words):
+        labtasker.tasks_of_list("x", text)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-32"])
+def test_input_with_a_byte_order_mark_is_taken(home, encoding):
+    (home.cwd / "in.csv").write_bytes("text\né\n".encode(encoding))
+    (home.cwd / "in.json").write_bytes('[{"text": "ü"}]'.encode(encoding))
+    (home.cwd / "job.sh").write_bytes("#!/bin/sh\r\necho 'ä %(text)'\r\n".encode(encoding))
+    for name in ("in.csv", "in.json"):
+        home.cli("task", "submit", "--from", name)
+    assert sorted(task["args"]["text"] for task in home.tasks()) == ["é", "ü"]
+    assert sorted(home.cli("loop", "--script-path", "job.sh").lines) == ["ä é", "ä ü"]
+
+
+def test_input_in_another_encoding_is_named_with_its_line(home):
+    (home.cwd / "in.csv").write_bytes(b"text\na\n\xe9\n")
+    (home.cwd / "wide.csv").write_bytes("text\na\n".encode("utf-16-le"))
+    for name, words in (("in.csv", "in.csv line 3 is not UTF-8"), ("wide.csv", "wide.csv line 1 has a null character")):
+        result = home.cli("task", "submit", "--from", name, check=False)
+        assert result.returncode == 2 and words in result.stderr, result
+    assert not home.tasks()
+
+
+@pytest.mark.parametrize("fmt", ["csv", "jsonl"])
+def test_what_a_listing_prints_can_be_submitted_again(both, fmt):
+    texts = [text for text in ODD_CELLS if text.strip() == text and text != "#"]
+    for number, text in enumerate(texts):
+        labtasker.submit_task(args={"text": text, "opt": {"lr": 0.1, "list": [1, None, text]}, "n": number}, task_name="odd-%d" % number, priority=number,
+                      metadata={"tag": text}, max_retries=2)
+    before = both.tasks()
+    harness.run(["sh", "-c", '"$0" -m labtasker task ls --fmt %s | "$0" -m labtasker task submit --from -' % fmt, sys.executable], both.cwd, env=both.env)
+    after = [task for task in both.tasks() if task["task_id"] not in {one["task_id"] for one in before}]
+    assert len(after) == len(texts)
+    for name in ("args", "task_name", "priority", "metadata", "max_retries"):
+        assert sorted(json.dumps(one[name], sort_keys=True) for one in after) == sorted(json.dumps(one[name], sort_keys=True) for one in before)
+
+
 def test_from_json_lines_and_csv_and_stdin(home):
     home.write("a.jsonl", '{"lr": 1}\n\n{"args": {"lr": 2}, "task_name": "two", "priority": 9}\n')
     home.write("b.csv", "\ufefflr,opt.name,seed\n3,adam,\n4,sgd,7\n")

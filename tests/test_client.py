@@ -73,9 +73,74 @@ def test_what_is_written_is_read_back(folder):
     assert (config.url, config.queue_name, config.password) == ("http://h:1", "q", 'p"\\\u00e9\n')
 
 
-def test_the_small_reader_agrees_with_tomllib(folder):
+ODD_TOML = r"""
+[a.b]
+x = [1, {y = 2}, # z
+  "]"]
+d = 2020-01-01 10:00:00Z
+[[plugins]]
+exclude = ["a", 'b']
+[queue]
+queue_name = "\u00e9\U0001F600\t\"" # c
+"password" = '''
+a\b"'''
+'literal' = QUOTES x\
+   yQUOTES
+[task]
+heartbeat_interval = 1_0.5e0
+z = 0x1F
+plus = +7
+deep.er = true
+""".replace("QUOTES", '"' * 3)
+
+
+@pytest.mark.parametrize("text", [FULL, ODD_TOML, ODD_TOML.replace("\n", "\r\n"), "", "a = 1", "[x] # y\n\n", "a = 'x\u2028\x0c\x85y'\nb = 2\n"])
+def test_the_reader_agrees_with_tomllib(text):
+    """Where the values are texts, numbers and booleans: it leaves out lists, dates and tables in a line."""
     tomllib = pytest.importorskip("tomllib", reason="tomllib came with Python 3.11")
-    assert L.read_toml(FULL, "x") == dict(L.flat(tomllib.loads(FULL)))
+    text = text.replace("\x0c", " ")
+    known = {key: value for key, value in L.flat(tomllib.loads(text)) if type(value) in (str, int, float, bool)}
+    assert L.read_toml(text, "x") == known
+
+
+@pytest.mark.parametrize("text, line", [
+    ("x", 1), ("x = ", 1), ('x = "a', 1), ("x = 1\nx = 2", 2), ("[a]\n[a]", 2), ("a = 1\n[a.b]", 2), ("x = 007", 1), ("x = 1__0", 1), ("x = 1 y", 1),
+    ('\nx = "\\ud800"', 2), ('x = "\\q"', 1), ("\n\n[[queue]]", 3), ("x = [\n1,\n", 3), ("x = " + "[" * 100000, 1), ("é = 1", 1), ("x = {a = [1}", 1),
+    ("[task]\n\nheartbeat_interval = [\n1]", 3), ("queue = {}", 1), ("[queue]\nqueue_name = 2026-01-01", 2), ("x = \"\"\"\nopen\n", 1),
+])
+def test_what_is_no_toml_is_named_with_its_line_on_every_python(text, line):
+    with pytest.raises(L.LabtaskerValueError, match="^x line %d can't be read" % line):
+        L.read_toml(text, "x")
+
+
+ODD_TEXTS = ["p\r\nq", "\u2028\x85\x0b\x0c\x1c", "'\"\\", "\U0001f600", "\x7f\x00\x1b", " # = [", "é", "\ufeff", "\t"]
+
+
+@pytest.mark.parametrize("password", ODD_TEXTS, ids=ascii)
+def test_any_password_that_is_written_is_read_back(folder, password):
+    L.write_config(str(folder / ".labtasker"), "http://h:1", "q", password)
+    assert L.load_config().password == password
+
+
+def test_a_password_that_is_no_text_is_refused_before_anything_is_written(folder):
+    with pytest.raises(L.LabtaskerValueError, match="not UTF-8"):
+        L.write_config(str(folder / ".labtasker"), "http://h:1", "q", "p\udcff")
+    assert not list((folder / ".labtasker").iterdir())
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-32"])
+def test_a_configuration_with_a_byte_order_mark_is_taken(folder, encoding):
+    write(folder, "")
+    (folder / ".labtasker" / "config.toml").write_bytes(FULL.replace("\\u00e9", "é").encode(encoding))
+    assert L.load_config().password == 'p"é'
+
+
+@pytest.mark.parametrize("encoding, words", [("latin-1", "line 7 is not UTF-8"), ("utf-16-le", "line . has a null character"), ("cp1252", "line 7")])
+def test_a_configuration_in_another_encoding_is_named_with_its_line(folder, encoding, words):
+    write(folder, "")
+    (folder / ".labtasker" / "config.toml").write_bytes(FULL.replace("\\u00e9", "é").encode(encoding))
+    with pytest.raises(L.LabtaskerValueError, match="config.toml " + words):
+        L.load_config()
 
 
 @pytest.mark.parametrize("line", ["key", "key = ", "key = 'a", 'key = "a', "key = [1, 2]", "key = {a = 1}", "[a", "key = 2026-01-01", "= 3"])
