@@ -6381,19 +6381,33 @@ class PinnedConfig:
         PINNED.remove(self)
 
 
+# Text is UTF-8 wherever it comes from, as it has to mean the same on all hosts. The system's own functions, in an
+# interpreter that takes the locale for ASCII (C, before Python 3.7), want it spelled in another way.
+
+
+def from_system(text):
+    """Return text that the system gave (a variable, a path) as the UTF-8 that its bytes are."""
+    return os.fsencode(text).decode("utf-8", "surrogateescape")
+
+
+def for_system(text):
+    """Return text as the system's functions take it for its UTF-8 bytes: a path that was typed, or read."""
+    return os.fsdecode(text.encode("utf-8", "surrogateescape"))
+
+
 def _read_config():
     root = find_root()
     paths = [os.path.join(root, name) for name in (CONFIG_NAME, OLD_CONFIG_NAME)]
     path = next(filter(os.path.isfile, paths), None)
     settings, values = _read_settings(path) if path else {}, {}
     for key, (attribute, variable, kind, _) in SETTINGS.items():
-        value = os.environ.get(variable or "") or settings.get(key)
+        value = from_system(os.environ.get(variable or "") or "") or settings.get(key)
         if value is None or value == "":
             continue
         if not (type(value) is str if kind is str else type(value) in (int, float) and 0 < value < math.inf):
             raise LabtaskerValueError("%s: %s should be %s, not %r" % (
                 path, key, {str: "text", float: "a number over 0"}[kind], value))
-        values[attribute] = kind(value)
+        values[attribute] = for_system(value) if attribute == "ca_file" else kind(value)
     return Config(root=root, source=path, **values)
 
 
@@ -7013,7 +7027,7 @@ def store_folder(config):
     """Return the folder of the store that is configured, or None where that is a server's URL."""
     if re.match(r"https?://", config.url or ""):
         return None
-    folder = re.sub(r"^file:(//)?", "", config.url or config.root)
+    folder = for_system(re.sub(r"^file:(//)?", "", config.url)) if config.url else config.root
     return os.path.normpath(os.path.join(os.path.dirname(config.root), folder))
 
 
@@ -8471,12 +8485,21 @@ def writers_for(program, template):
                          name, " ".join(program), template.keys[0]))
 
 
+def silence(number=1):
+    """Let what stdout, or stderr, still holds go nowhere, so that the interpreter's end does not complain of it."""
+    empty = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(empty, number)
+    os.close(empty)
+
+
 def remark(text):
     """Write a line for the person who started the loop to stderr. Where that is gone, or a function has put something
     else there that takes no text, the loop goes on without."""
     try:
         sys.stderr.write("labtasker: %s\n" % re.sub(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]", "?", str(text)))
         sys.stderr.flush()
+    except BrokenPipeError:  # who read it has seen enough: what still comes would end the process with 120
+        silence(2)
     except Exception:
         pass
 
@@ -8714,11 +8737,8 @@ class Run:
 
     def begin(self):
         """Write down what is run; a disk that can't take it is told of."""
-        try:
-            self.make_log_dir()
-        except OSError as error:
-            return remark("can't write to %s: %s" % (self.log_dir, error.strerror))
-        write_json(self.path("task.json"), self.task.to_dict())
+        if self.has_log_dir():
+            write_json(self.path("task.json"), self.task.to_dict())
 
     def written_task(self):
         """Return the Task that `begin` has written down, None where it could not, or what is there is none."""
@@ -8760,6 +8780,14 @@ class Run:
             told = read_json(self.path("status.json"), {"status": str}).get("status")
             self.ended = told if told in ENDS_OF_JOBS else None
         return self.ended
+
+    def has_log_dir(self):
+        """Return whether the run's folder is there, made where it is missing; why it can't be is told."""
+        try:
+            return bool(self.make_log_dir())
+        except OSError as error:
+            remark("can't write to %s: %s" % (self.log_dir, error.strerror))
+            return False
 
     def make_log_dir(self):
         os.makedirs(self.log_dir, mode=0o700, exist_ok=True)
@@ -8901,6 +8929,20 @@ def die_of(signum):
     os.kill(os.getpid(), signum)
 
 
+def ready(numbers, seconds=None, to_write=False):
+    """Return which of the descriptors can be read, or written, waited for without end or so long.
+
+    `select` takes none over 1,023, which a process with many open files passes."""
+    import select
+    if not hasattr(select, "poll"):  # Windows
+        given = [[], list(numbers), []] if to_write else [list(numbers), [], []]
+        return select.select(*given, seconds)[to_write]
+    poll = select.poll()
+    for number in numbers:
+        poll.register(number, select.POLLOUT if to_write else select.POLLIN)
+    return [number for number, _ in poll.poll(None if seconds is None else math.ceil(1000 * seconds))]
+
+
 class Wake:
     """What wakes a loop: a signal, a slot that ended or needs something. A context that handles signals meanwhile.
 
@@ -9028,8 +9070,7 @@ class Wake:
 
     def pause(self, seconds):
         """Sleep for so long, or until something wakes the loop."""
-        import select
-        if select.select([self.read_end], [], [], max(0, seconds))[0]:
+        if ready([self.read_end], max(0, seconds)):
             os.read(self.read_end, 4096)
 
 
@@ -9864,7 +9905,7 @@ def host_name():
 def attempt_facts():
     """Return what each task that a loop runs keeps of that: who runs what, and where its output is."""
     log = os.path.join(os.path.abspath(load_config().root), "logs", "{task_id}", "{run_id}", "run.log")
-    return _given(host=host_name(), pid=os.getpid(), git=code_version(), log=log)
+    return _given(host=host_name(), pid=os.getpid(), git=code_version(), log=from_system(log))
 
 
 def default_worker():
@@ -10270,7 +10311,7 @@ class JobCommand:
         if not self.is_script:
             return self.program() + ["-c", text], None
         path = write_script(text, folder)
-        return self.program() + [path], path
+        return self.program() + [os.fsencode(path) if os.name == "posix" else path], path
 
     def program(self):
         """Return the words that run the text: the executable asked for, else the #! line of a script, else /bin/sh."""
@@ -10281,14 +10322,16 @@ class JobCommand:
 
     def is_for_this_task(self, error):
         """Return whether the command can't be started with this task's args, but may be with others."""
+        if not isinstance(error, OSError):
+            return isinstance(error, (ValueError, RecursionError))
         own_program = self.is_argv and bool(self.templates[0].keys)
-        return own_program or isinstance(error, ValueError) or error.errno == errno.E2BIG
+        return own_program and error.errno not in PASSING or error.errno == errno.E2BIG
 
 
 def read_script(path):
     """Return a script's text, also where it is not all UTF-8; LabtaskerValueError where it can't be read."""
     try:
-        with open(str(path), "rb") as file:
+        with open(for_system(str(path)), "rb") as file:
             data = file.read()
     except OSError as error:
         raise LabtaskerValueError("can't read the script %s: %s" % (path, error.strerror)) from None
@@ -10297,9 +10340,13 @@ def read_script(path):
 
 
 def write_script(text, folder):
-    """Return the path of a new file in `folder` that only its owner can read and run."""
+    """Return the path of a new file that only its owner can read and run: in `folder`, or where that can't take it
+    among the temporary ones."""
     import tempfile
-    number, path = tempfile.mkstemp(prefix="script-", dir=folder)
+    try:
+        number, path = tempfile.mkstemp(prefix="script-", dir=folder)
+    except OSError:
+        number, path = tempfile.mkstemp(prefix="labtasker-script-")
     with open(number, "w", encoding="utf-8", errors="surrogateescape") as file:
         file.write(text)
     os.chmod(path, 0o700)
@@ -10469,9 +10516,13 @@ class RunLog:
     def close(self):
         """Close the file; what comes now goes nowhere."""
         with self.lock:
-            if self.fd is not None and self.held.is_intact():
-                os.close(self.fd)
-            self.fd = None
+            number, self.fd = self.fd, None
+            is_ours = number is not None and self.held.is_intact()
+        try:
+            if is_ours:
+                os.close(number)
+        except OSError:  # what a network's disk had no room for, it may say as late as here
+            pass
 
 
 class Progress:
@@ -10545,28 +10596,37 @@ class Output:
     DRAIN_S = 1  # what a process that outlived its job goes on to write is not waited for any longer
 
     def __init__(self, log, use_pty, label=""):
-        self.log, self.sources, opened = log, {}, {}  # {our end: (where it goes, what makes that, what feeds the log)}
-        places = [_place_of(number) if fcntl else 1 for number in (1, 2)]
-        for number, place in zip((1, 2), places):
+        self.log, self.ends = log, []
+        self.sources = {}  # our end: (where it goes, what makes that, what feeds the log)
+        try:
+            self._open(use_pty, label)
+            start_thread(self.thread)
+        except BaseException:  # no descriptor, or no thread, is left
+            self.let_go()
+            for ours in self.sources:
+                os.close(ours)
+            log.close()
+            raise
+
+    def _open(self, use_pty, label):
+        opened = {}
+        for number in (1, 2):
+            place = _place_of(number) if fcntl else 1
             if place not in opened:
                 ours, opened[place] = use_pty and _open_pty() or os.pipe()
-                self.sources[ours] = (number, Labelled(label) if label else lambda data: data, log.channel())
-        self.ends = [opened[place] for place in places]
-        self.thread = threading.Thread(target=self._copy, daemon=True)  # to be started before the job is
-        self.begun = threading.Event()
+                self.sources[ours] = (number, Labelled(label) if label else lambda data: data, self.log.channel())
+            self.ends.append(opened[place])
+        self.thread = threading.Thread(target=self._copy, daemon=True)
 
-    def listen(self):
-        """Begin, once the job has its ends: then it alone holds them."""
+    def let_go(self):
+        """Close the ends that are the job's, which alone holds them then."""
         for end in set(self.ends):
             os.close(end)
-        self.begun.set()
+        self.ends = []
 
     def _copy(self):
-        import select
-        self.begun.wait()
         while self.sources:
-            ready = select.select(sorted(self.sources), [], [])[0] if len(self.sources) > 1 else list(self.sources)
-            for ours in ready:
+            for ours in ready(self.sources) if len(self.sources) > 1 else list(self.sources):
                 target, shown, feed = self.sources[ours]
                 try:
                     data = os.read(ours, 65536)
@@ -10581,9 +10641,7 @@ class Output:
 
     def finish(self):
         """Return once all that the job wrote is where it belongs."""
-        if self.thread.ident is None:  # it could not be started, nor the job
-            list(map(os.close, set(self.ends).union(self.sources)))
-            return self.log.close()
+        self.let_go()
         self.thread.join(self.DRAIN_S)
 
 
@@ -10639,14 +10697,13 @@ def _open_pty():
 
 def _write_out(number, data):
     """Write all of `data`, unless nobody is there to read it."""
-    import select
     view = memoryview(data)
     with WRITING:
         while view:
             try:
                 view = view[os.write(number, view):]
             except BlockingIOError:  # a terminal that another program has set so
-                select.select([], [number], [], 1)
+                ready([number], 1, True)
             except OSError:
                 return
 
@@ -10655,46 +10712,82 @@ WRITING = threading.Lock()  # who has it writes output of a job
 
 
 def run_job(slot, run, command, use_pty=True):
-    """Return the Outcome of the command in a process group of its own."""
-    script, output = None, Output(RunLog(run.path("run.log")), use_pty, slot.place.label)
+    """Return the Outcome of the command in a process group of its own.
+
+    What keeps it from being started fails the task where that is the task's own, else hands it back."""
+    output = script = None
     try:
-        start_thread(output.thread)
-        words, script = command.words(run.task.args, run.make_log_dir())
+        output = Output(RunLog(run.path("run.log")), use_pty, slot.place.label)
+        words, script = command.words(run.task.args, run.log_dir)
         process = _start_job(words, slot.environment(run), output.ends)
-    except (OSError, ValueError) as error:
-        output.listen()
-        why = "can't start the command: %s" % error
-        if command.is_for_this_task(error):
-            return Outcome("failed", {"labtasker_error": why})
-        return Outcome("pending", reason=why, fatal=why)
-    else:
-        output.listen()
+        output.let_go()
         is_own_end = _watched(slot, run, process)
+    except NotWatched as error:
+        return Outcome("pending", reason=str(error))
+    except LabtaskerRuntimeError:  # there are no threads: the loop, which needs more of them, ends with that
+        raise
+    except (OSError, ValueError, RuntimeError, MemoryError) as error:
+        return _not_started(command, error)
     finally:
-        output.finish()
-        if script:
-            os.unlink(script)
+        if output:
+            output.finish()
+        _remove_script(script)
     facts = exit_facts(process.returncode)
     if is_own_end and not _is_of_own_signal(slot, process.returncode):
         return outcome_of_exit(process.returncode)._replace(facts=facts)
     return Outcome(None, facts=facts) if run.lost else slot.loop.handed_back(facts)
 
 
-def _watched(slot, run, process):
-    """Return what watch() does; a job that can't be watched is killed, as its task will be given to another."""
-    import signal
-    try:
-        return watch(slot, run, process)
-    except BaseException:
-        signal_group(process.pid, signal.SIGKILL)
-        process.wait()
-        raise
+# What the machine is short of at this moment, and may have again in the next: no task's fault, nor the command's.
+PASSING = frozenset(getattr(errno, name) for name in (
+    "EAGAIN", "ENOMEM", "EMFILE", "ENFILE", "ENOSPC", "EDQUOT", "EIO", "ESTALE", "ETXTBSY", "ETIMEDOUT", "EINTR")
+    if hasattr(errno, name))
+
+
+def _not_started(command, error):
+    """Return the Outcome of a run whose job could not be started."""
+    name, why = getattr(error, "filename", None), str(error) or type(error).__name__
+    if isinstance(name, bytes):
+        why = why.replace(repr(name), repr(name.decode("utf-8", "surrogateescape")))
+    why = "can't start the command: " + why
+    if command.is_for_this_task(error):
+        return Outcome("failed", {"labtasker_error": why})
+    is_passing = not isinstance(error, OSError) or error.errno in PASSING
+    return Outcome("pending", reason=why, fatal=None if is_passing else why)
 
 
 def _start_job(words, environment, ends):
+    """Return the Popen of a job. Its words are given as UTF-8, as they were submitted, whatever the locale."""
     import subprocess
+    if os.name == "posix":
+        words = [word.encode("utf-8", "surrogateescape") if isinstance(word, str) else word for word in words]
     return subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=ends[0], stderr=ends[1], start_new_session=True,
                             env=environment)
+
+
+class NotWatched(Exception):
+    """The loop could not wait for a job that it had started, and has ended it."""
+
+
+def _watched(slot, run, process):
+    """Return what `watch` does; raises NotWatched, the job ended, where that fails."""
+    try:
+        return watch(slot, run, process)
+    except Exception as error:
+        end_groups([process.pid], monotonic() + LOST_GRACE_S, slot.pause)
+        process.wait()
+        if isinstance(error, LabtaskerRuntimeError):
+            raise
+        raise NotWatched("the loop could not watch the job: %s: %s" % (type(error).__name__, error)) from error
+
+
+def _remove_script(path):
+    """Remove the file that a job was started from; the job may have done that itself."""
+    try:
+        if path:
+            os.unlink(path)
+    except OSError:
+        pass
 
 
 def exit_facts(code):
@@ -10724,6 +10817,7 @@ def watch(slot, run, process):
                 slot.remark("%s: the job is asked to end; once more kills it" % signal_name(wake.stop))
                 kill_at = min(monotonic() + loop_.grace_s, max(loop_.limit.kill_at, monotonic()))
             signal_group(process.pid, wake.stop or signal.SIGTERM)
+            signal_group(process.pid, signal.SIGCONT)  # one that was stopped hears of it too
         if kill_at and (monotonic() >= kill_at or wake.times > 1):
             signal_group(process.pid, signal.SIGKILL)
         slot.pause(min(1 if wake.in_main else 0.05, max(0.02, (kill_at or math.inf) - monotonic())))
@@ -10805,18 +10899,16 @@ def say(text, stream=None):
 
 
 def note(text):
-    """Write something that is not a result to stderr, after the results so far."""
+    """Write something that is not a result to stderr, after the results so far; that nobody reads it is no error."""
     try:
         sys.stdout.flush()
     except OSError:  # it can't be written: that is an error of its own, told once
         silence()
-    say(clean(str(text)), sys.stderr)
-    sys.stderr.flush()
-
-
-def silence():
-    """Let what stdout still holds go nowhere, so that the interpreter's end does not complain of it."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    try:
+        say(clean(str(text)), sys.stderr)
+        sys.stderr.flush()
+    except OSError:
+        silence(2)
 
 
 def show(text, no_pager=False):
@@ -11909,7 +12001,7 @@ LIST = [option("--limit N", "at most so many (100)", type=count, default=100),
         option("-v --verbose", "more columns, nothing cut"), NO_PAGER] + COLOUR
 QUEUE = [option("--queue-name NAME", "letters, digits, _ and -"),
          option("--password PASSWORD", "else LABTASKER_PASSWORD, else asked")]
-JOURNAL = option("--db-path FILE", "the journal (that of the configured store)")
+JOURNAL = option("--db-path FILE", "the journal (that of the configured store)", type=for_system)
 SILENCE = option("--heartbeat-timeout TIME", "silence after which a run is given up", type=seconds)
 
 COMMANDS = {
@@ -11925,7 +12017,8 @@ COMMANDS = {
             option("--task-timeout TIME", "length after which a run is given up", type=seconds),
             option("--grid", "one task for each combination of comma-separated values and start:stop:step ranges, "
                    "stop included"),
-            option("--from FILE", "one task a line of JSON lines or CSV; - is stdin", dest="from_file"),
+            option("--from FILE", "one task a line of JSON lines or CSV; - is stdin", dest="from_file",
+                   type=for_system),
             option("--unique", "leave out what some task has for arguments already"),
             option("--dry-run", "print what would be submitted, as JSON lines"), QUIET],
         "[-- --NAME=VALUE ...]"),
@@ -11990,10 +12083,11 @@ COMMANDS = {
         do_serve, "Run a server, so that several hosts share a store.", "labtasker serve --host 0.0.0.0 --port 9321", [
             option("--host ADDRESS", "address to listen on (127.0.0.1)", default="127.0.0.1"),
             option("--port N", "%d; 0 picks one" % DEFAULT_PORT, type=port, default=DEFAULT_PORT),
-            option("--db-path FILE", "the journal (.labtasker/journal.jsonl)"),
+            option("--db-path FILE", "the journal (.labtasker/journal.jsonl)", type=for_system),
             choice("--fsync WHEN", FSYNC_MODES, default="always",
                    help="; ".join("%s: %s" % mode for mode in FSYNC_MODES.items())),
-            option("--certfile FILE", "TLS certificate"), option("--keyfile FILE", "its key"),
+            option("--certfile FILE", "TLS certificate", type=for_system),
+            option("--keyfile FILE", "its key", type=for_system),
             option("--allow-host NAME", "another name under which browsers may use it (repeatable)", action="append",
                    default=[]),
             option("--max-connections N", "open at a time (%d, or what the system allows); beyond, the longest silent "

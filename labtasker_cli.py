@@ -30,7 +30,7 @@ from labtasker import (
     load_config, looks, ls_tasks, ls_workers, main, metadata_of, monotonic, new_id, note, now, open_plain, opened_queue,
     option, pairs, parse, parse_filter, parse_time, paths_of, read_server_file, read_text, real_path, record_text, say,
     sealed, seconds, selectors, show, show_listing, some, store_error, store_folder, tasks_named, typed_filter,
-    typed_value, unseal, update_queue, update_tasks, updates_of, use_client, visible)
+    typed_value, unseal, update_queue, update_tasks, updates_of, use_client, visible, for_system)
 
 __all__ = ["main", "server_main"]
 
@@ -1397,7 +1397,10 @@ def log_path(task, attempt):
     here = os.path.join(os.path.abspath(find_root()), "logs", task.task_id, attempt.get("run_id") or task.run_id or "",
                         "run.log")
     told = attempt.get("log")
-    told = told if isinstance(told, str) and os.path.isabs(told) and "\0" not in told else None
+    try:
+        told = for_system(told) if isinstance(told, str) and os.path.isabs(told) and "\0" not in told else None
+    except UnicodeEncodeError:  # no path of anybody's
+        told = None
     return told if told and (os.path.exists(told) or not os.path.exists(here)) else here
 
 
@@ -1974,11 +1977,31 @@ done
 """
 
 
+# sbatch passes its environment on to the job that it submits, and srun in there takes SLURM_* for options. So what this
+# process has as part of a job, Slurm's or a loop's, stays here: by Slurm's manuals all of SLURM_* is an "output
+# variable" of sbatch, salloc or srun, which they set for what they run, but for those below, which only the cluster or
+# a person sets. Of SBATCH_*, which are a person's options for sbatch, a job gets those about binding. A loop's own jobs
+# stay in the loop's allocation: they keep all of this, as srun finds the allocation by it.
+OF_CLUSTER = frozenset(
+    "SLURM_CONF SLURM_CLUSTERS SLURM_JWT SLURM_TIME_FORMAT SLURM_DEBUG_FLAGS SLURM_EXIT_ERROR SLURM_EXIT_IMMEDIATE "
+    "SLURM_MPI_TYPE SLURM_STEP_KILLED_MSG_NODE_ID SLURM_UNBUFFEREDIO SLURM_THREADS SLURM_WAIT SLURM_BITSTR_LEN".split())
+OF_LOOP = frozenset("LABTASKER_" + name for name in (
+    "TASK_ID RUN_ID WORKER_ID LOG_DIR TASK_DIR END_TIME SLOT ATTEMPT PROCID".split()))
+
+
+def of_a_job(name):
+    """Return whether a variable says something of the job that this process is part of."""
+    if name.startswith(("SLURM_", "SLURMD_")):
+        return name not in OF_CLUSTER and not name.startswith("SLURM_SACK_")
+    return name in OF_LOOP or name == "SRUN_DEBUG" or name.startswith(("SBATCH_CPU_BIND", "SBATCH_MEM_BIND"))
+
+
 def submit_script(text, words):
     """Return sbatch's exit code, the job's id printed; what it refuses it says itself. Raises LabtaskerRuntimeError."""
     import subprocess
     try:
-        process = subprocess.Popen(["sbatch", "--parsable"] + words, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        process = subprocess.Popen(["sbatch", "--parsable"] + words, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                                   env={name: value for name, value in os.environ.items() if not of_a_job(name)})
     except FileNotFoundError:
         raise LabtaskerRuntimeError("there is no sbatch on this host's PATH: type this where jobs are submitted, or "
                                     "print the script with --dry-run and submit that there")

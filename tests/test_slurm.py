@@ -189,6 +189,25 @@ def test_the_script_is_submitted_and_the_job_s_id_printed(home):
     assert (home.cwd / "submitted").read_text().splitlines() == dry_run(home, "--array=0-3", *TRAIN)[0]
 
 
+def test_what_a_job_was_told_of_itself_does_not_reach_the_job_that_it_submits(home):
+    of_job = ["SLURM_JOB_ID", "SLURM_JOBID", "SLURM_MEM_PER_NODE", "SLURM_NTASKS", "SLURM_CPUS_PER_TASK", "SLURM_CPU_BIND",
+              "SLURM_STEP_ID", "SLURM_PROCID", "SLURM_TRES_PER_TASK", "SLURM_SOMETHING_NEW", "SLURMD_NODENAME", "SRUN_DEBUG",
+              "SBATCH_CPU_BIND", "SBATCH_MEM_BIND_TYPE", "LABTASKER_TASK_ID", "LABTASKER_RUN_ID", "LABTASKER_END_TIME", "LABTASKER_SLOT"]
+    of_others = ["SLURM_CONF", "SLURM_JWT", "SLURM_CLUSTERS", "SBATCH_ACCOUNT", "SBATCH_PARTITION", "SBATCH_EXPORT",
+                 "LABTASKER_QUEUE", "OMP_NUM_THREADS"]
+    env = dict(fake_sbatch(home, "cat > /dev/null; env > seen; echo 17"), **dict.fromkeys(of_job + of_others, "7"))
+    home.cli("sbatch", *TRAIN, env=env)
+    seen = {line.partition("=")[0] for line in (home.cwd / "seen").read_text().splitlines()}
+    assert seen.issuperset(of_others) and not seen.intersection(of_job)
+
+
+def test_jobs_of_a_loop_keep_what_srun_finds_the_loops_allocation_by(home):
+    home.submit("--", "--n=1")
+    env = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "a,b", "SLURM_CONF": "/etc/slurm.conf", "SLURM_JOB_END_TIME": "99999999999"}
+    seen = home.cli("loop", "--", "sh", "-c", "env | grep ^SLURM_ | sort", "%(n)", env=env).lines
+    assert seen == sorted("%s=%s" % pair for pair in env.items())
+
+
 @pytest.mark.parametrize("text", ["cat > /dev/null; echo no such partition >&2; exit 3", "echo no such partition >&2; exit 3"])
 def test_what_sbatch_refuses_it_says_itself(home, text):
     result = home.cli("sbatch", "-p", "nope", *TRAIN, check=False, env=fake_sbatch(home, text))

@@ -1,4 +1,5 @@
 """The loop: what it runs, what it reports, how it stops. Real stores, real processes, real signals."""
+import errno
 import json
 import os
 import pathlib
@@ -712,6 +713,118 @@ def test_a_value_that_no_command_can_have_fails_that_task_alone(home):
     home.cli("loop", "--", "true", "%(n)")
     assert "null" in task(bad).summary["labtasker_error"]
     assert (task(bad).status, task(good).status) == ("failed", "success")
+
+
+ASCII = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONIOENCODING": "ascii"}
+
+
+@pytest.mark.parametrize("how", [["--", "sh", "-c", "printf %s \"$1\" | tee seen", "sh", "%(n)"], ["-c", "printf %s %(n) | tee seen"],
+                                 ["--script-path", "gr\u00f6\u00dfe.sh"], ["--", "./gr\u00f6\u00dfe.sh", "%(n)"]])
+def test_values_and_output_are_the_bytes_that_were_submitted_where_the_locale_is_ascii(home, how):
+    env = dict(ASCII, LABTASKER_ROOT=str(home.cwd / "d\u00e9p\u00f4t"))
+    home.write("gr\u00f6\u00dfe.sh", "#!/bin/sh\n" + ("printf %s %(n) | tee seen" if "--script-path" in how else "printf %s \"$1\" | tee seen"))
+    (home.cwd / "gr\u00f6\u00dfe.sh").chmod(0o755)
+    one = home.cli("task", "submit", "-q", "--", "--n=gr\u00f6\u00dfe \u6570", env=env).stdout.strip()
+    assert "1 success" in home.cli("loop", *how, env=env).stderr
+    assert (home.cwd / "seen").read_bytes() == "gr\u00f6\u00dfe \u6570".encode()
+    for words in (["task", "ls"], ["task", "get", one], ["task", "ls", "--fmt", "csv"]):
+        assert "gr\\xf6\\xdfe \\u6570" in home.cli(*words, env=env).stdout
+    seen = subprocess.check_output([sys.executable, "-m", "labtasker", "task", "logs", one], cwd=str(home.cwd), env=harness.clean_env(env))
+    assert seen in ("gr\u00f6\u00dfe \u6570".encode(), "gr\\xf6\\xdfe \\u6570".encode())
+
+
+def test_a_password_and_a_file_with_letters_are_what_they_are_where_the_locale_is_ascii(server_home):
+    server_home.server.http("PUT", "/api/v1/queues/me", {"new_password": "gr\u00f6\u00dfe"})
+    env = dict(ASCII, LABTASKER_PASSWORD="gr\u00f6\u00dfe")
+    server_home.write("gr\u00f6\u00dfe.csv", "n\n\u00e9\n")
+    server_home.cli("task", "submit", "--from", "gr\u00f6\u00dfe.csv", env=env)
+    assert server_home.cli("task", "count", "-q", "-f", "args.n == '\u00e9'", env=env).stdout == "1\n"
+
+
+def fails_once(monkeypatch, owner, name, error):
+    """Have `owner.name(...)` raise at its first call, and do what it does afterwards."""
+    real, errors = getattr(owner, name), [error]
+
+    def first(*given, **named):
+        if errors:
+            raise errors.pop()
+        return real(*given, **named)
+    monkeypatch.setattr(owner, name, first)
+
+
+@pytest.mark.parametrize("name, error", [
+    ("_start_job", OSError(errno.EAGAIN, "no process is left")), ("_start_job", OSError(errno.EMFILE, "no descriptor is left")),
+    ("_start_job", MemoryError()), ("_start_job", OSError(errno.ENOSPC, "the disk is full")), ("_open_pty", OSError(errno.EMFILE, "none")),
+    ("Labelled", RuntimeError("can't start new thread")), ("watch", RuntimeError("can't start new thread"))])
+def test_what_the_machine_is_short_of_for_a_moment_hands_the_task_back(home, monkeypatch, name, error):
+    one, = submit()
+    monkeypatch.setattr(labtasker, "HANDED_BACK_PAUSE_S", 0)
+    monkeypatch.setattr(labtasker, "places", lambda *_: [labtasker.Place({}, {}, "[x] ")])
+    fails_once(monkeypatch, labtasker, name, error)
+    assert labtasker.command_loop(["true", "%(n)"]) == 0
+    assert (task(one).status, task(one).retries, task(one).interruptions) == ("success", 0, 1)
+
+
+def test_a_script_runs_where_the_folder_of_the_run_takes_none(home):
+    ids = submit(2)
+    home.write(".labtasker/logs", "no folder")
+    home.write("job.sh", "echo says %(n)")
+    assert home.cli("loop", "--script-path", "job.sh").lines == ["says 0", "says 1"]
+    assert [task(i).status for i in ids] == ["success"] * 2
+
+
+@pytest.mark.parametrize("harm", ["rm -rf $D", "rm -rf $D; touch $D", "echo [1] > $D/status.json; echo 7 > $D/summary.json",
+                                  "rm $0", "rm -rf $D; ln -s /dev/full $D", "exec >&- 2>&-; rm -rf $D", "mkdir $D/status.json $D/summary.json"])
+@pytest.mark.parametrize("code, status", [(0, "success"), (3, "failed")])
+def test_whatever_a_job_does_to_its_folder_its_run_is_reported_and_the_loop_goes_on(home, harm, code, status):
+    ids = submit(2, max_retries=1)
+    home.write("job.sh", "D=$LABTASKER_LOG_DIR\n: %%(n)\n%s\nexit %d\n" % (harm, code))
+    run = home.cli("loop", "--script-path", "job.sh")
+    assert [task(i).status for i in ids] == [status] * 2 and "Traceback" not in run.stderr and "bug" not in run.stderr
+
+
+def test_a_value_too_long_for_a_command_fails_that_task_alone(home):
+    bad = labtasker.submit_task(args={"n": "x" * 200000}, max_retries=1).task_id
+    good, = submit()
+    home.cli("loop", "--", "true", "%(n)")
+    assert (task(bad).status, task(good).status) == ("failed", "success")
+
+
+def test_a_job_that_stopped_itself_is_asked_to_end_as_others_are(home):
+    one, = submit()
+    loop = home.start_cli("loop", "--", "sh", "-c", "trap 'echo saved; exit 1' TERM; echo begins $$; kill -STOP $$; sleep 600", "%(n)")
+    wait_for_line(loop, "begins")
+    pid = int(output(loop).split("begins ")[1].split()[0])
+    wait_until(lambda: labtasker.is_stopped(pid), "the job is stopped")
+    loop.send_signal(signal.SIGTERM)
+    assert wait_for_end(loop) == 143
+    assert "saved" in output(loop) and task(one).status == "pending"
+
+
+MANY_FILES = """
+import os, resource, sys, labtasker
+soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+resource.setrlimit(resource.RLIMIT_NOFILE, (2000, hard))
+files = [os.open(os.devnull, os.O_RDONLY) for _ in range(1100)]
+@labtasker.loop(extra_filter="args.n == 0")
+def main(n=labtasker.Required()):
+    print("function", n)
+main()
+labtasker.command_loop(["echo", "command", "%(n)"])
+"""
+
+
+def test_a_process_with_more_than_1024_descriptors_runs_loops(home):
+    ids = submit(2)
+    assert home.python(MANY_FILES).lines == ["function 0", "command 1"]
+    assert [task(i).status for i in ids] == ["success"] * 2
+
+
+@pytest.mark.parametrize("pipe", ["2>&1 | head -n 1", "| head -n 1", "2>&1 | true"])
+def test_a_loop_whose_output_nobody_reads_any_more_runs_all_tasks(home, pipe):
+    ids = submit(4)
+    run = home.bash("set +e +o pipefail\nlabtasker loop -- sh -c 'echo a; echo b >&2; sleep 0.1' '%%(n)' %s\necho ${PIPESTATUS[0]}" % pipe)
+    assert run.lines[-1] == "0" and [task(i).status for i in ids] == ["success"] * 4
 
 
 @pytest.mark.parametrize("words, message", [
