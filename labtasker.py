@@ -1566,6 +1566,7 @@ FSYNC_MODES = {
 SYNC_INTERVAL_S = 1.0  # of --fsync interval
 READ_BYTES = 1 << 20  # read at a time when a journal is replayed
 OWNER_BYTES = 512  # of an owner file; its JSON is filled up with blanks
+BEAT_BYTES = 4096  # of a beat file that are read; it is a line
 MOST_NOTE_BYTES = 64 << 10  # of a file in which a process says who it is
 MOST_FILE_BYTES = 64 << 20  # of another JSON file of ours: four times what a server takes as one request
 OWNER_LAPSE_S = 12.0  # for so long another host's counter must stand still before its store is taken over
@@ -1748,6 +1749,13 @@ class FileLock:
             time.sleep(pause_s)
             pause_s = min(pause_s * 1.2, 0.005)
 
+    def is_in_place(self):
+        """Return whether the file that is locked is the one that others would lock; also where its folder is away."""
+        try:
+            return self.fd is None or os.path.samestat(os.fstat(self.fd), os.stat(self.path))
+        except FileNotFoundError:
+            return not os.path.isdir(os.path.dirname(self.path))
+
     def noted(self):
         """Return what others knew to be on disk: (a line's number, the inode whose name is); zeros else."""
         if self.fd is None:
@@ -1867,6 +1875,15 @@ def read_server_file(folder):
     return read_json(os.path.join(folder, "server.json"), SERVER_KINDS, MOST_NOTE_BYTES) or None
 
 
+def read_beat(path):
+    """Return the text of a run's beat file, None where it is not there or can't be one."""
+    try:
+        with open_plain(path) as file:
+            return file.read(BEAT_BYTES).decode("ascii")
+    except (OSError, ValueError):
+        return None
+
+
 class Owner:
     """Which host may write to a store, for file systems on which a lock taken on one host is not seen on another.
 
@@ -1879,6 +1896,9 @@ class Owner:
         self.epoch, self.count, self.moved_at = None, 0, -math.inf
         self.process = None, None  # this one's id, and when it started
         self.files = {}  # epoch: the path of its owner file
+        self.used = None, None  # a descriptor of the owner file with a shared lock: somebody here uses the store; whose
+        self.stood_still = {}  # {run id: its beat file} of those that did not move while a silent owner was watched
+        self.unlock = self.lock = lambda: None  # of the journal: who is watched for long must be able to work meanwhile
 
     def _file(self, epoch):
         if epoch not in self.files:
@@ -1903,8 +1923,8 @@ class Owner:
     def claim(self, takeover=False):
         """Return whether a new epoch began here; raise StoreUnavailable when another owner lives.
 
-        The lock is held, so on this host only a server that the lock did not keep out can live. What another
-        host's counter does is watched on this host's own clock."""
+        The lock is held, so on this host only a server that the lock did not keep out can live. What another host's
+        counter does is watched on this host's own clock; the lock is let go meanwhile."""
         while True:
             last = (self.epochs() or [0])[-1]
             told = self.read(last) if last else {"released": True}
@@ -1913,7 +1933,11 @@ class Owner:
                 raise StoreUnavailable("%s is in use by a server: process %s on this host" % (self.path, pid))
             if here and not self.is_server:
                 self.epoch, self.moved_at = last, -math.inf
-                return False
+                self._use()
+                self.move()  # at once, in case that it was released
+                if self.holds():
+                    return False
+                continue
             if not (here or takeover or told.get("released") or self._is_silent(last, told)):
                 urls = (read_server_file(os.path.dirname(self.path)) or {}).get("addresses", ())
                 raise StoreUnavailable(
@@ -1925,13 +1949,30 @@ class Owner:
                 return True
 
     def _is_silent(self, epoch, told):
-        """Return whether another host's owner does not move its counter for a while."""
-        give_up_at = monotonic() + OWNER_LAPSE_S
-        while monotonic() < give_up_at:
-            time.sleep(OWNER_LAPSE_S / 50)
-            if self.read(epoch).get("count") != told.get("count"):
-                return False
+        """Return whether another host's owner does not move its counter for a while; then the runs of that host whose
+        beats did not move either are known to be over."""
+        def is_still():
+            return self.read(epoch).get("count") == told.get("count")
+        give_up_at, before = monotonic() + OWNER_LAPSE_S, self._beats()
+        self.unlock()
+        try:
+            while monotonic() < give_up_at and is_still():
+                time.sleep(OWNER_LAPSE_S / 50)
+        finally:
+            self.lock()
+        if not is_still():
+            return False
+        host = told.get("host_id", "") + " "
+        self.stood_still.update((run_id, text) for run_id, text in self._beats().items()
+                                if before.get(run_id) == text and text.startswith(host))
         return self.epochs()[-1:] == [epoch]
+
+    def _beats(self):
+        """Return {run id: text} of the beat files beside the journal."""
+        folder = os.path.join(os.path.dirname(self.path), "beats")
+        names = os.listdir(folder) if os.path.isdir(folder) else []
+        texts = ((name, read_beat(os.path.join(folder, name))) for name in names)
+        return {name: text for name, text in texts if text}
 
     def _take(self, epoch):
         """Return whether this process made the owner file of this epoch; then those before it are gone."""
@@ -1950,6 +1991,7 @@ class Owner:
             if os.path.exists(draft):  # another server that starts removes it
                 os.unlink(draft)
         self.epoch = epoch
+        self._use()
         for old in self.epochs():
             if old < epoch:
                 try:
@@ -1991,10 +2033,61 @@ class Owner:
             except OSError:
                 pass
 
+    def show(self):
+        """Move the counter for this host's processes without a server, from one that lives with them and only reads.
+
+        Raises nothing: what can't be seen now is away, and another host waits for longer than that."""
+        if monotonic() - self.moved_at <= OWNER_LAPSE_S / 4:
+            return
+        try:
+            last = (self.epochs() or [0])[-1]
+            told = self.read(last) if last else {}
+            if told.get("host_id") == self.host_id and not told.get("server"):
+                self._write(self._file(last))
+        except OSError:
+            pass
+
+    def _use(self):
+        """Hold a shared lock on the owner file, by which processes of one host see that another uses the store too; the
+        journal's lock is held. A server, alone with its epoch, needs none."""
+        self._drop_use()
+        if self.is_server:
+            return
+        fd = None
+        try:
+            fd = os.open(self._file(self.epoch), os.O_RDWR | os.O_CLOEXEC)
+            fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            self.used = fd, os.getpid()
+        except OSError:  # the file system has no such locks: then nobody releases the store
+            if fd is not None:
+                os.close(fd)
+
+    def _drop_use(self):
+        (fd, pid), self.used = self.used, (None, None)
+        if fd is not None and pid == os.getpid():
+            os.close(fd)
+
+    __del__ = _drop_use
+
+    def is_last(self):
+        """Return whether no other process of this host uses the store; the journal's lock is held."""
+        fd, pid = self.used
+        if self.is_server or fd is None or pid != os.getpid():  # a fork shares the lock of its parent
+            return self.is_server
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except OSError:
+            return False
+
     def release(self):
-        """Let another host have the store at once."""
-        if self.holds():
-            self._write(self._file(self.epoch), released=True)
+        """Let another host have the store at once, unless a process of this host goes on with it."""
+        try:
+            if self.holds() and self.is_last():
+                self._write(self._file(self.epoch), released=True)
+        finally:
+            self.epoch = None
+            self._drop_use()
 
 
 def seal(text):
@@ -2301,6 +2394,8 @@ class ReplacedFile(JournalFile):
         """Return the file's length, or raise StoreUnavailable unless this process owns the store and the file is the
         one it knows: up to byte `end` (all that was applied), and after it only what this process wrote itself."""
         end = self.size if end is None else end
+        if not os.path.exists(self.path):
+            raise StoreAway(AWAY % self.path)
         rest = os.pread(self.fd, len(self.remains) + 1, end)
         if self.is_same() and self.remains.startswith(rest) and self.allowed():
             return end + len(rest)
@@ -2545,7 +2640,7 @@ class Journal(ReplacedFile):
             error = StoreUnavailable("%s can't be written: %s: %s" % (self.path, type(error).__name__, error))
         batch.error = newer.error = error
         newer.done = True
-        if self.fenced:
+        if self.fenced or isinstance(error, StoreAway):
             return
         try:  # at once: without a server the next to read the file is another process
             self.check()
@@ -2569,6 +2664,13 @@ class Journal(ReplacedFile):
             self.flush()
         os.close(self.fd)
         self.fd = None
+
+
+class StoreAway(StoreUnavailable):
+    """The journal is not where it was; nothing was written."""
+
+
+AWAY = "%s is not there at the moment: was its folder removed, or is its file system away?"
 
 
 def store_error(path, error):
@@ -2605,9 +2707,9 @@ FOLD_CHANGES = 100  # on a line of a folded journal: some ten kilobytes
 MAX_EVENTS = 10000  # the latest, kept in memory for those who listen
 MAX_LOG = 100000  # newly pending tasks remembered for those filters to catch up with
 DEFAULT_QUEUE = "default"  # of the store without a server, made at the first write
+LET_GO_S = 0.2  # how long a process that ends tries to release its store
 SERVER_LOCK_S = 1.0  # a file that is locked for longer may be a server's
 RECENT = 50  # tasks that ended last, by which the rate goes
-BEAT_BYTES = 4096  # a beat file is a line, whatever another program has made of it
 EMBEDDED_POLL_S = 0.1  # how often a waiting process without a server looks at the file
 LOOK_INTERVAL_S = 1.0  # how often time-outs are looked for at the most
 
@@ -2647,38 +2749,77 @@ class Beats:
 
 
 class BeatFiles:
-    """The `runs` of Beats for the processes of one host that share a store without a server: a small file a run.
+    """The `runs` of Beats for the processes that share a store without a server: a small file a run.
 
-    It holds the host's id too: on another host, or after another boot, the run is over."""
+    It holds the host's id and that host's monotonic times. What another host has written says nothing about its clock:
+    whether its file changes is watched on the clock of this one. `stood_still`: see Owner."""
 
-    def __init__(self, folder):
+    MOST_SEEN = 10000
+
+    def __init__(self, folder, stood_still=None):
         self.folder, self.host_id = os.path.join(folder, "beats"), host_id()
+        self.stood_still = {} if stood_still is None else stood_still
+        self.seen = {}  # {run id of another host: (its file, since when that is unchanged)}
 
     def get(self, run_id):
         """Return (began, last heard of), or None."""
+        text = read_beat(os.path.join(self.folder, run_id))
         try:
-            with open_plain(os.path.join(self.folder, run_id)) as file:
-                host, began, last = file.read(BEAT_BYTES).decode("ascii").split()
+            host, began, last = (text or "").split()
             began, last = float(began), float(last)
-            return (began, last) if host == self.host_id else (-math.inf, -math.inf)
-        except (OSError, ValueError):
+        except ValueError:
             return None
+        if not -math.inf < began <= last < math.inf:
+            return None
+        if host == self.host_id and last <= monotonic():
+            return began, last
+        if self.stood_still.get(run_id) == text:
+            return -math.inf, -math.inf
+        since = self._unchanged_since(run_id, text)
+        return since - (last - began), since
+
+    def _unchanged_since(self, run_id, text):
+        known, since = self.seen.get(run_id, (None, None))
+        if known != text:
+            if len(self.seen) >= self.MOST_SEEN:  # what is over is asked for no more
+                self.seen = {key: seen for key, seen in self.seen.items()
+                             if os.path.exists(os.path.join(self.folder, key))}
+            since = monotonic()
+            self.seen[run_id] = text, since
+        return since
 
     def __setitem__(self, run_id, times):
+        try:
+            self.write(run_id, times, os.O_CREAT)
+        except FileNotFoundError:
+            try:
+                os.mkdir(self.folder, 0o700)  # not makedirs: the store's folder may be away
+            except FileExistsError:  # another was faster
+                pass
+            self.write(run_id, times, os.O_CREAT)
+
+    def write(self, run_id, times, flags):
         """Write in place, always of the same length: it needs no room where the file is there. Who reads half of it
         finds a time in between, or none, as of a run that is not known."""
-        try:
-            fd = os.open(os.path.join(self.folder, run_id), os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        except FileNotFoundError:
-            os.makedirs(self.folder, 0o700, exist_ok=True)
-            return self.__setitem__(run_id, times)
+        fd = os.open(os.path.join(self.folder, run_id), os.O_WRONLY | os.O_CLOEXEC | os.O_NONBLOCK | flags, 0o600)
         try:
             os.write(fd, ("%s %20.6f %20.6f\n" % ((self.host_id,) + times)).encode())
         finally:
             os.close(fd)
 
+    def show(self, run_id):
+        """Note that a run that has its file is alive, without the journal's lock, which another may have for long."""
+        known = self.get(run_id)
+        if known and math.isfinite(known[0]):
+            try:
+                self.write(run_id, (known[0], monotonic()), 0)
+            except OSError:  # it is over, or the folder is away
+                pass
+
     def pop(self, run_id, default=None):
         """Forget a run."""
+        self.seen.pop(run_id, None)
+        self.stood_still.pop(run_id, None)
         try:
             os.unlink(os.path.join(self.folder, run_id))
         except OSError:
@@ -3126,12 +3267,15 @@ class StoreFile:
         self.file_lock = FileLock(self.real_path + ".lock")
         self.journal = Journal(self.path, self.lock, fsync, shared=None if is_server else self.file_lock)
         self.owner, self.epoch_seen = Owner(self.real_path, is_server), 0
+        self.owner.unlock = self.file_lock.release
         self.state, self.look_again_bytes = State(), SPARE_BYTES
         self.events = collections.deque(maxlen=MAX_EVENTS)  # the latest Transitions that are on disk
+        self.expected = None  # the id of the store that has to be there, or it is away; see check_expected
 
     def open(self, takeover=False):
         """Return when a server has the store to itself; StoreUnavailable when another process has it."""
-        self.lock_file(2.0)
+        self.owner.lock = lambda: self.lock_file(2.0)
+        self.owner.lock()
         folder, name = os.path.split(self.real_path)
         drafts = tuple(name + end for end in (".new-", ".fold", ".owner.new-", ".repaired-"))
         try:
@@ -3146,7 +3290,7 @@ class StoreFile:
             raise store_error(self.path, error)
         self._begin_epoch()
         self.journal.flush()
-        BeatFiles(self.folder).clear()
+        BeatFiles(os.path.dirname(self.real_path)).clear()
 
     def _begin_epoch(self):
         """Write into the journal that it has a new owner, so that a former one that reads it stops."""
@@ -3161,8 +3305,24 @@ class StoreFile:
             self.journal.flush()
             self.journal.close(clean=True)
             self.owner.release()
+        self.let_go()
         self.journal.close()
         self.file_lock.close()
+
+    def let_go(self):
+        """Have another host's next write not wait, where this was the last process here that wrote without a server."""
+        if self.owner.used[1] != os.getpid() or not self.lock.acquire(timeout=LET_GO_S):
+            return
+        try:
+            if self.file_lock.acquire(LET_GO_S):  # else another process here goes on
+                try:
+                    self.owner.release()
+                finally:
+                    self.file_lock.release()
+        except (OSError, StoreUnavailable):  # the folder is gone
+            pass
+        finally:
+            self.lock.release()
 
     def catch_up(self):
         """Apply the lines that others have added. Without Python's search for cycles, of which there are none, while
@@ -3199,7 +3359,8 @@ class StoreFile:
         with self.lock:
             if not writes and self.file_lock.fd is None and self.refusal():
                 return self._unlocked(action)
-            self.lock_file(self.LOCK_TIMEOUT_S)
+            self.owner.lock = lambda: self.lock_file(self.LOCK_TIMEOUT_S)
+            self.owner.lock()
             try:
                 begun = writes and not self.owner.holds() and self.owner.claim()
                 self.journal.heals = writes
@@ -3248,15 +3409,33 @@ class StoreFile:
             return "%s can't be written: its file system is mounted read-only" % self.path
         return "%s can't be written: this user may only read it" % self.path
 
+    def check_expected(self):
+        """Raise StoreUnavailable where the store that has given this process a run is not there, or another is in its
+        place: it is away, as a server can be, and nothing may be concluded from that."""
+        journal = self.journal
+        try:
+            there = os.stat(self.path)
+            if journal.fd is not None and there.st_ino == journal.inode:
+                store_id = journal.header.get("store")
+            else:
+                source = JournalFile(self.path, mode=os.O_RDONLY)
+                source.open()
+                store_id = source.header.get("store")
+        except (OSError, StoreDamaged):
+            raise StoreUnavailable(AWAY % self.path) from None
+        if store_id != self.expected:
+            raise StoreUnavailable("%s is another store than the one that this process has a run of: its file system "
+                                   "may be away" % self.path)
+
     def lock_file(self, timeout_s):
         """Take the file's lock, or raise StoreUnavailable saying who has it or what is wrong with the folder.
 
         A server of this host holds it for as long as it lives: it is not waited for."""
         try:
-            if self.file_lock.fd is None:
+            if self.file_lock.fd is None and not self.expected:
                 Disk.make_folder(self.folder)
             if self.file_lock.acquire(min(timeout_s, SERVER_LOCK_S)):
-                return
+                return None if self.file_lock.is_in_place() else self._lock_anew(timeout_s)
             told = read_server_file(self.folder) or {}
             is_served = told.get("host_id") == host_id() and process_start(told.get("pid", 0)) is not None
             if not (is_served and not self.is_server) and self.file_lock.acquire(timeout_s - SERVER_LOCK_S):
@@ -3266,6 +3445,28 @@ class StoreFile:
         raise StoreUnavailable("%s is in use by another process%s" % (self.path, told and (
             ": a server on %s, process %s, at %s" % (
                 told.get("host"), told.get("pid"), " ".join(told.get("addresses", ()))) or "")))
+
+    def _lock_anew(self, timeout_s):
+        """Take the lock file that others take: this process has one that was removed, or is in a replaced folder."""
+        self.file_lock.close()
+        self.lock_file(timeout_s)
+
+    def problem(self):
+        """Return why a server can't write to its store, or None; where that is for good, `journal.fenced` says so.
+
+        Nothing is looked at while the file is written to or replaced: who does that sees it."""
+        journal = self.journal
+        if journal.fenced or not self.is_server or not journal.io.acquire(False):
+            return journal.fenced
+        try:
+            journal.check()
+        except StoreUnavailable as error:
+            return str(error)
+        except OSError as error:
+            return str(store_error(self.path, error))
+        finally:
+            journal.io.release()
+        return journal.fenced
 
     def _name_file(self):
         """Return when the file's name is on disk; who put the file there may have failed to see to that."""
@@ -3355,7 +3556,7 @@ class Store(StoreFile):
     def __init__(self, path, is_server=False, fsync="always"):
         super().__init__(path, is_server, fsync)
         self.changed, self.closing = threading.Condition(self.lock), False
-        self.beats = Beats({} if is_server else BeatFiles(self.folder))
+        self.beats = Beats({} if is_server else BeatFiles(os.path.dirname(self.real_path), self.owner.stood_still))
         self.looked_at = -math.inf  # when time-outs were looked for
         # {queue id: when, at the earliest, a run of it is over}; the earliest of all; both on the monotonic clock
         self.timeouts_at, self.next_timeout_at = {}, -math.inf
@@ -3372,6 +3573,8 @@ class Store(StoreFile):
         Without a batch it may leave at once. One that is a function is to be called for the answer."""
         def decide():
             return self._decide(operation, queue_id, request, writes)
+        if self.expected:
+            self.check_expected()
         if self.is_server or not (writes or self.journal.fd is not None or self.journal.exists()):
             with self.lock:
                 return decide()
@@ -3434,7 +3637,15 @@ class Store(StoreFile):
         for put, _, old, new in done:
             if put.__func__ is QueueState.put_task:
                 self._note_run(old, new)
+            elif put.__func__ is State.put_queue and new is None and old is not None:
+                self._forget_runs(queue_id, old)
         return batch
+
+    def _forget_runs(self, queue_id, queue):
+        """Have nothing be left of the runs of a queue that is deleted."""
+        self.looked.pop(queue_id, None)
+        for task in queue.running.values():
+            self.beats.runs.pop(task.run_id, None)
 
     def _stir(self, queue_id, done):
         """Note which of the tasks, of the queues, and of the queues with a new pending task, that are `waited` for
@@ -4024,6 +4235,7 @@ def heartbeat_op(store, queue, request, at):
     if worker_id is not None and worker_id != task.worker_id:
         raise Forbidden("task %s is not run by worker %s" % (task.task_id, worker_id))
     store.beats.touch(task.run_id)
+    store.owner.show() if not store.is_server else None
     return [], {"status": "running"} if request.get("answer") == "status" else None
 
 
@@ -4541,7 +4753,7 @@ def _run_welcome(store, caller, request, route):
 
 
 def _run_health(store, caller, request, route):
-    problem = store.journal.fenced or store.journal.broken or store.refusal()
+    problem = store.problem() or store.journal.broken or store.refusal()
     return {"status": "unhealthy" if problem else "healthy", "database": problem or "connected"}
 
 
@@ -4814,6 +5026,7 @@ HELD_BYTES = 64 << 20  # of requests that are not whole and answers that are not
 LARGE_BYTES = 48 << 20  # of bodies over QUICK_BYTES together: three of the longest; over it 503
 LONG_FILTER_BYTES = 2048  # of a body with a filter that the loop itself may look at
 HANDSHAKES = 16  # TLS handshakes in one turn of the loop: each is 2 ms of arithmetic
+GONE_S = 5.0  # a server whose file is not there for longer ends
 QUIET_LOOK_S = OWNER_LAPSE_S / 3  # how often a server wakes that has no run to look after
 IDLE_S = 3600.0  # a silent connection is closed after this; workers beat more often
 SLOW_SENDER_S = 30.0  # a connection whose request's head is not whole after so long is closed
@@ -5776,6 +5989,7 @@ class _Server(_Threads):
         self.id = store.server_id = new_id()
         self.key = os.urandom(24).hex()  # the key stands in server.json, for who may read it
         self.stopping, self.compaction = False, None
+        self.problem_since = self.failure = None  # since when the store can't be written to; why the server ends
         self.due_at = self.swept_at = monotonic()  # when the next chore is due, time-outs aside; when it swept
         self.connections = set()  # but for those that threads have, or that are in line for one
         self.held = self.large = 0  # bytes of unfinished requests and unread answers; of large bodies
@@ -5920,12 +6134,27 @@ class _Server(_Threads):
             store.journal.settle()
         except (StoreUnavailable, OSError):  # a full disk: the next look tries again
             store.next_timeout_at = max(store.next_timeout_at, monotonic() + LOOK_INTERVAL_S)
+        self.check_store()
         if store.is_bloated() and not (self.compaction and self.compaction.is_alive()):
             self.compaction = threading.Thread(target=self.compact, name="compaction", daemon=True)
             self.compaction.start()
         if monotonic() - self.swept_at >= SWEEP_S:
             self.sweep()
-        self.due_at = monotonic() + (LOOK_INTERVAL_S if store.journal.fsync == "interval" else QUIET_LOOK_S)
+        is_busy = store.journal.fsync == "interval" or self.problem_since
+        self.due_at = monotonic() + (LOOK_INTERVAL_S if is_busy else QUIET_LOOK_S)
+
+    def check_store(self):
+        """Say that the store can't be written to, once; stop where that is for good, or its file is gone for long."""
+        problem = self.store.problem()
+        if problem and not self.problem_since:
+            self.problem_since = monotonic()
+            self.say("error", problem)
+        elif not problem and self.problem_since:
+            self.problem_since = None
+            self.say("info", "%s is there again" % self.store.path)
+        is_final = self.store.journal.fenced or problem and monotonic() - self.problem_since > GONE_S
+        if is_final and not self.stopping:
+            self.failure, self.stopping = problem, True
 
     def compact(self):
         """Compact the store's journal and log what came of it."""
@@ -6022,6 +6251,7 @@ def serve(db_path, host="127.0.0.1", port=DEFAULT_PORT, fsync="always", certfile
         server = http_server(host, port, store, tls, log_level, allow_hosts, max_connections)
         try:
             _run_server(server, certfile, announce)
+            return 1 if server.failure else 0
         finally:
             store.closing = True
             server.close()
@@ -6029,7 +6259,6 @@ def serve(db_path, host="127.0.0.1", port=DEFAULT_PORT, fsync="always", certfile
                 os.unlink(os.path.join(store.folder, "server.json"))
     finally:
         store.close()
-    return 0
 
 
 def _to_background(log):
@@ -6073,7 +6302,8 @@ def _run_server(server, certfile, announce):
         print(text, file=announce)
         announce.close()
     server.serve_forever()
-    server.say("info", "stopped")
+    server.say("error" if server.failure else "info", "stopped%s" % (
+        ": " + server.failure if server.failure else ""))
 
 
 # 8. Client ###################################################################
@@ -6361,7 +6591,8 @@ class PinnedConfig:
     """A context in which the configuration and the environment of its beginning hold for the loop, whatever a function
     does to os.environ or the working folder.
 
-    `environ` is for the loop's own processes; `told` has the settings that came from the environment, for its jobs."""
+    `environ` is for the loop's own processes: with all settings, as the file that they come from may be away later.
+    `told` has the settings that came from the environment, for its jobs."""
 
     def __enter__(self):
         config = _read_config()
@@ -6373,7 +6604,9 @@ class PinnedConfig:
         if "LABTASKER_CA_FILE" in self.told:
             self.told["LABTASKER_CA_FILE"] = self.config.ca_file
         self.told["LABTASKER_ROOT"] = self.config.root
-        self.environ = dict(os.environ, **self.told)
+        given = {variable: getattr(self.config, attribute) for attribute, variable, _, _ in SETTINGS.values()}
+        self.environ = dict(os.environ, **{name: value for name, value in given.items() if name and value})
+        self.environ["LABTASKER_ROOT"] = self.config.root
         PINNED.append(self)
         return self
 
@@ -6465,7 +6698,8 @@ class StoreTransport:
         """Return whether the store's descriptors lead to its files, as far as they are open."""
         for one in [one for one in vars(self.store).values() if isinstance(getattr(one, "fd", None), int)]:
             try:
-                if not os.path.samestat(os.fstat(one.fd), os.stat(one.path)):
+                opened = os.fstat(one.fd)
+                if os.path.exists(one.path) and not os.path.samestat(opened, os.stat(one.path)):  # else it is away
                     return False
             except OSError:
                 return False
@@ -6966,7 +7200,12 @@ def client():
     global _client
     if _client is None or _client.pid != os.getpid():
         hold_standard_streams()
+        _check_root()
         _client = Client(_transport(load_config()))
+        _rely_on_loops_store(_client.transport)
+        if not _at_exit:
+            import atexit
+            _at_exit.append(atexit.register(give_up_store))
     return _client
 
 
@@ -7015,6 +7254,30 @@ def client_held():
     under_way = getattr(_client.transport, "under_way", {}) if _client else {}
     numbers = [asked.sock.fileno() for asked in list(under_way.values()) if asked.sock]
     return Held(*[number for number in numbers if number >= 0])
+
+
+def _check_root():
+    """Raise StoreUnavailable in a job whose configuration is not there: a loop that had it started the job."""
+    root = os.environ.get("LABTASKER_ROOT")
+    if root and os.environ.get("LABTASKER_RUN_ID") and not os.path.isdir(root):
+        raise StoreUnavailable(AWAY % root)
+
+
+def _rely_on_loops_store(transport):
+    """Have the store without a server that a job's loop uses be taken for away where it is not there."""
+    store_id, _, folder = os.environ.get("LABTASKER_STORE", "").partition(" ")
+    if store_id and isinstance(transport, StoreTransport) and transport.store.folder == folder:
+        transport.store.expected = store_id
+
+
+_at_exit = []
+
+
+def give_up_store():
+    """Let another host have the store that this process has written to without a server; it may go on with it."""
+    transport = _client and _client.transport
+    if isinstance(transport, StoreTransport):
+        transport.store.let_go()
 
 
 def use_client(other):
@@ -7073,7 +7336,10 @@ def look_anew():
     config = load_config()
     folder = store_folder(config)
     if folder:
-        client().go_to_server(folder, config.queue_name)
+        try:
+            client().go_to_server(folder, config.queue_name)
+        except StoreUnavailable:  # the configuration of a job's loop is away
+            pass
 
 
 # Answers
@@ -8567,7 +8833,8 @@ def keep_report(run, report):
         report = dict(report, summary=merge(nest(old[1] or {}, "summary"), nest(report["summary"] or {}, "summary")))
     else:
         old = None
-    os.makedirs(outbox(), 0o700, exist_ok=True)
+    if not os.path.isdir(outbox()):
+        os.mkdir(outbox(), 0o700)  # not makedirs: the configuration's folder may be away
     path = os.path.join(outbox(), "%017.6f-%s-%d.json" % (_next_place(), run.key, os.getpid()))
     content = dict(report, task_id=run.task_id, run_id=run.run_id, queue=config.queue_name, store=_store_name(config))
     Disk.create(path, [json.dumps(content).encode()])
@@ -8715,13 +8982,15 @@ class Run:
         self.away_until, self.kept = 0, None  # until then the server isn't asked; (path, summary) of what waits
         self.is_end_kept = False  # the report that ends the run waits, or did
         self.log_dir = log_dir or os.path.join(os.path.abspath(load_config().root), "logs", task_id, self.key)
+        self.store_id = None  # of a store without a server that the run is of; see StoreFile.check_expected
 
     def environment(self):
         """Return what a job's process sees, so that labtasker works in it and in its children; None: that is unset."""
         return {"LABTASKER_TASK_ID": self.task_id, "LABTASKER_WORKER_ID": self.worker_id or "",
                 "LABTASKER_RUN_ID": self.run_id or "", "LABTASKER_LOG_DIR": self.log_dir,
                 "LABTASKER_END_TIME": None if self.end_time == math.inf else "%.3f" % self.end_time,
-                "LABTASKER_ROOT": os.path.abspath(load_config().root)}
+                "LABTASKER_ROOT": os.path.abspath(load_config().root),
+                "LABTASKER_STORE": self.store_id and "%s %s" % (self.store_id, os.path.dirname(client().where))}
 
     def report(self, status, summary=None, worker_id=None):
         """Send what the job itself says of its task, or keep it where the server is away; remember where that ends
@@ -8748,12 +9017,18 @@ class Run:
         except (LabtaskerError, TypeError, ValueError):
             return None
 
+    def has_folder(self):
+        """Return whether the run's folder is there, or can be made where it belongs: what is above may be away."""
+        try:
+            return os.path.isdir(load_config().root) and bool(self.make_log_dir())
+        except OSError as error:
+            return remark("can't write to %s: %s" % (self.log_dir, error.strerror))
+
     def note_summary(self, summary):
         """Merge into the file of the run's summary; a disk that can't take it is told of, as it was reported."""
-        if not summary:
+        if not (summary and self.has_folder()):
             return
         try:
-            self.make_log_dir()
             write_json(self.path("summary.json"), merge(read_json(self.path("summary.json")), nest(summary, "summary")))
         except (OSError, LabtaskerError) as error:
             remark("can't write %s: %s" % (self.path("summary.json"), error))
@@ -8761,12 +9036,8 @@ class Run:
     def note_end(self, status, **facts):
         """Remember, in a file too, that the run ended; from a process of the job the loop hears of it by that file."""
         self.ended = status
-        try:
-            if os.path.isdir(self.log_dir) or self.task is None:
-                self.make_log_dir()
-                write_json(self.path("status.json"), dict(facts, status=status))
-        except OSError as error:
-            remark("can't write %s: %s" % (self.path("status.json"), error))
+        if (os.path.isdir(self.log_dir) or self.task is None) and self.has_folder():
+            write_json(self.path("status.json"), dict(facts, status=status))
 
     def note_stop(self, signum):
         """Remember, in a file for the processes of the job, that it was told to stop."""
@@ -8800,6 +9071,31 @@ RUNS = {}  # thread or, for a job's process, its task and run -> Run
 SERVER_LOST_S = 3600  # how long a server may be away
 AWAY_S = 10  # after a report that could not be delivered: how long those that follow are kept without asking
 LONGEST_PAUSE_S = 5  # between two looks whether the server is back
+
+
+def store_id():
+    """Return the id of the store that this process has open without a server, else None."""
+    transport = client().transport
+    return transport.store.journal.header.get("store") if isinstance(transport, StoreTransport) else None
+
+
+def rely_on(store_id):
+    """Have the store of this id be taken for away where, without a server, it is not there; None: no more."""
+    transport = client().transport
+    if isinstance(transport, StoreTransport):
+        transport.store.expected = store_id
+
+
+def show_life(run_ids):
+    """Show, where the store has no server, that these runs and this host's use of it go on."""
+    try:
+        transport = client().transport
+    except LabtaskerError:  # its configuration is away
+        return
+    if isinstance(transport, StoreTransport):
+        for run_id in filter(None, run_ids):
+            transport.store.beats.runs.show(run_id)
+        transport.store.owner.show()
 
 
 def find_run():
@@ -9100,20 +9396,24 @@ class Heartbeats:
     def __init__(self, on_lost):
         self.on_lost, self.runs, self.process, self.reader = on_lost, {}, None, None
         self.environ = None  # that of the loop's beginning, once it has begun
+        self.guard = Guard()
         self.lock = threading.Lock()  # guards runs, process and what is written to it
 
     def add(self, run, interval_s, group=None):
         """Beat for `run` from now on; `group`: the job's process group, to be ended if this process dies."""
         message = {"key": run.key, "task_id": run.task_id, "run_id": run.run_id, "worker_id": run.worker_id,
-                   "interval_s": interval_s, "group": group}
+                   "store_id": run.store_id, "interval_s": interval_s, "group": group}
         with self.lock:
+            self.guard.change(self.runs.get(run.key, {}).get("group"), group)
             self.runs[run.key] = message
             self._send(message)
 
     def drop(self, run):
         """Beat for `run` no more."""
         with self.lock:
-            if self.runs.pop(run.key, None):
+            dropped = self.runs.pop(run.key, None)
+            if dropped:
+                self.guard.change(dropped["group"], None)
                 self._send({"drop": run.key})
 
     def _send(self, message):
@@ -9185,11 +9485,75 @@ class Heartbeats:
         with self.lock:
             self.runs.clear()
             self._let_go()
+            self.guard.close()
             process = self.process and self._end()
         if process:
             if self.reader.ident is not None:  # else no thread was to be had for it
                 self.reader.join()
             process.stdout.close()
+
+
+class Guard:
+    """A shell that ends the process groups of jobs once its stdin is closed, as it is however the loop dies.
+
+    The heartbeat process does the same; this is for when both are killed at once. It is no child of the loop, and there
+    is none where there is no POSIX shell, on Windows. `change` and `close` are called with the lock of Heartbeats."""
+
+    PROGRAM = """trap '' INT TERM HUP
+exec 3<&0
+{ groups=
+while read -r old new; do
+    left=
+    for group in $groups; do [ "$group" = "$old" ] || left="$left $group"; done
+    [ "$new" = - ] && groups=$left || groups="$left $new"
+done
+for group in $groups; do kill -s TERM -- "-$group"; done
+[ -z "$groups" ] || sleep 1
+for group in $groups; do kill -s KILL -- "-$group"; done
+} <&3 3<&- >/dev/null 2>&1 &"""
+
+    def __init__(self):
+        self.pipe, self.groups = None, set()
+
+    def change(self, old, new):
+        """Have one group, or None, be ended instead of another."""
+        self.groups.discard(old)
+        self.groups |= {new} - {None}
+        if old == new or self.pipe is None and not self.groups:
+            return
+        try:
+            if self.pipe is None:
+                raise BrokenPipeError
+            self._tell(old, new)
+        except BrokenPipeError:  # not started yet, or killed
+            self.close()
+            self._start()
+        except OSError:  # it was stopped, and its pipe is full
+            pass
+
+    def _tell(self, old, new):
+        os.write(self.pipe, ("%s %s\n" % (old or "-", new or "-")).encode())
+
+    def _start(self):
+        import subprocess
+        try:
+            starter = subprocess.Popen(
+                ["/bin/sh", "-c", self.PROGRAM], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL, cwd="/", env={"PATH": os.defpath}, start_new_session=True)
+            self.pipe = os.dup(starter.stdin.fileno())
+            starter.stdin.close()
+            starter.wait()
+            os.set_blocking(self.pipe, False)
+            for group in self.groups:
+                self._tell(None, group)
+        except OSError:  # no shell, no process to be had: the heartbeat process is left
+            self.close()
+
+    def close(self):
+        """Let the shell end."""
+        pipe, self.pipe = self.pipe, None
+        if pipe is not None:
+            os.close(pipe)
 
 
 class Heart:
@@ -9216,6 +9580,7 @@ class Heart:
         """Return the run's status: "running" also when the server is away, so that it is tried for ever."""
         one = self.message
         try:
+            rely_on(one["store_id"])
             return send_heartbeat(one["task_id"], one["worker_id"], one["run_id"], one["interval_s"]) or "running"
         except LabtaskerHTTPStatusError as error:
             if error.status_code in (403, 404, 409):
@@ -9254,6 +9619,7 @@ def beats_main():
         signal.signal(signum, signal.SIG_IGN)
     hearts, parent = {}, os.getppid()
     threading.Thread(target=_watch_parent, args=(parent, hearts), daemon=True).start()
+    threading.Thread(target=_show_life, args=(parent, hearts), daemon=True).start()
     for line in iter(sys.stdin.readline, ""):
         message = json.loads(line)
         if "end" in message:
@@ -9272,6 +9638,14 @@ def _watch_parent(parent, hearts):
         time.sleep(1)
     _end_orphans(hearts)
     os._exit(0)
+
+
+def _show_life(parent, hearts):
+    """Move the beat files of the runs and, for other hosts, the owner's counter, whatever holds up the heartbeats."""
+    while True:
+        if hearts and not is_stopped(parent):
+            show_life([heart.message["run_id"] for heart in list(hearts.values())])
+        time.sleep(1)
 
 
 def _end_orphans(hearts):
@@ -9499,8 +9873,15 @@ class Loop:
             self.wake.mend()
             self.beats.mend()
             drop_lost_client(held)
+            self.expect_store()
         except (OSError, LabtaskerError) as error:
             remark("the function closed files of the loop, and they can't be opened again: %s" % error)
+
+    def expect_store(self):
+        """Have a store without a server, while runs of it go on or wait to be reported, taken for away where it is not
+        there: a missing folder must not end them."""
+        runs = list(self.wake.runs) + list(self.waiting.values())
+        rely_on(runs[0].store_id if runs else None)
 
     def deliver_kept(self):
         """Deliver what waits in the outbox; runs of this loop that waited need no heartbeats then."""
@@ -9726,6 +10107,7 @@ class Slot:
             self._end_beats(run)
             loop.idle_since = monotonic()
             self.wake.runs.discard(run)
+            loop.expect_store()
             self.wake.ring()
 
     def _execute(self, run):
@@ -9746,9 +10128,10 @@ class Slot:
         task = self._ask(None if seen else wait_s)
         if task:
             run = Run(task.task_id, task.run_id, loop.request["worker_id"], task)
-            run.end_time = loop.limit.end_time
+            run.end_time, run.store_id = loop.limit.end_time, store_id()
             loop.taken += 1
             self.wake.runs.add(run)
+            loop.expect_store()
             return run
         if left_s <= 0:
             loop.done = True

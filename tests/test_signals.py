@@ -7,6 +7,7 @@ import os
 import pathlib
 import signal
 import stat
+import sys
 import time
 
 import pytest
@@ -621,3 +622,70 @@ def test_an_odd_file_in_the_outbox_ends_no_command_and_no_loop(home):
     assert "a.json.aside" in run.stderr and "bug" not in run.stderr and "a.json" not in home.cli("task", "count").stderr
     os.mkfifo(str(home.folder / "outbox" / "b.json"))
     assert "b.json.aside" in home.cli("loop", "--", "true", "%(n)").stderr
+
+
+# A folder that is away is a server that is away
+
+
+@pytest.mark.parametrize("instead", [None, "an empty folder", "another store"])
+def test_a_job_lives_and_is_reported_though_the_folder_is_away_when_its_heartbeats_start(home, instead):
+    one, = submit(max_retries=1)
+    loop, away = start_gated(home), home.cwd / "away"
+    home.folder.rename(away)
+    if instead:
+        home.folder.mkdir()
+    if instead == "another store":
+        home.cli("task", "submit", "--", "--n=7")
+    os.kill(beats_of(loop), signal.SIGKILL)  # those that are started now have never seen the store
+    pass_time(4)
+    assert loop.poll() is None and "begins" in output(loop)
+    left = sorted(path.name for path in home.folder.glob("*")) if instead else home.folder.exists()
+    assert left == {None: False, "an empty folder": []}.get(instead, left)
+    if instead:
+        home.folder.rename(home.cwd / "instead")
+    away.rename(home.folder)
+    open_gate(home)
+    assert wait_for_end(loop, timeout_s=60) == 0, output(loop)
+    done = task(one)
+    assert (done.status, done.retries, done.interruptions, len(done.attempts)) == ("success", 0, 0, 1)
+
+
+def test_what_a_job_reports_while_the_folder_is_away_is_delivered_and_raises_nothing(home):
+    one, = submit(max_retries=1)
+    home.write("job.py", "import labtasker, os, time\nprint('begins', flush=True)\n"
+               "while not os.path.exists('gate'): time.sleep(0.05)\n"
+               "labtasker.report_task_status(%r, 'running', {'acc': 0.9})\nprint('ends', flush=True)\n" % one)
+    loop, away = home.start_cli("loop", "--", sys.executable, "job.py", "%(n)"), home.cwd / "away"
+    wait_for_line(loop, "begins")
+    home.folder.rename(away)
+    open_gate(home)
+    wait_until(lambda: "waiting for it to come back" in output(loop), "the job has met that the folder is away")
+    assert not home.folder.exists() and "ends" not in output(loop)
+    away.rename(home.folder)
+    assert wait_for_end(loop, timeout_s=60) == 0, output(loop)
+    done = task(one)
+    assert (done.status, done.retries, done.summary) == ("success", 0, {"acc": 0.9})
+
+
+def test_a_loop_whose_folder_is_away_waits_and_goes_on_when_it_is_back(home):
+    one, = submit(max_retries=1)
+    loop, away = start_gated(home, "--idle-timeout", "60s"), home.cwd / "away"
+    home.folder.rename(away)
+    open_gate(home)
+    wait_until(lambda: "waiting for it to come back" in output(loop), "the loop has met that the folder is away")
+    assert not home.folder.exists()
+    away.rename(home.folder)
+    assert wait_for_task(one, "success").retries == 0
+    two, = submit()
+    assert wait_for_task(two, "success")
+    loop.terminate()
+    wait_for_end(loop)
+
+
+def test_the_job_dies_with_its_loop_and_the_heartbeats(both):
+    submit()
+    loop, pids = start_job(both, "deaf")
+    for pid in [loop.pid, beats_of(loop)]:
+        os.kill(pid, signal.SIGKILL)
+    wait_until(lambda: not [pid for pid in pids if is_alive(pid)], "no process of the job is left")
+
