@@ -3643,7 +3643,7 @@ class Store(StoreFile):
 
     def _forget_runs(self, queue_id, queue):
         """Have nothing be left of the runs of a queue that is deleted."""
-        self.looked.pop(queue_id, None)
+        self.timeouts_at.pop(queue_id, None)
         for task in queue.running.values():
             self.beats.runs.pop(task.run_id, None)
 
