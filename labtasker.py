@@ -11466,12 +11466,29 @@ def dict_of(text, what):
     return value
 
 
-def read_text(path):
-    """Return the text of a file, or of stdin for `-`, line ends as they are; raises UsageError where it is not text."""
+SILENCE_S = 1.0  # after which a command says that it reads what nobody types
+
+
+def read_text(path, what="what to do"):
+    """Return the text of a file, or of stdin for `-`, line ends as they are; raises UsageError where it is not text.
+
+    Where nothing comes from stdin, a note says that `what` is waited for."""
     if path == "-":
+        tell_silence(what)
         return decoded(sys.stdin.buffer.read(), "stdin", UsageError) if sys.stdin else ""
     with open(path, "rb") as file:
         return decoded(file.read(), path, UsageError)
+
+
+def tell_silence(what):
+    """Write a note where stdin is a pipe or the like from which nothing comes within a second."""
+    import select
+    try:
+        is_silent = sys.stdin and not select.select([sys.stdin], [], [], SILENCE_S)[0]
+    except (OSError, ValueError):  # it has no descriptor, or one that can't be asked
+        return
+    if is_silent:
+        note("reading %s from standard input ..." % what)
 
 
 def ask(question, option, **how):
@@ -11654,7 +11671,7 @@ def submissions(options):
         fixed = joined({key: text if text is True else literal(text) for key, text in given.items()}, fixed)
         rows = [{"args": {}}]
     if options.from_file:
-        text = read_text(options.from_file)
+        text = read_text(options.from_file, "tasks")
         read = {"{": tasks_of_json, "[": tasks_of_list}.get(text.lstrip()[:1], tasks_of_csv)
         rows = read("stdin" if options.from_file == "-" else options.from_file, text)
     fields = _given(**{name: getattr(options, name) for name in SUBMISSION_FIELDS})
@@ -11718,7 +11735,9 @@ def read_ids():
     """Return the ids on stdin; raises UsageError where a person sits there, or where they are none."""
     if sys.stdin is None or is_terminal(sys.stdin):
         raise UsageError("which tasks? Give ids (also on stdin), or select them with --id, --name, -s or -f")
-    words = list(dict.fromkeys(read_text("-").split()))
+    words = list(dict.fromkeys(read_text("-", "task ids").split()))
+    if not words:
+        note("No task ids came from standard input.")
     for word in words:
         if not re.match("[0-9a-f-]{1,36}\\Z", word):
             raise UsageError("stdin has %s, which is no task's id (task ls -q prints ids alone)" % brief(word))
@@ -11991,7 +12010,7 @@ def do_loop(options):
         raise UsageError("-- COMMAND, --cmd and --script-path exclude each other")
     if not (options.rest or options.cmd or options.script_path):
         options.cmd = "" if sys.stdin is None or is_terminal(sys.stdin) else read_text(
-            "-").replace("\r\n", "\n")
+            "-", "a script").replace("\r\n", "\n")
         if not options.cmd.strip():
             raise UsageError("what to run? labtasker loop -- python train.py --lr '%(lr)' (or --cmd, --script-path, "
                              "or a script on stdin)")

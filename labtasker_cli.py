@@ -22,15 +22,16 @@ from labtasker import (
     FORMAT, ID, IDS, INSTEAD, JOURNAL, LOGIC, METADATA, NAME, OPERATORS, QUIET, RECENT, RECORDS, REQUIRED, ROUTES,
     SELECT, SETTINGS, SILENT, TASK_FIELDS, TASK_STATES, UPDATABLE, YES, Client, Command, Disk, HttpTransport, Instant,
     JobCommand, LabtaskerConnectError, LabtaskerError, LabtaskerHTTPStatusError, LabtaskerRuntimeError,
-    LabtaskerValueError, NotFound, OddFile, Page, Store, StoreTransport, StoreUnavailable, Task, TaskUpdateRequest,
-    Template, UsageError, _order, _seen, as_jsonl, ask, base_url, brief, change_of, check_field, check_queue_name,
-    choice, chosen_tasks, clean, client, compact, confirm, connect_events, count, covers, delete_queue, dig, duration,
-    filter_of, find_root, flat, format_time, full_id, get_queue, get_task, get_task_op, given_settings, group,
-    health_check, ids_of, in_order, is_away, is_terminal, joined, journal_header, journal_path, last_durable,
-    load_config, looks, ls_tasks, ls_workers, main, metadata_of, monotonic, new_id, note, now, open_plain, opened_queue,
-    option, pairs, parse, parse_filter, parse_time, paths_of, read_server_file, read_text, real_path, record_text, say,
-    sealed, seconds, selectors, show, show_listing, some, store_error, store_folder, tasks_named, typed_filter,
-    typed_value, unseal, update_queue, update_tasks, updates_of, use_client, visible, for_system)
+    LabtaskerValueError, NotFound, OddFile, Page, Store, StoreTransport, StoreUnavailable, SyntaxMistake, Task,
+    TaskUpdateRequest, Template, UsageError, _order, _seen, as_jsonl, ask, base_url, brief, change_of, check_field,
+    check_queue_name, choice, chosen_tasks, clean, client, compact, compile_query, confirm, connect_events, count,
+    covers, delete_queue, dig, duration, filter_of, find_root, flat, for_system, format_time, full_id, get_queue,
+    get_task, get_task_op, given_settings, group, health_check, ids_of, in_order, is_away, is_terminal, joined,
+    journal_header, journal_path, last_durable, load_config, looks, ls_tasks, ls_workers, main, metadata_of, monotonic,
+    new_id, note, now, open_plain, opened_queue, option, pairs, parse, parse_filter, parse_time, paths_of,
+    read_server_file, read_text, real_path, record_text, say, sealed, seconds, selectors, show, show_listing, some,
+    store_error, store_folder, tasks_named, typed_filter, typed_value, unseal, update_queue, update_tasks, updates_of,
+    use_client, visible)
 
 __all__ = ["main", "server_main"]
 
@@ -1026,15 +1027,16 @@ class View:
         if looks != self.looks:
             self._look(tasks, looks)
         head = self._head(looks, width)
-        body = (self._list if self.page is None else self._task if self.page == "task" else self._log)(
-            width, height - len(head) - 2)
-        foot = self.words or ("%s; trying again" % str(error).split("\n")[0] if error else "")
-        if self.line:
-            foot = self.line[0] + self.line[1] + "_"
-        body += [""] * (height - len(head) - 2 - len(body))
+        foot = [self.words or ("%s; trying again" % str(error).split("\n")[0] if error else "")]
+        if self.line:  # what is wrong with it stands above it
+            foot = (self.words.split("\n") if self.words else []) + [self.line[0] + self.line[1] + "_"]
+            foot = foot[-max(1, height - len(head) - 2):]
+        room = height - len(head) - len(foot) - 1
+        body = (self._list if self.page is None else self._task if self.page == "task" else self._log)(width, room)
+        body += [""] * (room - len(body))
         keys = "  ".join(words for _, words in KEYS.values() if words)
-        return head + body + [styled(fitted(clean(foot, ""), width), BOLD),
-                              styled(fitted(keys, width).rstrip(), FAINT)]
+        return head + body + [styled(fitted(clean(line, ""), width), BOLD) for line in foot] + [
+            styled(fitted(keys, width).rstrip(), FAINT)]
 
     def _look(self, tasks, looks):
         """Take what was seen last; sorting ten thousand tasks at every key would be felt."""
@@ -1125,12 +1127,19 @@ class View:
             fitted(line, width).rstrip() for line in last_lines(path, room - 1)]
 
 
+def check_filter(query):
+    """Raise LabtaskerError unless a filter over tasks, text or a document, is one that a server takes."""
+    fields = visible(TASK_FIELDS)
+    compile_query(parse_filter(query, fields, now()) if isinstance(query, str) else query, fields)
+
+
 class Watch(View):
     """What a person does."""
 
     def press(self, key):
         """Do what a key asks for."""
-        self.words = ""
+        if not self.line or key in ("esc", "enter"):
+            self.words = ""
         if self.line:
             return self._type(key)
         if key in KEYS:
@@ -1192,10 +1201,13 @@ class Watch(View):
     def _filter(self, text):
         try:
             query = dict(self.query, extra_filter=typed_filter(text.strip() or None))
-            if isinstance(query["extra_filter"], str):
-                parse_filter(text, visible(TASK_FIELDS), now())
-        except LabtaskerError as error:
-            self.words, self.line = str(error).split("\n")[0], ("filter: ", text, self._filter)
+            if query["extra_filter"] is not None:
+                check_filter(query["extra_filter"] if isinstance(query["extra_filter"], dict) else text)
+        except Exception as error:  # whatever was typed, the keys work on
+            self.line = "filter: ", text, self._filter
+            self.words = str(error).split("\n")[0]
+            if isinstance(error, SyntaxMistake):  # its place is shown above the text
+                self.words += "\n" + " " * (len(self.line[0]) + error.column) + "v"
             return
         self.query = {name: value for name, value in query.items() if value is not None}
         self.feed.ask(self.query)

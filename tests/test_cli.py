@@ -804,6 +804,37 @@ def test_wait_ends_when_nothing_is_left_to_do(both):
     assert home.cli("task", "wait", "--name", "sweep").returncode == 0
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("words, what", [(["task", "update", "-u", "priority=3"], "task ids"), (["task", "delete", "-y"], "task ids"),
+                                         (["task", "ls", "--piped-in", "-q"], "task ids"), (["task", "submit", "--from", "-"], "tasks"), (["loop"], "a script")])
+def test_a_pipe_from_which_nothing_comes_is_told_of(home, words, what):
+    one, other = home.submit("--", "--lr=1"), home.submit("--", "--lr=2")
+    process = subprocess.Popen([sys.executable, str(harness.MODULE)] + words, cwd=str(home.cwd), env=harness.clean_env(home.env), stdin=subprocess.PIPE,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    try:
+        assert process.stderr.readline().decode() == "reading %s from standard input ...\n" % what
+        assert process.poll() is None
+        sent = {"task ids": one, "tasks": "lr\n3\n", "a script": "true %(lr)"}[what]
+        out, err = process.communicate(sent.encode(), timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 0, err
+    left = {task["task_id"]: task for task in home.tasks()}
+    assert other in left and {"update": lambda: left[one]["priority"] == 3, "delete": lambda: one not in left, "ls": lambda: out.decode().split() == [one],
+                              "submit": lambda: len(left) == 3, "loop": lambda: left[one]["status"] == "success"}[(words + ["", ""])[words[0] == "task"]]()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("words", [["task", "update", "-u", "priority=3"], ["task", "delete", "-y"]])
+@pytest.mark.parametrize("typed", ["", "\n \n"])
+def test_a_stdin_without_ids_is_told_of_and_changes_nothing(home, words, typed):
+    home.submit("--", "--lr=1")
+    before = home.tasks()
+    result = home.cli(*words, stdin=typed)
+    assert result.stderr.startswith("No task ids came from standard input.\n") and "Nothing matches" in result.stderr
+    assert home.tasks() == before
+
+
 # ---- asking
 
 def on_terminal(place, words, answers=(), columns=100, env=None):

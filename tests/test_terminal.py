@@ -267,12 +267,39 @@ def test_keys_choose_filter_and_ask(monkeypatch):
         watch.press(key)
     watch.press("enter")
     assert feed.asked == [] and "filter: argz.x > 1_" in plain(watch.lines(100, 40))[-2]
+    watch.press("esc")
+    watch.press("/")
     for key in ["backspace"] * 20 + list("args.x > 1") + ["enter"]:
         watch.press(key)
     assert feed.asked == [{"extra_filter": "args.x > 1"}]
     for key in ["s", "enter", "q", "q"]:
         assert not watch.over
         watch.press(key)
+    assert watch.over
+
+
+@pytest.mark.parametrize("typed, words, place", [
+    ("argz.x > 1", "argz", 0), ("args.x >", "", 8), ("args.x > 1 and", "", 14), ('{"args.x": {"$no": 1}}', "$no", None), ("{", "takes JSON", None),
+    ('{"args.x": 1, "args.x": 2}', "twice", None), ('regex(name, "((a+)+)+")', "", None),
+])
+def test_a_mistake_in_a_filter_is_shown_where_it_is_typed_and_the_keys_work_on(typed, words, place):
+    feed = Still(some_tasks(MANY))
+    watch = labtasker_cli.Watch(feed, {}, "q")
+    for key in ["/"] + list(typed) + ["enter"]:
+        watch.press(key)
+    *_, said, above, prompt, _ = shown = plain(watch.lines(100, 40))
+    assert len(shown) == 40 and feed.asked == [] and prompt.startswith("filter: %s_" % typed)
+    if place is not None:
+        assert above.rstrip() == " " * (len("filter: ") + place) + "v"
+    said = said if above.strip() == "v" else above
+    assert words in said and said.strip() and "trying again" not in said
+    watch.press("x")  # it stays until what is typed is asked for
+    assert plain(watch.lines(100, 40))[-2].startswith("filter: %sx_" % typed) and said in plain(watch.lines(100, 40))
+    for size in ((80, 24), (40, 12), (20, 8), (20, 5)):
+        assert plain(watch.lines(*size))[-2].startswith("filter: "[:size[0]])
+    watch.press("esc")
+    assert said not in plain(watch.lines(100, 40)) and "filter:" not in plain(watch.lines(100, 40))[-2]
+    watch.press("q")
     assert watch.over
 
 
