@@ -324,6 +324,47 @@ def merge(old, new):
     return merged
 
 
+# What is printed for people passes these, whoever wrote it: a terminal obeys control characters, and shows what stands
+# between bidirectional overrides in another order.
+
+CONTROL = Pattern("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff\ud800-\udfff]")
+LOGIN_IN_URL = Pattern(r"(?i)\b([a-z][a-z0-9+.-]*://)[^\s\"'<>]*@")
+
+
+def clean(text, spare="\n\t"):
+    """Return `text` with control characters, but for those in `spare`, shown as escapes: none reaches a terminal."""
+    return CONTROL.sub(lambda m: m.group() if m.group() in spare else
+                       m.group().encode("unicode_escape").decode("ascii"), text)
+
+
+def without_login(text):
+    """Return text whose URLs have `***` for the names and passwords in them."""
+    return LOGIN_IN_URL.sub(r"\1***@", text)
+
+
+def silence(number=1):
+    """Let what stdout, or stderr, still holds go nowhere, so that the interpreter's end does not complain of it."""
+    empty = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(empty, number)
+    os.close(empty)
+
+
+def tell(text):
+    """Write a message for people to stderr: through the filters, with escapes for what its encoding lacks. Where stderr
+    is gone it is not told, and nothing fails for that."""
+    text = clean(without_login(str(text))) + "\n"
+    try:
+        try:
+            sys.stderr.write(text)
+        except UnicodeEncodeError:
+            sys.stderr.write(text.encode(sys.stderr.encoding, "backslashreplace").decode(sys.stderr.encoding))
+        sys.stderr.flush()
+    except BrokenPipeError:  # who read it has seen enough: what still comes would end the process with 120
+        silence(2)
+    except (OSError, ValueError, AttributeError):  # AttributeError: there is none
+        pass
+
+
 class Instant(float):
     """Seconds since the epoch, UTC: a type of its own, so that a filter tells times from numbers."""
 
@@ -3364,7 +3405,10 @@ class StoreFile:
             try:
                 begun = writes and not self.owner.holds() and self.owner.claim()
                 self.journal.heals = writes
+                is_new = writes and self.journal.fd is None and not self.journal.exists()
                 self._read_on()
+                if is_new:
+                    tell("labtasker: created the store " + self.folder)
                 if writes:
                     self.journal.allowed = self.owner.holds
                     self._name_file()
@@ -3488,7 +3532,7 @@ class StoreFile:
         if self.journal.named == self.journal.inode:
             self.journal.durable = max(self.journal.durable, min(self.journal.n, durable))
         for notice in self.journal.notices:
-            print("labtasker: " + notice, file=sys.stderr)
+            tell("labtasker: " + notice)
         self.journal.notices = []
 
     def _change_file(self):
@@ -4702,8 +4746,8 @@ def comforts():
             spec.loader.exec_module(module)
         except ImportError as error:  # work goes on without it
             module = None
-            print("labtasker: %s is of another version than labtasker %s (%s): copy both anew" % (
-                path, __version__, error), file=sys.stderr)
+            tell("labtasker: %s is of another version than labtasker %s (%s): copy both anew" % (
+                path, __version__, error))
         sys.modules["labtasker_cli"] = module  # now that it is whole: other threads look here
     return sys.modules.get("labtasker_cli")
 
@@ -5367,7 +5411,7 @@ class _Log:
     def tell(self, line):
         """Write a line to stderr without waiting for whoever reads a pipe there; what has no room is counted."""
         lost = "labtasker: %d lines of this log could not be written\n" % self.unwritten if self.unwritten else ""
-        self.unwritten = 0 if _write_now(lost + line + "\n") else self.unwritten + 1
+        self.unwritten = 0 if _write_now(lost + clean(without_login(line)) + "\n") else self.unwritten + 1
 
     def say(self, level, text):
         """Print a log line, where its level is asked for; of those that are no errors LOG_LINES_S in a second."""
@@ -6268,7 +6312,7 @@ def _to_background(log):
         os.close(write_fd)
         with os.fdopen(read_fd) as file:
             text = file.read()
-        print(text.strip() or "labtasker: the server did not start; its log is " + log, file=sys.stderr)
+        tell(text.strip() or "labtasker: the server did not start; its log is " + log)
         return None, 0 if text else 1
     os.close(read_fd)
     os.setsid()
@@ -6371,10 +6415,52 @@ def _nearest_with(name, is_there):
 
 
 def find_root():
-    """Return the configuration folder: LABTASKER_ROOT, or the nearest .labtasker upward, or the one to be made here."""
+    """Return the configuration folder: LABTASKER_ROOT, or the nearest .labtasker upward, or the one to be made here;
+    raise LabtaskerValueError where the one that was found is another user's."""
     if os.environ.get("LABTASKER_ROOT"):
         return os.path.abspath(os.environ["LABTASKER_ROOT"])
-    return os.path.join(_nearest_with(".labtasker", os.path.isdir) or os.getcwd(), ".labtasker")
+    found = _nearest_with(".labtasker", os.path.isdir)
+    root = os.path.join(found or os.getcwd(), ".labtasker")
+    if found:
+        check_owner(root, root)
+    return root
+
+
+def check_owner(path, folder):
+    """Raise LabtaskerValueError where a file or folder that decides for us is another user's: what stands there says
+    where tasks and passwords go.
+
+    The owner may be this user, root or, of what is in `folder`, the owner of that; LABTASKER_TRUST allows any."""
+    if not hasattr(os, "geteuid"):
+        return
+    allowed = {os.geteuid(), 0}
+    try:
+        owners = {os.lstat(path).st_uid, os.stat(path).st_uid}
+        if path != folder:
+            allowed.add(os.stat(folder).st_uid)
+    except OSError:  # it is gone, or can't be reached: who reads it hears why
+        return
+    if owners <= allowed or _is_trusted(folder):
+        return
+    raise LabtaskerValueError(
+        "%s belongs to another user, %s: it is not used, since it would say where your tasks and passwords go. If you "
+        "trust that user: export LABTASKER_TRUST=%s; or make a store of your own: labtasker init" % (
+            path, user_name(min(owners - allowed)), folder))
+
+
+def _is_trusted(folder):
+    """Return whether LABTASKER_TRUST names a folder, or the one that it lies in."""
+    trusted = [os.path.realpath(one) for one in os.environ.get("LABTASKER_TRUST", "").split(os.pathsep) if one]
+    return not {os.path.realpath(folder), os.path.realpath(os.path.dirname(folder))}.isdisjoint(trusted)
+
+
+def user_name(uid):
+    """Return a user's name and number, as far as the system knows them."""
+    try:
+        import pwd
+        return "%s (%d)" % (pwd.getpwuid(uid).pw_name, uid)
+    except (ImportError, KeyError):
+        return str(uid)
 
 
 BYTE_ORDER_MARKS = ((b"\xef\xbb\xbf", "utf-8"), (b"\xff\xfe\0\0", "utf-32-le"), (b"\0\0\xfe\xff", "utf-32-be"),
@@ -6419,7 +6505,7 @@ class TomlReader:
 
     def __init__(self, text, path, tables=()):
         self.text, self.path, self.tables = text.replace("\r\n", "\n") + "\n", path, tables  # the tables that are ours
-        self.found, self.kinds, self.table, self.i = {}, {}, (), 0
+        self.found, self.kinds, self.lines, self.table, self.i = {}, {}, {}, (), 0  # lines: {dotted path: number}
         try:
             while self.skip(self.BLANK) < len(self.text):
                 (self.header if self.text[self.i] == "[" else self.setting)()
@@ -6480,6 +6566,7 @@ class TomlReader:
         for one in above:
             self.kinds.setdefault(one, "above")
         self.kinds[path] = kind
+        self.lines.setdefault(".".join(path), self.text.count("\n", 0, begin) + 1)
 
     def setting(self):
         begin, path = self.i, self.table + self.key()
@@ -6564,9 +6651,27 @@ def toml_text(text):
 
 
 def _read_settings(path):
-    """Return {key: value} of a configuration file, or raise LabtaskerValueError naming what is wrong in it."""
-    with open_plain(path) as file:
-        return read_toml(decoded(file.read(), path), path)
+    """Return {key: value} of a configuration file, or raise LabtaskerValueError naming what is wrong in it, and where.
+
+    The file of Labtasker 1.0.1 may hold settings that are not ours."""
+    try:
+        with open_plain(path) as file:
+            reader = TomlReader(decoded(file.read(), path), path, {key.split(".")[0] for key in SETTINGS})
+    except OSError as error:
+        raise LabtaskerValueError("%s can't be read: %s" % (path, error.strerror)) from None
+    for key, line in reader.lines.items():
+        is_value = reader.kinds.get(tuple(key.split(".")), "value") == "value"
+        if key in SETTINGS:
+            kind, value = SETTINGS[key][2], reader.found.get(key)
+            if not (type(value) is str if kind is str else type(value) in (int, float) and 0 < value < math.inf):
+                raise LabtaskerValueError("%s line %d: %s should be %s, not %r" % (
+                    path, line, key, {str: "text", float: "a number over 0"}[kind], value))
+        elif os.path.basename(path) == CONFIG_NAME and (
+                is_value or not any(known.startswith(key + ".") for known in SETTINGS)):
+            near = nearest(key, SETTINGS)
+            raise LabtaskerValueError("%s line %d: there is no setting %s%s; there are: %s" % (
+                path, line, key, near and ", did you mean %s?" % near or "", ", ".join(SETTINGS)))
+    return reader.found
 
 
 def flat(mapping, prefix=""):
@@ -6598,11 +6703,15 @@ class PinnedConfig:
         config = _read_config()
         files = {name: value and os.path.abspath(value) for name, value in (
             ("root", config.root), ("ca_file", config.ca_file))}
+        if config.url and store_folder(config):  # as a URL a folder may be away for a while
+            files["url"] = "file:" + from_system(store_folder(config))
         self.config = config._replace(**files)
         self.told = {variable: os.environ[variable] for _, variable, _, _ in SETTINGS.values()
                      if os.environ.get(variable or "")}
         if "LABTASKER_CA_FILE" in self.told:
             self.told["LABTASKER_CA_FILE"] = self.config.ca_file
+        if "url" in files:
+            self.told["LABTASKER_URL"] = for_system(files["url"])
         self.told["LABTASKER_ROOT"] = self.config.root
         given = {variable: getattr(self.config, attribute) for attribute, variable, _, _ in SETTINGS.values()}
         self.environ = dict(os.environ, **{name: value for name, value in given.items() if name and value})
@@ -6631,17 +6740,54 @@ def for_system(text):
 def _read_config():
     root = find_root()
     paths = [os.path.join(root, name) for name in (CONFIG_NAME, OLD_CONFIG_NAME)]
-    path = next(filter(os.path.isfile, paths), None)
+    path = next(filter(os.path.lexists, paths), None)
+    if path:
+        check_owner(path, root)
     settings, values = _read_settings(path) if path else {}, {}
     for key, (attribute, variable, kind, _) in SETTINGS.items():
         value = from_system(os.environ.get(variable or "") or "") or settings.get(key)
-        if value is None or value == "":
-            continue
-        if not (type(value) is str if kind is str else type(value) in (int, float) and 0 < value < math.inf):
-            raise LabtaskerValueError("%s: %s should be %s, not %r" % (
-                path, key, {str: "text", float: "a number over 0"}[kind], value))
-        values[attribute] = for_system(value) if attribute == "ca_file" else kind(value)
+        if value is not None and value != "":
+            values[attribute] = for_system(value) if attribute == "ca_file" else kind(value)
+    if "url" in values:
+        values["url"] = checked_url(values["url"], _source_of_url(path))
     return Config(root=root, source=path, **values)
+
+
+def _source_of_url(path):
+    return "LABTASKER_URL" if os.environ.get("LABTASKER_URL") else "%s: endpoint.api_base_url" % path
+
+
+_SERVER_URL = Pattern(r"""(https?)://
+    ( \[ [0-9a-f:.]+ (?:%[\w.-]+)? \] | [^\s/?\#@:\[\]\\"'<>]+ )
+    (?: : ([0-9]{1,5}) )? ( (?:/[^\s?\#]*)? ) \Z""", re.IGNORECASE | re.VERBOSE)
+_FILE_URL = Pattern(r"file:(?://(?:localhost)?(?=/)|(?!//))(.+)\Z", re.IGNORECASE | re.DOTALL)
+_LIKE_URL = Pattern(r"[\s\"'<]*[\w+.-]*(?::|@.*:)|.*://", re.DOTALL)
+_OF_WINDOWS = Pattern(r"[A-Za-z]:[\\/]" if os.name == "nt" else r"(?!)")  # a path with its drive
+
+
+def checked_url(url, where):
+    """Return the URL of a server or of a folder, or the path of a folder, as it is used; raise LabtaskerValueError
+    where it is none of these, naming `where` it comes from."""
+    server, folder, wrong = _SERVER_URL.match(url), _FILE_URL.match(url), None
+    if server and 0 < int(server.group(3) or 80) < 65536:
+        return server.group(1).lower() + url[len(server.group(1)):]
+    if folder:
+        return "file:" + folder.group(1)
+    if _OF_WINDOWS.match(url):
+        return url
+    if "@" in url and _LIKE_URL.match(url):
+        wrong = "has a name or a password in it: set LABTASKER_QUEUE and LABTASKER_PASSWORD instead"
+    elif re.match(r"(?i)https?:", url):
+        wrong = "is no URL that can be used: one is http://HOST:PORT, or https://, with a port from 1 to 65535"
+    elif _LIKE_URL.match(url) or not url.strip():
+        wrong = NO_URL
+    if wrong:
+        shown = without_login(url) if "://" in url else url.rpartition("@")[2]
+        raise LabtaskerValueError("%s: %s %s" % (where, shown, wrong))
+    return url
+
+
+NO_URL = "is neither a URL (http://HOST:PORT, https://, file:FOLDER) nor a folder that is there"
 
 
 def write_config(root, url, queue_name, password):
@@ -6779,7 +6925,7 @@ class HttpTransport:
             try:
                 status, answer = self._ask(asked)
             except Exception as error:
-                if not (isinstance(error, OSError) or _is_of_http(error)):
+                if not (isinstance(error, (OSError, UnicodeError)) or _is_of_http(error)):  # UnicodeError: an odd host
                     raise
                 self.close()
                 if asked.is_cut:
@@ -7167,8 +7313,7 @@ class Client:
         fields = answer if isinstance(answer, dict) else {}
         if status < 400:
             for note in fields.get("notification") or ():
-                text = "labtasker: %s: %s" % (note.get("type", "info"), note.get("details", ""))
-                print(re.sub("[\x00-\x08\x0b-\x1f\x7f-\x9f]", "?", text), file=sys.stderr)  # a terminal obeys them
+                tell("labtasker: %s: %s" % (note.get("type", "info"), note.get("details", "")))
             return answer
         detail = fields.get("detail", answer)
         if status == 403 and path.endswith("/tasks/next"):
@@ -7290,7 +7435,7 @@ def store_folder(config):
     """Return the folder of the store that is configured, or None where that is a server's URL."""
     if re.match(r"https?://", config.url or ""):
         return None
-    folder = for_system(re.sub(r"^file:(//)?", "", config.url)) if config.url else config.root
+    folder = for_system(re.sub(r"^file:", "", config.url)) if config.url else config.root
     return os.path.normpath(os.path.join(os.path.dirname(config.root), folder))
 
 
@@ -7298,6 +7443,8 @@ def _transport(config):
     """Return how to reach the queue: the URL that is configured, or a living server of the folder, or its file."""
     folder = store_folder(config)
     if folder:
+        if config.url and not config.url.startswith("file:") and not os.path.isdir(folder):
+            raise LabtaskerValueError("%s: %s %s" % (_source_of_url(config.source), config.url, NO_URL))
         return _living_server(folder, config.queue_name) or StoreTransport(folder, config.queue_name)
     if not config.password:
         raise LabtaskerValueError("no password for queue %r on %s: set LABTASKER_PASSWORD, or run 'labtasker init'"
@@ -7310,6 +7457,7 @@ def _living_server(folder, queue_name):
 
     A server.json can be left over from a server that was killed, and its port be another's: what listens has to prove
     that it has the key. One that can't is spoken of once, where no other address leads to the server."""
+    check_owner(os.path.join(folder, "server.json"), folder)
     told, strange = read_server_file(folder) or {}, None
     if not told.get("key"):
         return None
@@ -7322,7 +7470,7 @@ def _living_server(folder, queue_name):
             strange = str(error)
     if strange and strange not in _SPOKEN_OF:
         _SPOKEN_OF.add(strange)
-        print("labtasker: " + strange, file=sys.stderr)
+        tell("labtasker: " + strange)
     return None
 
 
@@ -7589,7 +7737,7 @@ def submit_task(task_name=None, args=None, metadata=None, cmd=None, heartbeat_ti
 def _parts(items, size, doing):
     """Yield the items in parts of that size; where they are more than one, a message on stderr says so."""
     if len(items) > size:
-        print("labtasker: %s %d tasks, %d at a time" % (doing, len(items), size), file=sys.stderr)
+        tell("labtasker: %s %d tasks, %d at a time" % (doing, len(items), size))
     return (items[at:at + size] for at in range(0, len(items), size))
 
 
@@ -7896,13 +8044,13 @@ class EventListener:
             self.lock.notify_all()
             self.lock.wait_for(lambda: self.stopped, seconds)
         if is_lossy:
-            print("labtasker: the connection to %s was lost; that server can't say which events came meanwhile"
-                  % self.client.where, file=sys.stderr)
+            tell("labtasker: the connection to %s was lost; that server can't say which events came meanwhile"
+                 % self.client.where)
 
     def _take(self, event):
         """Keep an event for who asks; a listener that nobody asks lets the server wait."""
         if event.get("event") == "too_old":
-            print("labtasker: %s" % json.loads(event["data"]).get("detail"), file=sys.stderr)
+            tell("labtasker: %s" % json.loads(event["data"]).get("detail"))
         if event.get("event") == "event":
             with self.lock:
                 self.lock.wait_for(lambda: len(self.waiting) < MAX_EVENTS or self.stopped)
@@ -8751,21 +8899,11 @@ def writers_for(program, template):
                          name, " ".join(program), template.keys[0]))
 
 
-def silence(number=1):
-    """Let what stdout, or stderr, still holds go nowhere, so that the interpreter's end does not complain of it."""
-    empty = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(empty, number)
-    os.close(empty)
-
-
 def remark(text):
     """Write a line for the person who started the loop to stderr. Where that is gone, or a function has put something
     else there that takes no text, the loop goes on without."""
     try:
-        sys.stderr.write("labtasker: %s\n" % re.sub(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]", "?", str(text)))
-        sys.stderr.flush()
-    except BrokenPipeError:  # who read it has seen enough: what still comes would end the process with 120
-        silence(2)
+        tell("labtasker: %s" % text)
     except Exception:
         pass
 
@@ -10494,7 +10632,7 @@ def _end_child(error):
         code = _code_of_exit(error) if error is not None else 0
         if code is None:
             code = 1
-            sys.stderr.write(exception_summary(error)["traceback"])
+            tell(exception_summary(error)["traceback"].rstrip("\n"))
         for stream in (sys.stdout, sys.stderr):
             stream.flush()
     except BaseException:  # nobody is left to tell
@@ -11221,7 +11359,6 @@ def watch(slot, run, process):
 
 EACH_DAY = ("task", "loop", "watch", "init", "serve", "sbatch")  # what the list of commands tells the most of
 EVERY = 10 ** 9  # the limit of a listing that leaves nothing out
-CONTROL = Pattern("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 COMFORTS = {  # the commands of labtasker_cli.py, and what they are for
     "task retry": "Make failed, or selected, tasks pending again. Their retries start at 0 anew.",
     "task logs": "Print what a task's last run, or an earlier one, has written.",
@@ -11266,19 +11403,17 @@ def is_terminal(stream):
     return stream is not None and stream.isatty()
 
 
-def clean(text, spare="\n\t"):
-    """Return `text` with control characters, but for those in `spare`, shown as escapes: none reaches a terminal."""
-    return CONTROL.sub(lambda m: m.group() if m.group() in spare else
-                       m.group().encode("unicode_escape").decode("ascii"), text)
+COLOURED = Pattern("(\x1b\\[[0-9;]*m)")
 
 
-def say(text, stream=None):
-    """Write a result to stdout (or a line to `stream`), with escapes for what its encoding lacks."""
-    stream = stream or sys.stdout
+def say(text):
+    """Write a result to stdout, with escapes for what its encoding lacks. On a terminal only colours are obeyed."""
+    if is_terminal(sys.stdout):
+        text = "".join(piece if at % 2 else clean(piece) for at, piece in enumerate(COLOURED.split(text)))
     try:
-        stream.write(text + "\n")
+        sys.stdout.write(text + "\n")
     except UnicodeEncodeError:
-        stream.write(text.encode(stream.encoding, "backslashreplace").decode(stream.encoding) + "\n")
+        sys.stdout.write(text.encode(sys.stdout.encoding, "backslashreplace").decode(sys.stdout.encoding) + "\n")
 
 
 def note(text):
@@ -11287,11 +11422,7 @@ def note(text):
         sys.stdout.flush()
     except OSError:  # it can't be written: that is an error of its own, told once
         silence()
-    try:
-        say(clean(str(text)), sys.stderr)
-        sys.stderr.flush()
-    except OSError:
-        silence(2)
+    tell(text)
 
 
 def show(text, no_pager=False):
@@ -12040,8 +12171,8 @@ def do_health(options):
     spent_ms = 1000 * (monotonic() - began)
     version = "version %s" % client().call("GET", "/").get("version") if client().extensions else "Labtasker 1.0"
     healthy = answer.status == "healthy"
-    say("%s: %s, %s, %.1f ms%s" % (answer.status, client().where, version, spent_ms,
-                                   "" if healthy else ", " + answer.database))
+    say(clean("%s: %s, %s, %.1f ms%s" % (answer.status, client().where, version, spent_ms,
+                                         "" if healthy else ", " + answer.database)))
     return 0 if healthy else 1
 
 
@@ -12050,6 +12181,8 @@ def do_health(options):
 
 def do_init(options):
     root = os.environ.get("LABTASKER_ROOT") or os.path.join(os.getcwd(), ".labtasker")
+    if not os.environ.get("LABTASKER_ROOT"):
+        check_owner(root, root)
     path, then = os.path.join(root, CONFIG_NAME), "labtasker task submit -- --lr=0.1"
     confirm("%s is there already. Overwrite it?" % path, "--yes", options.yes or not os.path.exists(path))
     asking = comforts() if is_terminal(sys.stdin) and not options.yes else None
@@ -12091,10 +12224,11 @@ def base_url(text):
     text = text.strip()
     if re.match(r"[\w.-]+:\d+\Z", text):
         text = "http://" + text
-    scheme = re.match(r"(\w+)://", text)
-    if scheme and scheme.group(1).lower() not in ("http", "https", "file"):
-        raise UsageError("%s: a URL starts with http:// or https://" % brief(text))
-    return text.rstrip("/") if scheme else text
+    try:
+        text = text and checked_url(text, "--url")
+    except LabtaskerValueError as error:
+        raise UsageError(str(error)) from None
+    return text.rstrip("/") if re.match("https?:", text) else text
 
 
 def opened_queue(config, options):

@@ -371,7 +371,7 @@ def test_submit_says_the_id_and_quiet_says_nothing_else(home):
     second = home.cli("task", "submit", "-q", "--", "--lr=2")
     ids = [task["task_id"] for task in home.tasks()]
     assert first.stdout == "Submitted task %s\n" % ids[0] and second.stdout == ids[1] + "\n"
-    assert first.stderr == second.stderr == ""
+    assert first.stderr == "labtasker: created the store %s\n" % home.folder and second.stderr == ""
 
 
 @pytest.mark.parametrize("text, values", [

@@ -160,10 +160,164 @@ def test_a_broken_configuration_is_named(folder, text, words):
 
 
 def test_folders_and_file_urls_lead_to_a_store_without_a_server(folder, monkeypatch):
-    for url in ("shared", "./shared", "file:shared", "file://" + str(folder / "shared"), str(folder / "shared")):
+    there = str(folder / "shared")
+    for url in ("file:shared", "file://" + there, "file:" + there, "file://localhost" + there, "FILE:shared", "shared", "./shared", there):
         monkeypatch.setenv("LABTASKER_URL", url)
         L.use_client(None)
+        if url == "shared":  # only what says that it is a URL may lead to what is not there yet
+            with pytest.raises(L.LabtaskerValueError, match="LABTASKER_URL: shared is neither a URL .* nor a folder that is there"):
+                L.client()
+            (folder / "shared").mkdir()
         assert L.client().where == str(folder / "shared" / "journal.jsonl")
+
+
+NO_URLS = ["http://", "https://", "http:", "http:/host", "http:///path", "http://?x", "http://#x", "http://:9321", "http://[::1", "http://[zz]:1",
+           "http://::1", "http://localhost:99999", "http://localhost:0", "http://localhost:abc", "http://local host:1", "http://host?query",
+           "http://host:", "http://a:1:2", " http://127.0.0.1:9", '"http://127.0.0.1:9"', "htp://127.0.0.1:9", "tcp://127.0.0.1:9", "127.0.0.1:9",
+           "localhost:9", "ftp:folder", "file://host/folder", "file:", "file://", " ", "nosuch", "/nosuch/folder", "./config.toml", "<http://h:1>"]
+
+
+@pytest.mark.parametrize("url", NO_URLS, ids=ascii)
+@pytest.mark.parametrize("source", ["environment", "file"])
+def test_what_is_neither_a_url_nor_a_folder_that_is_there_is_refused_by_its_name(folder, monkeypatch, url, source):
+    where = "LABTASKER_URL"
+    if source == "environment":
+        monkeypatch.setenv("LABTASKER_URL", url)
+    else:
+        where = write(folder, '[endpoint]\napi_base_url = %s\n' % json.dumps(url)) or "config.toml: endpoint.api_base_url"
+    monkeypatch.setenv("LABTASKER_PASSWORD", "p")
+    with pytest.raises(L.LabtaskerValueError) as refused:
+        L.submit_task(args={"a": 1})
+    assert where in str(refused.value) and url in str(refused.value)
+    assert not list(folder.rglob("journal.jsonl"))
+
+
+@pytest.mark.parametrize("url", ["http://host", "HTTPS://Host:1/a/b/", "http://[::1]:80", "http://[fe80::1%eth0]:80", "http://10.0.0.1:65535/",
+                                 "http://h\u00f6st:1", "http://a_b.c-d:1/x@y"])
+def test_urls_of_servers_are_taken(url):
+    assert L.checked_url(url, "x") == url.replace("HTTPS", "https")
+
+
+@pytest.mark.parametrize("url", ["http://%s", "https://%s", "http://%s/a", "%s", "ftp://%s"])
+@pytest.mark.parametrize("login", ["user:hunter2@host:9", "hunter2@host:9", "user:hunt/hunter2@host", "u:hunter2@x@host", ":hunter2@host:1"])
+def test_a_url_with_a_login_in_it_is_refused_without_that(url, login):
+    with pytest.raises(L.LabtaskerValueError, match="LABTASKER_PASSWORD") as refused:
+        L.checked_url(url % login, "LABTASKER_URL")
+    assert "hunter2" not in str(refused.value) and "host" in str(refused.value)
+
+
+def test_an_odd_host_is_a_server_that_is_not_there(folder, monkeypatch):
+    monkeypatch.setenv("LABTASKER_PASSWORD", "p")
+    for url in ("https://%s:1" % ("a" * 70), "https://a..b:1", "http://a..b:1", "http://h\u00f6st.invalid:1"):
+        monkeypatch.setenv("LABTASKER_URL", url)
+        L.use_client(None)
+        with pytest.raises(L.LabtaskerConnectError):
+            L.ls_tasks()
+
+
+def test_a_loop_keeps_to_its_folder_also_while_that_is_away(folder, monkeypatch):
+    (folder / "shared").mkdir()
+    monkeypatch.setenv("LABTASKER_URL", "shared")
+    with L.PinnedConfig() as pinned:
+        assert pinned.environ["LABTASKER_URL"] == L.load_config().url == "file:" + str(folder / "shared")
+
+
+SHAPES = [  # a configuration, the line that is wrong, what is said of it
+    ("[queue]\nqueue_name = 'q'\npasword = 'p'", 3, "queue.pasword, did you mean queue.password"), ("queue_name = 'q'", 1, "did you mean queue.queue_name"),
+    ("\n[server]\nurl = 'x'", 2, "there is no setting server; there are: endpoint.api_base_url"), ("[endpoint]\n[endpoints]", 2, "endpoints"), ("[queue]\n\npassword = 7", 3, "should be text, not 7"),
+    ("[endpoint]\napi_base_url = true", 2, "should be text"), ("[task]\nheartbeat_interval = '5'", 2, "a number over 0"),
+    ("queue = 'q'", 1, "queue"), ("[task]\nheartbeat_interval = true", 2, "a number over 0"), ("# \ufeff\n[queue]\nqueue_name = -1", 3, "should be text"),
+    ("[queue]\nqueue_name = 'a'\nqueue_name = 'b'", 3, ""), ("[queue]\nqueue_name = ['q']", 2, ""), ("[queue]\nqueue_name = {a = 1}", 2, ""),
+    ("[[queue]]\nqueue_name = 'q'", 1, ""), ("{\"queue\": 1}", 1, ""), ("queue_name: q", 1, ""), ("[queue]\nqueue_name = 'q", 2, ""),
+]
+
+
+@pytest.mark.parametrize("text, line, words", SHAPES, ids=[row[0][-30:] for row in SHAPES])
+def test_a_configuration_of_another_shape_is_refused_with_its_line(folder, text, line, words):
+    write(folder, text)
+    with pytest.raises(L.LabtaskerValueError, match=r"config\.toml.* line %d\b" % line) as refused:
+        L.load_config()
+    assert words in str(refused.value)
+
+
+def test_a_configuration_that_can_not_be_read_is_refused_not_taken_for_none(folder):
+    path = folder / ".labtasker" / "config.toml"
+    write(folder, "[queue]\n\nqueue_name = 'q'\n")
+    path.write_bytes(path.read_bytes() + b"# \xff\n")
+    with pytest.raises(L.LabtaskerValueError, match="config.toml line 4 is not UTF-8"):
+        L.load_config()
+    path.write_bytes(b"\xef\xbb\xbf[queue]\r\nqueue_name = 'q'\r\n")
+    assert L.load_config().queue_name == "q"
+    path.unlink()
+    for make in (path.mkdir, lambda: os.mkfifo(str(path)), lambda: path.symlink_to("nosuch")):
+        make()
+        with pytest.raises(L.LabtaskerValueError, match="config.toml"):
+            L.load_config()
+        path.rmdir() if path.is_dir() else path.unlink()
+
+
+def test_settings_of_the_old_clients_file_that_are_not_ours_are_left_alone(folder):
+    write(folder, "version_check = false\n[queue]\nqueue_name = 'q'\n[other]\nx = 1\n", "client.toml")
+    assert L.load_config().queue_name == "q"
+
+
+needs_root = pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="root alone can give files away")
+
+
+@needs_root
+@pytest.mark.parametrize("name", [".labtasker", ".labtasker/config.toml", ".labtasker/client.toml", ".labtasker/server.json"])
+def test_what_belongs_to_another_user_does_not_decide_for_us(folder, monkeypatch, name):
+    write(folder, '[endpoint]\napi_base_url = "http://127.0.0.1:9"\n' if name == ".labtasker" else "", "client.toml" if "client" in name else "config.toml")
+    (folder / ".labtasker" / "server.json").write_text("{}")
+    (folder / "below").mkdir()
+    monkeypatch.chdir(folder / "below")
+    if name.endswith("server.json"):
+        L.ls_tasks()
+    os.chown(str(folder / name), 4321, 4321)
+    L.use_client(None)
+    for use in (L.ls_tasks, L.submit_task):
+        with pytest.raises(L.LabtaskerValueError, match="%s belongs to another user, 4321.*LABTASKER_TRUST=%s" % (folder / name, folder / ".labtasker")):
+            use(**({} if use is L.ls_tasks else {"args": {"a": 1}}))
+    assert not list(folder.rglob("journal.jsonl"))
+    for trust, is_trusted in (("", False), (":", False), (str(folder / "below"), False), (str(folder.parent), False),
+                              ("/x:%s" % folder, True), ("%s/:" % (folder / ".labtasker"), True)):
+        monkeypatch.setenv("LABTASKER_TRUST", trust)
+        if is_trusted:
+            assert L.load_config().root == str(folder / ".labtasker") and L._living_server(str(folder / ".labtasker"), "q") is None
+        else:
+            with pytest.raises(L.LabtaskerValueError, match="belongs to another user"):
+                L.client()
+    monkeypatch.delenv("LABTASKER_TRUST")
+    monkeypatch.setenv("LABTASKER_PASSWORD", "p")
+    os.chown(str(folder / name), 0, 0)
+    assert L.client()
+
+
+@needs_root
+def test_a_link_of_another_user_to_a_folder_of_ours_is_theirs_and_a_folder_that_is_named_is_trusted(folder, monkeypatch):
+    write(folder, '[queue]\nqueue_name = "q"\n')
+    (folder / "deep").mkdir()
+    monkeypatch.chdir(folder / "deep")
+    os.symlink(str(folder / ".labtasker"), ".labtasker")
+    assert L.load_config().queue_name == "q"
+    os.lchown(".labtasker", 4321, 4321)
+    with pytest.raises(L.LabtaskerValueError, match="another user"):
+        L.load_config()
+    for name in (".labtasker", ".labtasker/config.toml"):
+        os.chown(str(folder / name), 4321, 4321)
+    monkeypatch.setenv("LABTASKER_ROOT", str(folder / ".labtasker"))
+    assert L.load_config().queue_name == "q"  # its files are its owner's
+    os.chown(str(folder / ".labtasker" / "config.toml"), 4322, 4322)
+    with pytest.raises(L.LabtaskerValueError, match="config.toml belongs to another user, 4322"):
+        L.load_config()
+
+
+def test_a_store_that_a_first_write_makes_is_named_once(folder, capsys):
+    L.ls_tasks()
+    assert capsys.readouterr().err == ""
+    L.submit_task(args={"a": 1})
+    L.submit_task(args={"a": 2})
+    assert capsys.readouterr().err == "labtasker: created the store %s\n" % (folder / ".labtasker")
 
 
 def test_a_server_without_a_password_is_refused_before_anything_is_sent(folder, monkeypatch):
