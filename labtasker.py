@@ -3405,10 +3405,7 @@ class StoreFile:
             try:
                 begun = writes and not self.owner.holds() and self.owner.claim()
                 self.journal.heals = writes
-                is_new = writes and self.journal.fd is None and not self.journal.exists()
-                self._read_on()
-                if is_new:
-                    tell("labtasker: created the store " + self.folder)
+                self._read_on(writes and self.journal.fd is None and not self.journal.exists())
                 if writes:
                     self.journal.allowed = self.owner.holds
                     self._name_file()
@@ -3518,7 +3515,7 @@ class StoreFile:
             self.journal.disk.sync_folder(real_path(self.path))
             self.journal.named = self.journal.inode
 
-    def _read_on(self):
+    def _read_on(self, is_new=False):
         """Read what others have added to the file, or put in its place; the file's lock is held."""
         if self.journal.reads_only and self.journal.heals:  # it may be written after all
             self._start_anew()
@@ -3533,6 +3530,8 @@ class StoreFile:
             self.journal.durable = max(self.journal.durable, min(self.journal.n, durable))
         for notice in self.journal.notices:
             tell("labtasker: " + notice)
+        if is_new:
+            tell("labtasker: created the store " + self.folder)
         self.journal.notices = []
 
     def _change_file(self):
