@@ -922,3 +922,34 @@ def test_a_server_whose_folder_is_away_for_a_moment_says_so_and_goes_on(tmp_path
         away.rename(folder)
         assert running.http("GET", "/health/full")[1] == {"status": "healthy", "database": "connected"}
         assert running.http("POST", "/api/v1/queues/me/tasks", {"args": {"a": 1}})[0] == 201
+
+
+def test_a_host_that_lost_its_store_while_it_was_silent_reports_once_the_other_is_done(hosts, tmp_path, monkeypatch):
+    one, two = hosts
+    with one:
+        first = embedded(tmp_path)
+        submit(first)
+        run = begin_run(first, heartbeat_timeout=3600.0)
+    report = {"status": "success", "run_id": run["run_id"], "summary": {"acc": 1}}
+    path = "/api/v1/queues/me/tasks/%s/status" % run["task_id"]
+    with two:
+        second = embedded(tmp_path)
+        assert submit(second)[0] == 201
+        living = threading.Event()
+
+    def live():
+        while not living.wait(0.02):
+            second.owner.moved_at = -1e9
+            second.owner.move()
+    alive = threading.Thread(target=live)
+    alive.start()
+    with one:
+        status, answer = L.answer_call(first, lambda: L.LocalName("default"), "POST", path, report)
+    living.set()
+    alive.join()
+    assert status == 503 and "belongs to" in answer["detail"]
+    with two:
+        second.close()
+    with one:
+        ask(first, "POST", path, report)
+        assert status_of(first, run) == "success"
