@@ -3030,7 +3030,9 @@ const KEPT = `labtasker-login${UNDER.slice(0, -1)}`;  // a proxy may serve sever
 const RETRY_MS = [1000, 2000, 4000, 8000, 15000, 30000];  // between attempts at a server that is away
 const SILENT_MS = 45000;  // it sends a ping every 15 s
 
+const REASON = `${KEPT}-ended`;  // why the login ended, for the document that follows
 let login = null;  // {queue, authorization}
+let isLeaving = false;  // whether the next document is on its way
 
 /** An answer that is an error: its status, and what the server says. */
 class Refused extends Error {
@@ -3064,12 +3066,17 @@ async function ask(method, path, body, {signal, as = login} = {}) {
     text = await answer.text();
   } catch (error) {
     if (error.name === "AbortError") throw error;
+    if (isLeaving) await new Promise(() => {});
     throw new Away("the server does not answer");
   }
+  if (isLeaving) await new Promise(() => {});  // nobody is there any more to take the answer
   if (!answer.ok) {
     let detail = text.slice(0, 500);
     try { detail = readJson(text).detail; } catch { /* it is no JSON: something stands between */ }
-    if (answer.status === 401 && as === login) forget("The queue is gone, or its password is another now.");
+    if (answer.status === 401 && as === login) {
+      forget("The queue is gone, or its password is another now.");
+      await new Promise(() => {});
+    }
     throw new Refused(answer.status, detail);
   }
   return text ? readJson(text) : null;
@@ -3095,12 +3102,19 @@ function remembered() {
   return null;
 }
 
+/** Ends the login. Whoever comes next in this tab gets another document, without anything of this queue in it, in its
+    memory or in its address; until the server has sent that there is none. */
 function forget(why = "") {
   login = null;
+  isLeaving = true;
   for (const storage of [sessionStorage, localStorage]) storage.removeItem(KEPT);
   stream.stop();
   refresher.stop();
-  showLogin(why);
+  if (why) sessionStorage.setItem(REASON, why);
+  history.replaceState(null, "", location.pathname + location.search);
+  document.title = "Labtasker";
+  document.body.replaceChildren();
+  location.replace(location.href);
 }
 
 /** The server's events: that something has changed, and whether it is there. Resumes where it was cut off. */
@@ -3255,7 +3269,7 @@ let latest = null;  // the last answer of the server to the view
 /** Says something to who listens to the page. */
 function announce(text) {
   $("said").textContent = "";
-  setTimeout(() => { $("said").textContent = text; }, 50);
+  setTimeout(() => { if (login) $("said").textContent = text; }, 50);
 }
 
 /** Asks the server for what is shown: at once when a person did something, at most twice a second when events come.
@@ -4209,7 +4223,7 @@ function pointsOf({x, colour, answer}) {
 }
 
 function drawPlot() {
-  if (!plotted || at.view !== "plot") return;
+  if (!login || !plotted || at.view !== "plot") return;
   const points = pointsOf(plotted), place = $("plot-drawing");
   setText($("plot-note"), plotNote(points));
   if (!points.length) {
@@ -4359,7 +4373,7 @@ function cellsOf({answer, how}) {
 }
 
 function drawGrid() {
-  if (!gridded || at.view !== "grid") return;
+  if (!login || !gridded || at.view !== "grid") return;
   const {x, y, metric, how} = gridded, place = $("grid-drawing");
   const found = cellsOf(gridded), {rows, columns, cells} = found;
   const shown = how === "count" ? "number of tasks" : `${HOW[how][0]} ${titleOf(metric)}`;
@@ -4646,7 +4660,8 @@ function start() {
   new ResizeObserver(() => drawGrid()).observe($("grid-drawing"));
   login = remembered();
   if (login) showApp();
-  else showLogin("");
+  else showLogin(sessionStorage.getItem(REASON) || "");
+  sessionStorage.removeItem(REASON);
 }
 
 /** A tab that nobody sees asks for nothing: browsers keep six connections to a server, for all its tabs together. */

@@ -420,6 +420,43 @@ def test_logging_in(person, hand, size):
         assert PASSWORD not in url and "@" not in url and "wrong" not in url
 
 
+HOLDS = "word => document.documentElement.outerHTML.includes(word) || location.href.includes(word)"
+
+
+@pytest.mark.slow
+def test_nothing_of_a_queue_outlives_its_login_also_while_the_server_is_slow(chromium, server):
+    word, other = "private-of-one", ("page-other", "secret-of-other")
+    assert http("POST", server.url + "/api/v1/queues", {"queue_name": other[0], "password": other[1]})[0] == 201
+    submit(server, word, 3)
+    with chromium.session("desk", "light") as session:
+        person, slow = Person(session.tab(), browser.Mouse, server), []
+        page = person.page
+        person.open()
+        person.sees(page.get_by_text(word + "-1"))
+        page.evaluate("location.hash = '#view=plot&x=args.i&y=args.i&colour=args.%s'" % word)
+        person.sees(page.locator("#plot-drawing"))
+        page.evaluate("window.remembers = true")
+        page.route("**/api/**", lambda route: route.continue_() if route.request.url.endswith("/queues/me") else slow.append(route))
+        person.press("Log out")
+        wait_until(lambda: page.evaluate("!window.remembers && document.readyState === 'complete'"), "another document is there")
+        assert not page.evaluate(HOLDS, word) and not page.evaluate("location.hash")
+        person.log_in(*other)
+        person.sees(person.named("heading", other[0]))
+        for view in ("tasks", "plot", "grid", "workers"):
+            page.evaluate("view => { location.hash = '#view=' + view }", view)
+            person.sees(page.locator("#app"))
+            assert not page.evaluate(HOLDS, word), view
+        assert http("PUT", server.url + ME, {"new_password": "changed"}, other)[0] == 200
+        page.unroute("**/api/**")
+        for route in slow:
+            try:
+                route.abort()
+            except Exception:  # its document is gone
+                pass
+        person.says(page.locator("#login-error"), "its password is another now")
+        assert not page.evaluate(HOLDS, other[0])
+
+
 @pytest.mark.slow
 @in_every_way
 def test_the_filter_finds_tasks_or_marks_its_error(person, hand, size):
