@@ -509,3 +509,14 @@ def test_an_empty_key_or_none_lets_nobody_be_the_server(tmp_path):
         assert L._living_server(str(tmp_path), "q") is None
     impostor.close()
     assert not impostor.heard
+
+
+def test_every_message_passes_one_filter(capsys):
+    evil = "a\x1b[2J\x9b31m\u202e\u2066\u061c\u200f\ufeff\r\x07\ud800 see http://user:hunter2@host/x and ftp://u:hunt/er2@x@h"
+    for speak in (L.tell, L.note, L.remark, L._Log().tell):
+        speak(evil)
+        shown = capsys.readouterr().err
+        assert shown.rstrip("\n").isprintable() and "hunter2" not in shown and "er2" not in shown, (speak, shown)
+        assert "see http://***@host/x and ftp://***@h" in shown, (speak, shown)
+    L.tell("two\nlines\tof text \u00e9 \u4e2d, mail me@host, http://host/@me")
+    assert capsys.readouterr().err == "two\nlines\tof text \u00e9 \u4e2d, mail me@host, http://***@me\n"
