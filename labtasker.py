@@ -1522,8 +1522,9 @@ def visible(fields):
 
 
 def _record_type(name, fields):
-    record = collections.namedtuple(name, list(fields))
-    record.__new__.__defaults__ = tuple(field.default for field in fields.values())
+    """Return the type of a record with these fields and `unknown`: those of a newer version, a dict or None."""
+    record = collections.namedtuple(name, list(fields) + ["unknown"])
+    record.__new__.__defaults__ = tuple(field.default for field in fields.values()) + (None,)
     record.places = {key: (at, field.kind == "time") for at, (key, field) in enumerate(fields.items())}
     return record
 
@@ -2206,6 +2207,31 @@ def _durable_in(data):
     return 0
 
 
+def is_newer(version, other):
+    """Return whether a version comes after another, or after None."""
+    one, two = ([int(digits) for digits in re.findall("[0-9]+", str(each or ""))] for each in (version, other))
+    return one > two
+
+
+def newest(version, other):
+    """Return the later one of two versions, each of which may be None."""
+    return version if is_newer(version, other) else other
+
+
+def newer(path, version, what):
+    """Return the error of a journal that says what this version does not know, with the way out."""
+    wrote = "Labtasker %s wrote" % version if is_newer(version, __version__) else "a newer Labtasker wrote"
+    return StoreDamaged("%s: %s to it what this one, version %s, does not know (%s). Nothing was changed: go on with "
+                        "the newer labtasker.py, copied here in this one's place" % (path, wrote, __version__, what))
+
+
+def check_format(path, header):
+    """Raise StoreDamaged where the header of a journal names a format that this version does not know."""
+    number = header.get("format", FORMAT)
+    if type(number) is not int or number > FORMAT:
+        raise newer(path, header.get("version"), "journal format %s; it reads up to %d" % (number, FORMAT))
+
+
 def mark_text(mark):
     """Return the checksum in the last bytes of a line, for a header to keep, or None where there is none."""
     return mark[:8].decode("latin-1") or None
@@ -2255,9 +2281,7 @@ class JournalFile:
             if header.get("journal") != "labtasker":
                 raise StoreDamaged("%s: byte 0: its first line is not the header of a Labtasker journal; nothing was "
                                    "changed. 'labtasker journal repair' saves what follows, if it is one" % self.path)
-            if header.get("format", 0) > FORMAT:
-                raise StoreDamaged("%s was written by a newer Labtasker (journal format %s, this one reads up to %d): "
-                                   "use that labtasker.py" % (self.path, header.get("format"), FORMAT))
+            check_format(self.path, header)
         except BaseException:
             os.close(fd)
             raise
@@ -2278,7 +2302,8 @@ class JournalFile:
 
     def _make(self):
         """Return when an empty journal is there, with its name on disk, or raise OSError and leave none."""
-        line = sealed({"journal": "labtasker", "format": FORMAT, "store": new_id(), "created_at": time.time()})
+        line = sealed({"journal": "labtasker", "format": FORMAT, "version": __version__, "store": new_id(),
+                       "created_at": time.time()})
         try:
             self.disk.create(self.path, [line], keep=0o7777)
             self.disk.sync_name(os.path.dirname(real_path(self.path)))  # who made it may have died before
@@ -3058,6 +3083,9 @@ def revised(record, fields):
     A third of the time of namedtuple's own `_replace`."""
     values, places = list(record), record.places
     for name, value in fields.items():
+        if name not in places:
+            values[-1] = dict(values[-1] or {}, **{name: value})
+            continue
         at, is_time = places[name]
         values[at] = Instant(value) if is_time and type(value) is not Instant and value is not None else value
     return record._make(values)
@@ -3072,10 +3100,12 @@ def new_task(queue_id, task_id, fields):
             values[name] = Instant(values[name])
     if values["last_modified"] is None:
         values["last_modified"] = values["created_at"]
+    if len(values) > len(_BLANK_VALUES) or "unknown" in fields:
+        values["unknown"] = {name: values.pop(name) for name in fields if name not in TASK_FIELDS}
     return TaskRecord._make(values.values())
 
 
-_BLANK_VALUES = {name: field.default for name, field in TASK_FIELDS.items()}
+_BLANK_VALUES = dict({name: field.default for name, field in TASK_FIELDS.items()}, unknown=None)
 _TASK_TIMES = [name for name, field in TASK_FIELDS.items() if field.kind == "time"]
 
 
@@ -3141,6 +3171,8 @@ def _queue_of(state, queue_id):
 def _apply_task(state, queue_id, task_id, fields, old_state=None):
     queue = _queue_of(state, queue_id)
     record = queue.tasks.get(task_id)
+    if fields.get("status", "pending") not in TASK_MOVES:
+        raise ValueError("the status %s of a task" % fields["status"])
     if record is not None:
         record = revised(record, fields)
     elif "created_at" in fields:
@@ -3151,6 +3183,8 @@ def _apply_task(state, queue_id, task_id, fields, old_state=None):
 def _apply_worker(state, queue_id, worker_id, fields, old_state=None):
     queue = _queue_of(state, queue_id)
     record = queue.workers.get(worker_id)
+    if fields.get("status", "active") not in WORKER_MOVES:
+        raise ValueError("the status %s of a worker" % fields["status"])
     if record is None and "created_at" in fields:
         record = WorkerRecord(worker_id, queue_id)
     return queue.put_worker, worker_id, record and revised(record, fields)
@@ -3172,6 +3206,42 @@ RECORDS = {
     "worker-": Record(lambda state, queue_id, worker_id: (_queue_of(state, queue_id).put_worker, worker_id, None),
                       "worker id", "a worker is gone"),
 }
+
+
+# What else stands on a line. Another key is a newer version's: a process that does not know it goes on without it, but
+# does not compact it away. What must not be gone on without has `needs`: the format that a reader has to know.
+LINE_KEYS = {"n", "durable", "at", "queue", "changes", "crc", "fold", "lost", "end", "epoch", "owner", "version",
+             "needs"}
+
+
+def replay(state, line, path, version):
+    """Return what applying the changes of a journal's line did, as State.apply; raise StoreDamaged where the line says
+    what this version does not know: the state is of no use then. `version`: the newest that wrote to the file."""
+    if type(line.get("needs", 0)) is int and line.get("needs", 0) <= FORMAT:
+        try:
+            return state.apply(line["queue"], line["changes"])
+        except Exception as error:  # whatever a newer version may write
+            what = "something named %s" % error if isinstance(error, KeyError) else str(error)
+    else:
+        what = "journal format %s" % line["needs"]
+    raise newer(path, version, "line %s needs %s" % (line.get("n", "fold %s" % line.get("fold")), what))
+
+
+def check_known(path):
+    """Return when the journal can be opened by this version, or raise StoreDamaged."""
+    source, state = JournalFile(path, mode=os.O_RDONLY), State()
+    source.open()
+    for line, version in _with_versions(source):
+        if "changes" in line:
+            replay(state, line, path, version)
+
+
+def _with_versions(source):
+    """Yield each line that is new in a journal's file, and the version that wrote last to it as far as it says so."""
+    version = source.header.get("version")
+    for line in source.read_new():
+        version = newest(line.get("version"), version)
+        yield line, version
 
 
 # The k-th step of a state machine on line n: a task or worker went from `old_state` to its record's status.
@@ -3242,9 +3312,9 @@ def _older_events(path, after, last):
         text = ("the events after %d.%d up to line %d were compacted away; list the tasks to see what became of them"
                 % (after[0], after[1], folded))
         yield Transition(folded, math.inf, now(), None, "too old", None, text)
-    for line in source.read_new():
+    for line, version in _with_versions(source):
         if "changes" in line:
-            done = state.apply(line["queue"], line["changes"])
+            done = replay(state, line, path, version)
             for event in transitions(line.get("n"), line.get("at"), line["queue"], line["changes"], done):
                 if after < (event.n, event.k) <= last:
                     yield event
@@ -3309,6 +3379,7 @@ class StoreFile:
         self.journal = Journal(self.path, self.lock, fsync, shared=None if is_server else self.file_lock)
         self.owner, self.epoch_seen = Owner(self.real_path, is_server), 0
         self.owner.unlock = self.file_lock.release
+        self.version_seen = None  # the newest version that wrote to the file, as far as it says so
         self.state, self.look_again_bytes = State(), SPARE_BYTES
         self.events = collections.deque(maxlen=MAX_EVENTS)  # the latest Transitions that are on disk
         self.expected = None  # the id of the store that has to be there, or it is away; see check_expected
@@ -3325,6 +3396,7 @@ class StoreFile:
                 if other.startswith(drafts):  # of a process that died
                     os.unlink(os.path.join(folder, other))
             self.journal.open()
+            self.version_seen = self.journal.header.get("version")
             self.catch_up()
             self._name_file()
         except OSError as error:
@@ -3338,7 +3410,14 @@ class StoreFile:
         self.journal.allowed = self.owner.holds
         self.epoch_seen = self.owner.epoch
         line = {"at": now(), "epoch": self.owner.epoch, "owner": os.uname().nodename}
+        if is_newer(__version__, self.version_seen):
+            self.version_seen = line["version"] = __version__
         self.journal.add(dump_json(line).encode(), None)
+
+    def _tell_version(self):
+        """Write into the journal that a newer version writes to it from now on: an older one can name it then."""
+        self.version_seen = __version__
+        self.journal.add(dump_json({"at": now(), "version": __version__}).encode(), None)
 
     def close(self):
         """Return when everything is on disk and the store is free for others."""
@@ -3372,6 +3451,9 @@ class StoreFile:
         gc.disable()
         try:
             self._catch_up()
+        except StoreDamaged:  # the next one reads it again from its beginning, and says the same
+            self._start_anew()
+            raise
         finally:
             if self.journal.size - before > READ_BYTES and hasattr(gc, "freeze"):  # not in Python 3.6
                 gc.freeze()
@@ -3379,17 +3461,18 @@ class StoreFile:
                 gc.enable()
 
     def _catch_up(self):
-        latest, count, apply = collections.deque(), 0, self.state.apply  # the lines of the last MAX_EVENTS events
+        latest, count = collections.deque(), 0  # the lines of the last MAX_EVENTS events
         for line in self.journal.read_new():
             if "changes" in line:
-                done = apply(line["queue"], line["changes"])
+                done = replay(self.state, line, self.path, self.version_seen)
                 latest.append((line, done))
                 count += len(done)
                 if count > 3 * MAX_EVENTS:
                     while count - len(latest[0][1]) >= MAX_EVENTS:
                         count -= len(latest.popleft()[1])
-            elif "epoch" in line:
-                self.epoch_seen = max(self.epoch_seen, line["epoch"])
+            else:
+                self.epoch_seen = max(self.epoch_seen, line.get("epoch", 0))
+                self.version_seen = newest(line.get("version"), self.version_seen)
         for line, done in latest:
             self.events.extend(transitions(line.get("n"), line.get("at"), line["queue"], line["changes"], done))
 
@@ -3415,6 +3498,8 @@ class StoreFile:
                     if not self.owner.renew(self.epoch_seen):
                         raise StoreUnavailable("%s was taken over by another host" % self.path)
                     self._begin_epoch()
+                elif writes and is_newer(__version__, self.version_seen):
+                    self._tell_version()
                 answer = action()
                 if writes:
                     self.owner.move()
@@ -3523,6 +3608,7 @@ class StoreFile:
             self.journal.open()
         elif not self.journal.is_same():
             self._change_file()
+        self.version_seen = newest(self.journal.header.get("version"), self.version_seen)
         if self.journal.has_more():
             self.catch_up()
         durable, self.journal.named = self.file_lock.noted()
@@ -3557,7 +3643,7 @@ class StoreFile:
 
     def _start_anew(self):
         """Forget what was read."""
-        self.state, self.epoch_seen = State(), 0
+        self.state, self.epoch_seen, self.version_seen = State(), 0, None
         self.events.clear()
         self.journal.forget()
 
@@ -4406,7 +4492,9 @@ def delete_worker_op(store, queue, request, at):
 def _kept(record):
     """Return the fields of a record that are not as they are by default, without its own id and its queue's."""
     rows = list(zip(record._fields, record, type(record).__new__.__defaults__))[1:]
-    return {name: value for name, value, default in rows if value != default and name != "queue_id"}
+    kept = {name: value for name, value, default in rows if value != default and name != "queue_id"}
+    kept.update(kept.pop("unknown", None) or {})
+    return kept
 
 
 def _live_bytes(queue):
@@ -4435,17 +4523,19 @@ def fold(path, draft):
     source, state, waiting = JournalFile(path, mode=os.O_RDONLY), State(), collections.deque()
     source.open()
     n, offset, mark = source.n, source.size, source.mark
-    last_crc = source.header.get("folded_crc")
-    for line in source.read_new():
-        waiting.append((line, source.n, source.size, source.mark))
+    last_crc, newest = source.header.get("folded_crc"), source.header.get("version")
+    for line, version in _with_versions(source):
+        waiting.append((line, source.n, source.size, source.mark, version))
         while waiting and ("fold" in line or waiting[0][1] <= line["durable"]):
-            value, n, offset, mark = waiting.popleft()
+            value, n, offset, mark, newest = waiting.popleft()
             last_crc = last_crc if "fold" in value else mark_text(mark)
+            if not LINE_KEYS.issuperset(value):
+                raise newer(path, newest, "a compaction would lose %s" % ", ".join(sorted(set(value) - LINE_KEYS)))
             if "changes" in value:
-                state.apply(value["queue"], value["changes"])
+                replay(state, value, path, newest)
     body = sum(map(len, _fold_lines(state)))
     told = dict(folded=n, folded_crc=last_crc, read_crc=mark_text(mark), folded_at=time.time())
-    header = journal_header(dict(source.header, **told), body)
+    header = journal_header(dict(source.header, **dict(told, **({"version": newest} if newest else {}))), body)
     Disk.create(draft, itertools.chain([header], _fold_lines(state)))
     return n, offset
 

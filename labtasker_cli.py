@@ -24,14 +24,14 @@ from labtasker import (
     JobCommand, LabtaskerConnectError, LabtaskerError, LabtaskerHTTPStatusError, LabtaskerRuntimeError,
     LabtaskerValueError, NotFound, OddFile, Page, Store, StoreTransport, StoreUnavailable, SyntaxMistake, Task,
     TaskUpdateRequest, Template, UsageError, _order, _seen, as_jsonl, ask, base_url, brief, change_of, check_field,
-    check_queue_name, choice, chosen_tasks, clean, client, compact, compile_query, confirm, connect_events, count,
-    covers, delete_queue, dig, duration, filter_of, find_root, flat, for_system, format_time, full_id, get_queue,
-    get_task, get_task_op, given_settings, group, health_check, ids_of, in_order, is_away, is_terminal, joined,
-    journal_header, journal_path, last_durable, load_config, looks, ls_tasks, ls_workers, main, metadata_of, monotonic,
-    new_id, note, now, open_plain, opened_queue, option, pairs, parse, parse_filter, parse_time, paths_of,
-    read_server_file, read_text, real_path, record_text, say, sealed, seconds, selectors, show, show_listing, some,
-    store_error, store_folder, tasks_named, typed_filter, typed_value, unseal, update_queue, update_tasks, updates_of,
-    use_client, visible)
+    check_format, check_known, check_queue_name, choice, chosen_tasks, clean, client, compact, compile_query, confirm,
+    connect_events, count, covers, delete_queue, dig, duration, filter_of, find_root, flat, for_system, format_time,
+    full_id, get_queue, get_task, get_task_op, given_settings, group, health_check, ids_of, in_order, is_away,
+    is_terminal, joined, journal_header, journal_path, last_durable, load_config, looks, ls_tasks, ls_workers, main,
+    metadata_of, monotonic, new_id, note, now, open_plain, opened_queue, option, pairs, parse, parse_filter,
+    parse_time, paths_of, read_server_file, read_text, real_path, record_text, say, sealed, seconds, selectors, show,
+    show_listing, some, store_error, store_folder, tasks_named, typed_filter, typed_value, unseal, update_queue,
+    update_tasks, updates_of, use_client, visible)
 
 __all__ = ["main", "server_main"]
 
@@ -438,6 +438,7 @@ def repair_store(path):
         store.owner.claim()
         surveyed = _identity(path)
         found = Survey(path)
+        check_format(path, found.header)
 
         def ask():
             if _identity(path) != surveyed or not store.owner.holds():
@@ -508,6 +509,7 @@ def do_journal_verify(options):
     if found.rotten:
         say("%s is damaged: 'labtasker journal repair' saves what can be saved" % found.path)
         return 1
+    check_known(found.path)
     if found.bad or found.lost:
         say("That was never acknowledged, or is being written just now; the next opening sets it aside.")
     say("%s: fine, %d lines, %d bytes" % (found.path, found.lines, found.size))
@@ -2109,8 +2111,10 @@ def journal_reference():
         "crc      zlib.crc32 of the line's bytes before it",
         "changes  new values, not commands; what is not named stays as it was:", "", table(rows), "",
         "After a compaction the first line has folded: N and tail: BYTE; the lines up to that byte, each with fold: K",
-        "for a number, make the state that the lines up to N had made. A line with epoch: E begins another owner's",
-        "time, one with end: true a clean close."])
+        "for a number, make the state that the lines up to N had made, the last of them with the checksum folded_crc. A",
+        "line with epoch: E begins another owner's time, one with end: true a clean close, one with version: V says that",
+        "a newer version writes from there on. Fields and keys that a reader does not know are kept; changes that it does",
+        "not know, and lines with needs: F of a format F over its own, it refuses."])
 
 
 def api_reference():

@@ -3,6 +3,7 @@ import errno
 import json
 import os
 import threading
+import types
 
 import pytest
 
@@ -256,3 +257,128 @@ def test_threads_share_syncs_and_each_knows_when_its_own_line_is_down(tmp_path):
     for k in range(8):
         assert [i for who, i in values if who == k] == list(range(50))
     assert len(syncs) < 400
+
+
+# What a newer version wrote.
+
+
+def call(store, method, path, body=None):
+    return L.answer_call(store, lambda: L.LocalName("default"), method, ("/api/v1/queues/me/" + path).rstrip("/"), body)
+
+
+def newer_journal(folder, change):
+    """Return a Store on a journal in which a newer version wrote what `change(its lines as dicts)` does to them."""
+    store = L.Store(str(folder / "journal.jsonl"))
+    assert call(store, "POST", "tasks", {"task_id": "t", "args": {"a": 1}})[0] == 201
+    assert call(store, "POST", "workers", {"worker_name": "w"})[0] == 201
+    path = folder / "journal.jsonl"
+    lines = [json.loads(line.decode()) for line in path.read_bytes().splitlines()]
+    change(lines)
+    path.write_bytes(b"".join(L.sealed(line) for line in lines))
+    return L.Store(str(path))
+
+
+def changes_of(lines, kind):
+    return [change for line in lines for change in line.get("changes", ()) if change[0] == kind]
+
+
+def following(lines, **more):
+    """Add a line after the last one."""
+    n = lines[-1]["n"]
+    queue = next(line["queue"] for line in lines if "queue" in line)
+    lines.append(dict({"n": n + 1, "durable": n, "at": 1.8e9, "queue": queue, "changes": []}, **more))
+
+
+@pytest.mark.parametrize("name", ["future", "unknown", "needs"])
+@pytest.mark.parametrize("kind", ["task", "queue", "worker"])
+def test_a_field_that_only_a_newer_version_knows_is_kept_through_updates_and_compactions(tmp_path, kind, name):
+    def change(lines):
+        changes_of(lines, kind)[0][1 if kind == "queue" else 2][name] = {"a": 1}
+    store = newer_journal(tmp_path, change)
+    worker = call(store, "POST", "workers/search", {})[1]["content"][0]["worker_id"]
+    for _ in range(2):
+        assert call(store, "PUT", "tasks", [{"task_id": "t", "priority": 7}])[0] == 200
+        assert call(store, "PUT", "", {"metadata_update": {"k": 1}})[0] == 200
+        assert call(store, "POST", "workers/%s/status" % worker, {"status": "suspended"})[0] == 200
+        assert call(store, "POST", "workers/%s/status" % worker, {"status": "active"})[0] == 200
+        L.compact(store.path)
+        store = L.Store(store.path)
+        assert call(store, "GET", "tasks/t")[1]["priority"] == 7
+    lines = [json.loads(line.decode()) for line in (tmp_path / "journal.jsonl").read_bytes().splitlines()]
+    kept = [line for line in changes_of(lines, kind) if name in line[1 if kind == "queue" else 2]]
+    assert [change[1 if kind == "queue" else 2][name] for change in kept] == [{"a": 1}]
+    assert name not in call(store, "GET", "tasks/t")[1]
+
+
+def put_status(lines, kind):
+    changes_of(lines, kind)[0][2]["status"] = "frozen"
+
+
+REFUSED = {
+    "a change": lambda lines: following(lines, changes=[["pause", {"x": 1}]]),
+    "a change without a name": lambda lines: following(lines, changes=[[]]),
+    "a change that is no list": lambda lines: following(lines, changes=[7]),
+    "changes that are no list": lambda lines: following(lines, changes=7),
+    "a name that is a list": lambda lines: following(lines, changes=[[["task"], "t", {}]]),
+    "an operand more": lambda lines: following(lines, changes=[["task", "t", {"priority": 1}, None, {"why": 1}]]),
+    "an operand less": lambda lines: following(lines, changes=[["task", "t"]]),
+    "fields of another type": lambda lines: following(lines, changes=[["task", "t", [1]]]),
+    "a time of another type": lambda lines: following(lines, changes=[["task", "t", {"last_modified": "2030-01-01"}]]),
+    "a status of a task": lambda lines: put_status(lines, "task"),
+    "a status of a worker": lambda lines: put_status(lines, "worker"),
+    "a line that needs a later format": lambda lines: following(lines, needs=L.FORMAT + 1),
+    "a line that needs a name": lambda lines: following(lines, needs="pauses"),
+    "the next format": lambda lines: lines[0].update(format=L.FORMAT + 1),
+    "a format with a name": lambda lines: lines[0].update(format="2b"),
+}
+
+
+@pytest.mark.parametrize("says", [None, "9.1.0"])
+@pytest.mark.parametrize("what", REFUSED)
+def test_what_may_not_be_ignored_is_refused_with_both_versions_and_the_way_out(tmp_path, what, says):
+    import labtasker_cli
+
+    def change(lines):
+        if says:
+            lines[0]["version"] = says
+        REFUSED[what](lines)
+    store = newer_journal(tmp_path, change)
+    content = (tmp_path / "journal.jsonl").read_bytes()
+    for method, path, body in [("POST", "tasks/search", {}), ("POST", "tasks", {"args": {"b": 1}}), ("POST", "tasks/search", {})]:
+        status, answer = call(store, method, path, body)
+        assert status == 503 and "version " + L.__version__ in answer["detail"], answer
+        assert ("Labtasker 9.1.0 wrote" if says else "a newer Labtasker wrote") in answer["detail"]
+        assert "newer labtasker.py, copied here" in answer["detail"]
+    with pytest.raises(L.LabtaskerRuntimeError, match="could not be compacted .*newer labtasker.py"):
+        L.compact(store.path)
+    with pytest.raises(L.StoreDamaged, match="newer labtasker.py"):
+        labtasker_cli.do_journal_verify(types.SimpleNamespace(db_path=store.path))
+    assert (tmp_path / "journal.jsonl").read_bytes() == content
+    if "format" in what and what.startswith(("the", "a format")):
+        with pytest.raises(L.StoreDamaged, match="newer labtasker.py"):
+            labtasker_cli.repair_store(store.path)
+
+
+def test_a_line_with_a_key_of_a_newer_version_is_read_but_not_compacted_away(tmp_path):
+    store = newer_journal(tmp_path, lambda lines: lines[-1].update(future=1))
+    assert call(store, "POST", "tasks", {"args": {"b": 1}})[0] == 201
+    with pytest.raises(L.LabtaskerRuntimeError, match="would lose future"):
+        L.compact(store.path)
+
+
+def test_the_header_keeps_what_a_newer_version_put_there(tmp_path):
+    store = newer_journal(tmp_path, lambda lines: lines[0].update(future=[1]))
+    L.compact(store.path)
+    assert L.unseal((tmp_path / "journal.jsonl").read_bytes().splitlines(True)[0])["future"] == [1]
+
+
+def test_the_journal_says_which_version_was_the_newest_to_write_to_it(tmp_path, monkeypatch):
+    store = newer_journal(tmp_path, lambda lines: lines[0].pop("version"))
+    versions = ["0.1.0", "0.9.0", "0.10.0", "0.9.0"]
+    for version in versions:
+        monkeypatch.setattr(L, "__version__", version)
+        assert call(L.Store(store.path), "POST", "tasks", {"args": {"b": 1}})[0] == 201
+    told = [L.unseal(line).get("version") for line in (tmp_path / "journal.jsonl").read_bytes().splitlines(True)]
+    assert [version for version in told if version] == versions[:3]
+    L.compact(store.path)
+    assert L.unseal((tmp_path / "journal.jsonl").read_bytes().splitlines(True)[0])["version"] == "0.10.0"
