@@ -2111,10 +2111,10 @@ def journal_reference():
         "crc      zlib.crc32 of the line's bytes before it",
         "changes  new values, not commands; what is not named stays as it was:", "", table(rows), "",
         "After a compaction the first line has folded: N and tail: BYTE; the lines up to that byte, each with fold: K",
-        "for a number, make the state that the lines up to N had made, the last of them with the checksum folded_crc. A",
-        "line with epoch: E begins another owner's time, one with end: true a clean close, one with version: V says that",
-        "a newer version writes from there on. Fields and keys that a reader does not know are kept; changes that it does",
-        "not know, and lines with needs: F of a format F over its own, it refuses."])
+        "for a number, make the state that the lines up to N had made, the last of them with checksum folded_crc. A",
+        "line with epoch: E begins another owner's time, one with end: true is a clean close; from a line with",
+        "version: V on a newer version writes. Fields and keys that a reader does not know are kept; changes that it",
+        "does not know are refused, and lines with needs: F where F is a later format than its own."])
 
 
 def api_reference():
