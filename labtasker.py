@@ -3362,6 +3362,20 @@ def in_other_process(function, *words):
     return answer
 
 
+def refusal(path):
+    """Return why this process may not write to the store at `path`, or None. Of a store that is not there yet, the
+    folder is asked in which it would be made."""
+    there = path
+    while not os.path.exists(there):
+        there = os.path.dirname(there)
+    asked = {there, os.path.dirname(os.path.realpath(there)) if os.path.isfile(there) else there}
+    if all(os.access(one, os.W_OK) for one in asked):
+        return None
+    is_read_only = os.statvfs(there).f_flag & os.ST_RDONLY
+    return "%s can't be written: %s" % (path, "its file system is mounted read-only" if is_read_only
+                                        else "this user may only read it")
+
+
 class StoreFile:
     """One journal and the state that it describes. `lock` guards all attributes.
 
@@ -3409,15 +3423,13 @@ class StoreFile:
         """Write into the journal that it has a new owner, so that a former one that reads it stops."""
         self.journal.allowed = self.owner.holds
         self.epoch_seen = self.owner.epoch
-        line = {"at": now(), "epoch": self.owner.epoch, "owner": os.uname().nodename}
+        self._tell(epoch=self.owner.epoch, owner=os.uname().nodename)
+
+    def _tell(self, **line):
+        """Write a line without changes; it says so where a newer version than before writes from now on."""
         if is_newer(__version__, self.version_seen):
             self.version_seen = line["version"] = __version__
-        self.journal.add(dump_json(line).encode(), None)
-
-    def _tell_version(self):
-        """Write into the journal that a newer version writes to it from now on: an older one can name it then."""
-        self.version_seen = __version__
-        self.journal.add(dump_json({"at": now(), "version": __version__}).encode(), None)
+        self.journal.add(dump_json(dict({"at": now()}, **line)).encode(), None)
 
     def close(self):
         """Return when everything is on disk and the store is free for others."""
@@ -3481,7 +3493,7 @@ class StoreFile:
 
         Reading needs no ownership of the store, nor a lock where the store may only be read."""
         with self.lock:
-            if not writes and self.file_lock.fd is None and self.refusal():
+            if not writes and self.file_lock.fd is None and refusal(self.path):
                 return self._unlocked(action)
             self.owner.lock = lambda: self.lock_file(self.LOCK_TIMEOUT_S)
             self.owner.lock()
@@ -3499,7 +3511,7 @@ class StoreFile:
                         raise StoreUnavailable("%s was taken over by another host" % self.path)
                     self._begin_epoch()
                 elif writes and is_newer(__version__, self.version_seen):
-                    self._tell_version()
+                    self._tell()
                 answer = action()
                 if writes:
                     self.owner.move()
@@ -3521,37 +3533,6 @@ class StoreFile:
             return action()
         except OSError as error:
             raise LabtaskerRuntimeError("%s can't be read (%s)" % (self.path, error.strerror))
-
-    def refusal(self):
-        """Return why this process may not write to the store, or None. Of a store that is not there yet, the folder is
-        asked in which it would be made."""
-        path = self.path
-        while not os.path.exists(path):
-            path = os.path.dirname(path)
-        asked = {path, os.path.dirname(os.path.realpath(path)) if os.path.isfile(path) else path}
-        if all(os.access(one, os.W_OK) for one in asked):
-            return None
-        if os.statvfs(path).f_flag & os.ST_RDONLY:
-            return "%s can't be written: its file system is mounted read-only" % self.path
-        return "%s can't be written: this user may only read it" % self.path
-
-    def check_expected(self):
-        """Raise StoreUnavailable where the store that has given this process a run is not there, or another is in its
-        place: it is away, as a server can be, and nothing may be concluded from that."""
-        journal = self.journal
-        try:
-            there = os.stat(self.path)
-            if journal.fd is not None and there.st_ino == journal.inode:
-                store_id = journal.header.get("store")
-            else:
-                source = JournalFile(self.path, mode=os.O_RDONLY)
-                source.open()
-                store_id = source.header.get("store")
-        except (OSError, StoreDamaged):
-            raise StoreUnavailable(AWAY % self.path) from None
-        if store_id != self.expected:
-            raise StoreUnavailable("%s is another store than the one that this process has a run of: its file system "
-                                   "may be away" % self.path)
 
     def lock_file(self, timeout_s):
         """Take the file's lock, or raise StoreUnavailable saying who has it or what is wrong with the folder.
@@ -3637,8 +3618,8 @@ class StoreFile:
         if can_go_on:
             return
         if not is_known:  # else others have written and compacted since
-            journal.notices.append("%s is not the file that this process had read up to line %d: another was put in "
-                                   "its place, or its content changed; it is read anew" % (self.path, lines))
+            journal.notices.append("%s is not the file that this process had read: another was put in its place, or "
+                                   "its content changed; it is read anew" % self.path)
         journal.open()
 
     def _start_anew(self):
@@ -4886,7 +4867,7 @@ def _run_welcome(store, caller, request, route):
 
 
 def _run_health(store, caller, request, route):
-    problem = store.problem() or store.journal.broken or store.refusal()
+    problem = store.problem() or store.journal.broken or refusal(store.path)
     return {"status": "unhealthy" if problem else "healthy", "database": problem or "connected"}
 
 

@@ -610,6 +610,7 @@ def test_damage_in_what_was_put_in_its_files_place_leaves_no_half_read_state(tmp
 def test_another_process_that_writes_the_file_anew_is_followed_without_a_word(tmp_path, capfd):
     living, other = L.Store(str(tmp_path / "journal.jsonl")), L.Store(str(tmp_path / "journal.jsonl"))
     put(living, 1, 2)
+    capfd.readouterr()  # that the store was created
     put(other, 3)
     other.journal.broken = "a sync failed"
     put(other, 4)
