@@ -239,9 +239,23 @@ NAME = Pattern(r"[a-zA-Z0-9_-]{1,100}\Z")
 KEY = Pattern(r"[a-zA-Z0-9_-]+(\.[a-zA-Z0-9_-]+)*\Z")
 
 
+FREE_KEY = Pattern("[^.\x00-\x1f\x7f-\x9f\ud800-\udfff]+(?:\\.[^.\x00-\x1f\x7f-\x9f\ud800-\udfff]+)*\\Z")
+FREE_FIELDS = ("summary", "metadata", "metadata_update")  # whose keys are the user's: `val/acc`, `mrr@10`
+
+
+def _is_free(where):
+    """Return whether the keys at `where` may be any text."""
+    return where[0] in FREE_FIELDS or where[0] == "updates" and ".".join(where[1:]).split(".")[0] in FREE_FIELDS
+
+
 def check_key(key, where):
-    """Raise InvalidFields unless `key` is letters, digits, `_` and `-`, with dots between."""
-    if not isinstance(key, str) or not KEY.match(key):
+    """Raise InvalidFields unless `key` is letters, digits, `_` and `-`, with dots between; in a summary and
+    metadata any text without control characters."""
+    if isinstance(key, str) and _is_free(where if where[0] != "updates" else where + [key]):
+        if not FREE_KEY.match(key):
+            raise InvalidFields([(["body"] + where, "the key %.120r is empty, is so before, between or after its dots, "
+                                  "or has control characters in it" % (key,))])
+    elif not isinstance(key, str) or not KEY.match(key):
         raise InvalidFields([(["body"] + where, "the key %.120r is not made of letters, digits, '_' and '-', "
                               "with dots between nested keys" % (key,))])
 
@@ -251,16 +265,18 @@ def nest(mapping, where="args"):
 
     Paths merge in any order; a path set twice, or set to a value and to a dict, is refused and both are named.
     """
-    return dict(mapping) if _is_plain(mapping) else _nested(mapping, [where])
+    return dict(mapping) if _is_plain(mapping, where in FREE_FIELDS) else _nested(mapping, [where])
 
 
-def _is_plain(value):
+def _is_plain(value, is_free=False):
     """Return whether a dict has no dotted key, no odd key and no dict inside: the common case, at a glance."""
     for key, item in value.items():
         if type(item) is dict or type(item) is list and any(type(each) in (dict, list) for each in item):
             return False
         if key not in _PLAIN_KEYS:
             if not (type(key) is str and NAME.match(key)):
+                if is_free and type(key) is str and "." not in key and FREE_KEY.match(key):
+                    continue
                 return False
             if len(_PLAIN_KEYS) < 10000:
                 _PLAIN_KEYS.add(key)
@@ -363,6 +379,120 @@ def tell(text):
         silence(2)
     except (OSError, ValueError, AttributeError):  # AttributeError: there is none
         pass
+
+
+class Plain:
+    """Makes JSON types of what scripts hold: numbers of numpy, torch and the like, dataclasses, paths, sets, tuples.
+
+    `odd(value, where, why)` returns what is put for a value that can't be JSON, and for a key that can't, or raises;
+    `where` are the keys that lead there."""
+
+    def __init__(self, odd):
+        self.odd, self.above = odd, []  # the ids of what holds the value
+
+    def value(self, value, where):
+        """Return the value in JSON types."""
+        kind = type(value)
+        if value is None or kind in (bool, float, str):
+            return value
+        if issubclass(kind, int):
+            number = int.__int__(value)
+            return number if -2 ** 63 <= number < 2 ** 64 else self.odd(value, where, "it is outside -2^63 to 2^64-1")
+        if issubclass(kind, (float, str)):
+            return float.__float__(value) if issubclass(kind, float) else str.__str__(value)
+        if len(self.above) >= MAX_DEPTH - 5 or id(value) in self.above:  # a request wraps it in some
+            return self.odd(value, where, "it holds itself" if id(value) in self.above else "it is nested too deep")
+        self.above.append(id(value))
+        try:
+            return self.held(value, kind, where)
+        except (LabtaskerError, MemoryError):
+            raise
+        except Exception as error:  # the user's own methods
+            return self.odd(value, where, "it can't be read: " + type(error).__name__)
+        finally:
+            self.above.pop()
+
+    def held(self, value, kind, where):
+        """Return what is no scalar in JSON types; raises what the value's own methods do."""
+        if issubclass(kind, dict):
+            return self.items(value.items(), where)
+        if issubclass(kind, (list, tuple)):
+            return [self.value(item, where + [str(place)]) for place, item in enumerate(value)]
+        if issubclass(kind, (set, frozenset)):
+            return self.in_order([self.value(item, where) for item in value])
+        if hasattr(kind, "__dataclass_fields__"):
+            names = [field.name for field in sys.modules["dataclasses"].fields(value)]
+            return self.items([(name, getattr(value, name)) for name in names], where)
+        if issubclass(kind, os.PathLike) and isinstance(os.fspath(value), str):
+            return os.fspath(value)
+        number = self.number(value)
+        if number is not self:
+            return self.value(number, where)
+        return self.odd(value, where, "it is of the type %.100s" % kind.__name__)
+
+    def number(self, value):
+        """Return what the `item` of size one, or the `tolist`, of a number, array or tensor gives; self without."""
+        if isinstance(value, type):
+            return self
+        for name, kinds in (("item", SCALARS), ("tolist", SCALARS + (list, tuple))):
+            try:
+                found = getattr(value, name)()
+                if type(found) is type(value) and hasattr(found, "__float__"):  # wider than a float: numpy.longdouble
+                    found = float(found)
+            except Exception:  # there is none, or there are many
+                continue
+            if type(found) in kinds:
+                return found
+        return self
+
+    def items(self, pairs, where):
+        """Return a dict in JSON types; its keys become text as JSON has it."""
+        found = {}
+        for key, item in pairs:
+            name = self.key(key, where)
+            if name in found:
+                self.odd(key, where, "the key %s is there twice" % name)
+                name = next(each for each in map((name.replace("%", "%%") + "_%d").__mod__, itertools.count(2))
+                            if each not in found)
+            found[name] = self.value(item, where + [name])
+        return found
+
+    def key(self, key, where):
+        """Return a key of a dict as text."""
+        plain = Plain(lambda *_: self).value(key, where)
+        if isinstance(plain, str):
+            return plain
+        if type(plain) in SCALARS:
+            return json.dumps(plain)
+        return self.odd(key, where, "it can't be a key, which is text")
+
+    @staticmethod
+    def in_order(items):
+        """Return what was in a set in an order that is the same each time."""
+        try:
+            return sorted(items)
+        except TypeError:
+            return sorted(items, key=json.dumps)
+
+
+SCALARS = (type(None), bool, int, float, str)
+
+
+def refuse_odd(value, where, why):
+    """Raise LabtaskerTypeError for a value that can't be JSON."""
+    raise LabtaskerTypeError("%s: %s can't be sent: %s. What is sent is made of dicts, lists, text, numbers, booleans, "
+                             "None, and what has .item() or .tolist()" % (".".join(where) or "it", repr_of(value), why))
+
+
+def repr_of(value):
+    """Return the repr of a value, however odd, of at most REPR_LIMIT letters."""
+    try:
+        return str.encode(repr(value), "utf-8", "backslashreplace").decode("utf-8")[:REPR_LIMIT]
+    except Exception:
+        return "<%.100s without a repr>" % type.__repr__(type(value))
+
+
+REPR_LIMIT = 1000
 
 
 class Instant(float):
@@ -759,8 +889,9 @@ class _Parser(_Meaning):
         self.require(kind == "const", "only a constant can stand before in %s(...)" % name, column)
         if name == "list":
             return {path: node}
-        is_key = isinstance(node, str) and KEY.match(node)
-        self.require(is_key, "a key is text made of letters, digits, _ and -", column)
+        is_key = isinstance(node, str) and FREE_KEY.match(node)
+        self.require(is_key, "a key is text without control characters, with something before and after each dot",
+                     column)
         return {path + "." + node: {"$exists": True}}
 
     def operand(self):
@@ -820,8 +951,8 @@ class _Parser(_Meaning):
     def subscript(self):
         column, shown = self.column, self.shown()
         key = self.string() if self.kind == "string" else self.take() if self.word.isdigit() else ""
-        self.require(KEY.match(key), "in brackets comes a key such as [\"lr\"] or an index such as [0], not %s" % shown,
-                     column)
+        self.require(FREE_KEY.match(key),
+                     "in brackets comes a key such as [\"lr\"] or an index such as [0], not %s" % shown, column)
         self.expect("]", "] after the key")
         return key
 
@@ -7331,6 +7462,101 @@ def _keeping_opener():
     return opener
 
 
+def _as_json(value):
+    """Return JSON text of what a request sends, or raise LabtaskerTypeError naming what can't be sent."""
+    try:
+        text = json.dumps(value)
+        if not LONG_NUMBER.search(text):  # those that a store can't keep are told of by their place
+            return text
+    except (TypeError, ValueError, RecursionError):
+        pass
+    return json.dumps(Plain(refuse_odd).value(value, []))
+
+
+LONG_NUMBER = Pattern(r"[0-9]{19}")
+
+
+def plain_summary(summary):
+    """Return a summary in JSON types with keys that a store takes.
+
+    Never raises, as a run that is done must not fail for its numbers: what can't be kept as it is becomes its repr, a
+    key that can't be kept another one, and stderr says so."""
+    if summary is None:
+        return None
+    told = []
+
+    def odd(value, where, why):
+        told.append("%s is kept as text, as %s" % (".".join(["summary"] + where), why))
+        return repr_of(value)
+    try:
+        found = Plain(odd).value(summary, [])
+        found = _fitting(found if isinstance(found, dict) else {"value": found}, told)
+        try:
+            found = nest(found, "summary")
+        except InvalidFields:
+            found = nest(_with_keys(found, told), "summary")
+    except Exception as error:
+        told.append("the summary is kept as text: %s: %s" % (type(error).__name__, error))
+        found = {"value": repr_of(summary)}
+    for text in told[:20]:
+        tell("labtasker: " + text)
+    return found
+
+
+def _fitting(summary, told):
+    """Return a summary that a request can hold: the largest values of one that can't become text."""
+    texts = {key: json.dumps(value) for key, value in summary.items()}
+    while sum(map(len, texts.values())) > MAX_BODY_BYTES // 2 or sum(
+            text.count("[") + text.count("{") for text in texts.values()) > MAX_CONTAINERS // 2:
+        largest = max(texts, key=lambda key: len(texts[key]))
+        if len(texts[largest]) <= REPR_LIMIT:
+            raise ValueError("it has too many keys")
+        told.append("summary.%s is kept as text, as it is too large" % largest)
+        summary[largest] = texts[largest][:REPR_LIMIT - 10]
+        texts[largest] = json.dumps(summary[largest])
+    return summary
+
+
+def _with_keys(value, told):
+    """Return a value of a summary with keys that a store takes, each path set once."""
+    if isinstance(value, list):
+        return [_with_keys(item, told) for item in value]
+    if not isinstance(value, dict):
+        return value
+    tree = {}
+    for key, item in value.items():
+        item = _with_keys(item, told)
+        name = ".".join(part or "_" for part in UNKEPT.sub("_", key).split("."))
+        flat_name = name.replace(".", "_")
+        names = itertools.chain([name, flat_name], (flat_name + "_%d" % number for number in itertools.count(2)))
+        kept = next(each for each in names if _put(tree, each.split("."), item))
+        if kept != key:
+            told.append("the key %s of the summary is kept as %s" % (repr_of(key), kept))
+    return tree
+
+
+def _put(tree, path, item):
+    """Return whether `item` could be put at a path of nested dicts, where nothing else was set."""
+    if len(path) > MAX_DEPTH // 3:
+        return False
+    node, last = tree, path[-1]
+    for part in path[:-1]:
+        node = node.get(part, {})
+        if not isinstance(node, dict):
+            return False
+    if last in node:
+        pairs = list(item.items()) if isinstance(item, dict) and item and isinstance(node[last], dict) else []
+        return bool(pairs) and not set(item) & set(node[last]) and not node[last].update(item)
+    node = tree
+    for part in path[:-1]:
+        node = node.setdefault(part, {})
+    node[last] = item
+    return True
+
+
+UNKEPT = Pattern("[\x00-\x1f\x7f-\x9f\ud800-\udfff]")  # in a key
+
+
 class Client:
     """A queue, reached through a transport."""
 
@@ -7353,11 +7579,7 @@ class Client:
         """Return the decoded answer (None where there is none), or raise LabtaskerHTTPStatusError or
         LabtaskerConnectError. A server that speaks the plain protocol is sent nothing else."""
         sent, query = self._plain(method, path, body, query)
-        try:
-            sent = None if sent is None else json.dumps(sent)
-        except (TypeError, ValueError) as error:
-            raise LabtaskerTypeError("what is sent must be made of dicts, lists, text, numbers, booleans and None: "
-                                     "%s" % error) from None
+        sent = None if sent is None else _as_json(sent)
         try:
             status, answer = self.transport.call(method, path, query, sent)
         except InvalidFields as error:
@@ -7702,6 +7924,11 @@ class TaskUpdateRequest(Response):
                 hint = nearest(name, self.FIELDS)
                 raise LabtaskerTypeError("TaskUpdateRequest has no field %r%s; it has %s" % (
                     name, ", did you mean %r?" % hint if hint else "", ", ".join(self.FIELDS)))
+        for name in ("args", "metadata"):
+            if given.get(name) is not None:
+                given[name] = Plain(refuse_odd).value(given[name], [name])
+        if given.get("summary") is not None:
+            given["summary"] = plain_summary(given["summary"])
         checked(self.FIELDS, given, ["update"])
         super().__init__(task_id=task_id, _given=given, **dict(dict.fromkeys(self.FIELDS), **given))
 
@@ -7818,6 +8045,7 @@ def submit_tasks(tasks, unique=False):
     5,000 are one transaction; of more, a message on stderr says so, since part of them may be there after a failure.
     A server without the extension gets them one by one."""
     if unique:
+        tasks = [dict(task, args=Plain(refuse_odd).value(task.get("args"), ["args"])) for task in tasks]
         new, ids = unseen(tasks)
         return submit_tasks(new) and ids if new else ids
     tasks, ids = [_given(**dict({"task_id": new_id(), "git": code_version()}, **task)) for task in tasks], []
@@ -9202,7 +9430,8 @@ class Run:
 
     def report(self, status, summary=None, worker_id=None):
         """Send what the job itself says of its task, or keep it where the server is away; remember where that ends
-        the run."""
+        the run. What can't be sent is known before anything is."""
+        summary = plain_summary(summary)
         post(self, {"status": status, "summary": summary, "worker_id": worker_id or self.worker_id})
         self.note_summary(summary)
         if status != "running":
@@ -9363,7 +9592,7 @@ def report_task_status(task_id, status, summary=None, worker_id=None):
     For the task that runs here it also says which run reports; the loop leaves a status that ends it alone."""
     run = find_run()
     if run is None or run.task_id != task_id:
-        deliver(task_id, status, summary, worker_id)
+        deliver(task_id, status, plain_summary(summary), worker_id)
     else:
         run.report(status, summary, worker_id)
 

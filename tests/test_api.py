@@ -552,3 +552,14 @@ def test_help_api_prints_every_route_with_all_its_fields(capsys):
         for field, (_, arg) in zip(shown, spec):
             assert field.split(" ", 1)[1] == arg.kind + (
                 " (required)" if arg.default is L.REQUIRED else "" if arg.default is None else "=" + json.dumps(arg.default))
+
+
+def test_a_report_of_any_client_may_have_any_key_in_its_summary(call):
+    one = call("POST", ME + "/tasks", {"args": {"a": 1}, "metadata": {"by/whom": 1}})[1]["task_id"]
+    call("POST", ME + "/tasks/next", {"required_fields": ["a"]})
+    assert call("POST", ME + "/tasks/%s/status" % one, {"status": "success", "summary": {"val/acc": 0.5, "x y.z": 1}})[0] == 200
+    found = call("POST", ME + "/tasks/search", {"extra_filter": {"summary.val/acc": 0.5, "metadata.by/whom": 1}, "sort": [["summary.val/acc", 1]]})[1]
+    assert [task["summary"] for task in found["content"]] == [{"val/acc": 0.5, "x y": {"z": 1}}]
+    assert call("POST", ME + "/tasks/search", {"extra_filter": 'summary["val/acc"] > 0.1 and summary["x y"].z == 1'})[1]["found"]
+    status, answer = call("POST", ME + "/tasks/%s/status" % one, {"status": "success", "summary": {"a\x00": 1}})[:2]
+    assert status == 422 and "control characters" in str(answer)

@@ -694,6 +694,8 @@ def test_count_by_status_and_by_field(both):
     (["-u", "priority=100"], "priority", 100),
     (["-u", "task_name=123"], "task_name", "123"),
     (["-u", "summary.acc=NaN"], "summary", {"acc": "NaN"}),
+    (["-u", "summary.val/acc=0.5", "-u", "summary.x y.z@10=1"], "summary", {"val/acc": 0.5, "x y": {"z@10": 1}}),
+    (["-u", "args.commit=31e8473"], "args", {"lr": 0.3, "opt": {"name": "adam", "m": 1}, "commit": "31e8473"}),
     (["--", "priority=7"], "priority", 7),
     (["-u", "priority=7", "--", "max_retries=9"], "max_retries", 9),
 ])

@@ -523,3 +523,18 @@ def test_several_fields_and_ties():
     assert names(records, [["status", -1], ["priority", 1]]) == ["b", "a", "d", "c"]
     assert names(records, [["priority", 1], ["status", -1]]) == ["b", "a", "d", "c"]
     assert records[0].task_id == "d", "the list that was given is left as it was"
+
+
+@pytest.mark.parametrize("key", ["val/acc", "mrr@10", "val acc", "$x", "0x", "日本", "it's", 'a"b', "a\\b", "a.b/c", "[0]", "%s"])
+def test_any_key_can_be_written_in_brackets(key):
+    tree = labtasker.nest({key: 0.5}, "metadata")
+    record, path = Record(metadata=tree, args={"k": 0.25}), "metadata[%s]" % json.dumps(key, ensure_ascii=False)
+    for text in ("%s == 0.5", "%s > args.k", "%s * 2 == 1", "exists(%s)", "%s in [0.5]"):
+        assert finds(text % path, record), text
+        assert not finds(text % path, Record(metadata={}, args={"k": 0.25})), text
+    assert finds("%s in dict(metadata)" % json.dumps(key, ensure_ascii=False), record)
+
+
+def finds(text, record):
+    document = labtasker.parse_filter(text, Record._fields, 0)
+    return labtasker.compile_query(json.loads(json.dumps(document)), Record._fields)(record)

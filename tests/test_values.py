@@ -1,8 +1,16 @@
 """Errors, ids, names, dotted keys, times."""
+import array
+import collections
 import copy
 import datetime
+import decimal
+import enum
+import json
+import math
 import multiprocessing
+import pathlib
 import pickle
+import unittest.mock
 import uuid
 
 import pytest
@@ -180,3 +188,167 @@ def test_the_answer_of_a_pool_whose_call_raised_an_error_of_ours_is_that_error()
         with pytest.raises(labtasker.FilterError) as found:
             pool.apply_async(labtasker.parse_filter, ("nosuch == 1", ["args"], 0)).get(60)
     assert found.value.column == 0 and found.value.text == "nosuch == 1"
+
+
+# What scripts hold, as JSON
+
+
+class Scalar:
+    """As numpy.float32 and a tensor without dimensions behave."""
+
+    def __init__(self, value):
+        self.content = value
+
+    def item(self):
+        return self.content
+
+    tolist = item
+
+
+class Many:
+    """As an array behaves."""
+
+    def __init__(self, *values):
+        self.values = values
+
+    def item(self):
+        raise ValueError("can only convert an array of size 1")
+
+    def tolist(self):
+        return list(self.values)
+
+
+class Endless:
+    def __getattr__(self, name):
+        return self
+
+    def __call__(self):
+        return self
+
+    def __repr__(self):
+        return "endless"
+
+
+class NoRepr:
+    def item(self):
+        raise KeyError
+
+    def __repr__(self):
+        raise KeyError
+
+
+class Whole(int):
+    def __int__(self):
+        raise ValueError
+
+
+class Words(dict):
+    def items(self):
+        raise ValueError("no items")
+
+
+class Level(enum.IntEnum):
+    HIGH = 2
+
+
+Point = collections.namedtuple("Point", "x y")
+HOLDS_ITSELF, DEEP = {}, {}
+HOLDS_ITSELF["self"] = HOLDS_ITSELF
+for _ in range(300):
+    DEEP = {"k": DEEP}
+
+KEPT_IN_JSON = [
+    (Scalar(0.5), 0.5), (Scalar(7), 7), (Scalar(True), True), (Many(1, 2.5), [1, 2.5]), (Many(), []), (Many(Scalar(1), [Scalar(2)]), [1, [2]]),
+    (pathlib.Path("/data/x"), "/data/x"), ({3, 1, 2}, [1, 2, 3]), (frozenset([1, "a"]), ["a", 1]), ((1, (2,)), [1, [2]]), (Point(1, Scalar(2)), [1, 2]),
+    ({1: "a", 2.5: {None: "b", True: "c"}}, {"1": "a", "2.5": {"null": "b", "true": "c"}}), ({Scalar(1): 2}, {"1": 2}), (Level.HIGH, 2),
+    (2 ** 64 - 1, 2 ** 64 - 1), (-2 ** 63, -2 ** 63), (math.inf, math.inf), (collections.OrderedDict(a=Scalar(1)), {"a": 1}), (Whole(3), 3),
+    (array.array("d", [0.5]), [0.5])]
+NOT_JSON = [b"x", 1j, object, datetime.datetime(2026, 1, 1), decimal.Decimal("0.1"), enum.Enum("Colour", "RED").RED, 2 ** 64, Endless(),
+            NoRepr(), Words(a=1), HOLDS_ITSELF, DEEP, {(1, 2): 3}, {1: 2, "1": 3}, Many(b"x"), len, iter([1])]
+
+
+def refused(value):
+    return labtasker.Plain(labtasker.refuse_odd).value({"model": value}, ["args"])["model"]
+
+
+@pytest.mark.parametrize("value, plain", KEPT_IN_JSON, ids=[str(number) for number in range(len(KEPT_IN_JSON))])
+def test_numbers_dataclasses_paths_sets_and_tuples_are_taken_everywhere(value, plain):
+    assert (refused(value), type(refused(value))) == (plain, type(plain))
+    assert labtasker.plain_summary({"x": value})["x"] == labtasker.nest({"x": plain}, "summary")["x"]
+
+
+def test_numbers_of_numpy_are_taken():
+    numpy = pytest.importorskip("numpy")
+    values = [numpy.float32(0.5), numpy.float64(0.5), numpy.float16(0.5), numpy.longdouble(0.5), numpy.array(0.5), numpy.array([0.5]),
+              numpy.array([[0.5]])]
+    assert [refused(value) for value in values] == [0.5] * len(values) and {type(refused(value)) for value in values} == {float}
+    assert refused({numpy.int64(3): numpy.bool_(True), "a": numpy.arange(3), numpy.str_("s"): numpy.str_("t")}) == {"3": True, "a": [0, 1, 2], "s": "t"}
+    assert refused(numpy.array([[1, 2], [3, 4]])) == [[1, 2], [3, 4]] and refused(numpy.zeros((0, 2))) == []
+    told = labtasker.plain_summary({"c": numpy.complex64(1), "d": numpy.datetime64("2026-01-01"), "acc": numpy.float32(0.25)})
+    assert told["acc"] == 0.25 and isinstance(told["c"], str) and "2026-01-01" in told["d"]
+
+
+def test_dataclasses_are_taken():
+    dataclasses = pytest.importorskip("dataclasses")
+    made = dataclasses.make_dataclass("Made", ["lr", ("opt", object, None)])
+    assert refused(made(Scalar(0.5), made(pathlib.Path("x")))) == {"lr": 0.5, "opt": {"lr": "x", "opt": None}}
+    assert labtasker.plain_summary(made(1)) == {"lr": 1, "opt": None}
+    with pytest.raises(labtasker.LabtaskerTypeError):
+        refused(made)
+
+
+@pytest.mark.parametrize("value", NOT_JSON, ids=[str(number) for number in range(len(NOT_JSON))])
+def test_what_can_not_be_json_is_refused_by_name_and_is_text_in_a_summary(value, capsys):
+    with pytest.raises(labtasker.LabtaskerTypeError, match="^args\\.model"):
+        refused(value)
+    found = labtasker.plain_summary({"x": value, "acc": 0.5})
+    assert found["acc"] == 0.5 and found["x"] is not None
+    assert capsys.readouterr().err.startswith("labtasker: summary")
+    labtasker.parse_json(json.dumps({"updates": [{"summary": found}]}))
+    assert labtasker.nest(found, "summary") == found
+
+
+@pytest.mark.parametrize("given_, kept", [
+    ({"val/acc": 1, "mrr@10": 2, "val acc": 3, "$x": 4}, {"val/acc": 1, "mrr@10": 2, "val acc": 3, "$x": 4}),
+    ({"val.acc": 1, "val": {"loss": 2}}, {"val": {"acc": 1, "loss": 2}}),
+    ({"loss": 1, "loss.val": 2}, {"loss": 1, "loss_val": 2}),
+    ({"loss.val": 1, "loss": 2}, {"loss": {"val": 1}, "loss_2": 2}),
+    ({"loss": 1, "loss.val": 2, "loss_val": 3}, {"loss": 1, "loss_val": 2, "loss_val_2": 3}),
+    ({1: 1, "1": 2}, {"1": 1, "1_2": 2}), ({"": 1, "a.": 2, "b\n": 3, "\ud800": 4}, {"_": 1, "a": {"_": 2}, "b_": 3, "__2": 4}),
+    ([1, 2], {"value": [1, 2]}), (0.5, {"value": 0.5}), ({}, {}), (None, None), ({"a": [{"x.y": 1, "x": 2}]}, {"a": [{"x": {"y": 1}, "x_2": 2}]}),
+])
+def test_whatever_the_keys_of_a_summary_none_of_its_values_is_lost(given_, kept):
+    assert labtasker.plain_summary(given_) == kept
+    assert kept is None or labtasker.nest(kept, "summary") == kept
+
+
+ODD_KEYS = st.text("a.b_\n", max_size=4) | st.integers(0, 2)
+
+
+@given(st.dictionaries(ODD_KEYS, st.recursive(st.integers(0, 9), lambda inner: st.dictionaries(ODD_KEYS, inner, max_size=3), max_leaves=6), max_size=5))
+def test_a_summary_of_any_keys_is_kept_whole(summary):
+    with unittest.mock.patch.object(labtasker, "tell"):
+        found = labtasker.plain_summary(summary)
+    assert labtasker.nest(found, "summary") == found
+    assert sorted(map(str, numbers_in(found))) == sorted(map(str, numbers_in(summary)))
+
+
+def numbers_in(tree):
+    return [number for value in tree.values() for number in (numbers_in(value) if isinstance(value, dict) else [value])]
+
+
+def test_a_summary_that_no_request_can_hold_loses_its_largest_values_alone():
+    found = labtasker.plain_summary({"acc": 0.5, "all": list(range(3 * 10 ** 6)), "boxes": [[]] * 300000})
+    assert found["acc"] == 0.5 and len(json.dumps(found)) < 5000
+    assert found["all"].startswith("[0, 1, 2")
+    assert "value" in labtasker.plain_summary({str(number): "x" * 20 for number in range(400000)})
+
+
+@pytest.mark.parametrize("where", ["summary", "metadata", "metadata_update"])
+def test_keys_of_a_summary_and_of_metadata_are_any_text_without_control_characters(where):
+    assert labtasker.nest({"val/acc": 1, "x y.z@10": {"p/q": 2}}, where) == {"val/acc": 1, "x y": {"z@10": {"p/q": 2}}}
+    for key in ("", ".", "a.", ".a", "a..b", "a\n", "\x00", "\x7f", "\x9f", "\ud800", 1):
+        with pytest.raises(labtasker.InvalidFields):
+            labtasker.nest({key: 1}, where)
+    with pytest.raises(labtasker.InvalidFields):
+        labtasker.nest({"val/acc": 1}, "args")

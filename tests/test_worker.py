@@ -434,6 +434,48 @@ def test_a_loop_goes_on_with_the_slots_that_it_has_threads_for(home, monkeypatch
     assert [task(one).status for one in ids] == ["success"] * 4 and len(count) == 3
 
 
+@pytest.mark.parametrize("finish", ["finish", "report", "update"])
+def test_a_run_never_fails_for_what_its_summary_holds(both, finish, capfd):
+    one, = submit(max_retries=1)
+    summary = {"val/acc": Scalar(0.5), "mrr@10": {1: 2}, "loss": 1, "loss.val": 2, "model": object, "raw": b"x", "set": {1}}
+
+    @labtasker.loop()
+    def main(n=Required()):
+        if finish == "finish":
+            labtasker.finish("success", summary)
+        elif finish == "report":
+            labtasker.report_task_status(labtasker.current_task_id(), "success", summary)
+        else:
+            labtasker.update_tasks([TaskUpdateRequest(task_id=one, summary=summary)])
+    main()
+    found = task(one)
+    assert (found.status, found.retries) == ("success", 0)
+    assert found.summary == {"val/acc": 0.5, "mrr@10": {"1": 2}, "loss": 1, "loss_val": 2, "model": "<class 'object'>", "raw": "b'x'",
+                             "set": [1]}
+    assert "summary.model is kept as text" in capfd.readouterr().err
+    assert [each["task_id"] for each in both.tasks("-f", 'summary["val/acc"] >= 0.5 and summary["mrr@10"]["1"] == 2')] == [one]
+
+
+class Scalar:
+    def __init__(self, value):
+        self.value = value
+
+    def item(self):
+        return self.value
+
+
+def test_what_is_no_json_in_args_is_refused_by_name_and_nothing_is_sent(both):
+    for send in (lambda: labtasker.submit_task(args={"n": 1, "opt": {"f": len}}), lambda: labtasker.submit_tasks([{"args": {"n": 1}}, {"args": {"opt": {"f": len}}}]),
+                 lambda: labtasker.submit_grid({"n": [1], "opt.f": [len]}), lambda: labtasker.submit_grid({"n": [1], "opt.f": [len]}, unique=True),
+                 lambda: labtasker.submit_task(args={"n": 1}, metadata={"opt.f": len})):
+        with pytest.raises(labtasker.LabtaskerTypeError, match="opt.f: <built-in function len> can't be sent"):
+            send()
+    assert labtasker.ls_tasks().content == []
+    one = labtasker.submit_task(args={"n": Scalar(1), "m": {2: (3, {4})}}, metadata={"by/whom": pathlib.Path("me")}).task_id
+    assert (task(one).args, task(one).metadata) == ({"n": 1, "m": {"2": [3, [4]]}}, {"by/whom": "me"})
+    assert labtasker.submit_grid({"n": [Scalar(1)], "m.2": [(3, {4})]}, unique=True) == [one]
+
+
 def test_what_was_reported_is_no_error_where_the_disk_can_not_take_the_runs_own_notes(home, monkeypatch, capfd):
     ids = submit(2, max_retries=1)
 
