@@ -12890,7 +12890,7 @@ COMMANDS = {
         do_loop, "Run a command for each pending task whose arguments it takes. Then end.",
         "labtasker loop -- python train.py --lr '%(lr)' --model '%(model)'", [
             option("-c --cmd TEXT", "a command for the shell, values quoted for it"),
-            option("--script-path FILE", "a script for the shell or Python; values stay values"),
+            option("--script-path FILE", "a script for a shell or Python"),
             option("--executable FILE", "the shell (/bin/sh)"),
             FILTER,
             option("--worker-id ID", "run as this worker (labtasker worker create)"),
