@@ -4523,9 +4523,8 @@ def update_tasks_op(store, queue, request, at):
             continue
         if old_state == "running" and fields["status"] != "running":
             fields.update(_attempt_over(task, at, "reset" if request["reset_pending"] else fields["status"]))
-        if fields:
-            fields["last_modified"] = after(at, len(changes))
-            changes.append(["task", task_id, fields, old_state])
+        fields["last_modified"] = after(at, len(changes))  # also where nothing else changes, as 1.0.1 has it
+        changes.append(["task", task_id, fields, old_state])
         now_are[task_id] = revised(task, dict(fields))
     if problems:
         raise BadRequest("; ".join(problems) + (" (nothing was updated)" if len(request["updates"]) > 1 else ""))
@@ -7071,7 +7070,8 @@ class Exchange:
 def _is_of_protocol(method, path, status, answer):
     """Return whether an answer that is no error can be a Labtasker server's: something between may have sent it."""
     if status != 204:
-        return 200 <= status < 300 and isinstance(answer, dict) and method != "DELETE"
+        is_null = answer == "null" and method == "POST" and path.endswith("/status")  # so a 1.0.1 server takes a report
+        return 200 <= status < 300 and (isinstance(answer, dict) or is_null) and method != "DELETE"
     return find_route(method, path)[0].status == 204
 
 
@@ -7150,7 +7150,8 @@ class HttpTransport:
             answer = json.loads(content.decode()) if content else None
         except ValueError:
             answer = content
-        if status < 400 and not _is_of_protocol(asked.method, path, status, answer):
+        given = "null" if content == b"null" else answer
+        if status < 400 and not _is_of_protocol(asked.method, path, status, given):
             raise LabtaskerConnectError("%s answered %s %s with %s and %s: is it a Labtasker server?" % (
                 self.url, asked.method, path, status, "what is no JSON object" if content else "nothing else"))
         if status >= 400 and answer is content:  # a proxy's page, or a bug of a 1.0.1 server
@@ -9231,7 +9232,12 @@ def patiently(action, pause, limit_s):
 def deliver(task_id, status, summary=None, worker_id=None, run_id=None, reason=None, attempt=None):
     """Send a report; what the plain protocol has no report for, a server without the extensions gets by PUT."""
     if status not in ("pending", "running") or client().extensions:
-        return send_report(task_id, status, summary, worker_id, run_id, reason, attempt)
+        try:
+            return send_report(task_id, status, summary, worker_id, run_id, reason, attempt)
+        except LabtaskerHTTPStatusError as error:  # to a 1.0.1 server a status that the task has already is a mistake
+            if client().extensions or error.status_code not in (400, 500) or get_task(task_id).status != status:
+                raise
+        return summary and update_tasks([TaskUpdateRequest(task_id=task_id, summary=summary)]) and None
     task = get_task(task_id)
     if worker_id and (task.status, task.worker_id) != ("running", worker_id):
         raise LabtaskerHTTPStatusError(409, "task %s is not run by worker %s (it is %s)" % (

@@ -271,6 +271,17 @@ def task_event(door, task_id, event):
     return status
 
 
+@pytest.mark.parametrize("fields", [{}, {"priority": 0}, {"status": "pending"}, {"task_name": None}])
+def test_a_put_moves_last_modified_also_where_it_changes_nothing_else(door, fields):
+    task_id = door.submit(priority=0)
+    before = door.task(task_id)
+    door.clock.pass_s(1)
+    L.answer_call(door.store, lambda: door.queue, "PUT", ME + "/tasks", [dict(fields, _id=task_id)], {"reset_pending": "false"}, False)
+    after = door.task(task_id)
+    assert after["last_modified"] > before["last_modified"]
+    assert dict(after, last_modified=None) == dict(before, last_modified=None)
+
+
 def task_in(door, state):
     """Return the id of a task in this state that has failed once before."""
     task_id = door.submit(max_retries=3, task_timeout=600)

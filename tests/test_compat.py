@@ -384,6 +384,32 @@ API = """
 """
 
 
+OWN_STATUS = """
+    import labtasker as L
+
+    for status in ("success", "failed", "cancelled"):  # the skill document's way to add to a summary
+        one = L.submit_task(args={"own": status}, max_retries=1).task_id
+        task = L.fetch_task(required_fields=["own"], eta_max="1h", heartbeat_timeout=60, start_heartbeat=False).task
+        assert task.task_id == one
+        L.report_task_status(one, status, {"acc": 1})
+        L.report_task_status(one, status, {"rank": 1})
+        L.report_task_status(one, status)
+        done = L.get_task(one)
+        assert (done.status, done.summary) == (status, {"acc": 1, "rank": 1}), done
+        try:
+            L.report_task_status(one, "failed" if status == "success" else "success", {"no": 1})
+        except L.LabtaskerHTTPStatusError as error:
+            assert error.status_code == 400 and "no" not in L.get_task(one).summary
+        else:
+            raise AssertionError("a status that the task has not is taken")
+    print("done")
+"""
+
+
+def test_a_report_of_a_finished_tasks_own_status_adds_to_its_summary(our_side):
+    assert our_side.python(OWN_STATUS).stdout.splitlines()[-1] == "done"
+
+
 def test_every_function_of_scripts(side):
     assert side.python(API).stdout.splitlines()[-1] == "done"
 
