@@ -2897,7 +2897,14 @@ TRANSACTION_TASKS = 10000  # tasks one transaction may submit or update: keeps a
 MAX_INTERRUPTIONS = 100  # runs handed back before a task fails, so that none goes round for ever
 MAX_ATTEMPTS = 20  # the latest runs that a task keeps
 SLEPT_S = 2.0  # a server that wakes so much later than it meant to was stopped, and heard of nobody meanwhile
-MAX_STANDING = 200  # filters of fetches that are kept current in a queue
+MAX_STANDING = 200  # requests of fetches that are kept current in a queue
+STANDING_BYTES = 128 << 20  # that those of all queues may take
+UNUSED_S = 1800.0  # after which one that nobody asks for any more goes
+FILTERS_BYTES = 32 << 20  # of remembered filters
+PREDICATE_BYTES = 64  # that a compiled filter takes for each letter of it
+TAKING_BYTES = 200000  # of remembered required fields in a queue
+FEW_PATHS = 5000  # in the shapes of a queue's args: so many can be looked through at each fetch
+QUICK_ENTRIES = 500  # new tasks that a fetch by a standing request may look at
 SPARE_BYTES = 16 << 20  # a journal may be twice as long as its live data, and this
 LOOK_BYTES = 4 << 20  # how far it grows before its live data is estimated again
 FOLD_CHANGES = 100  # on a line of a folded journal: some ten kilobytes
@@ -3028,127 +3035,209 @@ class BeatFiles:
             self.pop(name)
 
 
+class Remembered(dict):
+    """A dict of what would have to be computed again; when it holds too many bytes it forgets everything."""
+
+    def __init__(self, most_bytes):
+        super().__init__()
+        self.most_bytes, self.held_bytes = most_bytes, 0
+
+    def keep(self, key, value, size_bytes):
+        """Return the value, and remember it where there is room for it at all."""
+        if self.held_bytes + size_bytes > self.most_bytes:
+            self.clear()
+            self.held_bytes = 0
+        if size_bytes <= self.most_bytes:
+            self[key] = value
+            self.held_bytes += size_bytes
+        return value
+
+
+def _weight_bytes(texts):
+    """Return about how many bytes a collection of texts takes."""
+    return sum(map(len, texts)) + 100 * len(texts) + 100
+
+
+_SHAPES = Remembered(4 << 20)  # args' keys, where no value is a dict: shape
+_TAKEN = Remembered(4 << 20)  # (required fields, shape): whether they take it
+
+
+def shape_of(args):
+    """Return the set of paths in `args`."""
+    for value in args.values():
+        if type(value) is dict and value:
+            return paths_of(args)
+    keys = tuple(args)
+    return _SHAPES.get(keys) or _SHAPES.keep(keys, paths_of(args), 3 * _weight_bytes(keys))
+
+
+def takes(required, shape):
+    """Return whether a fetch with these required fields takes tasks of this shape."""
+    known = _TAKEN.get((required, shape))
+    if known is None:
+        size_bytes = _weight_bytes(required) + sum(map(_weight_bytes, shape))
+        known = _TAKEN.keep((required, shape), covers(required, shape), size_bytes)
+    return known
+
+
 class Standing:
-    """A filter that fetches ask for again and again: its matches in order, and how far it has read the log."""
+    """A request that fetches ask for again and again: its matches in order, and how far it has read the log.
 
-    __slots__ = ("required", "predicate", "heap", "cursor", "ready")
+    `predicate` None: all tasks with the required fields match."""
 
-    def __init__(self, required, predicate, cursor):
+    __slots__ = ("required", "predicate", "heap", "cursor", "ready", "size_bytes", "purge_at", "asked_at")
+
+    def __init__(self, required, text, predicate, cursor):
         self.required, self.predicate, self.heap, self.cursor, self.ready = required, predicate, [], cursor, False
+        self.size_bytes = _weight_bytes(required) + PREDICATE_BYTES * len(text or "")  # without its heap
+        self.purge_at, self.asked_at = 100, monotonic()
 
-    def collect(self, entries):
-        """Take the matches among a copy of all entries; needs no lock: what changes meanwhile is in the log."""
-        self.heap = [entry for entry in entries if self.predicate(entry[4])]
-        heapq.heapify(self.heap)
-        self.ready = True
+    def weight_bytes(self):
+        """Return about how many bytes it takes."""
+        return self.size_bytes + 16 * len(self.heap)
 
 
 class Pending:
     """The pending tasks of a queue, each shape of args a heap in the order of fetching.
 
-    Heaps delete lazily: an entry counts while the queue still holds that very record. A shape's heap is
-    rebuilt when most of it is dead."""
+    Heaps delete lazily: an entry counts while the queue's task is pending as the entry says. Entries hold ids alone,
+    so that nothing keeps a task that is gone; a heap is rebuilt when most of it is dead, and goes with its last task."""
 
     def __init__(self, tasks):
         self.tasks = tasks  # the queue's {task id: record}
-        self.heaps = {}  # shape: heap of (-priority, last_modified, created_at, tie, record)
-        self.flat = {}  # args' keys, when no value is a dict: shape; saves computing it
-        self.taking = {}  # required fields: the heaps of the shapes that they take
-        self.known = {}  # (required fields, shape): whether they take it; `covers` is 5 us
+        self.heaps = {}  # shape: heap of (-priority, last_modified, created_at, task id)
+        self.counts = {}  # shape: how many tasks are pending
+        self.paths = 0  # in all shapes together: by that goes what looking through them costs
+        self.taking = Remembered(TAKING_BYTES)  # required fields: the heaps of the shapes that they take
         self.standing = collections.OrderedDict()  # (required fields, filter): Standing, the latest asked for last
-        self.log, self.log_start = [], 0  # entries that became pending, for the standing filters
-        self.tie = 0
+        self.log, self.log_start = [], 0  # entries that became pending, for the standing requests
 
     def alive(self, entry):
-        """Return whether the entry's record is still the queue's."""
-        return self.tasks.get(entry[4].task_id) is entry[4]
-
-    def shape(self, args):
-        """Return the set of paths in `args`."""
-        for value in args.values():
-            if type(value) is dict and value:
-                return paths_of(args)
-        keys = tuple(args)
-        found = self.flat.get(keys)
-        if found is None:
-            found = self.flat[keys] = paths_of(args)
-        return found
-
-    def takes(self, required, shape):
-        """Return whether a fetch with these required fields takes tasks of this shape."""
-        known = self.known.get((required, shape))
-        if known is None:
-            if len(self.known) >= 10000:
-                self.known.clear()
-            known = self.known[required, shape] = covers(required, shape)
-        return known
+        """Return the task of an entry, or None where that is not pending any more, or elsewhere in the order."""
+        task = self.tasks.get(entry[3])
+        if task is None or task.status != "pending" or task.last_modified != entry[1] or task.priority != -entry[0]:
+            return None
+        return task
 
     def offer(self, task):
         """Take in a record that became, or stays, pending."""
-        self.tie += 1
-        entry = (-task.priority, task.last_modified, task.created_at, self.tie, task)
-        shape = self.shape(task.args)
+        entry = (-task.priority, task.last_modified, task.created_at, task.task_id)
+        shape = shape_of(task.args)
         heap = self.heaps.get(shape)
         if heap is None:
             heap = self.heaps[shape] = []
+            self.counts[shape] = 0
+            self.paths += 1 + len(shape)
             self.taking.clear()
+        self.counts[shape] += 1
         heapq.heappush(heap, entry)
-        if len(heap) > 1000 and len(heap) > 3 * len(self.tasks):
-            heap[:] = filter(self.alive, heap)
-            heapq.heapify(heap)
         if self.standing:
             self.log.append(entry)
             if len(self.log) > MAX_LOG:
                 self._trim()
 
+    def retire(self, task):
+        """Note that a record is pending no more, or has another in its place."""
+        shape = shape_of(task.args)
+        count = self.counts[shape] = self.counts[shape] - 1
+        heap = self.heaps[shape]
+        if not count:
+            del self.heaps[shape], self.counts[shape]
+            self.paths -= 1 + len(shape)
+            self.taking.clear()
+        elif len(heap) > 20 + 3 * count:
+            self._purge(heap)
+
+    def _purge(self, heap):
+        heap[:] = set(filter(self.alive, heap))
+        heapq.heapify(heap)
+
     def _trim(self):
-        """Drop the older half of the log, and the standing filters that had not read it."""
+        """Drop the older half of the log, and the standing requests that had not read it."""
         cut = len(self.log) // 2
         self.log_start += cut
         del self.log[:cut]
-        for key in [key for key, asked in self.standing.items() if asked.cursor < self.log_start]:
+        self.forget(lambda asked: asked.cursor < self.log_start)
+
+    def forget(self, is_over):
+        """Drop the standing requests that are over; without any there is nobody to read the log."""
+        for key in [key for key, asked in self.standing.items() if is_over(asked)]:
             del self.standing[key]
+        if not self.standing:
+            self.log_start += len(self.log)
+            self.log.clear()
 
     def _top(self, heap):
         while heap and not self.alive(heap[0]):
             heapq.heappop(heap)
         return heap[0] if heap else None
 
+    def is_quick(self, required, text):
+        """Return whether finding the next task takes no looking through many: no filter among few shapes, or a
+        standing request that has nearly caught up."""
+        if text is None and self.paths <= FEW_PATHS:
+            return True
+        asked = self.standing.get((required, text))
+        return bool(asked and asked.ready and self.log_start + len(self.log) - asked.cursor <= QUICK_ENTRIES)
+
     def first(self, required):
         """Return the pending record to be fetched next with these required fields, or None."""
+        if self.paths > FEW_PATHS:
+            return self.first_matching(required, None, None)
         heaps = self.taking.get(required)
         if heaps is None:
-            heaps = [heap for shape, heap in self.heaps.items() if self.takes(required, shape)]
-            self.taking[required] = heaps
+            heaps = [heap for shape, heap in self.heaps.items() if takes(required, shape)]
+            self.taking.keep(required, heaps, _weight_bytes(required) + 8 * len(heaps))
         tops = [top for top in map(self._top, heaps) if top]
-        return min(tops)[4] if tops else None
+        return self.tasks[min(tops)[3]] if tops else None
 
     def first_matching(self, required, text, predicate):
         """Return the next record among those that also match `predicate`, whose document as text is `text`."""
-        key = (required, text)
-        asked = self.standing.get(key)
-        if asked is None:
-            asked, entries = self.begin_standing(required, text, predicate)
-            asked.collect(entries)
-        for entry in self.log[asked.cursor - self.log_start:]:
-            task = entry[4]
-            if asked.predicate(task) and self.alive(entry) and self.takes(asked.required, self.shape(task.args)):
-                heapq.heappush(asked.heap, entry)
-        asked.cursor = self.log_start + len(self.log)
-        self.standing.move_to_end(key)
+        self.catch_up(*self.begin_standing(required, text, predicate))
+        asked = self.standing[required, text]
         top = self._top(asked.heap)
-        return top[4] if top else None
+        return self.tasks[top[3]] if top else None
 
     def begin_standing(self, required, text, predicate):
-        """Return (a new Standing, the entries from which it has to collect its first matches)."""
+        """Return (the Standing of a request, whether it has read nothing yet, the entries that it has not read in
+        lists, each with its shape or None, the cursor behind them)."""
+        asked, end = self.standing.get((required, text)), self.log_start + len(self.log)
+        if asked is not None:
+            self.standing.move_to_end((required, text))
+            asked.asked_at = monotonic()
+            if asked.ready:
+                return asked, False, [(None, self.log[asked.cursor - self.log_start:])], end
         if len(self.standing) >= MAX_STANDING:
             self.standing.popitem(last=False)
-        asked = self.standing[required, text] = Standing(required, predicate, self.log_start + len(self.log))
-        entries = []
-        for shape, heap in self.heaps.items():
-            if self.takes(required, shape):
-                entries += heap
-        return asked, entries
+        asked = self.standing[required, text] = Standing(required, text, predicate, end)
+        return asked, True, [(shape, list(heap)) for shape, heap in self.heaps.items()], end
+
+    def matches(self, asked, lists):
+        """Return the entries that match, of lists with their shapes; needs no lock: what changes is in the log."""
+        found = []
+        for shape, entries in lists:
+            if shape is not None and not takes(asked.required, shape):
+                continue
+            for entry in entries:
+                task = self.alive(entry)
+                if task and (asked.predicate is None or asked.predicate(task)) and (
+                        shape is not None or takes(asked.required, shape_of(task.args))):
+                    found.append(entry)
+        return found
+
+    def catch_up(self, asked, is_new, lists, end, found=None):
+        """Have a Standing take in what it had not read; `found` are the matches where they are known."""
+        found = self.matches(asked, lists) if found is None else found
+        if is_new:
+            asked.heap, asked.ready = found, True
+            heapq.heapify(asked.heap)
+        elif asked.cursor < end:
+            for entry in found:
+                heapq.heappush(asked.heap, entry)
+        asked.cursor = max(asked.cursor, end)
+        if len(asked.heap) > asked.purge_at:
+            self._purge(asked.heap)
+            asked.purge_at = 100 + 3 * len(asked.heap)
 
 
 class LocalName(str):
@@ -3181,7 +3270,8 @@ class QueueState:
     def put_task(self, task_id, new):
         """Put the record, or None, in the place of the one under this id, which is returned."""
         old = self.tasks.pop(task_id, None)
-        if old is not None and old.status == "running":
+        was = old and old.status
+        if was == "running":
             del self.running[task_id]
             self.fetches.pop(old.fetch_id, None)
         if new is not None:
@@ -3192,6 +3282,8 @@ class QueueState:
                 self.running[task_id] = new
                 if new.fetch_id:
                     self.fetches[new.fetch_id] = task_id
+        if was == "pending":  # after the new one: their shape stays where it is the same
+            self.pending.retire(old)
         return old
 
     def put_worker(self, worker_id, new):
@@ -3802,7 +3894,7 @@ class Store(StoreFile):
         # {queue id: when, at the earliest, a run of it is over}; the earliest of all; both on the monotonic clock
         self.timeouts_at, self.next_timeout_at = {}, -math.inf
         self.awake_until = math.inf  # when, at the latest, this process meant to wake; a server says so before it waits
-        self.filters = {}  # (document as text, names of fields): predicate
+        self.filters = Remembered(FILTERS_BYTES)  # (document as text, names of fields): predicate
         self.logins = {}  # (name or id of a queue, a password that was right): the hash that it was right for
         self.waited, self.stirred = set(), set()  # keys of what a server waits for, and of what changed since
         self.on_stir = lambda: None
@@ -3968,32 +4060,49 @@ class Store(StoreFile):
                 self.timeouts_at = {one: at for one, at in self.timeouts_at.items() if one in self.state.queues}
                 self.next_timeout_at = min((self.timeouts_at.get(one, -math.inf) for one in running), default=math.inf)
 
-    def has_standing(self, queue_id, request):
-        """Return whether the filter of a fetch is kept current already, so that its answer takes no time."""
+    def is_quick(self, queue_id, request):
+        """Return whether a fetch is answered without looking through many tasks."""
         queue = self.state.queues.get(self.state.id_of(queue_id))
-        asked = queue and queue.pending.standing.get((_required(request), request["filter_text"]))
-        return bool(asked and asked.ready)
+        return not queue or queue.pending.is_quick(_required(request), request.get("filter_text"))
 
     def stand(self, queue_id, request):
-        """Have the filter of a fetch kept current from now on: a million tasks are looked at without the lock."""
+        """Have what a fetch asks for kept current from now on: a million tasks are looked at without the lock."""
         with self.collecting:
-            if self.has_standing(queue_id, request):
+            if self.is_quick(queue_id, request):
                 return
             with self.lock:
-                queue = self._queue(queue_id, False)
-                asked, entries = queue.pending.begin_standing(
-                    _required(request), request["filter_text"], request["predicate"])
-            asked.collect(entries)
+                pending = self._queue(queue_id, False).pending
+                begun = pending.begin_standing(_required(request), request.get("filter_text"), request.get("predicate"))
+            found = pending.matches(begun[0], begun[2])
+            with self.lock:
+                pending.catch_up(*begun, found=found)
+                self._bound_standing(pending)
+
+    def _bound_standing(self, latest):
+        """Drop the standing requests of all queues that were not asked for the longest, where they take too much."""
+        held = [(asked.asked_at, asked.weight_bytes(), queue.pending, key) for queue in self.state.queues.values()
+                for key, asked in queue.pending.standing.items()]
+        total_bytes = sum(weight_bytes for _, weight_bytes, _, _ in held)
+        if total_bytes > STANDING_BYTES:
+            for _, weight_bytes, pending, key in sorted(held, key=operator.itemgetter(0))[:-1]:
+                if total_bytes > STANDING_BYTES // 2:
+                    pending.standing.pop(key, None)
+                    total_bytes -= weight_bytes
+
+    def forget_unused(self):
+        """Drop the standing requests that nobody has asked for in a while."""
+        with self.lock:
+            for queue in self.state.queues.values():
+                if queue.pending.standing:
+                    queue.pending.forget(lambda asked: monotonic() - asked.asked_at > UNUSED_S)
 
     def predicate(self, document, fields):
         """Return the predicate of a query document and its text; the latest are remembered."""
         text = json.dumps(document, sort_keys=True)
         known = self.filters.get((text, tuple(fields)))
         if known is None:
-            if len(self.filters) > MAX_STANDING:
-                self.filters.clear()
-            known = self.filters[text, tuple(fields)] = compile_query(
-                document, fields, "task_id" if "task_id" in fields else "worker_id")
+            known = compile_query(document, fields, "task_id" if "task_id" in fields else "worker_id")
+            self.filters.keep((text, tuple(fields)), known, PREDICATE_BYTES * len(text))
         return known, text
 
     def login(self, name, password):
@@ -4673,6 +4782,8 @@ def compact(path):
 MAX_BODY_BYTES = 16 << 20  # a request's body: a thousand rich tasks are a tenth of it
 MAX_CONTAINERS = 300000  # lists and objects in a body: one takes a hundred bytes and more
 MAX_WAIT_S = 60  # a long poll
+MAX_REQUIRED, REQUIRED_BYTES = 1000, 20000  # required fields of a fetch, and their letters together
+FETCH_FILTER_BYTES = 256 << 10  # of a fetch's filter: it is remembered
 MAX_SORTS = 16  # fields that a listing is sorted by: each goes through all of it
 ATTEMPT_BYTES = 2000  # what a worker may tell of a run
 PING_S = 15.0  # between the signs of life of a stream of events
@@ -4888,10 +4999,16 @@ _read_task_filter = _read_filter(visible(TASK_FIELDS))
 def _prepare_fetch(store, request):
     if not request["start_heartbeat"] and request["eta_max"] is None:
         raise BadRequest("a fetch needs heartbeats (start_heartbeat) or eta_max, or a dead run would never be noticed")
-    for key in request["required_fields"] or ():
+    required = request["required_fields"] or ()
+    if len(required) > MAX_REQUIRED or sum(map(len, required)) > REQUIRED_BYTES:
+        raise InvalidFields([(["body", "required_fields"], "should be at most %d fields of %d letters together" % (
+            MAX_REQUIRED, REQUIRED_BYTES))])
+    for key in required:
         if key != "*":
             check_key(key, ["required_fields"])
     _read_task_filter(store, request)
+    if len(request.get("filter_text", "")) > FETCH_FILTER_BYTES:
+        raise TooLarge("a filter of over %d bytes for a fetch, which is kept for the next one" % FETCH_FILTER_BYTES)
 
 
 def _prepare_count(store, request):
@@ -5034,8 +5151,8 @@ def _once_loaded(store, call):
     return "labtasker_cli" in sys.modules
 
 
-def _unless_new_filter(store, call):
-    return call.request["extra_filter"] is None or store.has_standing(call.caller, call.request)
+def _unless_new_request(store, call):
+    return store.is_quick(call.caller, call.request)
 
 
 # How a request is answered. `fields` are the body's, `query` the URL's; `open` asks no password; `body` is
@@ -5102,7 +5219,7 @@ ROUTES = {
         fields=dict(_PAGE, status=Arg("status"), columns=Arg("texts"), spread=Arg("bool", False))),
     "POST " + _TASKS + "/next": _route(
         fetch_task_op, "fetch the next task that matches, and run it", prepare=_prepare_fetch, run=_run_fetch,
-        waits=_until_found, quick=_unless_new_filter,
+        waits=_until_found, quick=_unless_new_request,
         fields={"worker_id": Arg("id"), "eta_max": Arg("duration"), "heartbeat_timeout": Arg("seconds"),
                 "start_heartbeat": Arg("bool", True), "required_fields": Arg("texts"), "extra_filter": Arg("filter"),
                 "cmd": Arg("cmd"), "fetch_id": _ours("id"), "wait_s": _ours("wait", 0.0),
@@ -6058,12 +6175,22 @@ class _Requests(_Peers):
         if key is None:
             self.answer(conn, *call)
             return False
+        if not (is_last or call.route.quick(self.store, call)):
+            self.attempt(conn, request, self.look_through, call, give_up_at)
+            return False
         if key[0] and key[0] not in self.store.state.queues:  # the default queue would be made anew
             self.answer(conn, *self.refusal(request, Unauthorized("the queue was deleted")))
             return False
         request = request._replace(started=monotonic())
         self.attempt(conn, request, self.begin, call, -math.inf if is_last else give_up_at)
         return conn.parked is not None
+
+    def look_through(self, conn, request, call, give_up_at):
+        """Have a thread look through what is new for a parked fetch, which goes on then."""
+        def work(conn, request):
+            self.store.stand(call.caller, call.request)
+            return self.attempt, request, self.begin, call, give_up_at
+        self.hand_over(conn, "work", work, request)
 
     def delay(self, conn, *row):
         """Have a request answered in a while: a wrong password is."""
@@ -6190,7 +6317,7 @@ class _Threads(_Requests):
         route, ids, query = self.find(request)
         caller = None if route.open else self.known_caller(request.head.login) or self.store.login(*request.head.login)
         call = self.read(request, caller, route, ids, query)
-        if call.request.get("filter_text") and route.waits:
+        if route.quick is _unless_new_request:
             self.store.stand(caller, call.request)
         if route.waits and call.request["wait_s"]:  # here it would hold a thread: the loop waits with it
             return self.attempt, request, self.begin, call, self.until(call.request["wait_s"])
@@ -6384,6 +6511,7 @@ class _Server(_Threads):
             self.compaction.start()
         if monotonic() - self.swept_at >= SWEEP_S:
             self.sweep()
+            store.forget_unused()
         is_busy = store.journal.fsync == "interval" or self.problem_since
         self.due_at = monotonic() + (LOOK_INTERVAL_S if is_busy else QUIET_LOOK_S)
 

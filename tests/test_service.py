@@ -507,3 +507,101 @@ def test_listing_writes_no_file_also_where_a_runs_beats_are_missing(door, tmp_pa
     assert not beat.exists()
     door.later(5)
     assert beat.exists() and door.task(task["task_id"])["status"] == "running"
+
+
+def pending_of(door):
+    return door.store.state.queues[door.store.state.names[L.DEFAULT_QUEUE]].pending
+
+
+def test_a_shape_of_args_goes_with_its_last_task_and_takes_its_heap_along(door):
+    keep = door.submit(args={"kept": 1})
+    pending = pending_of(door)
+    before = len(pending.heaps), len(pending.counts), pending.paths
+    ids = [door.submit(args={"run_%d" % i: {"x": 1, "y": i}, "z": 2}) for i in range(30)]
+    assert len(pending.heaps) == 31
+    for task_id in ids[:10]:
+        door("DELETE", "tasks/" + task_id)
+    for task_id in ids[10:20]:
+        door.update(task_id, status="cancelled")
+    for _ in range(10):
+        door.report(door.fetch(required_fields=["*", "z"]), "success")
+    assert (len(pending.heaps), len(pending.counts), pending.paths) == before
+    assert door.fetch()["task_id"] == keep and not pending.heaps and pending.paths == 0
+
+
+def test_heaps_hold_no_more_than_is_alive_a_few_times_over(door):
+    kept = [door.submit(args={"a": 1}, priority=9) for _ in range(3)]
+    pending = pending_of(door)
+    for _ in range(60):
+        door("DELETE", "tasks/" + door.submit(args={"a": 2}, priority=-1))
+        door.update(kept[0], metadata={"x": 1})
+        assert door.fetch(required_fields=["b"], extra_filter={"args.a": {"$gt": 0}}) is None
+    for heap in list(pending.heaps.values()) + [asked.heap for asked in pending.standing.values()]:
+        assert len(heap) <= 100 + 3 * len(kept)
+
+
+@pytest.mark.parametrize("few", [0, 10, 10 ** 6])
+def test_fetches_find_the_same_task_among_few_shapes_and_among_many(door, monkeypatch, few):
+    """Beyond FEW_PATHS a fetch by fields alone is kept current as one by a filter is."""
+    monkeypatch.setattr(L, "FEW_PATHS", few)
+    ids = [door.submit(args={"i": i, "only_%d" % (i % 7): 1}, priority=i % 3) for i in range(40)]
+    wanted = sorted(range(40), key=lambda i: (-(i % 3), i))
+    assert [door.fetch(required_fields=["i", "only_3"])["task_id"] for _ in range(5)] == [ids[i] for i in wanted if i % 7 == 3][:5]
+    late = door.submit(args={"i": 99, "only_3": 1}, priority=5)
+    assert door.fetch(required_fields=["i", "only_3"])["task_id"] == late
+    assert door.fetch(required_fields=["only_3"]) is None
+    assert door.fetch(required_fields=["*"])["task_id"] == [ids[i] for i in wanted if i % 7 != 3 or i not in wanted][0]
+    assert (few >= 10 ** 6) == (not pending_of(door).standing)
+
+
+def test_what_fetches_asked_for_is_dropped_when_nobody_asks_any_more(door, clock):
+    door.submit(args={"a": 1})
+    for n in range(3):
+        assert door.fetch(extra_filter={"args.a": {"$gt": 5 + n}}) is None
+        clock.pass_s(L.UNUSED_S / 2 - 1)
+    door.submit(args={"a": 2})
+    pending = pending_of(door)
+    assert len(pending.standing) == 3 and pending.log
+    door.store.forget_unused()
+    assert len(pending.standing) == 1 or len(pending.standing) == 2
+    clock.pass_s(L.UNUSED_S * 2)
+    door.store.forget_unused()
+    assert not pending.standing and not pending.log
+    assert door.fetch(extra_filter={"args.a": 2})["args"] == {"a": 2}
+
+
+def test_what_is_remembered_is_bounded_in_bytes(door, monkeypatch):
+    monkeypatch.setattr(door.store.filters, "most_bytes", 100000)
+    monkeypatch.setattr(L._TAKEN, "most_bytes", 20000)
+    monkeypatch.setattr(L._SHAPES, "most_bytes", 20000)
+    for n in range(50):
+        door.submit(args={"x%d" % n + "y" * 500: 1})
+        door("POST", "tasks/search", {"extra_filter": {"args.a": {"$in": list(range(n, n + 100))}}})
+        assert door.fetch(required_fields=["n%d" % n + "z" * 500]) is None
+        for held in (door.store.filters, L._TAKEN, L._SHAPES, pending_of(door).taking):
+            assert held.held_bytes <= held.most_bytes
+    assert len(door.store.filters) < 10 and len(L._SHAPES) < 20 and len(L._TAKEN) < 20
+    big = {"extra_filter": {"args.a": {"$in": list(range(100000))}}}
+    before = len(door.store.filters)
+    door("POST", "tasks/search", big)
+    assert len(door.store.filters) <= before
+
+
+def test_standing_requests_of_all_queues_are_bounded_together(door, monkeypatch):
+    door.submit(args={"a": 1})
+    monkeypatch.setattr(L, "STANDING_BYTES", 100000)
+    monkeypatch.setattr(L, "FEW_PATHS", 0)
+    pending = pending_of(door)
+    for n in range(40):
+        request = {"required_fields": ["f%d" % n], "extra_filter": {"args.a": {"$in": list(range(n, n + 60))}}}
+        call = L.read_call(door.store, door.queue, *L.find_route("POST", "/api/v1/queues/me/tasks/next"), dict(request, heartbeat_timeout=9), {})
+        door.store.stand(door.queue, call.request)
+        assert pending.is_quick(("f%d" % n,), call.request["filter_text"]), "the latest one stays"
+        assert sum(asked.weight_bytes() for asked in pending.standing.values()) <= 100000
+    assert len(pending.standing) < 10
+
+
+@pytest.mark.parametrize("fields", [["a%d" % i for i in range(1001)], ["a" * 20001], ["a" * 50] * 900])
+def test_what_a_fetch_asks_for_has_a_bound(door, fields):
+    door("POST", "tasks/next", {"required_fields": fields, "heartbeat_timeout": 9}, expect=422)
+    door("POST", "tasks/next", {"extra_filter": {"args.a": {"$in": list(range(60000))}}, "heartbeat_timeout": 9}, expect=413)
