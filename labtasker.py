@@ -3101,7 +3101,7 @@ class Pending:
     """The pending tasks of a queue, each shape of args a heap in the order of fetching.
 
     Heaps delete lazily: an entry counts while the queue's task is pending as the entry says. Entries hold ids alone,
-    so that nothing keeps a task that is gone; a heap is rebuilt when most of it is dead, and goes with its last task."""
+    so that nothing keeps a task that is gone. A heap is rebuilt when most is dead, and goes with its last task."""
 
     def __init__(self, tasks):
         self.tasks = tasks  # the queue's {task id: record}
