@@ -12880,6 +12880,36 @@ def the_rest():
         ["With labtasker_cli.py beside labtasker.py also: " + missing] if missing else [])
 
 
+def leave_to_init():
+    """Return in a child, where this is process 1 of a container; process 1 stays to reap whatever becomes an orphan.
+
+    A child of its own can't be told from an orphan by the one who waits for any. It passes signals on, but for those
+    of a terminal, which the child gets itself, and ends as the child does."""
+    import signal
+    every = set(signal.Signals) - {signal.SIGKILL, signal.SIGSTOP}
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, every)
+    child = os.fork()
+    if not child:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        return
+    while True:
+        told = signal.sigwaitinfo(every)
+        if told.si_signo != signal.SIGCHLD and told.si_code <= 0:  # over 0: from the kernel, as at Ctrl-C
+            os.kill(child, told.si_signo)
+        for pid, status in iter(_reaped, None):
+            if pid == child:
+                os._exit(os.WEXITSTATUS(status) if os.WIFEXITED(status) else 128 + os.WTERMSIG(status))
+
+
+def _reaped():
+    """Return (pid, status) of a child that has ended, or None."""
+    try:
+        pid, status = os.waitpid(-1, os.WNOHANG)
+        return (pid, status) if pid else None
+    except ChildProcessError:
+        return None
+
+
 def run_command(words):
     """Return the exit code of the command that `words` spell, in UTF-8 whatever the locale."""
     words = [os.fsencode(word).decode("utf-8") for word in words]
@@ -12893,6 +12923,8 @@ def run_command(words):
         return show_help(words[:asks.index(True)])
     path, words = find_command(words)
     options = parse(path, words)
+    if os.getpid() == 1 and path in ("loop", "serve"):
+        leave_to_init()
     if path.split()[0] in ("task", "worker", "health", "loop"):
         bring_what_waits()
     return COMMANDS[path].run(options)
