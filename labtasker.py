@@ -3757,6 +3757,21 @@ class StoreFile:
         except OSError as error:
             raise LabtaskerRuntimeError("%s can't be read (%s)" % (self.path, error.strerror))
 
+    def check_expected(self):
+        """Raise StoreUnavailable where the store that has given this process a run is not there, or another is in its
+        place: it is away, as a server can be, and nothing may be concluded from that."""
+        try:
+            inode, store_id = os.stat(self.path).st_ino, self.journal.header.get("store")
+            if self.journal.fd is None or inode != self.journal.inode:
+                source = JournalFile(self.path, mode=os.O_RDONLY)
+                source.open()
+                store_id = source.header.get("store")
+        except (OSError, StoreDamaged):
+            raise StoreUnavailable(AWAY % self.path) from None
+        if store_id != self.expected:
+            raise StoreUnavailable("%s is another store than the one that this process has a run of: its file system "
+                                   "may be away" % self.path)
+
     def lock_file(self, timeout_s):
         """Take the file's lock, or raise StoreUnavailable saying who has it or what is wrong with the folder.
 
