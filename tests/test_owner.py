@@ -954,3 +954,110 @@ def test_a_host_that_lost_its_store_while_it_was_silent_reports_once_the_other_i
     with one:
         ask(first, "POST", path, report)
         assert status_of(first, run) == "success"
+
+
+# Names, owners and modes of files; stores that may only be read.
+
+
+@pytest.mark.parametrize("there", [True, False], ids=["with a journal", "to nothing yet"])
+def test_a_journal_behind_a_symbolic_link_stays_there_and_shares_its_lock_with_every_link(tmp_path, there):
+    for name in ("one", "two", "scratch"):
+        (tmp_path / name).mkdir()
+    target = tmp_path / "scratch" / "kept.jsonl"
+    if there:
+        put(L.Store(str(target)), 0)
+    for name in ("one", "two"):
+        (tmp_path / name / "journal.jsonl").symlink_to("../scratch/kept.jsonl")
+    one, two = (L.Store(str(tmp_path / name / "journal.jsonl")) for name in ("one", "two"))
+    put(one, 1)
+    put(two, 2)
+    L.compact(one.path)
+    two.journal.broken = "a sync failed"
+    put(two, 3)
+    wanted = [0] * there + [1, 2, 3]
+    assert held(one) == held(two) == held(L.Store(str(target))) == wanted
+    assert all(os.readlink(store.path) == "../scratch/kept.jsonl" for store in (one, two)) and not target.is_symlink()
+    assert not [name for name in os.listdir(str(tmp_path / "one")) if name.endswith(".lock")]
+
+
+def test_a_configuration_behind_a_symbolic_link_stays_there_and_is_never_for_everybody(tmp_path):
+    (tmp_path / "dotfiles.toml").write_text("")
+    os.chmod(str(tmp_path / "dotfiles.toml"), 0o644)
+    (tmp_path / "config.toml").symlink_to("dotfiles.toml")
+    L.write_config(str(tmp_path), "http://127.0.0.1:9", "q", "secret")
+    assert (tmp_path / "config.toml").is_symlink() and "secret" in (tmp_path / "dotfiles.toml").read_text()
+    assert os.stat(str(tmp_path / "dotfiles.toml")).st_mode & 0o777 == 0o640
+
+
+def test_a_link_to_what_is_no_file_is_replaced_and_its_target_left_alone(tmp_path):
+    (tmp_path / "server.json").symlink_to("/dev/zero")
+    L.Disk.create(str(tmp_path / "server.json"), [b"{}"], keep=0o7777)
+    assert (tmp_path / "server.json").read_bytes() == b"{}" and not (tmp_path / "server.json").is_symlink()
+
+
+def test_the_journals_mode_survives_its_replacement_and_its_lock_files_have_it_too(tmp_path):
+    store = L.Store(str(tmp_path / "journal.jsonl"))
+    put(store, 1)
+    os.chmod(store.path, 0o660)
+    L.compact(store.path)
+    store.journal.broken = "a sync failed"
+    put(store, 2)
+    assert os.stat(store.path).st_mode & 0o777 == os.stat(store.path + ".compact").st_mode & 0o777 == 0o660
+
+
+def test_a_file_that_can_not_keep_its_owner_is_left_as_it_is(tmp_path, monkeypatch):
+    store = L.Store(str(tmp_path / "journal.jsonl"))
+    put(store, 1)
+    content = (tmp_path / "journal.jsonl").read_bytes()
+    real = os.stat
+
+    def stat(path, **options):
+        found = real(path, **options)
+        return os.stat_result(found[:4] + (found.st_uid + (path == store.path), found.st_gid) + found[6:])
+
+    def chown(*_):
+        raise PermissionError(1, "Operation not permitted")
+    draft = L.Disk.draft(store.path, [b"other"])
+    with monkeypatch.context() as patched:
+        patched.setattr(L.os, "stat", stat)
+        patched.setattr(L.os, "chown", chown)
+        with pytest.raises(PermissionError):
+            L.Disk.replace(draft, store.path)
+    assert (tmp_path / "journal.jsonl").read_bytes() == content
+
+
+def test_the_names_of_new_folders_are_on_disk_before_a_task_is_acknowledged(tmp_path, monkeypatch):
+    synced = []
+    real = L.Disk.sync_folder
+    monkeypatch.setattr(L.Disk, "sync_folder", classmethod(lambda cls, path: synced.append(os.path.dirname(path)) or real(path)))
+    put(L.Store(str(tmp_path / "a" / "b" / ".labtasker" / "journal.jsonl")), 1)
+    assert {str(tmp_path / "a"), str(tmp_path / "a" / "b"), str(tmp_path / "a" / "b" / ".labtasker")} <= set(synced)
+    (tmp_path / "made by one that died").mkdir()
+    put(L.Store(str(tmp_path / "made by one that died" / "journal.jsonl")), 1)
+    assert str(tmp_path) in synced
+
+
+def test_a_store_that_may_only_be_read_is_read_and_said_to_be_so_and_is_written_again_when_it_may(tmp_path, monkeypatch):
+    put(L.Store(str(tmp_path / "journal.jsonl")), 1)
+    with open(str(tmp_path / "journal.jsonl"), "ab") as file:
+        file.write(b'{"n":9,"half')
+    before = {name: (tmp_path / name).read_bytes() for name in os.listdir(str(tmp_path))}
+    real_open, real_access, refused = os.open, os.access, [True]
+
+    def read_only(path, flags, *mode, **more):
+        if refused[0] and flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT) and str(path).startswith(str(tmp_path)):
+            raise OSError(30, "Read-only file system", path)
+        return real_open(path, flags, *mode, **more)
+    monkeypatch.setattr(L.os, "open", read_only)
+    monkeypatch.setattr(L.Disk, "open", staticmethod(read_only))
+    monkeypatch.setattr(L.os, "access", lambda path, mode: real_access(path, mode) and not (refused[0] and mode & os.W_OK))
+    store = L.Store(str(tmp_path / "journal.jsonl"))
+    for _ in range(2):
+        assert held(store) == [1]
+        assert submit(store)[0] == 503
+    health = L.answer_call(store, None, "GET", "/health/full")[1]
+    assert health["status"] == "unhealthy" and "only read it" in health["database"]
+    assert {name: (tmp_path / name).read_bytes() for name in os.listdir(str(tmp_path))} == before
+    refused[0] = False
+    put(store, 2)
+    assert held(store) == held(L.Store(store.path)) == [1, 2]
