@@ -2403,7 +2403,8 @@ class JournalFile:
 
     def open(self):
         """Return when the file is open and its header read, or raise StoreDamaged; a missing or empty one is made."""
-        if not self.exists() and self.mode & os.O_RDWR:
+        is_new = not self.exists() and bool(self.mode & os.O_RDWR)
+        if is_new:
             self._make()
         fd = self._open()
         try:
@@ -2417,6 +2418,7 @@ class JournalFile:
             os.close(fd)
             raise
         self._use(fd, header)
+        self.named = self.inode if is_new else self.named
         if not self.size:
             self.size, self.n, self.mark = len(line), header.get("folded", 0), line[-1 - MARK_BYTES:-1]
 
@@ -3787,9 +3789,8 @@ class StoreFile:
                 return
         except OSError as error:
             raise store_error(self.path, error)
-        raise StoreUnavailable("%s is in use by another process%s" % (self.path, told and (
-            ": a server on %s, process %s, at %s" % (
-                told.get("host"), told.get("pid"), " ".join(told.get("addresses", ()))) or "")))
+        who = ": a server on %s, process %s, at %s" % (told.get("host"), told.get("pid"), " ".join(told.get("addresses", ())))
+        raise StoreUnavailable("%s is in use by another process%s" % (self.path, who if told else ""))
 
     def _lock_anew(self, timeout_s):
         """Take the lock file that others take: this process has one that was removed, or is in a replaced folder."""
