@@ -3789,7 +3789,8 @@ class StoreFile:
                 return
         except OSError as error:
             raise store_error(self.path, error)
-        who = ": a server on %s, process %s, at %s" % (told.get("host"), told.get("pid"), " ".join(told.get("addresses", ())))
+        who = ": a server on %s, process %s, at %s" % (
+            told.get("host"), told.get("pid"), " ".join(told.get("addresses", ())))
         raise StoreUnavailable("%s is in use by another process%s" % (self.path, who if told else ""))
 
     def _lock_anew(self, timeout_s):
