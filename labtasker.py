@@ -114,6 +114,8 @@ class LabtaskerHTTPStatusError(LabtaskerNetworkError):
 class LabtaskerConnectError(LabtaskerNetworkError):
     """The server could not be reached, or went away before it answered."""
 
+    is_sent = True  # whether it may have done what it was asked for
+
 
 class NotOurServer(LabtaskerConnectError):
     """What answers at the address of a store's server does not prove that it is that server."""
@@ -1619,6 +1621,7 @@ TASK_FIELDS = {
     "run_end": Field("text", None, True, "how that run ended: success, failed, cancelled, pending or timeout"),
     "interruptions": Field("count", 0, True, "runs handed back without being charged a retry"),
     "reason": Field("text", None, True, "why the last run was handed back"),
+    "not_before": Field("time", None, True, "until when it is given to nobody, as its job asked for a pause; or null"),
     "attempts": Field("list", [], True, "its last runs: host, pid, worker_id, git, log, start, end, status, exit_code"),
     "git": Field("text", None, True, "the commit it was submitted from, with -dirty where files were changed since"),
     "fetch_id": Field("id", None, None, "the client's id of the fetch that started the run"),
@@ -2898,6 +2901,9 @@ def journal_header(fields, body):
 TRANSACTION_TASKS = 10000  # tasks one transaction may submit or update: keeps a line readable, a lock short
 MAX_INTERRUPTIONS = 100  # runs handed back before a task fails, so that none goes round for ever
 MAX_ATTEMPTS = 20  # the latest runs that a task keeps
+MOST_LOOKED_AT = 1000  # tasks with a pause that a fetch which finds nothing looks at one by one
+MAX_DELAY_S = 30 * 86400.0  # a job's pause at most
+MAX_ENDED_FETCHES = 1000  # of a queue, that are remembered: one may still arrive after it was ended
 SLEPT_S = 2.0  # a server that wakes so much later than it meant to was stopped, and heard of nobody meanwhile
 MAX_STANDING = 200  # requests of fetches that are kept current in a queue
 STANDING_BYTES = 128 << 20  # that those of all queues may take
@@ -2917,6 +2923,7 @@ LET_GO_S = 0.2  # how long a process that ends tries to release its store
 SERVER_LOCK_S = 1.0  # a file that is locked for longer may be a server's
 RECENT = 50  # tasks that ended last, by which the rate goes
 EMBEDDED_POLL_S = 0.1  # how often a waiting process without a server looks at the file
+MAX_RELEASE_S = 60.0  # how often the ends of pauses are looked at anew, as the clock that they go by may be set
 LOOK_INTERVAL_S = 1.0  # how often time-outs are looked for at the most
 
 dump_json = json.JSONEncoder(separators=(",", ":"), check_circular=False).encode  # what came as JSON has no circles
@@ -3113,6 +3120,8 @@ class Pending:
         self.taking = Remembered(TAKING_BYTES)  # required fields: the heaps of the shapes that they take
         self.standing = collections.OrderedDict()  # (required fields, filter): Standing, the latest asked for last
         self.log, self.log_start = [], 0  # entries that became pending, for the standing requests
+        # {task id: its entry} of those that nobody gets before their not_before; a heap of (not_before, entry) of them
+        self.resting, self.delayed = {}, []
 
     def alive(self, entry):
         """Return the task of an entry, or None where that is not pending any more, or elsewhere in the order."""
@@ -3124,6 +3133,43 @@ class Pending:
     def offer(self, task):
         """Take in a record that became, or stays, pending."""
         entry = (-task.priority, task.last_modified, task.created_at, task.task_id)
+        if task.not_before is None:
+            return self._place(entry, task)
+        self.resting[task.task_id] = entry
+        heapq.heappush(self.delayed, (task.not_before, entry))
+        if len(self.delayed) > 20 + 3 * len(self.resting):
+            self.delayed = [row for row in self.delayed if self.rests(row[1])]
+            heapq.heapify(self.delayed)
+
+    def rests(self, entry):
+        """Return whether the pause of an entry's task goes on."""
+        return self.resting.get(entry[3]) is entry
+
+    def release(self, at):
+        """Have the tasks whose pause is over at the time `at` be fetched as the others are."""
+        while self.delayed and self.delayed[0][0] <= at:
+            entry = heapq.heappop(self.delayed)[1]
+            if self.rests(entry):
+                del self.resting[entry[3]]
+                self._place(entry, self.tasks[entry[3]])
+
+    def next_release(self):
+        """Return when the next pause is over, or None."""
+        while self.delayed and not self.rests(self.delayed[0][1]):
+            heapq.heappop(self.delayed)
+        return self.delayed[0][0] if self.delayed else None
+
+    def next_delayed(self, required, predicate):
+        """Return when the first task that such a fetch takes may be fetched, None without one.
+
+        Where many have a pause, this may be when the first of any kind does: who waits until then asks again."""
+        if len(self.resting) > MOST_LOOKED_AT:
+            return self.next_release()
+        found = map(self.tasks.get, self.resting)
+        return min((task.not_before for task in found if (predicate is None or predicate(task)) and takes(
+            required, shape_of(task.args))), default=None)
+
+    def _place(self, entry, task):
         shape = shape_of(task.args)
         heap = self.heaps.get(shape)
         if heap is None:
@@ -3267,12 +3313,13 @@ class QueueState:
         self.tasks, self.workers = {}, {}
         self.running = {}  # task id: record
         self.fetches = {}  # fetch id: task id, of running tasks
+        self.ended_fetches = collections.OrderedDict()  # ids of fetches that get nothing: nobody waits for them
         self.pending = Pending(self.tasks)
 
     def put_task(self, task_id, new):
         """Put the record, or None, in the place of the one under this id, which is returned."""
         old = self.tasks.pop(task_id, None)
-        was = old and old.status
+        was, rested = old and old.status, self.pending.resting.pop(task_id, None)
         if was == "running":
             del self.running[task_id]
             self.fetches.pop(old.fetch_id, None)
@@ -3284,7 +3331,7 @@ class QueueState:
                 self.running[task_id] = new
                 if new.fetch_id:
                     self.fetches[new.fetch_id] = task_id
-        if was == "pending":  # after the new one: their shape stays where it is the same
+        if was == "pending" and not rested:  # after the new one: their shape stays where it is the same
             self.pending.retire(old)
         return old
 
@@ -3910,6 +3957,7 @@ class Store(StoreFile):
         self.looked_at = -math.inf  # when time-outs were looked for
         # {queue id: when, at the earliest, a run of it is over}; the earliest of all; both on the monotonic clock
         self.timeouts_at, self.next_timeout_at = {}, -math.inf
+        self.next_release_at = -math.inf  # when, at the earliest, a task's pause is over, on that clock
         self.awake_until = math.inf  # when, at the latest, this process meant to wake; a server says so before it waits
         self.filters = Remembered(FILTERS_BYTES)  # (document as text, names of fields): predicate
         self.logins = {}  # (name or id of a queue, a password that was right): the hash that it was right for
@@ -4005,7 +4053,11 @@ class Store(StoreFile):
             keys.add((queue_id, "pending"))
         if (queue_id, queue_id) in keys:
             keys |= {key for key in self.waited if key and key[0] in (queue_id, None)}
-        self.stirred |= keys & self.waited
+        self.stir(*keys)
+
+    def stir(self, *keys):
+        """Have a server run the requests again that wait for one of these keys."""
+        self.stirred |= self.waited.intersection(keys)
         if self.stirred:
             self.on_stir()
 
@@ -4013,6 +4065,8 @@ class Store(StoreFile):
         """Have the beats begin with a run and end with it, and time-outs looked for when it may be over."""
         before = old.run_id if old is not None and old.status == "running" else None
         after = new.run_id if new is not None and new.status == "running" else None
+        if new is not None and new.not_before is not None:
+            self.next_release_at = min(self.next_release_at, monotonic() + max(0.0, new.not_before - now()))
         if after != before:
             if before:
                 self.beats.runs.pop(before, None)
@@ -4076,6 +4130,23 @@ class Store(StoreFile):
                 running = [one for one, queue in self.state.queues.items() if queue.running]
                 self.timeouts_at = {one: at for one, at in self.timeouts_at.items() if one in self.state.queues}
                 self.next_timeout_at = min((self.timeouts_at.get(one, -math.inf) for one in running), default=math.inf)
+
+    def due_at(self):
+        """Return when, at the earliest, a run is over or the pause of a task is."""
+        return min(self.next_timeout_at, self.next_release_at)
+
+    def release_delayed(self):
+        """Have those who wait for a task get the ones whose pause is over."""
+        with self.lock:
+            at, ends = now(), []
+            for queue_id, queue in self.state.queues.items():
+                if queue.pending.delayed:
+                    if queue.pending.delayed[0][0] <= at:
+                        queue.pending.release(at)
+                        self.stir((queue_id, "pending"))
+                    ends.append(queue.pending.next_release())
+            in_s = min((end - at for end in ends if end is not None), default=math.inf)
+            self.next_release_at = monotonic() + min(in_s, MAX_RELEASE_S)
 
     def is_quick(self, queue_id, request):
         """Return whether a fetch is answered without looking through many tasks."""
@@ -4452,12 +4523,15 @@ def fetch_task_op(store, queue, request, at):
     repeated = queue.running.get(queue.fetches.get(request.get("fetch_id")))
     if repeated is not None and repeated.worker_id == worker_id:
         return [], {"found": True, "task": repeated}
-    task = _next_task(store, queue, request)
+    is_ended = request.get("fetch_id") in queue.ended_fetches
+    queue.pending.release(at)
+    task = None if is_ended else _next_task(store, queue, request)
     if task is None:
-        return [], {"found": False, "task": None}
+        return [], _nothing_found(queue, request, at)
     fields = {"status": move(TASK_MOVES, task.status, "fetch", "task"), "start_time": at, "last_modified": at,
               "summary": {}, "worker_id": worker_id, "run_id": new_id(), "run_end": None, "reason": None,
               "fetch_id": request.get("fetch_id"), "last_heartbeat": at if request["start_heartbeat"] else None}
+    fields.update(_without_pause(task))
     if request.get("cmd"):
         fields["cmd"] = request["cmd"]
     is_wished = not (request.get("heartbeat_default") and task.heartbeat_timeout is not None)
@@ -4468,6 +4542,41 @@ def fetch_task_op(store, queue, request, at):
     if request.get("attempt"):
         fields["attempts"] = _attempts_with(task, request["attempt"], fields)
     return [["task", task.task_id, fields, task.status]], {"found": True, "task": revised(task, dict(fields))}
+
+
+def _nothing_found(queue, request, at):
+    """Return the answer to a fetch that gets no task; `retry_in_s`: when a task that fits has had its pause."""
+    answer, next_at = {"found": False, "task": None}, None
+    if queue.pending.delayed:
+        next_at = queue.pending.next_delayed(_required(request), request.get("predicate"))
+    return answer if next_at is None else dict(answer, retry_in_s=max(0.0, round(next_at - at, 3)))
+
+
+def _without_pause(task):
+    """Return the field that ends a task's pause, or nothing where it has none."""
+    return {} if task.not_before is None else {"not_before": None}
+
+
+def _pause(request, at):
+    """Return the field with the end of the pause that a job asks for as it hands its task back, or nothing."""
+    delay_s = min(request.get("delay_s") or 0, MAX_DELAY_S)
+    return {"not_before": Instant(round(at + delay_s, 6))} if delay_s else {}
+
+
+def end_fetch_op(store, queue, request, at):
+    """Decide that a fetch is over: it gets no task from now on, also where it arrives later than this, and is answered
+    at once where it waits. With `hand_back` a task that it got already, and that still runs, goes back uncharged."""
+    fetch_id = request["fetch_id"]
+    queue.ended_fetches[fetch_id] = None
+    if len(queue.ended_fetches) > MAX_ENDED_FETCHES:
+        queue.ended_fetches.popitem(last=False)
+    store.stir((queue.record.queue_id, "pending"))
+    task = queue.running.get(queue.fetches.get(fetch_id))
+    if task is None or not request["hand_back"]:
+        return [], None
+    reason = "the worker left before it heard of this task"
+    fields = _attempt_over(task, at, "pending", reason) if task.attempts else {}
+    return _report_pending(queue, task, fields, {"reason": reason}, at), None
 
 
 def _attempts_with(task, told, run):
@@ -4540,7 +4649,7 @@ def _report_late(task, request, at):
                   retries=max(0, task.retries - 1))
     fields.setdefault("summary", summary)
     if status == "pending":
-        fields.update(interruptions=task.interruptions + 1, reason=request.get("reason"))
+        fields.update(interruptions=task.interruptions + 1, reason=request.get("reason"), **_pause(request, at))
     fields.update(_attempt_over(task, at, status, request.get("reason"), told))
     return _changed(task, fields, task.status, at)
 
@@ -4577,6 +4686,7 @@ def _report_pending(queue, task, fields, request, at):
         fields = dict(fields, summary=dict(fields.get("summary", task.summary), labtasker_error=error))
     else:
         status = move(TASK_MOVES, task.status, "hand_back", "task " + task.task_id)
+        fields = dict(fields, **_pause(request, at))
     fields = dict(fields, status=status, worker_id=None, run_end="pending", interruptions=count, reason=reason)
     return _changed(task, fields, task.status, at)
 
@@ -4624,13 +4734,15 @@ def _updated(task, request, reset):
             new = nest(request[name], name)
             fields[name] = new if name in replaced else merge(getattr(task, name), new)
     if reset:
-        fields.update(RESET, status=move(TASK_MOVES, task.status, "reset", "task " + task.task_id))
+        fields.update(RESET, **_without_pause(task))
+        fields.update(status=move(TASK_MOVES, task.status, "reset", "task " + task.task_id))
         return fields, task.status
     status = request.get("status")
     if status is None or status == task.status:
         return fields, None
     if status == "running":
         raise InvalidStateTransition("only a fetch makes a task running")
+    fields.update(_without_pause(task))
     fields.update(status=move(TASK_MOVES, task.status, UPDATE_EVENTS[status], "task " + task.task_id),
                   worker_id=None, run_id=None, run_end=None)
     return fields, task.status
@@ -5054,6 +5166,18 @@ def _run_fetch(store, caller, request, route):
     return _run(store, caller, request, route)
 
 
+def _run_heartbeat(store, caller, request, route):
+    """Note that a run is alive. Without a server the loops themselves have to see which runs are over, their own too:
+    a store that can't be written now puts that off."""
+    answer = _run(store, caller, request, route)
+    if not store.is_server:
+        try:
+            store.look_for_timeouts(caller)
+        except StoreUnavailable:
+            pass
+    return answer
+
+
 def _run_worker(store, caller, request, route):
     """Return a worker with `_id` for its id: so a 1.0.1 server calls it on this one answer."""
     shown = in_json(_run(store, caller, request, route), False)
@@ -5146,7 +5270,12 @@ def _run_polling(store, caller, request, route):
 
 
 def _until_found(store, caller, request, answer):
-    return None if answer["found"] else (store.state.id_of(caller), "pending")
+    return None if answer["found"] or _is_ended(store, caller, request) else (store.state.id_of(caller), "pending")
+
+
+def _is_ended(store, caller, request):
+    queue = store.state.queues.get(store.state.id_of(caller))
+    return queue is not None and request.get("fetch_id") in queue.ended_fetches
 
 
 def _until_changed(store, caller, request, answer):
@@ -5241,6 +5370,9 @@ ROUTES = {
                 "start_heartbeat": Arg("bool", True), "required_fields": Arg("texts"), "extra_filter": Arg("filter"),
                 "cmd": Arg("cmd"), "fetch_id": _ours("id"), "wait_s": _ours("wait", 0.0),
                 "attempt": _ours("attempt"), "heartbeat_default": _ours("bool", False)}),
+    "DELETE " + _TASKS + "/next": _route(
+        end_fetch_op, "end a fetch that may wait, or was not heard of; with hand_back what it got goes back",
+        status=204, quick=_always, query={"fetch_id": _ours("id", REQUIRED), "hand_back": _ours("bool", False)}),
     "GET " + _TASKS + "/{task_id}": _route(get_task_op, "one task", writes=False, quick=_always),
     "DELETE " + _TASKS + "/{task_id}": _route(delete_task_op, "delete a task", status=204, quick=_always),
     "GET " + _TASKS + "/{task_id}/log": _route(
@@ -5249,9 +5381,11 @@ ROUTES = {
     "POST " + _TASKS + "/{task_id}/status": _route(
         report_task_op, "report on a run, or on a task", quick=_always,
         fields={"status": Arg("status", REQUIRED), "worker_id": Arg("id"), "summary": Arg("dict"),
-                "run_id": _ours("id"), "reason": _ours("text"), "attempt": _ours("attempt")}),
+                "run_id": _ours("id"), "reason": _ours("text"), "attempt": _ours("attempt"),
+                "delay_s": _ours("seconds")}),
     "POST " + _TASKS + "/{task_id}/heartbeat": _route(
-        heartbeat_op, "say that a run is alive", status=204, writes=False, waits=_until_over, quick=_always,
+        heartbeat_op, "say that a run is alive", status=204, writes=False, run=_run_heartbeat, waits=_until_over,
+        quick=_always,
         query={"worker_id": Arg("id"), "run_id": _ours("id"), "answer": _ours("answer"),
                "wait_s": _ours("wait", 0.0)}),
     "GET " + _QUEUE + "/mark": _route(
@@ -5373,7 +5507,7 @@ def in_json(answer, extensions):
         return [in_json(item, extensions) for item in answer]
     if isinstance(answer, dict) and ("content" in answer or "task" in answer):
         return {key: in_json(value, extensions) if isinstance(value, (tuple, list)) else value
-                for key, value in answer.items()}
+                for key, value in answer.items() if extensions or key != "retry_in_s"}
     return answer
 
 
@@ -6105,6 +6239,11 @@ class _Requests(_Peers):
             return (request, request is not None and request.keep, None) + shown_error(error)
         return request, False, None, 500, self.bug(error)
 
+    @staticmethod
+    def has_left(conn):
+        """Return whether the peer of a connection has closed it."""
+        return _has_left(conn.sock)
+
     def take(self, conn, request):
         """Answer a request, or park it, or give it to a thread."""
         head = request.head
@@ -6114,6 +6253,8 @@ class _Requests(_Peers):
         if introduction:
             return self.introduce(conn, request, introduction.group(1))
         call = self.quick_call(request)
+        if call is not None and call.route.operation is fetch_task_op and self.has_left(conn):
+            return self.drop(conn)  # the task would be given to nobody
         if call is not None:
             conn.vouched = conn.vouched or call.caller is not None
             return self.begin(conn, request, call, self.until(call.request.get("wait_s", 0)))
@@ -6226,9 +6367,10 @@ class _Requests(_Peers):
         same, the second is not tried when the first found nothing."""
         in_vain = set()
         for conn in list(waiting):
-            asked = conn.parked[0].request
+            _, caller, asked = conn.parked[0]
             wish = (str(asked.get("required_fields")), asked.get("filter_text"))
-            if ("eta_max" not in asked or wish not in in_vain) and self.retry(conn):
+            is_other_fetch = "eta_max" in asked and wish in in_vain and not _is_ended(self.store, caller, asked)
+            if not is_other_fetch and self.retry(conn):
                 in_vain.add(wish)
 
     @staticmethod
@@ -6403,7 +6545,7 @@ class _Server(_Threads):
         threading.Thread(target=self.write_always, name="journal writer", daemon=True).start()
         gc.disable()  # requests leave no cycles behind (a test counts them); a search through a million tasks takes 1 s
         while not self.stopping:
-            self.turn(min(self.due_at, self.store.next_timeout_at, self.give_up_at) - monotonic())
+            self.turn(min(self.due_at, self.store.due_at(), self.give_up_at) - monotonic())
             self.service_actions()
         self.selector.unregister(self.socket)
         with self.store.lock:  # streams end
@@ -6514,8 +6656,9 @@ class _Server(_Threads):
         """Do what is due: look for time-outs when a run's time may be over; every few seconds show that the owner
         lives, and have the journal compacted when that is worth it. A wake costs an idle machine 0.3 ms."""
         store = self.store
-        if monotonic() < min(self.due_at, store.next_timeout_at):
+        if monotonic() < min(self.due_at, store.due_at()):
             return
+        store.release_delayed()
         try:
             store.look_for_timeouts()
             store.owner.move()
@@ -7204,12 +7347,11 @@ class StoreTransport:
 class Exchange:
     """One request to a server, and whether all of it was handed to the system: before that nothing is done.
 
-    `sock`: what it went over; `is_cut`: nobody waits for the answer any more."""
+    `sock`: what it went over."""
 
     def __init__(self, method, target, body, timeout_s):
         self.method, self.target, self.timeout_s = method, target, timeout_s
-        self.data, self.is_sent = None if body is None else body.encode(), False
-        self.sock, self.is_cut = None, False
+        self.data, self.is_sent, self.sock = None if body is None else body.encode(), False, None
 
 
 def _is_of_protocol(method, path, status, answer):
@@ -7274,10 +7416,12 @@ class HttpTransport:
                 if not (isinstance(error, (OSError, UnicodeError)) or _is_of_http(error)):  # UnicodeError: an odd host
                     raise
                 self.close()
-                if asked.is_cut:
-                    raise self.away(error) from None
                 lost = lost or asked.is_sent
-                self._check_repeat(method, path, body, error, lost, pause_s)
+                try:
+                    self._check_repeat(method, path, body, error, lost, pause_s)
+                except LabtaskerConnectError as told:
+                    told.is_sent = lost
+                    raise
                 time.sleep(pause_s)
             else:
                 gone = lost and method == "DELETE" and status == 404  # by the request whose answer was lost
@@ -7351,7 +7495,7 @@ class HttpTransport:
         import socket
         while self.reached:
             connection, login = self.reached.pop()
-            if not _is_readable(connection):
+            if not ready([connection], 0):
                 connection.settimeout(timeout_s)
                 return connection, login
             connection.close()
@@ -7493,18 +7637,6 @@ class HttpTransport:
         self.extensions = response.getheader(EXTENSIONS) == "1"
         return 200, RemoteLines(sock, response)
 
-    def hang_up(self, thread):
-        """Have a long poll of another thread end: with the answer, where that is on its way, else it raises
-        LabtaskerConnectError. A server gives no task to who has hung up."""
-        import socket
-        asked = self.under_way.get(thread)
-        if asked and asked.sock:
-            asked.is_cut = True
-            try:
-                socket.socket.shutdown(asked.sock, socket.SHUT_WR)  # an SSLSocket's own would end the reading too
-            except OSError:  # it is over
-                pass
-
     @staticmethod
     def is_intact():
         """Return that nothing is lost with its descriptors but connections, which `client_held` looks at."""
@@ -7554,7 +7686,7 @@ class _KeepingHandler:
         """Return the response to a request, over the connection that is kept, or a new one where that was closed."""
         kept = self.parent.kept
         connection = getattr(kept, request.host, None)
-        if connection is None or connection.sock is None or _is_readable(connection.sock):
+        if connection is None or connection.sock is None or ready([connection.sock], 0):
             connection = _connection(request)
             request.meet(connection)
             setattr(kept, request.host, connection)
@@ -7573,14 +7705,18 @@ class _KeepingHandler:
     http_open = https_open = keep_open
 
 
-def _is_readable(sock):
-    """Return whether there is something to read; on a connection that waits for a request that is its end."""
+def ready(files, timeout_s=None, is_output=False):
+    """Return those of the files that can be read, or written, as soon as there is one or after so many seconds; None
+    waits without end. A descriptor may have any number: select() refuses those over 1,023."""
     import select
     if not hasattr(select, "poll"):  # Windows
-        return bool(select.select([sock], [], [], 0)[0])
-    poll = select.poll()
-    poll.register(sock, select.POLLIN)
-    return bool(poll.poll(0))
+        found = select.select([] if is_output else files, files if is_output else [], [], timeout_s)
+        return found[0] + found[1]
+    poll, numbers = select.poll(), {file if isinstance(file, int) else file.fileno(): file for file in files}
+    for number in numbers:
+        poll.register(number, select.POLLOUT if is_output else select.POLLIN)
+    timeout_ms = None if timeout_s is None else math.ceil(max(0.0, min(timeout_s, 1e6)) * 1000)
+    return [numbers[number] for number, _ in poll.poll(timeout_ms)]
 
 
 def _connection(request):
@@ -8021,7 +8157,7 @@ class TaskSubmitResponse(Response):
 
 
 class TaskFetchResponse(Response):
-    """`.found`, `.task` (a Task or None)"""
+    """`.found`, `.task` (a Task or None), `.retry_in_s`: when a task that is there may be fetched, or None"""
 
 
 class HealthCheckResponse(Response):
@@ -8244,11 +8380,21 @@ def fetch_task(worker_id=None, eta_max=None, heartbeat_timeout=None, start_heart
     texts and numbers. `heartbeat_default`: a task's own heartbeat_timeout stays. Raises WorkerSuspended."""
     body = _given(**dict(locals(), extra_filter=_query(extra_filter), fetch_id=fetch_id or new_id()))
     answer = client().call("POST", _TASKS + "/next", body, _given(wait_s=wait_s))  # the transport waits so much longer
-    return TaskFetchResponse(found=answer["found"], task=answer.get("task") and Task(answer["task"]))
+    return TaskFetchResponse(found=answer["found"], task=answer.get("task") and Task(answer["task"]),
+                             retry_in_s=answer.get("retry_in_s"))
 
 
-def send_report(task_id, status, summary=None, worker_id=None, run_id=None, reason=None, attempt=None):
-    """Report on a task as report_task_status does, for a run and a worker that are named."""
+def end_fetch(fetch_id, hand_back=None):
+    """Have a fetch answered now if it waits, and given no task from now on; with `hand_back`, the task that it was
+    given, if that still runs, goes back to pending uncharged. Without the extensions it does nothing: no fetch waits
+    there, and none is known by its id."""
+    if client().extensions:
+        _ask("DELETE " + _TASKS + "/next", **locals())
+
+
+def send_report(task_id, status, summary=None, worker_id=None, run_id=None, reason=None, attempt=None, delay_s=None):
+    """Report on a task as report_task_status does, for a run and a worker that are named; a task that is handed back is
+    given to nobody for `delay_s`."""
     _ask("POST " + _TASKS + "/{task_id}/status", **locals())
 
 
@@ -9374,11 +9520,11 @@ def patiently(action, pause, limit_s):
         delay_s = min(delay_s * 2, LONGEST_PAUSE_S)
 
 
-def deliver(task_id, status, summary=None, worker_id=None, run_id=None, reason=None, attempt=None):
+def deliver(task_id, status, summary=None, worker_id=None, run_id=None, reason=None, attempt=None, delay_s=None):
     """Send a report; what the plain protocol has no report for, a server without the extensions gets by PUT."""
     if status not in ("pending", "running") or client().extensions:
         try:
-            return send_report(task_id, status, summary, worker_id, run_id, reason, attempt)
+            return send_report(task_id, status, summary, worker_id, run_id, reason, attempt, delay_s)
         except LabtaskerHTTPStatusError as error:  # to a 1.0.1 server a status that the task has already is a mistake
             if client().extensions or error.status_code not in (400, 500) or get_task(task_id).status != status:
                 raise
@@ -9475,7 +9621,7 @@ def deliver_kept(run=None):
 
 
 KEPT_KINDS = {"task_id": str, "run_id": str, "worker_id": str, "status": str, "summary": dict, "reason": str,
-              "attempt": dict, "queue": str, "store": str}
+              "attempt": dict, "delay_s": float, "queue": str, "store": str}
 
 
 def read_kept(path):
@@ -9565,9 +9711,10 @@ class Run:
         self.task_id, self.run_id, self.worker_id, self.task = task_id, run_id, worker_id, task
         self.key = run_id or new_id()
         self.pid, self.ended, self.lost, self.interrupted = os.getpid(), None, None, False
-        self.preempted, self.asks_preempted, self.end_time = False, False, math.inf  # the first two of a function's run
+        self.preempted, self.asks_preempted, self.limit = False, False, None  # the first two of a function's run
         self.away_until, self.kept = 0, None  # until then the server isn't asked; (path, summary) of what waits
         self.is_end_kept = False  # the report that ends the run waits, or did
+        self.is_wanted = True  # False: it came when the loop was about to leave, and is handed back
         self.log_dir = log_dir or os.path.join(os.path.abspath(load_config().root), "logs", task_id, self.key)
         self.store_id = None  # of a store without a server that the run is of; see StoreFile.check_expected
 
@@ -9575,7 +9722,7 @@ class Run:
         """Return what a job's process sees, so that labtasker works in it and in its children; None: that is unset."""
         return {"LABTASKER_TASK_ID": self.task_id, "LABTASKER_WORKER_ID": self.worker_id or "",
                 "LABTASKER_RUN_ID": self.run_id or "", "LABTASKER_LOG_DIR": self.log_dir,
-                "LABTASKER_END_TIME": None if self.end_time == math.inf else "%.3f" % self.end_time,
+                **(self.limit.environment() if self.limit else {}),
                 "LABTASKER_ROOT": os.path.abspath(load_config().root),
                 "LABTASKER_STORE": self.store_id and "%s %s" % (self.store_id, os.path.dirname(client().where))}
 
@@ -9769,8 +9916,18 @@ def time_left():
     """Return the seconds until the loop's time is up (its Slurm or PBS job's, or --time-limit), or None where no end is
     known. A job that still runs is told to stop before: its grace, and some seconds to hand its task back."""
     run = find_run()
-    end_time = run.end_time if run and run.task else float(os.environ.get("LABTASKER_END_TIME") or math.inf)
-    return None if end_time == math.inf else max(0.0, float(end_time - now()))
+    left_s = run.limit.end_at - monotonic() if run and run.limit else told_left_s()
+    return None if left_s is None or left_s == math.inf else max(0.0, float(left_s))
+
+
+def told_left_s():
+    """Return the seconds until the end that the loop around this process has told it, or None. On the loop's own host
+    they are told by the clock that never jumps."""
+    host, _, end_at = os.environ.get("LABTASKER_END_CLOCK", "").rpartition(" ")
+    end_time = os.environ.get("LABTASKER_END_TIME", "")
+    if host == host_id() and re.match(r"\d{1,12}(\.\d+)?\Z", end_at):
+        return float(end_at) - monotonic()
+    return float(end_time) - now() if re.match(r"\d{1,12}(\.\d+)?\Z", end_time) else None
 
 
 def preempted():
@@ -9811,20 +9968,6 @@ def die_of(signum):
         raise KeyboardInterrupt()
     signal.signal(signum, signal.SIG_DFL)
     os.kill(os.getpid(), signum)
-
-
-def ready(numbers, seconds=None, to_write=False):
-    """Return which of the descriptors can be read, or written, waited for without end or so long.
-
-    `select` takes none over 1,023, which a process with many open files passes."""
-    import select
-    if not hasattr(select, "poll"):  # Windows
-        given = [[], list(numbers), []] if to_write else [list(numbers), [], []]
-        return select.select(*given, seconds)[to_write]
-    poll = select.poll()
-    for number in numbers:
-        poll.register(number, select.POLLOUT if to_write else select.POLLIN)
-    return [number for number, _ in poll.poll(None if seconds is None else math.ceil(1000 * seconds))]
 
 
 class Wake:
@@ -10155,21 +10298,37 @@ class Heart:
 
     def live(self):
         """Beat; write one line to stdout when the run is over."""
-        pause_s, status = self.FIRST_S, "running"
-        while status == "running" and not self.dropped.wait(pause_s):
-            begin = monotonic()
+        next_at, status = monotonic() + self.FIRST_S, "running"
+        while status == "running" and not self.is_dropped(next_at):
+            begin, self.is_plain = monotonic(), False
             status = "running" if is_stopped(self.parent) else self.beat()
-            pause_s = 0 if monotonic() - begin > 0.5 else self.FIRST_S
+            next_at = self.next_at(begin, monotonic())
         if not self.dropped.is_set():
             sys.stdout.write(json.dumps({"key": self.message["key"], "status": status}) + "\n")
             sys.stdout.flush()
+
+    def is_dropped(self, until):
+        """Return, at once or at `until`, whether the run is to be kept alive no more.
+
+        An Event's own time-out goes by the wall's clock in Python before 3.11: set back, it would keep this waiting."""
+        while not self.dropped.is_set() and monotonic() < until:
+            time.sleep(max(0.0, min(self.FIRST_S, until - monotonic())))
+        return self.dropped.is_set()
+
+    def next_at(self, begin, end):
+        """Return when to beat again. A server with the extensions waits with its answer for as long as the interval."""
+        if self.is_plain:
+            return begin + self.message["interval_s"]
+        return end if end - begin > 0.5 else end + self.FIRST_S
 
     def beat(self):
         """Return the run's status: "running" also when the server is away, so that it is tried for ever."""
         one = self.message
         try:
             rely_on(one["store_id"])
-            return send_heartbeat(one["task_id"], one["worker_id"], one["run_id"], one["interval_s"]) or "running"
+            status = send_heartbeat(one["task_id"], one["worker_id"], one["run_id"], one["interval_s"]) or "running"
+            self.is_plain = not client().extensions
+            return status
         except LabtaskerHTTPStatusError as error:
             if error.status_code in (403, 404, 409):
                 return self.look()
@@ -10302,6 +10461,13 @@ class Limit:
         self.stop_at = max(self.kill_at - grace_s, self.end_at - left_s / 2)
         self.start_until = min(self.stop_at - eta_max_s, self.end_at - drain_before_s)
 
+    def environment(self):
+        """Return what tells a job when the time is up, on the wall's clock and, for this host, on the one that never
+        jumps; {variable: text, or None to unset it}."""
+        is_known = self.end_at < math.inf
+        return {"LABTASKER_END_TIME": "%.3f" % self.end_time if is_known else None,
+                "LABTASKER_END_CLOCK": "%s %.3f" % (host_id(), self.end_at) if is_known else None}
+
     def longest_s(self, request, at):
         """Return the longest task_timeout of tasks that are started, infinity for any. It changes only now and then, as
         a store prepares for each filter that it is asked."""
@@ -10335,8 +10501,11 @@ def in_words(seconds):
 
 def _until(text):
     """Return the seconds until an instant; None where it is over, as it was another job's, or is no number."""
-    left_s = float(text) - now() if re.match(r"\d{1,12}(\.\d+)?\Z", text) else 0
-    return left_s if left_s > 0 else None
+    return _in_future(float(text) - now() if re.match(r"\d{1,12}(\.\d+)?\Z", text) else None)
+
+
+def _in_future(left_s):
+    return left_s if left_s is not None and left_s > 0 else None
 
 
 def _left_in_slurm(job_id):
@@ -10368,7 +10537,7 @@ def _left_in_pbs(walltime_s):
 
 # variable: what reads how long there is time from it
 TIME_SOURCES = {"SLURM_JOB_END_TIME": _until, "SLURM_JOB_ID": _left_in_slurm, "PBS_WALLTIME": _left_in_pbs,
-                "LABTASKER_END_TIME": _until}
+                "LABTASKER_END_TIME": lambda _: _in_future(told_left_s())}
 
 
 def ask_program(words):
@@ -10389,9 +10558,10 @@ def ask_program(words):
     return said.decode("utf-8", "replace") if process.returncode == 0 else ""
 
 
-Outcome = collections.namedtuple("Outcome", "status summary reason fatal facts")
-# status None: nothing to report; fatal: why the loop must end; facts: what the task's attempt keeps of the end
-Outcome.__new__.__defaults__ = (None, None, None, None)
+Outcome = collections.namedtuple("Outcome", "status summary reason fatal facts delay_s")
+# status None: nothing to report; fatal: why the loop must end; facts: what the task's attempt keeps of the end;
+# delay_s: the least pause of a task that its job handed back
+Outcome.__new__.__defaults__ = (None, None, None, None, 0)
 
 
 class Loop:
@@ -10416,7 +10586,11 @@ class Loop:
         self.counts, self.taken, self.done = collections.Counter(), 0, False
         self.fatal, self.error, self.is_time_up, self.is_unheard = None, None, False, False
         self.begun, self.waiting = False, {}  # {key of a run whose report waits in the outbox: Run}
+        self.unanswered = set()  # ids of fetches that may have been given a task without anybody having heard of it
         self.idle_since, self.pinned = None, None
+        self.waits_for_pauses = idle_timeout_s is None  # else no longer than that
+        self.retry_at = -math.inf  # when a task that is there has had its pause, as the last fetch has told
+        self.resting = {}  # {task id: (pause, its end)} of what jobs here handed back to a server that knows no pauses
 
     def run(self):
         """Return the exit code: 0 once there are no more tasks or there is no more time, 1 on a failure, 128 + its
@@ -10443,12 +10617,13 @@ class Loop:
 
     def leave(self):
         """Try to deliver what waits, as long as there is time, and say where it is kept."""
-        try:
-            if self.waiting and not self.is_unheard:
-                patiently(self.deliver_kept, self.wake.pause, lambda: LEAVING_S if self.wake.stop else 0)
-        except LabtaskerError as error:
-            if not is_away(error):
-                remark(error)
+        self.unanswered.update(fetch.id for fetch in [slot.fetch for slot in self.slots] if fetch)
+        if self.is_unheard and self.unanswered:  # not for as long as a request that has no answer takes
+            thread = threading.Thread(target=self.settle, args=(time.sleep,), daemon=True)
+            thread.start()
+            thread.join(LEAVING_S)
+        elif not self.is_unheard and (self.waiting or self.unanswered):
+            self.settle(self.wake.pause)
         if self.waiting:
             remark("%s is kept in %s: the next labtasker command here delivers it once the server is back" % (
                 ", ".join("the report of task " + run.task_id for run in self.waiting.values()), outbox()))
@@ -10478,6 +10653,20 @@ class Loop:
         with self.lock:
             for run in [run for run in self.waiting.values() if not kept_reports(run)]:
                 self.beats.drop(self.waiting.pop(run.key))
+
+    def settle(self, pause):
+        """Deliver what waits in the outbox, and hand back what fetches were given whose answer was lost; tries for some
+        seconds where the loop was stopped, else once."""
+        def action():
+            self.deliver_kept()
+            for fetch_id in list(self.unanswered):
+                end_fetch(fetch_id, hand_back=True)
+                self.unanswered.discard(fetch_id)
+        try:
+            patiently(action, pause, lambda: LEAVING_S if self.wake.stop else 0)
+        except LabtaskerError as error:
+            if not is_away(error):
+                remark(error)
 
     def _why(self):
         left = in_words(self.limit.end_at - monotonic()) if self.limit and self.limit.end_at < math.inf else ""
@@ -10549,15 +10738,13 @@ class Loop:
 
     def _hurry(self):
         """Let the slots look at what is new, and wait for the server no longer where that is in vain."""
-        is_in_vain, transport = self.is_in_vain(), client().transport
+        is_in_vain, is_remote = self.is_in_vain(), isinstance(client().transport, HttpTransport)
         for slot in self.slots:
             slot.bell.set()
-            if isinstance(transport, HttpTransport):  # a store without a server must not be left in the middle
-                if slot.doing == "wait" and is_in_vain:
-                    slot.is_cut = True
-                    transport.hang_up(slot.thread.ident)
-                if self.wake.stop:
-                    slot.keep_report()
+            if is_remote and slot.doing == "wait" and is_in_vain:
+                slot.end_waiting()
+            if is_remote and self.wake.stop:
+                slot.keep_report()
 
     def is_in_vain(self):
         """Return whether it is in vain to wait for a task."""
@@ -10577,7 +10764,36 @@ class Loop:
 
     def idle_left_s(self):
         """Return how long to wait for tasks: without end while some run, which may come back or bring others."""
-        return math.inf if self.wake.runs else self.idle_since + self.idle_timeout_s - monotonic()
+        if self.wake.runs or self.waits_for_pauses and self.retry_at > -math.inf:
+            return math.inf
+        return self.idle_since + self.idle_timeout_s - monotonic()
+
+    def pause_of(self, run, outcome):
+        """Return the seconds for which the task of a run that was handed back is given to nobody; None where that was
+        not the job's doing but the loop's, which leaves."""
+        if outcome.status != "pending" or self.wake.stop or self.fatal or not run.is_wanted:
+            return None
+        pause_s, until = self.resting.get(run.task_id, (0, 0))
+        is_plain = client().transport.extensions is False
+        if not is_plain or monotonic() > until + LONGEST_HAND_BACK_S:
+            pause_s = pause_before(run.task)
+        pause_s = float(max(outcome.delay_s, min(2 * pause_s or FIRST_PAUSE_S, LONGEST_HAND_BACK_S)))
+        if is_plain:
+            self.resting[run.task_id] = pause_s, monotonic() + pause_s
+        return pause_s
+
+    def without_resting(self, given):
+        """Return a filter that leaves out what rests here."""
+        ids = [task_id for task_id, (_, until) in self.resting.items() if monotonic() < until]
+        others = {"_id": {"$nin": ids}}
+        return given if not ids else {"$and": [given, others]} if given else others
+
+    def note_pause(self, answer):
+        """Remember when a task that is there may be fetched, from the answer to a fetch."""
+        ends = [until for _, until in self.resting.values() if monotonic() < until]
+        if answer.retry_in_s is not None:
+            ends.append(monotonic() + answer.retry_in_s)
+        self.retry_at = min(ends, default=-math.inf) if not answer.found else -math.inf
 
     def on_lost(self, key, status):
         """Note, in the thread of the heartbeats, that a run is over by another's hand; wakes the loop."""
@@ -10587,8 +10803,9 @@ class Loop:
                 self.wake.nudge()
 
     def handed_back(self, facts=None):
-        """Return the Outcome of a run that a signal to the loop, or the end of its time, has ended."""
-        why = "the time of the loop was up" if self.is_time_up else (
+        """Return the Outcome of a run that a signal to the loop, or the end of its time, has ended, or that came when
+        the loop was about to leave."""
+        why = "the loop was leaving" if not self.wake.stop else "the time of the loop was up" if self.is_time_up else (
             "the loop was stopped by %s" % signal_name(self.wake.stop))
         return Outcome("pending", reason=why, facts=facts)
 
@@ -10597,6 +10814,23 @@ Place = collections.namedtuple("Place", "environment facts label")
 # what sets a slot apart: {variable: value, or None to unset it} for its jobs, what the attempts of its tasks keep, and
 # what each line of its output begins with
 Place.__new__.__defaults__ = ({}, {}, "")
+
+
+class Fetch:
+    """A request for a task that was sent, and has an answer to come."""
+
+    def __init__(self, fetch_id):
+        self.id, self.began, self.is_ended, self.is_over = fetch_id, monotonic(), False, threading.Event()
+
+    def end(self):
+        """Tell the server that nobody waits for this, until the answer is there; a server that was started anew has
+        forgotten what it was told."""
+        while not self.is_over.is_set():
+            try:
+                end_fetch(self.id)
+            except LabtaskerError:  # it is away, or does not know how: the fetch itself is asked again
+                pass
+            self.is_over.wait(1)
 
 
 class Slot:
@@ -10608,7 +10842,8 @@ class Slot:
         self.bell = threading.Event()  # rung when there is something new: a signal, the end of a job
         self.thread = threading.Thread(target=self.live, daemon=True)
         self.doing = None  # "wait" for a task, "run", or another
-        self.posting, self.is_cut, self.has_left, self.errors = None, False, False, 0
+        self.posting, self.has_left, self.errors = None, False, 0
+        self.fetch = None  # the Fetch that was sent and is not answered yet
 
     def pause(self, seconds):
         """Sleep for so long, or until there is something new."""
@@ -10682,7 +10917,7 @@ class Slot:
         if run is None:
             return
         try:
-            if self.wake.stop:
+            if not run.is_wanted:
                 outcome = loop.handed_back()
             else:
                 self.remark("task %s" % describe(run.task, loop.verbose))
@@ -10713,44 +10948,70 @@ class Slot:
         loop, began = self.loop, monotonic()
         left_s, seen = loop.idle_left_s(), _file_stamp()
         wait_s = max(0, min(left_s, IDLE_WAIT_S, loop.limit.start_until - began))
-        task = self._ask(None if seen else wait_s)
+        if loop.retry_at > -math.inf:
+            wait_s = max(0, min(wait_s, loop.retry_at + WATCH_S - began))
+        task, is_ended = self._ask(None if seen else wait_s)
         if task:
             run = Run(task.task_id, task.run_id, loop.request["worker_id"], task)
-            run.end_time, run.store_id = loop.limit.end_time, store_id()
+            run.limit, run.store_id, run.is_wanted = loop.limit, store_id(), not loop.is_over()
             loop.taken += 1
             self.wake.runs.add(run)
             loop.expect_store()
             return run
-        if left_s <= 0:
+        if left_s <= 0 and loop.idle_left_s() <= 0:
             loop.done = True
-        while seen and seen == _file_stamp() and monotonic() < began + min(wait_s, LOOK_S) and not loop.is_in_vain():
+        until = min(began + min(wait_s, LOOK_S), loop.retry_at if loop.retry_at > -math.inf else math.inf)
+        while seen and seen == _file_stamp() and monotonic() < until and not loop.is_in_vain():
             self.pause(min(WATCH_S, wait_s))
-        if not seen and monotonic() - began < 0.5 and not self.is_cut:  # nobody waited for us
+        if not seen and monotonic() - began < 0.5 and not is_ended:  # nobody waited for us
             self.pause(min(wait_s, 1))
         return None
 
     def _ask(self, wait_s):
-        """Return the next Task or None; waits for a server that is away, unless it was never there. What waits for it
-        goes first."""
-        loop, self.is_cut = self.loop, False
-        request = dict(loop.request, fetch_id=new_id(), wait_s=wait_s or None, extra_filter=loop.limit.filtered(
-            loop.request, monotonic()), attempt=dict(loop.request["attempt"], **self.place.facts))
+        """Return (the next Task or None, whether the fetch was ended as nobody waited for it any more); waits for a
+        server that is away, unless it was never there. What waits for the server goes first.
+
+        A fetch that was sent may have been given a task: so it is asked again with the same id until its answer is
+        there, and what it may have been given is remembered where there is none."""
+        loop, fetch = self.loop, Fetch(new_id())
+        request = dict(loop.request, fetch_id=fetch.id, wait_s=wait_s or None, extra_filter=loop.without_resting(
+            loop.limit.filtered(loop.request, monotonic())), attempt=dict(loop.request["attempt"], **self.place.facts))
 
         def ask():
             loop.deliver_kept()
             self.doing = "wait" if wait_s else None
-            return fetch_task(**request)
+            if loop.is_in_vain():  # since the others' end, while the server was away
+                self.wake.ring()
+            try:
+                return fetch_task(**request)
+            except LabtaskerError as error:
+                if is_away(error) and getattr(error, "is_sent", True):
+                    loop.unanswered.add(fetch.id)
+                raise
+        self.fetch = fetch
         try:
             answer = patiently(ask, self.pause, lambda: (
-                0 if self.is_cut or self.wake.stop or not loop.begun else loop.server_lost_s))
-        except LabtaskerConnectError:
-            if not self.is_cut:
-                raise
-            return None
+                0 if self.wake.stop or not loop.begun else loop.server_lost_s))
+            loop.unanswered.discard(fetch.id)
+        except LabtaskerError as error:
+            if not is_away(error):  # refused
+                loop.unanswered.discard(fetch.id)
+            raise
         finally:
-            self.doing = None
+            self.doing = self.fetch = None
+            fetch.is_over.set()
         loop.begun = True
-        return answer.task if answer.found else None
+        loop.note_pause(answer)
+        return answer.task if answer.found else None, fetch.is_ended
+
+    def end_waiting(self):
+        """Have the server answer the fetch that is under way, from any thread: what it was given meanwhile comes with
+        the answer. One that may just be on its way gets some time, unless the loop must leave."""
+        fetch = self.fetch
+        is_young = fetch and not self.loop.is_over() and monotonic() - fetch.began < ANSWER_S
+        if fetch and not fetch.is_ended and not is_young:
+            fetch.is_ended = True
+            threading.Thread(target=fetch.end, daemon=True).start()
 
     def start_beats(self, run, group=None):
         """Have `run` kept alive from now on."""
@@ -10785,8 +11046,6 @@ class Slot:
         run.note_end(status or run.lost or "lost", **dict(facts, reason=outcome.reason or facts.get("reason")))
         with loop.lock:
             loop.counts[status] += 1
-        if status == "pending" and not self.wake.stop:
-            self.pause(HANDED_BACK_PAUSE_S)
 
     def post(self, run, report):
         """Return whether a report was delivered; else it is kept."""
@@ -10820,7 +11079,7 @@ def send_outcome(slot, run, outcome, facts):
     try:
         delivered = slot.post(run, {
             "status": outcome.status, "summary": outcome.summary, "worker_id": run.worker_id,
-            "reason": outcome.reason, "attempt": facts or None})
+            "reason": outcome.reason, "attempt": facts or None, "delay_s": slot.loop.pause_of(run, outcome)})
     except LabtaskerHTTPStatusError as error:
         if error.status_code not in (404, 409) + UNTAKEN:
             raise
@@ -10855,6 +11114,7 @@ def _file_stamp():
 IDLE_WAIT_S = 50  # a wait for tasks on the server's side
 LOOK_S = OWNER_LAPSE_S / 3  # how often an idle loop without a server looks for more than a change of the file
 WATCH_S = 0.5  # how often it looks for that
+ANSWER_S = 0.5  # how long the answer to a fetch is waited for before the server is told that nobody waits for it
 FETCH_CUT_S = 2  # how long a loop that must leave waits for the answer to a fetch
 HAND_BACK_S = 5  # before the time is up: for handing back what was killed then
 PROGRAM_TIMEOUT_S = 20  # squeue of a busy controller, nvidia-smi of a GPU that sleeps
@@ -10863,7 +11123,7 @@ LOST_GRACE_S = 1  # from TERM to KILL for the job of a task that was cancelled o
 GRACE_S = 10  # from the signal that stops the loop to KILL
 OWN_SIGNAL_S = 1  # after a job that died of a signal: how long the loop looks whether it gets the same one
 REASON_LIMIT = 300  # letters of the reason that an attempt keeps
-HANDED_BACK_PAUSE_S = 1  # a job that can't work now will not a millisecond later
+FIRST_PAUSE_S, LONGEST_HAND_BACK_S = 1.0, 60.0  # of a task whose job can't work now; doubled each time it hands it back
 WORKER_MAX_RETRIES = 1000000  # a loop's own worker: tasks fail for their own reasons
 LOOP_SETTINGS = {"on_internal_error": None, "prompt_on_failure": False}
 
@@ -10884,6 +11144,18 @@ def default_worker():
     host = host_name()
     return {"worker_name": "%s-%d" % (re.sub(r"[^a-zA-Z0-9_-]", "-", host)[:80], os.getpid()),
             "metadata": {"host": host, "pid": os.getpid()}, "max_retries": WORKER_MAX_RETRIES}
+
+
+def pause_before(task):
+    """Return the last pause of a task that one job after another handed back, by what it keeps of these runs; 0 without
+    one. A run that worked for longer than the longest pause begins anew."""
+    count = 0
+    for attempt in reversed((task.attempts or [])[:-1]):  # the last is the one that was just run
+        times = [parse_time(attempt[name]) for name in ("start", "end") if attempt.get(name)]
+        if attempt.get("status") != "pending" or len(times) < 2 or times[1] - times[0] > LONGEST_HAND_BACK_S:
+            break
+        count += 1
+    return 0 if count == 0 else min(FIRST_PAUSE_S * 2 ** (count - 1), LONGEST_HAND_BACK_S)
 
 
 def describe(task, verbose=False):
@@ -10922,12 +11194,11 @@ def set_prompt_on_task_failure(enabled):
 
 def ask_to_go_on():
     """Return whether to go on after a failure; no answer in ten seconds, or nobody to ask, means yes."""
-    import select
     if not (LOOP_SETTINGS["prompt_on_failure"] and _made(lambda: sys.stdin.isatty() and sys.stderr.isatty(), False)):
         return True
     sys.stderr.write("labtasker: the task failed. Go on with the next one? [Y/n] (yes in 10 s) ")
     sys.stderr.flush()
-    answered = select.select([sys.stdin], [], [], 10)[0]
+    answered = ready([sys.stdin], 10)
     return not answered or not sys.stdin.readline().strip().lower().startswith("n")
 
 
@@ -11674,7 +11945,7 @@ def _write_out(number, data):
             try:
                 view = view[os.write(number, view):]
             except BlockingIOError:  # a terminal that another program has set so
-                ready([number], 1, True)
+                ready([number], 1, is_output=True)
             except OSError:
                 return
 

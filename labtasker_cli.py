@@ -778,6 +778,9 @@ def in_the_way(task, options):
         yield "It failed %d of %d times%s." % (task.retries, task.max_retries, with_error(task))
     if vars(task).get("reason"):
         yield "Its last run was handed back: %s." % task.reason
+    not_before = vars(task).get("not_before")
+    if not_before and not_before.timestamp() > now():
+        yield "Its job asked for a pause: nobody gets it for another %s." % span(not_before.timestamp() - now())
     running = ls_tasks(status="running", limit=EVERY).content
     if not running:
         yield "Nothing runs in this queue: start a loop, such as labtasker loop -- %s" % example_command(task)

@@ -1,4 +1,7 @@
-"""Fixtures: `home` (embedded store), `server_home` (a server), `both` (each in turn), `server`."""
+"""Fixtures: `home` (embedded store), `server_home` (a server), `both` (each in turn), `server`.
+
+What loops do with a server is tried with one that seems far away (FAR): by default as far as a host of the same site, with
+LT_TEST_DELAYS=0,5,30,300 (milliseconds; `tox -e slow` sets it) at each of these distances."""
 import os
 import pathlib
 import sys
@@ -28,9 +31,24 @@ def clean_world(tmp_path_factory):
     os.chdir(before)
 
 
-def open_place(folder, monkeypatch, server=None):
+FAR = ("test_slots", "test_worker", "test_signals")  # slots, decorated loops, heartbeats, the outbox
+DELAYS_MS = [int(text) for text in os.environ.get("LT_TEST_DELAYS", "30").split(",")]
+
+
+def pytest_generate_tests(metafunc):
+    """Have tests with `both` run with each kind of store, and those of FAR with a server at each distance."""
+    delays = [("server" if ms == 0 else "server-%dms" % ms, ms) for ms in (
+        DELAYS_MS if metafunc.module.__name__ in FAR else [0])]
+    if "both" in metafunc.fixturenames:
+        metafunc.parametrize("both", [pytest.param(None, id="embedded")] + [
+            pytest.param(ms, id=name, marks=pytest.mark.slow) for name, ms in delays], indirect=True)
+    elif "server_home" in metafunc.fixturenames:
+        metafunc.parametrize("server_home", [pytest.param(ms, id=name) for name, ms in delays], indirect=True)
+
+
+def open_place(folder, monkeypatch, server=None, delay_ms=0):
     folder.mkdir(exist_ok=True)
-    place = harness.Place(folder, server)
+    place = harness.Place(folder, server, delay_ms / 1000)
     monkeypatch.chdir(folder)
     for name in [n for n in os.environ if n.startswith("LABTASKER_")]:
         monkeypatch.delenv(name)
@@ -74,14 +92,17 @@ def server(tmp_path):
 
 
 @pytest.fixture
-def server_home(tmp_path, monkeypatch, server):
+def server_home(request, tmp_path, monkeypatch, server):
     """A Place whose store is on a server; this process's environment leads there too."""
-    place = open_place(tmp_path / "home", monkeypatch, server)
+    place = open_place(tmp_path / "home", monkeypatch, server, getattr(request, "param", 0))
     yield place
     close_place(place)
 
 
-@pytest.fixture(params=["embedded", pytest.param("server", marks=pytest.mark.slow)])
-def both(request):
+@pytest.fixture
+def both(request, tmp_path, monkeypatch):
     """A Place, once with the embedded store and once with a server (that half is not in the quick part)."""
-    return request.getfixturevalue("home" if request.param == "embedded" else "server_home")
+    server = None if request.param is None else request.getfixturevalue("server")
+    place = open_place(tmp_path / "home", monkeypatch, server, request.param or 0)
+    yield place
+    close_place(place)

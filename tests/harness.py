@@ -9,8 +9,10 @@ import pathlib
 import re
 import shlex
 import signal
+import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -185,16 +187,83 @@ class Server:
         self.stop()
 
 
+class FarAway:
+    """A TCP proxy before a Server, which seems so many seconds away: each piece of an answer comes so much later. `url`.
+
+    `hold()` keeps all answers back until `let_go()`, or until they are lost by `lose()`, with the connections. It goes
+    where the server is at the time. `asked` are the beginnings of the requests that went through."""
+
+    def __init__(self, server, delay_s=0.0):
+        self.server, self.delay_s, self.may_pass = server, delay_s, threading.Event()
+        self.losses, self.asked = 0, []
+        self.let_go()
+        self.listening = socket.create_server(("127.0.0.1", 0), backlog=128)
+        self.url = "http://127.0.0.1:%d" % self.listening.getsockname()[1]
+        threading.Thread(target=self.accept, daemon=True).start()
+
+    def hold(self):
+        self.may_pass.clear()
+
+    def let_go(self):
+        self.may_pass.set()
+
+    def lose(self):
+        self.losses += 1
+        self.let_go()
+
+    def accept(self):
+        while True:
+            try:
+                near = self.listening.accept()[0]
+            except OSError:
+                return
+            try:
+                far = socket.create_connection(("127.0.0.1", int(self.server.url.rpartition(":")[2])))
+            except OSError:
+                near.close()
+                continue
+            for source, sink, is_answer in ((near, far, False), (far, near, True)):
+                threading.Thread(target=self.pump, args=(source, sink, is_answer), daemon=True).start()
+
+    def pump(self, source, sink, is_answer):
+        try:
+            data = True
+            while data:
+                data, losses = source.recv(1 << 16), self.losses
+                if is_answer:
+                    threading.Event().wait(self.delay_s)
+                    self.may_pass.wait()
+                if losses != self.losses:
+                    break
+                self.asked += [data[:150]] if not is_answer else []
+                sink.sendall(data)
+        except OSError:
+            pass
+        for each in (source, sink):
+            try:
+                each.shutdown(socket.SHUT_RDWR)
+            except OSError:
+                pass
+
+    def close(self):
+        self.let_go()
+        self.listening.shutdown(socket.SHUT_RDWR)
+        self.listening.close()
+
+
 class Place:
     """A working folder `cwd` with a store behind it: embedded, or on `server`. The same calls for both.
 
-    `env` is what subprocesses get on top of `clean_env`; `folder` is where the journal lies."""
+    `env` is what subprocesses get on top of `clean_env`; `folder` is where the journal lies. With `delay_s` the server
+    seems to be so far away: `proxy`, at `url`, is what stands between."""
 
-    def __init__(self, cwd, server=None):
+    def __init__(self, cwd, server=None, delay_s=0.0):
         self.cwd, self.server = pathlib.Path(str(cwd)), server
+        self.proxy = FarAway(server, delay_s) if delay_s else None
         self.kind = "server" if server else "embedded"
         self.folder = server.folder if server else self.cwd / ".labtasker"
-        self.env = dict(server.env) if server else {}
+        self.url = self.proxy.url if self.proxy else server.url if server else None
+        self.env = dict(server.env, LABTASKER_URL=self.url) if server else {}
         self.started = []
 
     def cli(self, *args, **options):
@@ -269,6 +338,8 @@ class Place:
         """End what was started here, then the server."""
         for process in self.started:
             end_group(process)
+        if self.proxy:
+            self.proxy.close()
         if self.server:
             self.server.stop()
 

@@ -19,7 +19,7 @@ class Wire:
     """Stands for a socket: takes `room` bytes a send."""
 
     def __init__(self, room=10 ** 9):
-        self.room, self.sent = room, b""
+        self.room, self.sent, self.has_left = room, b"", False
 
     def send(self, data):
         self.sent += data[:self.room]
@@ -39,6 +39,7 @@ class Loop:
         self.store = L.Store(str(folder / "journal.jsonl"), is_server=True, **options)
         self.store.open()
         self.server = L.http_server("127.0.0.1", 0, self.store, None, "warning")
+        self.server.has_left = lambda conn: conn.sock.has_left
         L.answer_call(self.store, None, "POST", "/api/v1/queues", {"queue_name": "q", "password": "p"})
         self.store.login("q", "p")
         self.auth = base64.b64encode(b"q:p").decode()
@@ -164,6 +165,52 @@ def test_who_left_gets_no_task(loop):
     assert loop.answer(gone) is None and loop.answer(there)[1]["found"]
 
 
+def test_who_left_before_its_fetch_was_read_gets_no_task(loop):
+    loop.call(loop.client(), *submit(i=1))
+    gone = loop.client()
+    gone.sock.has_left = True
+    assert loop.call(gone, *fetch()) is None and loop.call(loop.client(), *fetch())[1]["found"]
+
+
+def end_fetch(fetch_id, **more):
+    return "DELETE", "/tasks/next?fetch_id=%s%s" % (fetch_id, "".join("&%s=%s" % pair for pair in more.items()))
+
+
+def test_a_fetch_that_is_ended_is_answered_at_once_and_gets_nothing_any_more(loop):
+    ended, other, id = loop.client(), loop.client(), L.new_id()
+    assert loop.call(other, *fetch(30)) is None and loop.call(ended, *fetch(30, fetch_id=id)) is None
+    assert loop.call(loop.client(), *end_fetch(id))[0] == 204
+    assert loop.answer(ended) == (200, {"found": False, "task": None}) and loop.answer(other) is None
+    loop.call(loop.client(), *submit(i=1))
+    loop.call(loop.client(), *submit(i=2))
+    assert loop.answer(other)[1]["found"]
+    assert loop.call(loop.client(), *fetch(30, fetch_id=id))[1] == {"found": False, "task": None}  # it arrives late
+    assert loop.call(loop.client(), *fetch(30))[1]["task"]["args"] == {"i": 2}
+
+
+def test_what_a_fetch_got_before_it_was_ended_is_answered_and_handed_back_when_asked_for(loop):
+    loop.call(loop.client(), *submit(i=1))
+    id, worker = L.new_id(), loop.call(loop.client(), "POST", "/workers", {})[1]["worker_id"]
+    run = loop.call(loop.client(), *fetch(fetch_id=id, worker_id=worker, attempt={"host": "here"}))[1]["task"]
+    for _ in range(2):
+        loop.call(loop.client(), *end_fetch(id))
+        again = loop.call(loop.client(), *fetch(30, fetch_id=id, worker_id=worker))[1]["task"]
+        assert (again["run_id"], again["status"]) == (run["run_id"], "running")
+    for _ in range(2):
+        assert loop.call(loop.client(), *end_fetch(id, hand_back="true"))[0] == 204
+        back = loop.call(loop.client(), "GET", "/tasks/" + run["task_id"])[1]
+        assert (back["status"], back["retries"], back["interruptions"]) == ("pending", 0, 1)
+        assert back["attempts"][0]["status"] == "pending" and "worker left" in back["reason"]
+    assert loop.call(loop.client(), *end_fetch(L.new_id(), hand_back="true"))[0] == 204
+
+
+def test_ended_fetches_are_not_remembered_for_ever(loop):
+    for _ in range(L.MAX_ENDED_FETCHES + 10):
+        loop.call(loop.client(), *end_fetch(L.new_id()))
+    queue, = loop.store.state.queues.values()
+    assert len(queue.ended_fetches) == L.MAX_ENDED_FETCHES
+
+
 def test_who_has_waited_long_enough_hears_that_there_is_nothing(loop):
     first, second = loop.client(), loop.client()
     assert loop.call(first, *fetch(0.05)) is None and loop.call(second, *fetch(30)) is None
@@ -273,7 +320,7 @@ class Clock:
         """Return how often the server woke; `before` is done at each time."""
         server, end, wakes = self.loop.server, self.at + seconds, 0
         while self.at < end:
-            self.loop.store.awake_until = max(self.at, min(server.due_at, self.loop.store.next_timeout_at, end))
+            self.loop.store.awake_until = max(self.at, min(server.due_at, self.loop.store.due_at(), end))
             self.at = self.loop.store.awake_until + 0.01
             before()
             self.loop.store.notice_sleep()
@@ -324,6 +371,22 @@ def test_a_run_is_given_up_in_time_however_often_others_begin(loop, clock, every
     assert clock.status(dead) == "running"
     clock.serve_for(5, others_work)
     assert clock.status(dead) == "pending"
+
+
+def test_who_waits_gets_a_task_when_its_pause_is_over(loop, clock, monkeypatch):
+    monkeypatch.setattr(L, "now", lambda: L.Instant(1.7e9 + clock.at))
+    one = loop.call(loop.client(), *submit(i=0))[1]["task_id"]
+    other = loop.call(loop.client(), *submit(i=1))[1]["task_id"]
+    for _ in range(2):
+        task_id = loop.call(loop.client(), *fetch())[1]["task"]["task_id"]
+        loop.call(loop.client(), "POST", "/tasks/%s/status" % task_id, {"status": "pending", "delay_s": 10})
+    waiting = [loop.client() for _ in range(2)]
+    assert [loop.call(client, *fetch(50)) for client in waiting] == [None, None]
+    clock.serve_for(9, loop.server.settle)
+    assert [loop.answer(client) for client in waiting] == [None, None]
+    clock.serve_for(2, loop.server.settle)
+    loop.server.settle()
+    assert {loop.answer(client)[1]["task"]["task_id"] for client in waiting} == {one, other}
 
 
 def test_a_time_out_that_is_shortened_while_the_task_runs_is_kept(loop, clock):

@@ -186,6 +186,7 @@ SAFE = {  # route: a function that prepares and returns a call whose lost answer
     "POST /api/v1/queues/me/tasks/count": lambda: lambda: L.counted({}),
     "GET /api/v1/queues/me/mark": lambda: lambda: L.client().call("GET", "/api/v1/queues/me/mark"),
     "POST /api/v1/queues/me/tasks/next": a_fetch,
+    "DELETE /api/v1/queues/me/tasks/next": lambda: (lambda fetch_id: lambda: L.end_fetch(fetch_id))(L.new_id()),
     "POST /api/v1/queues/me/tasks/{task_id}/status": lambda: a_report(by_run=True),
     "POST /api/v1/queues/me/tasks/{task_id}/heartbeat": a_beat,
     "GET /api/v1/queues/me/tasks/{task_id}": lambda: (lambda run: lambda: L.get_task(run.task_id))(a_run()),
@@ -291,7 +292,7 @@ def test_a_connection_that_was_closed_meanwhile_is_opened_anew_for_whatever_ther
     L.get_queue()
     harness.wait_until(lambda: cutter.cuts["after"], "the cut")
     sock = vars(L.client().transport.opener.kept)[cutter.url[7:]].sock
-    harness.wait_until(lambda: L._is_readable(sock), "the end of the connection is here")
+    harness.wait_until(lambda: L.ready([sock], 0), "the end of the connection is here")
     assert call().found
 
 

@@ -201,6 +201,65 @@ def test_a_task_updated_twice_in_one_request_gets_both(door):
     assert answer["content"][0]["args"] == door.task(task_id)["args"] == {"a": 1, "b": 2, "c": 3}
 
 
+def test_a_task_handed_back_with_a_pause_is_given_to_nobody_before_and_blocks_no_other(door):
+    first, other = door.submit(args={"a": 1}), door.submit(args={"a": 2})
+    assert door.fetch(required_fields=["a"])["task_id"] == first
+    door.report(first, "pending", delay_s=20)
+    assert door.task(first)["not_before"] is not None and door.task(first)["status"] == "pending"
+    assert door.fetch(required_fields=["a"])["task_id"] == other
+    told = door("POST", "tasks/next", {"heartbeat_timeout": 60, "required_fields": ["a"]})
+    assert told["found"] is False and 19 < told["retry_in_s"] < 20
+    for fits_not in ({"required_fields": ["b"]}, {"extra_filter": {"args.a": 2}}):
+        assert door("POST", "tasks/next", dict(fits_not, heartbeat_timeout=60)) == {"found": False, "task": None}
+    assert door("POST", "tasks/next", {"heartbeat_timeout": 60, "extra_filter": {"args.a": 1}})["retry_in_s"] < 20
+    door.clock.pass_s(20)
+    run = door.fetch(extra_filter={"args.a": 1})
+    assert run["task_id"] == first and run["not_before"] is None
+
+
+@pytest.mark.parametrize("end", [lambda door, one: door.update(one, reset=True), lambda door, one: (
+    door.report(one, "cancelled"), door.update(one, status="pending"))])
+def test_a_pause_ends_with_a_reset(door, end):
+    one = door.submit()
+    door.report(door.fetch(), "pending", delay_s=3600)
+    assert door.fetch() is None
+    door.update(one, priority=5)
+    assert door.fetch() is None
+    end(door, one)
+    assert door.fetch()["task_id"] == one
+
+
+def test_a_pause_is_over_at_the_same_time_in_another_process_and_a_long_one_has_a_bound(door):
+    one = door.submit()
+    door.report(door.fetch(), "pending", delay_s=20)
+    door.store = L.Store(door.path)
+    assert door.fetch() is None
+    door.clock.pass_s(20)
+    door.report(door.fetch(), "pending", delay_s=1e300)
+    assert door.fetch() is None
+    door.clock.pass_s(L.MAX_DELAY_S)
+    assert door.fetch()["task_id"] == one
+
+
+def test_who_can_not_know_of_pauses_hears_nothing_of_them(door):
+    door.submit()
+    door.report(door.fetch(), "pending", delay_s=20)
+    _, answer = L.answer_call(door.store, lambda: door.queue, "POST", "/api/v1/queues/me/tasks/next", {"heartbeat_timeout": 60},
+                              extensions=False)
+    assert answer == {"found": False, "task": None}
+
+
+def test_of_many_tasks_with_a_pause_a_fetch_looks_at_few(door, monkeypatch):
+    monkeypatch.setattr(L, "MOST_LOOKED_AT", 2)
+    for n in range(3):
+        door.submit(args={"b": n})
+        door.report(door.fetch(), "pending", delay_s=10 + n)
+    told = door("POST", "tasks/next", {"heartbeat_timeout": 60, "required_fields": ["a"]})
+    assert told["found"] is False and told["retry_in_s"] < 10
+    door.clock.pass_s(20)
+    assert door.fetch(required_fields=["a"]) is None and [door.fetch()["args"]["b"] for _ in range(3)] == [0, 1, 2]
+
+
 def test_a_loops_default_leaves_a_task_its_own_heartbeat_timeout_and_a_wish_does_not(door):
     own, none = door.submit(heartbeat_timeout=6), door.submit()
     for fields, seen in (({"heartbeat_default": True}, {own: 6, none: 60}), ({}, {own: 60, none: 60})):

@@ -11,6 +11,7 @@ import time
 import pytest
 
 import labtasker
+from conftest import close_place, open_place
 from harness import wait_until
 from test_worker import (
     beat_fast, cancel, children, is_alive, output, start_script, submit, task, wait_for_end, wait_for_line,
@@ -615,8 +616,8 @@ def test_an_idle_loop_asks_a_server_once_in_a_long_while(server_home):
     more = sum(map(int, pathlib.Path("/proc/%d/stat" % before).read_text().rpartition(")")[2].split()[11:13])) - ticks
     print("ticks of the server in 5 s:", more)
     connections = [line for line in pathlib.Path("/proc/%d/net/tcp" % loop.pid).read_text().splitlines()
-                   if line.split()[3] == "01" and line.split()[2].endswith(":%04X" % int(server_home.server.url.rpartition(":")[2]))]
-    assert len(connections) <= 3, "four slots wait on one connection"
+                   if line.split()[3] == "01" and line.split()[2].endswith(":%04X" % int(server_home.url.rpartition(":")[2]))]
+    assert 0 < len(connections) <= 3, "four slots wait on one connection"
     loop.terminate()
     assert wait_for_end(loop) == 143
 
@@ -649,6 +650,97 @@ def test_no_task_is_lost_to_a_loop_that_leaves_as_it_comes(server_home):
         loop.terminate()
     assert [wait_for_end(loop) for loop in loops] == [143] * 4
     assert statuses() == {"pending": 4} and {t.retries for t in labtasker.ls_tasks().content} == {0}
+
+
+# A fetch that was sent is never forgotten: its answer is read, or what it was given is handed back
+
+
+@pytest.fixture
+def held_home(tmp_path, monkeypatch, server):
+    """A Place whose server's answers can be held back: `proxy`."""
+    place = open_place(tmp_path / "home", monkeypatch, server, delay_ms=5)
+    yield place
+    close_place(place)
+
+
+def direct(place, method, path, body=None):
+    """Return the server's answer, not held back."""
+    return place.server.http(method, "/api/v1/queues/me" + path, body)[1]
+
+
+def give_while_answers_are_held(place, loop):
+    """Return the id of a task that a waiting loop was given but has not heard of."""
+    wait_until(lambda: any(b"/tasks/next?wait_s=" in asked for asked in place.proxy.asked), "it waits for a task", never=lambda _: loop.poll() is not None)
+    place.proxy.hold()
+    one = direct(place, "POST", "/tasks", {"args": {"n": 2}, "max_retries": 1})["task_id"]
+    wait_until(lambda: direct(place, "GET", "/tasks/" + one)["status"] == "running", "it was given")
+    return one
+
+
+def test_no_task_is_left_behind_by_slots_of_a_far_server(server_home):
+    """A slot stops waiting when the others have ended: just then it may be given a task."""
+    submit(40, max_retries=1)
+    loop = server_home.start_cli("loop", "-j", "3", "--", "true", "%(n)")
+    assert wait_for_end(loop, timeout_s=90) == 0, output(loop)
+    assert statuses() == {"success": 40} and {len(t.attempts) for t in labtasker.ls_tasks(limit=100).content} == {1}
+
+
+@pytest.mark.parametrize("options, code", [(["--idle-timeout", "1h"], 143), (["--idle-timeout", "1h", "-j", "3"], 143)])
+def test_a_task_given_to_a_loop_that_is_stopped_meanwhile_is_handed_back(held_home, options, code):
+    loop = held_home.start_cli("loop", *(options + ["--", "true", "%(n)"]))
+    one = give_while_answers_are_held(held_home, loop)
+    loop.terminate()
+    wait_until(lambda: any(asked.startswith(b"DELETE") for asked in held_home.proxy.asked), "it waits no longer")
+    held_home.proxy.let_go()
+    assert wait_for_end(loop) == code, output(loop)
+    back = direct(held_home, "GET", "/tasks/" + one)
+    assert (back["status"], back["retries"]) == ("pending", 0), output(loop)
+
+
+def test_a_task_given_as_the_time_is_up_is_handed_back(held_home):
+    loop = held_home.start_cli("loop", "--idle-timeout", "1h", "--time-limit", "20s", "--drain-before", "12s", "--", "true", "%(n)")
+    one = give_while_answers_are_held(held_home, loop)
+    until = time.monotonic() + 8
+    wait_until(lambda: time.monotonic() > until, "it is too late to start it")
+    held_home.proxy.let_go()
+    assert wait_for_end(loop) == 0, output(loop)
+    assert direct(held_home, "GET", "/tasks/" + one)["status"] == "pending" and "handed back" in output(loop)
+
+
+def test_a_task_given_as_the_idle_time_is_up_is_run(held_home):
+    loop = held_home.start_cli("loop", "--idle-timeout", "4s", "--", "true", "%(n)")
+    one = give_while_answers_are_held(held_home, loop)
+    until = time.monotonic() + 5
+    wait_until(lambda: time.monotonic() > until, "it has been idle for too long")
+    held_home.proxy.let_go()
+    assert wait_for_end(loop) == 0, output(loop)
+    assert direct(held_home, "GET", "/tasks/" + one)["status"] == "success"
+
+
+def test_a_task_given_by_a_server_that_was_killed_before_it_could_say_so_is_handed_back_by_a_loop_that_is_stopped(held_home):
+    loop = held_home.start_cli("loop", "--idle-timeout", "1h", "--", "true", "%(n)")
+    one, server = give_while_answers_are_held(held_home, loop), held_home.server
+    port = int(server.url.rpartition(":")[2])
+    server.kill()
+    held_home.proxy.lose()
+    loop.terminate()
+    until = time.monotonic() + 3
+    wait_until(lambda: time.monotonic() > until, "the loop leaves")
+    server.start(port)
+    assert wait_for_end(loop, timeout_s=40) == 143, output(loop)
+    back = direct(held_home, "GET", "/tasks/" + one)
+    assert (back["status"], back["retries"]) == ("pending", 0), output(loop)
+
+
+def test_a_fetch_whose_server_was_started_anew_is_asked_again_and_its_task_run_once(held_home):
+    loop = held_home.start_cli("loop", "--idle-timeout", "1h", "--", "true", "%(n)")
+    one, server = give_while_answers_are_held(held_home, loop), held_home.server
+    server.kill()
+    server.start(int(server.url.rpartition(":")[2]))
+    held_home.proxy.lose()
+    done = wait_until(lambda: [t for t in [direct(held_home, "GET", "/tasks/" + one)] if t["status"] == "success"], "it is run")
+    loop.terminate()
+    assert wait_for_end(loop) == 143 and done[0]["retries"] == 0
 
 
 # A server that is away

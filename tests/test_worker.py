@@ -721,6 +721,58 @@ def test_exit_code_75_hands_the_task_back(home):
     assert "75" in done.attempts[0]["reason"]
 
 
+def attempt(status, began_s, took_s):
+    return {"status": status, "start": labtasker.format_time(1.7e9 + began_s),
+            "end": labtasker.format_time(1.7e9 + began_s + took_s)}
+
+
+@pytest.mark.parametrize("before, pause_s", [
+    ([], 0), ([attempt("pending", 0, 1)], 1), ([attempt("pending", i, 1) for i in range(3)], 4),
+    ([attempt("pending", i, 1) for i in range(15)], 60), ([attempt("pending", 0, 1), attempt("failed", 2, 1)], 0),
+    ([attempt("failed", 0, 1), attempt("pending", 2, 1)], 1), ([attempt("pending", 0, 1), attempt("pending", 2, 3600)], 0),
+    ([{"status": "pending"}], 0)])
+def test_a_pause_doubles_with_each_time_that_a_task_comes_back_soon(before, pause_s):
+    task = labtasker.Task({"attempts": before + [{"start": labtasker.format_time(1.7e9)}]})
+    assert labtasker.pause_before(task) == pause_s
+    assert labtasker.pause_before(labtasker.Task({})) == 0  # a server of the plain protocol
+
+
+AGAIN = "test $0 != 0 -o $(ls starts-$0-* 2>/dev/null | wc -l) = 3 || { mktemp starts-$0-XXXXXX >/dev/null; exit 75; }; echo did $0"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [[], ["-j", "3"]])
+def test_others_are_run_while_a_task_that_can_not_work_now_has_its_pauses_and_the_loop_waits_for_it(both, options):
+    ids = submit(4, max_retries=1)
+    run = both.cli("loop", *(options + ["--", "sh", "-c", AGAIN, "%(n)"]))
+    assert [line[-1] for line in run.lines][-1] == "0" and len(run.lines) == 4, run
+    assert [(task(one).status, task(one).interruptions) for one in ids] == [("success", 3)] + [("success", 0)] * 3
+    ends, begins = [[labtasker.parse_time(a[name]) for a in task(ids[0]).attempts] for name in ("end", "start")]
+    assert all(begin - end >= pause_s for begin, end, pause_s in zip(begins[1:], ends, (1, 2, 4)))
+
+
+@pytest.mark.slow
+def test_a_pause_is_kept_by_the_loop_where_the_server_knows_none(plain_home):
+    ids = submit(3, max_retries=1)
+    run = plain_home.cli("loop", "-j", "2", "--", "sh", "-c", AGAIN.replace("= 3", "= 2"), "%(n)")
+    assert run.lines[-1] == "[slot 0] did 0" or run.lines[-1] == "[slot 1] did 0", run
+    assert [task(one).status for one in ids] == ["success"] * 3 and len(list(plain_home.cwd.glob("starts-0-*"))) == 2
+
+
+def test_a_loop_with_an_idle_time_out_waits_no_longer_for_a_pause(home):
+    one, = submit()
+    run = home.cli("loop", "--idle-timeout", "1s", "--", "sh", "-c", "echo starts; exit 75; : $0", "%(n)")
+    assert run.lines in (["starts"], ["starts"] * 2) and task(one).status == "pending" and task(one).not_before
+
+
+def test_a_task_that_a_signal_handed_back_has_no_pause(home):
+    one, = submit()
+    loop = home.start_cli("loop", "--", "sh", "-c", "echo begins; sleep 600", "%(n)")
+    wait_for_line(loop, "begins")
+    loop.terminate()
+    assert wait_for_end(loop) == 143 and task(one).status == "pending" and task(one).not_before is None
+
+
 def test_a_job_sees_its_run_and_speaks_for_itself(both):
     one, = submit()
     script = both.write("elsewhere/job.py", "import os, json\n" + CHILD + "\n"
@@ -1577,6 +1629,25 @@ main()
     assert (task(two).status, task(three).status, task(three).retries) == ("cancelled", "pending", 0)
 
 
+@pytest.mark.parametrize("is_plain, took_s, next_s", [
+    (True, 0.01, 10), (True, 2, 10), (True, 11, 10),  # it answers at once
+    (False, 10, 10), (False, 0.01, 1.01), (False, 60, 60)])  # it waits with its answer; it is away, or about to stop
+def test_beats_come_at_the_interval_whoever_waits_for_that_long(is_plain, took_s, next_s):
+    heart = labtasker.Heart.__new__(labtasker.Heart)
+    heart.message, heart.is_plain = {"interval_s": 10}, is_plain
+    assert heart.next_at(100, 100 + took_s) == pytest.approx(100 + next_s)
+
+
+@pytest.mark.slow
+def test_a_plain_server_gets_one_beat_an_interval(plain_home):
+    plain_home.write(".labtasker/config.toml", FAST_BEATS.replace("1", "4"))
+    one, = submit(max_retries=1)
+    loop = plain_home.start_cli("loop", "--", "sleep", "7", "%(n)")
+    assert wait_for_end(loop) == 0 and task(one).status == "success"
+    beats = sum(b"/heartbeat" in asked for asked in plain_home.proxy.asked)
+    assert 1 <= beats <= 3, "after 1 s, after 5 s"
+
+
 def test_what_was_taken_by_another_is_not_handed_back_to_a_plain_server(server_home, monkeypatch):
     one, = submit()
     mine, other = labtasker.create_worker("mine", {}), labtasker.create_worker("other", {})
@@ -1625,3 +1696,86 @@ def test_a_log_that_is_no_plain_file_is_refused_and_never_waited_for(home):
     os.mkfifo(str(log))
     run = home.cli("task", "logs", one, check=False, timeout_s=20)
     assert run.returncode == 1 and "is not a plain file" in run.stderr
+
+
+# Without a server, and with many files
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options, fields", [(["--eta-max", "2s"], {}), ([], {"task_timeout": 2})], ids=["eta-max", "task-timeout"])
+@pytest.mark.parametrize("is_function", [False, True])
+def test_a_job_that_hangs_is_ended_at_its_time_out_though_the_loop_is_alone(both, options, fields, is_function):
+    one = labtasker.submit_task(args={"n": 1}, max_retries=1, **fields).task_id
+    if is_function:
+        loop = start_script(both, """
+@labtasker.loop(%s)
+def main(n=Required()):
+    time.sleep(600)
+main()
+""" % ("eta_max='2s'" if options else ""))
+    else:
+        loop = both.start_cli("loop", *(options + ["--", "sleep", "600", "%(n)"]))
+    assert wait_for_end(loop) == 0, output(loop)
+    done = task(one)
+    assert done.status == "failed" and "task_timeout" in done.summary["labtasker_error"]
+
+
+@pytest.mark.slow
+def test_a_loop_that_works_without_a_server_gives_up_the_run_of_one_that_was_killed(home):
+    one = labtasker.submit_task(args={"n": 1}, heartbeat_timeout=3).task_id
+    killed = home.start_cli("loop", "--", "sleep", "600", "%(n)")
+    wait_for_task(one, "running")
+    other = labtasker.submit_task(args={"m": 1}).task_id
+    works = home.start_cli("loop", "--", "sh", "-c", "until test -e gate; do sleep 0.1; done; : %(m)")
+    wait_for_task(other, "running")
+    os.kill(killed.pid, signal.SIGKILL)
+    journal = home.folder / "journal.jsonl"
+    wait_until(lambda: "no heartbeat for 3 seconds" in journal.read_text(), "nobody else looks at the store")
+    (home.cwd / "gate").write_text("")
+    assert wait_for_end(works) == 0, output(works)
+
+
+def test_a_loop_runs_in_a_process_with_more_files_than_select_takes(home):
+    resource = pytest.importorskip("resource")
+    if resource.getrlimit(resource.RLIMIT_NOFILE)[1] != resource.RLIM_INFINITY and (
+            resource.getrlimit(resource.RLIMIT_NOFILE)[1] < 2000):
+        pytest.skip("no process may have so many files here")
+    submit(2)
+    run = home.python("""
+import os, resource
+resource.setrlimit(resource.RLIMIT_NOFILE, (2000, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+held = [os.open(os.devnull, os.O_RDONLY) for _ in range(1100)]
+import labtasker
+from labtasker import Required
+@labtasker.loop()
+def main(n=Required()):
+    print("runs", n)
+main()
+labtasker.submit_task(args={"n": 2})
+labtasker.command_loop(["sh", "-c", "echo runs $0; echo to stderr >&2", "%(n)"])
+""")
+    assert run.lines == ["runs 0", "runs 1", "runs 2"] and "to stderr" in run.stderr
+
+
+@pytest.mark.parametrize("jump_s", [-86400, 86400])
+def test_what_is_left_of_the_time_does_not_follow_a_clock_that_is_set(home, monkeypatch, jump_s):
+    limit = labtasker.Limit(1000, 10, 0, 0)
+    told, read = limit.environment(), labtasker.now
+    for name, value in told.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(labtasker, "now", lambda: labtasker.Instant(read() + jump_s))
+    assert 900 < labtasker.time_left() <= 1000 and 900 < labtasker.seconds_left() <= 1000  # of a job; of a loop in one
+    run = labtasker.Run("a", "b", "c", task=object())
+    run.limit = limit
+    monkeypatch.setitem(labtasker.RUNS, threading.get_ident(), run)
+    assert 900 < labtasker.time_left() <= 1000
+    monkeypatch.delitem(labtasker.RUNS, threading.get_ident())
+    monkeypatch.setenv("LABTASKER_END_CLOCK", "elsewhere/1 5.000")  # a job on another host: its wall's clock is all there is
+    assert abs((labtasker.time_left() or 0) - max(0, 1000 - jump_s)) < 100
+
+
+@pytest.mark.parametrize("name", ["LABTASKER_END_TIME", "LABTASKER_END_CLOCK"])
+@pytest.mark.parametrize("text", ["", "soon", "nan", "inf", "-5", "1e400", "x 5", " "])
+def test_an_end_that_can_not_be_read_is_none(home, monkeypatch, name, text):
+    monkeypatch.setenv(name, text)
+    assert labtasker.time_left() is None
