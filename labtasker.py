@@ -3128,7 +3128,7 @@ class Pending:
         task = self.tasks.get(entry[3])
         if task is None or task.status != "pending" or task.last_modified != entry[1] or task.priority != -entry[0]:
             return None
-        return task
+        return None if entry[3] in self.resting else task
 
     def offer(self, task):
         """Take in a record that became, or stays, pending."""
