@@ -367,10 +367,30 @@ def silence(number=1):
     os.close(empty)
 
 
+def program():
+    """Return how this program was started, as a person types it: `labtasker`, `lt`, `python3 -m labtasker`,
+    `python3 labtasker.py`. In a script of the user's it is `python3 -m labtasker`."""
+    path = sys.argv[0] if sys.argv else ""
+    name, python = os.path.basename(path), os.path.basename(sys.executable or "python3")
+    if name in ("labtasker", "lt", "labtasker-server"):
+        return name.replace("-server", "")
+    is_file = name == os.path.basename(THIS_FILE) and not getattr(sys.modules["__main__"], "__spec__", None)
+    return "%s %s" % (python, path if is_file else "-m labtasker")
+
+
+COMMAND_HINT = Pattern(r"\blabtasker(?= (?:task|loop|serve|init|health|queue|worker|journal|event|watch|config|demo|"
+                       r"server|sbatch|completion|help|skill|report|COMMAND|--help)\b)")
+
+
+def as_started(text):
+    """Return a message with the program named as it was started, in each command that it tells a person to type."""
+    return COMMAND_HINT.sub(lambda _: program(), text)
+
+
 def tell(text):
     """Write a message for people to stderr: through the filters, with escapes for what its encoding lacks. Where stderr
     is gone it is not told, and nothing fails for that."""
-    text = clean(without_login(str(text))) + "\n"
+    text = clean(without_login(as_started(str(text)))) + "\n"
     try:
         try:
             sys.stderr.write(text)
@@ -4902,6 +4922,148 @@ def compact(path):
         guard.close()
 
 
+# ---- A journal looked at and repaired, also a damaged one
+
+
+# A line of a file that may be damaged: its `value`, or the `problem` with it. `due` is the number that had to come
+# there, `lost` how many lines are missing before it. Numbers of folded lines are 0.
+Piece = collections.namedtuple("Piece", "offset data value problem due lost")
+
+
+def walk(path):
+    """Yield a Piece for each line of a journal file, the header included; reads only, also while others write."""
+    folds = n = offset = tail = 0  # n None: the header is lost, and with it where the numbers begin
+    with open(path, "rb") as file:
+        for data in file:
+            value = unseal(data)
+            is_fold = 0 < offset < tail or n is None and "fold" in (value or {})
+            count = (value or {}).get("fold" if is_fold else "n")
+            if n is None and type(count) is int and not is_fold:
+                n = count - value.get("lost", 1)
+            due = folds + 1 if is_fold else (n or 0) + (value or {}).get("lost", 1)
+            problem = None
+            if offset == 0 and value is not None and value.get("journal") == "labtasker":
+                count = due = n = value.get("folded", 0)
+                tail = value.get("tail", 0)
+            elif type(count) is not int or not (is_fold or type(value.get("durable")) is int):
+                problem = "no line with a checksum that fits" if data.endswith(b"\n") else "a line that is cut off"
+            elif count < due:
+                problem = "line %d once more" % count
+            elif is_fold:
+                folds = count
+            else:
+                n = count
+            if offset == 0 and problem:
+                n = None
+            lost = 0 if problem else count - due
+            yield Piece(offset, data, value, problem, 0 if is_fold else due, lost)
+            offset += len(data)
+
+
+class Survey:
+    """What is in a journal file: counts, `bad` pieces, `lost` ranges of line numbers; reads only.
+
+    `rotten` are those of both that had been acknowledged; other damage, in a tail that was never known to be on
+    disk, is set aside at the next opening."""
+
+    def __init__(self, path):
+        self.path, self.size, self.lines, self.n, self.durable = path, 0, 0, 0, 0
+        self.bad, self.lost, self.ended, self.header = [], [], False, {}
+        for piece in walk(path):
+            self.size = piece.offset + len(piece.data)
+            if piece.problem:
+                self.bad.append(piece)
+            else:
+                self._count(piece)
+        self.durable = max([self.durable] + [last_durable([piece.data]) for piece in self.bad])
+        self.rotten = [piece for piece in self.bad if piece.due <= self.durable]
+        self.rotten += [numbers for numbers in self.lost if numbers[0] <= self.durable]
+
+    def _count(self, piece):
+        if piece.lost:
+            self.lost.append((piece.due, piece.due + piece.lost - 1))
+        if piece.offset == 0:
+            self.header = piece.value
+        elif "n" in piece.value:
+            self.lines += 1
+            self.n, self.ended = piece.value["n"], bool(piece.value.get("end"))
+            self.durable = max(self.durable, piece.value["durable"])
+
+
+def _identity(path):
+    """Return what tells the file, and its content, from every other."""
+    there = os.stat(path)
+    return there.st_dev, there.st_ino, there.st_size, there.st_mtime_ns
+
+
+def repair_store(path):
+    """Put a file of all good lines in the place of a damaged one. Return (survey of what was there, where the damaged
+    file is kept, where the bad bytes are, ids that stand in these); None for both paths where nothing is damaged.
+
+    Never in place: the damaged file keeps its bytes under another name. A line {"n":9,"lost":2,...} stands where
+    lines 8 and 9 were."""
+    store = Store(path)
+    store.lock_file(2.0)
+    try:
+        store.owner.claim()
+        surveyed = _identity(path)
+        found = Survey(path)
+        check_format(path, found.header)
+
+        def ask():
+            if _identity(path) != surveyed or not store.owner.holds():
+                raise StoreUnavailable("%s was changed by others while it was repaired; it is as they left it" % path)
+        damaged, aside = _repair(found, ask) if found.bad or found.lost else (None, None)
+    except OSError as error:
+        raise store_error(path, error)
+    finally:
+        store.file_lock.close()
+    text = b"".join(piece.data for piece in found.bad).decode("latin-1")
+    ids = re.findall(r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}", text)
+    return found, damaged, aside, list(collections.OrderedDict.fromkeys(ids))
+
+
+def _repair(found, ask):
+    """Return (where the damaged file is kept now, where the bad bytes are) of the file that was surveyed. `ask` is
+    called last, and raises where the file must not be replaced."""
+    path, stamp = found.path, int(time.time() * 1000)
+    damaged, aside, draft = ("%s.%s-%d" % (real_path(path), word, stamp)
+                             for word in ("damaged", "bad", "repaired"))
+    Disk.create(aside, (piece.data for piece in walk(path) if piece.problem))
+    body = sum(len(data) for data, is_fold in _good_lines(path) if is_fold)
+    first = next((piece.value["n"] for piece in walk(path) if not piece.problem and "n" in piece.value), 1)
+    header = found.header or {"journal": "labtasker", "format": FORMAT, "store": new_id(), "folded": first - 1}
+    header = dict(header, repaired_at=time.time())
+    Disk.create(draft, itertools.chain([journal_header(header, body)], (data for data, _ in _good_lines(path))))
+    try:
+        os.link(real_path(path), damaged)
+    except OSError:  # no hard links here
+        Disk.create(damaged, (piece.data for piece in walk(path)))
+    try:
+        Disk.replace(draft, real_path(path), ask=ask)
+    except LabtaskerError:
+        for each in (draft, damaged, aside):
+            os.unlink(each)
+        raise
+    Disk.sync_folder(real_path(path))
+    return damaged, aside
+
+
+def _good_lines(path):
+    """Yield (bytes, whether folded) of the good lines and of those that mark where lines were lost."""
+    folds = 0
+    for piece in walk(path):
+        if piece.problem or piece.offset == 0:
+            continue
+        if "fold" in piece.value:
+            folds += 1
+            yield piece.data if piece.value["fold"] == folds else sealed(dict(piece.value, fold=folds)), True
+            continue
+        if piece.lost:
+            yield sealed({"n": piece.due + piece.lost - 1, "durable": 0, "lost": piece.lost, "at": time.time()}), False
+        yield piece.data, False
+
+
 # 6. API ######################################################################
 #
 # The one door: every request is a row of ROUTES, whether it came over HTTP or from this process.
@@ -5193,29 +5355,20 @@ class Page(collections.namedtuple("Page", "head body etag")):
     __slots__ = ()
 
 
-def comforts():
-    """Return the module labtasker_cli that lies beside this file, its commands now in COMMANDS, or None."""
-    path = os.path.join(os.path.dirname(os.path.realpath(__file__)), "labtasker_cli.py")
-    if "labtasker_cli" not in sys.modules and os.path.isfile(path):
-        import importlib.util
-        spec = importlib.util.spec_from_file_location("labtasker_cli", path)
-        module = importlib.util.module_from_spec(spec)
-        try:
-            spec.loader.exec_module(module)
-        except ImportError as error:  # work goes on without it
-            module = None
-            tell("labtasker: %s is of another version than labtasker %s (%s): copy both anew" % (
-                path, __version__, error))
-        sys.modules["labtasker_cli"] = module  # now that it is whole: other threads look here
-    return sys.modules.get("labtasker_cli")
-
-
-def _run_comfort(store, caller, request, route):
-    """Return what the function of labtasker_cli.py answers that the route names as its operation."""
-    if comforts():
-        return getattr(comforts(), route.operation)(store, caller, request)
+def no_page(store, caller, request):
+    """Return what stands for the page until labtasker_cli.py enters its parts with `enter_page`."""
     return Page("Content-Type: text/plain\r\nCache-Control: no-store\r\n", b"The page of this Labtasker server needs "
-                b"labtasker_cli.py beside labtasker.py: copy it there, of the same version, and reload.\n", None)
+                b"labtasker_cli.py of the same version beside labtasker.py. Copy it, then restart the server.\n", None)
+
+
+def _run_page(store, caller, request, route):
+    """Return what a part of the page, or what it asks for, answers."""
+    return route.operation(store, caller, request)
+
+
+def enter_page(route, operation):
+    """Have `operation(store, caller, request)` answer a route of ROUTES that belongs to the page."""
+    ROUTES[route] = ROUTES[route]._replace(operation=operation)
 
 
 def _run_events(store, caller, request, route):
@@ -5293,10 +5446,6 @@ def _always(store, call):
     return True
 
 
-def _once_loaded(store, call):
-    return "labtasker_cli" in sys.modules
-
-
 def _unless_new_request(store, call):
     return store.is_quick(call.caller, call.request)
 
@@ -5323,9 +5472,9 @@ _QUEUE, _TASKS, _WORKERS = "/api/v1/queues/me", "/api/v1/queues/me/tasks", "/api
 
 ROUTES = {
     "GET /": _route(None, "a welcome; to a browser, /page", open=True, run=_run_welcome, quick=_always),
-    "GET /page": _route("page_html", "the page for a browser", open=True, run=_run_comfort, quick=_once_loaded),
-    "GET /page.css": _route("page_css", "how it looks", open=True, run=_run_comfort, quick=_once_loaded),
-    "GET /page.js": _route("page_js", "what it does", open=True, run=_run_comfort, quick=_once_loaded),
+    "GET /page": _route(no_page, "the page for a browser", open=True, run=_run_page, quick=_always),
+    "GET /page.css": _route(no_page, "how it looks", open=True, run=_run_page, quick=_always),
+    "GET /page.js": _route(no_page, "what it does", open=True, run=_run_page, quick=_always),
     "GET /health": _route(None, "whether the server answers", open=True, run=lambda *_: {"connection": "ok"},
                           quick=_always),
     "GET /health/full": _route(None, "whether the store can be written", open=True, run=_run_health, quick=_always),
@@ -5360,8 +5509,8 @@ ROUTES = {
         fields={"task_id": Arg("id"), "task_name": Arg("text"), "status": Arg("status"),
                 "extra_filter": Arg("filter"), "by": Arg("text", "status")}),
     "POST " + _TASKS + "/view": _route(
-        "view_tasks", "columns of tasks that match, short enough to look at, and how many there are by status",
-        prepare=_read_task_filter, run=_run_comfort,
+        no_page, "columns of tasks that match, short enough to look at, and how many there are by status",
+        prepare=_read_task_filter, run=_run_page,
         fields=dict(_PAGE, status=Arg("status"), columns=Arg("texts"), spread=Arg("bool", False))),
     "POST " + _TASKS + "/next": _route(
         fetch_task_op, "fetch the next task that matches, and run it", prepare=_prepare_fetch, run=_run_fetch,
@@ -5376,8 +5525,8 @@ ROUTES = {
     "GET " + _TASKS + "/{task_id}": _route(get_task_op, "one task", writes=False, quick=_always),
     "DELETE " + _TASKS + "/{task_id}": _route(delete_task_op, "delete a task", status=204, quick=_always),
     "GET " + _TASKS + "/{task_id}/log": _route(
-        "log_of_run", "the end of what a run wrote, where its log lies beside the store, else where it lies",
-        run=_run_comfort, query={"run_id": Arg("id")}),
+        no_page, "the end of what a run wrote, where its log lies beside the store, else where it lies",
+        run=_run_page, query={"run_id": Arg("id")}),
     "POST " + _TASKS + "/{task_id}/status": _route(
         report_task_op, "report on a run, or on a task", quick=_always,
         fields={"status": Arg("status", REQUIRED), "worker_id": Arg("id"), "summary": Arg("dict"),
@@ -12080,40 +12229,42 @@ def watch(slot, run, process):
 
 EACH_DAY = ("task", "loop", "watch", "init", "serve", "sbatch")  # what the list of commands tells the most of
 EVERY = 10 ** 9  # the limit of a listing that leaves nothing out
-COMFORTS = {  # the commands of labtasker_cli.py, and what they are for
-    "task retry": "Make failed, or selected, tasks pending again. Their retries start at 0 anew.",
-    "task logs": "Print what a task's last run, or an earlier one, has written.",
-    "task why": "Say what is in the way of a task, and where it stands in line.",
+EXTRA_COMMANDS = {  # the commands of labtasker_cli.py, and what they are for
     "watch": "Show what goes on, live: counts, rate, what runs, last failures. Keys open, cancel, retry.",
     "config": "Edit the configuration in $EDITOR; it is kept where it can be read.",
-    "demo": "Run a small sweep in a temporary folder, showing each command.",
-    "queue get": "Show the queue.",
-    "queue update": "Rename the queue, change its password or metadata.",
-    "queue delete": "Delete the queue.",
-    "journal verify": "Look for damage in a journal, also in one in use. Exit 1 where there is any.",
-    "journal repair": "Put the good lines of a damaged journal in its place. The damaged one is kept.",
-    "journal compact": "Fold a journal to its live data; this happens by itself too.",
-    "journal stats": "Print how long a journal is, and of what.",
-    "event listen": "Print the steps of tasks and workers as they come, until Ctrl-C. Reconnects.",
     "sbatch": "Submit a Slurm job of loops, an array with --array; prints its id. What is no option here and none of "
               "labtasker loop goes to sbatch, such as -p, -t, -c, --mem, --gpus-per-task.",
     "server wait": "Wait until the configured store's server answers; print its URL. Exit 1 where none does.",
     "completion": "Print what makes bash, zsh or fish complete commands, options, statuses, fields, ids. In ~/.bashrc: "
                   "eval \"$(labtasker completion bash)\"; in ~/.zshrc after compinit the same with zsh; for fish, "
                   "write it to ~/.config/fish/completions/labtasker.fish.",
-    "help filter": "Print the filter language: operators, dates, a task's fields.",
-    "help settings": "Print the settings of config.toml, and the variables that win over it.",
-    "help journal": "Print the format of the journal, a line a transaction.",
     "help api": "Print the routes of the REST API.",
 }
 
 
-def comforts_for(what):
+def extras():
+    """Return the module labtasker_cli that lies beside this file, its commands now in COMMANDS, or None."""
+    path = os.path.join(os.path.dirname(os.path.realpath(__file__)), "labtasker_cli.py")
+    if "labtasker_cli" not in sys.modules and os.path.isfile(path):
+        import importlib.util
+        spec = importlib.util.spec_from_file_location("labtasker_cli", path)
+        module = importlib.util.module_from_spec(spec)
+        try:
+            spec.loader.exec_module(module)
+        except ImportError as error:  # work goes on without it
+            module = None
+            tell("labtasker: %s is of another version than labtasker %s (%s): copy both anew" % (
+                path, __version__, error))
+        sys.modules["labtasker_cli"] = module  # now that it is whole: other threads look here
+    return sys.modules.get("labtasker_cli")
+
+
+def extras_for(what):
     """Return labtasker_cli; raises LabtaskerRuntimeError that says that `what` needs it."""
-    if not comforts():
+    if not extras():
         raise LabtaskerRuntimeError("%s needs labtasker_cli.py beside labtasker.py, in %s"
                                     % (what, os.path.dirname(os.path.realpath(__file__))))
-    return comforts()
+    return extras()
 
 
 # ---- What is printed
@@ -12148,7 +12299,7 @@ def note(text):
 
 def show(text, no_pager=False):
     """Write a long result to stdout: through the pager, if there is one, where a person would have to scroll back."""
-    pager = comforts() if is_terminal(sys.stdout) and not no_pager else None
+    pager = extras() if is_terminal(sys.stdout) and not no_pager else None
     if not pager or not pager.page(text):
         say(text)
 
@@ -12179,11 +12330,72 @@ def pairs(mapping):
                     if key != "labtasker_exception.traceback")
 
 
-def aligned(rows):
-    """Return rows of texts, the first the header, as lines with columns."""
-    rows = [[clean(cell, "") for cell in row] for row in rows]
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows)
+def screen_size(stream=None):
+    """Return (columns, lines) of the terminal; COLUMNS wins, as everywhere. (shutil's takes 3 ms to import.)"""
+    try:
+        columns, lines = os.get_terminal_size((stream or sys.stdout).fileno())
+    except (OSError, ValueError):
+        columns = lines = 0
+    wished = os.environ.get("COLUMNS", "")
+    return wished.isdigit() and int(wished) or columns or 80, lines or 24
+
+
+def span(seconds):
+    """Return a length of time in its two leading digits or so: 45s, 12m, 3h, 5d."""
+    for size, unit in ((86400, "d"), (3600, "h"), (60, "m")):
+        if seconds >= 2 * size:
+            return "%d%s" % (seconds // size, unit)
+    return "%ds" % max(0, seconds)
+
+
+def age(moment):
+    """Return how long ago an aware datetime was, as `span` does."""
+    return span(now() - moment.timestamp())
+
+
+def cells_wide(text):
+    """Return how many terminal cells `text` takes: East Asian wide characters take two."""
+    if len(text.encode("utf-8", "replace")) == len(text):
+        return len(text)
+    import unicodedata
+    return sum(0 if unicodedata.combining(c) else 2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text)
+
+
+def fitted(text, width):
+    """Return `text` cut and padded to exactly `width` cells."""
+    if cells_wide(text) > width:
+        text = text[:width]
+        while text and cells_wide(text) > width - 2:
+            text = text[:-1]
+        text += ".."[:width]
+    return text + " " * (width - cells_wide(text))
+
+
+def narrowed(widths, room):
+    """Return the widths of columns, the widest made narrower until all fit in `room`, or all are narrow."""
+    widths = list(widths)
+    while sum(widths) + 2 * len(widths) - 2 > room and max(widths) > 8:
+        widths[widths.index(max(widths))] -= 1
+    return widths
+
+
+def table(rows, room=10 ** 9, painted=None):
+    """Return rows of texts, the first the header, as aligned lines that fit in `room` cells. Empty columns are left
+    out.
+
+    `painted(cell, padded)` returns the padded cell with its colour."""
+    kept = [i for i in range(len(rows[0])) if any(row[i] for row in rows[1:])]
+    rows = [[clean(row[i], "") for i in kept] for row in rows]
+    widths = narrowed([min(room, max(map(cells_wide, column))) for column in zip(*rows)], room)
+    return "\n".join(_table_line(row, widths, painted) for row in rows)
+
+
+def _table_line(row, widths, painted):
+    cells = [fitted(cell, width) for cell, width in zip(row, widths)]
+    cells[-1] = cells[-1].rstrip()
+    if painted:
+        cells = list(map(painted, row, cells))
+    return "  ".join(cells).rstrip()
 
 
 def ids_of(items):
@@ -12196,34 +12408,216 @@ def as_jsonl(rows):
     return "\n".join(map(json.dumps, rows))
 
 
-PLAIN_COLUMNS = {Task: ("task_id", "status", "task_name", "args", "summary"),
-                 Worker: ("worker_id", "status", "worker_name", "metadata")}
+def spent_s(task):
+    """Return the seconds that a task's run takes by now, or took until the task last changed; None without a run."""
+    if task.start_time is None or task.status == "pending":
+        return None
+    last = (vars(task).get("attempts") or [{}])[-1]
+    told = last.get("end") if last.get("run_id") == vars(task).get("run_id") else None
+    end = now() if task.status == "running" else parse_time(told) if told else task.last_modified.timestamp()
+    return max(0.0, end - task.start_time.timestamp())
 
 
-def plain_table(items):
-    """Return tasks or workers as a table; labtasker_cli.py makes one that fits the terminal."""
-    columns = PLAIN_COLUMNS[type(items[0])]
-    return aligned([columns] + [[pairs(value) if isinstance(value, dict) else value or ""
-                                 for value in (getattr(item, name) for name in columns)] for item in items])
+def error_of(task):
+    """Return the error that a task's summary tells of, in a line, or nothing."""
+    raised = task.summary.get("labtasker_exception")
+    if isinstance(raised, dict):
+        return ("%s: %s" % (raised.get("type"), raised.get("message"))).split("\n")[0]
+    return str(task.summary.get("labtasker_error") or "").split("\n")[0]
+
+
+TASK_COLUMNS = {
+    "status": lambda task: task.status,
+    "name": lambda task: task.task_name or "",
+    "age": lambda task: age(task.created_at),
+    "duration": lambda task: "" if spent_s(task) is None else span(spent_s(task)),
+    "worker": lambda task: (task.worker_id or "")[:8],
+    "retries": lambda task: "%d/%d" % (task.retries, task.max_retries) if task.retries else "",
+    "args": lambda task: pairs(task.args) or brief(task.cmd or ""),
+    "summary": lambda task: outcome(task),
+}
+TASK_COLUMNS_MORE = {
+    "priority": lambda task: str(task.priority),
+    "worker": lambda task: task.worker_id or "",
+    "metadata": lambda task: pairs(task.metadata),
+}
+WORKER_COLUMNS = {
+    "status": lambda worker: worker.status,
+    "name": lambda worker: worker.worker_name or "",
+    "age": lambda worker: age(worker.created_at),
+    "retries": lambda worker: "%d/%d" % (worker.retries, worker.max_retries),
+    "metadata": lambda worker: pairs(worker.metadata),
+}
+SHORT = {"id": "task_id", "name": "task_name", "worker": "worker_id"}  # what a table calls these fields
+WIDEST = 20  # cells that an argument's column may want; wider ones share a column
+
+
+def item_table(items, options):
+    """Return tasks or workers as a table that fits the terminal; --verbose cuts nothing."""
+    is_task, size, ids = isinstance(items[0], Task), 36, ids_of(items)
+    room = 10 ** 9 if options.verbose else screen_size()[0] if is_terminal(sys.stdout) else 1000
+    columns = WORKER_COLUMNS
+    if is_task:
+        size = 36 if options.verbose else 8
+        columns = chosen_columns(column_names(options)) if options.columns else dict(
+            TASK_COLUMNS, **TASK_COLUMNS_MORE) if options.verbose else TASK_COLUMNS
+    while len({text[:size] for text in ids}) < len(ids):
+        size += 1
+    heads = [text[:size] for text in ids]
+    if columns is TASK_COLUMNS:
+        for columns in apart(items):
+            if _width([heads] + [list(map(cell, items)) for cell in columns.values()]) <= room:
+                break
+    rows = [["id"] + list(columns)]
+    rows += [[head] + [cell(item) for cell in columns.values()] for head, item in zip(heads, items)]
+    return table(rows, room, painter(options))
+
+
+def painter(options):
+    """Return labtasker_cli's function that colours a cell, or None where it is not there or no colour is wanted."""
+    return extras().painted if extras() and extras().wants_colour(options) else None
+
+
+def _width(columns):
+    """Return the cells that columns of texts want, none more than WIDEST; empty ones are left out."""
+    return sum(2 + min(WIDEST, max(map(len, column))) for column in columns if any(column)) - 2
+
+
+def outcome(task):
+    """Return a task's summary as short text, what went wrong first."""
+    rest = {key: value for key, value in task.summary.items() if key not in ("labtasker_error", "labtasker_exception")}
+    return " ".join(filter(None, (error_of(task), pairs(rest))))
+
+
+def apart(tasks):
+    """Return the TASK_COLUMNS in two ways: each argument in which tasks differ in a column, or these in one column,
+    the shortest first.
+
+    Where they differ in none, all their arguments stand in one column."""
+    rows = [{key: brief(value) for key, value in flat(task.args)} for task in tasks]
+    keys = [key for key in dict.fromkeys(key for row in rows for key in row)
+            if len({row.get(key) for row in rows}) > 1]
+    if not keys or not all(rows):
+        return [TASK_COLUMNS]
+    wide, cells = {}, {id(task): row for task, row in zip(tasks, rows)}
+    for name, cell in TASK_COLUMNS.items():
+        wide.update({"args." + key: lambda task, key=key: cells[id(task)].get(key, "") for key in keys}
+                    if name == "args" else {name: cell})
+    short = sorted(keys, key=lambda key: max(len(row.get(key, "")) for row in rows))
+    return [wide, dict(TASK_COLUMNS, args=lambda task: " ".join(
+        "%s=%s" % (key, cells[id(task)][key]) for key in short if key in cells[id(task)]))]
+
+
+def column_names(options):
+    """Return the words of --columns, or []; raises UsageError for one that is no field of a task."""
+    words = [word.strip() for word in (options.columns or "").split(",") if word.strip()]
+    for word in words:
+        if word not in SHORT and word not in TASK_COLUMNS:
+            check_field(word, "--columns", list(SHORT) + ["age", "duration"])
+    return words
+
+
+def chosen_columns(words):
+    """Return {word: function of a task} of the columns that --columns names."""
+    return {word: TASK_COLUMNS.get(word) or (lambda task, word=word: brief_cell(field_of(task, word)))
+            for word in words if word != "id"}
+
+
+def brief_cell(value):
+    """Return a value for a table; what is not there is a dash."""
+    return "-" if value is None else pairs(value) if isinstance(value, dict) else brief(value)
+
+
+def field_of(task, word):
+    """Return what a task has at a field, a dotted one too, or by one of the names in its table; JSON types."""
+    computed = {"age": lambda: round(now() - task.created_at.timestamp(), 3), "duration": lambda: spent_s(task)}
+    return computed[word]() if word in computed else dig(task.to_dict(), SHORT.get(word, word).split("."))
+
+
+def listing_text(items, options):
+    """Return tasks or workers as a table, or in another format, with the columns that were chosen; UsageError where a
+    column is no field."""
+    columns = column_names(options)
+    if options.quiet:
+        return "\n".join(ids_of(items))
+    if options.fmt == "table":
+        return item_table(items, options) if items else ""
+    rows = [{word: field_of(item, word) for word in columns} if columns else item.to_dict() for item in items]
+    return WRITERS[options.fmt](rows, columns)
+
+
+# ---- Formats: yaml, csv
+
+
+YAML_PLAIN = r"(?ai)(?!(?:true|false|yes|no|on|off|null|y|n)\Z)[a-z_/][\w./@+-]*(?: [\w./@+-]+)*\Z"
+
+
+def yaml_scalar(value, indent=""):
+    """Return a JSON value that is no filled dict or list as YAML 1.1 and 1.2 both read it."""
+    if isinstance(value, str) and re.match(YAML_PLAIN, value):
+        return value
+    if isinstance(value, str):
+        quoted = json.dumps(value, ensure_ascii=False)
+        return _yaml_block(value, indent) or CONTROL.sub(lambda m: "\\u%04x" % ord(m.group()), quoted)
+    if isinstance(value, float):
+        return re.sub("(nan|inf)", r".\1", re.sub(r"\A(-?\d+)e", r"\1.0e", repr(value)))
+    return json.dumps(value)
+
+
+def _yaml_block(text, indent):
+    """Return text of several lines as a block that reads as it was written, or None where YAML would change it."""
+    if "\n" not in text[:-1] or text[0] in " \n\t" or text.endswith("\n\n") or CONTROL.search(text.replace("\n", "")):
+        return None
+    lines = text.rstrip("\n").split("\n")
+    return "\n".join([("|" if text.endswith("\n") else "|-")] + [line and indent + "  " + line for line in lines])
+
+
+def yaml_lines(value, indent=""):
+    """Yield a dict or a list as the lines of a YAML block; nothing where it is empty."""
+    is_dict = isinstance(value, dict)
+    for key, item in value.items() if is_dict else enumerate(value):
+        head = indent + (yaml_scalar(key) + ":" if is_dict else "-")
+        if not isinstance(item, (dict, list)) or not item:
+            yield "%s %s" % (head, yaml_scalar(item, indent))
+            continue
+        lines = yaml_lines(item, indent + ("" if is_dict and isinstance(item, list) else "  "))
+        yield head if is_dict else "%s %s" % (head, next(lines).lstrip(" "))
+        yield from lines
+
+
+def as_yaml(rows):
+    """Return dicts as a YAML list."""
+    return "\n".join(yaml_lines(rows)) or "[]"
+
+
+def csv_cell(value):
+    """Return a value as a cell of CSV, in quotes where a reader of any Python needs them; None is an empty one."""
+    text = "" if value is None else str(value)
+    return '"%s"' % text.replace('"', '""') if re.search('[",\r\n]|\\A\\s|\\s\\Z', text) else text
+
+
+def as_csv(rows, columns=()):
+    """Return dicts as CSV: a column for each field, `args.lr` and the like for what is nested, or `columns`."""
+    fields = list(dict.fromkeys(key for row in rows for key in row))
+    if not columns:
+        rows = [{key: value for key, value in flat(row) if value != {}} for row in rows]
+        columns = sorted({key for row in rows for key in row}, key=lambda key: (fields.index(key.split(".")[0]), key))
+    lines = [columns] + [[row.get(column) for column in columns] for row in rows]
+    text = "\n".join(",".join(map(csv_cell, line)) if line[1:] else csv_cell(line[0]) or '""' for line in lines if line)
+    return clean(text) if is_terminal(sys.stdout) else text
+
+
+WRITERS = {"jsonl": lambda rows, columns: as_jsonl(rows), "yaml": lambda rows, columns: as_yaml(rows), "csv": as_csv}
+RECORD_WRITERS = {"jsonl": lambda row: as_jsonl([row]), "yaml": lambda row: "\n".join(yaml_lines(row)),
+                  "csv": lambda row: as_csv([row])}
 
 
 FORMATS = ("yaml", "jsonl", "csv")
 
 
-def listing(items, options):
-    """Return tasks or workers as the options say; raises LabtaskerRuntimeError where labtasker_cli.py is needed."""
-    if options.quiet:
-        return "\n".join(ids_of(items))
-    if options.fmt == "jsonl" and not options.columns:
-        return as_jsonl([item.to_dict() for item in items])
-    if options.fmt != "table" or options.columns or comforts():
-        return comforts_for("--columns" if options.columns else "--fmt " + options.fmt).listing_text(items, options)
-    return plain_table(items) if items else ""
-
-
 def show_listing(items, options, nothing="Nothing matches."):
     """Print the first --limit of tasks or workers; what else there is to say goes to stderr."""
-    text = listing(items[:options.limit], options)
+    text = listing_text(items[:options.limit], options)
     if text:
         show(text, options.no_pager)
     elif not options.quiet:
@@ -12233,10 +12627,8 @@ def show_listing(items, options, nothing="Nothing matches."):
 
 
 def record_text(row, fmt="yaml"):
-    """Return one dict as text; YAML becomes indented JSON where labtasker_cli.py is not there to write it."""
-    if fmt == "yaml" and not comforts():
-        return json.dumps(row, indent=2)
-    return as_jsonl([row]) if fmt == "jsonl" else comforts_for("--fmt " + fmt).RECORD_WRITERS[fmt](row)
+    """Return one dict as text in one of FORMATS."""
+    return RECORD_WRITERS[fmt](row)
 
 
 # ---- Values that a person typed
@@ -12343,12 +12735,24 @@ def tell_silence(what):
         note("reading %s from standard input ..." % what)
 
 
+def answer_to(question, default="", secret=False):
+    """Return a person's answer."""
+    if secret:
+        import getpass
+        return getpass.getpass(question + " ")
+    sys.stderr.write(clean(question) + " ")
+    sys.stderr.flush()
+    line = sys.stdin.readline()
+    if not line.endswith("\n"):
+        sys.stderr.write("\n")
+    return line.strip() or default
+
+
 def ask(question, option, **how):
-    """Return a person's answer; raises UsageError that names the `option` where nobody is there, or labtasker_cli.py
-    is not."""
-    if not is_terminal(sys.stdin) or not comforts():
+    """Return a person's answer; raises UsageError that names the `option` where nobody is there."""
+    if not is_terminal(sys.stdin):
         raise UsageError("%s Nobody can be asked here: answer with %s" % (question.split(" [")[0], option))
-    return comforts().answer_to(question, **how)
+    return answer_to(question, **how)
 
 
 def confirm(question, option, given):
@@ -12577,10 +12981,20 @@ def selectors(options):
                   extra_filter=filter_of(options))
 
 
+def id_that_starts(word, find):
+    """Return the id of the one thing that `find` lists whose id starts with `word`; raises NotFound, UsageError."""
+    is_hex, what = re.match("[0-9a-f][0-9a-f-]*\\Z", word), "task" if find is ls_tasks else "worker"
+    found = find(extra_filter={"_id": {"$regex": "^" + word}}, limit=2).content if is_hex else []
+    if len(found) > 1:
+        raise UsageError("more than one %s's id starts with %s: give more of it" % (what, word))
+    if not found:
+        raise NotFound("there is no %s %s (labtasker %s ls shows what there is)" % (what, brief(word), what))
+    return ids_of(found)[0]
+
+
 def full_id(word, find=ls_tasks):
     """Return the id of the one task (or what `find` lists) whose id starts with `word`; NotFound, UsageError."""
-    is_whole = word is None or len(word) == 36 or not comforts()
-    return word if is_whole else comforts().id_that_starts(word, find)
+    return word if word is None or len(word) == 36 else id_that_starts(word, find)
 
 
 def read_ids():
@@ -12698,7 +13112,7 @@ def do_task_count(options):
     if options.quiet:
         return say(str(total))
     rows = [(field, "tasks")] + [(name, str(number)) for name, number in counts.items()] + [("total", str(total))]
-    say(comforts().coloured(rows, options) if comforts() else aligned(rows))
+    say(table(rows, painted=painter(options)))
 
 
 # ---- Changing tasks
@@ -12756,7 +13170,7 @@ def do_task_update(options):
         raise UsageError("--editor goes without -u and field=value")
     if by_hand and not (options.editor or is_terminal(sys.stdin)):
         raise UsageError("what to change? Give -u field=value or --reset-pending; --editor opens them in $EDITOR")
-    edit_tasks = by_hand and comforts_for("--editor").edit_tasks
+    edit_tasks = by_hand and extras_for("--editor").edit_tasks
     tasks = chosen_tasks(options, limit=options.limit)
     if not tasks:
         return note("Nothing matches: nothing was updated.")
@@ -12783,11 +13197,103 @@ def do_task_delete(options):
     say("Deleted %s" % some(tasks))
 
 
+# ---- Waiting: how far it is
+
+
+Pace = collections.namedtuple("Pace", "counts per_s eta_s")
+REFRESH_S, WHOLE_S = 2.0, 30.0  # between looks; between looks at everything, since deleted tasks tell nobody
+
+
+class Sweep:
+    """The tasks that a query matches; after the first look only what changed is asked for."""
+
+    def __init__(self, query):
+        self.query, self.tasks, self.whole_at = query, {}, None
+
+    def refresh(self):
+        """Look; raises what `ls_tasks` does."""
+        is_plain = set(self.query) <= {"task_name", "task_id"}  # others may cease to match
+        if not is_plain or not self.tasks or monotonic() - self.whole_at > WHOLE_S:
+            found = {}
+            self.whole_at, query = monotonic(), self.query
+        else:
+            found = dict(self.tasks)
+            latest = max(task.last_modified for task in found.values())
+            query = dict(self.query, extra_filter={"last_modified": {"$gte": {"_dt": latest.isoformat()}}})
+        found.update((task.task_id, task) for task in ls_tasks(limit=EVERY, **query).content)
+        self.tasks = found
+
+
+def pace(tasks, moment):
+    """Return the Pace of tasks at a moment: {status: count}, tasks ended a second lately, seconds to go (or None)."""
+    counts = collections.Counter(task.status for task in tasks)
+    ended = sorted((task.last_modified.timestamp(), task.start_time.timestamp()) for task in tasks
+                   if task.status in ("success", "failed") and task.start_time)[-RECENT:]
+    return pace_of(counts, len(ended), moment - min(begin for _, begin in ended) if ended else 0)
+
+
+def pace_of(counts, ended, took_s):
+    """Return the Pace of so many tasks by status, when the last `ended` of them took so many seconds until now."""
+    left, per_s = counts["pending"] + counts["running"], ended / took_s if took_s > 0 else 0.0
+    return Pace(counts, per_s, left / per_s if left and per_s and counts["running"] else None)
+
+
+def per_time(per_s):
+    """Return a rate in a unit in which it is a number to read."""
+    for size, unit in ((1, "s"), (60, "min"), (3600, "h")):
+        if per_s * size >= 1 or unit == "h":
+            return "%.1f/%s" % (per_s * size, unit)
+
+
+def progress(found, width):
+    """Return a Pace as a bar and words, at most `width` cells."""
+    total = sum(found.counts.values())
+    done = total - found.counts["pending"] - found.counts["running"]
+    words = ["%d of %d done" % (done, total)] + [
+        "%d %s" % (found.counts[state], state) for state in ("failed", "running") if found.counts[state]]
+    if found.counts["pending"] and not found.counts["running"]:
+        words.append("none running")
+    if found.per_s:
+        words.append(per_time(found.per_s))
+    if found.eta_s is not None:
+        words.append("ETA " + span(found.eta_s))
+    text = ", ".join(words)
+    room = min(30, width - len(text) - 3)
+    full = room * done // total if total else 0
+    return "[%s%s] %s" % ("#" * full, "." * (room - full), text) if room >= 5 else text[:width]
+
+
+def paces(query):
+    """Yield the Pace of the tasks that match, every REFRESH_S at the latest."""
+    if client().extensions:
+        for found in looks(query, REFRESH_S):
+            yield pace_of(found.counts, found.ended, found.took_s + monotonic() - found.at)
+    sweep = Sweep(query)
+    while True:
+        began = monotonic()
+        sweep.refresh()
+        yield pace(sweep.tasks.values(), now())
+        time.sleep(min(30, max(REFRESH_S, 10 * (monotonic() - began))))
+
+
+def wait_with_bar(query):
+    """Return the exit code of `task wait`, with a bar that moves on the terminal at stderr."""
+    for found in paces(query):
+        if not sum(found.counts.values()):
+            note("Nothing matches.")
+            return 0
+        over = not found.counts["pending"] and not found.counts["running"]
+        sys.stderr.write("\r\x1b[K" + progress(found, screen_size(sys.stderr)[0] - 1) + ("\n" if over else "\r"))
+        sys.stderr.flush()
+        if over:
+            return 1 if found.counts["failed"] else 0
+
+
 def do_task_wait(options):
     """Look until nothing is pending or running; 1 where something failed."""
     query, last = selectors(options), None
-    if is_terminal(sys.stderr) and not options.quiet and comforts():
-        return comforts().wait_with_bar(query)
+    if is_terminal(sys.stderr) and not options.quiet:
+        return wait_with_bar(query)
     for counts in (found.counts for found in looks(query, IDLE_WAIT_S)):
         if counts != last and not options.quiet:
             note(", ".join("%d %s" % (counts[state], state) for state in TASK_STATES if counts[state])
@@ -12795,6 +13301,205 @@ def do_task_wait(options):
         last = counts
         if not counts["pending"] and not counts["running"]:
             return 1 if counts["failed"] else 0
+
+
+# ---- Retrying, and why a task is not run
+
+
+def do_task_retry(options):
+    if not options.ids and options.task_id is None and options.status is None:
+        options.status = "failed"
+    tasks = chosen_tasks(options, options.ids)
+    if options.dry_run:
+        show_listing(tasks, options)
+        return note("Would retry %s." % some(tasks))
+    if not tasks:
+        return note("Nothing matches: nothing was retried.")
+    update_tasks([TaskUpdateRequest(_id=task.task_id) for task in tasks], reset_pending=True)
+    if not options.quiet:
+        say("%s pending again" % some(tasks))
+
+
+def do_task_why(options):
+    task, = tasks_named([options.task_id])
+    lines = in_the_way(task, options) if task.status == "pending" else [what_became(task)]
+    for line in lines:
+        say(as_started(clean(line)))
+
+
+def what_became(task):
+    """Return what there is to say of a task that does not wait to be run."""
+    if task.status == "running":
+        return "It runs, for %s by now, on worker %s%s." % (
+            span(spent_s(task) or 0), task.worker_id or "unknown",
+            "; last heard of %s ago" % age(task.last_heartbeat) if task.last_heartbeat else "")
+    again = "labtasker task retry %s makes it pending again." % task.task_id[:8]
+    if task.status == "failed":
+        return "It failed for good, after %d of %d runs%s. %s" % (
+            task.retries, task.max_retries, with_error(task), again)
+    return "It is over: %s. %s" % (task.status, again)
+
+
+def with_error(task):
+    """Return ": why" of a task that failed, or nothing."""
+    error = error_of(task)
+    return ": " + error if error else ""
+
+
+def in_the_way(task, options):
+    """Yield what keeps a pending task from being run: its place, the loops that run now, workers, the one asked for."""
+    queued = sorted(ls_tasks(status="pending", limit=EVERY).content,
+                    key=lambda one: (-one.priority, one.last_modified, one.created_at))
+    ahead = next((at for at, one in enumerate(queued) if one.task_id == task.task_id), 0)
+    yield "It waits for %s, as number %d of %d in line (higher priority first, then the longest unchanged)." % (
+        age(task.last_modified), ahead + 1, len(queued))
+    if task.retries:
+        yield "It failed %d of %d times%s." % (task.retries, task.max_retries, with_error(task))
+    if vars(task).get("reason"):
+        yield "Its last run was handed back: %s." % task.reason
+    not_before = vars(task).get("not_before")
+    if not_before and not_before.timestamp() > now():
+        yield "Its job asked for a pause: nobody gets it for another %s." % span(not_before.timestamp() - now())
+    running = ls_tasks(status="running", limit=EVERY).content
+    if not running:
+        yield "Nothing runs in this queue: start a loop, such as labtasker loop -- %s" % example_command(task)
+    shown = set()
+    for one in running:
+        text = as_typed(one.cmd)
+        if text and text not in shown:
+            shown.add(text)
+            yield "A loop that runs now, %s: %s." % (text, "; ".join(mismatches(one.cmd, task)) or "would take it")
+    for worker in ls_workers(limit=EVERY).content:
+        if worker.status != "active":
+            yield "Worker %s is %s and gets no tasks: labtasker worker report %s active" % (
+                worker.worker_name or worker.worker_id[:8], worker.status, worker.worker_id[:8])
+    if options.rest or options.extra_filter:
+        found = mismatches(options.rest, task) + unmet(task, filter_of(options))
+        yield "The loop asked for: %s." % ("; ".join(found) or "it would take it")
+
+
+def as_typed(cmd):
+    """Return a command as one types it."""
+    import shlex
+    return cmd if isinstance(cmd, str) else " ".join(map(shlex.quote, cmd or ()))
+
+
+def example_command(task):
+    """Return a command that takes just the task's arguments."""
+    return "python train.py " + " ".join("--%s '%%(%s)'" % (key, key) for key, _ in flat(task.args))
+
+
+def mismatches(cmd, task):
+    """Return what keeps a command with placeholders from taking the task: no more, no less."""
+    try:
+        keys = [key for text in ([cmd] if isinstance(cmd, str) else cmd or ()) for key in Template(text).keys]
+    except LabtaskerError as error:
+        return [str(error).split("\n")[0]]
+    has = [".".join(path) for path in paths_of(task.args)]
+    if not keys or covers(keys, paths_of(task.args)):
+        return []
+
+    def within(inner, outer):
+        return inner == outer or inner.startswith(outer + ".")
+    missing = [key for key in keys if not any(within(path, key) for path in has)]
+    extra = sorted(path for path in has if not any(within(path, key) for key in keys))
+    return ["it wants %s, which the task lacks" % key for key in missing] + [
+        "the task has %s, which it does not take (%%(%s))" % (path, path) for path in extra]
+
+
+def unmet(task, query):
+    """Return the parts of a filter, text or document, that the task does not match."""
+    if not query:
+        return []
+    if isinstance(query, str):
+        query = parse_filter(query, visible(TASK_FIELDS), now())
+    parts = query["$and"] if list(query) == ["$and"] else [query]
+    return ["the filter's %s does not match" % json.dumps(part) for part in parts
+            if not ls_tasks(task_id=task.task_id, extra_filter=part).content]
+
+
+# ---- Logs
+
+
+def do_task_logs(options):
+    task = get_task(full_id(options.task_id))
+    attempt = chosen_attempt(task, options.attempt)
+    path = log_path(task, attempt)
+    is_there = os.path.exists(path)
+    if not is_there and not (options.follow and attempt and "end" not in attempt):
+        raise LabtaskerRuntimeError("the output is not here: %s%s" % (path, attempt.get("host") and (
+            " on the host %s" % attempt["host"]) or ""))
+    if attempt:
+        note("task %s, attempt %d of %d on %s: %s" % (
+            task.task_id, task.attempts.index(attempt) + 1, len(task.attempts), attempt.get("host"),
+            attempt.get("status", "running")))
+    follow_log(path, lambda: options.follow and is_under_way(task.task_id, attempt.get("run_id")))
+
+
+def chosen_attempt(task, number):
+    """Return a task's last attempt or the `number`th that it keeps, {} where none is kept; raises where it has none."""
+    if number is not None and not 1 <= number <= len(task.attempts):
+        raise LabtaskerValueError("task %s has %d attempts, and no %d" % (task.task_id, len(task.attempts), number))
+    if not task.attempts and not task.start_time:
+        raise LabtaskerRuntimeError("task %s has not been run yet" % task.task_id)
+    return task.attempts[(number or 0) - 1] if task.attempts else {}
+
+
+def log_path(task, attempt):
+    """Return where a run's output is: where its worker said, or in the configuration's folder here."""
+    here = os.path.join(os.path.abspath(find_root()), "logs", task.task_id, attempt.get("run_id") or task.run_id or "",
+                        "run.log")
+    told = attempt.get("log")
+    try:
+        told = for_system(told) if isinstance(told, str) and os.path.isabs(told) and "\0" not in told else None
+    except UnicodeEncodeError:  # no path of anybody's
+        told = None
+    return told if told and (os.path.exists(told) or not os.path.exists(here)) else here
+
+
+def is_under_way(task_id, run_id):
+    """Return whether the run goes on."""
+    task = get_task(task_id)
+    return task.status == "running" and task.run_id == run_id
+
+
+def follow_log(path, goes_on):
+    """Print a file, and what is added to it while `goes_on()`; a person gets no control characters but colours."""
+    position, look_at, is_going = 0, 0, True
+    while is_going:
+        if time.monotonic() >= look_at:  # before the reading: what came until the end is printed too
+            is_going, look_at = goes_on(), time.monotonic() + LOOK_S
+        position = print_from(path, position)
+        time.sleep(POLL_S if is_going else 0)
+
+
+POLL_S, LOOK_S = 0.2, 1.0  # between two looks at a file that grows, and at the task whose output it is
+COLOURS = re.compile("\x1b\\[[0-9;]*m")
+
+
+def print_from(path, position):
+    """Return the new position after printing what is in the file from there on."""
+    try:
+        with open_plain(path) as file:
+            file.seek(position)
+            for data in iter(lambda: file.read(1 << 20), b""):
+                print_output(data)
+            position = file.tell()
+    except FileNotFoundError:  # not yet
+        pass
+    sys.stdout.flush()
+    return position
+
+
+def print_output(data):
+    """Write a job's bytes to stdout: as they are, but to a terminal without what could play with it."""
+    if is_terminal(sys.stdout):
+        text = data.decode("utf-8", "replace")
+        pieces = re.split("(%s)" % COLOURS.pattern, text)
+        sys.stdout.write("".join(piece if COLOURS.match(piece) else clean(piece) for piece in pieces))
+    else:
+        sys.stdout.flush()
+        sys.stdout.buffer.write(data)
 
 
 # ---- Queues and workers
@@ -12830,6 +13535,29 @@ def create_configured_queue(config, metadata=None):
             "the queue %s is there already, with another password: use that one, or another name" % config.queue_name)
 
 
+def do_queue_get(options):
+    queue = get_queue()
+    say(queue.queue_id if options.quiet else record_text(queue.to_dict()))
+
+
+def do_queue_update(options):
+    if options.new_queue_name is options.new_password is options.metadata is None:
+        raise UsageError("what to change? Give --new-queue-name, --new-password or --metadata")
+    update_queue(options.new_queue_name, options.new_password, metadata_of(options))
+    if not options.quiet:
+        say("Updated the queue")
+    if options.new_queue_name or options.new_password:
+        note("The configuration still has the old name or password: labtasker config changes it.")
+
+
+def do_queue_delete(options):
+    name = get_queue().queue_name
+    what = ", its tasks and its workers" if options.cascade else ""
+    confirm("Delete the queue %s%s for good?" % (name, what), "--yes", options.yes)
+    delete_queue(cascade_delete=options.cascade)
+    say("Deleted queue %s" % name)
+
+
 def do_worker_create(options):
     worker_id = create_worker(options.worker_name, metadata_of(options), options.max_retries)
     say(worker_id if options.quiet else "Created worker %s" % worker_id)
@@ -12852,6 +13580,35 @@ def do_worker_delete(options):
     confirm("Delete worker %s?" % worker_id, "--yes", options.yes)
     delete_worker(worker_id, cascade_update=options.cascade_update)
     say("Deleted worker %s" % worker_id)
+
+
+# ---- Events
+
+
+def do_event_listen(options):
+    listener = connect_events(options.timeout)
+    note("Connected; Ctrl-C ends it.")
+    for event in listener.iter_events():
+        if options.raw:
+            say(json.dumps(event.to_dict()))
+        else:
+            say(clean(event_line(event) if options.compact else event_text(event)))
+        sys.stdout.flush()
+
+
+def event_line(response):
+    """Return an event as one line: when, what, its id, and the step."""
+    event = response.event
+    return "%s  %-6s  %s  %s -> %s" % (format_time(event.timestamp.timestamp())[:19].replace("T", " "),
+                                       event.entity_type, event.entity_id, event.old_state, event.new_state)
+
+
+def event_text(response):
+    """Return an event with what there is to know of its task or worker."""
+    data = response.event.entity_data
+    known = [data.get("task_name") or data.get("worker_name"), pairs(data.get("args") or {}),
+             pairs(data.get("summary") or {})]
+    return event_line(response) + "\n    " + "  ".join(text for text in known if text)
 
 
 # ---- Running
@@ -12882,6 +13639,7 @@ def journal_path(options):
 
 
 def do_serve(options):
+    extras()  # which enters the page
     return serve(journal_path(options), options.host, options.port, options.fsync, options.certfile, options.keyfile,
                  options.log_level, options.daemon, options.takeover, options.allow_host, options.max_connections)
 
@@ -12897,6 +13655,51 @@ def do_health(options):
     return 0 if healthy else 1
 
 
+# ---- Journals
+
+
+def do_journal_verify(options):
+    found = Survey(journal_path(options))
+    for piece in found.bad:
+        say("byte %d: %d bytes are %s" % (piece.offset, len(piece.data), piece.problem))
+    for first, last in found.lost:
+        say("lines %d to %d are missing" % (first, last))
+    if found.rotten:
+        say(as_started("%s is damaged: 'labtasker journal repair' saves what can be saved" % found.path))
+        return 1
+    check_known(found.path)
+    if found.bad or found.lost:
+        say("That was never acknowledged, or is being written just now; the next opening sets it aside.")
+    say("%s: fine, %d lines, %d bytes" % (found.path, found.lines, found.size))
+
+
+def do_journal_repair(options):
+    path = journal_path(options)
+    if not (Survey(path).bad or Survey(path).lost):
+        return say("%s: fine, nothing was changed" % path)
+    confirm("Put a file of all good lines in the place of %s? The damaged one is kept." % path, "--yes", options.yes)
+    found, damaged, aside, ids = repair_store(path)
+    say("%s: %d good lines are kept" % (path, found.lines))
+    for first, last in found.lost:
+        say("lost: lines %d to %d" % (first, last))
+    for one in ids:
+        say("named in the bad bytes: " + one)
+    say("the damaged file: %s\nthe bad bytes: %s" % (damaged, aside))
+
+
+def do_journal_compact(options):
+    path = journal_path(options)
+    say("%s: %d bytes, now %d" % ((path,) + compact(path)))
+
+
+def do_journal_stats(options):
+    found = Survey(journal_path(options))
+    rows = [["file", found.path], ["bytes", found.size], ["bytes of folded lines", found.header.get("tail", 0)],
+            ["lines since", found.lines], ["last line", found.n], ["known to be on disk", found.durable],
+            ["closed cleanly", "yes" if found.ended else "no"], ["bad pieces", len(found.bad)]]
+    say(table([[str(cell) for cell in row] for row in rows]))
+
+
 # ---- Setting up
 
 
@@ -12906,10 +13709,10 @@ def do_init(options):
         check_owner(root, root)
     path, then = os.path.join(root, CONFIG_NAME), "labtasker task submit -- --lr=0.1"
     confirm("%s is there already. Overwrite it?" % path, "--yes", options.yes or not os.path.exists(path))
-    asking = comforts() if is_terminal(sys.stdin) and not options.yes else None
-    config = Config(root, *(asking.asked_settings if asking else given_settings)(options))
+    is_asking = is_terminal(sys.stdin) and not options.yes
+    config = Config(root, *(asked_settings if is_asking else given_settings)(options))
     try:
-        config, said = (asking.asked_queue if asking else opened_queue)(config, options)
+        config, said = (asked_queue if is_asking else opened_queue)(config, options)
         say(said)
     except LabtaskerConnectError as error:
         note(error)
@@ -12921,7 +13724,48 @@ def do_init(options):
     winning = [name for _, name, _, _ in SETTINGS.values() if name and os.environ.get(name)]
     if winning:
         note("In this shell %s wins over that file." % " and ".join(winning))
-    say("Next: " + then)
+    say(as_started("Next: " + then))
+
+
+def asked_settings(options):
+    """Return (url, queue name, password) from the options and, for what they lack, from a person, tested at once."""
+    while options.url is None:
+        url = base_url(ask("Server's URL, or nothing for a store in this folder [none]", "--url"))
+        options.url = url if is_reached(url) else None
+    while options.queue_name is None:
+        options.queue_name = ask("Queue name [%s]" % DEFAULT_QUEUE, "--queue-name", default=DEFAULT_QUEUE)
+        try:
+            check_queue_name(options.queue_name)
+        except UsageError as error:
+            note(error)
+            options.queue_name = None
+    return given_settings(options)
+
+
+def is_reached(url):
+    """Return whether a server answers at a URL that a person typed, or is wanted although none does."""
+    if not re.match("https?:", url):
+        return True
+    began = monotonic()
+    try:
+        HttpTransport(url, DEFAULT_QUEUE, "").call("GET", "/health", None, None)
+        note("%s answers, in %.0f ms." % (url, 1000 * (monotonic() - began)))
+        return True
+    except LabtaskerConnectError as error:
+        note(error)
+        return ask("Take this URL all the same? [y/N]", "--yes").lower() in ("y", "yes")
+
+
+def asked_queue(config, options):
+    """Return as `opened_queue` does, with another password where a person had to be asked for it again."""
+    while True:
+        try:
+            return opened_queue(config, options)
+        except LabtaskerRuntimeError as error:  # it is there, with another password
+            if options.password or os.environ.get("LABTASKER_PASSWORD"):
+                raise
+            note(error)
+        config = config._replace(password=ask("Its own password:", "--password", secret=True))
 
 
 def given_settings(options):
@@ -12956,6 +13800,109 @@ def opened_queue(config, options):
     """Return the Config and what was done: its queue is there after this, and open to it."""
     use_client(Client(_transport(config)))
     return config, create_configured_queue(config)
+
+
+# ---- Demo
+
+
+DEMO_SCRIPT = '''\
+"""Teaches one neuron to tell two clouds of points apart, and reports how well it does."""
+import math, random, sys
+import labtasker
+
+lr, steps = float(sys.argv[1]), int(sys.argv[2])
+if (lr, steps) == (1.0, 3000) and labtasker.task_info().retries == 0:
+    sys.exit("out of memory (not really: the demo wants to show a retry)")
+
+dice = random.Random(1)
+points = [(dice.gauss(x, 1.6), dice.gauss(x / 2, 1.0), x > 3) for x in (2, 4) for _ in range(150)]
+a = b = c = 0.0
+for step in range(steps):
+    x, y, is_far = dice.choice(points)
+    error = is_far - 1 / (1 + math.exp(-(a * x + b * y + c)))
+    a, b, c = a + lr * error * x, b + lr * error * y, c + lr * error
+acc = sum((a * x + b * y + c > 0) == is_far for x, y, is_far in points) / len(points)
+labtasker.report_task_status(labtasker.task_info().task_id, "running", summary={"acc": round(acc, 3)})
+print("lr=%g steps=%d: accuracy %.3f" % (lr, steps, acc))
+'''
+DEMO_STEPS = (
+    ["task", "submit", "--grid", "--name", "demo", "--", "--lr=0.003,0.03,0.3,1.0", "--steps=30,3000"],
+    ["loop", "--", "python3", "train.py", "%(lr)", "%(steps)"],  # done by two workers at once
+    ["task", "count"],
+    ["task", "ls", "-s", "success", "-S", "summary.acc:desc", "--no-pager"],
+)
+
+
+def do_demo(options):
+    import shutil
+    import tempfile
+    folder = tempfile.mkdtemp(prefix="labtasker-demo-")
+    try:
+        shutil.copy(THIS_FILE, os.path.join(folder, "labtasker.py"))
+        run_demo(folder)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def run_demo(folder):
+    """Run a sweep in `folder`: two workers, one failure, one ranking; raises LabtaskerRuntimeError where it fails."""
+    began = monotonic()
+    with open(os.path.join(folder, "train.py"), "w") as file:
+        file.write(DEMO_SCRIPT)
+    say("A sweep in %s, which is removed at the end. The script:\n\n%s" % (
+        folder, re.sub("(?m)^", "    ", DEMO_SCRIPT.rstrip())))
+    codes = []
+    for words in DEMO_STEPS:
+        codes += demo_workers(folder, words) if words[0] == "loop" else [demo_start(folder, words).wait()]
+    store = StoreTransport(os.path.join(folder, ".labtasker"), DEFAULT_QUEUE)
+    tasks = Client(store).call("POST", "/api/v1/queues/me/tasks/search", {})["content"]
+    store.close()
+    done = sum(task["status"] == "success" for task in tasks)
+    retried = sum(task["retries"] == 1 for task in tasks)
+    say("\n%d of %d tasks done by two workers, %d after a retry, in %.1f s." % (
+        done, len(tasks), retried, monotonic() - began))
+    if any(codes) or (done, retried) != (8, 1):
+        raise LabtaskerRuntimeError("the demo did not go as it should; exit codes: %s" % codes)
+
+
+def demo_start(folder, words, suffix="", **streams):
+    """Return the process of a command of this program, shown first as one would type it."""
+    import shlex
+    import subprocess
+    words = ["python3", "-m", "labtasker"] + words
+    say("\n$ " + " ".join(shlex.quote(word) for word in words) + suffix)
+    sys.stdout.flush()
+    env = {key: value for key, value in os.environ.items() if not key.startswith("LABTASKER_")}
+    env.update(LABTASKER_ROOT=os.path.join(folder, ".labtasker"), PYTHONUNBUFFERED="1")
+    return subprocess.Popen([sys.executable if word == "python3" else word for word in words], cwd=folder, env=env,
+                            stdin=subprocess.DEVNULL, **streams)
+
+
+def demo_workers(folder, words):
+    """Return the exit codes of two workers that run at once, their lines shown as they come."""
+    import subprocess
+    workers = []
+
+    def echo(number, worker):
+        try:
+            for line in worker.stdout:
+                say("[worker %d] %s" % (number, clean(line.rstrip("\n"))))
+                sys.stdout.flush()
+        except BrokenPipeError:  # who reads the demo has seen enough; the main thread says so
+            pass
+    try:
+        for _ in (1, 2):
+            workers.append(demo_start(folder, words, " &", stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                                      universal_newlines=True))
+        readers = [threading.Thread(target=echo, args=pair) for pair in enumerate(workers, 1)]
+        for reader in readers:
+            reader.start()
+        for reader in readers:
+            reader.join()
+        return [worker.wait() for worker in workers]
+    finally:
+        for worker in workers:
+            worker.kill()
 
 
 # ---- From words to options
@@ -13075,7 +14022,7 @@ def command_help(path):
     places = [("[%s ...]" if "nargs" in settings else "%s") % settings["metavar"]
               for flags, settings in row.options if not flags[0].startswith("-")]
     places = ["[options]"] * (len(places) < len(rows)) + places + [row.rest or ""]
-    lines = ["usage: " + " ".join(["labtasker", path] + places).strip()]
+    lines = ["usage: " + " ".join([program(), path] + places).strip()]
     lines += textwrap.wrap(row.help, width) + [""] * bool(rows)
     wide = max([len(name) for name, _ in rows], default=0)
     for name, help in rows:
@@ -13119,15 +14066,15 @@ def find_command(words):
     """Return (path, the words after it); raises UsageError that offers the nearest command."""
     for size in (2, 1):
         path = " ".join(words[:size])
-        if path in COMFORTS:
-            comforts_for("labtasker " + path)
+        if path in EXTRA_COMMANDS:
+            extras_for("labtasker " + path)
         if path in COMMANDS:
             return path, words[size:]
-    comforts()
+    extras()
     word, inner = words[:2][-1], [path.split()[1] for path in group(words[0])]
     alike = [path for path in COMMANDS if path.split()[-1] == word]
     best = "; did you mean %s?" % " or ".join(alike) if alike else hint(
-        word, inner or {path.split()[0] for path in group("") + list(COMFORTS)})
+        word, inner or {path.split()[0] for path in group("") + list(EXTRA_COMMANDS)})
     raise UsageError("there is no command %s%s (%s)" % (
         " ".join(words[:2]), best, "there are " + ", ".join(inner) if inner else "labtasker --help lists them"))
 
@@ -13135,9 +14082,9 @@ def find_command(words):
 def show_help(words):
     """Show the help of the command that `words` spell, or the list of those that start so; UsageError for none."""
     path = " ".join(words)
-    comforts()
+    extras()
     if path not in COMMANDS and not group(path):
-        topics = [name[5:] for name in COMFORTS if name.startswith("help ")]
+        topics = sorted(name[5:] for name in set(COMMANDS).union(EXTRA_COMMANDS) if name.startswith("help "))
         raise UsageError("there is no help on %s%s. Topics: %s, and every command" % (
             brief(path), hint(path, topics + list(COMMANDS)), ", ".join(topics)))
     show(help_of(path))
@@ -13149,7 +14096,7 @@ def help_of(path):
         return command_help(path)
     listed = group(path) if path else [name for word in EACH_DAY for name in group("") if name.split()[0] == word]
     wide = max(map(len, listed))
-    lines = ["usage: labtasker %sCOMMAND [options]; each tells more with --help" % (path and path + " "), ""]
+    lines = ["usage: %s %sCOMMAND ...; --help tells more" % (program(), path and path + " "), ""]
     lines += ["  %-*s  %s" % (wide, name, COMMANDS[name].help.split(". ")[0].rstrip(".")) for name in listed]
     lines += ["  " + line for line in the_rest()] if not path else []
     return "\n".join(lines + ["example: " + COMMANDS[listed[0]].example.split("\n")[0]])
@@ -13163,7 +14110,7 @@ def the_rest():
     rest = sorted(set(nouns).difference(EACH_DAY), key=lambda noun: (noun == "help", list(nouns).index(noun)))
     single = [(noun + " " + nouns[noun][0]).strip() for noun in rest if not nouns[noun][1:]]
     lines = ["%s %s" % (noun, ", ".join(filter(None, nouns[noun]))) for noun in rest if nouns[noun][1:]]
-    missing = ", ".join(name for name in COMFORTS if name not in COMMANDS)
+    missing = ", ".join(name for name in EXTRA_COMMANDS if name not in COMMANDS)
     return [", ".join(single)] + lines + (
         ["With labtasker_cli.py beside labtasker.py also: " + missing] if missing else [])
 
@@ -13204,10 +14151,10 @@ def run_command(words):
     if words[:1] in (["--version"], ["-V"]):
         return say("labtasker " + __version__)
     if not words:
-        comforts()
+        extras()
         return note(help_of("")) or 2
     asks = [word in ("-h", "--help") for word in words[:2]]
-    if asks[0] or any(asks) and words[0] not in COMMANDS and words[0] not in COMFORTS:
+    if asks[0] or any(asks) and words[0] not in COMMANDS and words[0] not in EXTRA_COMMANDS:
         return show_help(words[:asks.index(True)])
     path, words = find_command(words)
     options = parse(path, words)
@@ -13267,6 +14214,57 @@ def explained(error):
         return ": ".join(str(part) for part in (error.filename, error.strerror or error) if part)
     return "%s: %s\nThis is a bug in labtasker %s. LABTASKER_DEBUG=1 shows where it happened." % (
         type(error).__name__, error, __version__)
+
+
+# ---- References, printed from the tables
+
+
+def filter_reference():
+    """Return the filter language, from the tables of section 2, and a task's fields."""
+    fields = [["field", "kind", "meaning"]]
+    fields += [[name, row.kind, row.meaning] for name, row in visible(TASK_FIELDS).items()]
+    return "\n".join([
+        "A filter is a line of Python over a task's fields:", "",
+        "    labtasker task ls -f 'args.lr > 0.01 and \"v1\" in list(metadata.tags)'",
+        "    labtasker task ls -f 'created_at >= date(\"3 hours ago\") and regex(task_name, \"^grid-\")'", "",
+        "Compare       " + " ".join(COMPARISONS),
+        "Contain       field in [...], \"v\" in list(field), \"k\" in dict(field)",
+        "Join          and or (...)",
+        "Calculate     " + " ".join(ARITHMETIC),
+        "Call          " + " ".join(name + "(...)" for name in CALLS),
+        "Dates         " + "\n              ".join(DATE_FORMS),
+        "Nested        args.optimizer.lr, summary.acc, args.layers[0]", "",
+        "Instead of"] + ["  %-11s %s" % (word, text) for word, text in INSTEAD.items()] + [
+        "", "A query document may stand for it: -f '{\"args.lr\": {\"$gt\": 0.1}}', with",
+        " ".join(tuple(OPERATORS) + tuple(LOGIC) + ("$expr",)), "", table(fields)])
+
+
+def settings_reference():
+    """Return the settings: their place in config.toml, and the variables that win over it."""
+    rows = [[name, variable or "", meaning] for name, (_, variable, _, meaning) in SETTINGS.items()]
+    return "\n".join([
+        "The configuration is %s in the nearest folder .labtasker from here upward," % CONFIG_NAME,
+        "or in the folder that LABTASKER_ROOT names. Variables win over it.", "",
+        table([["setting", "variable", "meaning"]] + rows)])
+
+
+def journal_reference():
+    """Return the format of the journal: its lines, and the changes that stand on them."""
+    rows = [["change", "followed by", "meaning"]] + [[name, row.fields, row.meaning] for name, row in RECORDS.items()]
+    return "\n".join([
+        "A journal is a file of JSON lines. The first names the format; each other one is a transaction:", "",
+        '    {"n":18,"durable":17,"at":1763800000.1,"queue":"ID",'
+        '"changes":[["task","ID",{"status":"running"},"pending"]],"crc":"89abcdef"}', "",
+        "n        counts the lines without gaps; a line with lost:K stands for K lines that a repair could not save",
+        "durable  the last n that was known to be on disk when the line was written",
+        "at       when, in seconds since 1970, UTC",
+        "crc      zlib.crc32 of the line's bytes before it",
+        "changes  new values, not commands; what is not named stays as it was:", "", table(rows), "",
+        "After a compaction the first line has folded: N and tail: BYTE; the lines up to that byte, each with fold: K",
+        "for a number, make the state that the lines up to N had made, the last of them with checksum folded_crc. A",
+        "line with epoch: E begins another owner's time, one with end: true is a clean close; from a line with",
+        "version: V on a newer version writes. Fields and keys that a reader does not know are kept; changes that it",
+        "does not know are refused, and lines with needs: F where F is a later format than its own."])
 
 
 # ---- The table
@@ -13405,6 +14403,61 @@ COMMANDS = {
     "worker delete": Command(
         do_worker_delete, "Delete a worker.", "labtasker worker delete ID --yes", [
             WORKER, switch("cascade-update", "its tasks forget it (the default), or keep its id", default=True), YES]),
+    "task retry": Command(
+        do_task_retry, "Make failed, or selected, tasks pending again. Their retries start at 0 anew.",
+        "labtasker task retry -f 'args.model == \"vit\"' --dry-run",
+        [IDS] + SELECT + [option("--dry-run", "only show which"), QUIET]),
+    "task logs": Command(
+        do_task_logs, "Print what a task's last run, or an earlier one, has written.",
+        "labtasker task logs 3f2a -f",
+        [ID, option("-f --follow", "go on printing while it runs"),
+         option("--attempt N", "the Nth of the attempts that the task keeps (the last)", type=count)]),
+    "task why": Command(
+        do_task_why, "Say what is in the way of a task, and where it stands in line.",
+        "labtasker task why 3f2a -- python train.py --lr '%(lr)'", [ID, FILTER],
+        "[-- COMMAND ...]"),
+    "demo": Command(
+        do_demo, "Run a small sweep in a temporary folder, showing each command.",
+        "labtasker demo"),
+    "queue get": Command(
+        do_queue_get, "Show the queue.",
+        "labtasker queue get", [option("-q --quiet", "print its id alone")]),
+    "queue update": Command(
+        do_queue_update, "Rename the queue, change its password or metadata.",
+        "labtasker queue update --new-queue-name sweep2", [
+            option("--new-queue-name NAME", "letters, digits, _ and -"),
+            option("--new-password PASSWORD", "1 to 100 letters"), METADATA, SILENT]),
+    "queue delete": Command(
+        do_queue_delete, "Delete the queue.",
+        "labtasker queue delete --cascade --yes",
+        [option("--cascade", "its tasks and workers too"), YES]),
+    "journal verify": Command(
+        do_journal_verify, "Look for damage in a journal, also in one in use. Exit 1 where there is any.",
+        "labtasker journal verify --db-path old/journal.jsonl", [JOURNAL]),
+    "journal repair": Command(
+        do_journal_repair, "Put the good lines of a damaged journal in its place. The damaged one is kept.",
+        "labtasker journal repair", [JOURNAL, YES]),
+    "journal compact": Command(
+        do_journal_compact, "Fold a journal to its live data; this happens by itself too.",
+        "labtasker journal compact", [JOURNAL]),
+    "journal stats": Command(
+        do_journal_stats, "Print how long a journal is, and of what.",
+        "labtasker journal stats", [JOURNAL]),
+    "event listen": Command(
+        do_event_listen, "Print the steps of tasks and workers as they come, until Ctrl-C. Reconnects.",
+        "labtasker event listen --compact", [
+            option("-c --compact", "one line for each"), option("--raw", "JSON as it came, one line for each"),
+            option("--timeout TIME", "how long to try to connect at first (10)", type=seconds, default=10)]),
+    "help filter": Command(
+        lambda options: show(filter_reference()), "Print the filter language: operators, dates, a task's fields.",
+        "labtasker help filter"),
+    "help settings": Command(
+        lambda options: show(settings_reference()),
+        "Print the settings of config.toml, and the variables that win over it.",
+        "labtasker help settings"),
+    "help journal": Command(
+        lambda options: show(journal_reference()), "Print the format of the journal, a line a transaction.",
+        "labtasker help journal"),
     "help": Command(lambda options: show_help(options.topic), "List the commands, or print the help of one.",
                     "labtasker help task submit",
                     [option("COMMAND", "words of a command, or a topic", dest="topic", nargs="*")]),

@@ -356,10 +356,9 @@ def check_store(folder):
     if not path.exists():
         return
     import labtasker
-    import labtasker_cli
     content = path.read_bytes()
     assert content.endswith(b"\n"), "%s ends in the middle of a line: %r" % (path, content[-80:])
-    found = labtasker_cli.Survey(str(path))
+    found = labtasker.Survey(str(path))
     assert not found.bad and not found.lost, (found.bad, found.lost)
     told = labtasker.read_server_file(str(folder)) or {"addresses": ()}
     for url in told["addresses"]:

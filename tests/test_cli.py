@@ -2,12 +2,14 @@
 import csv
 import decimal
 import fcntl
+import glob
 import io
 import json
 import os
 import pty
 import re
 import select
+import shlex
 import shutil
 import struct
 import subprocess
@@ -126,7 +128,7 @@ BAD = [
     ("init --url http://127.0.0.1:9 --yes", 2, ["--password"]),
     ("init --url http://127.0.0.1:9 --queue-name 'a b' --password x", 2, ["a b"]),
     ("config", 1, ["labtasker init"]),
-    ("help nosuch", 2, ["nosuch", "filter, settings, journal, api"]),
+    ("help nosuch", 2, ["nosuch", "api, filter, journal, settings"]),
     ("loop", 2, ["what to run"]),
     ("loop python train.py", 2, ["goes after --"]),
     ("loop -c 'echo %(lr)' -- echo", 2, ["exclude"]),
@@ -428,10 +430,10 @@ ODD_CELLS = ["a\rb", "a\nb", "a\r\nb", 'a"b', '"', "a,b", "\u2028", "\x85\x0b\x0
 @pytest.mark.parametrize("text", ODD_CELLS, ids=ascii)
 def test_csv_that_is_written_is_read_back(text):
     rows = [{"a": text, "b": 1}, {"a": "x", "b": None}, {"a": text, "b": [1, text, None]}]
-    written = labtasker_cli.as_csv(rows)
+    written = labtasker.as_csv(rows)
     assert list(csv.reader(io.StringIO(written, newline=""), strict=True)) == [
         ["a", "b"], [text, "1"], ["x", ""], [text, str([1, text, None])]]
-    assert labtasker_cli.as_csv([{"a": text}, {"a": None}, {"a": text}]).count('""') >= 1
+    assert labtasker.as_csv([{"a": text}, {"a": None}, {"a": text}]).count('""') >= 1
     assert [task["args"]["a"] for task in labtasker.tasks_of_csv("x", written)] == [text, "x", text]
 
 
@@ -566,7 +568,7 @@ def test_piped_in_lists_the_ids_on_stdin(home):
 @pytest.mark.slow
 def test_nothing_found_is_said_on_stderr_only(home):
     result = home.cli("task", "ls")
-    assert (result.stdout, result.stderr) == ("", "No tasks yet: labtasker task submit -- --lr=0.1\n")
+    assert (result.stdout, result.stderr) == ("", "No tasks yet: python -m labtasker task submit -- --lr=0.1\n")
     assert home.cli("task", "ls", "-s", "failed").stderr == "Nothing matches.\n"
     assert home.cli("task", "retry").stderr == "Nothing matches: nothing was retried.\n"
     assert home.cli("task", "ls", "--fmt", "yaml").stdout == "[]\n"
@@ -599,10 +601,10 @@ VALUES = [None, True, False, 0, -1, 1.5, 1e-05, 1e300, 2 ** 63, float("inf"), ""
 def test_yaml_reads_back_as_what_was_written():
     yaml = pytest.importorskip("yaml")
     rows = [{"value": value, "in": {"a": value, "b": [value, {"c": value}]}} for value in VALUES]
-    assert yaml.safe_load(labtasker_cli.as_yaml(rows)) == rows
-    text = labtasker_cli.as_yaml(rows)
+    assert yaml.safe_load(labtasker.as_yaml(rows)) == rows
+    text = labtasker.as_yaml(rows)
     assert "\x1b" not in text and "\x7f" not in text and "value: x\n" in text and "value: |-\n" in text
-    assert yaml.safe_load(labtasker_cli.as_yaml([{"x": float("nan")}]))[0]["x"] != 0
+    assert yaml.safe_load(labtasker.as_yaml([{"x": float("nan")}]))[0]["x"] != 0
 
 
 HOSTILE = "\x1b]0;owned\x07\x1b[2J\r\u202eevil\x9b"
@@ -625,7 +627,7 @@ def test_wide_and_long_values_fit_the_terminal(home):
     home.submit("--", "--text=" + "日本語" * 40, "--other=" + "x" * 200)
     home.submit("--name", "n" * 90, "--", "--lr=1")
     shown = on_terminal(home, ["task", "ls"], columns=60)[1].splitlines()
-    assert len(shown) == 3 and all(labtasker_cli.cells_wide(line) <= 60 for line in shown), shown
+    assert len(shown) == 3 and all(labtasker.cells_wide(line) <= 60 for line in shown), shown
     assert "x" * 200 in home.cli("task", "ls").stdout
     home.submit("--", "--long=" + "x" * 50000)
     assert len(home.cli("task", "ls").stdout) < 5000 and "x" * 50000 in home.cli("task", "ls", "--verbose").stdout
@@ -839,14 +841,14 @@ def test_a_stdin_without_ids_is_told_of_and_changes_nothing(home, words, typed):
 
 # ---- asking
 
-def on_terminal(place, words, answers=(), columns=100, env=None):
+def on_terminal(place, words, answers=(), columns=100, env=None, module=harness.MODULE):
     """Return (exit code, what was shown) of a command on a real terminal.
 
     `answers` are (prompt, text): the text is typed once the prompt is seen."""
     main, side = pty.openpty()
     fcntl.ioctl(side, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
     env = harness.clean_env(dict(place.env, COLUMNS="", **(env or {})))
-    process = subprocess.Popen([sys.executable, str(harness.MODULE)] + words, cwd=str(place.cwd), env=env, stdin=side,
+    process = subprocess.Popen([sys.executable, str(module)] + words, cwd=str(place.cwd), env=env, stdin=side,
                                stdout=side, stderr=side, start_new_session=True,
                                preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0))
     os.close(side)
@@ -911,7 +913,7 @@ def test_a_pager_only_on_a_terminal_and_only_for_what_does_not_fit(home):
 def test_init_by_flags_asks_nothing(server, home):
     words = ["init", "--url", server.url, "--queue-name", "mine", "--password", "secret"]
     result = home.cli(*words)
-    assert "Created queue mine" in result.stdout and "Next: labtasker task submit" in result.stdout
+    assert "Created queue mine" in result.stdout and "Next: python -m labtasker task submit" in result.stdout
     path = home.folder / "config.toml"
     assert path.stat().st_mode & 0o777 == 0o600
     home.submit("--", "--lr=1")
@@ -1043,9 +1045,9 @@ def test_commands_can_be_imported_from_the_second_file():
     assert labtasker_cli.main is labtasker.main is labtasker_cli.server_main
 
 
-@pytest.mark.parametrize("name", labtasker.COMFORTS)
-def test_the_second_file_enters_every_comfort_into_the_table(name):
-    assert labtasker.COMMANDS[name].help == labtasker.COMFORTS[name]
+@pytest.mark.parametrize("name", labtasker.EXTRA_COMMANDS)
+def test_the_second_file_enters_its_commands_into_the_table(name):
+    assert labtasker.COMMANDS[name].help == labtasker.EXTRA_COMMANDS[name]
     assert name in listed()
 
 
@@ -1062,9 +1064,9 @@ def run_alone(alone, home, *words, **options):
     return harness.run([sys.executable, alone / "labtasker.py"] + list(words), home.cwd, env={"PYTHONPATH": ""}, **options)
 
 
-@pytest.mark.parametrize("words", [name.split() + more for name in labtasker.COMFORTS for more in ([], ["--help"])],
+@pytest.mark.parametrize("words", [name.split() + more for name in labtasker.EXTRA_COMMANDS for more in ([], ["--help"])],
                          ids=" ".join)
-def test_without_the_second_file_a_comfort_says_what_it_needs(alone, home, words):
+def test_without_the_second_file_its_commands_say_what_they_need(alone, home, words):
     result = run_alone(alone, home, *words, check=False)
     assert result.returncode == 1 and result.stdout == "", result
     assert " ".join(words[:2]).replace(" --help", "") in result.stderr
@@ -1077,7 +1079,7 @@ def test_labtasker_alone_does_the_work_and_says_what_it_lacks(alone, home):
     assert run_alone(alone, home, "task", "ls", "-q").lines == [t["task_id"] for t in home.tasks()]
     for words in (["help"], ["--help"], ["help", "task"], ["task", "--help"], ["task", "ls", "--help"]):
         assert "task ls" in run_alone(alone, home, *words).stdout
-    assert "labtasker_cli.py beside labtasker.py also: task retry, task logs, task why" in run_alone(alone, home, "help").stdout
+    assert "labtasker_cli.py beside labtasker.py also: watch, config, sbatch" in run_alone(alone, home, "help").stdout
     assert "did you mean config" in run_alone(alone, home, "confg", check=False).stderr
 
 
@@ -1092,14 +1094,13 @@ def test_labtasker_alone_runs_a_cluster(alone, home, server):
     run_alone(alone, home, "task", "submit", "--grid", "--name", "g", "--max-retries", "1", "--", "--lr=0.1,0.2", "--opt.name=a b")
     run_alone(alone, home, "task", "submit", "--args", json.dumps({"text": HOSTILE}))
     run_alone(alone, home, "loop", "-c", "echo %(opt.name); test %(lr) = 0.1", check=False)
-    shown = run_alone(alone, home, "task", "ls", "-f", "exists(args.lr)", "-S", "args.lr")
+    shown = run_alone(alone, home, "task", "ls", "-f", "exists(args.lr)", "-S", "args.lr", "--columns", "id,status,name,args.lr")
     ids = [task["task_id"] for task in home.tasks("-f", "exists(args.lr)", "-S", "args.lr")]
-    assert shown.lines[0].split() == ["task_id", "status", "task_name", "args", "summary"]
-    assert [line.split()[:3] for line in shown.lines[1:]] == [[ids[0], "success", "g"], [ids[1], "failed", "g"]]
-    assert 'lr=0.1 opt.name="a b"' in shown.stdout
+    assert [line.split() for line in shown.lines] == [
+        ["id", "status", "name", "args.lr"], [ids[0][:8], "success", "g", "0.1"], [ids[1][:8], "failed", "g", "0.2"]]
     text = run_alone(alone, home, "task", "ls", "-s", "pending").stdout
     assert "owned" in text and not set("\x1b\x07\x9b\u202e") & set(text)
-    assert json.loads(run_alone(alone, home, "task", "get", ids[0]).stdout)["args"]["lr"] == 0.1
+    assert "    lr: 0.1" in run_alone(alone, home, "task", "get", ids[0][:8]).stdout.replace("  lr", "    lr")
     assert "failed     1" in run_alone(alone, home, "task", "count").stdout
     run_alone(alone, home, "task", "update", "--name", "g", "-u", "args.lr=9", "--reset-pending", "-q")
     assert run_alone(alone, home, "task", "delete", "-y", ids[0]).stdout == "Deleted 1 task\n"
@@ -1109,9 +1110,92 @@ def test_labtasker_alone_runs_a_cluster(alone, home, server):
     run_alone(alone, home, "worker", "report", worker, "crashed")
     run_alone(alone, home, "worker", "delete", worker, "--yes")
     assert run_alone(alone, home, "health").stdout.startswith("healthy")
-    for words in (["task", "ls", "--fmt", "csv"], ["task", "ls", "--columns", "name"], ["task", "update", "--editor"]):
-        result = run_alone(alone, home, *words, check=False)
-        assert result.returncode == 1 and "%s needs labtasker_cli.py beside" % words[2] in result.stderr.replace(" csv", ""), result
+    result = run_alone(alone, home, "task", "update", "--editor", check=False)
+    assert result.returncode == 1 and "--editor needs labtasker_cli.py beside" in result.stderr, result
+
+
+# Each command of labtasker.py alone: words, stdin, exit code, what stdout has. ID is the first task's id.
+ALONE = [
+    ("task submit --name a --max-retries 1 -- --lr=0.5 --b=0", None, 0, "Submitted task"),
+    ("task submit --grid --unique --name a -- --lr=0.5,1 --b=0", None, 0, "1 already there"),
+    ("task why ID -- train %(lr)", None, 0, "the task has b"),
+    ("loop -- sh -c 'echo out; exit 3' %(lr) %(b)", None, 0, ""),
+    ("task ls -s failed --fmt yaml", None, 0, "status: failed"),
+    ("task ls --fmt csv", None, 0, "args.lr"),
+    ("task ls --columns name,args.lr", None, 0, "args.lr"),
+    ("task get ID --fmt csv", None, 0, "failed"),
+    ("task logs ID", None, 0, "out"),
+    ("task count --by args.lr", None, 0, "total"),
+    ("task why ID", None, 0, "It failed for good"),
+    ("task retry ID --dry-run", None, 0, "0.5"),
+    ("task retry ID", None, 0, "1 task pending again"),
+    ("task update ID-ON-STDIN -u priority=3", "ID", 0, "Updated 1 task"),
+    ("task wait -s success", None, 0, ""),
+    ("task delete -y ID", None, 0, "Deleted 1 task"),
+    ("worker create --worker-name w", None, 0, "Created worker"),
+    ("worker ls --fmt jsonl", None, 0, "active"),
+    ("queue get", None, 0, "queue_name: default"),
+    ("queue update --metadata {}", None, 0, "Updated the queue"),
+    ("journal stats", None, 0, "known to be on disk"),
+    ("journal compact", None, 0, "bytes, now"),
+    ("journal verify", None, 0, "fine"),
+    ("journal repair --yes", None, 0, "nothing was changed"),
+    ("health", None, 0, "healthy"),
+    ("queue delete --cascade --yes", None, 0, "Deleted queue default"),
+    ("queue create-from-config", None, 0, "Created queue default"),
+    ("help filter", None, 0, "regex(...)"),
+    ("help settings", None, 0, "LABTASKER_URL"),
+    ("help journal", None, 0, "durable"),
+    ("help", None, 0, "watch, config"),
+    ("demo", None, 0, "8 of 8 tasks done"),
+]
+# These are tried elsewhere with labtasker.py alone, or serve until they are stopped.
+ELSEWHERE = {"init", "queue create", "serve", "worker report", "worker delete", "event listen"}
+
+
+def pythons():
+    """Return the interpreters that the one file is tried with: this one, and the oldest where pyenv has it."""
+    oldest = sorted(glob.glob(os.path.expanduser("~/.pyenv/versions/3.6*/bin/python3")))[:1]
+    return [sys.executable] + oldest
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("python", pythons(), ids=lambda path: "this" if path == sys.executable else "3.6")
+def test_every_command_of_the_one_file_works_without_the_other(alone, home, python):
+    ids = []
+    for words, stdin, code, shown in ALONE:
+        words = [ids[0] if word == "ID" else word for word in shlex.split(words) if word != "ID-ON-STDIN"]
+        result = harness.run([python, alone / "labtasker.py"] + words, home.cwd, env={"PYTHONPATH": ""}, check=False,
+                             stdin=ids[0] if stdin else None)
+        assert result.returncode == code and shown in result.stdout, result
+        ids = ids or [task["task_id"] for task in home.tasks()]
+    tried = {" ".join(words.split()[:size]) for words, _, _, _ in ALONE for size in (1, 2)}
+    assert set(labtasker.COMMANDS) - set(labtasker.EXTRA_COMMANDS) - ELSEWHERE <= tried
+
+
+@pytest.mark.slow
+def test_the_one_file_asks_before_it_deletes_for_good(alone, home):
+    home.submit("--", "--lr=1")
+    code, shown = on_terminal(home, ["task", "delete", "-f", "True"], [("[y/N]", "n\n")], module=alone / "labtasker.py")
+    assert code == 1 and "Delete 1 task for good? [y/N]" in shown and len(home.tasks()) == 1
+
+
+def test_hints_name_the_program_as_it_was_started(alone, home):
+    (alone / "lt").write_text("import sys; sys.argv[0] = 'lt'; import labtasker; sys.exit(labtasker.main())")
+    starts = {"python3 -m labtasker": ["-m", "labtasker"], "python3 %s/labtasker.py" % alone: [alone / "labtasker.py"],
+              "lt": [alone / "lt"]}
+    python3 = alone / "python3"
+    python3.symlink_to(sys.executable)
+    for shown, words in starts.items():
+        result = harness.run([python3] + words + ["task", "ls"], home.cwd, env={"PYTHONPATH": str(alone)})
+        assert result.stderr == "No tasks yet: %s task submit -- --lr=0.1\n" % shown
+        result = harness.run([python3] + words + ["task", "ls", "--help"], home.cwd, env={"PYTHONPATH": str(alone)})
+        assert result.lines[0].startswith("usage: %s task ls" % shown) and "example: labtasker task ls" in result.stdout
+
+
+def test_every_noun_of_a_command_is_named_as_started_in_hints():
+    for path in set(labtasker.COMMANDS).union(labtasker.EXTRA_COMMANDS):
+        assert labtasker.as_started("labtasker %s" % path) != "labtasker %s" % path
 
 
 def test_a_second_file_of_another_version_does_not_stop_the_work(alone, home):
@@ -1124,12 +1208,12 @@ def test_a_second_file_of_another_version_does_not_stop_the_work(alone, home):
 
 ONE_MODULE = """
 import runpy, sys
-sys.argv = ["labtasker", "help", "settings"]
+sys.argv = ["labtasker", "help", "api"]
 try:
     {start}
 except SystemExit as end:
     assert not end.code, end.code
-copies = [m for m in list(sys.modules.values()) if hasattr(m, "COMFORTS") and hasattr(m, "ROUTES") and
+copies = [m for m in list(sys.modules.values()) if hasattr(m, "EXTRA_COMMANDS") and hasattr(m, "ROUTES") and
           m.__name__ != "labtasker_cli"]
 import labtasker, labtasker_cli
 assert labtasker_cli.COMMANDS is labtasker.COMMANDS and "config" in labtasker.COMMANDS
@@ -1141,11 +1225,11 @@ assert len(set(map(id, copies))) == 1, copies
     "import labtasker_cli; sys.exit(labtasker_cli.main())", "import labtasker; sys.exit(labtasker.main())",
     "import labtasker, labtasker_cli; sys.exit(labtasker_cli.server_main())"])
 def test_there_is_one_copy_of_the_module_however_it_is_started(home, start):
-    assert "LABTASKER_URL" in home.python(ONE_MODULE.format(start=start)).stdout
+    assert "GET /health" in home.python(ONE_MODULE.format(start=start)).stdout
 
 
 @pytest.mark.parametrize("words", [[str(harness.MODULE)], ["-m", "labtasker"]], ids=["file", "module"])
-def test_comforts_are_found_by_the_file_and_by_the_module(home, words):
+def test_the_second_file_is_found_by_the_file_and_by_the_module(home, words):
     seen = home.write("sitecustomize.py", """
 import atexit, sys
 def tell():
@@ -1154,8 +1238,8 @@ def tell():
 atexit.register(tell)
 """)
     path = "%s:%s" % (seen.parent, harness.ROOT)
-    result = harness.run([sys.executable] + words + ["help", "settings"], home.cwd, env={"PYTHONPATH": path})
-    assert "LABTASKER_URL" in result.stdout and result.lines[-1] == "copies: 1 True", result
+    result = harness.run([sys.executable] + words + ["help", "api"], home.cwd, env={"PYTHONPATH": path})
+    assert "GET /health" in result.stdout and result.lines[-1] == "copies: 1 True", result
 
 
 def test_work_does_not_read_the_second_file(alone, home):

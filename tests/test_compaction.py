@@ -8,8 +8,8 @@ import threading
 
 import pytest
 
+import labtasker
 import labtasker as L
-import labtasker_cli
 from faulty import setting
 from harness import TESTS, clean_env, wait_until
 from test_service import Clock, Door
@@ -84,7 +84,7 @@ def test_folding_twice_and_going_on(door, tmp_path):
     again = Door(tmp_path, door.clock)
     again("GET", "/api/v1/queues/me")
     assert same(again, door)
-    assert not labtasker_cli.Survey(door.path).bad and not labtasker_cli.Survey(door.path).lost
+    assert not labtasker.Survey(door.path).bad and not labtasker.Survey(door.path).lost
 
 
 def test_writers_go_on_while_a_server_compacts(tmp_path):
@@ -204,12 +204,12 @@ def test_rot_is_refused_surveyed_and_repaired(door, tmp_path, number, what, chan
     fresh = Door(tmp_path, door.clock)
     status, answer = L.answer_call(fresh.store, lambda: fresh.queue, "GET", "/api/v1/queues/me")
     assert status == 503 and "byte" in answer["detail"] and "labtasker journal repair" in answer["detail"]
-    found = labtasker_cli.Survey(door.path)
+    found = labtasker.Survey(door.path)
     assert found.rotten and path.read_bytes() == content
-    survey, damaged, aside, ids = labtasker_cli.repair_store(door.path)
+    survey, damaged, aside, ids = labtasker.repair_store(door.path)
     assert open(damaged, "rb").read() == content
     assert open(aside, "rb").read() == b"".join(piece.data for piece in found.bad)
-    assert not labtasker_cli.Survey(door.path).rotten and not labtasker_cli.Survey(door.path).bad
+    assert not labtasker.Survey(door.path).rotten and not labtasker.Survey(door.path).bad
     mended = Door(tmp_path, door.clock)
     mended("GET", "/api/v1/queues/me")
     kept = {task_id for queue in mended.store.state.queues.values() for task_id in queue.tasks}
@@ -221,7 +221,7 @@ def test_rot_is_refused_surveyed_and_repaired(door, tmp_path, number, what, chan
 def test_a_repair_of_what_is_whole_changes_nothing(door, tmp_path):
     busy(door, 5)
     content = (tmp_path / "journal.jsonl").read_bytes()
-    assert labtasker_cli.repair_store(door.path)[1:3] == (None, None)
+    assert labtasker.repair_store(door.path)[1:3] == (None, None)
     assert (tmp_path / "journal.jsonl").read_bytes() == content
 
 
@@ -233,8 +233,8 @@ def test_a_lost_header_is_repaired(door, tmp_path, folded):
         busy(door, 3, seed=2)
     path = tmp_path / "journal.jsonl"
     path.write_bytes(b"\0" * 50 + path.read_bytes()[50:])
-    assert labtasker_cli.Survey(door.path).bad
-    labtasker_cli.repair_store(door.path)
+    assert labtasker.Survey(door.path).bad
+    labtasker.repair_store(door.path)
     mended = Door(tmp_path, door.clock)
     mended("GET", "/api/v1/queues/me")
     assert same(mended, door)
@@ -285,8 +285,8 @@ def dying(real):
     return staticmethod(call)
 for name in ("open", "write", "sync", "truncate", "rename"):
     setattr(L.Disk, name, dying(getattr(L.Disk, name)))
-import labtasker_cli
-getattr(labtasker_cli, sys.argv[1])(sys.argv[2])
+import labtasker
+getattr(labtasker, sys.argv[1])(sys.argv[2])
 """
 
 
@@ -309,8 +309,8 @@ def test_a_repair_killed_at_any_moment_loses_no_good_line(door, tmp_path):
         assert there == content or all(line in there for line in good[1:])
         if codes[-1] == 0:
             break
-        labtasker_cli.repair_store(door.path)
-        assert all(line in path.read_bytes() for line in good[1:]) and not labtasker_cli.Survey(door.path).bad
+        labtasker.repair_store(door.path)
+        assert all(line in path.read_bytes() for line in good[1:]) and not labtasker.Survey(door.path).bad
     assert codes[-1] == 0 and len(codes) > 6
 
 

@@ -336,7 +336,7 @@ REFUSED = {
 @pytest.mark.parametrize("says", [None, "9.1.0"])
 @pytest.mark.parametrize("what", REFUSED)
 def test_what_may_not_be_ignored_is_refused_with_both_versions_and_the_way_out(tmp_path, what, says):
-    import labtasker_cli
+    import labtasker
 
     def change(lines):
         if says:
@@ -352,11 +352,11 @@ def test_what_may_not_be_ignored_is_refused_with_both_versions_and_the_way_out(t
     with pytest.raises(L.LabtaskerRuntimeError, match="could not be compacted .*newer labtasker.py"):
         L.compact(store.path)
     with pytest.raises(L.StoreDamaged, match="newer labtasker.py"):
-        labtasker_cli.do_journal_verify(types.SimpleNamespace(db_path=store.path))
+        labtasker.do_journal_verify(types.SimpleNamespace(db_path=store.path))
     assert (tmp_path / "journal.jsonl").read_bytes() == content
     if "format" in what and what.startswith(("the", "a format")):
         with pytest.raises(L.StoreDamaged, match="newer labtasker.py"):
-            labtasker_cli.repair_store(store.path)
+            labtasker.repair_store(store.path)
 
 
 def test_a_line_with_a_key_of_a_newer_version_is_read_but_not_compacted_away(tmp_path):

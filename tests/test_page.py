@@ -195,7 +195,7 @@ def test_where_the_second_file_is_missing_the_page_says_how_to_get_it(tmp_path):
 
 
 def test_nothing_of_the_page_is_inline_or_from_elsewhere_and_its_script_parses(tmp_path):
-    source = labtasker.comforts()
+    source = labtasker.extras()
     html, style, script = (make(None, None, None).body.decode("utf-8")
                            for make in (source.page_html, source.page_css, source.page_js))
     assert not re.search(r"<script(?![^>]*\bsrc=)|<style|\sstyle=|\son\w+=|javascript:", html, re.I)

@@ -1,4 +1,4 @@
-"""The comforts of a terminal: columns, `--unique`, why, the wait's bar, watch, the editor, completion, init.
+"""What a person at a terminal sees: columns, `--unique`, why, the wait's bar, watch, the editor, completion, init.
 
 `watch` and the bar are looked at in tmux, as a person would; what a screen shows is tested without one too.
 """
@@ -84,10 +84,10 @@ def test_a_running_task_shows_its_worker_and_for_how_long(home):
 def test_a_duration_ends_with_the_attempt():
     times = ["2026-11-22T06:0%d:00+00:00" % minute for minute in range(4)]
     row = {"status": "success", "start_time": times[0], "last_modified": times[3], "created_at": times[0], "run_id": "r"}
-    assert labtasker_cli.spent_s(labtasker.Task(row)) == 180
+    assert labtasker.spent_s(labtasker.Task(row)) == 180
     task = labtasker.Task(row)
     task.attempts = [{"run_id": "r", "end": times[1]}]
-    assert labtasker_cli.spent_s(task) == 60
+    assert labtasker.spent_s(task) == 60
 
 
 # ---- sweeps
@@ -192,21 +192,21 @@ def some_tasks(spec, begin=1000.0):
 
 def test_pace_and_progress():
     done = [("success", 10 * at + 1, 10 * at + 10) for at in range(10)]
-    found = labtasker_cli.pace(some_tasks(done + [("failed", 101, 101), ("running", 100, 100)] + [("pending", None, 0)] * 8), 1101.0)
+    found = labtasker.pace(some_tasks(done + [("failed", 101, 101), ("running", 100, 100)] + [("pending", None, 0)] * 8), 1101.0)
     assert found.per_s == pytest.approx(0.11) and found.eta_s == pytest.approx(9 / 0.11)
-    assert labtasker_cli.progress(found, 100) == \
+    assert labtasker.progress(found, 100) == \
         "[################..............] 11 of 20 done, 1 failed, 1 running, 6.6/min, ETA 81s"
-    assert len(labtasker_cli.progress(found, 62)) == 62 and len(labtasker_cli.progress(found, 30)) == 30
-    nobody = labtasker_cli.pace(some_tasks([("pending", None, 0)] * 3), 1000.0)
-    assert nobody.per_s == 0 and nobody.eta_s is None and "0 of 3 done" in labtasker_cli.progress(nobody, 80)
-    assert "0 of 0" in labtasker_cli.progress(labtasker_cli.pace([], 0.0), 80)
+    assert len(labtasker.progress(found, 62)) == 62 and len(labtasker.progress(found, 30)) == 30
+    nobody = labtasker.pace(some_tasks([("pending", None, 0)] * 3), 1000.0)
+    assert nobody.per_s == 0 and nobody.eta_s is None and "0 of 3 done" in labtasker.progress(nobody, 80)
+    assert "0 of 0" in labtasker.progress(labtasker.pace([], 0.0), 80)
 
 
 @pytest.mark.slow
 def test_a_sweep_asks_only_for_what_changed(home, monkeypatch):
     labtasker.submit_grid({"x": range(50)}, task_name="g")
-    sweep, asked, real = labtasker_cli.Sweep({"task_name": "g"}), [], labtasker_cli.ls_tasks
-    monkeypatch.setattr(labtasker_cli, "ls_tasks", lambda **query: asked.append(real(**query)) or asked[-1])
+    sweep, asked, real = labtasker.Sweep({"task_name": "g"}), [], labtasker.ls_tasks
+    monkeypatch.setattr(labtasker, "ls_tasks", lambda **query: asked.append(real(**query)) or asked[-1])
     sweep.refresh()
     home.cli("task", "update", "-f", "args.x == 7", "-u", "status=cancelled", "-q")
     home.submit("--name", "g", "--", "--x=99")
@@ -214,7 +214,7 @@ def test_a_sweep_asks_only_for_what_changed(home, monkeypatch):
     assert [len(one.content) for one in asked] in ([50, 2], [50, 3])  # the last one known is asked for again
     assert len(sweep.tasks) == 51 and sum(task.status == "cancelled" for task in sweep.tasks.values()) == 1
     labtasker.delete_task(asked[0].content[3].task_id)
-    sweep.whole_at -= labtasker_cli.WHOLE_S + 1
+    sweep.whole_at -= labtasker.WHOLE_S + 1
     sweep.refresh()
     assert len(sweep.tasks) == 50
 
@@ -246,7 +246,7 @@ def test_a_screen_fits_whatever_its_size(width, height):
         if key:
             watch.press(key)
         lines = plain(watch.lines(width, height))
-        assert len(lines) == height and all(labtasker_cli.cells_wide(line) <= width for line in lines), lines
+        assert len(lines) == height and all(labtasker.cells_wide(line) <= width for line in lines), lines
 
 
 def test_keys_choose_filter_and_ask(monkeypatch):
@@ -312,14 +312,14 @@ def test_a_screen_of_80_columns_tells_all_keys_and_what_went_wrong_beside_long_a
     shown = plain(labtasker_cli.Watch(Still(tasks), {}, "q").lines(80, 24))
     failed = next(line for line in shown if "00000002" in line)
     assert "seed=2" in failed and "exit cod" in failed and "q: back" in shown[-1]
-    assert "none running" in labtasker_cli.progress(labtasker_cli.pace(tasks[2:], 1000.0), 80)
+    assert "none running" in labtasker.progress(labtasker.pace(tasks[2:], 1000.0), 80)
     assert "none running" not in shown[1]
 
 
 def test_a_summary_begins_with_what_went_wrong():
     for summary, text in [({"acc": 1}, "acc=1"), ({"labtasker_error": "exit code 1", "acc": 1}, "exit code 1 acc=1"), ({}, ""),
                           ({"labtasker_exception": {"type": "KeyError", "message": "x", "traceback": "..."}}, "KeyError: x")]:
-        assert labtasker_cli.outcome(labtasker.Task({"summary": summary})) == text
+        assert labtasker.outcome(labtasker.Task({"summary": summary})) == text
 
 
 def test_bytes_of_a_terminal_become_keys():
@@ -518,7 +518,7 @@ def test_init_tests_what_is_typed_as_it_comes(server, home):
         ("[default]", "test-queue\n"), ("queue:", "wrong\n"), ("own password:", "test-password\n")])
     assert code == 0, shown
     for words in ("no answer from http://127.0.0.1:9", server.url + " answers, in", "not \"two words\"", "another password",
-                  "Queue test-queue is there already", "Next: labtasker task submit"):
+                  "Queue test-queue is there already", "Next: python %s task submit" % harness.MODULE):
         assert words in shown, shown
     assert "test-password" in (home.folder / "config.toml").read_text()
 
