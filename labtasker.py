@@ -371,7 +371,7 @@ def program():
     """Return how this program was started, as a person types it: `labtasker`, `lt`, `python3 -m labtasker`,
     `python3 labtasker.py`. In a script of the user's it is `python3 -m labtasker`."""
     path = sys.argv[0] if sys.argv else ""
-    name, python = os.path.basename(path), os.path.basename(sys.executable or "python3")
+    name, python = os.path.basename(path), "python3" if os.name == "posix" else "python"
     if name in ("labtasker", "lt", "labtasker-server"):
         return name.replace("-server", "")
     is_file = name == os.path.basename(THIS_FILE) and not getattr(sys.modules["__main__"], "__spec__", None)

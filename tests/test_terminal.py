@@ -518,7 +518,7 @@ def test_init_tests_what_is_typed_as_it_comes(server, home):
         ("[default]", "test-queue\n"), ("queue:", "wrong\n"), ("own password:", "test-password\n")])
     assert code == 0, shown
     for words in ("no answer from http://127.0.0.1:9", server.url + " answers, in", "not \"two words\"", "another password",
-                  "Queue test-queue is there already", "Next: python %s task submit" % harness.MODULE):
+                  "Queue test-queue is there already", "Next: python3 %s task submit" % harness.MODULE):
         assert words in shown, shown
     assert "test-password" in (home.folder / "config.toml").read_text()
 
