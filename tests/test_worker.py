@@ -852,7 +852,7 @@ def fails_once(monkeypatch, owner, name, error):
     ("Labelled", RuntimeError("can't start new thread")), ("watch", RuntimeError("can't start new thread"))])
 def test_what_the_machine_is_short_of_for_a_moment_hands_the_task_back(home, monkeypatch, name, error):
     one, = submit()
-    monkeypatch.setattr(labtasker, "HANDED_BACK_PAUSE_S", 0)
+    monkeypatch.setattr(labtasker, "FIRST_PAUSE_S", 0.01)
     monkeypatch.setattr(labtasker, "places", lambda *_: [labtasker.Place({}, {}, "[x] ")])
     fails_once(monkeypatch, labtasker, name, error)
     assert labtasker.command_loop(["true", "%(n)"]) == 0
