@@ -7028,6 +7028,11 @@ SETTINGS = {
     "queue.password": ("password", "LABTASKER_PASSWORD", str, "its password; a store without a server asks none"),
     "task.heartbeat_interval": ("heartbeat_interval_s", None, float, "seconds between heartbeats; 10 unless given"),
 }
+VARIABLES = {  # environment variables that are no setting: their meaning
+    "LABTASKER_ROOT": "the configuration folder, instead of the nearest .labtasker",
+    "LABTASKER_TRUST": "folders of other users that may hold a configuration or a store, with %s between" % os.pathsep,
+    "LABTASKER_DEBUG": "1: an error shows its traceback",
+}
 CONFIG_TEXT = """\
 [endpoint]
 api_base_url = %s
@@ -14242,6 +14247,7 @@ def filter_reference():
 def settings_reference():
     """Return the settings: their place in config.toml, and the variables that win over it."""
     rows = [[name, variable or "", meaning] for name, (_, variable, _, meaning) in SETTINGS.items()]
+    rows += [["", variable, meaning] for variable, meaning in VARIABLES.items()]
     return "\n".join([
         "The configuration is %s in the nearest folder .labtasker from here upward," % CONFIG_NAME,
         "or in the folder that LABTASKER_ROOT names. Variables win over it.", "",
@@ -14404,9 +14410,10 @@ COMMANDS = {
         do_worker_delete, "Delete a worker.", "labtasker worker delete ID --yes", [
             WORKER, switch("cascade-update", "its tasks forget it (the default), or keep its id", default=True), YES]),
     "task retry": Command(
-        do_task_retry, "Make failed, or selected, tasks pending again. Their retries start at 0 anew.",
+        do_task_retry, "Make failed, or selected, tasks pending again. Resets their retries to 0.",
         "labtasker task retry -f 'args.model == \"vit\"' --dry-run",
-        [IDS] + SELECT + [option("--dry-run", "only show which"), QUIET]),
+        [option("ID", "task ids; without any, the selectors, else all failed ones", dest="ids", nargs="*", default=[])]
+        + SELECT + [option("--dry-run", "only show which"), QUIET]),
     "task logs": Command(
         do_task_logs, "Print what a task's last run, or an earlier one, has written.",
         "labtasker task logs 3f2a -f",

@@ -206,6 +206,21 @@ def test_help_tells_every_option(path):
             assert name in words or re.sub("^--(no-)?", "--[no-]", name) in words, name
 
 
+def test_help_on_retry_says_what_it_does_without_ids():
+    """It reads no ids from stdin, unlike the other commands that take some."""
+    text = " ".join(labtasker.help_of("task retry").split())
+    assert "without any, the selectors, else all failed ones" in text and "stdin" not in text
+
+
+def test_help_settings_names_every_variable_that_is_read_from_the_environment_of_a_user():
+    """Those of a job and of its loop are set by the loop; nobody sets them by hand."""
+    text = labtasker.settings_reference()
+    read = set(re.findall(r'environ(?:\.get\(|\[)"(LABTASKER_[A-Z_]+)', harness.MODULE.read_text(encoding="utf-8")))
+    set_by_the_loop = {"LABTASKER_" + name for name in ("TASK_ID", "RUN_ID", "STORE", "END_CLOCK", "END_TIME")}
+    assert read > {"LABTASKER_TRUST", "LABTASKER_DEBUG"} | set_by_the_loop
+    assert not [name for name in read - set_by_the_loop if name not in text]
+
+
 def listed():
     """Return the commands that `labtasker --help` tells of: on a line of their own, or with others."""
     found = set()
