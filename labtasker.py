@@ -9871,11 +9871,13 @@ class Run:
         self.is_wanted = True  # False: it came when the loop was about to leave, and is handed back
         self.log_dir = log_dir or os.path.join(os.path.abspath(load_config().root), "logs", task_id, self.key)
         self.store_id = None  # of a store without a server that the run is of; see StoreFile.check_expected
+        self.current_path = None  # of a function's run: the file that names what its loop runs now
 
     def environment(self):
         """Return what a job's process sees, so that labtasker works in it and in its children; None: that is unset."""
         return {"LABTASKER_TASK_ID": self.task_id, "LABTASKER_WORKER_ID": self.worker_id or "",
                 "LABTASKER_RUN_ID": self.run_id or "", "LABTASKER_LOG_DIR": self.log_dir,
+                "LABTASKER_CURRENT": self.current_path,
                 **(self.limit.environment() if self.limit else {}),
                 "LABTASKER_ROOT": os.path.abspath(load_config().root),
                 "LABTASKER_STORE": self.store_id and "%s %s" % (self.store_id, os.path.dirname(client().where))}
@@ -9928,6 +9930,26 @@ class Run:
         if (os.path.isdir(self.log_dir) or self.task is None) and self.has_folder():
             write_json(self.path("status.json"), dict(facts, status=status))
 
+    def note_begin(self):
+        """Name the run in its thread's current.json, for processes of one run that live on in others (a pool's workers,
+        a fork server): they would take what they were started with for what runs now."""
+        if not os.path.isdir(self.log_dir):
+            return
+        path = CURRENT_PATHS.setdefault((os.getpid(), threading.get_ident()), self.path("current.json"))
+        if not os.path.isdir(os.path.dirname(path)):  # the run that it lay in was removed
+            CURRENT_PATHS[os.getpid(), threading.get_ident()] = path = self.path("current.json")
+        write_json(path, {"task_id": self.task_id, "run_id": self.run_id or "", "worker_id": self.worker_id or "",
+                          "log_dir": self.log_dir})
+        self.current_path = path if os.path.exists(path) else None
+
+    def note_over(self):
+        """Take back what `note_begin` has said."""
+        try:
+            if self.current_path:
+                _remove(self.current_path)
+        except OSError as error:
+            remark("can't remove %s: %s" % (self.current_path, error.strerror))
+
     def note_stop(self, signum):
         """Remember, in a file for the processes of the job, that it was told to stop."""
         self.preempted = True
@@ -9957,6 +9979,8 @@ class Run:
 STOP_FILE = "stop.json"
 ENDS_OF_JOBS = ("success", "failed", "cancelled", "pending")  # what a job may set its own task to
 RUNS = {}  # thread or, for a job's process, its task and run -> Run
+CURRENT_PATHS = {}  # (process, thread) that calls functions -> its file current.json, in the folder of its first run
+CURRENT_KINDS = {"task_id": str, "run_id": str, "worker_id": str, "log_dir": str}
 SERVER_LOST_S = 3600  # how long a server may be away
 AWAY_S = 10  # after a report that could not be delivered: how long those that follow are kept without asking
 LONGEST_PAUSE_S = 5  # between two looks whether the server is back
@@ -9991,13 +10015,34 @@ def find_run():
     """Return the Run of this thread, of this process, or of the job that this process belongs to, else None."""
     running = [run for key, run in list(RUNS.items()) if isinstance(key, int)]
     run = RUNS.get(threading.get_ident()) or (running[0] if len(running) == 1 else None)
-    if run or not os.environ.get("LABTASKER_TASK_ID"):
+    if run and run.pid == os.getpid():
         return run
-    task_id, run_id, worker_id, log_dir = (os.environ.get("LABTASKER_" + name) or None
-                                           for name in ("TASK_ID", "RUN_ID", "WORKER_ID", "LOG_DIR"))
-    if (task_id, run_id) not in RUNS:
-        RUNS[task_id, run_id] = Run(task_id, run_id, worker_id, log_dir=log_dir)
-    return RUNS[task_id, run_id]
+    path = run.current_path if run else os.environ.get("LABTASKER_CURRENT")
+    if run is None and os.environ.get("LABTASKER_TASK_ID"):
+        run = _job_run(*(os.environ.get("LABTASKER_" + name) for name in ("TASK_ID", "RUN_ID", "WORKER_ID", "LOG_DIR")))
+    return _current_of(run, path) if run and path else run
+
+
+def _current_of(run, path):
+    """Return the Run that goes on where `run` has begun this process, None where there is none.
+
+    A worker of a pool takes part in one run after another; a program belongs to the run that has started it, or to
+    none."""
+    told = read_json(path, CURRENT_KINDS)
+    if (told.get("task_id"), told.get("run_id")) == (run.task_id, run.run_id or ""):
+        return run
+    process = sys.modules.get("multiprocessing.process")
+    is_worker = run.task or process and process.current_process()._parent_pid is not None  # forked, or of a pool
+    return _job_run(*(told[name] for name in CURRENT_KINDS)) if is_worker and set(told) == set(CURRENT_KINDS) else None
+
+
+def _job_run(task_id, run_id, worker_id, log_dir):
+    """Return the one Run of this name in a job's process."""
+    key = task_id, run_id or None
+    if key not in RUNS:
+        RUNS[key] = Run(task_id, run_id or None, worker_id or None, log_dir=log_dir or None)
+        RUNS[key].current_path = os.environ.get("LABTASKER_CURRENT")
+    return RUNS[key]
 
 
 def current_run():
@@ -11467,6 +11512,7 @@ def _end_process(slot):
 
 def _call_function(slot, run, call):
     thread, wake = threading.get_ident(), slot.wake
+    run.note_begin()
     names = {name: value for name, value in slot.environment(run).items() if os.environ.get(name) != value}
     names = names if wake.in_main else {}
     before = {name: os.environ.get(name) for name in names}
@@ -11496,6 +11542,7 @@ def _call_function(slot, run, call):
         _listen_no_more(tees)
         log.close()
         RUNS.pop(thread, None)
+        run.note_over()
         for name in names:
             os.environ.pop(name, None) if before[name] is None else os.environ.update({name: before[name]})
 

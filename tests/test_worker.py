@@ -611,6 +611,65 @@ if __name__ == "__main__":
     assert (second.status, second.retries) == ("failed", 3), output(process)
 
 
+@pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
+def test_a_pool_that_lives_on_sees_the_task_that_runs_now_or_none(home, method):
+    """Whatever started a process, and when: it never takes part in a task that is over."""
+    ids = submit(3)
+    process = start_script(home, """
+import multiprocessing
+def look(_=None):
+    return labtasker.is_enabled() and (labtasker.current_task_id(), labtasker.task_info().args["n"])
+def tell(pipe):
+    pipe.send(look())
+def reported(ran):
+    labtasker.report_task_status(labtasker.current_task_id(), "running", {"by": os.getpid()})
+    program = "import labtasker; print(labtasker.current_task_id() if labtasker.is_enabled() else '')"
+    return subprocess.check_output([sys.executable, "-c", program], universal_newlines=True).strip()
+seen = []
+@labtasker.loop()
+def main(n=Required()):
+    if n == 0:
+        seen.append(context.Pool(1))
+        seen.append(seen[0].apply(os.getpid))
+    ours, theirs = context.Pipe()
+    child = context.Process(target=tell, args=(theirs,))
+    child.start()
+    now = labtasker.current_task_id(), n
+    assert ours.recv() == now and seen[0].apply(look) == now
+    child.join()
+    assert seen[0].apply(os.getpid) == seen[1]
+    assert seen[0].apply(reported, (n,)) == (now[0] if n == 0 else ""), "a program that an old worker starts has no task of another run"
+if __name__ == "__main__":
+    context = multiprocessing.get_context(%r)
+    main()
+    assert seen[0].apply(look) is False and not labtasker.is_enabled()
+    print("pool", seen[1])
+    seen[0].terminate()
+""" % method)
+    assert wait_for_end(process, 60) == 0, output(process)
+    pool = int(output(process).split("pool ")[1].split()[0])
+    assert [(task(i).status, task(i).summary) for i in ids] == [("success", {"by": pool})] * 3, output(process)
+    assert not list((home.cwd / ".labtasker" / "logs").glob("*/*/current.json"))
+
+
+def test_a_program_that_outlives_its_run_takes_part_in_no_other(home):
+    submit(2)
+    home.write("late.py", "import labtasker, sys\nfor line in sys.stdin:\n"
+               "    print(labtasker.current_task_id() if labtasker.is_enabled() else 'none', flush=True)\n")
+    programs, seen = [], []
+
+    @labtasker.loop()
+    def main(n=Required()):
+        if not programs:
+            programs.append(subprocess.Popen([sys.executable, "late.py"], env=harness.clean_env(dict(os.environ)), universal_newlines=True,
+                                             stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=1))
+        programs[0].stdin.write("\n")
+        seen.append((labtasker.current_task_id(), programs[0].stdout.readline().strip()))
+    main()
+    programs[0].communicate()
+    assert seen[0][1] == seen[0][0] and seen[1][1] == "none"
+
+
 def test_two_loops_in_threads_know_their_own_tasks(home):
     submit(6)
     meet, seen, problems = threading.Barrier(2), [], []
