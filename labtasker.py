@@ -1921,6 +1921,8 @@ class FileLock:
         """Open the file; a new one belongs to whom the locked file belongs, whoever makes it."""
         is_new, locked = not os.path.exists(self.path), self.path.rpartition(".")[0]
         self.fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        opened = os.fstat(self.fd)
+        self.identity = opened.st_dev, opened.st_ino
         if is_new and os.path.exists(locked):
             try:
                 Disk.make_like(self.path, locked)
@@ -1948,7 +1950,8 @@ class FileLock:
     def is_in_place(self):
         """Return whether the file that is locked is the one that others would lock; also where its folder is away."""
         try:
-            return self.fd is None or os.path.samestat(os.fstat(self.fd), os.stat(self.path))
+            there = os.stat(self.path)
+            return self.fd is None or self.identity == (there.st_dev, there.st_ino)
         except FileNotFoundError:
             return not os.path.isdir(os.path.dirname(self.path))
 
@@ -2363,6 +2366,8 @@ def _durable_in(data):
 
 def is_newer(version, other):
     """Return whether a version comes after another, or after None."""
+    if version == other:
+        return False
     one, two = ([int(digits) for digits in re.findall("[0-9]+", str(each or ""))] for each in (version, other))
     return one > two
 
@@ -2519,25 +2524,22 @@ class JournalFile:
         self.n, self.durable = n, max(self.durable, durable)
         return True
 
-    def is_same(self):
-        """Return whether the name leads to the file that is open, and the last line applied stands where it stood.
+    def length(self):
+        """Return the file's length in bytes, None where the name leads to another file than the one that is open, or
+        the last line applied does not stand where it stood.
 
         Neither inode nor length tells that: a backup may be copied into the file, or grow in its place."""
         try:
-            is_there = os.stat(self.path).st_ino == self.inode
+            there = os.stat(self.path)
         except FileNotFoundError:
-            return False
-        return is_there and os.pread(self.fd, MARK_BYTES, self.size - 1 - MARK_BYTES) == self.mark
-
-    def has_more(self):
-        """Return whether the file is longer than what was read."""
-        return os.fstat(self.fd).st_size > self.size
+            return None
+        if there.st_ino != self.inode or os.pread(self.fd, MARK_BYTES, self.size - 1 - MARK_BYTES) != self.mark:
+            return None
+        return there.st_size
 
     def is_stale(self):
         """Return whether others have done something since this process read the file; needs no lock."""
-        if self.fd is None or not self.exists():
-            return False
-        return not self.is_same() or os.fstat(self.fd).st_size not in (self.size, self.seen)
+        return self.fd is not None and self.exists() and self.length() not in (self.size, self.seen)
 
     def follow(self):
         """Return whether this process can go on in the file that another has put in the place of the one it read.
@@ -2616,10 +2618,15 @@ class ReplacedFile(JournalFile):
         """Return the file's length, or raise StoreUnavailable unless this process owns the store and the file is the
         one it knows: up to byte `end` (all that was applied), and after it only what this process wrote itself."""
         end = self.size if end is None else end
-        if not os.path.exists(self.path):
-            raise StoreAway(AWAY % self.path)
-        rest = os.pread(self.fd, len(self.remains) + 1, end)
-        if self.is_same() and self.remains.startswith(rest) and self.allowed():
+        try:
+            is_there = os.stat(self.path).st_ino == self.inode
+        except OSError:
+            raise StoreAway(AWAY % self.path) from None
+        found = os.pread(self.fd, MARK_BYTES + 2 + len(self.remains), self.size - 1 - MARK_BYTES)
+        mark, rest = found[:MARK_BYTES], found[MARK_BYTES + 1:]
+        if end != self.size:
+            rest = os.pread(self.fd, len(self.remains) + 1, end)
+        if is_there and mark == self.mark and self.remains.startswith(rest) and self.allowed():
             return end + len(rest)
         text = ("%s has another owner or another writer now, or other content: this process must not write to it; "
                 "start again to go on with what is there" % self.path)
@@ -2811,7 +2818,7 @@ class Journal(ReplacedFile):
         try:
             if not self.broken:
                 return False
-            if not self.is_same():  # another process was here first, if this is not another file
+            if self.length() is None:  # another process was here first, if this is not another file
                 return self._stands(data)
             added = os.pread(self.fd, os.fstat(self.fd).st_size - self.size, self.size).split(b"\n")[:-1]
             end = self.size + sum(len(line) + 1 for line in added)
@@ -3892,12 +3899,11 @@ class StoreFile:
         """Read what others have added to the file, or put in its place; the file's lock is held."""
         if self.journal.reads_only and self.journal.heals:  # it may be written after all
             self._start_anew()
-        if self.journal.fd is None:
-            self.journal.open()
-        elif not self.journal.is_same():
-            self._change_file()
-        self.version_seen = newest(self.journal.header.get("version"), self.version_seen)
-        if self.journal.has_more():
+        length = None if self.journal.fd is None else self.journal.length()
+        if length is None:
+            self._change_file() if self.journal.fd is not None else self.journal.open()
+            self.version_seen = newest(self.journal.header.get("version"), self.version_seen)
+        if length != self.journal.size:
             self.catch_up()
         durable, self.journal.named = self.file_lock.noted()
         if self.journal.named == self.journal.inode:

@@ -265,9 +265,8 @@ class Model:
             if status == "running" or status not in MOVES[task["status"]] | ({"pending"} - {task["status"]}):
                 raise No(400)
             fields.update(status=status, worker_id=None, run_id=None, _end=None)
-        if fields:
-            self.change(task, self.changed, **fields)
-            self.changed += 1
+        self.change(task, self.changed, **fields)  # `last_modified` moves also where nothing else does
+        self.changed += 1
         return task
 
     def delete(self, name, task_id):
