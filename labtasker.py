@@ -3577,7 +3577,7 @@ def follow(store, queue_id, after, pause_s):
         if not gap and not news:
             store.wait_for(lambda: _news(store, after)[2] > after or is_over(), quiet_since + pause_s - monotonic())
             if not store.is_server and store.journal.exists():
-                store.alone(lambda: None, writes=False)
+                store.with_file_lock(lambda: None, writes=False)
         if monotonic() - quiet_since >= pause_s:  # other queues' events are no sign of life
             yield None
             quiet_since = monotonic()
@@ -3787,7 +3787,7 @@ class StoreFile:
         for line, done in latest:
             self.events.extend(transitions(line.get("n"), line.get("at"), line["queue"], line["changes"], done))
 
-    def alone(self, action, writes=True):
+    def with_file_lock(self, action, writes=True):
         """Return action(), called with the file's lock held and all read that others have written; embedded.
 
         Reading needs no ownership of the store, nor a lock where the store may only be read."""
@@ -3959,7 +3959,7 @@ class StoreFile:
                 self.journal.adopt(draft, offset)
             else:
                 _, offset = fold(self.path, draft)
-                self.alone(lambda: self.journal.adopt(draft, offset))
+                self.with_file_lock(lambda: self.journal.adopt(draft, offset))
         except (OSError, StoreUnavailable) as error:
             why = error.strerror if isinstance(error, OSError) else error
             raise LabtaskerRuntimeError("%s could not be compacted (%s); it is as it was" % (self.path, why))
@@ -3987,8 +3987,8 @@ class Store(StoreFile):
         self.awake_until = math.inf  # when, at the latest, this process meant to wake; a server says so before it waits
         self.filters = Remembered(FILTERS_BYTES)  # (document as text, names of fields): predicate
         self.logins = {}  # (name or id of a queue, a password that was right): the hash that it was right for
-        self.waited, self.stirred = set(), set()  # keys of what a server waits for, and of what changed since
-        self.on_stir = lambda: None
+        self.watched_keys, self.changed_keys = set(), set()  # what parked requests wait for; what changed of it since
+        self.on_wake = lambda: None
         self.collecting = threading.Lock()  # one thread at a time has the tasks looked through for a new filter
 
     def begin(self, operation, queue_id, request, writes=True):
@@ -4002,7 +4002,7 @@ class Store(StoreFile):
         if self.is_server or not (writes or self.journal.fd is not None or self.journal.exists()):
             with self.lock:
                 return decide()
-        return self.alone(decide, writes)
+        return self.with_file_lock(decide, writes)
 
     def transact(self, operation, queue_id, request, writes=True):
         """Return the operation's answer once all that it did, and all that it saw, is on disk; or raise."""
@@ -4051,8 +4051,8 @@ class Store(StoreFile):
         def tell(n):
             self.events.extend(transitions(n, at, queue_id, changes, done))
             self.changed.notify_all()
-            if self.waited:
-                self._stir(queue_id, done)
+            if self.watched_keys:
+                self._wake(queue_id, done)
         try:
             batch = self.journal.add(body, lambda: self.state.put_back(done), tell)
         except LabtaskerError:
@@ -4071,21 +4071,21 @@ class Store(StoreFile):
         for task in queue.running.values():
             self.beats.runs.pop(task.run_id, None)
 
-    def _stir(self, queue_id, done):
+    def _wake(self, queue_id, done):
         """Note which of the tasks, of the queues, and of the queues with a new pending task, that are `waited` for
         have changed. A change of the queue's own record is one for all who wait: their password may be another."""
         keys = {(queue_id, key) for _, key, _, _ in done} | {(queue_id, "change")}
         if any(isinstance(new, TaskRecord) and new.status == "pending" for _, _, _, new in done):
             keys.add((queue_id, "pending"))
         if (queue_id, queue_id) in keys:
-            keys |= {key for key in self.waited if key and key[0] in (queue_id, None)}
-        self.stir(*keys)
+            keys |= {key for key in self.watched_keys if key and key[0] in (queue_id, None)}
+        self.wake(*keys)
 
-    def stir(self, *keys):
+    def wake(self, *keys):
         """Have a server run the requests again that wait for one of these keys."""
-        self.stirred |= self.waited.intersection(keys)
-        if self.stirred:
-            self.on_stir()
+        self.changed_keys |= self.watched_keys.intersection(keys)
+        if self.changed_keys:
+            self.on_wake()
 
     def _note_run(self, old, new):
         """Have the beats begin with a run and end with it, and time-outs looked for when it may be over."""
@@ -4169,7 +4169,7 @@ class Store(StoreFile):
                 if queue.pending.delayed:
                     if queue.pending.delayed[0][0] <= at:
                         queue.pending.release(at)
-                        self.stir((queue_id, "pending"))
+                        self.wake((queue_id, "pending"))
                     ends.append(queue.pending.next_release())
             in_s = min((end - at for end in ends if end is not None), default=math.inf)
             self.next_release_at = monotonic() + min(in_s, MAX_RELEASE_S)
@@ -4596,7 +4596,7 @@ def end_fetch_op(store, queue, request, at):
     queue.ended_fetches[fetch_id] = None
     if len(queue.ended_fetches) > MAX_ENDED_FETCHES:
         queue.ended_fetches.popitem(last=False)
-    store.stir((queue.record.queue_id, "pending"))
+    store.wake((queue.record.queue_id, "pending"))
     task = queue.running.get(queue.fetches.get(fetch_id))
     if task is None or not request["hand_back"]:
         return [], None
@@ -5424,7 +5424,7 @@ def _run_polling(store, caller, request, route):
             "polling_interval": LOOK_INTERVAL_S}
 
 
-# What makes a request with `wait_s` wait: the key in Store.waited of what may bring another answer, (id of the queue,
+# What a request with `wait_s` waits for: the key in Store.watched_keys of what may bring another answer, (queue id,
 # what in it): "pending", "change" or the id of a task.
 
 
@@ -6468,7 +6468,7 @@ class _Requests(_Peers):
         """Keep a request until what has this key changes; with None for it, until it is given up."""
         conn.parked = (call, request, give_up_at, key)
         self.parked.setdefault(key, collections.OrderedDict())[conn] = None
-        self.store.waited.add(key)
+        self.store.watched_keys.add(key)
         self.give_up_at = min(self.give_up_at, give_up_at)
 
     def unpark(self, conn):
@@ -6479,7 +6479,7 @@ class _Requests(_Peers):
             del there[conn]
             if not there:
                 del self.parked[parked[3]]
-                self.store.waited.discard(parked[3])
+                self.store.watched_keys.discard(parked[3])
         return parked
 
     def retry(self, conn, is_last=False):
@@ -6686,7 +6686,7 @@ class _Server(_Threads):
         self.give_up_at = math.inf  # when the first of them gives up
         self.returned = collections.deque()  # (connection, what to do next) from threads
         self.is_writing, self.to_write = False, threading.Semaphore(0)
-        store.on_stir = self.wake
+        store.on_wake = self.wake
         self.listen(host, port)
 
     def close(self):
@@ -6749,16 +6749,16 @@ class _Server(_Threads):
         """Have the journal written and the answers sent; then those who wait for what has changed get theirs."""
         if self.give_up_at <= monotonic():
             self.give_up(monotonic())
-        while self.answered or self.store.stirred:
+        while self.answered or self.store.changed_keys:
             self.write_down()
             ready = [row for row in self.answered if row[3] is None or row[3].done]
-            if not ready and not self.store.stirred:
+            if not ready and not self.store.changed_keys:
                 return  # the writer wakes the loop
             self.answered = [row for row in self.answered if not (row[3] is None or row[3].done)]
             for row in ready:
                 self.guard(row[0], self.deliver, *row)
             with self.store.lock:
-                stirred, self.store.stirred = self.store.stirred, set()
+                stirred, self.store.changed_keys = self.store.changed_keys, set()
             for key in stirred:
                 self.stir(self.parked.get(key, ()))
 

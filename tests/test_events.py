@@ -59,7 +59,7 @@ def do_steps(door):
 def test_every_step_is_an_event_and_a_summary_is_none(door):
     listener = Listener(door)
     assert next(listener.pieces).startswith(b"retry: 3000\nevent: connection\n")
-    door.store.alone(lambda: None)
+    door.store.with_file_lock(lambda: None)
     first = threading.Timer(0.2, do_steps, [door])
     first.start()
     assert listener.read(7) == [("worker", "created", "active")] + STEPS

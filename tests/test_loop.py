@@ -138,7 +138,7 @@ def test_of_many_that_wait_one_gets_the_task_that_comes(loop):
     loop.call(loop.client(), "POST", "/tasks", [{"args": {"i": i}} for i in range(60)])
     found = [loop.answer(client)[1]["task"]["task_id"] for client in waiting]
     assert len(set(found)) == 50
-    assert not loop.server.parked and not loop.store.waited
+    assert not loop.server.parked and not loop.store.watched_keys
 
 
 def test_each_that_waits_gets_what_it_asked_for(loop):
