@@ -6560,14 +6560,18 @@ class _Threads(_Requests):
 
     def hand_over(self, conn, kind, work, request, *more):
         """Have a thread do this work for a connection, or put it in line for one; raise Busy when that is full."""
-        user = request.head.login
-        if kind not in ("work", "answers"):
-            user = conn.peer, (user or (None,))[0]
-        gate = self.gates[kind]
+        gate, user = self.gates[kind], self.user_of(conn, kind, request)
         gate.enter(user, (conn, work, request) + more)
         conn.gate = gate, user
         self.let_go(conn)
         self.start_threads(gate)
+
+    def user_of(self, conn, kind, request):
+        """Return whose turn at a gate a request takes: of one whose password is known to be right the queue's, however
+        it was named; of others that of the address and the name."""
+        login = request.head.login
+        caller = self.known_caller(login) if kind in ("work", "answers") and login else None
+        return self.store.state.id_of(caller) or (conn.peer, (login or (None,))[0])
 
     def start_threads(self, gate):
         """Start a thread for each whose turn it is, unless nobody is there any more to hear."""
@@ -6578,7 +6582,7 @@ class _Threads(_Requests):
                 continue
             try:
                 self.process_request(job, conn.peer)  # ThreadingMixIn's: calls finish_request in a thread
-            except RuntimeError as error:  # no more threads
+            except (RuntimeError, MemoryError) as error:  # no more threads
                 self.give_back(conn, (self.answer,) + self.refusal(request, Busy(str(error))))
 
     def finish_request(self, job, peer):
@@ -6613,9 +6617,13 @@ class _Threads(_Requests):
             if then is None:
                 self.drop(conn)
             else:
-                self.take_in(conn)
                 conn.heard_at = monotonic()
-                self.guard(conn, then[0], conn, *then[1:])
+                self.guard(conn, self.go_on_with, conn, *then)
+
+    def go_on_with(self, conn, action, *given):
+        """Listen to a connection again that a thread is done with, and do what comes next."""
+        self.take_in(conn)
+        action(conn, *given)
 
     def look_at_password(self, conn, request):
         """Find out whether a password is right: then its request is taken, or its body read."""
@@ -6673,7 +6681,7 @@ class _Server(_Threads):
             self.later += (ssl.SSLWantReadError, ssl.SSLWantWriteError)
         self.id = store.server_id = new_id()
         self.key = os.urandom(24).hex()  # the key stands in server.json, for who may read it
-        self.stopping, self.compaction = False, None
+        self.stopping = self.is_compacting = False
         self.problem_since = self.failure = None  # since when the store can't be written to; why the server ends
         self.due_at = self.swept_at = monotonic()  # when the next chore is due, time-outs aside; when it swept
         self.connections = set()  # but for those that threads have, or that are in line for one
@@ -6686,6 +6694,7 @@ class _Server(_Threads):
         self.give_up_at = math.inf  # when the first of them gives up
         self.returned = collections.deque()  # (connection, what to do next) from threads
         self.is_writing, self.to_write = False, threading.Semaphore(0)
+        self.has_writer = False  # until it is started; without one the loop writes
         store.on_wake = self.wake
         self.listen(host, port)
 
@@ -6697,7 +6706,7 @@ class _Server(_Threads):
     def serve_forever(self):
         """Answer until `stopping` is set and what runs has ended, or its grace is over."""
         sys.setswitchinterval(SWITCH_S)
-        threading.Thread(target=self.write_always, name="journal writer", daemon=True).start()
+        self.has_writer = _start_thread(self.write_always, "journal writer")
         gc.disable()  # requests leave no cycles behind (a test counts them); a search through a million tasks takes 1 s
         while not self.stopping:
             self.turn(min(self.due_at, self.store.due_at(), self.give_up_at) - monotonic())
@@ -6767,7 +6776,7 @@ class _Server(_Threads):
         the loop takes in more, which goes down together with the next sync (measured: a third more for 4 clients)."""
         undone = sum(row[3] is not None and not row[3].done for row in self.answered)
         if undone and not self.is_writing:
-            if 2 * undone >= len(self.connections):
+            if 2 * undone >= len(self.connections) or not self.has_writer:
                 self.store.journal.flush()
             else:
                 self.is_writing = True
@@ -6821,9 +6830,11 @@ class _Server(_Threads):
         except (StoreUnavailable, OSError):  # a full disk: the next look tries again
             store.next_timeout_at = max(store.next_timeout_at, monotonic() + LOOK_INTERVAL_S)
         self.check_store()
-        if store.is_bloated() and not (self.compaction and self.compaction.is_alive()):
-            self.compaction = threading.Thread(target=self.compact, name="compaction", daemon=True)
-            self.compaction.start()
+        if not self.is_compacting and store.is_bloated():
+            self.is_compacting = True
+            if not _start_thread(self.compact, "compaction"):
+                self.is_compacting, store.look_again_bytes = False, 0
+                self.say("warning", "%s is not compacted now: no thread could be started for it" % store.path)
         if monotonic() - self.swept_at >= SWEEP_S:
             self.sweep()
             store.forget_unused()
@@ -6851,6 +6862,19 @@ class _Server(_Threads):
             self.say("info", "compacted the journal from %d to %d bytes" % (before, self.store.journal.size))
         except LabtaskerError as error:
             self.say("warning", str(error))
+        except Exception as error:
+            self.bug(error)
+        finally:
+            self.is_compacting = False
+
+
+def _start_thread(work, name):
+    """Return whether a thread that does `work` was started: a process may have as many as it is allowed."""
+    try:
+        threading.Thread(target=work, name=name, daemon=True).start()
+        return True
+    except (RuntimeError, MemoryError):
+        return False
 
 
 def http_server(*given):

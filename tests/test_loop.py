@@ -414,6 +414,60 @@ def test_a_large_answer_is_made_by_a_thread_from_its_second_time_on(loop, line):
     assert len(handed) == line and client.closing == (not line)
 
 
+def test_listings_of_one_queue_leave_room_for_anothers_however_the_queue_is_named(loop):
+    queue_id = loop.store.state.names["q"]
+    L.answer_call(loop.store, None, "POST", "/api/v1/queues", {"queue_name": "other", "password": "p"})
+    for name in (queue_id, "other"):
+        loop.store.login(name, "p")
+    handed, clients = [], []
+    loop.server.start_threads = lambda gate: handed.extend(gate.begin())
+    for login in ("q:p", queue_id + ":p", "q:" + loop.server.key, queue_id + ":p", "other:p", "other:p", "other:p"):
+        loop.auth = base64.b64encode(login.encode()).decode()
+        clients.append(loop.client())
+        assert loop.call(clients[-1], "POST", "/tasks/search", {}) is None
+    assert [job[0] for job in handed] == clients[:2] + clients[4:6]
+
+
+def refuse_threads(monkeypatch):
+    def start(thread):
+        raise RuntimeError("can't start new thread")
+    monkeypatch.setattr(threading.Thread, "start", start)
+
+
+def test_a_server_that_gets_no_thread_writes_in_its_loop_and_compacts_later(loop, monkeypatch, capsys):
+    refuse_threads(monkeypatch)
+    monkeypatch.setattr(loop.store, "is_bloated", lambda: True)
+    loop.server.service_actions()
+    loop.server.due_at = 0
+    loop.server.service_actions()
+    assert capsys.readouterr().err.count("is not compacted now: no thread could be started") == 2
+    client = loop.client()
+    loop.server.connections.update(loop.client() for _ in range(9))  # among so many the writer's thread would write
+    loop.server.turn = lambda timeout_s: setattr(loop.server, "stopping", loop.call(client, *submit(i=1)))
+    monkeypatch.setattr(L, "STOP_GRACE_S", 0)
+    monkeypatch.setattr(L.sys, "setswitchinterval", lambda _: None)
+    try:
+        loop.server.serve_forever()
+    finally:
+        gc.enable()
+        loop.server.connections.clear()
+    assert loop.answer(client)[0] == 201
+
+
+def test_a_connection_that_can_not_be_watched_again_is_the_end_of_no_other(loop, monkeypatch):
+    client, other = loop.client(), loop.client()
+    loop.server.start_threads = lambda gate: [loop.server.finish_request(job, None) for job in gate.begin()]
+    client.sock.setblocking = lambda _: None
+    assert loop.call(client, "POST", "/tasks/search", {}) is None
+
+    def register(*_):
+        raise OSError(errno.ENOSPC, "no more watches")
+    monkeypatch.setattr(loop.server.selector, "register", register)
+    loop.server.wake_up()
+    assert client.closing and not loop.server.gates["work"].count
+    assert loop.call(other, "GET", "")[0] == 200
+
+
 @pytest.mark.slow
 def test_others_are_answered_while_a_listing_runs(server):
     server.http("POST", ME + "/tasks", [{"args": {"i": i}} for i in range(5000)])
