@@ -8,7 +8,7 @@ Copy this file to wherever there is a Python 3.6 or newer and go:
     python3 labtasker.py task ls                            # look at the results
     python3 labtasker.py serve                              # let several hosts share a queue
 
-The same file is the server, the command line and `import labtasker`. The house has ten floors; each uses
+The same file is the server, the command line and `import labtasker`. The house has eleven floors; each uses
 only those below it, so the file reads from here to its end.
 
     1. Values        errors, ids, names, dotted keys, times, durations, relative dates
@@ -20,7 +20,8 @@ only those below it, so the file reads from here to its end.
     7. Server        HTTP over the API: a loop, and threads for what takes long
     8. Client        configuration, the two transports, the public functions
     9. Worker        loop, Required, heartbeats, runs
-    10. Command line  commands as one table, output, main()
+    10. Text         what a person reads and types: tables, formats, values, task arguments
+    11. Command line  commands as one table, main()
 
 An operation goes: command or function -> Client.call -> (HTTP or not) -> ROUTES -> decide -> append -> apply.
 `decide` checks and returns changes and touches nothing; the journal makes them durable; `apply` alone changes
@@ -12300,56 +12301,11 @@ def watch(slot, run, process):
     return False
 
 
-# 10. Command line ############################################################
+# 10. Text ####################################################################
 #
-# Commands as one table, from which parsers, help and dispatch derive; what they print; main().
-# Knows nothing of the journal and of HTTP: a command calls the functions that scripts call too.
-# Results go to stdout, everything else to stderr. A command function takes the parsed options and
-# returns its exit code (None: 0). What people like and work can do without is in labtasker_cli.py,
-# which enters its commands into the table and shows what there is in a nicer way.
-# Uses 1, 2, 3, 5, 6, 7, 8, 9. Tests: test_cli.py, test_terminal.py.
-
-EACH_DAY = ("task", "loop", "watch", "init", "serve", "sbatch")  # what the list of commands tells the most of
-EVERY = 10 ** 9  # the limit of a listing that leaves nothing out
-EXTRA_COMMANDS = {  # the commands of labtasker_cli.py, and what they are for
-    "watch": "Show what goes on, live: counts, rate, what runs, last failures. Keys open, cancel, retry.",
-    "config": "Edit the configuration in $EDITOR; it is kept where it can be read.",
-    "sbatch": "Submit a Slurm job of loops, an array with --array; prints its id. What is no option here and none of "
-              "labtasker loop goes to sbatch, such as -p, -t, -c, --mem, --gpus-per-task.",
-    "server wait": "Wait until the configured store's server answers; print its URL. Exit 1 where none does.",
-    "completion": "Print what makes bash, zsh or fish complete commands, options, statuses, fields, ids. In ~/.bashrc: "
-                  "eval \"$(labtasker completion bash)\"; in ~/.zshrc after compinit the same with zsh; for fish, "
-                  "write it to ~/.config/fish/completions/labtasker.fish.",
-    "help api": "Print the routes of the REST API.",
-}
-
-
-def extras():
-    """Return the module labtasker_cli that lies beside this file, its commands now in COMMANDS, or None."""
-    path = os.path.join(os.path.dirname(os.path.realpath(__file__)), "labtasker_cli.py")
-    if "labtasker_cli" not in sys.modules and os.path.isfile(path):
-        import importlib.util
-        spec = importlib.util.spec_from_file_location("labtasker_cli", path)
-        module = importlib.util.module_from_spec(spec)
-        try:
-            spec.loader.exec_module(module)
-        except ImportError as error:  # work goes on without it
-            module = None
-            tell("labtasker: %s is of another version than labtasker %s (%s): copy both anew" % (
-                path, __version__, error))
-        sys.modules["labtasker_cli"] = module  # now that it is whole: other threads look here
-    return sys.modules.get("labtasker_cli")
-
-
-def extras_for(what):
-    """Return labtasker_cli; raises LabtaskerRuntimeError that says that `what` needs it."""
-    if not extras():
-        raise LabtaskerRuntimeError("%s needs labtasker_cli.py beside labtasker.py, in %s"
-                                    % (what, os.path.dirname(os.path.realpath(__file__))))
-    return extras()
-
-
-# ---- What is printed
+# What a person reads and types: messages, tables, YAML and CSV; values, task arguments, files of tasks, answers.
+# Knows no command and asks no store. Results go to stdout, everything else to stderr.
+# Uses 1, 3, 8. Tests: test_cli.py, test_values.py, test_terminal.py.
 
 
 def is_terminal(stream):
@@ -12377,13 +12333,6 @@ def note(text):
     except OSError:  # it can't be written: that is an error of its own, told once
         silence()
     tell(text)
-
-
-def show(text, no_pager=False):
-    """Write a long result to stdout: through the pager, if there is one, where a person would have to scroll back."""
-    pager = extras() if is_terminal(sys.stdout) and not no_pager else None
-    if not pager or not pager.page(text):
-        say(text)
 
 
 def some(tasks):
@@ -12480,155 +12429,12 @@ def _table_line(row, widths, painted):
     return "  ".join(cells).rstrip()
 
 
-def ids_of(items):
-    """Return the ids of tasks or workers."""
-    return [getattr(item, item.ID) for item in items]
+# ---- Formats: yaml, csv
 
 
 def as_jsonl(rows):
     """Return dicts as JSON, one a line."""
     return "\n".join(map(json.dumps, rows))
-
-
-def spent_s(task):
-    """Return the seconds that a task's run takes by now, or took until the task last changed; None without a run."""
-    if task.start_time is None or task.status == "pending":
-        return None
-    last = (vars(task).get("attempts") or [{}])[-1]
-    told = last.get("end") if last.get("run_id") == vars(task).get("run_id") else None
-    end = now() if task.status == "running" else parse_time(told) if told else task.last_modified.timestamp()
-    return max(0.0, end - task.start_time.timestamp())
-
-
-def error_of(task):
-    """Return the error that a task's summary tells of, in a line, or nothing."""
-    raised = task.summary.get("labtasker_exception")
-    if isinstance(raised, dict):
-        return ("%s: %s" % (raised.get("type"), raised.get("message"))).split("\n")[0]
-    return str(task.summary.get("labtasker_error") or "").split("\n")[0]
-
-
-TASK_COLUMNS = {
-    "status": lambda task: task.status,
-    "name": lambda task: task.task_name or "",
-    "age": lambda task: age(task.created_at),
-    "duration": lambda task: "" if spent_s(task) is None else span(spent_s(task)),
-    "worker": lambda task: (task.worker_id or "")[:8],
-    "retries": lambda task: "%d/%d" % (task.retries, task.max_retries) if task.retries else "",
-    "args": lambda task: pairs(task.args) or brief(task.cmd or ""),
-    "summary": lambda task: outcome(task),
-}
-TASK_COLUMNS_MORE = {
-    "priority": lambda task: str(task.priority),
-    "worker": lambda task: task.worker_id or "",
-    "metadata": lambda task: pairs(task.metadata),
-}
-WORKER_COLUMNS = {
-    "status": lambda worker: worker.status,
-    "name": lambda worker: worker.worker_name or "",
-    "age": lambda worker: age(worker.created_at),
-    "retries": lambda worker: "%d/%d" % (worker.retries, worker.max_retries),
-    "metadata": lambda worker: pairs(worker.metadata),
-}
-SHORT = {"id": "task_id", "name": "task_name", "worker": "worker_id"}  # what a table calls these fields
-WIDEST = 20  # cells that an argument's column may want; wider ones share a column
-
-
-def item_table(items, options):
-    """Return tasks or workers as a table that fits the terminal; --verbose cuts nothing."""
-    is_task, size, ids = isinstance(items[0], Task), 36, ids_of(items)
-    room = 10 ** 9 if options.verbose else screen_size()[0] if is_terminal(sys.stdout) else 1000
-    columns = WORKER_COLUMNS
-    if is_task:
-        size = 36 if options.verbose else 8
-        columns = chosen_columns(column_names(options)) if options.columns else dict(
-            TASK_COLUMNS, **TASK_COLUMNS_MORE) if options.verbose else TASK_COLUMNS
-    while len({text[:size] for text in ids}) < len(ids):
-        size += 1
-    heads = [text[:size] for text in ids]
-    if columns is TASK_COLUMNS:
-        for columns in apart(items):
-            if _width([heads] + [list(map(cell, items)) for cell in columns.values()]) <= room:
-                break
-    rows = [["id"] + list(columns)]
-    rows += [[head] + [cell(item) for cell in columns.values()] for head, item in zip(heads, items)]
-    return table(rows, room, painter(options))
-
-
-def painter(options):
-    """Return labtasker_cli's function that colours a cell, or None where it is not there or no colour is wanted."""
-    return extras().painted if extras() and extras().wants_colour(options) else None
-
-
-def _width(columns):
-    """Return the cells that columns of texts want, none more than WIDEST; empty ones are left out."""
-    return sum(2 + min(WIDEST, max(map(len, column))) for column in columns if any(column)) - 2
-
-
-def outcome(task):
-    """Return a task's summary as short text, what went wrong first."""
-    rest = {key: value for key, value in task.summary.items() if key not in ("labtasker_error", "labtasker_exception")}
-    return " ".join(filter(None, (error_of(task), pairs(rest))))
-
-
-def apart(tasks):
-    """Return the TASK_COLUMNS in two ways: each argument in which tasks differ in a column, or these in one column,
-    the shortest first.
-
-    Where they differ in none, all their arguments stand in one column."""
-    rows = [{key: brief(value) for key, value in flat(task.args)} for task in tasks]
-    keys = [key for key in dict.fromkeys(key for row in rows for key in row)
-            if len({row.get(key) for row in rows}) > 1]
-    if not keys or not all(rows):
-        return [TASK_COLUMNS]
-    wide, cells = {}, {id(task): row for task, row in zip(tasks, rows)}
-    for name, cell in TASK_COLUMNS.items():
-        wide.update({"args." + key: lambda task, key=key: cells[id(task)].get(key, "") for key in keys}
-                    if name == "args" else {name: cell})
-    short = sorted(keys, key=lambda key: max(len(row.get(key, "")) for row in rows))
-    return [wide, dict(TASK_COLUMNS, args=lambda task: " ".join(
-        "%s=%s" % (key, cells[id(task)][key]) for key in short if key in cells[id(task)]))]
-
-
-def column_names(options):
-    """Return the words of --columns, or []; raises UsageError for one that is no field of a task."""
-    words = [word.strip() for word in (options.columns or "").split(",") if word.strip()]
-    for word in words:
-        if word not in SHORT and word not in TASK_COLUMNS:
-            check_field(word, "--columns", list(SHORT) + ["age", "duration"])
-    return words
-
-
-def chosen_columns(words):
-    """Return {word: function of a task} of the columns that --columns names."""
-    return {word: TASK_COLUMNS.get(word) or (lambda task, word=word: brief_cell(field_of(task, word)))
-            for word in words if word != "id"}
-
-
-def brief_cell(value):
-    """Return a value for a table; what is not there is a dash."""
-    return "-" if value is None else pairs(value) if isinstance(value, dict) else brief(value)
-
-
-def field_of(task, word):
-    """Return what a task has at a field, a dotted one too, or by one of the names in its table; JSON types."""
-    computed = {"age": lambda: round(now() - task.created_at.timestamp(), 3), "duration": lambda: spent_s(task)}
-    return computed[word]() if word in computed else dig(task.to_dict(), SHORT.get(word, word).split("."))
-
-
-def listing_text(items, options):
-    """Return tasks or workers as a table, or in another format, with the columns that were chosen; UsageError where a
-    column is no field."""
-    columns = column_names(options)
-    if options.quiet:
-        return "\n".join(ids_of(items))
-    if options.fmt == "table":
-        return item_table(items, options) if items else ""
-    rows = [{word: field_of(item, word) for word in columns} if columns else item.to_dict() for item in items]
-    return WRITERS[options.fmt](rows, columns)
-
-
-# ---- Formats: yaml, csv
 
 
 YAML_PLAIN = r"(?ai)(?!(?:true|false|yes|no|on|off|null|y|n)\Z)[a-z_/][\w./@+-]*(?: [\w./@+-]+)*\Z"
@@ -12692,20 +12498,7 @@ def as_csv(rows, columns=()):
 WRITERS = {"jsonl": lambda rows, columns: as_jsonl(rows), "yaml": lambda rows, columns: as_yaml(rows), "csv": as_csv}
 RECORD_WRITERS = {"jsonl": lambda row: as_jsonl([row]), "yaml": lambda row: "\n".join(yaml_lines(row)),
                   "csv": lambda row: as_csv([row])}
-
-
 FORMATS = ("yaml", "jsonl", "csv")
-
-
-def show_listing(items, options, nothing="Nothing matches."):
-    """Print the first --limit of tasks or workers; what else there is to say goes to stderr."""
-    text = listing_text(items[:options.limit], options)
-    if text:
-        show(text, options.no_pager)
-    elif not options.quiet:
-        note(nothing)
-    if len(items) > options.limit:
-        note("More match than the %d shown: --limit N shows more, --offset N goes on." % options.limit)
 
 
 def record_text(row, fmt="yaml"):
@@ -12714,8 +12507,6 @@ def record_text(row, fmt="yaml"):
 
 
 # ---- Values that a person typed
-
-
 WORD = Pattern(r"(?!(?:True|False|None)\Z)[A-Za-z_][A-Za-z0-9_./-]*\Z")  # that is no literal, nor can begin one
 SHORT_NUMBER = Pattern(r"-?(?:0|[1-9][0-9]{0,14})\Z|-?(?=[0-9.]{3,16}\Z)(?:0|[1-9][0-9]*)\.[0-9]+\Z")  # never lossy
 DECIMAL = Pattern(r"[-+]?(?:(?:0|[1-9][0-9]*)(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][-+]?[0-9]+)?\Z")
@@ -12792,6 +12583,7 @@ def dict_of(text, what):
     return value
 
 
+# ---- Files, stdin, answers
 SILENCE_S = 1.0  # after which a command says that it reads what nobody types
 
 
@@ -12845,7 +12637,6 @@ def confirm(question, option, given):
 
 
 # ---- Task arguments: `-- --lr=0.1 --model resnet`, --args, --grid, --from
-
 ARGUMENT = r"(?s)--?([^=\s-][^=]*)(?:=(.*))?\Z"
 RANGE = r"(?i){0}:{0}:{0}\Z".format(r"(-?[\d.]+(?:e-?\d+)?)")
 SUBMISSION_FIELDS = ("task_name", "args", "metadata", "cmd", "heartbeat_timeout", "task_timeout", "max_retries",
@@ -12997,51 +12788,51 @@ def listed_submission(cells):
             task[top] = cell if top == "task_name" else literal(cell)
     return task
 
-
-def submissions(options):
-    """Return what `task submit` was asked to submit, as a list of dicts; raises UsageError where that is nothing."""
-    given = typed_arguments(options.rest or [])
-    fixed = {} if options.args is None else dict_of(options.args, "--args")
-    if options.grid:
-        values = [grid_values(key, text) for key, text in given.items()]
-        rows = [{"args": dict(zip(given, row))} for row in itertools.product(*values)]
-    else:
-        fixed = joined({key: text if text is True else literal(text) for key, text in given.items()}, fixed)
-        rows = [{"args": {}}]
-    if options.from_file:
-        text = read_text(options.from_file, "tasks")
-        read = {"{": tasks_of_json, "[": tasks_of_list}.get(text.lstrip()[:1], tasks_of_csv)
-        rows = read("stdin" if options.from_file == "-" else options.from_file, text)
-    fields = _given(**{name: getattr(options, name) for name in SUBMISSION_FIELDS})
-    fields.update(_given(metadata=metadata_of(options)))
-    tasks = [dict(row, **dict(fields, args=joined(row["args"], fixed))) for row in rows]
-    if not tasks:
-        raise UsageError("%s holds no task" % options.from_file)
-    if not all(task["args"] or task.get("cmd") for task in tasks):
-        raise UsageError("a task needs arguments or a command: task submit -- --lr=0.1 --model=resnet")
-    return tasks
+# 11. Command line ############################################################
+#
+# Commands as one table, from which parsers, help and dispatch derive; what they print; main().
+# Knows nothing of the journal and of HTTP: a command calls the functions that scripts call too.
+# A command function takes the parsed options and returns its exit code (None: 0). What people like and work can do
+# without is in labtasker_cli.py, which enters its commands into the table and shows what there is in a nicer way.
+# Uses 1, 2, 3, 5 to 10. Tests: test_cli.py, test_terminal.py.
+EACH_DAY = ("task", "loop", "watch", "init", "serve", "sbatch")  # what the list of commands tells the most of
+EVERY = 10 ** 9  # the limit of a listing that leaves nothing out
+EXTRA_COMMANDS = {  # the commands of labtasker_cli.py, and what they are for
+    "watch": "Show what goes on, live: counts, rate, what runs, last failures. Keys open, cancel, retry.",
+    "config": "Edit the configuration in $EDITOR; it is kept where it can be read.",
+    "sbatch": "Submit a Slurm job of loops, an array with --array; prints its id. What is no option here and none of "
+              "labtasker loop goes to sbatch, such as -p, -t, -c, --mem, --gpus-per-task.",
+    "server wait": "Wait until the configured store's server answers; print its URL. Exit 1 where none does.",
+    "completion": "Print what makes bash, zsh or fish complete commands, options, statuses, fields, ids. In ~/.bashrc: "
+                  "eval \"$(labtasker completion bash)\"; in ~/.zshrc after compinit the same with zsh; for fish, "
+                  "write it to ~/.config/fish/completions/labtasker.fish.",
+    "help api": "Print the routes of the REST API.",
+}
 
 
-def metadata_of(options):
-    """Return the dict that --metadata gives, or None."""
-    return None if options.metadata is None else joined(dict_of(options.metadata, "--metadata"), {}, "metadata")
+def extras():
+    """Return the module labtasker_cli that lies beside this file, its commands now in COMMANDS, or None."""
+    path = os.path.join(os.path.dirname(os.path.realpath(__file__)), "labtasker_cli.py")
+    if "labtasker_cli" not in sys.modules and os.path.isfile(path):
+        import importlib.util
+        spec = importlib.util.spec_from_file_location("labtasker_cli", path)
+        module = importlib.util.module_from_spec(spec)
+        try:
+            spec.loader.exec_module(module)
+        except ImportError as error:  # work goes on without it
+            module = None
+            tell("labtasker: %s is of another version than labtasker %s (%s): copy both anew" % (
+                path, __version__, error))
+        sys.modules["labtasker_cli"] = module  # now that it is whole: other threads look here
+    return sys.modules.get("labtasker_cli")
 
 
-def do_task_submit(options):
-    if options.grid and options.from_file:
-        raise UsageError("--grid and --from exclude each other")
-    tasks = submissions(options)
-    new, ids = unseen(tasks) if options.unique else (tasks, None)
-    there = "; %d already there" % (len(tasks) - len(new)) if options.unique else ""
-    if options.dry_run:
-        if new:
-            say(as_jsonl([{key: value for key, value in task.items() if key != "task_id"} for task in new]))
-        return note("Would submit %s%s." % (some(new), there))
-    made = submit_tasks(new) if options.unique or new[1:] else [submit_task(**new[0]).task_id]
-    if options.quiet:
-        say("\n".join(ids or made))
-    else:
-        say("Submitted %s%s" % ("task " + made[0] if len(tasks) == len(made) == 1 else some(made), there))
+def extras_for(what):
+    """Return labtasker_cli; raises LabtaskerRuntimeError that says that `what` needs it."""
+    if not extras():
+        raise LabtaskerRuntimeError("%s needs labtasker_cli.py beside labtasker.py, in %s"
+                                    % (what, os.path.dirname(os.path.realpath(__file__))))
+    return extras()
 
 
 # ---- Which tasks: ids, selectors, ids on stdin
@@ -13061,6 +12852,11 @@ def selectors(options):
     """Return what --id, --name, --status and --extra-filter ask `ls_tasks` for: only what was given."""
     return _given(task_id=full_id(options.task_id), task_name=options.task_name, status=options.status,
                   extra_filter=filter_of(options))
+
+
+def ids_of(items):
+    """Return the ids of tasks or workers."""
+    return [getattr(item, item.ID) for item in items]
 
 
 def id_that_starts(word, find):
@@ -13113,6 +12909,66 @@ def chosen_tasks(options, ids=(), limit=EVERY):
     return tasks_named(list(query.values()) or ids or read_ids())
 
 
+# ---- Listings: columns, formats, pages
+
+
+def show(text, no_pager=False):
+    """Write a long result to stdout: through the pager, if there is one, where a person would have to scroll back."""
+    pager = extras() if is_terminal(sys.stdout) and not no_pager else None
+    if not pager or not pager.page(text):
+        say(text)
+
+
+def spent_s(task):
+    """Return the seconds that a task's run takes by now, or took until the task last changed; None without a run."""
+    if task.start_time is None or task.status == "pending":
+        return None
+    last = (vars(task).get("attempts") or [{}])[-1]
+    told = last.get("end") if last.get("run_id") == vars(task).get("run_id") else None
+    end = now() if task.status == "running" else parse_time(told) if told else task.last_modified.timestamp()
+    return max(0.0, end - task.start_time.timestamp())
+
+
+def error_of(task):
+    """Return the error that a task's summary tells of, in a line, or nothing."""
+    raised = task.summary.get("labtasker_exception")
+    if isinstance(raised, dict):
+        return ("%s: %s" % (raised.get("type"), raised.get("message"))).split("\n")[0]
+    return str(task.summary.get("labtasker_error") or "").split("\n")[0]
+
+
+def outcome(task):
+    """Return a task's summary as short text, what went wrong first."""
+    rest = {key: value for key, value in task.summary.items() if key not in ("labtasker_error", "labtasker_exception")}
+    return " ".join(filter(None, (error_of(task), pairs(rest))))
+
+
+TASK_COLUMNS = {
+    "status": lambda task: task.status,
+    "name": lambda task: task.task_name or "",
+    "age": lambda task: age(task.created_at),
+    "duration": lambda task: "" if spent_s(task) is None else span(spent_s(task)),
+    "worker": lambda task: (task.worker_id or "")[:8],
+    "retries": lambda task: "%d/%d" % (task.retries, task.max_retries) if task.retries else "",
+    "args": lambda task: pairs(task.args) or brief(task.cmd or ""),
+    "summary": lambda task: outcome(task),
+}
+TASK_COLUMNS_MORE = {
+    "priority": lambda task: str(task.priority),
+    "worker": lambda task: task.worker_id or "",
+    "metadata": lambda task: pairs(task.metadata),
+}
+WORKER_COLUMNS = {
+    "status": lambda worker: worker.status,
+    "name": lambda worker: worker.worker_name or "",
+    "age": lambda worker: age(worker.created_at),
+    "retries": lambda worker: "%d/%d" % (worker.retries, worker.max_retries),
+    "metadata": lambda worker: pairs(worker.metadata),
+}
+SHORT = {"id": "task_id", "name": "task_name", "worker": "worker_id"}  # what a table calls these fields
+WIDEST = 20  # cells that an argument's column may want; wider ones share a column
+
+
 def sorting(word):
     """Return [field, 1 or -1] of `FIELD:asc|desc`; raises UsageError for an unknown field."""
     field, _, direction = word.partition(":")
@@ -13128,6 +12984,157 @@ def check_field(field, option, more=()):
     if top not in known:
         raise UsageError("%s: there is no field %s%s. Fields: %s" % (
             option, brief(field), hint(top, known), ", ".join(known)))
+
+
+def column_names(options):
+    """Return the words of --columns, or []; raises UsageError for one that is no field of a task."""
+    words = [word.strip() for word in (options.columns or "").split(",") if word.strip()]
+    for word in words:
+        if word not in SHORT and word not in TASK_COLUMNS:
+            check_field(word, "--columns", list(SHORT) + ["age", "duration"])
+    return words
+
+
+def chosen_columns(words):
+    """Return {word: function of a task} of the columns that --columns names."""
+    return {word: TASK_COLUMNS.get(word) or (lambda task, word=word: brief_cell(field_of(task, word)))
+            for word in words if word != "id"}
+
+
+def brief_cell(value):
+    """Return a value for a table; what is not there is a dash."""
+    return "-" if value is None else pairs(value) if isinstance(value, dict) else brief(value)
+
+
+def field_of(task, word):
+    """Return what a task has at a field, a dotted one too, or by one of the names in its table; JSON types."""
+    computed = {"age": lambda: round(now() - task.created_at.timestamp(), 3), "duration": lambda: spent_s(task)}
+    return computed[word]() if word in computed else dig(task.to_dict(), SHORT.get(word, word).split("."))
+
+
+def painter(options):
+    """Return labtasker_cli's function that colours a cell, or None where it is not there or no colour is wanted."""
+    return extras().painted if extras() and extras().wants_colour(options) else None
+
+
+def _width(columns):
+    """Return the cells that columns of texts want, none more than WIDEST; empty ones are left out."""
+    return sum(2 + min(WIDEST, max(map(len, column))) for column in columns if any(column)) - 2
+
+
+def apart(tasks):
+    """Return the TASK_COLUMNS in two ways: each argument in which tasks differ in a column, or these in one column,
+    the shortest first.
+
+    Where they differ in none, all their arguments stand in one column."""
+    rows = [{key: brief(value) for key, value in flat(task.args)} for task in tasks]
+    keys = [key for key in dict.fromkeys(key for row in rows for key in row)
+            if len({row.get(key) for row in rows}) > 1]
+    if not keys or not all(rows):
+        return [TASK_COLUMNS]
+    wide, cells = {}, {id(task): row for task, row in zip(tasks, rows)}
+    for name, cell in TASK_COLUMNS.items():
+        wide.update({"args." + key: lambda task, key=key: cells[id(task)].get(key, "") for key in keys}
+                    if name == "args" else {name: cell})
+    short = sorted(keys, key=lambda key: max(len(row.get(key, "")) for row in rows))
+    return [wide, dict(TASK_COLUMNS, args=lambda task: " ".join(
+        "%s=%s" % (key, cells[id(task)][key]) for key in short if key in cells[id(task)]))]
+
+
+def item_table(items, options):
+    """Return tasks or workers as a table that fits the terminal; --verbose cuts nothing."""
+    is_task, size, ids = isinstance(items[0], Task), 36, ids_of(items)
+    room = 10 ** 9 if options.verbose else screen_size()[0] if is_terminal(sys.stdout) else 1000
+    columns = WORKER_COLUMNS
+    if is_task:
+        size = 36 if options.verbose else 8
+        columns = chosen_columns(column_names(options)) if options.columns else dict(
+            TASK_COLUMNS, **TASK_COLUMNS_MORE) if options.verbose else TASK_COLUMNS
+    while len({text[:size] for text in ids}) < len(ids):
+        size += 1
+    heads = [text[:size] for text in ids]
+    if columns is TASK_COLUMNS:
+        for columns in apart(items):
+            if _width([heads] + [list(map(cell, items)) for cell in columns.values()]) <= room:
+                break
+    rows = [["id"] + list(columns)]
+    rows += [[head] + [cell(item) for cell in columns.values()] for head, item in zip(heads, items)]
+    return table(rows, room, painter(options))
+
+
+def listing_text(items, options):
+    """Return tasks or workers as a table, or in another format, with the columns that were chosen; UsageError where a
+    column is no field."""
+    columns = column_names(options)
+    if options.quiet:
+        return "\n".join(ids_of(items))
+    if options.fmt == "table":
+        return item_table(items, options) if items else ""
+    rows = [{word: field_of(item, word) for word in columns} if columns else item.to_dict() for item in items]
+    return WRITERS[options.fmt](rows, columns)
+
+
+def show_listing(items, options, nothing="Nothing matches."):
+    """Print the first --limit of tasks or workers; what else there is to say goes to stderr."""
+    text = listing_text(items[:options.limit], options)
+    if text:
+        show(text, options.no_pager)
+    elif not options.quiet:
+        note(nothing)
+    if len(items) > options.limit:
+        note("More match than the %d shown: --limit N shows more, --offset N goes on." % options.limit)
+
+
+# ---- Submitting
+
+
+def metadata_of(options):
+    """Return the dict that --metadata gives, or None."""
+    return None if options.metadata is None else joined(dict_of(options.metadata, "--metadata"), {}, "metadata")
+
+
+def submissions(options):
+    """Return what `task submit` was asked to submit, as a list of dicts; raises UsageError where that is nothing."""
+    given = typed_arguments(options.rest or [])
+    fixed = {} if options.args is None else dict_of(options.args, "--args")
+    if options.grid:
+        values = [grid_values(key, text) for key, text in given.items()]
+        rows = [{"args": dict(zip(given, row))} for row in itertools.product(*values)]
+    else:
+        fixed = joined({key: text if text is True else literal(text) for key, text in given.items()}, fixed)
+        rows = [{"args": {}}]
+    if options.from_file:
+        text = read_text(options.from_file, "tasks")
+        read = {"{": tasks_of_json, "[": tasks_of_list}.get(text.lstrip()[:1], tasks_of_csv)
+        rows = read("stdin" if options.from_file == "-" else options.from_file, text)
+    fields = _given(**{name: getattr(options, name) for name in SUBMISSION_FIELDS})
+    fields.update(_given(metadata=metadata_of(options)))
+    tasks = [dict(row, **dict(fields, args=joined(row["args"], fixed))) for row in rows]
+    if not tasks:
+        raise UsageError("%s holds no task" % options.from_file)
+    if not all(task["args"] or task.get("cmd") for task in tasks):
+        raise UsageError("a task needs arguments or a command: task submit -- --lr=0.1 --model=resnet")
+    return tasks
+
+
+def do_task_submit(options):
+    if options.grid and options.from_file:
+        raise UsageError("--grid and --from exclude each other")
+    tasks = submissions(options)
+    new, ids = unseen(tasks) if options.unique else (tasks, None)
+    there = "; %d already there" % (len(tasks) - len(new)) if options.unique else ""
+    if options.dry_run:
+        if new:
+            say(as_jsonl([{key: value for key, value in task.items() if key != "task_id"} for task in new]))
+        return note("Would submit %s%s." % (some(new), there))
+    made = submit_tasks(new) if options.unique or new[1:] else [submit_task(**new[0]).task_id]
+    if options.quiet:
+        say("\n".join(ids or made))
+    else:
+        say("Submitted %s%s" % ("task " + made[0] if len(tasks) == len(made) == 1 else some(made), there))
+
+
+# ---- Listing, showing and counting tasks
 
 
 def do_task_ls(options):
@@ -13164,6 +13171,12 @@ def counted(query, field="status"):
     return Count(counts, answer["ended"], answer["took_s"], answer["mark"], at)
 
 
+def counted_in(query):
+    """Return (what `counted` does, the seconds to pause after that)."""
+    found = counted(query)
+    return found, min(30, max(0.5, 10 * (monotonic() - found.at)))
+
+
 def looks(query, wait_s):
     """Yield the Count of the tasks that match, now and again: when something has changed, and after `wait_s` at the
     latest. Counting takes a tenth of the time at most; where the mark is the same nothing is counted. A server that
@@ -13179,12 +13192,6 @@ def looks(query, wait_s):
         found, pause_s = patiently(look, time.sleep, lambda: SERVER_LOST_S)
 
 
-def counted_in(query):
-    """Return (what `counted` does, the seconds to pause after that)."""
-    found = counted(query)
-    return found, min(30, max(0.5, 10 * (monotonic() - found.at)))
-
-
 def do_task_count(options):
     field = options.by or "status"
     check_field(field, "--by")
@@ -13197,8 +13204,7 @@ def do_task_count(options):
     say(table(rows, painted=painter(options)))
 
 
-# ---- Changing tasks
-
+# ---- Changing tasks: update, delete, retry
 UPDATABLE = [name for name in TaskUpdateRequest.FIELDS if name != "replace_fields"]
 
 
@@ -13279,9 +13285,21 @@ def do_task_delete(options):
     say("Deleted %s" % some(tasks))
 
 
+def do_task_retry(options):
+    if not options.ids and options.task_id is None and options.status is None:
+        options.status = "failed"
+    tasks = chosen_tasks(options, options.ids)
+    if options.dry_run:
+        show_listing(tasks, options)
+        return note("Would retry %s." % some(tasks))
+    if not tasks:
+        return note("Nothing matches: nothing was retried.")
+    update_tasks([TaskUpdateRequest(_id=task.task_id) for task in tasks], reset_pending=True)
+    if not options.quiet:
+        say("%s pending again" % some(tasks))
+
+
 # ---- Waiting: how far it is
-
-
 Pace = collections.namedtuple("Pace", "counts per_s eta_s")
 REFRESH_S, WHOLE_S = 2.0, 30.0  # between looks; between looks at everything, since deleted tasks tell nobody
 
@@ -13385,21 +13403,7 @@ def do_task_wait(options):
             return 1 if counts["failed"] else 0
 
 
-# ---- Retrying, and why a task is not run
-
-
-def do_task_retry(options):
-    if not options.ids and options.task_id is None and options.status is None:
-        options.status = "failed"
-    tasks = chosen_tasks(options, options.ids)
-    if options.dry_run:
-        show_listing(tasks, options)
-        return note("Would retry %s." % some(tasks))
-    if not tasks:
-        return note("Nothing matches: nothing was retried.")
-    update_tasks([TaskUpdateRequest(_id=task.task_id) for task in tasks], reset_pending=True)
-    if not options.quiet:
-        say("%s pending again" % some(tasks))
+# ---- Why a task is not run
 
 
 def do_task_why(options):
@@ -13545,6 +13549,9 @@ def is_under_way(task_id, run_id):
     return task.status == "running" and task.run_id == run_id
 
 
+POLL_S, LOOK_S = 0.2, 1.0  # between two looks at a file that grows, and at the task whose output it is
+
+
 def follow_log(path, goes_on):
     """Print a file, and what is added to it while `goes_on()`; a person gets no control characters but colours."""
     position, look_at, is_going = 0, 0, True
@@ -13553,10 +13560,6 @@ def follow_log(path, goes_on):
             is_going, look_at = goes_on(), time.monotonic() + LOOK_S
         position = print_from(path, position)
         time.sleep(POLL_S if is_going else 0)
-
-
-POLL_S, LOOK_S = 0.2, 1.0  # between two looks at a file that grows, and at the task whose output it is
-COLOURS = re.compile("\x1b\\[[0-9;]*m")
 
 
 def print_from(path, position):
@@ -13573,6 +13576,9 @@ def print_from(path, position):
     return position
 
 
+COLOURS = re.compile("\x1b\\[[0-9;]*m")
+
+
 def print_output(data):
     """Write a job's bytes to stdout: as they are, but to a terminal without what could play with it."""
     if is_terminal(sys.stdout):
@@ -13584,7 +13590,51 @@ def print_output(data):
         sys.stdout.buffer.write(data)
 
 
-# ---- Queues and workers
+# ---- Loops and servers
+
+
+def do_loop(options):
+    if sum(map(bool, (options.rest, options.cmd, options.script_path))) > 1:
+        raise UsageError("-- COMMAND, --cmd and --script-path exclude each other")
+    if not (options.rest or options.cmd or options.script_path):
+        options.cmd = "" if sys.stdin is None or is_terminal(sys.stdin) else read_text(
+            "-", "a script").replace("\r\n", "\n")
+        if not options.cmd.strip():
+            raise UsageError("what to run? labtasker loop -- python train.py --lr '%(lr)' (or --cmd, --script-path, "
+                             "or a script on stdin)")
+    return command_loop(
+        argv=options.rest, shell=options.cmd, script_path=options.script_path, executable=options.executable,
+        extra_filter=filter_of(options), worker_id=full_id(options.worker_id, ls_workers), eta_max=options.eta_max,
+        heartbeat_timeout=options.heartbeat_timeout, max_tasks=options.max_tasks,
+        idle_timeout_s=options.idle_timeout, verbose=options.verbose, grace_s=options.grace,
+        server_lost_s=options.server_lost, use_pty=options.use_pty is not False, jobs=options.jobs, gpus=options.gpus,
+        per_gpu=options.per_gpu, time_limit_s=options.time_limit, drain_before_s=options.drain_before,
+        worker_max_retries=options.worker_max_retries)
+
+
+def journal_path(options):
+    """Return the journal that is meant: --db-path, else that of the store that is configured."""
+    return options.db_path or os.path.join(store_folder(load_config()) or find_root(), "journal.jsonl")
+
+
+def do_serve(options):
+    extras()  # which enters the page
+    return serve(journal_path(options), options.host, options.port, options.fsync, options.certfile, options.keyfile,
+                 options.log_level, options.daemon, options.takeover, options.allow_host, options.max_connections)
+
+
+def do_health(options):
+    began = monotonic()
+    answer = health_check()
+    spent_ms = 1000 * (monotonic() - began)
+    version = "version %s" % client().call("GET", "/").get("version") if client().extensions else "Labtasker 1.0"
+    healthy = answer.status == "healthy"
+    say(clean("%s: %s, %s, %.1f ms%s" % (answer.status, client().where, version, spent_ms,
+                                         "" if healthy else ", " + answer.database)))
+    return 0 if healthy else 1
+
+
+# ---- Queues
 
 
 def secret_of(options):
@@ -13640,6 +13690,9 @@ def do_queue_delete(options):
     say("Deleted queue %s" % name)
 
 
+# ---- Workers
+
+
 def do_worker_create(options):
     worker_id = create_worker(options.worker_name, metadata_of(options), options.max_retries)
     say(worker_id if options.quiet else "Created worker %s" % worker_id)
@@ -13691,50 +13744,6 @@ def event_text(response):
     known = [data.get("task_name") or data.get("worker_name"), pairs(data.get("args") or {}),
              pairs(data.get("summary") or {})]
     return event_line(response) + "\n    " + "  ".join(text for text in known if text)
-
-
-# ---- Running
-
-
-def do_loop(options):
-    if sum(map(bool, (options.rest, options.cmd, options.script_path))) > 1:
-        raise UsageError("-- COMMAND, --cmd and --script-path exclude each other")
-    if not (options.rest or options.cmd or options.script_path):
-        options.cmd = "" if sys.stdin is None or is_terminal(sys.stdin) else read_text(
-            "-", "a script").replace("\r\n", "\n")
-        if not options.cmd.strip():
-            raise UsageError("what to run? labtasker loop -- python train.py --lr '%(lr)' (or --cmd, --script-path, "
-                             "or a script on stdin)")
-    return command_loop(
-        argv=options.rest, shell=options.cmd, script_path=options.script_path, executable=options.executable,
-        extra_filter=filter_of(options), worker_id=full_id(options.worker_id, ls_workers), eta_max=options.eta_max,
-        heartbeat_timeout=options.heartbeat_timeout, max_tasks=options.max_tasks,
-        idle_timeout_s=options.idle_timeout, verbose=options.verbose, grace_s=options.grace,
-        server_lost_s=options.server_lost, use_pty=options.use_pty is not False, jobs=options.jobs, gpus=options.gpus,
-        per_gpu=options.per_gpu, time_limit_s=options.time_limit, drain_before_s=options.drain_before,
-        worker_max_retries=options.worker_max_retries)
-
-
-def journal_path(options):
-    """Return the journal that is meant: --db-path, else that of the store that is configured."""
-    return options.db_path or os.path.join(store_folder(load_config()) or find_root(), "journal.jsonl")
-
-
-def do_serve(options):
-    extras()  # which enters the page
-    return serve(journal_path(options), options.host, options.port, options.fsync, options.certfile, options.keyfile,
-                 options.log_level, options.daemon, options.takeover, options.allow_host, options.max_connections)
-
-
-def do_health(options):
-    began = monotonic()
-    answer = health_check()
-    spent_ms = 1000 * (monotonic() - began)
-    version = "version %s" % client().call("GET", "/").get("version") if client().extensions else "Labtasker 1.0"
-    healthy = answer.status == "healthy"
-    say(clean("%s: %s, %s, %.1f ms%s" % (answer.status, client().where, version, spent_ms,
-                                         "" if healthy else ", " + answer.database)))
-    return 0 if healthy else 1
 
 
 # ---- Journals
@@ -13885,8 +13894,6 @@ def opened_queue(config, options):
 
 
 # ---- Demo
-
-
 DEMO_SCRIPT = '''\
 """Teaches one neuron to tell two clouds of points apart, and reports how well it does."""
 import math, random, sys
@@ -13987,8 +13994,59 @@ def demo_workers(folder, words):
             worker.kill()
 
 
-# ---- From words to options
+# ---- References, printed from the tables
 
+
+def filter_reference():
+    """Return the filter language, from the tables of section 2, and a task's fields."""
+    fields = [["field", "kind", "meaning"]]
+    fields += [[name, row.kind, row.meaning] for name, row in visible(TASK_FIELDS).items()]
+    return "\n".join([
+        "A filter is a line of Python over a task's fields:", "",
+        "    labtasker task ls -f 'args.lr > 0.01 and \"v1\" in list(metadata.tags)'",
+        "    labtasker task ls -f 'created_at >= date(\"3 hours ago\") and regex(task_name, \"^grid-\")'", "",
+        "Compare       " + " ".join(COMPARISONS),
+        "Contain       field in [...], \"v\" in list(field), \"k\" in dict(field)",
+        "Join          and or (...)",
+        "Calculate     " + " ".join(ARITHMETIC),
+        "Call          " + " ".join(name + "(...)" for name in CALLS),
+        "Dates         " + "\n              ".join(DATE_FORMS),
+        "Nested        args.optimizer.lr, summary.acc, args.layers[0]", "",
+        "Instead of"] + ["  %-11s %s" % (word, text) for word, text in INSTEAD.items()] + [
+        "", "A query document may stand for it: -f '{\"args.lr\": {\"$gt\": 0.1}}', with",
+        " ".join(tuple(OPERATORS) + tuple(LOGIC) + ("$expr",)), "", table(fields)])
+
+
+def settings_reference():
+    """Return the settings: their place in config.toml, and the variables that win over it."""
+    rows = [[name, variable or "", meaning] for name, (_, variable, _, meaning) in SETTINGS.items()]
+    rows += [["", variable, meaning] for variable, meaning in VARIABLES.items()]
+    return "\n".join([
+        "The configuration is %s in the nearest folder .labtasker from here upward," % CONFIG_NAME,
+        "or in the folder that LABTASKER_ROOT names. Variables win over it.", "",
+        table([["setting", "variable", "meaning"]] + rows)])
+
+
+def journal_reference():
+    """Return the format of the journal: its lines, and the changes that stand on them."""
+    rows = [["change", "followed by", "meaning"]] + [[name, row.fields, row.meaning] for name, row in RECORDS.items()]
+    return "\n".join([
+        "A journal is a file of JSON lines. The first names the format; each other one is a transaction:", "",
+        '    {"n":18,"durable":17,"at":1763800000.1,"queue":"ID",'
+        '"changes":[["task","ID",{"status":"running"},"pending"]],"crc":"89abcdef"}', "",
+        "n        counts the lines without gaps; a line with lost:K stands for K lines that a repair could not save",
+        "durable  the last n that was known to be on disk when the line was written",
+        "at       when, in seconds since 1970, UTC",
+        "crc      zlib.crc32 of the line's bytes before it",
+        "changes  new values, not commands; what is not named stays as it was:", "", table(rows), "",
+        "After a compaction the first line has folded: N and tail: BYTE; the lines up to that byte, each with fold: K",
+        "for a number, make the state that the lines up to N had made, the last of them with checksum folded_crc. A",
+        "line with epoch: E begins another owner's time, one with end: true is a clean close; from a line with",
+        "version: V on a newer version writes. Fields and keys that a reader does not know are kept; changes that it",
+        "does not know are refused, and lines with needs: F where F is a later format than its own."])
+
+
+# ---- From words to options
 Command = collections.namedtuple("Command", "run help example options rest sort")
 Command.__new__.__defaults__ = ((), None, None)  # sort(words): (those that are its own, {attribute: what it keeps})
 
@@ -14137,6 +14195,9 @@ def unexpected(word, row, rest):
     if not word.startswith("-"):
         return "unexpected argument " + word
     return "unknown option " + word + hint(word, [flag for flags, _ in row.options for flag in flags])
+
+
+# ---- From a command line to a command
 
 
 def group(word):
@@ -14298,60 +14359,7 @@ def explained(error):
         type(error).__name__, error, __version__)
 
 
-# ---- References, printed from the tables
-
-
-def filter_reference():
-    """Return the filter language, from the tables of section 2, and a task's fields."""
-    fields = [["field", "kind", "meaning"]]
-    fields += [[name, row.kind, row.meaning] for name, row in visible(TASK_FIELDS).items()]
-    return "\n".join([
-        "A filter is a line of Python over a task's fields:", "",
-        "    labtasker task ls -f 'args.lr > 0.01 and \"v1\" in list(metadata.tags)'",
-        "    labtasker task ls -f 'created_at >= date(\"3 hours ago\") and regex(task_name, \"^grid-\")'", "",
-        "Compare       " + " ".join(COMPARISONS),
-        "Contain       field in [...], \"v\" in list(field), \"k\" in dict(field)",
-        "Join          and or (...)",
-        "Calculate     " + " ".join(ARITHMETIC),
-        "Call          " + " ".join(name + "(...)" for name in CALLS),
-        "Dates         " + "\n              ".join(DATE_FORMS),
-        "Nested        args.optimizer.lr, summary.acc, args.layers[0]", "",
-        "Instead of"] + ["  %-11s %s" % (word, text) for word, text in INSTEAD.items()] + [
-        "", "A query document may stand for it: -f '{\"args.lr\": {\"$gt\": 0.1}}', with",
-        " ".join(tuple(OPERATORS) + tuple(LOGIC) + ("$expr",)), "", table(fields)])
-
-
-def settings_reference():
-    """Return the settings: their place in config.toml, and the variables that win over it."""
-    rows = [[name, variable or "", meaning] for name, (_, variable, _, meaning) in SETTINGS.items()]
-    rows += [["", variable, meaning] for variable, meaning in VARIABLES.items()]
-    return "\n".join([
-        "The configuration is %s in the nearest folder .labtasker from here upward," % CONFIG_NAME,
-        "or in the folder that LABTASKER_ROOT names. Variables win over it.", "",
-        table([["setting", "variable", "meaning"]] + rows)])
-
-
-def journal_reference():
-    """Return the format of the journal: its lines, and the changes that stand on them."""
-    rows = [["change", "followed by", "meaning"]] + [[name, row.fields, row.meaning] for name, row in RECORDS.items()]
-    return "\n".join([
-        "A journal is a file of JSON lines. The first names the format; each other one is a transaction:", "",
-        '    {"n":18,"durable":17,"at":1763800000.1,"queue":"ID",'
-        '"changes":[["task","ID",{"status":"running"},"pending"]],"crc":"89abcdef"}', "",
-        "n        counts the lines without gaps; a line with lost:K stands for K lines that a repair could not save",
-        "durable  the last n that was known to be on disk when the line was written",
-        "at       when, in seconds since 1970, UTC",
-        "crc      zlib.crc32 of the line's bytes before it",
-        "changes  new values, not commands; what is not named stays as it was:", "", table(rows), "",
-        "After a compaction the first line has folded: N and tail: BYTE; the lines up to that byte, each with fold: K",
-        "for a number, make the state that the lines up to N had made, the last of them with checksum folded_crc. A",
-        "line with epoch: E begins another owner's time, one with end: true is a clean close; from a line with",
-        "version: V on a newer version writes. Fields and keys that a reader does not know are kept; changes that it",
-        "does not know are refused, and lines with needs: F where F is a later format than its own."])
-
-
 # ---- The table
-
 ID = option("ID", "the task's id, or its first letters", dest="task_id")
 IDS = option("ID", "task ids; without any, and no selectors, from stdin", dest="ids", nargs="*", default=[])
 WORKER = option("ID", "the worker's id, or its first letters", dest="worker_id")
@@ -14373,7 +14381,6 @@ QUEUE = [option("--queue-name NAME", "letters, digits, _ and -"),
          option("--password PASSWORD", "else LABTASKER_PASSWORD, else asked")]
 JOURNAL = option("--db-path FILE", "the journal (that of the configured store)", type=for_system)
 SILENCE = option("--heartbeat-timeout TIME", "silence after which a run is given up", type=seconds)
-
 COMMANDS = {
     "task submit": Command(
         do_task_submit, "Queue a task, or many. Values are Python literals, else text; dots nest.",
@@ -14415,12 +14422,26 @@ COMMANDS = {
             option("--limit N", "at most so many (all)", type=count),
             option("-q --quiet", "ask nothing, print nothing")],
         "[-- FIELD=VALUE ...]"),
-    "task wait": Command(
-        do_task_wait, "Wait until no selected task is pending or running. Exit 1 where any is failed.",
-        "labtasker task wait --name grid && echo done", SELECT + [SILENT]),
     "task delete": Command(
         do_task_delete, "Delete tasks. Where one of the ids is unknown, none is deleted.",
         "labtasker task ls -s failed -q --limit 10000 | labtasker task delete -y", [IDS] + SELECT + [YES]),
+    "task retry": Command(
+        do_task_retry, "Make failed, or selected, tasks pending again. Resets their retries to 0.",
+        "labtasker task retry -f 'args.model == \"vit\"' --dry-run",
+        [option("ID", "task ids; without any, the selectors, else all failed ones", dest="ids", nargs="*", default=[])]
+        + SELECT + [option("--dry-run", "only show which"), QUIET]),
+    "task wait": Command(
+        do_task_wait, "Wait until no selected task is pending or running. Exit 1 where any is failed.",
+        "labtasker task wait --name grid && echo done", SELECT + [SILENT]),
+    "task why": Command(
+        do_task_why, "Say what is in the way of a task, and where it stands in line.",
+        "labtasker task why 3f2a -- python train.py --lr '%(lr)'", [ID, FILTER],
+        "[-- COMMAND ...]"),
+    "task logs": Command(
+        do_task_logs, "Print what a task's last run, or an earlier one, has written.",
+        "labtasker task logs 3f2a -f",
+        [ID, option("-f --follow", "go on printing while it runs"),
+         option("--attempt N", "the Nth of the attempts that the task keeps (the last)", type=count)]),
     "loop": Command(
         do_loop, "Run a command for each pending task whose arguments it takes. Then end.",
         "labtasker loop -- python train.py --lr '%(lr)' --model '%(model)'", [
@@ -14443,12 +14464,6 @@ COMMANDS = {
             switch("use-pty", "run it on a pseudo-terminal (the default), or pipes"),
             option("-v --verbose", "say more")],
         "[-- COMMAND ...]"),
-    "init": Command(
-        do_init, "Write the configuration, test it, and create the queue.",
-        "labtasker init --url http://head:9321 --queue-name sweep",
-        [option("--url URL", "the server, or a folder for a store without one")] + QUEUE + [
-            option("-y --yes", "ask nothing: overwrite, keep, take defaults")]),
-    "health": Command(do_health, "Say whether the server or store answers; exit 1 where not.", "labtasker health"),
     "serve": Command(
         do_serve, "Run a server, so that several hosts share a store.", "labtasker serve --host 0.0.0.0 --port 9321", [
             option("--host ADDRESS", "address to listen on (127.0.0.1)", default="127.0.0.1"),
@@ -14465,12 +14480,25 @@ COMMANDS = {
             choice("--log-level LEVEL", ("debug", "info", "warning", "error"), default="info"),
             option("--daemon", "go to the background once it listens"),
             option("--takeover", "take the store from another host's server that is gone for good")]),
+    "health": Command(do_health, "Say whether the server or store answers; exit 1 where not.", "labtasker health"),
     "queue create": Command(do_queue_create, "Create a queue.",
                             "labtasker queue create --queue-name sweep --password secret", QUEUE + [METADATA, QUIET]),
     "queue create-from-config": Command(
         lambda options: say(create_configured_queue(load_config(), metadata_of(options))),
         "Create the configured queue where there is none yet.",
         "labtasker queue create-from-config", [METADATA]),
+    "queue get": Command(
+        do_queue_get, "Show the queue.",
+        "labtasker queue get", [option("-q --quiet", "print its id alone")]),
+    "queue update": Command(
+        do_queue_update, "Rename the queue, change its password or metadata.",
+        "labtasker queue update --new-queue-name sweep2", [
+            option("--new-queue-name NAME", "letters, digits, _ and -"),
+            option("--new-password PASSWORD", "1 to 100 letters"), METADATA, SILENT]),
+    "queue delete": Command(
+        do_queue_delete, "Delete the queue.",
+        "labtasker queue delete --cascade --yes",
+        [option("--cascade", "its tasks and workers too"), YES]),
     "worker create": Command(
         do_worker_create, "Register a worker and print its id.", "labtasker worker create --worker-name gpu0", [
             option("--worker-name --name NAME", "letters, digits, _ and -", dest="worker_name"), METADATA,
@@ -14486,35 +14514,11 @@ COMMANDS = {
     "worker delete": Command(
         do_worker_delete, "Delete a worker.", "labtasker worker delete ID --yes", [
             WORKER, switch("cascade-update", "its tasks forget it (the default), or keep its id", default=True), YES]),
-    "task retry": Command(
-        do_task_retry, "Make failed, or selected, tasks pending again. Resets their retries to 0.",
-        "labtasker task retry -f 'args.model == \"vit\"' --dry-run",
-        [option("ID", "task ids; without any, the selectors, else all failed ones", dest="ids", nargs="*", default=[])]
-        + SELECT + [option("--dry-run", "only show which"), QUIET]),
-    "task logs": Command(
-        do_task_logs, "Print what a task's last run, or an earlier one, has written.",
-        "labtasker task logs 3f2a -f",
-        [ID, option("-f --follow", "go on printing while it runs"),
-         option("--attempt N", "the Nth of the attempts that the task keeps (the last)", type=count)]),
-    "task why": Command(
-        do_task_why, "Say what is in the way of a task, and where it stands in line.",
-        "labtasker task why 3f2a -- python train.py --lr '%(lr)'", [ID, FILTER],
-        "[-- COMMAND ...]"),
-    "demo": Command(
-        do_demo, "Run a small sweep in a temporary folder, showing each command.",
-        "labtasker demo"),
-    "queue get": Command(
-        do_queue_get, "Show the queue.",
-        "labtasker queue get", [option("-q --quiet", "print its id alone")]),
-    "queue update": Command(
-        do_queue_update, "Rename the queue, change its password or metadata.",
-        "labtasker queue update --new-queue-name sweep2", [
-            option("--new-queue-name NAME", "letters, digits, _ and -"),
-            option("--new-password PASSWORD", "1 to 100 letters"), METADATA, SILENT]),
-    "queue delete": Command(
-        do_queue_delete, "Delete the queue.",
-        "labtasker queue delete --cascade --yes",
-        [option("--cascade", "its tasks and workers too"), YES]),
+    "event listen": Command(
+        do_event_listen, "Print the steps of tasks and workers as they come, until Ctrl-C. Reconnects.",
+        "labtasker event listen --compact", [
+            option("-c --compact", "one line for each"), option("--raw", "JSON as it came, one line for each"),
+            option("--timeout TIME", "how long to try to connect at first (10)", type=seconds, default=10)]),
     "journal verify": Command(
         do_journal_verify, "Look for damage in a journal, also in one in use. Exit 1 where there is any.",
         "labtasker journal verify --db-path old/journal.jsonl", [JOURNAL]),
@@ -14527,11 +14531,14 @@ COMMANDS = {
     "journal stats": Command(
         do_journal_stats, "Print how long a journal is, and of what.",
         "labtasker journal stats", [JOURNAL]),
-    "event listen": Command(
-        do_event_listen, "Print the steps of tasks and workers as they come, until Ctrl-C. Reconnects.",
-        "labtasker event listen --compact", [
-            option("-c --compact", "one line for each"), option("--raw", "JSON as it came, one line for each"),
-            option("--timeout TIME", "how long to try to connect at first (10)", type=seconds, default=10)]),
+    "init": Command(
+        do_init, "Write the configuration, test it, and create the queue.",
+        "labtasker init --url http://head:9321 --queue-name sweep",
+        [option("--url URL", "the server, or a folder for a store without one")] + QUEUE + [
+            option("-y --yes", "ask nothing: overwrite, keep, take defaults")]),
+    "demo": Command(
+        do_demo, "Run a small sweep in a temporary folder, showing each command.",
+        "labtasker demo"),
     "help filter": Command(
         lambda options: show(filter_reference()), "Print the filter language: operators, dates, a task's fields.",
         "labtasker help filter"),
