@@ -8,7 +8,7 @@ Copy this file to wherever there is a Python 3.6 or newer and go:
     python3 labtasker.py task ls                            # look at the results
     python3 labtasker.py serve                              # let several hosts share a queue
 
-The same file is the server, the command line and `import labtasker`. The house has eleven floors; each uses
+The same file is the server, the command line and `import labtasker`. The house has twelve floors; each uses
 only those below it, so the file reads from here to its end.
 
     1. Values        errors, ids, names, dotted keys, times, durations, relative dates
@@ -19,9 +19,10 @@ only those below it, so the file reads from here to its end.
     6. API           every request as one row of a table: method, path, fields, operation
     7. Server        HTTP over the API: a loop, and threads for what takes long
     8. Client        configuration, the two transports, the public functions
-    9. Worker        loop, Required, heartbeats, runs
-    10. Text         what a person reads and types: tables, formats, values, task arguments
-    11. Command line  commands as one table, main()
+    9. Jobs          casts, Required, templates; a job's end and output
+    10. Worker       runs, reports, heartbeats, the loop and its slots
+    11. Text         what a person reads and types: tables, formats, values, task arguments
+    12. Command line  commands as one table, main()
 
 An operation goes: command or function -> Client.call -> (HTTP or not) -> ROUTES -> decide -> append -> apply.
 `decide` checks and returns changes and touches nothing; the journal makes them durable; `apply` alone changes
@@ -8839,12 +8840,12 @@ def connect_events(timeout=10):
     return EventListener().start(timeout)
 
 
-# 9. Worker ###################################################################
+# 9. Jobs #####################################################################
 #
-# Takes tasks and runs them: casts and Required (what a function wants of a task's args), templates
-# (what a command wants), the run under way, heartbeats by a process of their own, the loop, and the
-# two ways to run a task: call a function, start a command. Knows nothing of argparse.
-# Uses 1, 2, 3, 4, 8. Tests: test_required.py, test_template.py, test_worker.py, test_signals.py, test_slots.py.
+# What a task's args make a function or a command get, and what comes of that: casts and Required (what
+# a function takes), templates (what a command takes, quoted as its shell or Python reads them), how a
+# run ended, the processes of a job, and its output. Knows nothing of stores and servers.
+# Uses 1, 8. Tests: test_required.py, test_template.py, test_worker.py.
 
 
 class _Refused(ValueError):
@@ -9674,6 +9675,532 @@ def writers_for(program, template):
                          name, " ".join(program), template.keys[0]))
 
 
+class JobCommand:
+    """A command with placeholders: `argv`, a list of words; `shell`, a text for a shell; or a script for one.
+
+    `keys` are the keys that it takes from a task's args, `cmd` is what the task keeps of it."""
+
+    def __init__(self, argv=None, shell=None, script_path=None, executable=None):
+        if sum(map(bool, (argv, shell, script_path))) != 1:
+            raise UsageError("what to run? One of a command, a text for the shell, and a script is needed")
+        if argv and executable:
+            raise UsageError("an executable goes with a text for the shell or a script, not with a list of words")
+        self.is_argv, self.is_script, self.executable = bool(argv), bool(script_path), executable
+        self.text = read_script(script_path) if script_path else shell
+        self.templates = [Template(text) for text in (argv or [self.text])]
+        self.writers = None if argv else writers_for(self.program(), self.templates[0])
+        self.cmd = list(argv) if argv else shell or [executable or "/bin/sh", str(script_path)]
+        self.keys = list(collections.OrderedDict.fromkeys(key for one in self.templates for key in one.keys))
+
+    def words(self, args, folder):
+        """Return (argv list, path of a script to be removed later or None); LabtaskerValueError if a key is missing."""
+        if self.is_argv:
+            return [template.plain(args) for template in self.templates], None
+        text = self.templates[0].filled(args, self.writers)
+        if not self.is_script:
+            return self.program() + ["-c", text], None
+        path = write_script(text, folder)
+        return self.program() + [os.fsencode(path) if os.name == "posix" else path], path
+
+    def program(self):
+        """Return the words that run the text: the executable asked for, else the #! line of a script, else /bin/sh."""
+        import shlex
+        line = self.text.split("\n", 1)[0] if self.is_script else ""
+        asked = [self.executable] if self.executable else shlex.split(line[2:]) if line.startswith("#!") else []
+        return asked or ["/bin/sh"]
+
+    def is_for_this_task(self, error):
+        """Return whether the command can't be started with this task's args, but may be with others."""
+        if not isinstance(error, OSError):
+            return isinstance(error, (ValueError, RecursionError))
+        own_program = self.is_argv and bool(self.templates[0].keys)
+        return own_program and error.errno not in PASSING or error.errno == errno.E2BIG
+
+
+def _not_started(command, error):
+    """Return the Outcome of a run whose job could not be started."""
+    name, why = getattr(error, "filename", None), str(error) or type(error).__name__
+    if isinstance(name, bytes):
+        why = why.replace(repr(name), repr(name.decode("utf-8", "surrogateescape")))
+    why = "can't start the command: " + why
+    if command.is_for_this_task(error):
+        return Outcome("failed", {"labtasker_error": why})
+    is_passing = not isinstance(error, OSError) or error.errno in PASSING
+    return Outcome("pending", reason=why, fatal=None if is_passing else why)
+
+
+def _start_job(words, environment, ends):
+    """Return the Popen of a job. Its words are given as UTF-8, as they were submitted, whatever the locale."""
+    import subprocess
+    if os.name == "posix":
+        words = [word.encode("utf-8", "surrogateescape") if isinstance(word, str) else word for word in words]
+    return subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=ends[0], stderr=ends[1], start_new_session=True,
+                            env=environment)
+
+
+# What the machine is short of at this moment, and may have again in the next: no task's fault, nor the command's.
+PASSING = frozenset(getattr(errno, name) for name in (
+    "EAGAIN", "ENOMEM", "EMFILE", "ENFILE", "ENOSPC", "EDQUOT", "EIO", "ESTALE", "ETXTBSY", "ETIMEDOUT", "EINTR")
+    if hasattr(errno, name))
+
+
+def read_script(path):
+    """Return a script's text, also where it is not all UTF-8; LabtaskerValueError where it can't be read."""
+    try:
+        with open(for_system(str(path)), "rb") as file:
+            data = file.read()
+    except OSError as error:
+        raise LabtaskerValueError("can't read the script %s: %s" % (path, error.strerror)) from None
+    is_marked = data.startswith(tuple(mark for mark, _ in BYTE_ORDER_MARKS))
+    return (decoded(data, path) if is_marked else data.decode("utf-8", "surrogateescape")).replace("\r\n", "\n")
+
+
+def write_script(text, folder):
+    """Return the path of a new file that only its owner can read and run: in `folder`, or where that can't take it
+    among the temporary ones."""
+    import tempfile
+    try:
+        number, path = tempfile.mkstemp(prefix="script-", dir=folder)
+    except OSError:
+        number, path = tempfile.mkstemp(prefix="labtasker-script-")
+    with open(number, "w", encoding="utf-8", errors="surrogateescape") as file:
+        file.write(text)
+    os.chmod(path, 0o700)
+    return path
+
+
+Outcome = collections.namedtuple("Outcome", "status summary reason fatal facts delay_s")
+# status None: nothing to report; fatal: why the loop must end; facts: what the task's attempt keeps of the end;
+# delay_s: the least pause of a task that its job handed back
+# status None: nothing to report; fatal: why the loop must end; facts: what the task's attempt keeps of the end;
+# delay_s: the least pause of a task that its job handed back
+Outcome.__new__.__defaults__ = (None, None, None, None, 0)
+
+
+def outcome_of_exit(code):
+    """Return the Outcome of a job that ended by itself: 0 is success, 75 hands the task back, a signal is negative."""
+    if code == 0:
+        return Outcome("success")
+    if code == TEMPORARY_FAILURE:
+        return Outcome("pending", reason="exit code 75 (try again)")
+    error = "exit code %d" % code if code > 0 else "killed by signal %d (%s)" % (-code, signal_name(-code))
+    return Outcome("failed", {"labtasker_error": error})
+
+
+def exit_facts(code):
+    """Return how a process ended, as its task's attempt keeps it."""
+    return {"exit_code": code} if code >= 0 else {"signal": signal_name(-code)}
+
+
+def exception_summary(error):
+    """Return type, message and traceback of an exception, without the frames of this file before the user's.
+
+    Never raises: an exception can have no text, a name that is none, or a traceback that can't be shown."""
+    import traceback
+    trace = error.__traceback__
+    while trace and trace.tb_frame.f_code.co_filename == exception_summary.__code__.co_filename:
+        trace = trace.tb_next
+    kind = text_of(lambda: type(error).__name__, "exception")
+    message = text_of(lambda: str(error), "(its text can't be made)")
+    short = "%s: %s\n" % (kind, message)
+    text = text_of(lambda: "".join(traceback.format_exception(type(error), error, trace)), "") or text_of(
+        lambda: "".join(traceback.format_tb(trace)) + short, short)
+    return {"type": kind[:TEXT_LIMIT], "message": message[:TEXT_LIMIT], "traceback": text[-TEXT_LIMIT:]}
+
+
+def _made(make, otherwise):
+    """Return make(), which is a user's code, or `otherwise` where it raises anything."""
+    try:
+        return make()
+    except BaseException:
+        return otherwise
+
+
+def text_of(make, otherwise):
+    """Return the text that make() returns, without lone surrogates, or `otherwise` where it raises or is no text."""
+    text = _made(lambda: str.encode(make(), "utf-8", "backslashreplace").decode("utf-8"), None)
+    return otherwise if text is None else text
+
+
+def failure_text(summary):
+    """Return why a run failed, in one line."""
+    raised = summary.get("labtasker_exception", {})
+    return summary.get("labtasker_error") or "%s: %s" % (raised.get("type"), raised.get("message"))
+
+
+def signal_name(signum):
+    """Return "SIGTERM" for 15, "signal 99" for one without a name."""
+    import signal
+    try:
+        return signal.Signals(signum).name
+    except ValueError:
+        return "signal %d" % signum
+
+
+TEMPORARY_FAILURE = 75  # EX_TEMPFAIL of sysexits.h
+TEXT_LIMIT = 20000  # letters of a message or traceback that go into a summary
+
+
+def start_thread(thread):
+    """Start a thread, or raise LabtaskerRuntimeError where the system has none left."""
+    try:
+        thread.start()
+    except RuntimeError as error:
+        raise LabtaskerRuntimeError("no more threads can be had here (%s): raise `ulimit -u` or the pids.max of the "
+                                    "cgroup" % error) from None
+
+
+def signal_group(group, signum):
+    """Return whether there was a process in the group to send the signal to; 0 only looks."""
+    try:
+        os.killpg(group, signum)
+        return True
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # macOS says so of zombies
+        return signum != 0
+
+
+def is_group_alive(group):
+    """Return whether a process of the group runs; zombies, which in a container may stay for long, do not."""
+    if not signal_group(group, 0):
+        return False
+    try:
+        pids = [name for name in os.listdir("/proc") if name.isdigit()]
+    except OSError:  # not Linux
+        return True
+    return any(_state_in_group(pid, group) not in "ZX" for pid in pids)
+
+
+def _state_in_group(pid, group):
+    """Return the letter of a process' state, "X" (dead) where it is not in the group."""
+    try:
+        with open("/proc/%s/stat" % pid) as file:
+            state, _, its_group = file.read().rpartition(")")[2].split()[:3]
+    except (OSError, ValueError):
+        return "X"
+    return state if int(its_group) == group else "X"
+
+
+def end_groups(groups, give_up_at, pause):
+    """Send TERM to process groups, and KILL to what is left of them at `give_up_at`."""
+    import signal
+    for group in groups:
+        signal_group(group, signal.SIGTERM)
+    while any(map(is_group_alive, groups)) and monotonic() < give_up_at:
+        pause(0.02)
+    for group in groups:
+        signal_group(group, signal.SIGKILL)
+
+
+class Progress:
+    """Makes readable lines of a stream with carriage returns, in time and memory that do not depend on what comes."""
+
+    STEP_S = 1.0  # between two states of a line that are kept
+    LONGEST_BYTES = 65536  # of a state that is held back: a longer one is no progress bar, and is kept as it comes
+    RETURNS = Pattern(br"\r\r+")
+    OVERWRITTEN = Pattern(br"\r[^\n]*\r")  # from the end of a line's first state to the beginning of its last
+
+    def __init__(self):
+        self.held, self.is_held, self.shown_at = bytearray(), False, -math.inf
+        self.ends_in_return, self.is_line_empty = False, True
+
+    def feed(self, data, at):
+        """Return what of `data`, which came at the time `at`, goes to the file now."""
+        data = b"\r" * self.ends_in_return + data
+        self.ends_in_return = data.endswith(b"\r")  # the next byte decides whether it only ends a line
+        if b"\r" not in data:
+            return self._go_on(data)
+        data = self.RETURNS.sub(b"\r", data.rstrip(b"\r") if self.ends_in_return else data).replace(b"\r\n", b"\n")
+        data, is_over, states = data.partition(b"\r")
+        found = [self._go_on(data)]
+        if is_over:
+            self.held, self.is_held = bytearray(), False
+            if at - self.shown_at >= self.STEP_S:
+                self.shown_at = at
+                data, is_over, states = states.partition(b"\r")
+                found += [b"" if self.is_line_empty else b"\n", data]
+                self.is_line_empty = data.endswith(b"\n") or not data
+        if is_over:
+            found += self._overwritten(b"\r" + states)
+        return b"".join(found)
+
+    def _overwritten(self, states):
+        """Yield what is kept of states that come too soon, each after a return: the first and the last of each line;
+        the last one of a line without an end is held back."""
+        whole, end, begun = self.OVERWRITTEN.sub(b"\r", states).rpartition(b"\n")
+        if end:
+            yield whole.replace(b"\n\r", b"\n").replace(b"\r", b"\n")[self.is_line_empty:] + end
+            self.is_line_empty = True
+        first, self.is_held, last = begun.partition(b"\r")
+        yield first
+        self.is_line_empty = self.is_line_empty and not first
+        yield self._go_on(last)
+
+    def _go_on(self, data):
+        """Return what of bytes without a carriage return is kept now."""
+        if self.is_held:
+            self.held += data
+            return self.rest() if b"\n" in data or len(self.held) > self.LONGEST_BYTES else b""
+        if data:
+            self.is_line_empty = data.endswith(b"\n")
+        return data
+
+    def rest(self):
+        """Return the state of the line that was held back."""
+        found, self.held, self.is_held = bytes(self.held), bytearray(), False
+        found = (b"" if self.is_line_empty or not found else b"\n") + found
+        self.is_line_empty = found.endswith(b"\n") if found else self.is_line_empty
+        return found
+
+
+class Labelled:
+    """Makes whole lines with a label before each of a stream's bytes, so that those of several jobs are told apart."""
+
+    LONGEST_BYTES = 65536  # what has no end by then is shown as a line
+
+    def __init__(self, label):
+        self.label, self.progress, self.rest = label.encode(), Progress(), bytearray()
+
+    def __call__(self, data):
+        """Return what is to be shown of `data`; b"" ends the stream."""
+        come = self.progress.feed(data, monotonic()) if data else self.progress.rest()
+        self.rest += come
+        is_whole = not data or len(self.rest) > self.LONGEST_BYTES
+        if not is_whole and b"\n" not in come:
+            return b""
+        if is_whole and self.rest and not self.rest.endswith(b"\n"):
+            self.rest += b"\n"
+        lines, end, rest = bytes(self.rest).rpartition(b"\n")
+        self.rest = bytearray(rest)
+        return end and self.label + lines.replace(b"\n", b"\n" + self.label) + end
+
+
+class RunLog:
+    """A run's file of output: what came, as it came, but that a line which was overwritten (a progress bar) is kept as
+    a line of its own, at most once a second, and that no line has parts of two streams."""
+
+    def __init__(self, path):
+        self.lock = threading.Lock()  # guards fd and unfinished
+        self.unfinished = None  # the stream whose line has no end yet
+        self.path, self.fd = path, None
+        self._open()
+
+    def _open(self):
+        try:
+            self.fd = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+        except OSError:  # Run.begin has said so
+            self.fd = None
+        self.held = Held(*[] if self.fd is None else [self.fd])
+
+    def channel(self):
+        """Return a function that takes the bytes of one stream; None ends it."""
+        line = Progress()
+        return lambda data: self._write(line, line.feed(data, monotonic()) if data is not None else line.rest())
+
+    def _write(self, line, data):
+        with self.lock:
+            if not data or self.fd is None:
+                return
+            if not self.held.is_intact():  # the function has closed it
+                self._open()
+                if self.fd is None:
+                    return
+            data = b"\n" * (self.unfinished not in (None, line)) + data
+            self.unfinished = None if data.endswith(b"\n") else line
+            try:
+                os.write(self.fd, data)
+            except OSError:  # the job goes on where the disk is full
+                pass
+
+    def close(self):
+        """Close the file; what comes now goes nowhere."""
+        with self.lock:
+            number, self.fd = self.fd, None
+            is_ours = number is not None and self.held.is_intact()
+        try:
+            if is_ours:
+                os.close(number)
+        except OSError:  # what a network's disk had no room for, it may say as late as here
+            pass
+
+
+class Output:
+    """Takes what a job writes to its log and, as it comes, to where this process's own output goes.
+
+    `ends` are what the job gets as stdout and stderr: pseudo-terminals, so that it behaves as on a terminal, or pipes.
+    Where both go to the same place they are one, so that all stays in order; on Windows too, which can't wait for
+    two."""
+
+    DRAIN_S = 1  # what a process that outlived its job goes on to write is not waited for any longer
+
+    def __init__(self, log, use_pty, label=""):
+        self.log, self.ends = log, []
+        self.sources = {}  # our end: (where it goes, what makes that, what feeds the log)
+        try:
+            self._open(use_pty, label)
+            start_thread(self.thread)
+        except BaseException:  # no descriptor, or no thread, is left
+            self.let_go()
+            for ours in self.sources:
+                os.close(ours)
+            log.close()
+            raise
+
+    def _open(self, use_pty, label):
+        opened = {}
+        for number in (1, 2):
+            place = _place_of(number) if fcntl else 1
+            if place not in opened:
+                ours, opened[place] = use_pty and _open_pty() or os.pipe()
+                self.sources[ours] = (number, Labelled(label) if label else lambda data: data, self.log.channel())
+            self.ends.append(opened[place])
+        self.thread = threading.Thread(target=self._copy, daemon=True)
+
+    def let_go(self):
+        """Close the ends that are the job's, which alone holds them then."""
+        for end in set(self.ends):
+            os.close(end)
+        self.ends = []
+
+    def _copy(self):
+        while self.sources:
+            for ours in ready(self.sources) if len(self.sources) > 1 else list(self.sources):
+                target, shown, feed = self.sources[ours]
+                try:
+                    data = os.read(ours, 65536)
+                except OSError:  # so Linux says of a pseudo-terminal that nobody holds any more
+                    data = b""
+                _write_out(target, shown(data))
+                feed(data or None)
+                if not data:
+                    del self.sources[ours]
+                    os.close(ours)
+        self.log.close()
+
+    def finish(self):
+        """Return once all that the job wrote is where it belongs."""
+        self.let_go()
+        self.thread.join(self.DRAIN_S)
+
+
+def _place_of(number):
+    """Return what tells the file behind a descriptor from others; the number itself where it is closed."""
+    try:
+        found = os.fstat(number)
+        return found.st_dev, found.st_ino
+    except OSError:
+        return number
+
+
+def _open_pty():
+    """Return (our end, the job's end) of a pseudo-terminal that changes nothing of what goes through it, or None."""
+    try:
+        import struct
+        import termios
+        ours, theirs = os.openpty()
+    except (ImportError, AttributeError, OSError):  # there is none here, or none is left
+        return None
+    modes = termios.tcgetattr(theirs)
+    modes[1] &= ~termios.OPOST
+    termios.tcsetattr(theirs, termios.TCSANOW, modes)
+    try:
+        columns, lines = os.get_terminal_size(1)
+    except OSError:
+        columns, lines = 80, 24
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", lines or 24, columns or 80, 0, 0))
+    return ours, theirs
+
+
+def _write_out(number, data):
+    """Write all of `data`, unless nobody is there to read it."""
+    view = memoryview(data)
+    with WRITING:
+        while view:
+            try:
+                view = view[os.write(number, view):]
+            except BlockingIOError:  # a terminal that another program has set so
+                ready([number], 1, is_output=True)
+            except OSError:
+                return
+
+
+WRITING = threading.Lock()  # who has it writes output of a job
+
+
+class Tee:
+    """A text stream that a run's log gets a copy of; for anything but writing it is the stream itself.
+
+    A stream that takes nothing any more (a pipe that nobody reads, a full disk, none at all) is no error of the
+    function: its output goes on into the log."""
+
+    def __init__(self, stream, feed):
+        self.stream, self.feed = stream, feed
+
+    def write(self, text):
+        """Write, and return what the stream returns."""
+        answer = self._try(lambda: self.stream.write(text), len(text))
+        self.feed(text.encode("utf-8", "replace"))
+        return answer
+
+    def flush(self):
+        """Flush the stream."""
+        self._try(lambda: self.stream.flush(), None)
+
+    def _try(self, action, otherwise):
+        try:
+            return action()
+        except UnicodeError:  # the function's own
+            raise
+        except BrokenPipeError:
+            _drain(self.stream)
+        except (OSError, ValueError):  # ValueError: it is closed
+            pass
+        return otherwise
+
+    def writelines(self, lines):
+        """Write them one by one."""
+        for line in lines:
+            self.write(line)
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+
+def _drain(stream):
+    """Let what a pipe that nobody reads still holds go nowhere, so that neither the next line nor the interpreter's end
+    complains of it."""
+    try:
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, stream.fileno())
+        os.close(null)
+    except (OSError, ValueError, AttributeError):
+        pass
+
+
+def _listen_in(log):
+    """Have what the function prints copied to its log; return {name in sys: Tee}.
+
+    What it writes past Python's own streams isn't seen: to take that too would lose the last words of a crash."""
+    tees = {name: Tee(getattr(sys, name) or open(os.devnull, "w"), log.channel()) for name in ("stdout", "stderr")}
+    vars(sys).update(tees)
+    return tees
+
+
+def _listen_no_more(tees):
+    for name in tees:
+        if getattr(sys, name) is tees[name]:  # else the function has put something else there
+            setattr(sys, name, tees[name].stream)
+
+
+# 10. Worker ##################################################################
+#
+# Takes tasks and runs them: reports and the outbox where they wait for a server that is away, the run
+# under way, heartbeats by a process of their own, the loop and its slots, and the two ways to run a task:
+# call a function, start a command. Knows nothing of argparse.
+# Uses 1, 2, 3, 4, 5, 8, 9. Tests: test_worker.py, test_loop.py, test_signals.py, test_slots.py.
+
+
 def remark(text):
     """Write a line for the person who started the loop to stderr. Where that is gone, or a function has put something
     else there that takes no text, the loop goes on without."""
@@ -10340,15 +10867,6 @@ def _leave_loops():
         wake.restore()
 
 
-def start_thread(thread):
-    """Start a thread, or raise LabtaskerRuntimeError where the system has none left."""
-    try:
-        thread.start()
-    except RuntimeError as error:
-        raise LabtaskerRuntimeError("no more threads can be had here (%s): raise `ulimit -u` or the pids.max of the "
-                                    "cgroup" % error) from None
-
-
 class Heartbeats:
     """The process that beats for a loop's runs: started with the first run, again if it dies, ended by `close`.
 
@@ -10638,49 +11156,6 @@ def loop_signals():
     return [getattr(signal, name) for name in names if hasattr(signal, name)]
 
 
-def signal_group(group, signum):
-    """Return whether there was a process in the group to send the signal to; 0 only looks."""
-    try:
-        os.killpg(group, signum)
-        return True
-    except ProcessLookupError:
-        return False
-    except PermissionError:  # macOS says so of zombies
-        return signum != 0
-
-
-def is_group_alive(group):
-    """Return whether a process of the group runs; zombies, which in a container may stay for long, do not."""
-    if not signal_group(group, 0):
-        return False
-    try:
-        pids = [name for name in os.listdir("/proc") if name.isdigit()]
-    except OSError:  # not Linux
-        return True
-    return any(_state_in_group(pid, group) not in "ZX" for pid in pids)
-
-
-def _state_in_group(pid, group):
-    """Return the letter of a process' state, "X" (dead) where it is not in the group."""
-    try:
-        with open("/proc/%s/stat" % pid) as file:
-            state, _, its_group = file.read().rpartition(")")[2].split()[:3]
-    except (OSError, ValueError):
-        return "X"
-    return state if int(its_group) == group else "X"
-
-
-def end_groups(groups, give_up_at, pause):
-    """Send TERM to process groups, and KILL to what is left of them at `give_up_at`."""
-    import signal
-    for group in groups:
-        signal_group(group, signal.SIGTERM)
-    while any(map(is_group_alive, groups)) and monotonic() < give_up_at:
-        pause(0.02)
-    for group in groups:
-        signal_group(group, signal.SIGKILL)
-
-
 class Limit:
     """How long a loop has: until `start_until` tasks are started, at `stop_at` jobs told to stop, at `kill_at` killed,
     and by `end_at` their tasks are handed back; on the clock of `monotonic`, `end_time` on the wall's."""
@@ -10786,12 +11261,6 @@ def ask_program(words):
         process.stdout.close()
         return ""
     return said.decode("utf-8", "replace") if process.returncode == 0 else ""
-
-
-Outcome = collections.namedtuple("Outcome", "status summary reason fatal facts delay_s")
-# status None: nothing to report; fatal: why the loop must end; facts: what the task's attempt keeps of the end;
-# delay_s: the least pause of a task that its job handed back
-Outcome.__new__.__defaults__ = (None, None, None, None, 0)
 
 
 class Loop:
@@ -11395,21 +11864,6 @@ def describe(task, verbose=False):
     return "%s%s: %s" % (task.task_id, name, text if verbose or len(text) <= 200 else text[:200] + "...")
 
 
-def failure_text(summary):
-    """Return why a run failed, in one line."""
-    raised = summary.get("labtasker_exception", {})
-    return summary.get("labtasker_error") or "%s: %s" % (raised.get("type"), raised.get("message"))
-
-
-def signal_name(signum):
-    """Return "SIGTERM" for 15, "signal 99" for one without a name."""
-    import signal
-    try:
-        return signal.Signals(signum).name
-    except ValueError:
-        return "signal %d" % signum
-
-
 def set_loop_internal_error_handler(handler):
     """Have `handler(exception, count)` called when a loop itself fails, `count` times in a row; None: it ends then.
 
@@ -11594,71 +12048,6 @@ def _end_child(error):
         os._exit(code)
 
 
-class Tee:
-    """A text stream that a run's log gets a copy of; for anything but writing it is the stream itself.
-
-    A stream that takes nothing any more (a pipe that nobody reads, a full disk, none at all) is no error of the
-    function: its output goes on into the log."""
-
-    def __init__(self, stream, feed):
-        self.stream, self.feed = stream, feed
-
-    def write(self, text):
-        """Write, and return what the stream returns."""
-        answer = self._try(lambda: self.stream.write(text), len(text))
-        self.feed(text.encode("utf-8", "replace"))
-        return answer
-
-    def flush(self):
-        """Flush the stream."""
-        self._try(lambda: self.stream.flush(), None)
-
-    def _try(self, action, otherwise):
-        try:
-            return action()
-        except UnicodeError:  # the function's own
-            raise
-        except BrokenPipeError:
-            _drain(self.stream)
-        except (OSError, ValueError):  # ValueError: it is closed
-            pass
-        return otherwise
-
-    def writelines(self, lines):
-        """Write them one by one."""
-        for line in lines:
-            self.write(line)
-
-    def __getattr__(self, name):
-        return getattr(self.stream, name)
-
-
-def _drain(stream):
-    """Let what a pipe that nobody reads still holds go nowhere, so that neither the next line nor the interpreter's end
-    complains of it."""
-    try:
-        null = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(null, stream.fileno())
-        os.close(null)
-    except (OSError, ValueError, AttributeError):
-        pass
-
-
-def _listen_in(log):
-    """Have what the function prints copied to its log; return {name in sys: Tee}.
-
-    What it writes past Python's own streams isn't seen: to take that too would lose the last words of a crash."""
-    tees = {name: Tee(getattr(sys, name) or open(os.devnull, "w"), log.channel()) for name in ("stdout", "stderr")}
-    vars(sys).update(tees)
-    return tees
-
-
-def _listen_no_more(tees):
-    for name in tees:
-        if getattr(sys, name) is tees[name]:  # else the function has put something else there
-            setattr(sys, name, tees[name].stream)
-
-
 def _interrupt(wake, run, signum):
     """Raise into the function that runs: TaskCancelled where its task was lost, KeyboardInterrupt, once and at each
     further signal, where the loop must leave, unless the function asks for that itself."""
@@ -11714,117 +12103,6 @@ def _code_of_exit(error):
     if code is None or isinstance(code, int):
         return (code or 0) & 255 if -2 ** 31 <= (code or 0) < 2 ** 31 else 255
     return None
-
-
-def exception_summary(error):
-    """Return type, message and traceback of an exception, without the frames of this file before the user's.
-
-    Never raises: an exception can have no text, a name that is none, or a traceback that can't be shown."""
-    import traceback
-    trace = error.__traceback__
-    while trace and trace.tb_frame.f_code.co_filename == exception_summary.__code__.co_filename:
-        trace = trace.tb_next
-    kind = text_of(lambda: type(error).__name__, "exception")
-    message = text_of(lambda: str(error), "(its text can't be made)")
-    short = "%s: %s\n" % (kind, message)
-    text = text_of(lambda: "".join(traceback.format_exception(type(error), error, trace)), "") or text_of(
-        lambda: "".join(traceback.format_tb(trace)) + short, short)
-    return {"type": kind[:TEXT_LIMIT], "message": message[:TEXT_LIMIT], "traceback": text[-TEXT_LIMIT:]}
-
-
-def _made(make, otherwise):
-    """Return make(), which is a user's code, or `otherwise` where it raises anything."""
-    try:
-        return make()
-    except BaseException:
-        return otherwise
-
-
-def text_of(make, otherwise):
-    """Return the text that make() returns, without lone surrogates, or `otherwise` where it raises or is no text."""
-    text = _made(lambda: str.encode(make(), "utf-8", "backslashreplace").decode("utf-8"), None)
-    return otherwise if text is None else text
-
-
-def outcome_of_exit(code):
-    """Return the Outcome of a job that ended by itself: 0 is success, 75 hands the task back, a signal is negative."""
-    if code == 0:
-        return Outcome("success")
-    if code == TEMPORARY_FAILURE:
-        return Outcome("pending", reason="exit code 75 (try again)")
-    error = "exit code %d" % code if code > 0 else "killed by signal %d (%s)" % (-code, signal_name(-code))
-    return Outcome("failed", {"labtasker_error": error})
-
-
-TEMPORARY_FAILURE = 75  # EX_TEMPFAIL of sysexits.h
-TEXT_LIMIT = 20000  # letters of a message or traceback that go into a summary
-
-
-class JobCommand:
-    """A command with placeholders: `argv`, a list of words; `shell`, a text for a shell; or a script for one.
-
-    `keys` are the keys that it takes from a task's args, `cmd` is what the task keeps of it."""
-
-    def __init__(self, argv=None, shell=None, script_path=None, executable=None):
-        if sum(map(bool, (argv, shell, script_path))) != 1:
-            raise UsageError("what to run? One of a command, a text for the shell, and a script is needed")
-        if argv and executable:
-            raise UsageError("an executable goes with a text for the shell or a script, not with a list of words")
-        self.is_argv, self.is_script, self.executable = bool(argv), bool(script_path), executable
-        self.text = read_script(script_path) if script_path else shell
-        self.templates = [Template(text) for text in (argv or [self.text])]
-        self.writers = None if argv else writers_for(self.program(), self.templates[0])
-        self.cmd = list(argv) if argv else shell or [executable or "/bin/sh", str(script_path)]
-        self.keys = list(collections.OrderedDict.fromkeys(key for one in self.templates for key in one.keys))
-
-    def words(self, args, folder):
-        """Return (argv list, path of a script to be removed later or None); LabtaskerValueError if a key is missing."""
-        if self.is_argv:
-            return [template.plain(args) for template in self.templates], None
-        text = self.templates[0].filled(args, self.writers)
-        if not self.is_script:
-            return self.program() + ["-c", text], None
-        path = write_script(text, folder)
-        return self.program() + [os.fsencode(path) if os.name == "posix" else path], path
-
-    def program(self):
-        """Return the words that run the text: the executable asked for, else the #! line of a script, else /bin/sh."""
-        import shlex
-        line = self.text.split("\n", 1)[0] if self.is_script else ""
-        asked = [self.executable] if self.executable else shlex.split(line[2:]) if line.startswith("#!") else []
-        return asked or ["/bin/sh"]
-
-    def is_for_this_task(self, error):
-        """Return whether the command can't be started with this task's args, but may be with others."""
-        if not isinstance(error, OSError):
-            return isinstance(error, (ValueError, RecursionError))
-        own_program = self.is_argv and bool(self.templates[0].keys)
-        return own_program and error.errno not in PASSING or error.errno == errno.E2BIG
-
-
-def read_script(path):
-    """Return a script's text, also where it is not all UTF-8; LabtaskerValueError where it can't be read."""
-    try:
-        with open(for_system(str(path)), "rb") as file:
-            data = file.read()
-    except OSError as error:
-        raise LabtaskerValueError("can't read the script %s: %s" % (path, error.strerror)) from None
-    is_marked = data.startswith(tuple(mark for mark, _ in BYTE_ORDER_MARKS))
-    return (decoded(data, path) if is_marked else data.decode("utf-8", "surrogateescape")).replace("\r\n", "\n")
-
-
-def write_script(text, folder):
-    """Return the path of a new file that only its owner can read and run: in `folder`, or where that can't take it
-    among the temporary ones."""
-    import tempfile
-    try:
-        number, path = tempfile.mkstemp(prefix="script-", dir=folder)
-    except OSError:
-        number, path = tempfile.mkstemp(prefix="labtasker-script-")
-    with open(number, "w", encoding="utf-8", errors="surrogateescape") as file:
-        file.write(text)
-    os.chmod(path, 0o700)
-    return path
 
 
 def command_loop(argv=None, shell=None, script_path=None, executable=None, extra_filter=None, worker_id=None,
@@ -11950,241 +12228,6 @@ def chosen_gpus(text, variable):
     return [one for one, in found[0]]
 
 
-class RunLog:
-    """A run's file of output: what came, as it came, but that a line which was overwritten (a progress bar) is kept as
-    a line of its own, at most once a second, and that no line has parts of two streams."""
-
-    def __init__(self, path):
-        self.lock = threading.Lock()  # guards fd and unfinished
-        self.unfinished = None  # the stream whose line has no end yet
-        self.path, self.fd = path, None
-        self._open()
-
-    def _open(self):
-        try:
-            self.fd = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
-        except OSError:  # Run.begin has said so
-            self.fd = None
-        self.held = Held(*[] if self.fd is None else [self.fd])
-
-    def channel(self):
-        """Return a function that takes the bytes of one stream; None ends it."""
-        line = Progress()
-        return lambda data: self._write(line, line.feed(data, monotonic()) if data is not None else line.rest())
-
-    def _write(self, line, data):
-        with self.lock:
-            if not data or self.fd is None:
-                return
-            if not self.held.is_intact():  # the function has closed it
-                self._open()
-                if self.fd is None:
-                    return
-            data = b"\n" * (self.unfinished not in (None, line)) + data
-            self.unfinished = None if data.endswith(b"\n") else line
-            try:
-                os.write(self.fd, data)
-            except OSError:  # the job goes on where the disk is full
-                pass
-
-    def close(self):
-        """Close the file; what comes now goes nowhere."""
-        with self.lock:
-            number, self.fd = self.fd, None
-            is_ours = number is not None and self.held.is_intact()
-        try:
-            if is_ours:
-                os.close(number)
-        except OSError:  # what a network's disk had no room for, it may say as late as here
-            pass
-
-
-class Progress:
-    """Makes readable lines of a stream with carriage returns, in time and memory that do not depend on what comes."""
-
-    STEP_S = 1.0  # between two states of a line that are kept
-    LONGEST_BYTES = 65536  # of a state that is held back: a longer one is no progress bar, and is kept as it comes
-    RETURNS = Pattern(br"\r\r+")
-    OVERWRITTEN = Pattern(br"\r[^\n]*\r")  # from the end of a line's first state to the beginning of its last
-
-    def __init__(self):
-        self.held, self.is_held, self.shown_at = bytearray(), False, -math.inf
-        self.ends_in_return, self.is_line_empty = False, True
-
-    def feed(self, data, at):
-        """Return what of `data`, which came at the time `at`, goes to the file now."""
-        data = b"\r" * self.ends_in_return + data
-        self.ends_in_return = data.endswith(b"\r")  # the next byte decides whether it only ends a line
-        if b"\r" not in data:
-            return self._go_on(data)
-        data = self.RETURNS.sub(b"\r", data.rstrip(b"\r") if self.ends_in_return else data).replace(b"\r\n", b"\n")
-        data, is_over, states = data.partition(b"\r")
-        found = [self._go_on(data)]
-        if is_over:
-            self.held, self.is_held = bytearray(), False
-            if at - self.shown_at >= self.STEP_S:
-                self.shown_at = at
-                data, is_over, states = states.partition(b"\r")
-                found += [b"" if self.is_line_empty else b"\n", data]
-                self.is_line_empty = data.endswith(b"\n") or not data
-        if is_over:
-            found += self._overwritten(b"\r" + states)
-        return b"".join(found)
-
-    def _overwritten(self, states):
-        """Yield what is kept of states that come too soon, each after a return: the first and the last of each line;
-        the last one of a line without an end is held back."""
-        whole, end, begun = self.OVERWRITTEN.sub(b"\r", states).rpartition(b"\n")
-        if end:
-            yield whole.replace(b"\n\r", b"\n").replace(b"\r", b"\n")[self.is_line_empty:] + end
-            self.is_line_empty = True
-        first, self.is_held, last = begun.partition(b"\r")
-        yield first
-        self.is_line_empty = self.is_line_empty and not first
-        yield self._go_on(last)
-
-    def _go_on(self, data):
-        """Return what of bytes without a carriage return is kept now."""
-        if self.is_held:
-            self.held += data
-            return self.rest() if b"\n" in data or len(self.held) > self.LONGEST_BYTES else b""
-        if data:
-            self.is_line_empty = data.endswith(b"\n")
-        return data
-
-    def rest(self):
-        """Return the state of the line that was held back."""
-        found, self.held, self.is_held = bytes(self.held), bytearray(), False
-        found = (b"" if self.is_line_empty or not found else b"\n") + found
-        self.is_line_empty = found.endswith(b"\n") if found else self.is_line_empty
-        return found
-
-
-class Output:
-    """Takes what a job writes to its log and, as it comes, to where this process's own output goes.
-
-    `ends` are what the job gets as stdout and stderr: pseudo-terminals, so that it behaves as on a terminal, or pipes.
-    Where both go to the same place they are one, so that all stays in order; on Windows too, which can't wait for
-    two."""
-
-    DRAIN_S = 1  # what a process that outlived its job goes on to write is not waited for any longer
-
-    def __init__(self, log, use_pty, label=""):
-        self.log, self.ends = log, []
-        self.sources = {}  # our end: (where it goes, what makes that, what feeds the log)
-        try:
-            self._open(use_pty, label)
-            start_thread(self.thread)
-        except BaseException:  # no descriptor, or no thread, is left
-            self.let_go()
-            for ours in self.sources:
-                os.close(ours)
-            log.close()
-            raise
-
-    def _open(self, use_pty, label):
-        opened = {}
-        for number in (1, 2):
-            place = _place_of(number) if fcntl else 1
-            if place not in opened:
-                ours, opened[place] = use_pty and _open_pty() or os.pipe()
-                self.sources[ours] = (number, Labelled(label) if label else lambda data: data, self.log.channel())
-            self.ends.append(opened[place])
-        self.thread = threading.Thread(target=self._copy, daemon=True)
-
-    def let_go(self):
-        """Close the ends that are the job's, which alone holds them then."""
-        for end in set(self.ends):
-            os.close(end)
-        self.ends = []
-
-    def _copy(self):
-        while self.sources:
-            for ours in ready(self.sources) if len(self.sources) > 1 else list(self.sources):
-                target, shown, feed = self.sources[ours]
-                try:
-                    data = os.read(ours, 65536)
-                except OSError:  # so Linux says of a pseudo-terminal that nobody holds any more
-                    data = b""
-                _write_out(target, shown(data))
-                feed(data or None)
-                if not data:
-                    del self.sources[ours]
-                    os.close(ours)
-        self.log.close()
-
-    def finish(self):
-        """Return once all that the job wrote is where it belongs."""
-        self.let_go()
-        self.thread.join(self.DRAIN_S)
-
-
-class Labelled:
-    """Makes whole lines with a label before each of a stream's bytes, so that those of several jobs are told apart."""
-
-    LONGEST_BYTES = 65536  # what has no end by then is shown as a line
-
-    def __init__(self, label):
-        self.label, self.progress, self.rest = label.encode(), Progress(), bytearray()
-
-    def __call__(self, data):
-        """Return what is to be shown of `data`; b"" ends the stream."""
-        come = self.progress.feed(data, monotonic()) if data else self.progress.rest()
-        self.rest += come
-        is_whole = not data or len(self.rest) > self.LONGEST_BYTES
-        if not is_whole and b"\n" not in come:
-            return b""
-        if is_whole and self.rest and not self.rest.endswith(b"\n"):
-            self.rest += b"\n"
-        lines, end, rest = bytes(self.rest).rpartition(b"\n")
-        self.rest = bytearray(rest)
-        return end and self.label + lines.replace(b"\n", b"\n" + self.label) + end
-
-
-def _place_of(number):
-    """Return what tells the file behind a descriptor from others; the number itself where it is closed."""
-    try:
-        found = os.fstat(number)
-        return found.st_dev, found.st_ino
-    except OSError:
-        return number
-
-
-def _open_pty():
-    """Return (our end, the job's end) of a pseudo-terminal that changes nothing of what goes through it, or None."""
-    try:
-        import struct
-        import termios
-        ours, theirs = os.openpty()
-    except (ImportError, AttributeError, OSError):  # there is none here, or none is left
-        return None
-    modes = termios.tcgetattr(theirs)
-    modes[1] &= ~termios.OPOST
-    termios.tcsetattr(theirs, termios.TCSANOW, modes)
-    try:
-        columns, lines = os.get_terminal_size(1)
-    except OSError:
-        columns, lines = 80, 24
-    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", lines or 24, columns or 80, 0, 0))
-    return ours, theirs
-
-
-def _write_out(number, data):
-    """Write all of `data`, unless nobody is there to read it."""
-    view = memoryview(data)
-    with WRITING:
-        while view:
-            try:
-                view = view[os.write(number, view):]
-            except BlockingIOError:  # a terminal that another program has set so
-                ready([number], 1, is_output=True)
-            except OSError:
-                return
-
-
-WRITING = threading.Lock()  # who has it writes output of a job
-
-
 def run_job(slot, run, command, use_pty=True):
     """Return the Outcome of the command in a process group of its own.
 
@@ -12212,33 +12255,6 @@ def run_job(slot, run, command, use_pty=True):
     return Outcome(None, facts=facts) if run.lost else slot.loop.handed_back(facts)
 
 
-# What the machine is short of at this moment, and may have again in the next: no task's fault, nor the command's.
-PASSING = frozenset(getattr(errno, name) for name in (
-    "EAGAIN", "ENOMEM", "EMFILE", "ENFILE", "ENOSPC", "EDQUOT", "EIO", "ESTALE", "ETXTBSY", "ETIMEDOUT", "EINTR")
-    if hasattr(errno, name))
-
-
-def _not_started(command, error):
-    """Return the Outcome of a run whose job could not be started."""
-    name, why = getattr(error, "filename", None), str(error) or type(error).__name__
-    if isinstance(name, bytes):
-        why = why.replace(repr(name), repr(name.decode("utf-8", "surrogateescape")))
-    why = "can't start the command: " + why
-    if command.is_for_this_task(error):
-        return Outcome("failed", {"labtasker_error": why})
-    is_passing = not isinstance(error, OSError) or error.errno in PASSING
-    return Outcome("pending", reason=why, fatal=None if is_passing else why)
-
-
-def _start_job(words, environment, ends):
-    """Return the Popen of a job. Its words are given as UTF-8, as they were submitted, whatever the locale."""
-    import subprocess
-    if os.name == "posix":
-        words = [word.encode("utf-8", "surrogateescape") if isinstance(word, str) else word for word in words]
-    return subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=ends[0], stderr=ends[1], start_new_session=True,
-                            env=environment)
-
-
 class NotWatched(Exception):
     """The loop could not wait for a job that it had started, and has ended it."""
 
@@ -12262,11 +12278,6 @@ def _remove_script(path):
             os.unlink(path)
     except OSError:
         pass
-
-
-def exit_facts(code):
-    """Return how a process ended, as its task's attempt keeps it."""
-    return {"exit_code": code} if code >= 0 else {"signal": signal_name(-code)}
 
 
 def _is_of_own_signal(slot, code):
@@ -12301,7 +12312,7 @@ def watch(slot, run, process):
     return False
 
 
-# 10. Text ####################################################################
+# 11. Text ####################################################################
 #
 # What a person reads and types: messages, tables, YAML and CSV; values, task arguments, files of tasks, answers.
 # Knows no command and asks no store. Results go to stdout, everything else to stderr.
@@ -12788,13 +12799,13 @@ def listed_submission(cells):
             task[top] = cell if top == "task_name" else literal(cell)
     return task
 
-# 11. Command line ############################################################
+# 12. Command line ############################################################
 #
 # Commands as one table, from which parsers, help and dispatch derive; what they print; main().
 # Knows nothing of the journal and of HTTP: a command calls the functions that scripts call too.
 # A command function takes the parsed options and returns its exit code (None: 0). What people like and work can do
 # without is in labtasker_cli.py, which enters its commands into the table and shows what there is in a nicer way.
-# Uses 1, 2, 3, 5 to 10. Tests: test_cli.py, test_terminal.py.
+# Uses 1, 2, 3, 5 to 11. Tests: test_cli.py, test_terminal.py.
 EACH_DAY = ("task", "loop", "watch", "init", "serve", "sbatch")  # what the list of commands tells the most of
 EVERY = 10 ** 9  # the limit of a listing that leaves nothing out
 EXTRA_COMMANDS = {  # the commands of labtasker_cli.py, and what they are for
