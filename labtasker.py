@@ -1617,27 +1617,42 @@ ANY_NUMBER = ("$add", "$multiply", "$and", "$or")
 # nothing of files and sockets. A record is a named tuple that is never changed: a change makes a
 # new one. Uses 1. Tests: test_model.py.
 
-Field = collections.namedtuple("Field", "kind default extension meaning")
+Field = collections.namedtuple("Field", "kind default extension meaning submitted updated flag")
+Field.__new__.__defaults__ = None, None, None
 
-# A task field is added here and nowhere else: record, journal, wire and filters derive from it.
+# A task field is one row here. The record, the journal, the wire, the filters, the Python functions, `task submit`,
+# `task update` and the help derive from it.
+#   kind       what its values are: a row of KINDS where a request can have it
+#   extension  False: every client sees it; True: only one that asks for extensions; None: nobody
+#   meaning    its help; that of the flag is the part before the first semicolon
+#   submitted  how a submission takes it. "set": as it is. "nest": dotted keys become dicts. "id": the client made it.
+#              "note": the client notes it, and it does not tell one submission from another. None: not at all
+#   updated    how an update takes it. "set": as it is. "merge": into what is there. "move": by TASK_MOVES. None: not
+#   flag       its option of `task submit`
 TASK_FIELDS = {
-    "task_id": Field("id", None, False, "UUID4"),
+    "task_id": Field("id", None, False, "UUID4", "id"),
     "queue_id": Field("id", None, False, "the queue it is in"),
-    "status": Field("status", None, False, "pending, running, success, failed or cancelled"),
-    "task_name": Field("name", None, False, "letters, digits, _ and -, at most 100; or null"),
+    "status": Field("status", None, False, "pending, running, success, failed or cancelled", None, "move"),
+    "task_name": Field("name", None, False, "letters, digits, _ and -, at most 100; or null", "set", "set",
+                       "--name --task-name NAME"),
     "created_at": Field("time", None, False, "when it was submitted"),
     "start_time": Field("time", None, False, "when its last run was fetched; null until then"),
     "last_heartbeat": Field("time", None, False, "when its run was last heard of"),
     "last_modified": Field("time", None, False, "when anything but a heartbeat last changed it"),
-    "heartbeat_timeout": Field("seconds", None, False, "silence after which a run is given up; null: never"),
-    "task_timeout": Field("seconds", None, False, "length after which a run is given up; null: never"),
-    "max_retries": Field("count", 3, False, "failed runs after which it is failed for good"),
-    "retries": Field("count", 0, False, "failed runs so far"),
-    "priority": Field("int", 0, False, "higher is fetched first"),
-    "metadata": Field("dict", {}, False, "the submitter's notes: tags and the like"),
-    "args": Field("dict", {}, False, "what the job is run with"),
-    "cmd": Field("cmd", "", False, "the command it was submitted, or is run, with: text or list"),
-    "summary": Field("dict", {}, False, "what the job reported"),
+    "heartbeat_timeout": Field("seconds", None, False, "silence after which a run is given up; null: never", "set",
+                               "set", "--heartbeat-timeout TIME"),
+    "task_timeout": Field("seconds", None, False, "length after which a run is given up; null: never", "set", "set",
+                          "--task-timeout TIME"),
+    "max_retries": Field("count", 3, False, "failed runs after which it fails for good", "set", "set",
+                         "--max-retries N"),
+    "retries": Field("count", 0, False, "failed runs so far", None, "set"),
+    "priority": Field("int", 0, False, "higher is fetched first", "set", "set", "--priority N"),
+    "metadata": Field("dict", {}, False, "the submitter's notes: tags and the like", "nest", "merge",
+                      "--metadata DICT"),
+    "args": Field("dict", {}, False, "what the job is run with", "nest", "merge", "--args DICT"),
+    "cmd": Field("cmd", "", False, "the command it was submitted, or is run, with: text or list", "set", "set",
+                 "--cmd TEXT"),
+    "summary": Field("dict", {}, False, "what the job reported", None, "merge"),
     "worker_id": Field("id", None, False, "the worker that runs it; null when none does"),
     "run_id": Field("id", None, True, "its run, or its last one until the task is reset, cancelled or fetched"),
     "run_end": Field("text", None, True, "how that run ended: success, failed, cancelled, pending or timeout"),
@@ -1645,7 +1660,8 @@ TASK_FIELDS = {
     "reason": Field("text", None, True, "why the last run was handed back"),
     "not_before": Field("time", None, True, "until when it is given to nobody, as its job asked for a pause; or null"),
     "attempts": Field("list", [], True, "its last runs: host, pid, worker_id, git, log, start, end, status, exit_code"),
-    "git": Field("text", None, True, "the commit it was submitted from, with -dirty where files were changed since"),
+    "git": Field("commit", None, True, "the commit it was submitted from, with -dirty where files were changed since",
+                 "note"),
     "fetch_id": Field("id", None, None, "the client's id of the fetch that started the run"),
     "digest": Field("int", None, None, "checksum of the submission, by which a repeat of it is known"),
 }
@@ -1669,12 +1685,14 @@ QUEUE_FIELDS = {
     "password": Field("text", None, None, "PBKDF2 of its password; null: the store's own users only"),
 }
 
-# `extension` False: every client sees the field; True: only one that asks for extensions; None: nobody.
-
 
 def visible(fields):
     """Return the part of a table of fields that clients can see, sort by and filter by."""
     return {name: field for name, field in fields.items() if field.extension is not None}
+
+
+SUBMITTED = {name: field for name, field in TASK_FIELDS.items() if field.submitted}
+UPDATED = {name: field for name, field in TASK_FIELDS.items() if field.updated}
 
 
 def _record_type(name, fields):
@@ -4391,8 +4409,9 @@ def delete_queue_op(store, queue, request, at):
 # Operations: tasks
 
 
-_PLAIN_INPUT = [(name, TASK_FIELDS[name].default) for name in (
-    "task_name", "cmd", "heartbeat_timeout", "task_timeout", "max_retries", "priority")]
+_PLAIN_INPUT = [(name, field.default) for name, field in SUBMITTED.items() if field.submitted == "set"]
+_NESTED_INPUT, _NOTED_INPUT = [[name for name, field in SUBMITTED.items() if field.submitted == how]
+                               for how in ("nest", "note")]
 
 
 def _submission(request, at):
@@ -4400,18 +4419,20 @@ def _submission(request, at):
     if not request["args"] and not request["cmd"]:
         raise BadRequest("a task needs args or cmd: both are empty")
     fields = {"status": "pending", "created_at": at}
-    for name in ("args", "metadata"):
+    for name in _NESTED_INPUT:
         if request[name]:
             fields[name] = nest(request[name], name)
     for name, default in _PLAIN_INPUT:
-        if request[name] != default and request[name] is not None:
-            fields[name] = request[name]
+        value = request[name]
+        if value is not None and value != default:
+            fields[name] = value
     task_id = request["task_id"]
     if task_id:
         content = {key: value for key, value in fields.items() if key != "created_at"}
         fields["digest"] = zlib.crc32(json.dumps(content, sort_keys=True).encode())
-    if request.get("git"):
-        fields["git"] = request["git"]
+    for name in _NOTED_INPUT:
+        if request[name]:
+            fields[name] = request[name]
     return task_id or new_id(), fields
 
 
@@ -4753,14 +4774,13 @@ def _updated(task, request, reset):
     """Return (fields, old state or None) of one update; InvalidStateTransition or InvalidFields when it can't be."""
     replaced = request.get("replace_fields") or ()
     fields = {}
-    for name in ("task_name", "heartbeat_timeout", "task_timeout", "max_retries", "retries", "priority", "cmd"):
-        if request.get(name) is not None or (name in replaced and name in request):
-            value = request.get(name)
-            fields[name] = TASK_FIELDS[name].default if value is None else value
-    for name in ("args", "metadata", "summary"):
-        if request.get(name) is not None:
-            new = nest(request[name], name)
+    for name, field in UPDATED.items():
+        value = request.get(name)
+        if field.updated == "merge" and value is not None:
+            new = nest(value, name)
             fields[name] = new if name in replaced else merge(getattr(task, name), new)
+        elif field.updated == "set" and (value is not None or name in replaced and name in request):
+            fields[name] = field.default if value is None else value
     if reset:
         fields.update(RESET, **_without_pause(task))
         fields.update(status=move(TASK_MOVES, task.status, "reset", "task " + task.task_id))
@@ -5213,7 +5233,7 @@ KINDS = {
     "cmd": _kind("text or a list of text", lambda value: isinstance(value, str) or _is_texts(value)),
     "sort": _kind("a list of at most %d [field, 1 or -1]" % MAX_SORTS, _is_sort),
     "attempt": _kind("an object of names with texts and numbers, of at most %d bytes" % ATTEMPT_BYTES, _is_attempt),
-    "git": _text("a commit's id, with -dirty where files were changed since", Pattern(r"[0-9a-f]{7,64}(-dirty)?\Z")),
+    "commit": _text("a commit's id, with -dirty where files were changed since", Pattern(r"[0-9a-f]{7,64}(-dirty)?\Z")),
     "event_id": _text("an event's id, like 17.0", Pattern(r"\d{1,15}\.\d{1,6}\Z")),
 }
 
@@ -5470,11 +5490,9 @@ def _route(operation, meaning, fields=(), query=(), status=200, writes=True, ope
                  run, waits, quick)
 
 
-_TASK_INPUT = {
-    "task_id": _ours("id"), "task_name": Arg("name"), "args": Arg("dict"), "metadata": Arg("dict"),
-    "cmd": Arg("cmd"), "heartbeat_timeout": Arg("seconds"), "task_timeout": Arg("seconds"),
-    "max_retries": Arg("count", 3), "priority": Arg("int", 0),
-}
+_SUBMISSION = {name: Arg(field.kind, field.default if isinstance(field.default, int) else None,
+                         field.extension or field.submitted == "id") for name, field in SUBMITTED.items()}
+_UPDATE = {name: Arg(field.kind, None, field.extension) for name, field in UPDATED.items()}
 _PAGE = {"offset": Arg("whole", 0), "limit": Arg("whole", 100), "extra_filter": Arg("filter"), "sort": Arg("sort")}
 _QUEUE, _TASKS, _WORKERS = "/api/v1/queues/me", "/api/v1/queues/me/tasks", "/api/v1/queues/me/workers"
 
@@ -5501,13 +5519,11 @@ ROUTES = {
         query={"cascade_delete": Arg("bool", False)}),
     "POST " + _TASKS: _route(
         submit_tasks_op, "submit a task, or a list of them in one transaction", status=201,
-        fields=dict(_TASK_INPUT, git=_ours("git")), body="either", quick=_always),
+        fields=_SUBMISSION, body="either", quick=_always),
     "PUT " + _TASKS: _route(
         update_tasks_op, "update tasks, all or none", body="list", prepare=_prepare_updates,
         query={"reset_pending": Arg("bool", True)},
-        fields=dict(_TASK_INPUT, task_id=Arg("id"), _id=Arg("id"), replace_fields=Arg("texts"),
-                    status=Arg("status"), retries=Arg("count"), max_retries=Arg("count"), priority=Arg("int"),
-                    summary=Arg("dict"))),
+        fields=dict(_UPDATE, task_id=Arg("id"), _id=Arg("id"), replace_fields=Arg("texts"))),
     "POST " + _TASKS + "/search": _route(
         search_tasks_op, "tasks that match", writes=False, prepare=_prepare_search(visible(TASK_FIELDS)),
         fields=dict(_PAGE, task_id=Arg("id"), task_name=Arg("text"), status=Arg("status"))),
@@ -8490,13 +8506,25 @@ def delete_queue(cascade_delete=True):
 
 
 def submit_task(task_name=None, args=None, metadata=None, cmd=None, heartbeat_timeout=None, task_timeout=None,
-                max_retries=3, priority=0):
-    """Return `.task_id` of a new pending task.
+                max_retries=3, priority=0, **ours):
+    """Return `.task_id` of a new pending task. `ours` are the fields of a submission that Labtasker 1.0.1 lacks; one
+    that there is not raises LabtaskerTypeError.
 
     `args` is what the job is run with: its keys must be exactly what the job requires. The timeouts are seconds;
     a higher priority is fetched first. Asking again after a lost answer is safe: the id is made here."""
-    answer = _ask("POST " + _TASKS, task_id=new_id(), git=code_version(), **locals())
-    return TaskSubmitResponse(task_id=answer["task_id"])
+    fields = locals()
+    fields.update(fields.pop("ours"))
+    return TaskSubmitResponse(task_id=_ask("POST " + _TASKS, **_submitted(fields))["task_id"])
+
+
+def _submitted(task):
+    """Return the fields that are sent of a submission, with its id; raises LabtaskerTypeError for an unknown one."""
+    for name in task:
+        if name not in SUBMITTED:
+            like = nearest(name, SUBMITTED)
+            raise LabtaskerTypeError("a submission has no field %r%s; it has %s" % (
+                name, ", did you mean %r?" % like if like else "", ", ".join(SUBMITTED)))
+    return _given(**dict({"task_id": new_id(), "git": code_version()}, **task))
 
 
 def _parts(items, size, doing):
@@ -8516,9 +8544,9 @@ def submit_tasks(tasks, unique=False):
         tasks = [dict(task, args=Plain(refuse_odd).value(task.get("args"), ["args"])) for task in tasks]
         new, ids = unseen(tasks)
         return submit_tasks(new) and ids if new else ids
-    tasks, ids = [_given(**dict({"task_id": new_id(), "git": code_version()}, **task)) for task in tasks], []
+    tasks, ids = [_submitted(task) for task in tasks], []
     if not client().extensions:
-        plain = {name: _TASK_INPUT[name].default for name in ("max_retries", "priority")}
+        plain = {name: field.default for name, field in SUBMITTED.items() if field.kind in ("count", "int")}
         return [_ask("POST " + _TASKS, **dict(plain, **task))["task_id"] for task, in _parts(tasks, 1, "submitting")]
     for part in _parts(tasks, CHUNK_TASKS, "submitting"):
         ids += client().call("POST", _TASKS, part)["task_ids"]
@@ -12650,8 +12678,7 @@ def confirm(question, option, given):
 # ---- Task arguments: `-- --lr=0.1 --model resnet`, --args, --grid, --from
 ARGUMENT = r"(?s)--?([^=\s-][^=]*)(?:=(.*))?\Z"
 RANGE = r"(?i){0}:{0}:{0}\Z".format(r"(-?[\d.]+(?:e-?\d+)?)")
-SUBMISSION_FIELDS = ("task_name", "args", "metadata", "cmd", "heartbeat_timeout", "task_timeout", "max_retries",
-                     "priority")
+SUBMISSION_FIELDS = [name for name, field in SUBMITTED.items() if field.flag]
 
 
 def typed_arguments(words):
@@ -12793,10 +12820,11 @@ def listed_submission(cells):
     task = {"args": {}}
     for key, cell in cells.items():
         top, _, rest = key.partition(".")
-        if top in ("args", "metadata") and rest:
+        kind = TASK_FIELDS[top].kind if top in SUBMISSION_FIELDS else None
+        if kind == "dict" and rest:
             task.setdefault(top, {})[rest] = literal(cell)
-        elif top in SUBMISSION_FIELDS and not rest:
-            task[top] = cell if top == "task_name" else literal(cell)
+        elif kind and not rest:
+            task[top] = cell if kind == "name" else literal(cell)
     return task
 
 # 12. Command line ############################################################
@@ -14392,17 +14420,23 @@ QUEUE = [option("--queue-name NAME", "letters, digits, _ and -"),
          option("--password PASSWORD", "else LABTASKER_PASSWORD, else asked")]
 JOURNAL = option("--db-path FILE", "the journal (that of the configured store)", type=for_system)
 SILENCE = option("--heartbeat-timeout TIME", "silence after which a run is given up", type=seconds)
+
+OPTION_TYPES = {"seconds": seconds, "count": count, "int": int}  # kind of a field: the type of its option
+
+
+def field_option(name, field):
+    """Return the option of `task submit` that sets a field of the task."""
+    words = field.meaning.split(";")[0] + {"dict": ", as JSON or Python literal"}.get(field.kind, "")
+    words += " (%d)" % field.default if field.kind in ("count", "int") else ""
+    return option(field.flag, words, dest=name, **_given(type=OPTION_TYPES.get(field.kind)))
+
+
 COMMANDS = {
     "task submit": Command(
         do_task_submit, "Queue a task, or many. Values are Python literals, else text; dots nest.",
         "labtasker task submit --name grid -- --lr=0.001 --opt.momentum=0.9\n"
         "labtasker task submit --grid -- --lr=0.1,0.01 --seed=1:5:1", [
-            option("--args DICT", "the arguments as JSON or Python literal"),
-            option("--name --task-name NAME", "letters, digits, _ and -", dest="task_name"), METADATA,
-            option("--priority N", "higher is run first (0)", type=int),
-            option("--max-retries N", "failed runs after which it is failed (3)", type=count),
-            option("--cmd TEXT", "a command to keep with the task"), SILENCE,
-            option("--task-timeout TIME", "length after which a run is given up", type=seconds),
+            *[field_option(name, field) for name, field in SUBMITTED.items() if field.flag],
             option("--grid", "one task for each combination of comma-separated values and start:stop:step ranges, "
                    "stop included"),
             option("--from FILE", "one task a line of JSON lines or CSV; - is stdin", dest="from_file",
