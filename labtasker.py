@@ -1766,7 +1766,7 @@ def covers(required, shape):
 
 # 4. Journal ##################################################################
 #
-# An append-only file of JSON lines: lock, append, sync, replay, heal. A line is a transaction:
+# An append-only file of JSON lines: lock, append, sync, replay, replace, verify, repair. A line is a transaction:
 #   {"n":18,"durable":17,"at":1763800000.1,...,"crc":"89abcdef"}
 # `n` counts without gaps, `durable` is the last n known to be on disk when the line was written,
 # `crc` is the zlib.crc32 of the bytes before it. The first line names the format. After a compaction
@@ -1781,18 +1781,18 @@ FSYNC_MODES = {
 }
 SYNC_INTERVAL_S = 1.0  # of --fsync interval
 READ_BYTES = 1 << 20  # read at a time when a journal is replayed
-OWNER_BYTES = 512  # of an owner file; its JSON is filled up with blanks
-BEAT_BYTES = 4096  # of a beat file that are read; it is a line
-MOST_NOTE_BYTES = 64 << 10  # of a file in which a process says who it is
-MOST_FILE_BYTES = 64 << 20  # of another JSON file of ours: four times what a server takes as one request
-OWNER_LAPSE_S = 12.0  # for so long another host's counter must stand still before its store is taken over
+OWNER_BYTES = 512  # length of an owner file; its JSON is padded with blanks
+BEAT_BYTES = 4096  # read of a beat file, which is one line
+MOST_NOTE_BYTES = 64 << 10  # read of a file in which a process says who it is
+MOST_FILE_BYTES = 64 << 20  # read of any other JSON file: four times what a server takes as one request
+OWNER_LAPSE_S = 12.0  # how long another host's counter must stand still before its store is taken over
 HEADER_BYTES = 64 << 10  # a journal's first line is shorter
-MARK_BYTES = 10  # of a line's end, its checksum among them
-ADOPT_BYTES = 256 << 10  # of new lines that a compaction copies while writers wait: some milliseconds
+MARK_BYTES = 10  # at the end of a line, with its checksum, by which the line is recognised
+ADOPT_BYTES = 256 << 10  # new lines that a compaction copies while writers wait
 
 
 class Disk:
-    """Every call that changes a file of the store: the one seam where tests make a disk fail."""
+    """The calls that change files of the store. Tests replace them to make a disk fail."""
 
     open = staticmethod(os.open)
     write = staticmethod(os.write)
@@ -1801,7 +1801,7 @@ class Disk:
 
     @staticmethod
     def sync(fd):
-        """Return when the file's data is on the disk itself; macOS needs a word of its own for that."""
+        """Return when the file's data is on the disk itself; macOS has a call of its own for that."""
         if hasattr(fcntl, "F_FULLFSYNC"):
             fcntl.fcntl(fd, fcntl.F_FULLFSYNC)
         else:
@@ -1809,7 +1809,7 @@ class Disk:
 
     @classmethod
     def write_all(cls, fd, data):
-        """Return when all of `data` was written; short writes are continued."""
+        """Write all of `data`; short writes are continued."""
         view = memoryview(data)
         while view:
             view = view[cls.write(fd, view):]
@@ -1828,8 +1828,8 @@ class Disk:
 
     @classmethod
     def create(cls, path, pieces, synced=True, keep=None):
-        """Return when a file of these byte `pieces` is on disk under `path`: all of it, or none. Not `synced`: a power
-        cut may lose it. `keep`: see `replace`."""
+        """Put a file of these byte `pieces` on disk under `path`: all of it, or none. A power cut may lose a file that
+        is not `synced`. `keep`: see `replace`."""
         path = path if keep is None else real_path(path)
         draft = cls.draft(path, pieces, synced)
         try:
@@ -1865,11 +1865,11 @@ class Disk:
 
     @classmethod
     def replace(cls, draft, path, keep=0o7777, ask=None):
-        """Return when the name `path` leads to the file `draft`; the folder is still to be synced.
+        """Rename the file `draft` to `path`; the folder is still to be synced.
 
-        Owner, group and the bits `keep` of the mode stay those of the file that was there; who may not give the file
-        away gets a PermissionError. `keep` None: they are new. `ask` is called last: it raises where the file must
-        not be replaced."""
+        Owner, group and the bits `keep` of the mode stay those of the file that was there, or PermissionError is raised
+        where this user may not set them. With `keep` None they are those of the draft. `ask` is called last, and raises
+        where the file must not be replaced."""
         if keep is not None and os.path.exists(path):
             cls.make_like(draft, path, keep)
         if ask:
@@ -1887,7 +1887,7 @@ class Disk:
 
     @classmethod
     def make_folder(cls, path):
-        """Return when the folder is there, for its owner alone if it is new, and its name is on disk."""
+        """Make the folder, for its owner alone, and put its name on disk; one that exists stays as it is."""
         if os.path.isdir(path):
             return
         parent = os.path.dirname(os.path.abspath(path))
@@ -1903,15 +1903,15 @@ class Disk:
 
     @classmethod
     def sync_name(cls, folder):
-        """Return when the name of a folder is on disk, as far as this process may see to that."""
+        """Put the name of a folder on disk, where this process may."""
         try:
             cls.sync_folder(os.path.abspath(folder))
-        except PermissionError:  # the folder above may not be opened: whoever made it had to
+        except PermissionError:  # the parent can't be opened: its maker had to sync it
             pass
 
 
 def real_path(path):
-    """Return where a file is, or will be, whose name may be a symbolic link; a link to what is no file is none."""
+    """Return where a file is, or will be, whose name may be a symbolic link; a link to a folder or device stays."""
     leads_on = os.path.islink(path) and (os.path.isfile(path) or not os.path.exists(path))
     return os.path.realpath(path) if leads_on else os.path.abspath(path)
 
@@ -1938,7 +1938,7 @@ class FileLock:
         self.path = path
 
     def _open(self):
-        """Open the file; a new one belongs to whom the locked file belongs, whoever makes it."""
+        """Open the file; a new one gets the owner of the file that it locks, whoever makes it."""
         is_new, locked = not os.path.exists(self.path), self.path.rpartition(".")[0]
         self.fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         opened = os.fstat(self.fd)
@@ -1946,11 +1946,11 @@ class FileLock:
         if is_new and os.path.exists(locked):
             try:
                 Disk.make_like(self.path, locked)
-            except OSError:  # it works for us all the same
+            except OSError:  # this process can use it as it is
                 pass
 
     def acquire(self, timeout_s):
-        """Return whether the lock was had within `timeout_s` seconds."""
+        """Return whether the lock was taken in `timeout_s` seconds; raise StoreUnavailable where locks don't work."""
         if self.fd is None:
             self._open()
         give_up_at, pause_s = monotonic() + timeout_s, 0.00005
@@ -1968,23 +1968,25 @@ class FileLock:
             pause_s = min(pause_s * 1.2, 0.005)
 
     def is_in_place(self):
-        """Return whether the file that is locked is the one that others would lock; also where its folder is away."""
+        """Return whether the locked file is the one that others would lock, or its folder is away."""
+        if self.fd is None:
+            return True
         try:
             there = os.stat(self.path)
-            return self.fd is None or self.identity == (there.st_dev, there.st_ino)
+            return self.identity == (there.st_dev, there.st_ino)
         except FileNotFoundError:
             return not os.path.isdir(os.path.dirname(self.path))
 
     def noted(self):
-        """Return what others knew to be on disk: (a line's number, the inode whose name is); zeros else."""
+        """Return (last durable line, inode with a synced name), as the last holder left it; else zeros."""
         if self.fd is None:
             return 0, 0
         told, _, check = os.pread(self.fd, 50, 0).rpartition(b" ")
         return tuple(map(int, told.split())) if told and check == b"%08x" % zlib.crc32(told) else (0, 0)
 
     def note(self, number, inode):
-        """Leave this for the next holder; the lock need not be held. It need not be synced, nor be there, nor be the
-        latest: what is too old only costs a sync."""
+        """Leave for the next holder what `noted` returns. It may be lost or out of date, which costs one sync, so it is
+        neither locked nor synced."""
         told = b"%020d %020d" % (number, inode)
         try:
             os.pwrite(self.fd, b"%s %08x" % (told, zlib.crc32(told)), 0)
@@ -1992,11 +1994,11 @@ class FileLock:
             pass
 
     def release(self):
-        """Return when others may have the lock."""
+        """Let others take the lock."""
         fcntl.flock(self.fd, fcntl.LOCK_UN)
 
     def close(self):
-        """Return when the lock is given up for good."""
+        """Release the lock and close its file."""
         fd, self.fd = self.fd, None
         if fd is not None:
             os.close(fd)
@@ -2005,12 +2007,22 @@ class FileLock:
 
 
 def host_id():
-    """Return what tells this host, and within it this pid namespace, from every other; a reboot makes another host."""
+    """Return a text that identifies this host's boot, and this pid namespace in it."""
     try:
         with open("/proc/sys/kernel/random/boot_id") as file:
             return "%s/%s" % (file.read().strip(), os.readlink("/proc/self/ns/pid"))
     except OSError:
         return os.uname().nodename if hasattr(os, "uname") else "host"
+
+
+def process_stat(pid):
+    """Return (state, process group, start) of a process of this host: a letter, a number, and a text in the kernel's
+    own count. Raises OSError where there is none, or no /proc."""
+    with open("/proc/%s/stat" % pid) as file:
+        fields = file.read().rpartition(")")[2].split()
+    if len(fields) < 20:
+        raise ProcessLookupError(errno.ESRCH, "no process %s" % pid)
+    return fields[0], int(fields[2]), fields[19]
 
 
 def process_start(pid):
@@ -2019,20 +2031,19 @@ def process_start(pid):
         if not os.path.isdir("/proc/self"):
             os.kill(pid, 0)
             return "unknown"
-        with open("/proc/%d/stat" % pid) as file:
-            fields = file.read().rpartition(")")[2].split()
-        return None if fields[0] in "ZX" else fields[19]
+        state, _, start = process_stat(pid)
+        return None if state in "ZX" else start
     except OSError:
         return None
 
 
 class OddFile(LabtaskerValueError):
-    """A file of ours that does not hold what it should: another program, or another version, wrote it."""
+    """A file that does not hold what it should: another program, or another version, wrote it."""
 
 
 def open_plain(path):
-    """Return a binary file to read from, or raise OddFile where the path is a pipe, a device, a folder: reading such a
-    one may wait, or not end."""
+    """Return a binary file to read from, or raise OddFile where the path is a pipe, a device or a folder: reading those
+    may block, or never end."""
     import stat
     try:
         fd = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0)
@@ -2050,10 +2061,10 @@ def open_plain(path):
 
 
 def load_json(path, kinds, needed=(), most_bytes=MOST_FILE_BYTES):
-    """Return the dict that a JSON file of ours holds. `kinds`: {field: its type, or [type] for a list of such}; None
-    may stand anywhere but for the fields that are `needed`, and other fields may be there.
+    """Return the dict that a JSON file holds. `kinds`: {field: its type, or [type] for a list}. A field may be missing
+    or None unless it is `needed`; other fields are allowed.
 
-    Raises OSError where it can't be read, OddFile where it is anything else."""
+    Raises OSError where the file can't be read, OddFile where it holds anything else."""
     with open_plain(path) as file:
         data = file.read(most_bytes + 1)
     if len(data) > most_bytes:
@@ -2078,7 +2089,7 @@ def _is_kind(value, kind):
 
 
 def read_json(path, kinds=None, most_bytes=MOST_FILE_BYTES):
-    """Return what load_json does; {} where the file is not there or not what it should be."""
+    """Return what load_json does, or {} where that raises."""
     try:
         return load_json(path, kinds, (), most_bytes)
     except (OSError, OddFile):
@@ -2090,12 +2101,12 @@ OWNER_KINDS = {"host_id": str, "host": str, "pid": int, "started": str, "server"
 
 
 def read_server_file(folder):
-    """Return what the server of the store in `folder` says of itself in server.json, or None."""
+    """Return what the server of the store in `folder` wrote about itself into server.json, or None."""
     return read_json(os.path.join(folder, "server.json"), SERVER_KINDS, MOST_NOTE_BYTES) or None
 
 
 def read_beat(path):
-    """Return the text of a run's beat file, None where it is not there or can't be one."""
+    """Return the text of a run's beat file, None where there is none that can be read."""
     try:
         with open_plain(path) as file:
             return file.read(BEAT_BYTES).decode("ascii")
@@ -2104,20 +2115,20 @@ def read_beat(path):
 
 
 class Owner:
-    """Which host may write to a store, for file systems on which a lock taken on one host is not seen on another.
+    """Which host may write to a store. It serves file systems on which other hosts don't see a lock.
 
-    The owner is named by the file PATH.owner-EPOCH of the highest epoch, made by link(), which only one can do.
-    It holds host, process and a counter that moves while the owner lives. An owner whose file is gone, or who
-    sees one of the next epoch, stops. The processes of one host without a server share an epoch under `flock`."""
+    The file PATH.owner-EPOCH of the highest epoch names the owner. It is made by link(), so that only one process can
+    make it, and holds host, process and a counter that moves while the owner lives. An owner stops when its file is
+    gone or one of the next epoch is there. The processes of one host without a server share an epoch."""
 
     def __init__(self, path, is_server):
         self.path, self.is_server, self.host_id = path, is_server, host_id()
         self.epoch, self.count, self.moved_at = None, 0, -math.inf
         self.process = None, None  # this one's id, and when it started
         self.files = {}  # epoch: the path of its owner file
-        self.used = None, None  # a descriptor of the owner file with a shared lock: somebody here uses the store; whose
+        self.used = None, None  # (descriptor of the owner file, with a shared lock; the process that took that)
         self.stood_still = {}  # {run id: its beat file} of those that did not move while a silent owner was watched
-        self.unlock = self.lock = lambda: None  # of the journal: who is watched for long must be able to work meanwhile
+        self.unlock = self.lock = lambda: None  # of the journal: it is released while another owner is watched
 
     def _file(self, epoch):
         if epoch not in self.files:
@@ -2131,7 +2142,7 @@ class Owner:
         return sorted(int(end) for end in ends if re.match(r"[0-9]{1,15}\Z", end))
 
     def read(self, epoch):
-        """Return what the owner of an epoch says of itself; {} when that can't be read."""
+        """Return what the owner of an epoch wrote about itself, {} when that can't be read."""
         return read_json(self._file(epoch), OWNER_KINDS, MOST_NOTE_BYTES)
 
     def holds(self):
@@ -2142,8 +2153,8 @@ class Owner:
     def claim(self, takeover=False):
         """Return whether a new epoch began here; raise StoreUnavailable when another owner lives.
 
-        The lock is held, so on this host only a server that the lock did not keep out can live. What another host's
-        counter does is watched on this host's own clock; the lock is let go meanwhile."""
+        Call it with the lock held: another server of this host can only live where locks don't work. Another host's
+        counter is watched on this host's clock, and the lock is released meanwhile."""
         while True:
             last = (self.epochs() or [0])[-1]
             told = self.read(last) if last else {"released": True}
@@ -2153,7 +2164,7 @@ class Owner:
             if here and not self.is_server:
                 self.epoch, self.moved_at = last, -math.inf
                 self._use()
-                self.move()  # at once, in case that it was released
+                self.move()  # at once: the last owner may have released it
                 if self.holds():
                     return False
                 continue
@@ -2168,8 +2179,8 @@ class Owner:
                 return True
 
     def _is_silent(self, epoch, told):
-        """Return whether another host's owner does not move its counter for a while; then the runs of that host whose
-        beats did not move either are known to be over."""
+        """Return whether another host's owner left its counter still for OWNER_LAPSE_S. The runs of that host whose
+        beats did not move either are over, and noted in `stood_still`."""
         def is_still():
             return self.read(epoch).get("count") == told.get("count")
         give_up_at, before = monotonic() + OWNER_LAPSE_S, self._beats()
@@ -2194,7 +2205,7 @@ class Owner:
         return {name: text for name, text in texts if text}
 
     def _take(self, epoch):
-        """Return whether this process made the owner file of this epoch; then those before it are gone."""
+        """Return whether this process made the owner file of this epoch; older ones are removed."""
         draft = "%s.owner.new-%d" % (self.path, os.getpid())
         self._write(draft, os.O_CREAT | os.O_TRUNC)
         try:
@@ -2215,19 +2226,19 @@ class Owner:
             if old < epoch:
                 try:
                     os.unlink(self._file(old))
-                except OSError:  # it is gone already, or a folder that another program made
+                except OSError:  # it is gone, or a folder that another program made
                     pass
         return True
 
     def renew(self, epoch):
-        """Return whether the store is owned in this epoch now, which a line of the journal names.
+        """Return whether this process now owns the store in this epoch, which a line of the journal names.
 
-        It can't be where another host took the store over: its owner file is there, also where what this host lists
-        is out of date. There is none where the journal of another folder was copied into this one."""
+        False where another host took the store over: its owner file exists, even where this host's listing of the
+        folder is stale. There is none where the journal was copied here from another folder."""
         return self._take(epoch) and self.epochs()[-1:] == [epoch]
 
     def _told(self, **more):
-        """Return the bytes that say who this is, always of the same length."""
+        """Return the content of an owner file of this process, always of the same length."""
         self.count, self.moved_at, pid = self.count + 1, monotonic(), os.getpid()
         if self.process[0] != pid:
             self.process = pid, process_start(pid)
@@ -2236,8 +2247,8 @@ class Owner:
         return json.dumps(told).encode().ljust(OWNER_BYTES)
 
     def _write(self, path, flags=0, **more):
-        """Write into a file who this is, in place: a new file under the name costs an idle server ten times as much.
-        Who reads half of it sees a change as well."""
+        """Write into a file who this is. Rewritten in place, which costs less than a new file; a torn read still shows
+        a change."""
         fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC | flags, 0o600)
         try:
             os.write(fd, self._told(**more))
@@ -2253,9 +2264,9 @@ class Owner:
                 pass
 
     def show(self):
-        """Move the counter for this host's processes without a server, from one that lives with them and only reads.
+        """Move the counter for this host's processes without a server, from a living one that only reads.
 
-        Raises nothing: what can't be seen now is away, and another host waits for longer than that."""
+        Raises nothing: a file that can't be seen is away for a moment, and another host waits for longer than that."""
         if monotonic() - self.moved_at <= OWNER_LAPSE_S / 4:
             return
         try:
@@ -2267,8 +2278,9 @@ class Owner:
             pass
 
     def _use(self):
-        """Hold a shared lock on the owner file, by which processes of one host see that another uses the store too; the
-        journal's lock is held. A server, alone with its epoch, needs none."""
+        """Take a shared lock on the owner file, which shows this host's other processes that the store is in use.
+
+        Call it with the journal's lock held. A server needs none: its epoch is its own."""
         self._drop_use()
         if self.is_server:
             return
@@ -2277,7 +2289,7 @@ class Owner:
             fd = os.open(self._file(self.epoch), os.O_RDWR | os.O_CLOEXEC)
             fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
             self.used = fd, os.getpid()
-        except OSError:  # the file system has no such locks: then nobody releases the store
+        except OSError:  # without such locks nobody releases the store
             if fd is not None:
                 os.close(fd)
 
@@ -2291,7 +2303,7 @@ class Owner:
     def is_last(self):
         """Return whether no other process of this host uses the store; the journal's lock is held."""
         fd, pid = self.used
-        if self.is_server or fd is None or pid != os.getpid():  # a fork shares the lock of its parent
+        if self.is_server or fd is None or pid != os.getpid():  # a forked process shares the lock of its parent
             return self.is_server
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -2300,7 +2312,7 @@ class Owner:
             return False
 
     def release(self):
-        """Let another host have the store at once, unless a process of this host goes on with it."""
+        """Let another host take the store at once, unless another process of this host uses it."""
         try:
             if self.holds() and self.is_last():
                 self._write(self._file(self.epoch), released=True)
@@ -2331,13 +2343,13 @@ def unseal(line):
     return value if isinstance(value, dict) else None
 
 
-_read_json = json.JSONDecoder().raw_decode  # without the search for white space around, half of json.loads' time
+_read_json = json.JSONDecoder().raw_decode  # faster than json.loads: it looks for no white space around
 
 
 def unseal_all(lines):
-    """Return the JSON value of each of these lines without their newlines, or None for a damaged one.
+    """Return the JSON value of each of these lines, given without newlines, or None for a damaged one.
 
-    When all are whole they are parsed as one text, in two thirds of the time."""
+    When all are whole they are parsed as one text, which is faster."""
     if all([line[-18:-10] == b',"crc":"' and line[-2:] == b'"}' and b"%08x" % zlib.crc32(line[:-18]) == line[-10:-2]
             for line in lines]):
         try:
@@ -2350,9 +2362,9 @@ def unseal_all(lines):
 
 
 def last_durable(pieces):
-    """Return the highest `durable` in the whole lines that can be found in damaged bytes, also in mid-line; 0.
+    """Return the highest `durable` of the whole lines found in damaged bytes, also in the middle of a line; else 0.
 
-    Takes the bytes in pieces and keeps of them what may be a line alone: a crash can leave gigabytes of zeros."""
+    Keeps only what may be a part of a line of the `pieces`: a crash can leave gigabytes of zeros."""
     highest, held, begun = 0, bytearray(), False
     for piece in pieces:
         *ended, rest = piece.split(b"\n")
@@ -2374,7 +2386,7 @@ _LINE_BEGINS = b'{"n":'
 
 
 def _durable_in(data):
-    """Return what the whole line at the end of these bytes says is durable; 0 where there is none."""
+    """Return the `durable` of the whole line at the end of these bytes, 0 where there is none."""
     begin = data.find(_LINE_BEGINS) if data[-19:-11] == b',"crc":"' else -1
     while begin >= 0:
         durable = (unseal(data[begin:]) or {}).get("durable")
@@ -2398,14 +2410,14 @@ def newest(version, other):
 
 
 def newer(path, version, what):
-    """Return the error of a journal that says what this version does not know, with the way out."""
+    """Return the error of a journal that holds something this version does not know, with the way out."""
     wrote = "Labtasker %s wrote" % version if is_newer(version, __version__) else "a newer Labtasker wrote"
     return StoreDamaged("%s: %s to it what this one, version %s, does not know (%s). Nothing was changed: go on with "
                         "the newer labtasker.py, copied here in this one's place" % (path, wrote, __version__, what))
 
 
 def check_format(path, header):
-    """Raise StoreDamaged where the header of a journal names a format that this version does not know."""
+    """Raise StoreDamaged where a journal's header names a format that this version does not know."""
     number = header.get("format", FORMAT)
     if type(number) is not int or number > FORMAT:
         raise newer(path, header.get("version"), "journal format %s; it reads up to %d" % (number, FORMAT))
@@ -2419,26 +2431,30 @@ def mark_text(mark):
 class Batch:
     """Lines that go to disk together. They are there once it is `done`, unless `error` says why they are not."""
 
-    __slots__ = ("bodies", "undos", "tells", "done", "error")
+    __slots__ = ("lines", "done", "error")
 
     def __init__(self):
-        self.bodies, self.undos, self.tells, self.done, self.error = [], [], [], False, None
+        self.lines, self.done, self.error = [], False, None  # lines: (body, on_failed, on_written), see Journal
+
+
+def header_line(fd):
+    """Return the first line of an open journal, whatever it is."""
+    return os.pread(fd, HEADER_BYTES, 0).partition(b"\n")[0] + b"\n"
 
 
 class JournalFile:
-    """The file as it is opened, read on, and healed. `lock` guards every attribute."""
+    """The file as it is opened, read on, and healed, and how far it was read. `lock` guards every attribute."""
 
     def __init__(self, path, lock=None, disk=Disk, mode=os.O_RDWR | os.O_APPEND):
         self.path, self.lock, self.disk, self.mode = os.path.abspath(path), lock, disk, mode
         self.fd = self.inode = None
         self.size = self.n = self.durable = 0  # bytes applied, last line's number, last number on disk
-        self.mark = b""  # how the last line ends that was applied: its checksum tells this history from any other
+        self.mark = b""  # the end of the last line applied: its checksum tells this history from any other
         self.remains = b""  # what this process wrote after `size` and could not take back
-        self.seen = 0  # the file's length when it was read: a torn end is not news again
-        self.folds = 0  # lines read of those that stand for the folded ones
-        self.fenced = None  # why this process must never write again
-        self.heals = True  # whether a torn end is cut off; not by those who only read
-        self.reads_only = False  # whether the file is open to be read alone
+        self.seen = 0  # the file's length when it was last read, with a torn end that was reported then
+        self.folds = 0  # how many of the folded lines were read
+        self.heals = True  # whether a torn end is cut off, which a reader leaves alone
+        self.reads_only = False  # whether the file is open for reading only
         self.named = 0  # the inode whose name in the folder is known to be on disk
         self.header, self.notices = {}, []
 
@@ -2450,13 +2466,13 @@ class JournalFile:
             return False
 
     def open(self):
-        """Return when the file is open and its header read, or raise StoreDamaged; a missing or empty one is made."""
+        """Open the file and read its header, or raise StoreDamaged; a missing or empty one is made."""
         is_new = not self.exists() and bool(self.mode & os.O_RDWR)
         if is_new:
             self._make()
         fd = self._open()
         try:
-            line = os.pread(fd, HEADER_BYTES, 0).partition(b"\n")[0] + b"\n"
+            line = header_line(fd)
             header = unseal(line) or {}
             if header.get("journal") != "labtasker":
                 raise StoreDamaged("%s: byte 0: its first line is not the header of a Labtasker journal; nothing was "
@@ -2465,13 +2481,13 @@ class JournalFile:
         except BaseException:
             os.close(fd)
             raise
-        self._use(fd, header)
+        self.use(fd, header)
         self.named = self.inode if is_new else self.named
         if not self.size:
             self.size, self.n, self.mark = len(line), header.get("folded", 0), line[-1 - MARK_BYTES:-1]
 
     def _open(self):
-        """Return a descriptor of the file: one to read alone, where it may only be read and nothing is written."""
+        """Return a descriptor of the file; one for reading where this process may not write and does not have to."""
         self.reads_only = False
         try:
             return self.disk.open(self.path, self.mode | os.O_CLOEXEC)
@@ -2482,12 +2498,12 @@ class JournalFile:
         return self.disk.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
 
     def _make(self):
-        """Return when an empty journal is there, with its name on disk, or raise OSError and leave none."""
+        """Make an empty journal, with its name on disk, or raise OSError and leave none."""
         line = sealed({"journal": "labtasker", "format": FORMAT, "version": __version__, "store": new_id(),
                        "created_at": time.time()})
         try:
             self.disk.create(self.path, [line], keep=0o7777)
-            self.disk.sync_name(os.path.dirname(real_path(self.path)))  # who made it may have died before
+            self.disk.sync_name(os.path.dirname(real_path(self.path)))  # its maker may have died before that
         except OSError:
             if self.exists():  # its name may not be on disk
                 with open(self.path, "rb") as file:
@@ -2496,20 +2512,24 @@ class JournalFile:
                     os.unlink(real_path(self.path))
             raise
 
-    def _use(self, fd, header):
-        """Go on with another descriptor, of the same file or of one that has taken its place."""
+    def use(self, fd, header):
+        """Go on with another descriptor, of this file or of the one in its place."""
         old, self.fd, self.header, self.inode = self.fd, fd, header, os.fstat(fd).st_ino
         if old is not None:
             os.close(old)
 
-    def __del__(self):
-        if self.fd is not None:
-            os.close(self.fd)
+    def close(self):
+        """Close the file."""
+        fd, self.fd = self.fd, None
+        if fd is not None:
+            os.close(fd)
+
+    __del__ = close
 
     def read_new(self):
-        """Yield the value of each line after the last one read; damage raises StoreDamaged or is set aside.
+        """Yield the value of each line after the last one read. Damage is set aside, or raises StoreDamaged.
 
-        Call it with the file's lock held: what is half written then was left by a process that died."""
+        Call it with the file's lock held: a half-written line is then one of a process that died."""
         start = offset = self.size  # where the next line begins, and where its end is looked for
         self.seen, self.remains = os.fstat(self.fd).st_size, b""
         while offset < self.seen:
@@ -2529,18 +2549,18 @@ class JournalFile:
             self._heal()
 
     def _is_no_line(self, start, offset, at):
-        """Return whether a long stretch from `start`, whose newline is `at` bytes after `offset`, ends as no line does:
-        it need not be held in memory as a whole to be known as damage."""
+        """Return whether a long stretch from `start`, whose newline is `at` bytes after `offset`, ends as no line does.
+        So damage is recognised without holding it in memory."""
         return at >= 0 and offset - start > READ_BYTES and os.pread(self.fd, 8, offset + at - 18) != b',"crc":"'
 
     def _is_next(self, value):
-        """Return whether the line is the one that has to come now, and count it."""
+        """Return whether this line comes next, and count it."""
         if self.size < self.header.get("tail", 0):
             self.folds += value.get("fold") == self.folds + 1
             return value.get("fold") == self.folds
         n, durable = value.get("n"), value.get("durable")
         if type(n) is not int or type(durable) is not int or n != self.n + value.get("lost", 1):
-            return False  # `lost`: a repair could not save the lines up to this one
+            return False  # `lost`: how many lines up to this one a repair could not save
         self.n, self.durable = n, max(self.durable, durable)
         return True
 
@@ -2562,10 +2582,10 @@ class JournalFile:
         return self.fd is not None and self.exists() and self.length() not in (self.size, self.seen)
 
     def follow(self):
-        """Return whether this process can go on in the file that another has put in the place of the one it read.
+        """Return whether this process can go on in the file that now stands in the place of the one it read.
 
-        It can when it is the same store and all that was read here stands there too, folded or as lines. The last
-        line read here tells that by its checksum, which a fold keeps of the last line that it stands for."""
+        It can where that is the same store and holds all that was read here, folded or as lines. The checksum of the
+        last line read here shows it; a fold's header keeps that of the last line folded."""
         store, n, durable, mark = self.header.get("store"), self.n, self.durable, self.mark
         self.rewind()
         if self.header.get("store") != store or self.n > n:
@@ -2584,9 +2604,8 @@ class JournalFile:
 
     def forget(self):
         """Have the file opened and read from its first line next time."""
-        if self.fd is not None:
-            os.close(self.fd)
-        self.fd, self.mark, self.remains = None, b"", b""
+        self.close()
+        self.mark = self.remains = b""
         self.size = self.n = self.folds = self.durable = 0
 
     def rewind(self):
@@ -2594,7 +2613,7 @@ class JournalFile:
         self.forget()
         self.open()
 
-    def _bytes(self, offset, end):
+    def bytes(self, offset, end):
         """Yield the file's bytes from `offset` to `end` in pieces."""
         while offset < end:
             piece = os.pread(self.fd, min(READ_BYTES, end - offset), offset)
@@ -2604,19 +2623,19 @@ class JournalFile:
             yield piece
 
     def _heal(self):
-        """Return after setting the damaged end aside, or raise StoreDamaged when acknowledged lines are damaged.
+        """Set the damaged end aside, or raise StoreDamaged when acknowledged lines are damaged.
 
-        Those who only read leave it where it is: its writer may live. A line says what was durable before it:
-        damage at or before any later line's `durable` is rot."""
+        Damage at or before the `durable` of any later line is in acknowledged lines. A reader leaves the end where it
+        is: its writer may live."""
         bad_n, end = self.n + 1, os.fstat(self.fd).st_size
-        if self.size < self.header.get("tail", 0) or last_durable(self._bytes(self.size, end)) >= bad_n:
+        if self.size < self.header.get("tail", 0) or last_durable(self.bytes(self.size, end)) >= bad_n:
             raise StoreDamaged("%s: byte %d: line %d is damaged, and was on disk when later lines were written; "
                                "nothing was changed. 'labtasker journal verify' shows all damage, 'labtasker journal "
                                "repair' saves what can be saved" % (self.path, self.size, bad_n))
         if not self.heals or self.mode == os.O_RDONLY:
             return
         aside = "%s.torn-%d-%d" % (self.path, self.size, time.time() * 1000)
-        self.disk.create(aside, self._bytes(self.size, end))
+        self.disk.create(aside, self.bytes(self.size, end))
         self.disk.truncate(self.fd, self.size)
         self.disk.sync(self.fd)
         self.notices.append(
@@ -2624,92 +2643,109 @@ class JournalFile:
             "them); they are kept in %s" % (self.path, end - self.size, self.size, aside))
 
 
-class ReplacedFile(JournalFile):
-    """The file as another is put in its place: a copy of its good lines after a failed sync, a fold."""
+class JournalWriter:
+    """What changes a journal's file: it writes, syncs, cuts back, and puts another file in its place.
 
-    io = broken = None  # see Journal
+    Nothing is written unless this process owns the store and the file is the one that was read."""
 
-    def __init__(self, path, lock=None, disk=Disk, mode=os.O_RDWR | os.O_APPEND):
-        super().__init__(path, lock, disk, mode)
-        self.allowed = lambda: True  # whether this process still owns the store, asked around every write
-        self.stops = True  # whether this process never writes again once the file is not as it left it
+    def __init__(self, file, stops):
+        self.file, self.lock = file, file.lock
+        self.io = threading.Lock()  # held while the file is written to or replaced; taken before `lock`
+        self.is_owned = lambda: True  # whether this process still owns the store, asked around every write
+        self.stops = stops  # whether this process never writes again once the file is not as it left it
+        self.fenced = None  # why this process must never write again
+        self.broken = None  # why the page cache can't be trusted, until the file was written anew
+        self.synced_at = 0.0
+
+    def fence(self, text):
+        """Raise StoreUnavailable, now and at every later write: what stands there now is another's."""
+        self.fenced = text
+        raise StoreUnavailable(text)
 
     def check(self, end=None):
         """Return the file's length, or raise StoreUnavailable unless this process owns the store and the file is the
         one it knows: up to byte `end` (all that was applied), and after it only what this process wrote itself."""
-        end = self.size if end is None else end
+        file = self.file
+        end = file.size if end is None else end
         try:
-            is_there = os.stat(self.path).st_ino == self.inode
+            is_there = os.stat(file.path).st_ino == file.inode
         except OSError:
-            raise StoreAway(AWAY % self.path) from None
-        found = os.pread(self.fd, MARK_BYTES + 2 + len(self.remains), self.size - 1 - MARK_BYTES)
+            raise StoreAway(AWAY % file.path) from None
+        found = os.pread(file.fd, MARK_BYTES + 2 + len(file.remains), file.size - 1 - MARK_BYTES)
         mark, rest = found[:MARK_BYTES], found[MARK_BYTES + 1:]
-        if end != self.size:
-            rest = os.pread(self.fd, len(self.remains) + 1, end)
-        if is_there and mark == self.mark and self.remains.startswith(rest) and self.allowed():
+        if end != file.size:
+            rest = os.pread(file.fd, len(file.remains) + 1, end)
+        if is_there and mark == file.mark and file.remains.startswith(rest) and self.is_owned():
             return end + len(rest)
         text = ("%s has another owner or another writer now, or other content: this process must not write to it; "
-                "start again to go on with what is there" % self.path)
+                "start again to go on with what is there" % file.path)
         if self.stops:
-            self.fenced = text
+            self.fence(text)
         raise StoreUnavailable(text)
 
-    def _replace(self, draft, fd, end, size):
-        """Return when the file `draft`, open as `fd`, is the journal: the one door by which a file takes its place.
+    def write(self, data):
+        """Return whether `data` now ends the file and nobody else's bytes do, or raise OSError or StoreUnavailable."""
+        if self.broken:
+            self.write_anew()
+        self.check()
+        file = self.file
+        file.remains = data
+        file.disk.write_all(file.fd, data)
+        return os.fstat(file.fd).st_size == file.size + len(data)
 
-        It holds what this file holds up to byte `end`, of which `size` bytes of its own were applied here. Raises
-        StoreUnavailable where `check` does, or OSError; up to the rename the journal is as it was then."""
-        known = []
-        self.disk.replace(draft, real_path(self.path), ask=lambda: known.append(self.check(end)))
-        is_late = os.fstat(self.fd).st_size > known[0]
-        if is_late:  # this process was stopped just then, and another owner wrote: its lines are in no other file
-            for piece in self._bytes(end, os.fstat(self.fd).st_size):
-                self.disk.write_all(fd, piece)
-            self.disk.sync(fd)
-        header = unseal(os.pread(fd, HEADER_BYTES, 0).partition(b"\n")[0] + b"\n")
-        with self.lock:
-            self._use(os.dup(fd), header)
-            self.size, self.mark = size, os.pread(fd, MARK_BYTES, size - 1 - MARK_BYTES)
+    def sync(self):
+        """Return when what was written is on disk; after an OSError the file has to be written anew."""
         try:
-            self.disk.sync_folder(real_path(self.path))
-        except OSError as error:  # the old file might come back: nothing more is acknowledged on this one
-            self.broken = "the folder could not be synced: %s" % error
+            self.file.disk.sync(self.file.fd)
+        except OSError as error:
+            self.broken = "a sync failed: %s" % error
             raise
-        self.named = self.inode
-        if is_late or not self.allowed():
-            self.fenced = ("%s got another owner while this process, which may have been stopped, replaced it"
-                           % self.path)
-            raise StoreUnavailable(self.fenced)
+        self.synced_at = monotonic()
 
-    def _write_anew(self, end=None):
+    def cut_back(self):
+        """Remove what was written after the lines that count. At once, as without a server another process reads the
+        file next; where that fails, `broken` says why."""
+        try:
+            self.check()
+            self.file.disk.truncate(self.file.fd, self.file.size)
+            self.file.remains = b""
+            if self.broken:
+                self.write_anew()
+        except StoreUnavailable:  # what stands there now is another's
+            pass
+        except OSError as problem:
+            self.broken = self.broken or "the file could not be cut back: %s" % problem
+
+    def write_anew(self, end=None):
         """Return when a copy of the lines known to be good, up to byte `end`, stands in the file's place.
 
         After a failed sync the system may have dropped pages that it calls clean, so the old file is not
         written to again."""
         self.check(end)
-        end = self.size if end is None else end
-        draft = self.disk.draft(real_path(self.path), self._bytes(0, end))
+        file, end = self.file, self.file.size if end is None else end
+        draft = file.disk.draft(real_path(file.path), file.bytes(0, end))
         try:
-            fd = self.disk.open(draft, self.mode | os.O_CLOEXEC)
+            fd = file.disk.open(draft, file.mode | os.O_CLOEXEC)
             try:
-                self._replace(draft, fd, end, self.size)
+                self._replace(draft, fd, end, file.size)
             finally:
                 os.close(fd)
         finally:
             discard(draft)
-        self.broken, self.remains = None, b""
+        self.broken, file.remains = None, b""
 
     def adopt(self, draft, offset):
         """Return when the fold in the file `draft`, with the lines from byte `offset` on after it, is the journal.
 
-        Writers go on meanwhile but for the last piece. Raises OSError, or StoreUnavailable where the file is not the
-        one that was folded; then the journal is as it was."""
-        fd = self.disk.open(draft, os.O_RDWR | os.O_APPEND | os.O_CLOEXEC)
+        Writers wait only while the last piece is copied. Raises OSError, or StoreUnavailable where the file is not
+        the one that was folded; then the journal is as it was."""
+        file = self.file
+        fd = file.disk.open(draft, os.O_RDWR | os.O_APPEND | os.O_CLOEXEC)
         try:
-            header = unseal(os.pread(fd, HEADER_BYTES, 0).partition(b"\n")[0] + b"\n")
-            if mark_text(os.pread(self.fd, MARK_BYTES, offset - 1 - MARK_BYTES)) != header["read_crc"]:
-                raise StoreUnavailable("another file was put in the place of %s while it was compacted" % self.path)
-            while self.size - offset > ADOPT_BYTES:
+            mark = os.pread(file.fd, MARK_BYTES, offset - 1 - MARK_BYTES)
+            if mark_text(mark) != unseal(header_line(fd))["read_crc"]:
+                raise StoreUnavailable("another file was put in the place of %s while it was compacted" % file.path)
+            while file.size - offset > ADOPT_BYTES:
                 offset = self._append_to(fd, offset)
             with self.io:
                 end = self._append_to(fd, offset)
@@ -2719,42 +2755,65 @@ class ReplacedFile(JournalFile):
 
     def _append_to(self, fd, offset):
         """Return the offset up to which this file's bytes now stand in the file `fd`, synced."""
-        end = self.size
-        for piece in self._bytes(offset, end):
-            self.disk.write_all(fd, piece)
-        self.disk.sync(fd)
+        end = self.file.size
+        self._copy(fd, offset, end)
         return end
 
+    def _copy(self, fd, offset, end):
+        for piece in self.file.bytes(offset, end):
+            self.file.disk.write_all(fd, piece)
+        self.file.disk.sync(fd)
 
-class Journal(ReplacedFile):
-    """The file as it is written.
+    def _replace(self, draft, fd, end, size):
+        """Return when the file `draft`, open as `fd`, is the journal: the only way by which a file takes its place.
 
-    A line that can't be made durable is taken back: the `undo` that came with it is called, newest
-    first, with the lock held, so that memory and file agree before the next operation. For one that is
-    down its `tell` is called with its number, with the lock held.
+        It holds what the journal holds up to byte `end`; the lines applied here are its first `size` bytes. Raises
+        StoreUnavailable where `check` does, or OSError; up to the rename the journal is as it was then."""
+        file, known = self.file, []
+        file.disk.replace(draft, real_path(file.path), ask=lambda: known.append(self.check(end)))
+        length = os.fstat(file.fd).st_size
+        is_late = length > known[0]
+        if is_late:  # this process was stopped just then, and another owner wrote: its lines are in no other file
+            self._copy(fd, end, length)
+        header = unseal(header_line(fd))
+        with self.lock:
+            file.use(os.dup(fd), header)
+            file.size, file.mark = size, os.pread(fd, MARK_BYTES, size - 1 - MARK_BYTES)
+        try:
+            file.disk.sync_folder(real_path(file.path))
+        except OSError as error:  # the old file might come back: nothing more is acknowledged on this one
+            self.broken = "the folder could not be synced: %s" % error
+            raise
+        file.named = file.inode
+        if is_late or not self.is_owned():
+            self.fence("%s got another owner while this process, which may have been stopped, replaced it" % file.path)
 
-    `shared`: the FileLock of processes that write by turns, held when `flush` is called. It is let go before the sync,
-    so that the next one works meanwhile; what that one syncs are these lines too."""
+
+class Journal:
+    """The journal of a store, for the threads of one process: its file, the writer of that, and the batch that gathers.
+
+    A line that can't be made durable is taken back: the `on_failed` that came with it is called, newest first, so that
+    memory and file agree before the next operation. Once a line is durable its `on_written` is called with the line's
+    number. Both are called with the lock held.
+
+    `shared`: the FileLock of processes that write by turns, held when `flush` is called. It is released before the
+    sync, so that the next process works meanwhile; that one's sync covers these lines too."""
 
     def __init__(self, path, lock, fsync="always", disk=Disk, shared=None):
-        super().__init__(path, lock, disk)
-        self.fsync, self.synced_at, self.shared = fsync, 0.0, shared
-        self.stops = not shared  # without a server the next operation reads what is there
-        self.batch = Batch()  # what is added goes down with this one
-        self.io = threading.Lock()  # held while the file is written to or replaced; taken before `lock`
-        self.writing = None  # the batch that is going down now
-        self.broken = None  # why the page cache can't be trusted, until the file was written anew
+        self.path, self.lock, self.fsync, self.shared = os.path.abspath(path), lock, fsync, shared
+        self.file = JournalFile(path, lock, disk)
+        self.writer = JournalWriter(self.file, stops=not shared)  # shared: the next operation reads what is there
+        self.batch = Batch()  # what is added goes to disk with this one
+        self.writing = None  # the batch that is being written now
 
-    def add(self, body, undo, tell=None):
-        """Return the batch that the line of this JSON object (bytes) goes down with, or raise StoreUnavailable.
+    def add(self, body, on_failed=None, on_written=None):
+        """Return the batch in which the line of this JSON object (bytes) is written, or raise StoreUnavailable.
 
         Call it with the lock held."""
-        if self.fenced:
-            raise StoreUnavailable(self.fenced)
-        self.n += 1
-        self.batch.bodies.append(body)
-        self.batch.undos.append(undo)
-        self.batch.tells.append(tell)
+        if self.writer.fenced:
+            raise StoreUnavailable(self.writer.fenced)
+        self.file.n += 1
+        self.batch.lines.append((body, on_failed, on_written))
         return self.batch
 
     def wait(self, batch):
@@ -2768,86 +2827,82 @@ class Journal(ReplacedFile):
 
     def flush(self):
         """Return when all that was added before is on disk or taken back; the batch's `error` tells which."""
-        with self.io:
+        with self.writer.io:
             self._flush()
 
     def _flush(self):
+        file = self.file
         with self.lock:
-            if not self.batch.bodies:
+            if not self.batch.lines:
                 return self._sync_read() if self.shared else None
             batch, self.batch = self.batch, Batch()
             self.writing = batch
-            first = self.n - len(batch.bodies) + 1
-        synced, data = False, b""
+            first = file.n - len(batch.lines) + 1
+        is_synced, data = False, b""
         try:
-            if self.fsync == "always" and self.durable < first - 1 and not (self.broken or self.shared):
-                self._sync()  # what a process wrote that died before its sync must not be taken for durable
-                self.durable = first - 1
-            data = b"".join(seal(b'{"n":%d,"durable":%d,' % (first + i, self.durable) + body[1:-1])
-                            for i, body in enumerate(batch.bodies))
-            synced = self._put_down(data)
+            if self.fsync == "always" and file.durable < first - 1 and not (self.writer.broken or self.shared):
+                self.writer.sync()  # what a process wrote that died before its sync must not be taken for durable
+                file.durable = first - 1
+            data = b"".join(seal(b'{"n":%d,"durable":%d,' % (first + i, file.durable) + body[1:-1])
+                            for i, (body, _, _) in enumerate(batch.lines))
+            is_synced = self._write(data)
         except Exception as error:  # whatever it is, those who wait must hear of it
             with self.lock:
-                synced = self._saved(data) or self._take_back(batch, first, error)
+                is_synced = self._is_saved(data) or self._take_back(batch, first, error)
         with self.lock:
             if not batch.error:
-                self.size, self.mark, self.remains = self.size + len(data), data[-1 - MARK_BYTES:-1], b""
-                for i, tell in enumerate(batch.tells):
-                    if tell:
-                        tell(first + i)
-            if synced:
-                self.durable = first + len(batch.bodies) - 1
+                file.size, file.mark, file.remains = file.size + len(data), data[-1 - MARK_BYTES:-1], b""
+                for i, (_, _, on_written) in enumerate(batch.lines):
+                    if on_written:
+                        on_written(first + i)
+            if is_synced:
+                file.durable = first + len(batch.lines) - 1
             self.writing = None
         batch.done = True
 
-    def _put_down(self, data):
+    def _write(self, data):
         """Return whether `data` was synced as well as written, or raise OSError or StoreUnavailable."""
-        if self.broken:
-            self._write_anew()
-        self.check()
-        self.remains = data
-        self.disk.write_all(self.fd, data)
-        alone = os.fstat(self.fd).st_size == self.size + len(data)
+        is_alone = self.writer.write(data)
         if self.shared:
             self.shared.release()
-        due = self.fsync == "interval" and monotonic() - self.synced_at >= SYNC_INTERVAL_S
-        if self.fsync == "always" or due:
-            self._sync()
-        if not (alone and self.allowed()):
-            self.fenced = ("%s got another owner or another writer while this process, which may have been stopped, "
-                           "wrote to it" % self.path)
-            raise StoreUnavailable(self.fenced)
-        return self.fsync == "always" or due
+        is_due = self.fsync == "interval" and monotonic() - self.writer.synced_at >= SYNC_INTERVAL_S
+        if self.fsync == "always" or is_due:
+            self.writer.sync()
+        if not (is_alone and self.writer.is_owned()):
+            self.writer.fence("%s got another owner or another writer while this process, which may have been stopped, "
+                              "wrote to it" % self.path)
+        return self.fsync == "always" or is_due
 
     def _sync_read(self):
         """Return when what others wrote, which this process has read, is on disk; one of them may have died before."""
         self.shared.release()
-        if self.durable < self.n and not self.fenced:
+        if self.file.durable < self.file.n and not self.writer.fenced:
             try:
-                self._sync()
+                self.writer.sync()
             except OSError as error:
                 raise store_error(self.path, error)
-            self.durable = self.n
+            self.file.durable = self.file.n
 
-    def _saved(self, data):
+    def _is_saved(self, data):
         """Return whether lines that could not be synced are on disk after all: others have written after them, so they
         can't be taken back, and the file was written anew with all that it holds."""
-        if not self.shared or self.fenced:
+        if not self.shared or self.writer.fenced:
             return False
+        file = self.file
         self.shared.acquire(math.inf)
         try:
-            if not self.broken:
+            if not self.writer.broken:
                 return False
-            if self.length() is None:  # another process was here first, if this is not another file
+            if file.length() is None:  # another process was here first, if this is not another file
                 return self._stands(data)
-            added = os.pread(self.fd, os.fstat(self.fd).st_size - self.size, self.size).split(b"\n")[:-1]
-            end = self.size + sum(len(line) + 1 for line in added)
-            if end <= self.size + len(data) or None in unseal_all(added):
+            added = os.pread(file.fd, os.fstat(file.fd).st_size - file.size, file.size).split(b"\n")[:-1]
+            end = file.size + sum(len(line) + 1 for line in added)
+            if end <= file.size + len(data) or None in unseal_all(added):
                 return False
-            self._write_anew(end)
+            self.writer.write_anew(end)
         except (OSError, StoreUnavailable):
             return False
-        self.broken = None
+        self.writer.broken = None
         return True
 
     def _stands(self, data):
@@ -2859,64 +2914,46 @@ class Journal(ReplacedFile):
                 return there.n == last and there.mark == data[-1 - MARK_BYTES:-1]
         return False
 
-    def settle(self):
-        """Sync what `--fsync interval` has left in the system's hands; called once a second."""
-        with self.io:
-            with self.lock:
-                written = self.n - len(self.batch.bodies)
-            if self.fsync == "interval" and self.durable < written and not (self.broken or self.fenced):
-                self._sync()
-                self.durable = written
-
-    def _sync(self):
-        try:
-            self.disk.sync(self.fd)
-        except OSError as error:
-            self.broken = "a sync failed: %s" % error
-            raise
-        self.synced_at = monotonic()
-
     def _take_back(self, batch, first, error):
-        """Return when the lines of `batch`, and what was added since, are gone from memory and from the file."""
+        """Remove the lines of `batch`, and what was added since, from memory and from the file."""
         newer, self.batch = self.batch, Batch()
-        for undo in reversed(batch.undos + newer.undos):
-            if undo:
-                undo()
-        self.n = first - 1
+        for _, on_failed, _ in reversed(batch.lines + newer.lines):
+            if on_failed:
+                on_failed()
+        self.file.n = first - 1
         if isinstance(error, OSError):
             error = store_error(self.path, error)
         elif not isinstance(error, LabtaskerError):
             error = StoreUnavailable("%s can't be written: %s: %s" % (self.path, type(error).__name__, error))
         batch.error = newer.error = error
         newer.done = True
-        if self.fenced or isinstance(error, StoreAway):
-            return
-        try:  # at once: without a server the next to read the file is another process
-            self.check()
-            self.disk.truncate(self.fd, self.size)
-            self.remains = b""
-            if self.broken:
-                self._write_anew()
-        except StoreUnavailable:  # what stands there now is another's
-            pass
-        except OSError as problem:
-            self.broken = self.broken or "the file could not be cut back: %s" % problem
+        if not (self.writer.fenced or isinstance(error, StoreAway)):
+            self.writer.cut_back()
+
+    def settle(self):
+        """Sync what `--fsync interval` has left in the system's hands; called once a second."""
+        with self.writer.io:
+            with self.lock:
+                written = self.file.n - len(self.batch.lines)
+            if self.fsync == "interval" and self.file.durable < written and not (
+                    self.writer.broken or self.writer.fenced):
+                self.writer.sync()
+                self.file.durable = written
 
     def close(self, clean=False):
         """Return when the file is closed; a clean close says at its end that all before it is on disk."""
-        if self.fd is None:
+        if self.file.fd is None:
             return
-        if clean and not (self.broken or self.fenced) and self.n:
+        if clean and not (self.writer.broken or self.writer.fenced) and self.file.n:
             with self.lock:
                 self.fsync = "always"
-                self.add(json.dumps({"at": now(), "end": True}, separators=(",", ":")).encode(), None)
+                self.add(json.dumps({"at": now(), "end": True}, separators=(",", ":")).encode())
             self.flush()
-        os.close(self.fd)
-        self.fd = None
+        self.file.close()
 
 
 class StoreAway(StoreUnavailable):
-    """The journal is not where it was; nothing was written."""
+    """The journal's file is not there; nothing was written."""
 
 
 AWAY = "%s is not there at the moment: was its folder removed, or is its file system away?"
@@ -2938,6 +2975,121 @@ def journal_header(fields, body):
             return line
 
 
+# ---- Verify and repair: a journal is read, however damaged it is
+
+
+# A line of a file that may be damaged: its `value`, or the `problem` with it. `due` is the line number expected there
+# (0 for a folded line), `lost` how many lines are missing before it.
+Piece = collections.namedtuple("Piece", "offset data value problem due lost")
+
+
+def walk(path):
+    """Yield a Piece for each line of a journal file and its header. Only reads; others may write meanwhile."""
+    folds = n = offset = tail = 0  # n None: the header is lost, and with it where the numbers begin
+    with open(path, "rb") as file:
+        for data in file:
+            value = unseal(data)
+            is_fold = 0 < offset < tail or n is None and "fold" in (value or {})
+            count = (value or {}).get("fold" if is_fold else "n")
+            if n is None and type(count) is int and not is_fold:
+                n = count - value.get("lost", 1)
+            due = folds + 1 if is_fold else (n or 0) + (value or {}).get("lost", 1)
+            problem = None
+            if offset == 0 and value is not None and value.get("journal") == "labtasker":
+                count = due = n = value.get("folded", 0)
+                tail = value.get("tail", 0)
+            elif type(count) is not int or not (is_fold or type(value.get("durable")) is int):
+                problem = "no line with a checksum that fits" if data.endswith(b"\n") else "a line that is cut off"
+            elif count < due:
+                problem = "line %d once more" % count
+            elif is_fold:
+                folds = count
+            else:
+                n = count
+            if offset == 0 and problem:
+                n = None
+            lost = 0 if problem else count - due
+            yield Piece(offset, data, value, problem, 0 if is_fold else due, lost)
+            offset += len(data)
+
+
+class Survey:
+    """What is in a journal file: counts, `bad` pieces, `lost` ranges of line numbers. Only reads.
+
+    `rotten` are those of both that had been acknowledged. Other damage is in a tail that was never known to be on disk;
+    the next opening sets it aside."""
+
+    def __init__(self, path):
+        self.path, self.size, self.lines, self.n, self.durable = path, 0, 0, 0, 0
+        self.bad, self.lost, self.ended, self.header = [], [], False, {}
+        for piece in walk(path):
+            self.size = piece.offset + len(piece.data)
+            if piece.problem:
+                self.bad.append(piece)
+            else:
+                self._count(piece)
+        self.durable = max([self.durable] + [last_durable([piece.data]) for piece in self.bad])
+        self.rotten = [piece for piece in self.bad if piece.due <= self.durable]
+        self.rotten += [numbers for numbers in self.lost if numbers[0] <= self.durable]
+
+    def _count(self, piece):
+        if piece.lost:
+            self.lost.append((piece.due, piece.due + piece.lost - 1))
+        if piece.offset == 0:
+            self.header = piece.value
+        elif "n" in piece.value:
+            self.lines += 1
+            self.n, self.ended = piece.value["n"], bool(piece.value.get("end"))
+            self.durable = max(self.durable, piece.value["durable"])
+
+
+def file_identity(path):
+    """Return what changes when a file, or its content, is replaced."""
+    there = os.stat(path)
+    return there.st_dev, there.st_ino, there.st_size, there.st_mtime_ns
+
+
+def repair_file(found, ask):
+    """Repair the file that was surveyed. Return (path of the damaged file, path of the bad bytes). `ask` is called
+    last, and raises where the file must not be replaced."""
+    path, stamp = found.path, int(time.time() * 1000)
+    damaged, aside, draft = ("%s.%s-%d" % (real_path(path), word, stamp)
+                             for word in ("damaged", "bad", "repaired"))
+    Disk.create(aside, (piece.data for piece in walk(path) if piece.problem))
+    body = sum(len(data) for data, is_fold in _good_lines(path) if is_fold)
+    first = next((piece.value["n"] for piece in walk(path) if not piece.problem and "n" in piece.value), 1)
+    header = found.header or {"journal": "labtasker", "format": FORMAT, "store": new_id(), "folded": first - 1}
+    header = dict(header, repaired_at=time.time())
+    Disk.create(draft, itertools.chain([journal_header(header, body)], (data for data, _ in _good_lines(path))))
+    try:
+        os.link(real_path(path), damaged)
+    except OSError:  # no hard links here
+        Disk.create(damaged, (piece.data for piece in walk(path)))
+    try:
+        Disk.replace(draft, real_path(path), ask=ask)
+    except LabtaskerError:
+        for each in (draft, damaged, aside):
+            os.unlink(each)
+        raise
+    Disk.sync_folder(real_path(path))
+    return damaged, aside
+
+
+def _good_lines(path):
+    """Yield (bytes, whether it is folded) of each good line, and of a line for each gap."""
+    folds = 0
+    for piece in walk(path):
+        if piece.problem or piece.offset == 0:
+            continue
+        if "fold" in piece.value:
+            folds += 1
+            yield piece.data if piece.value["fold"] == folds else sealed(dict(piece.value, fold=folds)), True
+            continue
+        if piece.lost:
+            yield sealed({"n": piece.due + piece.lost - 1, "durable": 0, "lost": piece.lost, "at": time.time()}), False
+        yield piece.data, False
+
+
 # 5. Service ##################################################################
 #
 # The state in memory, its indexes, every operation and the time-outs. Knows nothing of HTTP.
@@ -2948,30 +3100,30 @@ def journal_header(fields, body):
 TRANSACTION_TASKS = 10000  # tasks one transaction may submit or update: keeps a line readable, a lock short
 MAX_INTERRUPTIONS = 100  # runs handed back before a task fails, so that none goes round for ever
 MAX_ATTEMPTS = 20  # the latest runs that a task keeps
-MOST_LOOKED_AT = 1000  # tasks with a pause that a fetch which finds nothing looks at one by one
-MAX_DELAY_S = 30 * 86400.0  # a job's pause at most
-MAX_ENDED_FETCHES = 1000  # of a queue, that are remembered: one may still arrive after it was ended
-SLEPT_S = 2.0  # a server that wakes so much later than it meant to was stopped, and heard of nobody meanwhile
-MAX_STANDING = 200  # requests of fetches that are kept current in a queue
-STANDING_BYTES = 128 << 20  # that those of all queues may take
-UNUSED_S = 1800.0  # after which one that nobody asks for any more goes
-FILTERS_BYTES = 32 << 20  # of remembered filters
-PREDICATE_BYTES = 64  # that a compiled filter takes for each letter of it
-TAKING_BYTES = 200000  # of remembered required fields in a queue
-FEW_PATHS = 5000  # in the shapes of a queue's args: so many can be looked through at each fetch
-QUICK_ENTRIES = 500  # new tasks that a fetch by a standing request may look at
-SPARE_BYTES = 16 << 20  # a journal may be twice as long as its live data, and this
-LOOK_BYTES = 4 << 20  # how far it grows before its live data is estimated again
-FOLD_CHANGES = 100  # on a line of a folded journal: some ten kilobytes
-MAX_EVENTS = 10000  # the latest, kept in memory for those who listen
-MAX_LOG = 100000  # newly pending tasks remembered for those filters to catch up with
-DEFAULT_QUEUE = "default"  # of the store without a server, made at the first write
+MOST_LOOKED_AT = 1000  # tasks with a pause that a fetch which finds nothing examines one by one
+MAX_DELAY_S = 30 * 86400.0  # the longest pause that a job may ask for
+MAX_ENDED_FETCHES = 1000  # ended fetches that a queue remembers: one may still arrive after its end
+SLEPT_S = 2.0  # a server that wakes so much later than planned was stopped, and received nothing meanwhile
+MAX_STANDING = 200  # standing requests of a queue
+STANDING_BYTES = 128 << 20  # memory for the standing requests of all queues
+UNUSED_S = 1800.0  # how long a standing request is kept while nobody asks for it
+FILTERS_BYTES = 32 << 20  # memory for compiled filters
+PREDICATE_BYTES = 64  # memory of a compiled filter for each character of its text
+TAKING_BYTES = 200000  # memory for the required fields that a queue was asked for
+FEW_PATHS = 5000  # paths in the shapes of a queue's args that can be searched at each fetch
+QUICK_ENTRIES = 500  # new tasks that a fetch by a standing request may examine
+SPARE_BYTES = 16 << 20  # how much longer than twice its live data a journal may become
+LOOK_BYTES = 4 << 20  # how far a journal grows before its live data is estimated again
+FOLD_CHANGES = 100  # changes on a line of a folded journal, which a person should be able to read
+MAX_EVENTS = 10000  # latest events that are kept in memory for listeners
+MAX_LOG = 100000  # newly pending tasks that are remembered for the standing requests to read
+DEFAULT_QUEUE = "default"  # the queue of a store without a server, made at the first write
 LET_GO_S = 0.2  # how long a process that ends tries to release its store
 SERVER_LOCK_S = 1.0  # a file that is locked for longer may be a server's
-RECENT = 50  # tasks that ended last, by which the rate goes
+RECENT = 50  # tasks that ended last, from which the rate is computed
 EMBEDDED_POLL_S = 0.1  # how often a waiting process without a server looks at the file
-MAX_RELEASE_S = 60.0  # how often the ends of pauses are looked at anew, as the clock that they go by may be set
-LOOK_INTERVAL_S = 1.0  # how often time-outs are looked for at the most
+MAX_RELEASE_S = 60.0  # how often the ends of pauses are computed again: the wall clock may be set
+LOOK_INTERVAL_S = 1.0  # time-outs are not looked for more often
 
 dump_json = json.JSONEncoder(separators=(",", ":"), check_circular=False).encode  # what came as JSON has no circles
 
@@ -2985,21 +3137,21 @@ class Beats:
         self.runs = runs
 
     def start(self, run_id):
-        """Note that a run began now; on a full disk it has its time from when there is room."""
+        """Record that a run began; on a full disk its clock starts when writing works again."""
         try:
             self.runs[run_id] = monotonic(), monotonic()
         except OSError:
             pass
 
     def touch(self, run_id):
-        """Note that a run was heard of now, or raise StoreUnavailable."""
+        """Record that a run was heard of now, or raise StoreUnavailable."""
         try:
             self.runs[run_id] = (self.runs.get(run_id) or (monotonic(),))[0], monotonic()
         except OSError as error:
             raise store_error("the heartbeat of " + run_id, error)
 
     def pardon(self, slept_s):
-        """Give every run its full time again, after a time in which none could be heard of."""
+        """Give every run its full time again, after `slept_s` in which nothing could be received."""
         self.runs.update([(run_id, (began + slept_s, monotonic())) for run_id, (began, _) in self.runs.items()])
 
     def ages(self, run_id):
@@ -3009,10 +3161,10 @@ class Beats:
 
 
 class BeatFiles:
-    """The `runs` of Beats for the processes that share a store without a server: a small file a run.
+    """The `runs` of Beats for the processes that share a store without a server: a small file for each run.
 
-    It holds the host's id and that host's monotonic times. What another host has written says nothing about its clock:
-    whether its file changes is watched on the clock of this one. `stood_still`: see Owner."""
+    The file holds a host's id and monotonic times of that host. Another host's times can't be compared with this
+    host's clock, so this clock measures how long its file stays unchanged. `stood_still`: see Owner."""
 
     MOST_SEEN = 10000
 
@@ -3041,7 +3193,7 @@ class BeatFiles:
     def _unchanged_since(self, run_id, text):
         known, since = self.seen.get(run_id, (None, None))
         if known != text:
-            if len(self.seen) >= self.MOST_SEEN:  # what is over is asked for no more
+            if len(self.seen) >= self.MOST_SEEN:  # runs that are over have no file
                 self.seen = {key: seen for key, seen in self.seen.items()
                              if os.path.exists(os.path.join(self.folder, key))}
             since = monotonic()
@@ -3059,8 +3211,8 @@ class BeatFiles:
             self.write(run_id, times, os.O_CREAT)
 
     def write(self, run_id, times, flags):
-        """Write in place, always of the same length: it needs no room where the file is there. Who reads half of it
-        finds a time in between, or none, as of a run that is not known."""
+        """Write a run's times. Rewritten in place with the same length, which needs no room on a full disk; a torn read
+        gives a time in between, or none, as for a run that is not known."""
         fd = os.open(os.path.join(self.folder, run_id), os.O_WRONLY | os.O_CLOEXEC | os.O_NONBLOCK | flags, 0o600)
         try:
             os.write(fd, ("%s %20.6f %20.6f\n" % ((self.host_id,) + times)).encode())
@@ -3068,7 +3220,7 @@ class BeatFiles:
             os.close(fd)
 
     def show(self, run_id):
-        """Note that a run that has its file is alive, without the journal's lock, which another may have for long."""
+        """Record that a run with a file is alive. Needs no lock, which another process may hold for long."""
         known = self.get(run_id)
         if known and math.isfinite(known[0]):
             try:
@@ -3086,20 +3238,20 @@ class BeatFiles:
             pass
 
     def clear(self):
-        """Forget all runs: a server took the store, and counts their time itself."""
+        """Forget all runs: a server took the store and keeps their times in memory."""
         for name in os.listdir(self.folder) if os.path.isdir(self.folder) else ():
             self.pop(name)
 
 
 class Remembered(dict):
-    """A dict of what would have to be computed again; when it holds too many bytes it forgets everything."""
+    """A cache: a dict that is emptied when its values take too many bytes."""
 
     def __init__(self, most_bytes):
         super().__init__()
         self.most_bytes, self.held_bytes = most_bytes, 0
 
     def keep(self, key, value, size_bytes):
-        """Return the value, and remember it where there is room for it at all."""
+        """Return the value, and remember it unless it alone is too large."""
         if self.held_bytes + size_bytes > self.most_bytes:
             self.clear()
             self.held_bytes = 0
@@ -3114,7 +3266,7 @@ def _weight_bytes(texts):
     return sum(map(len, texts)) + 100 * len(texts) + 100
 
 
-_SHAPES = Remembered(4 << 20)  # args' keys, where no value is a dict: shape
+_SHAPES = Remembered(4 << 20)  # keys of args whose values are no dicts: shape
 _TAKEN = Remembered(4 << 20)  # (required fields, shape): whether they take it
 
 
@@ -3137,9 +3289,9 @@ def takes(required, shape):
 
 
 class Standing:
-    """A request that fetches ask for again and again: its matches in order, and how far it has read the log.
+    """A request that fetches repeat: its matches in order, and how far it has read the log.
 
-    `predicate` None: all tasks with the required fields match."""
+    With `predicate` None all tasks with the required fields match."""
 
     __slots__ = ("required", "predicate", "heap", "cursor", "ready", "size_bytes", "purge_at", "asked_at")
 
@@ -3149,36 +3301,37 @@ class Standing:
         self.purge_at, self.asked_at = 100, monotonic()
 
     def weight_bytes(self):
-        """Return about how many bytes it takes."""
+        """Return about how many bytes of memory it takes."""
         return self.size_bytes + 16 * len(self.heap)
 
 
 class Pending:
     """The pending tasks of a queue, each shape of args a heap in the order of fetching.
 
-    Heaps delete lazily: an entry counts while the queue's task is pending as the entry says. Entries hold ids alone,
-    so that nothing keeps a task that is gone. A heap is rebuilt when most is dead, and goes with its last task."""
+    Heaps delete lazily: an entry is valid while its task is pending and still has the entry's priority and times.
+    Entries hold ids only, so that they keep no deleted task in memory. A heap is rebuilt when most of it is stale, and
+    removed with its last task."""
 
     def __init__(self, tasks):
         self.tasks = tasks  # the queue's {task id: record}
         self.heaps = {}  # shape: heap of (-priority, last_modified, created_at, task id)
         self.counts = {}  # shape: how many tasks are pending
-        self.paths = 0  # in all shapes together: by that goes what looking through them costs
+        self.paths = 0  # in all shapes together: searching the shapes costs as much
         self.taking = Remembered(TAKING_BYTES)  # required fields: the heaps of the shapes that they take
         self.standing = collections.OrderedDict()  # (required fields, filter): Standing, the latest asked for last
         self.log, self.log_start = [], 0  # entries that became pending, for the standing requests
-        # {task id: its entry} of those that nobody gets before their not_before; a heap of (not_before, entry) of them
+        # {task id: entry} of the tasks that nobody gets before their not_before; a heap of (not_before, entry) of them
         self.resting, self.delayed = {}, []
 
     def alive(self, entry):
-        """Return the task of an entry, or None where that is not pending any more, or elsewhere in the order."""
+        """Return the task of an entry, or None where the entry is stale or the task has a pause."""
         task = self.tasks.get(entry[3])
         if task is None or task.status != "pending" or task.last_modified != entry[1] or task.priority != -entry[0]:
             return None
         return None if entry[3] in self.resting else task
 
     def offer(self, task):
-        """Take in a record that became, or stays, pending."""
+        """Add a record that became, or stays, pending."""
         entry = (-task.priority, task.last_modified, task.created_at, task.task_id)
         if task.not_before is None:
             return self._place(entry, task)
@@ -3189,11 +3342,11 @@ class Pending:
             heapq.heapify(self.delayed)
 
     def rests(self, entry):
-        """Return whether the pause of an entry's task goes on."""
+        """Return whether the pause of an entry's task is not over."""
         return self.resting.get(entry[3]) is entry
 
     def release(self, at):
-        """Have the tasks whose pause is over at the time `at` be fetched as the others are."""
+        """Put the tasks whose pause is over at the time `at` among those to be fetched."""
         while self.delayed and self.delayed[0][0] <= at:
             entry = heapq.heappop(self.delayed)[1]
             if self.rests(entry):
@@ -3207,9 +3360,9 @@ class Pending:
         return self.delayed[0][0] if self.delayed else None
 
     def next_delayed(self, required, predicate):
-        """Return when the first task that such a fetch takes may be fetched, None without one.
+        """Return when the pause of the first task that fits a fetch is over, None without one.
 
-        Where many have a pause, this may be when the first of any kind does: who waits until then asks again."""
+        Where many tasks have a pause it may be that of a task which does not fit: the fetch is then repeated."""
         if len(self.resting) > MOST_LOOKED_AT:
             return self.next_release()
         found = map(self.tasks.get, self.resting)
@@ -3232,7 +3385,7 @@ class Pending:
                 self._trim()
 
     def retire(self, task):
-        """Note that a record is pending no more, or has another in its place."""
+        """Remove a record that is no longer pending, or that another one replaces."""
         shape = shape_of(task.args)
         count = self.counts[shape] = self.counts[shape] - 1
         heap = self.heaps[shape]
@@ -3255,7 +3408,7 @@ class Pending:
         self.forget(lambda asked: asked.cursor < self.log_start)
 
     def forget(self, is_over):
-        """Drop the standing requests that are over; without any there is nobody to read the log."""
+        """Drop the standing requests that are over, and the log with the last of them."""
         for key in [key for key, asked in self.standing.items() if is_over(asked)]:
             del self.standing[key]
         if not self.standing:
@@ -3268,15 +3421,15 @@ class Pending:
         return heap[0] if heap else None
 
     def is_quick(self, required, text):
-        """Return whether finding the next task takes no looking through many: no filter among few shapes, or a
-        standing request that has nearly caught up."""
+        """Return whether the next task is found without examining many: there is no filter and there are few shapes, or
+        a standing request that has nearly caught up."""
         if text is None and self.paths <= FEW_PATHS:
             return True
         asked = self.standing.get((required, text))
         return bool(asked and asked.ready and self.log_start + len(self.log) - asked.cursor <= QUICK_ENTRIES)
 
     def first(self, required):
-        """Return the pending record to be fetched next with these required fields, or None."""
+        """Return the pending record that is next for these required fields, or None."""
         if self.paths > FEW_PATHS:
             return self.first_matching(required, None, None)
         heaps = self.taking.get(required)
@@ -3287,15 +3440,15 @@ class Pending:
         return self.tasks[min(tops)[3]] if tops else None
 
     def first_matching(self, required, text, predicate):
-        """Return the next record among those that also match `predicate`, whose document as text is `text`."""
+        """Return the next record that also matches `predicate`, whose document as text is `text`."""
         self.catch_up(*self.begin_standing(required, text, predicate))
         asked = self.standing[required, text]
         top = self._top(asked.heap)
         return self.tasks[top[3]] if top else None
 
     def begin_standing(self, required, text, predicate):
-        """Return (the Standing of a request, whether it has read nothing yet, the entries that it has not read in
-        lists, each with its shape or None, the cursor behind them)."""
+        """Return (Standing of the request, whether it is new, [(shape or None, entries it has not read)], the cursor
+        after these)."""
         asked, end = self.standing.get((required, text)), self.log_start + len(self.log)
         if asked is not None:
             self.standing.move_to_end((required, text))
@@ -3308,7 +3461,7 @@ class Pending:
         return asked, True, [(shape, list(heap)) for shape, heap in self.heaps.items()], end
 
     def matches(self, asked, lists):
-        """Return the entries that match, of lists with their shapes; needs no lock: what changes is in the log."""
+        """Return the entries in `lists` that match. Needs no lock: what changes meanwhile is in the log."""
         found = []
         for shape, entries in lists:
             if shape is not None and not takes(asked.required, shape):
@@ -3321,7 +3474,7 @@ class Pending:
         return found
 
     def catch_up(self, asked, is_new, lists, end, found=None):
-        """Have a Standing take in what it had not read; `found` are the matches where they are known."""
+        """Add to a Standing what it had not read; `found` are the matches where they are known."""
         found = self.matches(asked, lists) if found is None else found
         if is_new:
             asked.heap, asked.ready = found, True
@@ -3336,13 +3489,13 @@ class Pending:
 
 
 class LocalName(str):
-    """The name of a queue asked for by somebody who may read the store's file: no password is asked."""
+    """The name of a queue, from a caller who may read the store's file and so needs no password."""
 
 
 class QueueId(str):
-    """The id of a queue asked for by somebody who knew its password; `stored`: the hash that it was right for.
+    """The id of a queue, from a caller who gave its password; `stored` is the hash that the password matched.
 
-    It lets nobody in any more once the queue has another password."""
+    It is of no use once the queue has another password."""
 
     def __new__(cls, queue_id, stored):
         made = super().__new__(cls, queue_id)
@@ -3353,14 +3506,14 @@ class QueueId(str):
 class QueueState:
     """A queue in memory: its record, its tasks in the order of their last change, its workers, the indexes.
 
-    `put_task` and `put_worker` are the only ways in: they keep the indexes and return what was there."""
+    Only `put_task` and `put_worker` change it: they keep the indexes and return what was there."""
 
     def __init__(self, record):
         self.record = record
         self.tasks, self.workers = {}, {}
         self.running = {}  # task id: record
         self.fetches = {}  # fetch id: task id, of running tasks
-        self.ended_fetches = collections.OrderedDict()  # ids of fetches that get nothing: nobody waits for them
+        self.ended_fetches = collections.OrderedDict()  # ids of fetches that nobody waits for: they get no task
         self.pending = Pending(self.tasks)
 
     def put_task(self, task_id, new):
@@ -3390,7 +3543,7 @@ class QueueState:
         return old
 
     def with_record(self, record):
-        """Return the same queue under another record of its own."""
+        """Return the same queue with another record."""
         other = QueueState(record)
         other.__dict__.update(self.__dict__, record=record)
         return other
@@ -3399,7 +3552,7 @@ class QueueState:
 def revised(record, fields):
     """Return a new record with these fields changed; numbers become Instants where the field is a time.
 
-    A third of the time of namedtuple's own `_replace`."""
+    It is faster than namedtuple's `_replace`."""
     values, places = list(record), record.places
     for name, value in fields.items():
         if name not in places:
@@ -3411,7 +3564,7 @@ def revised(record, fields):
 
 
 def new_task(queue_id, task_id, fields):
-    """Return the record of a task with these fields, in 40 % of the time of `revised`."""
+    """Return the record of a new task with these fields; faster than `revised`."""
     values = {**_BLANK_VALUES, **fields}  # in the order of TASK_FIELDS
     values["task_id"], values["queue_id"] = task_id, queue_id
     for name in _TASK_TIMES:
@@ -3434,9 +3587,14 @@ class State:
     def __init__(self):
         self.queues, self.names = {}, {}  # {queue id: QueueState}, {queue name: queue id}
 
+    def clear(self):
+        """Forget all queues."""
+        self.queues.clear()
+        self.names.clear()
+
     def id_of(self, caller):
-        """Return the id of a caller's queue, or None where a LocalName's is not there. Ids and names never mix: a
-        queue may be named like the id of another."""
+        """Return the id of a caller's queue, or None where no queue has that LocalName. A queue may be named like the
+        id of another, so ids and names are kept apart."""
         return self.names.get(caller) if isinstance(caller, LocalName) else caller
 
     def put_queue(self, queue_id, new):
@@ -3450,7 +3608,7 @@ class State:
         return old
 
     def apply(self, queue_id, changes):
-        """Return what was done, and how to undo it: a list of (put, id, what was there, what is), oldest first."""
+        """Apply changes. Return [(put, id, old record, new record)], oldest first, by which they can be undone."""
         done = []
         for change in changes:
             put, key, new = RECORDS[change[0]].apply(self, queue_id, *change[1:])
@@ -3459,7 +3617,7 @@ class State:
 
     @staticmethod
     def put_back(done):
-        """Undo what `apply` did; tasks go back to their places in the order of last changes."""
+        """Undo what `apply` did; tasks return to their places in the order of last changes."""
         queues = {}
         for put, key, old, _ in reversed(done):
             put(key, old)
@@ -3479,7 +3637,7 @@ def _apply_queue(state, queue_id, fields):
 
 
 def _queue_of(state, queue_id):
-    """Return the queue of a line; one whose creation a repair could not save gets a name to be found by."""
+    """Return the queue of a line. One whose creation a repair could not save gets a name, so that it can be found."""
     queue = state.queues.get(queue_id)
     if queue is None:
         queue = QueueState(QueueRecord(queue_id=queue_id, queue_name="recovered-" + queue_id))
@@ -3509,8 +3667,8 @@ def _apply_worker(state, queue_id, worker_id, fields, old_state=None):
     return queue.put_worker, worker_id, record and revised(record, fields)
 
 
-# What may stand among the changes of a line: what it does, (state, queue id, the rest of the change) -> (put, id, new
-# record or None), what follows it, and its meaning.
+# The changes that a line may hold. `apply`: (state, queue id, the rest of the change) -> (put, id, new record or None).
+# `fields`: what follows the name of the change. `meaning`: for the documentation.
 Record = collections.namedtuple("Record", "apply fields meaning")
 RECORDS = {
     "queue": Record(_apply_queue, "fields", "the line's queue was created, or these fields of it are new"),
@@ -3527,15 +3685,15 @@ RECORDS = {
 }
 
 
-# What else stands on a line. Another key is a newer version's: a process that does not know it goes on without it, but
-# does not compact it away. What must not be gone on without has `needs`: the format that a reader has to know.
+# The keys of a line. Any other is a newer version's: a process that does not know it ignores it, but does not compact
+# it away. A line that must not be ignored has `needs`: the format that a reader has to know.
 LINE_KEYS = {"n", "durable", "at", "queue", "changes", "crc", "fold", "lost", "end", "epoch", "owner", "version",
              "needs"}
 
 
 def replay(state, line, path, version):
-    """Return what applying the changes of a journal's line did, as State.apply; raise StoreDamaged where the line says
-    what this version does not know: the state is of no use then. `version`: the newest that wrote to the file."""
+    """Apply the changes of a journal's line and return what State.apply does. Raise StoreDamaged where this version
+    does not know what the line says; the state is then of no use. `version`: the newest that wrote to the file."""
     if type(line.get("needs", 0)) is int and line.get("needs", 0) <= FORMAT:
         try:
             return state.apply(line["queue"], line["changes"])
@@ -3556,7 +3714,7 @@ def check_known(path):
 
 
 def _with_versions(source):
-    """Yield each line that is new in a journal's file, and the version that wrote last to it as far as it says so."""
+    """Yield (line, version) for each new line of a journal's file: the newest version that it names up to there."""
     version = source.header.get("version")
     for line in source.read_new():
         version = newest(line.get("version"), version)
@@ -3576,9 +3734,10 @@ def transitions(n, at, queue_id, changes, done):
 
 
 def follow(store, queue_id, after, pause_s):
-    """Yield the Transitions of a queue, an id or a LocalName, after the event `after`, (n, k); None after every
-    `pause_s` without any; text where events were compacted away. Ends when the store closes, and as soon as the queue
-    has another password or is gone."""
+    """Yield the Transitions of a queue, an id or a LocalName, after the event `after`, (n, k).
+
+    Yields None after every `pause_s` without an event, and a Transition with text for a record where events were
+    compacted away. Ends when the store closes, and when the queue is deleted or has another password."""
     quiet_since, there = monotonic(), store.state.id_of(queue_id)
 
     def is_over():
@@ -3596,34 +3755,34 @@ def follow(store, queue_id, after, pause_s):
                 quiet_since = monotonic()
         if not gap and not news:
             store.wait_for(lambda: _news(store, after)[2] > after or is_over(), quiet_since + pause_s - monotonic())
-            if not store.is_server and store.journal.exists():
-                store.with_file_lock(lambda: None, writes=False)
+            if not store.is_server and store.journal.file.exists():
+                store.file.with_file_lock(lambda: None, writes=False)
         if monotonic() - quiet_since >= pause_s:  # other queues' events are no sign of life
             yield None
             quiet_since = monotonic()
 
 
 def last_event(store):
-    """Return the place (n, k) of the last event: who listens after it hears all that come."""
+    """Return the id (n, k) of the last event."""
     n, k = _news(store, (math.inf, 0))[2]
     return n, max(k, 0)
 
 
 def _news(store, after):
-    """Return (whether events after `after` are only in the file, those in memory, the last event's place)."""
+    """Return (whether events after `after` are only in the file, those in memory, the last event's id)."""
     with store.lock:
-        events = store.events
-        last = (events[-1].n, events[-1].k) if events else (store.journal.header.get("folded", 0), -1)
+        events = store.file.events
+        last = (events[-1].n, events[-1].k) if events else (store.journal.file.header.get("folded", 0), -1)
         if events and (events[0].n, events[0].k) <= after or after >= last:
             news = list(itertools.takewhile(lambda event: (event.n, event.k) > after, reversed(events)))
             return False, news[::-1], last
-        gap = len(events) == MAX_EVENTS or store.journal.header.get("folded", 0) > after[0]
+        gap = len(events) == MAX_EVENTS or store.journal.file.header.get("folded", 0) > after[0]
         return gap, [] if gap else list(events), last
 
 
 def _older_events(path, after, last):
-    """Yield the Transitions after `after` up to `last` from the journal's file, and first, where some are gone, one
-    that says so: of no queue and with text for a record."""
+    """Yield the Transitions after `after` up to `last` from the journal's file. Where some are gone, the first one says
+    so: it has no queue, and text for a record."""
     source, state = JournalFile(path, mode=os.O_RDONLY), State()
     source.open()  # closed when this ends
     folded = source.header.get("folded", 0)
@@ -3655,8 +3814,8 @@ if answer is not None:
 def in_python(function, *words):
     """Return the words of a command that calls a function of this file and prints its answer, unless None, as JSON.
 
-    Every process of ours is started so: isolated (-I), and with this very file. It never imports a module from the
-    working folder or from PYTHONPATH."""
+    Every process of the program is started so: isolated (-I) and with this very file. It never imports a module from
+    the working folder or from PYTHONPATH."""
     options = ["-B"] if sys.dont_write_bytecode else []
     if getattr(sys, "pycache_prefix", None):
         options += ["-X", "pycache_prefix=" + sys.pycache_prefix]
@@ -3664,8 +3823,7 @@ def in_python(function, *words):
 
 
 def _start_process(function, words, is_heard):
-    """Return the Popen of a process that calls a function of this file and, where it `is_heard`, prints its answer
-    as JSON."""
+    """Return the Popen of a process that calls a function of this file; where it `is_heard`, its answer can be read."""
     import subprocess
     output = subprocess.PIPE if is_heard else subprocess.DEVNULL
     return subprocess.Popen(in_python(function, *words), stdout=output, stderr=output, stdin=subprocess.DEVNULL,
@@ -3682,8 +3840,8 @@ def in_other_process(function, *words):
 
 
 def refusal(path):
-    """Return why this process may not write to the store at `path`, or None. Of a store that is not there yet, the
-    folder is asked in which it would be made."""
+    """Return why this process may not write to the store at `path`, or None. For a store that does not exist yet, the
+    folder in which it would be made is checked."""
     there = path
     while not os.path.exists(there):
         there = os.path.dirname(there)
@@ -3696,29 +3854,30 @@ def refusal(path):
 
 
 class StoreFile:
-    """One journal and the state that it describes. `lock` guards all attributes.
+    """A store as it lies in its folder: the lock, the owner, the journal, and the state that the journal describes.
 
-    A server holds the file's lock for its life. Embedded, the lock is taken for one operation, which first
-    reads what others have added."""
+    `lock` guards all attributes. A server holds the file's lock for its life. Embedded, the lock is taken for one
+    operation, which first reads what others have added."""
 
     LOCK_TIMEOUT_S = 30.0  # embedded peers hold the lock for milliseconds
 
     def __init__(self, path, is_server=False, fsync="always"):
-        self.path, self.is_server, self.server_id = os.path.abspath(path), is_server, None
+        self.path, self.is_server = os.path.abspath(path), is_server
         self.folder = os.path.dirname(self.path)
         self.lock = threading.RLock()
         self.real_path = real_path(self.path)  # two links to one journal share its lock and its owner
         self.file_lock = FileLock(self.real_path + ".lock")
         self.journal = Journal(self.path, self.lock, fsync, shared=None if is_server else self.file_lock)
+        self.file = self.journal.file
         self.owner, self.epoch_seen = Owner(self.real_path, is_server), 0
         self.owner.unlock = self.file_lock.release
-        self.version_seen = None  # the newest version that wrote to the file, as far as it says so
+        self.version_seen = None  # the newest version that the file names
         self.state, self.look_again_bytes = State(), SPARE_BYTES
         self.events = collections.deque(maxlen=MAX_EVENTS)  # the latest Transitions that are on disk
-        self.expected = None  # the id of the store that has to be there, or it is away; see check_expected
+        self.expected = None  # the id of the store that has to be here; see check_expected
 
     def open(self, takeover=False):
-        """Return when a server has the store to itself; StoreUnavailable when another process has it."""
+        """Take the store for a server, or raise StoreUnavailable when another process has it."""
         self.owner.lock = lambda: self.lock_file(2.0)
         self.owner.lock()
         folder, name = os.path.split(self.real_path)
@@ -3728,8 +3887,8 @@ class StoreFile:
             for other in os.listdir(folder):
                 if other.startswith(drafts):  # of a process that died
                     os.unlink(os.path.join(folder, other))
-            self.journal.open()
-            self.version_seen = self.journal.header.get("version")
+            self.file.open()
+            self.version_seen = self.file.header.get("version")
             self.catch_up()
             self._name_file()
         except OSError as error:
@@ -3739,19 +3898,19 @@ class StoreFile:
         BeatFiles(os.path.dirname(self.real_path)).clear()
 
     def _begin_epoch(self):
-        """Write into the journal that it has a new owner, so that a former one that reads it stops."""
-        self.journal.allowed = self.owner.holds
+        """Write into the journal that it has a new owner; a former one that reads it stops."""
+        self.journal.writer.is_owned = self.owner.holds
         self.epoch_seen = self.owner.epoch
         self._tell(epoch=self.owner.epoch, owner=os.uname().nodename)
 
     def _tell(self, **line):
-        """Write a line without changes; it says so where a newer version than before writes from now on."""
+        """Write a line without changes. It names this version where that is newer than those before."""
         if is_newer(__version__, self.version_seen):
             self.version_seen = line["version"] = __version__
         self.journal.add(dump_json(dict({"at": now()}, **line)).encode(), None)
 
     def close(self):
-        """Return when everything is on disk and the store is free for others."""
+        """Put everything on disk and release the store."""
         if self.is_server:
             self.journal.flush()
             self.journal.close(clean=True)
@@ -3761,11 +3920,11 @@ class StoreFile:
         self.file_lock.close()
 
     def let_go(self):
-        """Have another host's next write not wait, where this was the last process here that wrote without a server."""
+        """Release the store for other hosts, if this is the last process of this host that wrote without a server."""
         if self.owner.used[1] != os.getpid() or not self.lock.acquire(timeout=LET_GO_S):
             return
         try:
-            if self.file_lock.acquire(LET_GO_S):  # else another process here goes on
+            if self.file_lock.acquire(LET_GO_S):  # else another process of this host uses it
                 try:
                     self.owner.release()
                 finally:
@@ -3776,24 +3935,24 @@ class StoreFile:
             self.lock.release()
 
     def catch_up(self):
-        """Apply the lines that others have added. Without Python's search for cycles, of which there are none, while
-        much is read: it would take half of the time. What was read is kept out of later searches too."""
-        was_on, before = gc.isenabled(), self.journal.size
+        """Apply the lines that others have added. Cyclic garbage collection is off meanwhile, as records form no
+        cycles; what was loaded is frozen."""
+        was_on, before = gc.isenabled(), self.file.size
         gc.disable()
         try:
             self._catch_up()
-        except StoreDamaged:  # the next one reads it again from its beginning, and says the same
+        except StoreDamaged:  # the next operation reads the file from its beginning, and fails the same way
             self._start_anew()
             raise
         finally:
-            if self.journal.size - before > READ_BYTES and hasattr(gc, "freeze"):  # not in Python 3.6
+            if self.file.size - before > READ_BYTES and hasattr(gc, "freeze"):  # not in Python 3.6
                 gc.freeze()
             if was_on:
                 gc.enable()
 
     def _catch_up(self):
         latest, count = collections.deque(), 0  # the lines of the last MAX_EVENTS events
-        for line in self.journal.read_new():
+        for line in self.file.read_new():
             if "changes" in line:
                 done = replay(self.state, line, self.path, self.version_seen)
                 latest.append((line, done))
@@ -3808,9 +3967,9 @@ class StoreFile:
             self.events.extend(transitions(line.get("n"), line.get("at"), line["queue"], line["changes"], done))
 
     def with_file_lock(self, action, writes=True):
-        """Return action(), called with the file's lock held and all read that others have written; embedded.
+        """Return action(), called with the file's lock held after reading what others have written; embedded.
 
-        Reading needs no ownership of the store, nor a lock where the store may only be read."""
+        Reading needs no ownership of the store, and no lock where this process may not write."""
         with self.lock:
             if not writes and self.file_lock.fd is None and refusal(self.path):
                 return self._unlocked(action)
@@ -3818,10 +3977,10 @@ class StoreFile:
             self.owner.lock()
             try:
                 begun = writes and not self.owner.holds() and self.owner.claim()
-                self.journal.heals = writes
-                self._read_on(writes and self.journal.fd is None and not self.journal.exists())
+                self.file.heals = writes
+                self._read_on(writes and self.file.fd is None and not self.file.exists())
                 if writes:
-                    self.journal.allowed = self.owner.holds
+                    self.journal.writer.is_owned = self.owner.holds
                     self._name_file()
                 if begun:
                     self._begin_epoch()
@@ -3840,25 +3999,25 @@ class StoreFile:
             finally:
                 try:
                     self.journal.flush()
-                    self.file_lock.note(self.journal.durable, self.journal.named)
+                    self.file_lock.note(self.file.durable, self.file.named)
                 finally:
                     self.file_lock.release()
 
     def _unlocked(self, action):
-        """Return action() with all read that is there; what others are just writing is left for the next time."""
+        """Return action() after reading the file; a line that is being written is left for the next time."""
         try:
-            self.journal.heals = False
+            self.file.heals = False
             self._read_on()
             return action()
         except OSError as error:
             raise LabtaskerRuntimeError("%s can't be read (%s)" % (self.path, error.strerror))
 
     def check_expected(self):
-        """Raise StoreUnavailable where the store that has given this process a run is not there, or another is in its
-        place: it is away, as a server can be, and nothing may be concluded from that."""
+        """Raise StoreUnavailable where the store that gave this process a run is missing or another is in its place. It
+        is away, as a server can be: its tasks are not gone."""
         try:
-            inode, store_id = os.stat(self.path).st_ino, self.journal.header.get("store")
-            if self.journal.fd is None or inode != self.journal.inode:
+            inode, store_id = os.stat(self.path).st_ino, self.file.header.get("store")
+            if self.file.fd is None or inode != self.file.inode:
                 source = JournalFile(self.path, mode=os.O_RDONLY)
                 source.open()
                 store_id = source.header.get("store")
@@ -3869,9 +4028,9 @@ class StoreFile:
                                    "may be away" % self.path)
 
     def lock_file(self, timeout_s):
-        """Take the file's lock, or raise StoreUnavailable saying who has it or what is wrong with the folder.
+        """Take the file's lock, or raise StoreUnavailable that says who has it or what is wrong with the folder.
 
-        A server of this host holds it for as long as it lives: it is not waited for."""
+        A server of this host holds the lock for life, so it is not waited for."""
         try:
             if self.file_lock.fd is None and not self.expected:
                 Disk.make_folder(self.folder)
@@ -3888,155 +4047,158 @@ class StoreFile:
         raise StoreUnavailable("%s is in use by another process%s" % (self.path, who if told else ""))
 
     def _lock_anew(self, timeout_s):
-        """Take the lock file that others take: this process has one that was removed, or is in a replaced folder."""
+        """Lock the file that others lock: this process has one that was removed, or whose folder was replaced."""
         self.file_lock.close()
         self.lock_file(timeout_s)
 
     def problem(self):
-        """Return why a server can't write to its store, or None; where that is for good, `journal.fenced` says so.
+        """Return why a server can't write to its store, or None; the writer's `fenced` says where that is for good.
 
-        Nothing is looked at while the file is written to or replaced: who does that sees it."""
+        Nothing is checked while the file is written to or replaced: the writer checks it."""
         journal = self.journal
-        if journal.fenced or not self.is_server or not journal.io.acquire(False):
-            return journal.fenced
+        if journal.writer.fenced or not self.is_server or not journal.writer.io.acquire(False):
+            return journal.writer.fenced
         try:
-            journal.check()
+            journal.writer.check()
         except StoreUnavailable as error:
             return str(error)
         except OSError as error:
             return str(store_error(self.path, error))
         finally:
-            journal.io.release()
-        return journal.fenced
+            journal.writer.io.release()
+        return journal.writer.fenced
 
     def _name_file(self):
-        """Return when the file's name is on disk; who put the file there may have failed to see to that."""
-        if self.journal.named != self.journal.inode:
-            self.journal.disk.sync_folder(real_path(self.path))
-            self.journal.named = self.journal.inode
+        """Put the file's name on disk; the process that made the file may have died before that."""
+        if self.file.named != self.file.inode:
+            self.file.disk.sync_folder(real_path(self.path))
+            self.file.named = self.file.inode
 
     def _read_on(self, is_new=False):
         """Read what others have added to the file, or put in its place; the file's lock is held."""
-        if self.journal.reads_only and self.journal.heals:  # it may be written after all
+        if self.file.reads_only and self.file.heals:  # a file open for reading is to be written
             self._start_anew()
-        length = None if self.journal.fd is None else self.journal.length()
+        length = None if self.file.fd is None else self.file.length()
         if length is None:
-            self._change_file() if self.journal.fd is not None else self.journal.open()
-            self.version_seen = newest(self.journal.header.get("version"), self.version_seen)
-        if length != self.journal.size:
+            self._change_file() if self.file.fd is not None else self.file.open()
+            self.version_seen = newest(self.file.header.get("version"), self.version_seen)
+        if length != self.file.size:
             self.catch_up()
-        durable, self.journal.named = self.file_lock.noted()
-        if self.journal.named == self.journal.inode:
-            self.journal.durable = max(self.journal.durable, min(self.journal.n, durable))
-        for notice in self.journal.notices:
+        durable, self.file.named = self.file_lock.noted()
+        if self.file.named == self.file.inode:
+            self.file.durable = max(self.file.durable, min(self.file.n, durable))
+        for notice in self.file.notices:
             tell("labtasker: " + notice)
         if is_new:
             tell("labtasker: created the store " + self.folder)
-        self.journal.notices = []
+        self.file.notices = []
 
     def _change_file(self):
-        """Go on in the file that is there now instead of the one that this process read; what was read stays where all
-        of it stands there too, as after a compaction."""
-        journal, lines, last = self.journal, self.journal.n, self.journal.header
-        if not journal.exists():
+        """Go on in the file that is now in the place of the one that this process read. Memory is kept where that file
+        holds all that was read, as after a compaction; else the file is read anew."""
+        file, lines, last = self.file, self.file.n, self.file.header
+        if not file.exists():
             raise StoreUnavailable("%s was removed or emptied while this process had it open: put it back; or start "
                                    "again, for a new store" % self.path)
         self.look_again_bytes, can_go_on = SPARE_BYTES, False
         try:
-            can_go_on = journal.follow()
+            can_go_on = file.follow()
         finally:
             if not can_go_on:
-                is_known = journal.header.get("store") == last.get("store") and journal.header.get("folded", 0) > lines
+                is_known = file.header.get("store") == last.get("store") and file.header.get("folded", 0) > lines
                 self._start_anew()
         if can_go_on:
             return
         if not is_known:  # else others have written and compacted since
-            journal.notices.append("%s is not the file that this process had read: another was put in its place, or "
+            file.notices.append("%s is not the file that this process had read: another was put in its place, or "
                                    "its content changed; it is read anew" % self.path)
-        journal.open()
+        file.open()
 
     def _start_anew(self):
         """Forget what was read."""
-        self.state, self.epoch_seen, self.version_seen = State(), 0, None
+        self.epoch_seen, self.version_seen = 0, None
+        self.state.clear()
         self.events.clear()
-        self.journal.forget()
+        self.file.forget()
 
     def is_bloated(self):
-        """Return whether most of the file is dead weight; looked at every few megabytes."""
+        """Return whether most of the file is stale; estimated every few megabytes."""
         with self.lock:
-            if self.journal.size < self.look_again_bytes:
+            if self.file.size < self.look_again_bytes:
                 return False
-            self.look_again_bytes = self.journal.size + LOOK_BYTES
+            self.look_again_bytes = self.file.size + LOOK_BYTES
             live = sum(_live_bytes(queue) for queue in self.state.queues.values())
-            return self.journal.size > 2 * live + SPARE_BYTES
+            return self.file.size > 2 * live + SPARE_BYTES
 
     def compact(self):
-        """Return when the file is as short as its live data allows; a server has another process do the folding."""
-        draft = "%s.fold-%d" % (self.real_path, os.getpid())  # a name of its own: others may be at it too
+        """Compact the file; a server has another process do the folding."""
+        draft = "%s.fold-%d" % (self.real_path, os.getpid())  # a name of its own: others may compact too
         try:
             if self.is_server:
                 _, offset = json.loads(in_other_process("fold", self.path, draft))
-                self.journal.adopt(draft, offset)
+                self.journal.writer.adopt(draft, offset)
             else:
                 _, offset = fold(self.path, draft)
-                self.with_file_lock(lambda: self.journal.adopt(draft, offset))
+                self.with_file_lock(lambda: self.journal.writer.adopt(draft, offset))
         except (OSError, StoreUnavailable) as error:
             why = error.strerror if isinstance(error, OSError) else error
             raise LabtaskerRuntimeError("%s could not be compacted (%s); it is as it was" % (self.path, why))
         finally:
             if os.path.exists(draft):
                 os.unlink(draft)
-        self.look_again_bytes = self.journal.size + LOOK_BYTES
+        self.look_again_bytes = self.file.size + LOOK_BYTES
 
     def compact_apart(self):
-        """Start a process that compacts the store, and do not wait for it."""
+        """Start a process that compacts the store, without waiting for it."""
         _start_process("compact", [self.path], False)
 
 
-class Store(StoreFile):
+class Store:
     """The operations on a store, for the threads of this process."""
 
     def __init__(self, path, is_server=False, fsync="always"):
-        super().__init__(path, is_server, fsync)
+        file = self.file = StoreFile(path, is_server, fsync)
+        self.path, self.folder, self.lock, self.is_server = file.path, file.folder, file.lock, is_server
+        self.journal, self.owner, self.state = file.journal, file.owner, file.state
+        self.server_id = None  # of the server that holds it
         self.changed, self.closing = threading.Condition(self.lock), False
-        self.beats = Beats({} if is_server else BeatFiles(os.path.dirname(self.real_path), self.owner.stood_still))
-        self.looked_at = -math.inf  # when time-outs were looked for
-        # {queue id: when, at the earliest, a run of it is over}; the earliest of all; both on the monotonic clock
-        self.timeouts_at, self.next_timeout_at = {}, -math.inf
-        self.next_release_at = -math.inf  # when, at the earliest, a task's pause is over, on that clock
-        self.awake_until = math.inf  # when, at the latest, this process meant to wake; a server says so before it waits
+        self.beats = Beats({} if is_server else BeatFiles(os.path.dirname(file.real_path), self.owner.stood_still))
+        # Instants on the monotonic clock:
+        self.looked_at = -math.inf  # when time-outs were last looked for
+        self.timeouts_at, self.next_timeout_at = {}, -math.inf  # {queue id: its earliest time-out}; the earliest of all
+        self.next_release_at = -math.inf  # the earliest end of a task's pause
+        self.awake_until = math.inf  # when this process meant to wake at the latest; a server sets it before it waits
         self.filters = Remembered(FILTERS_BYTES)  # (document as text, names of fields): predicate
-        self.logins = {}  # (name or id of a queue, a password that was right): the hash that it was right for
-        self.watched_keys, self.changed_keys = set(), set()  # what parked requests wait for; what changed of it since
+        self.logins = {}  # (name or id of a queue, a right password): the QueueId of the queue
+        self.watched_keys, self.changed_keys = set(), set()  # keys that parked requests wait for; those changed since
         self.on_wake = lambda: None
-        self.collecting = threading.Lock()  # one thread at a time has the tasks looked through for a new filter
+        self.collecting = threading.Lock()  # held while the tasks are searched for a new filter
 
     def begin(self, operation, queue_id, request, writes=True):
-        """Return (batch, answer) of an operation that was decided; the answer may leave once the batch is on disk.
-
-        Without a batch it may leave at once. One that is a function is to be called for the answer."""
+        """Run an operation. Return (batch, answer): the answer may be sent once the batch is on disk, without a batch
+        at once. An answer that is a function is to be called for it."""
         def decide():
             return self._decide(operation, queue_id, request, writes)
-        if self.expected:
-            self.check_expected()
-        if self.is_server or not (writes or self.journal.fd is not None or self.journal.exists()):
+        if self.file.expected:
+            self.file.check_expected()
+        if self.is_server or not (writes or self.journal.file.fd is not None or self.journal.file.exists()):
             with self.lock:
                 return decide()
-        return self.with_file_lock(decide, writes)
+        return self.file.with_file_lock(decide, writes)
 
     def transact(self, operation, queue_id, request, writes=True):
-        """Return the operation's answer once all that it did, and all that it saw, is on disk; or raise."""
+        """Return the operation's answer once everything it did, and everything it saw, is on disk; or raise."""
         batch, answer = self.begin(operation, queue_id, request, writes)
         if callable(answer):
             answer = answer()
         if batch:
             self.journal.wait(batch)
-        if not self.is_server and not self.journal.reads_only and self.is_bloated():
-            self.compact_apart()
+        if not self.is_server and not self.journal.file.reads_only and self.file.is_bloated():
+            self.file.compact_apart()
         return answer
 
     def _queue(self, queue_id, writes):
-        """Return the queue of this id, or of this LocalName; the default queue is made at the first write."""
+        """Return the queue of an id or a LocalName, or raise Unauthorized; the first write makes the default queue."""
         there = self.state.id_of(queue_id)
         if there is not None:
             queue = self.state.queues[there] if self.is_open_to(queue_id, there) else None
@@ -4061,20 +4223,20 @@ class Store(StoreFile):
         if changes:
             return self._commit(queue.record.queue_id if queue else changes[0][1]["queue_id"], changes, at), answer
         journal = self.journal
-        return (journal.batch if journal.batch.bodies else journal.writing), answer
+        return (journal.batch if journal.batch.lines else journal.writing), answer
 
     def _commit(self, queue_id, changes, at):
-        """Return the batch that makes these changes durable; they are applied to the memory already."""
+        """Apply these changes to memory and return the batch that makes them durable."""
         body = dump_json({"at": at, "queue": queue_id, "changes": changes}).encode()
         done = self.state.apply(queue_id, changes)
 
-        def tell(n):
-            self.events.extend(transitions(n, at, queue_id, changes, done))
+        def on_written(n):
+            self.file.events.extend(transitions(n, at, queue_id, changes, done))
             self.changed.notify_all()
             if self.watched_keys:
                 self._wake(queue_id, done)
         try:
-            batch = self.journal.add(body, lambda: self.state.put_back(done), tell)
+            batch = self.journal.add(body, lambda: self.state.put_back(done), on_written)
         except LabtaskerError:
             self.state.put_back(done)
             raise
@@ -4086,14 +4248,14 @@ class Store(StoreFile):
         return batch
 
     def _forget_runs(self, queue_id, queue):
-        """Have nothing be left of the runs of a queue that is deleted."""
+        """Forget the runs of a queue that is deleted."""
         self.timeouts_at.pop(queue_id, None)
         for task in queue.running.values():
             self.beats.runs.pop(task.run_id, None)
 
     def _wake(self, queue_id, done):
-        """Note which of the tasks, of the queues, and of the queues with a new pending task, that are `waited` for
-        have changed. A change of the queue's own record is one for all who wait: their password may be another."""
+        """Wake the requests that wait for a task in `done`, for its queue, or for a pending task there. A change of the
+        queue's own record wakes all that wait at it: their password may no longer be right."""
         keys = {(queue_id, key) for _, key, _, _ in done} | {(queue_id, "change")}
         if any(isinstance(new, TaskRecord) and new.status == "pending" for _, _, _, new in done):
             keys.add((queue_id, "pending"))
@@ -4102,13 +4264,13 @@ class Store(StoreFile):
         self.wake(*keys)
 
     def wake(self, *keys):
-        """Have a server run the requests again that wait for one of these keys."""
+        """Have a server repeat the requests that wait for one of these keys."""
         self.changed_keys |= self.watched_keys.intersection(keys)
         if self.changed_keys:
             self.on_wake()
 
     def _note_run(self, old, new):
-        """Have the beats begin with a run and end with it, and time-outs looked for when it may be over."""
+        """Start and end a run's beats with the run, and note when its earliest time-out is."""
         before = old.run_id if old is not None and old.status == "running" else None
         after = new.run_id if new is not None and new.status == "running" else None
         if new is not None and new.not_before is not None:
@@ -4124,24 +4286,24 @@ class Store(StoreFile):
             self._look_by(new.queue_id, LOOK_INTERVAL_S)
 
     def _look_by(self, queue_id, in_s):
-        """Have the time-outs of a queue looked for in so many seconds, unless that happens earlier."""
+        """Have the time-outs of a queue looked for in `in_s` seconds at the latest."""
         at = monotonic() + in_s
         self.timeouts_at[queue_id] = min(at, self.timeouts_at.get(queue_id, -math.inf))
         self.next_timeout_at = min(at, self.next_timeout_at)
 
     def wait_for(self, is_there, timeout_s):
-        """Return once is_there() or the store closes, or after so many seconds; without a server also when others
-        have written to the file, which is not read here."""
+        """Return once is_there(), when the store closes, or after `timeout_s`; without a server also when others have
+        written to the file, which is not read here."""
         give_up_at = monotonic() + timeout_s
         with self.lock:
             while self.is_server and not (is_there() or self.closing or monotonic() >= give_up_at):
                 self.changed.wait(give_up_at - monotonic())
-        while not (self.is_server or is_there() or self.journal.is_stale() or monotonic() >= give_up_at):
+        while not (self.is_server or is_there() or self.journal.file.is_stale() or monotonic() >= give_up_at):
             time.sleep(max(0, min(EMBEDDED_POLL_S, give_up_at - monotonic())))
 
     def notice_sleep(self):
-        """Give every run its full time again where this process woke much later than it meant to: it was stopped, and
-        heard of nobody meanwhile."""
+        """Give every run its full time again where this process woke much later than planned: it was stopped, and
+        received nothing meanwhile."""
         late_s = monotonic() - self.awake_until
         if late_s > SLEPT_S:
             with self.lock:
@@ -4149,14 +4311,14 @@ class Store(StoreFile):
                 self.awake_until = monotonic()
 
     def look_for_timeouts(self, queue_id=None):
-        """Fail the runs of a queue, or of all, that were silent or have run for too long; at most once a second."""
+        """Fail the runs of a queue, or of all queues, whose time is over; at most every LOOK_INTERVAL_S."""
         if isinstance(queue_id, LocalName):
             queue_id = self.state.id_of(queue_id) or queue_id
         elif queue_id is not None:
             queue_id = str(queue_id)
         with self.lock:
             self.notice_sleep()
-            self.looked_at, seen = monotonic(), self.journal.n
+            self.looked_at, seen = monotonic(), self.journal.file.n
             if queue_id is None:
                 wanted = [one for one, queue in self.state.queues.items() if queue.running]
             else:
@@ -4165,12 +4327,12 @@ class Store(StoreFile):
             self.timeouts_at.update((one, self.looked_at + LOOK_INTERVAL_S) for one in wanted)
         for one in wanted:
             try:
-                quiet_s = self.transact(expire_runs, one, None)
+                next_in_s = self.transact(expire_runs, one, None)
             except Unauthorized:  # the queue was deleted in between
                 continue
             with self.lock:
-                if self.is_server and self.journal.n == seen:  # else a run may have begun that is over earlier
-                    self.timeouts_at[one] = monotonic() + max(LOOK_INTERVAL_S, quiet_s)
+                if self.is_server and self.journal.file.n == seen:  # else a run may have begun that is over earlier
+                    self.timeouts_at[one] = monotonic() + max(LOOK_INTERVAL_S, next_in_s)
         if queue_id is None:
             with self.lock:
                 running = [one for one, queue in self.state.queues.items() if queue.running]
@@ -4178,11 +4340,11 @@ class Store(StoreFile):
                 self.next_timeout_at = min((self.timeouts_at.get(one, -math.inf) for one in running), default=math.inf)
 
     def due_at(self):
-        """Return when, at the earliest, a run is over or the pause of a task is."""
+        """Return the earliest time-out of a run or end of a task's pause."""
         return min(self.next_timeout_at, self.next_release_at)
 
     def release_delayed(self):
-        """Have those who wait for a task get the ones whose pause is over."""
+        """Let waiting fetches get the tasks whose pause is over."""
         with self.lock:
             at, ends = now(), []
             for queue_id, queue in self.state.queues.items():
@@ -4195,12 +4357,13 @@ class Store(StoreFile):
             self.next_release_at = monotonic() + min(in_s, MAX_RELEASE_S)
 
     def is_quick(self, queue_id, request):
-        """Return whether a fetch is answered without looking through many tasks."""
+        """Return whether a fetch is answered without examining many tasks."""
         queue = self.state.queues.get(self.state.id_of(queue_id))
         return not queue or queue.pending.is_quick(_required(request), request.get("filter_text"))
 
     def stand(self, queue_id, request):
-        """Have what a fetch asks for kept current from now on: a million tasks are looked at without the lock."""
+        """Keep the matches of a fetch current from now on. The tasks are searched without the lock, as there may be a
+        million."""
         with self.collecting:
             if self.is_quick(queue_id, request):
                 return
@@ -4213,7 +4376,7 @@ class Store(StoreFile):
                 self._bound_standing(pending)
 
     def _bound_standing(self, latest):
-        """Drop the standing requests of all queues that were not asked for the longest, where they take too much."""
+        """Drop the standing requests that were not used for longest, where those of all queues take too much memory."""
         held = [(asked.asked_at, asked.weight_bytes(), queue.pending, key) for queue in self.state.queues.values()
                 for key, asked in queue.pending.standing.items()]
         total_bytes = sum(weight_bytes for _, weight_bytes, _, _ in held)
@@ -4224,14 +4387,14 @@ class Store(StoreFile):
                     total_bytes -= weight_bytes
 
     def forget_unused(self):
-        """Drop the standing requests that nobody has asked for in a while."""
+        """Drop the standing requests that nobody has asked for in UNUSED_S."""
         with self.lock:
             for queue in self.state.queues.values():
                 if queue.pending.standing:
                     queue.pending.forget(lambda asked: monotonic() - asked.asked_at > UNUSED_S)
 
     def predicate(self, document, fields):
-        """Return the predicate of a query document and its text; the latest are remembered."""
+        """Return (predicate, text) of a query document."""
         text = json.dumps(document, sort_keys=True)
         known = self.filters.get((text, tuple(fields)))
         if known is None:
@@ -4242,8 +4405,8 @@ class Store(StoreFile):
     def login(self, name, password):
         """Return the QueueId of the queue, or raise Unauthorized.
 
-        The hashing is done once: a right pair is remembered under its keyed hash, Python's own for text, while the
-        queue has that password. A name may be another queue's id: then the password tells which of the two is meant."""
+        A right pair is remembered, so that it is hashed once, and holds while the queue has that password. A name may
+        be another queue's id: the password then tells which of the two is meant."""
         known = self.known_login(name, password)
         if known:
             return known
@@ -4258,7 +4421,7 @@ class Store(StoreFile):
         raise Unauthorized("Invalid credentials")
 
     def known_login(self, name, password):
-        """Return the QueueId of the queue if this password was right before and still is, or None."""
+        """Return the QueueId of a remembered login that still holds, or None."""
         known = self.logins.get((name, password))
         if known is not None and self.is_open_to(known, known):
             if name == known or name == self.state.queues[known].record.queue_name:
@@ -4266,8 +4429,8 @@ class Store(StoreFile):
         return None
 
     def is_open_to(self, caller, queue_id):
-        """Return whether a queue is there, is still the one that a LocalName names, and has the password that a
-        QueueId was had for."""
+        """Return whether the queue exists and its caller may use it: a LocalName still names it, or it still has the
+        password that a QueueId was given for."""
         queue = self.state.queues.get(queue_id)
         if queue is None or isinstance(caller, LocalName):
             return queue is not None and queue.record.queue_name == caller
@@ -4281,13 +4444,13 @@ def same_secret(one, other):
 
 
 def _overdue(store, queue):
-    """Return ([(task, words)] of the running tasks whose time is over, seconds in which no other's can be)."""
-    found, quiet_s = [], math.inf
+    """Return ([(task, words)] of the running tasks whose time is over, seconds until the next run can time out)."""
+    found, next_in_s = [], math.inf
     for task in queue.running.values():
         if task.heartbeat_timeout is None and task.task_timeout is None:
             continue
         ages = store.beats.ages(task.run_id)
-        if ages is None:  # it began under another server, or before this one's restart: it has its full time
+        if ages is None:  # it began under another server, or before a restart: it gets its full time
             store.beats.start(task.run_id)
             ages = 0.0, 0.0
         ran_s, silent_s = ages
@@ -4297,14 +4460,14 @@ def _overdue(store, queue):
         elif task.task_timeout is not None and ran_s > task.task_timeout:
             found.append((task, "still running after %g seconds (task_timeout)" % task.task_timeout))
         else:
-            quiet_s = min(quiet_s, task.heartbeat_timeout - silent_s if has_beats else math.inf,
-                          math.inf if task.task_timeout is None else task.task_timeout - ran_s)
-    return found, quiet_s
+            next_in_s = min(next_in_s, task.heartbeat_timeout - silent_s if has_beats else math.inf,
+                            math.inf if task.task_timeout is None else task.task_timeout - ran_s)
+    return found, next_in_s
 
 
 def expire_runs(store, queue, request, at):
-    """Decide that the overdue runs failed. Answer in how many seconds others may."""
-    changes, strikes, (overdue, quiet_s) = [], collections.Counter(), _overdue(store, queue)
+    """Decide that the overdue runs failed. Answer in how many seconds the next run can time out."""
+    changes, strikes, (overdue, next_in_s) = [], collections.Counter(), _overdue(store, queue)
     for task, words in sorted(overdue, key=lambda row: row[0].created_at):
         fields = {"summary": dict(task.summary, labtasker_error=words), "run_end": "timeout"}
         fields.update(_attempt_over(task, at, "timeout", words))
@@ -4312,11 +4475,11 @@ def expire_runs(store, queue, request, at):
         strikes[task.worker_id] += 1
     for worker_id, count in strikes.items():
         changes += _strike(queue, worker_id, count, at)
-    return changes, quiet_s
+    return changes, next_in_s
 
 
 def after(at, place):
-    """Return the time of the place-th change of a transaction: they differ, so that their order can be seen."""
+    """Return the time of the place-th change of a transaction. The times differ, which keeps the changes in order."""
     return Instant(round(at + place * 1e-6, 6)) if place else at
 
 
@@ -4347,7 +4510,7 @@ def _strike(queue, worker_id, count, at):
 
 
 def hash_password(password, salt=None, rounds=None):
-    """Return the PBKDF2 hash of a password as text, with its rounds and its salt."""
+    """Return the PBKDF2 hash of a password as text, with its rounds and salt."""
     import hashlib
     salt, rounds = salt or os.urandom(16).hex(), rounds or PASSWORD_ROUNDS
     key = hashlib.pbkdf2_hmac("sha256", password.encode("utf-8", "surrogatepass"), bytes.fromhex(salt), rounds)
@@ -4355,9 +4518,9 @@ def hash_password(password, salt=None, rounds=None):
 
 
 def is_password(password, stored):
-    """Return whether this is the password of a stored hash; for None, after the same time, that it is not.
+    """Return whether this is the password of a stored hash; for None it takes the same time to return False.
 
-    The rounds are the stored ones, so that the constant can change while the passwords stay."""
+    The hash's own rounds are used, so that the constant can change while stored passwords stay valid."""
     kind, rounds, salt = (stored or "pbkdf2_sha256$%d$%s$" % (PASSWORD_ROUNDS, "00" * 16)).split("$")[:3]
     if kind != "pbkdf2_sha256":
         raise Unauthorized("labtasker %s can't check this queue's password, which is hashed by %.40r: update it"
@@ -4365,7 +4528,7 @@ def is_password(password, stored):
     return same_secret(hash_password(password, salt, int(rounds)), stored or "")
 
 
-PASSWORD_ROUNDS = 100000  # 41 ms
+PASSWORD_ROUNDS = 100000
 
 
 def create_queue_op(store, _, request, at):
@@ -4402,7 +4565,7 @@ def update_queue_op(store, queue, request, at):
 
 
 def delete_queue_op(store, queue, request, at):
-    """Decide that a queue goes; what was in it goes too, since nothing could reach it any more."""
+    """Decide to delete a queue with its tasks and workers."""
     return [["queue-"]], None
 
 
@@ -4437,7 +4600,7 @@ def _submission(request, at):
 
 
 def submit_tasks_op(store, queue, request, at):
-    """Decide to create tasks, all or none; one that is there with the same content was submitted before."""
+    """Decide to create tasks, all or none. One that exists with the same content was submitted before, and counts."""
     changes, ids = [], {}
     for place, one in enumerate(request["tasks"]):
         task_id, fields = _submission(one, after(at, place))
@@ -4453,14 +4616,14 @@ def submit_tasks_op(store, queue, request, at):
 
 
 def _tests(request, id_field, name_field):
-    """Return the predicates of records that a request has."""
+    """Return the predicates that a request asks of records."""
     tests = [lambda record, get=operator.attrgetter(field), value=request[field]: get(record) == value
              for field in (id_field, name_field, "status") if request[field] is not None]
     return tests + ([] if request["extra_filter"] is None else [request["predicate"]])
 
 
 def _matching(store, records, tests):
-    """Return an iterator of the records that pass all tests. A running task shows when it was last heard of."""
+    """Return an iterator of the records that pass all tests; running tasks show when they were last heard of."""
     found = map(lambda record: _seen(store, record) if record.status == "running" else record, records)
     for test in tests:
         found = filter(test, found)
@@ -4468,7 +4631,7 @@ def _matching(store, records, tests):
 
 
 def _selected(store, records, request, id_field, name_field):
-    """Return the function that answers a search over a list of records, filtered, sorted and cut."""
+    """Return the function that answers a search in a list of records: filtered, sorted, one page."""
     tests, offset, limit = _tests(request, id_field, name_field), request["offset"], request["limit"]
 
     def answer():
@@ -4494,8 +4657,8 @@ def search_tasks_op(store, queue, request, at):
 
 
 def count_tasks_op(store, queue, request, at):
-    """Decide nothing; answer, outside the lock, how many tasks match, by the values of a field; how many of the
-    RECENT have ended, in how many seconds until now; and the mark of the state that this is about."""
+    """Decide nothing; answer, outside the lock, how many tasks match for each value of a field, how many of the RECENT
+    ended and within how many seconds up to now, and the mark of the state counted."""
     tests, mark = _tests(request, "task_id", "task_name"), _mark(store)
     records = list(queue.tasks.values())
     top, *path = request["by"].split(".")
@@ -4517,11 +4680,11 @@ def count_tasks_op(store, queue, request, at):
 
 
 def _mark(store):
-    return "%s-%d" % (store.server_id, store.journal.n)  # of what is taken back the answer never leaves
+    return "%s-%d" % (store.server_id, store.journal.file.n)  # if a line fails, no answer about it is sent
 
 
 def get_mark_op(store, queue, request, at):
-    """Decide nothing; answer the mark of the state as it is."""
+    """Decide nothing; answer the mark of the state."""
     return [], {"mark": _mark(store)}
 
 
@@ -4560,7 +4723,7 @@ def _next_task(store, queue, request):
 
 
 def fetch_task_op(store, queue, request, at):
-    """Decide that a worker runs the next task that matches; a repeated fetch_id gets the same one."""
+    """Decide that a worker runs the next task that matches; a repeated fetch_id gets the same task."""
     worker_id = request.get("worker_id")
     if worker_id is not None:
         worker = queue.workers.get(worker_id)
@@ -4594,7 +4757,7 @@ def fetch_task_op(store, queue, request, at):
 
 
 def _nothing_found(queue, request, at):
-    """Return the answer to a fetch that gets no task; `retry_in_s`: when a task that fits has had its pause."""
+    """Return the answer to a fetch that gets no task; `retry_in_s`: until the pause of one that fits is over."""
     answer, next_at = {"found": False, "task": None}, None
     if queue.pending.delayed:
         next_at = queue.pending.next_delayed(_required(request), request.get("predicate"))
@@ -4602,19 +4765,19 @@ def _nothing_found(queue, request, at):
 
 
 def _without_pause(task):
-    """Return the field that ends a task's pause, or nothing where it has none."""
+    """Return the field that ends a task's pause, {} where it has none."""
     return {} if task.not_before is None else {"not_before": None}
 
 
 def _pause(request, at):
-    """Return the field with the end of the pause that a job asks for as it hands its task back, or nothing."""
+    """Return the field with the end of the pause that a job asked for as it handed its task back, or {}."""
     delay_s = min(request.get("delay_s") or 0, MAX_DELAY_S)
     return {"not_before": Instant(round(at + delay_s, 6))} if delay_s else {}
 
 
 def end_fetch_op(store, queue, request, at):
-    """Decide that a fetch is over: it gets no task from now on, also where it arrives later than this, and is answered
-    at once where it waits. With `hand_back` a task that it got already, and that still runs, goes back uncharged."""
+    """Decide to end a fetch: it gets no task even if it arrives after this, and is answered at once if it waits. With
+    `hand_back` a task that it got and that still runs is handed back, without costing a retry."""
     fetch_id = request["fetch_id"]
     queue.ended_fetches[fetch_id] = None
     if len(queue.ended_fetches) > MAX_ENDED_FETCHES:
@@ -4629,9 +4792,9 @@ def end_fetch_op(store, queue, request, at):
 
 
 def _attempts_with(task, told, run):
-    """Return a task's attempts and the one that begins: what its worker tells of it, and what is known here.
+    """Return a task's attempts with the one that begins: what its worker says of it, and what is known here.
 
-    `{task_id}` and `{run_id}` in its texts are filled in, as only now the run has its id."""
+    `{task_id}` and `{run_id}` in the worker's texts are filled in: the run got its id only now."""
     told = {key: value.replace("{task_id}", task.task_id).replace("{run_id}", run["run_id"])
             if isinstance(value, str) else value for key, value in told.items()}
     known = {"run_id": run["run_id"], "worker_id": run["worker_id"], "start": format_time(run["start_time"])}
@@ -4639,7 +4802,7 @@ def _attempts_with(task, told, run):
 
 
 def _attempt_told(task, facts):
-    """Return the field `attempts` with these facts of the task's run, or nothing where its worker told nothing."""
+    """Return the field `attempts` with these facts about the task's run, {} where its worker announced no attempt."""
     if not facts or not task.attempts or task.attempts[-1]["run_id"] != task.run_id:
         return {}
     known = dict(task.attempts[-1], **facts)
@@ -4647,7 +4810,7 @@ def _attempt_told(task, facts):
 
 
 def _attempt_over(task, at, status, reason=None, told=None):
-    """Return the field `attempts` with the end of the task's run, or nothing where its worker told nothing."""
+    """Return the field `attempts` with the end of the task's run, {} where its worker announced no attempt."""
     return _attempt_told(task, dict({"reason": reason}, **dict(told or {}, end=format_time(at), status=status)))
 
 
@@ -4684,9 +4847,8 @@ def _changed(task, fields, old_state, at):
 def _report_late(task, request, at):
     """Return the changes of a report on a run that has ended already, or raise Conflict.
 
-    The repeat of the report that ended it adds at most to what is known of the attempt. A run that was given up on and
-    then ends well, or is handed back, is taken while nobody has taken the task since, and the retry that it cost is
-    given back."""
+    A repeat of the report that ended the run can only add facts about the attempt. A run that timed out and then
+    succeeds or is handed back counts as long as nobody has taken the task since; its retry is given back."""
     status, told = request["status"], request.get("attempt")
     if status == task.run_end or (status, task.run_end) == ("failed", "timeout"):
         return _changed(task, _attempt_told(task, told), None, at)
@@ -4703,7 +4865,7 @@ def _report_late(task, request, at):
     return _changed(task, fields, task.status, at)
 
 
-# status reported of a run that was given up on: the event that it is then
+# status reported for a run that had timed out: the event
 LATE_REPORTS = {"success": "succeed_late", "pending": "hand_back_late"}
 
 
@@ -4727,7 +4889,7 @@ def _report_running(queue, task, fields, request, at):
 
 
 def _report_pending(queue, task, fields, request, at):
-    """Decide to hand a run back: no retry is charged, the interruption is counted."""
+    """Decide to hand a run back: it costs no retry and counts as an interruption."""
     count, reason = task.interruptions + 1, request.get("reason")
     if count >= MAX_INTERRUPTIONS:
         status = move(TASK_MOVES, task.status, "fail", "task " + task.task_id)
@@ -4740,7 +4902,7 @@ def _report_pending(queue, task, fields, request, at):
     return _changed(task, fields, task.status, at)
 
 
-# status reported, other than the one that the task has: what it does
+# status reported, if the task has another: what decides
 REPORTS = {
     "running": _report_running,
     "pending": _report_pending,
@@ -4751,7 +4913,7 @@ REPORTS = {
 
 
 def heartbeat_op(store, queue, request, at):
-    """Note that a run is alive; nothing is written. Answer the task's status."""
+    """Record that a run is alive, in memory only. Answer the task's status."""
     task = _task(queue, request["task_id"])
     run_id, worker_id = request.get("run_id"), request.get("worker_id")
     if task.status != "running" or (run_id is not None and run_id != task.run_id):
@@ -4765,13 +4927,13 @@ def heartbeat_op(store, queue, request, at):
     return [], {"status": "running"} if request.get("answer") == "status" else None
 
 
-# PUT status: the event that leads there by hand
+# status in an update: the event that leads to it
 UPDATE_EVENTS = {"pending": "requeue", "success": "succeed", "failed": "fail", "cancelled": "cancel"}
 RESET = {"retries": 0, "worker_id": None, "run_id": None, "run_end": None}
 
 
 def _updated(task, request, reset):
-    """Return (fields, old state or None) of one update; InvalidStateTransition or InvalidFields when it can't be."""
+    """Return (fields, old state or None) of one update, or raise InvalidStateTransition or InvalidFields."""
     replaced = request.get("replace_fields") or ()
     fields = {}
     for name, field in UPDATED.items():
@@ -4797,7 +4959,7 @@ def _updated(task, request, reset):
 
 
 def update_tasks_op(store, queue, request, at):
-    """Decide a list of updates: all of them, or none when one can't be done; each that can't is named."""
+    """Decide a list of updates, all or none; the error names each that can't be made."""
     changes, now_are, problems = [], {}, []
     for update in request["updates"]:
         task_id = update["task_id"]
@@ -4818,7 +4980,7 @@ def update_tasks_op(store, queue, request, at):
 
 
 def delete_task_op(store, queue, request, at):
-    """Decide that a task goes."""
+    """Decide to delete a task."""
     return [["task-", _task(queue, request["task_id"]).task_id]], None
 
 
@@ -4833,7 +4995,7 @@ def _worker(queue, worker_id):
 
 
 def create_worker_op(store, queue, request, at):
-    """Decide to register a worker; one that is there under this id was registered before."""
+    """Decide to register a worker; one that exists under this id was registered before."""
     worker_id = request.get("worker_id") or new_id()
     if worker_id in queue.workers:
         if queue.workers[worker_id].worker_name != request.get("worker_name"):
@@ -4872,7 +5034,7 @@ def report_worker_op(store, queue, request, at):
 
 
 def delete_worker_op(store, queue, request, at):
-    """Decide that a worker goes; with cascade_update its running tasks name no worker."""
+    """Decide to delete a worker; with cascade_update its running tasks name no worker any more."""
     worker_id = _worker(queue, request["worker_id"]).worker_id
     changes = [["worker-", worker_id]]
     if request["cascade_update"]:
@@ -4887,7 +5049,7 @@ def delete_worker_op(store, queue, request, at):
 
 
 def _kept(record):
-    """Return the fields of a record that are not as they are by default, without its own id and its queue's."""
+    """Return the fields of a record that differ from their defaults, without its own id and its queue's."""
     rows = list(zip(record._fields, record, type(record).__new__.__defaults__))[1:]
     kept = {name: value for name, value, default in rows if value != default and name != "queue_id"}
     kept.update(kept.pop("unknown", None) or {})
@@ -4895,14 +5057,14 @@ def _kept(record):
 
 
 def _live_bytes(queue):
-    """Return about how many bytes a queue takes in a folded journal, from a sample of its tasks."""
+    """Return about how many bytes a queue takes in a folded journal, estimated from a sample of its tasks."""
     sample = list(itertools.islice(queue.tasks.values(), 200))
     mean = sum(len(dump_json(_kept(task))) + 60 for task in sample) / max(1, len(sample))
     return int(mean * len(queue.tasks)) + 400 * len(queue.workers)
 
 
 def _fold_lines(state):
-    """Yield the lines, as bytes, that make this state."""
+    """Yield the lines, as bytes, from which this state is read back."""
     count = 0
     for queue_id, queue in state.queues.items():
         changes = [["queue", dict(_kept(queue.record), queue_id=queue_id)]]
@@ -4915,8 +5077,8 @@ def _fold_lines(state):
 
 
 def fold(path, draft):
-    """Return (n, offset) after writing the file `draft`, which stands for the lines up to n, the one that ends at
-    byte `offset` of the journal. Reads without the lock; what is not known to be on disk is not folded."""
+    """Write the file `draft`, which stands for the lines up to n, where byte `offset` of the journal is the next one's
+    first. Return (n, offset). Reads without the lock; lines that may not be on disk yet are not folded."""
     source, state, waiting = JournalFile(path, mode=os.O_RDONLY), State(), collections.deque()
     source.open()
     n, offset, mark = source.n, source.size, source.mark
@@ -4944,104 +5106,29 @@ def compact(path):
         raise StoreUnavailable("%s is being compacted already" % path)
     try:
         before = os.stat(path).st_size
-        Store(path).compact()
+        StoreFile(path).compact()
         return before, os.stat(path).st_size
     finally:
         guard.close()
 
 
-# ---- A journal looked at and repaired, also a damaged one
-
-
-# A line of a file that may be damaged: its `value`, or the `problem` with it. `due` is the number that had to come
-# there, `lost` how many lines are missing before it. Numbers of folded lines are 0.
-Piece = collections.namedtuple("Piece", "offset data value problem due lost")
-
-
-def walk(path):
-    """Yield a Piece for each line of a journal file, the header included; reads only, also while others write."""
-    folds = n = offset = tail = 0  # n None: the header is lost, and with it where the numbers begin
-    with open(path, "rb") as file:
-        for data in file:
-            value = unseal(data)
-            is_fold = 0 < offset < tail or n is None and "fold" in (value or {})
-            count = (value or {}).get("fold" if is_fold else "n")
-            if n is None and type(count) is int and not is_fold:
-                n = count - value.get("lost", 1)
-            due = folds + 1 if is_fold else (n or 0) + (value or {}).get("lost", 1)
-            problem = None
-            if offset == 0 and value is not None and value.get("journal") == "labtasker":
-                count = due = n = value.get("folded", 0)
-                tail = value.get("tail", 0)
-            elif type(count) is not int or not (is_fold or type(value.get("durable")) is int):
-                problem = "no line with a checksum that fits" if data.endswith(b"\n") else "a line that is cut off"
-            elif count < due:
-                problem = "line %d once more" % count
-            elif is_fold:
-                folds = count
-            else:
-                n = count
-            if offset == 0 and problem:
-                n = None
-            lost = 0 if problem else count - due
-            yield Piece(offset, data, value, problem, 0 if is_fold else due, lost)
-            offset += len(data)
-
-
-class Survey:
-    """What is in a journal file: counts, `bad` pieces, `lost` ranges of line numbers; reads only.
-
-    `rotten` are those of both that had been acknowledged; other damage, in a tail that was never known to be on
-    disk, is set aside at the next opening."""
-
-    def __init__(self, path):
-        self.path, self.size, self.lines, self.n, self.durable = path, 0, 0, 0, 0
-        self.bad, self.lost, self.ended, self.header = [], [], False, {}
-        for piece in walk(path):
-            self.size = piece.offset + len(piece.data)
-            if piece.problem:
-                self.bad.append(piece)
-            else:
-                self._count(piece)
-        self.durable = max([self.durable] + [last_durable([piece.data]) for piece in self.bad])
-        self.rotten = [piece for piece in self.bad if piece.due <= self.durable]
-        self.rotten += [numbers for numbers in self.lost if numbers[0] <= self.durable]
-
-    def _count(self, piece):
-        if piece.lost:
-            self.lost.append((piece.due, piece.due + piece.lost - 1))
-        if piece.offset == 0:
-            self.header = piece.value
-        elif "n" in piece.value:
-            self.lines += 1
-            self.n, self.ended = piece.value["n"], bool(piece.value.get("end"))
-            self.durable = max(self.durable, piece.value["durable"])
-
-
-def _identity(path):
-    """Return what tells the file, and its content, from every other."""
-    there = os.stat(path)
-    return there.st_dev, there.st_ino, there.st_size, there.st_mtime_ns
-
-
 def repair_store(path):
-    """Put a file of all good lines in the place of a damaged one. Return (survey of what was there, where the damaged
-    file is kept, where the bad bytes are, ids that stand in these); None for both paths where nothing is damaged.
+    """Put a file of all good lines in the place of a damaged one. Return (survey of what was there, path of the damaged
+    file, path of the bad bytes, ids found in these); both paths are None where nothing is damaged.
 
-    Never in place: the damaged file keeps its bytes under another name. A line {"n":9,"lost":2,...} stands where
-    lines 8 and 9 were."""
-    store = Store(path)
+    The damaged file is kept under another name. A line {"n":9,"lost":2,...} stands where lines 8 and 9 were."""
+    store = StoreFile(path)
     store.lock_file(2.0)
     try:
         store.owner.claim()
-        surveyed = _identity(path)
+        surveyed = file_identity(path)
         found = Survey(path)
         check_format(path, found.header)
 
         def ask():
-            if _identity(path) != surveyed or not store.owner.holds():
+            if file_identity(path) != surveyed or not store.owner.holds():
                 raise StoreUnavailable("%s was changed by others while it was repaired; it is as they left it" % path)
-        damaged, aside = _repair(found, ask) if found.bad or found.lost else (None, None)
+        damaged, aside = repair_file(found, ask) if found.bad or found.lost else (None, None)
     except OSError as error:
         raise store_error(path, error)
     finally:
@@ -5049,47 +5136,6 @@ def repair_store(path):
     text = b"".join(piece.data for piece in found.bad).decode("latin-1")
     ids = re.findall(r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}", text)
     return found, damaged, aside, list(collections.OrderedDict.fromkeys(ids))
-
-
-def _repair(found, ask):
-    """Return (where the damaged file is kept now, where the bad bytes are) of the file that was surveyed. `ask` is
-    called last, and raises where the file must not be replaced."""
-    path, stamp = found.path, int(time.time() * 1000)
-    damaged, aside, draft = ("%s.%s-%d" % (real_path(path), word, stamp)
-                             for word in ("damaged", "bad", "repaired"))
-    Disk.create(aside, (piece.data for piece in walk(path) if piece.problem))
-    body = sum(len(data) for data, is_fold in _good_lines(path) if is_fold)
-    first = next((piece.value["n"] for piece in walk(path) if not piece.problem and "n" in piece.value), 1)
-    header = found.header or {"journal": "labtasker", "format": FORMAT, "store": new_id(), "folded": first - 1}
-    header = dict(header, repaired_at=time.time())
-    Disk.create(draft, itertools.chain([journal_header(header, body)], (data for data, _ in _good_lines(path))))
-    try:
-        os.link(real_path(path), damaged)
-    except OSError:  # no hard links here
-        Disk.create(damaged, (piece.data for piece in walk(path)))
-    try:
-        Disk.replace(draft, real_path(path), ask=ask)
-    except LabtaskerError:
-        for each in (draft, damaged, aside):
-            os.unlink(each)
-        raise
-    Disk.sync_folder(real_path(path))
-    return damaged, aside
-
-
-def _good_lines(path):
-    """Yield (bytes, whether folded) of the good lines and of those that mark where lines were lost."""
-    folds = 0
-    for piece in walk(path):
-        if piece.problem or piece.offset == 0:
-            continue
-        if "fold" in piece.value:
-            folds += 1
-            yield piece.data if piece.value["fold"] == folds else sealed(dict(piece.value, fold=folds)), True
-            continue
-        if piece.lost:
-            yield sealed({"n": piece.due + piece.lost - 1, "durable": 0, "lost": piece.lost, "at": time.time()}), False
-        yield piece.data, False
 
 
 # 6. API ######################################################################
@@ -5436,7 +5482,7 @@ def _run_welcome(store, caller, request, route):
 
 
 def _run_health(store, caller, request, route):
-    problem = store.problem() or store.journal.broken or refusal(store.path)
+    problem = store.file.problem() or store.journal.writer.broken or refusal(store.path)
     return {"status": "unhealthy" if problem else "healthy", "database": problem or "connected"}
 
 
@@ -5637,12 +5683,12 @@ def run_call(store, call):
     route, caller, request = call
     give_up_at = monotonic() + request.get("wait_s", 0)
     while True:
-        seen = store.journal.n
+        seen = store.journal.file.n
         answer = route.run(store, caller, request, route)
         left_s = give_up_at - monotonic()
         if left_s <= 0 or store.closing or not (route.waits and route.waits(store, caller, request, answer)):
             return answer
-        store.wait_for(lambda: store.journal.n != seen, left_s if store.is_server else min(left_s, WAIT_SLICE_S))
+        store.wait_for(lambda: store.journal.file.n != seen, left_s if store.is_server else min(left_s, WAIT_SLICE_S))
 
 
 def answer_call(store, login, method, path, body=None, query=None, extensions=True):
@@ -6848,10 +6894,10 @@ class _Server(_Threads):
         except (StoreUnavailable, OSError):  # a full disk: the next look tries again
             store.next_timeout_at = max(store.next_timeout_at, monotonic() + LOOK_INTERVAL_S)
         self.check_store()
-        if not self.is_compacting and store.is_bloated():
+        if not self.is_compacting and store.file.is_bloated():
             self.is_compacting = True
             if not _start_thread(self.compact, "compaction"):
-                self.is_compacting, store.look_again_bytes = False, 0
+                self.is_compacting, store.file.look_again_bytes = False, 0
                 self.say("warning", "%s is not compacted now: no thread could be started for it" % store.path)
         if monotonic() - self.swept_at >= SWEEP_S:
             self.sweep()
@@ -6861,23 +6907,23 @@ class _Server(_Threads):
 
     def check_store(self):
         """Say that the store can't be written to, once; stop where that is for good, or its file is gone for long."""
-        problem = self.store.problem()
+        problem = self.store.file.problem()
         if problem and not self.problem_since:
             self.problem_since = monotonic()
             self.say("error", problem)
         elif not problem and self.problem_since:
             self.problem_since = None
             self.say("info", "%s is there again" % self.store.path)
-        is_final = self.store.journal.fenced or problem and monotonic() - self.problem_since > GONE_S
+        is_final = self.store.journal.writer.fenced or problem and monotonic() - self.problem_since > GONE_S
         if is_final and not self.stopping:
             self.failure, self.stopping = problem, True
 
     def compact(self):
         """Compact the store's journal and log what came of it."""
-        before = self.store.journal.size
+        before = self.store.journal.file.size
         try:
-            self.store.compact()
-            self.say("info", "compacted the journal from %d to %d bytes" % (before, self.store.journal.size))
+            self.store.file.compact()
+            self.say("info", "compacted the journal from %d to %d bytes" % (before, self.store.journal.file.size))
         except LabtaskerError as error:
             self.say("warning", str(error))
         except Exception as error:
@@ -6975,7 +7021,7 @@ def serve(db_path, host="127.0.0.1", port=DEFAULT_PORT, fsync="always", certfile
             return code
     store = Store(db_path, is_server=True, fsync=fsync)
     tls = _tls(certfile, keyfile)
-    store.open(takeover)
+    store.file.open(takeover)
     try:
         server = http_server(host, port, store, tls, log_level, allow_hosts, max_connections)
         try:
@@ -6987,7 +7033,7 @@ def serve(db_path, host="127.0.0.1", port=DEFAULT_PORT, fsync="always", certfile
             if (read_server_file(store.folder) or {}).get("server") == server.id:
                 os.unlink(os.path.join(store.folder, "server.json"))
     finally:
-        store.close()
+        store.file.close()
 
 
 def _to_background(log):
@@ -7023,7 +7069,7 @@ def _run_server(server, certfile, announce):
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, stop)
     Disk.create(os.path.join(store.folder, "server.json"), [json.dumps(told, indent=1).encode() + b"\n"])
-    for notice in store.journal.notices:
+    for notice in store.journal.file.notices:
         server.say("warning", notice)
     text = "labtasker: listening on %s, store %s" % (" ".join(urls), store.path)
     server.tell(text)
@@ -7524,7 +7570,7 @@ class StoreTransport:
         """Return (status, Lines of the queue's events after the one with the id `after`).
 
         The lines end soon where a server takes the store, so that the listener goes to it."""
-        self.store.LOCK_TIMEOUT_S = 1.0
+        self.store.file.LOCK_TIMEOUT_S = 1.0
         status, answer = self.call("GET", _QUEUE + "/events", {"last_event_id": after}, None)
         if isinstance(answer, Stream):
             answer = Lines(answer.pieces, lambda: setattr(self.store, "closing", True))
@@ -7543,7 +7589,7 @@ class StoreTransport:
 
     def close(self):
         """Give the store up."""
-        self.store.close()
+        self.store.file.close()
 
 
 class Exchange:
@@ -8188,7 +8234,7 @@ def _rely_on_loops_store(transport):
     """Have the store without a server that a job's loop uses be taken for away where it is not there."""
     store_id, _, folder = os.environ.get("LABTASKER_STORE", "").partition(" ")
     if store_id and isinstance(transport, StoreTransport) and transport.store.folder == folder:
-        transport.store.expected = store_id
+        transport.store.file.expected = store_id
 
 
 _at_exit = []
@@ -8198,7 +8244,7 @@ def give_up_store():
     """Let another host have the store that this process has written to without a server; it may go on with it."""
     transport = _client and _client.transport
     if isinstance(transport, StoreTransport):
-        transport.store.let_go()
+        transport.store.file.let_go()
 
 
 def use_client(other):
@@ -9903,11 +9949,10 @@ def is_group_alive(group):
 def _state_in_group(pid, group):
     """Return the letter of a process' state, "X" (dead) where it is not in the group."""
     try:
-        with open("/proc/%s/stat" % pid) as file:
-            state, _, its_group = file.read().rpartition(")")[2].split()[:3]
-    except (OSError, ValueError):
+        state, its_group, _ = process_stat(pid)
+    except OSError:
         return "X"
-    return state if int(its_group) == group else "X"
+    return state if its_group == group else "X"
 
 
 def end_groups(groups, give_up_at, pause):
@@ -10575,14 +10620,14 @@ LONGEST_PAUSE_S = 5  # between two looks whether the server is back
 def store_id():
     """Return the id of the store that this process has open without a server, else None."""
     transport = client().transport
-    return transport.store.journal.header.get("store") if isinstance(transport, StoreTransport) else None
+    return transport.store.journal.file.header.get("store") if isinstance(transport, StoreTransport) else None
 
 
 def rely_on(store_id):
     """Have the store of this id be taken for away where, without a server, it is not there; None: no more."""
     transport = client().transport
     if isinstance(transport, StoreTransport):
-        transport.store.expected = store_id
+        transport.store.file.expected = store_id
 
 
 def show_life(run_ids):
@@ -11127,8 +11172,7 @@ class Heart:
 def is_stopped(pid):
     """Return whether the process is stopped (Ctrl-Z, SIGSTOP): what it runs must not be kept alive for ever."""
     try:
-        with open("/proc/%d/stat" % pid) as file:
-            return file.read().rpartition(")")[2].split()[0] in "Tt"
+        return process_stat(pid)[0] in "Tt"
     except OSError:  # not Linux
         return False
 
@@ -13984,7 +14028,7 @@ def run_demo(folder):
         codes += demo_workers(folder, words) if words[0] == "loop" else [demo_start(folder, words).wait()]
     store = StoreTransport(os.path.join(folder, ".labtasker"), DEFAULT_QUEUE)
     tasks = Client(store).call("POST", "/api/v1/queues/me/tasks/search", {})["content"]
-    store.close()
+    store.file.close()
     done = sum(task["status"] == "success" for task in tasks)
     retried = sum(task["retries"] == 1 for task in tasks)
     say("\n%d of %d tasks done by two workers, %d after a retry, in %.1f s." % (

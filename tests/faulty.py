@@ -55,7 +55,7 @@ class Caller:
     def __init__(self, path, is_server=False, timeout_s=None):
         self.store, self.queue, self.timeout_s = L.Store(str(path), is_server=is_server), L.DEFAULT_QUEUE, timeout_s
         if is_server:
-            self.store.open()
+            self.store.file.open()
 
     def __call__(self, *request):
         return self.within(self.timeout_s, *request) if self.timeout_s else self.ask(*request)
@@ -85,7 +85,7 @@ class Caller:
         return found[0]
 
     def close(self):
-        self.store.close()
+        self.store.file.close()
 
 
 # A history with every kind of change. Each step is a function of (call, made) that makes one request and returns its
@@ -200,8 +200,8 @@ def check_same(found, wanted, words):
 
 
 def opened(path):
-    """Return (State, Journal) of a file that is opened and replayed as any process would; the caller closes it."""
-    journal, state = L.Journal(str(path), threading.RLock()), L.State()
+    """Return (State, JournalFile) of a file that is opened and replayed as any process would; the caller closes it."""
+    journal, state = L.JournalFile(str(path), threading.RLock()), L.State()
     try:
         journal.open()
         for line in journal.read_new():

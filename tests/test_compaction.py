@@ -49,14 +49,14 @@ def same(one, other):
 
 def test_a_fold_is_the_same_state_in_fewer_lines(door, tmp_path):
     busy(door)
-    before = door.store.journal.size
+    before = door.store.journal.file.size
     was, is_ = L.compact(door.path)
     assert was == before > is_ == os.stat(door.path).st_size
     again = Door(tmp_path, door.clock)
     again("GET", "/api/v1/queues/me")
     assert same(again, door)
     header = json.loads((tmp_path / "journal.jsonl").read_text().splitlines()[0])
-    assert header["folded"] == door.store.journal.n - 1 and header["tail"] < is_  # all that is known to be on disk
+    assert header["folded"] == door.store.journal.file.n - 1 and header["tail"] < is_  # all that is known to be on disk
 
 
 def test_processes_that_have_the_file_open_go_on_in_the_folded_one(door, tmp_path):
@@ -89,7 +89,7 @@ def test_folding_twice_and_going_on(door, tmp_path):
 
 def test_writers_go_on_while_a_server_compacts(tmp_path):
     store = L.Store(str(tmp_path / "journal.jsonl"), is_server=True)
-    store.open()
+    store.file.open()
     queue_id = L.answer_call(store, None, "POST", "/api/v1/queues", {"queue_name": "q", "password": "p"})[1]["queue_id"]
     acknowledged, stop = [], threading.Event()
 
@@ -104,14 +104,14 @@ def test_writers_go_on_while_a_server_compacts(tmp_path):
     for writer in writers:
         writer.start()
     for _ in range(3):
-        seen = store.journal.n
-        wait_until(lambda: store.journal.n > seen + 50, "there are new lines")
-        store.compact()
+        seen = store.journal.file.n
+        wait_until(lambda: store.journal.file.n > seen + 50, "there are new lines")
+        store.file.compact()
     stop.set()
     for writer in writers:
         writer.join()
     live = list(store.state.queues[queue_id].tasks)
-    store.close()
+    store.file.close()
     again = L.Store(str(tmp_path / "journal.jsonl"))
     L.answer_call(again, lambda: L.LocalName("q"), "GET", "/api/v1/queues/me")
     assert list(again.state.queues[queue_id].tasks) == live and set(acknowledged) <= set(live)
@@ -121,9 +121,9 @@ def test_writers_go_on_while_a_server_compacts(tmp_path):
 def test_a_store_that_is_mostly_dead_weight_compacts_itself(door, tmp_path, monkeypatch):
     monkeypatch.setattr(L, "SPARE_BYTES", 20000)
     monkeypatch.setattr(L, "LOOK_BYTES", 5000)
-    door.store.look_again_bytes = 20000
+    door.store.file.look_again_bytes = 20000
     started = []
-    monkeypatch.setattr(L.Store, "compact_apart", lambda store: started.append(L.compact(store.path)))
+    monkeypatch.setattr(L.StoreFile, "compact_apart", lambda store: started.append(L.compact(store.path)))
     for _ in range(400):
         door("DELETE", "tasks/" + door.submit(metadata={"note": "x" * 100}))
     assert len(started) >= 2 and os.stat(door.path).st_size < 30000
@@ -256,13 +256,13 @@ def test_reading_leaves_a_torn_end_where_it_is_and_the_next_write_sets_it_aside(
 
 def test_what_fsync_interval_leaves_is_synced_a_second_later(tmp_path):
     store = L.Store(str(tmp_path / "journal.jsonl"), is_server=True, fsync="interval")
-    store.open()
+    store.file.open()
     for name in ("a", "b"):
         assert L.answer_call(store, None, "POST", "/api/v1/queues", {"queue_name": name, "password": "p"})[0] == 201
-    assert store.journal.durable < store.journal.n
+    assert store.journal.file.durable < store.journal.file.n
     store.journal.settle()
-    assert store.journal.durable == store.journal.n
-    store.close()
+    assert store.journal.file.durable == store.journal.file.n
+    store.file.close()
 
 
 def test_a_file_system_without_hard_links_will_do(door, monkeypatch):
@@ -355,11 +355,11 @@ def test_a_process_too_far_behind_reads_a_folded_file_from_its_start(door, tmp_p
     behind("GET", "/api/v1/queues/me")
     busy(door, 30, seed=2)
     L.compact(door.path)
-    assert json.loads((tmp_path / "journal.jsonl").read_text().splitlines()[0])["folded"] > behind.store.journal.n
+    assert json.loads((tmp_path / "journal.jsonl").read_text().splitlines()[0])["folded"] > behind.store.journal.file.n
     behind.submit(args={"late": 1})
     door("GET", "/api/v1/queues/me")
     assert same(behind, door)
-    ids = [(event.n, event.k) for event in behind.store.events]
+    ids = [(event.n, event.k) for event in behind.store.file.events]
     assert ids == sorted(set(ids))
 
 
@@ -379,7 +379,7 @@ def test_a_process_goes_on_when_another_store_was_put_in_its_files_place(door, t
 
 def test_tasks_that_are_finished_and_deleted_leave_a_small_file(tmp_path):
     store = L.Store(str(tmp_path / "journal.jsonl"), is_server=True)
-    store.open()
+    store.file.open()
     queue_id = L.answer_call(store, None, "POST", "/api/v1/queues", {"queue_name": "q", "password": "p"})[1]["queue_id"]
 
     def call(method, path, body=None, query=None):
@@ -393,12 +393,12 @@ def test_tasks_that_are_finished_and_deleted_leave_a_small_file(tmp_path):
         with store.lock:
             batch = store._commit(queue_id, [["task-", one] for one in ids], L.now())
         store.journal.wait(batch)
-        if store.is_bloated():
-            store.compact()
+        if store.file.is_bloated():
+            store.file.compact()
             compactions += 1
-            assert store.journal.size < 2 ** 20  # the last line, not yet known to be on disk when folding, stands
+            assert store.journal.file.size < 2 ** 20  # the last line, not yet known to be on disk when folding, stands
     assert compactions and os.stat(store.path).st_size < L.SPARE_BYTES + L.LOOK_BYTES + 2 ** 20
-    store.close()
+    store.file.close()
     again = L.Store(store.path)
     L.answer_call(again, lambda: L.LocalName("q"), "GET", "/api/v1/queues/me")
     assert list(again.state.queues[queue_id].tasks) == [kept]

@@ -59,7 +59,7 @@ def do_steps(door):
 def test_every_step_is_an_event_and_a_summary_is_none(door):
     listener = Listener(door)
     assert next(listener.pieces).startswith(b"retry: 3000\nevent: connection\n")
-    door.store.with_file_lock(lambda: None)
+    door.store.file.with_file_lock(lambda: None)
     first = threading.Timer(0.2, do_steps, [door])
     first.start()
     assert listener.read(7) == [("worker", "created", "active")] + STEPS
@@ -77,7 +77,7 @@ def test_a_reconnect_goes_on_after_the_last_event_seen_wherever_that_is(door, mo
     steps = every.read(15)
     for size in (10000, 4, 1):
         monkeypatch.setattr(L, "MAX_EVENTS", size)
-        door.store.events = type(door.store.events)(door.store.events, maxlen=size)
+        door.store.file.events = type(door.store.file.events)(door.store.file.events, maxlen=size)
         for at, event in enumerate(every.events[:-1]):
             again = Listener(door, event["id"])
             assert again.read(len(steps) - at - 1) == steps[at + 1:]

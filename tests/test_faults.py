@@ -307,7 +307,7 @@ def played_until(disk, call, file, steps):
             if step(call, made)[0] < 400:
                 disk.acknowledge(file)
     except Killed:
-        call.store.file_lock.close()
+        call.store.file.file_lock.close()
     return made
 
 
@@ -331,7 +331,7 @@ def test_a_power_cut_while_threads_share_syncs(monkeypatch, file, tmp_path):
     def work(who):
         for i in range(6):
             assert call("POST", "tasks", {"task_id": "%d-%d" % (who, i), "args": {"text": "x" * dice.randrange(900)}})[0] == 201
-            with turn, call.store.journal.io:
+            with turn, call.store.journal.writer.io:
                 disk.acknowledge(file)
     threads = [threading.Thread(target=work, args=(who,)) for who in range(6)]
     for thread in threads:
@@ -509,7 +509,7 @@ def in_this_process(monkeypatch):
 
 def compact(call):
     """Compact the store, as whoever has it does."""
-    call.store.compact() if call.store.is_server else L.compact(call.store.path)
+    call.store.file.compact() if call.store.is_server else L.compact(call.store.path)
 
 
 @pytest.mark.parametrize("is_server", [False, True], ids=["embedded", "server"])
@@ -777,7 +777,7 @@ def test_a_file_that_is_refused_is_refused_again_by_the_same_process_and_stays_a
 
 
 def test_a_process_that_is_refused_does_not_keep_others_out(file, monkeypatch):
-    monkeypatch.setattr(L.Store, "LOCK_TIMEOUT_S", 0.2)
+    monkeypatch.setattr(L.StoreFile, "LOCK_TIMEOUT_S", 0.2)
     play(Caller(file), STEPS[:6])
     whole = file.read_bytes()
     call = Caller(file)

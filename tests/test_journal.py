@@ -12,7 +12,7 @@ import labtasker as L
 
 def journal(folder, **options):
     made = L.Journal(str(folder / "journal.jsonl"), threading.RLock(), **options)
-    made.open()
+    made.file.open()
     return made
 
 
@@ -27,9 +27,9 @@ def add(made, values, undone=None):
 
 def read(folder):
     made = journal(folder)
-    values = [line.get("value") for line in made.read_new() if "end" not in line]
+    values = [line.get("value") for line in made.file.read_new() if "end" not in line]
     made.close()
-    return values, made
+    return values, made.file
 
 
 def test_lines_are_read_back_in_order(tmp_path):
@@ -94,7 +94,7 @@ def test_a_long_end_without_a_newline_is_read_twice_at_most_and_never_held_as_a_
     monkeypatch.setattr(L.os, "pread", pread)
     scanned = L._durable_in
     monkeypatch.setattr(L, "_durable_in", lambda data: largest.append(len(data)) or scanned(data))
-    opened = L.Journal(made.path, threading.RLock())
+    opened = L.JournalFile(made.path, threading.RLock())
     opened.mode = mode
     opened.open()
     assert [line["value"] for line in opened.read_new()] == ["one", "two"]
@@ -183,7 +183,7 @@ class FailingDisk(L.Disk):
 @pytest.mark.parametrize("times", [1, 3])
 def test_a_failing_disk_loses_nothing_acknowledged(tmp_path, name, number, k, times):
     made, undone, kept = journal(tmp_path), [], []
-    made.disk = FailingDisk.fail(name, k, number, times)
+    made.file.disk = FailingDisk.fail(name, k, number, times)
     for value in range(8):
         try:
             batch = add(made, [value], undone)[0]
@@ -202,7 +202,7 @@ def test_a_failing_disk_loses_nothing_acknowledged(tmp_path, name, number, k, ti
 
 def test_short_writes_are_continued(tmp_path):
     made = journal(tmp_path)
-    made.disk = type("Short", (L.Disk,), {"write": staticmethod(lambda fd, data: os.write(fd, bytes(data[:7])))})
+    made.file.disk = type("Short", (L.Disk,), {"write": staticmethod(lambda fd, data: os.write(fd, bytes(data[:7])))})
     for batch in add(made, ["one", "two"]):
         made.wait(batch)
     made.close()
@@ -213,7 +213,7 @@ def test_after_a_failed_sync_the_file_is_written_anew(tmp_path):
     made, undone = journal(tmp_path), []
     add(made, ["good"])
     inode = os.stat(made.path).st_ino
-    made.disk = FailingDisk.fail("sync", 1, errno.EIO)
+    made.file.disk = FailingDisk.fail("sync", 1, errno.EIO)
     with pytest.raises(L.StoreUnavailable):
         made.wait(add(made, ["bad"], undone)[0])
     assert undone == ["bad"]
@@ -239,7 +239,7 @@ def test_threads_share_syncs_and_each_knows_when_its_own_line_is_down(tmp_path):
     def slow_sync(fd):
         syncs.append(fd)
         os.fsync(fd)
-    made.disk = type("Counting", (L.Disk,), {"sync": staticmethod(slow_sync)})
+    made.file.disk = type("Counting", (L.Disk,), {"sync": staticmethod(slow_sync)})
 
     def work(k):
         for i in range(50):

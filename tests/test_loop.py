@@ -37,7 +37,7 @@ class Loop:
 
     def __init__(self, folder, **options):
         self.store = L.Store(str(folder / "journal.jsonl"), is_server=True, **options)
-        self.store.open()
+        self.store.file.open()
         self.server = L.http_server("127.0.0.1", 0, self.store, None, "warning")
         self.server.has_left = lambda conn: conn.sock.has_left
         L.answer_call(self.store, None, "POST", "/api/v1/queues", {"queue_name": "q", "password": "p"})
@@ -73,7 +73,7 @@ class Loop:
 
     def close(self):
         self.server.close()
-        self.store.close()
+        self.store.file.close()
 
 
 @pytest.fixture
@@ -259,7 +259,7 @@ def test_a_thread_that_submits_wakes_who_waits(loop):
 @pytest.mark.parametrize("number, status", [(errno.ENOSPC, 507), (errno.EIO, 503)])
 def test_all_that_was_decided_in_a_turn_fails_with_its_line(loop, name, number, status):
     clients = [loop.client() for _ in range(3)]
-    loop.store.journal.disk = FailingDisk.fail(name, 1, number)
+    loop.store.journal.file.disk = FailingDisk.fail(name, 1, number)
     for client, request in zip(clients, (submit(i=1), submit(i=2), ("GET", "/tasks/none"))):
         client.inbox += loop.bytes(*request)
         loop.server.read_requests(client)

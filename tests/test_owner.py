@@ -35,7 +35,7 @@ def hosts(monkeypatch):
     """Return two hosts on a file system whose locks lie."""
     def acquire(lock, timeout_s):
         if lock.fd is None:
-            lock.fd = os.open(lock.path, os.O_RDWR | os.O_CREAT, 0o600)
+            lock._open()
         return True
     monkeypatch.setattr(L.FileLock, "acquire", acquire)
     monkeypatch.setattr(L.FileLock, "release", lambda lock: None)
@@ -45,7 +45,7 @@ def hosts(monkeypatch):
 
 def server(tmp_path, **options):
     store = L.Store(str(tmp_path / "journal.jsonl"), is_server=True)
-    store.open(**options)
+    store.file.open(**options)
     return store
 
 
@@ -115,9 +115,9 @@ def test_takeover_does_not_wait_and_a_released_store_needs_none(hosts, tmp_path,
         server(tmp_path)
     with two:
         store = server(tmp_path, takeover=True)
-        store.close()
+        store.file.close()
     with one:
-        server(tmp_path).close()
+        server(tmp_path).file.close()
 
 
 def test_a_write_that_was_under_way_when_the_store_was_taken_is_not_acknowledged(hosts, tmp_path):
@@ -135,7 +135,7 @@ def test_a_write_that_was_under_way_when_the_store_was_taken_is_not_acknowledged
                 with two:
                     taken.append(server(tmp_path, takeover=True))
             return os.write(fd, data)
-    first.journal.disk = Stopped
+    first.journal.file.disk = Stopped
     with one:
         assert submit(first)[0] == 503
         assert submit(first)[0] == 503
@@ -171,8 +171,8 @@ def test_a_superseded_server_whose_disk_comes_back_puts_no_copy_in_the_new_owner
     with one:
         first = server(tmp_path)
         known = submit(first)[1]["task_id"]
-        first.journal.disk = Away
-        assert submit(first)[0] == 503 and first.journal.broken
+        first.journal.file.disk = Away
+        assert submit(first)[0] == 503 and first.journal.writer.broken
     with two:
         second = server(tmp_path, takeover=True)
         task_id = submit(second)[1]["task_id"]
@@ -201,7 +201,7 @@ def test_a_superseded_server_puts_no_fold_in_the_new_owners_files_place(hosts, t
     monkeypatch.setattr(L, "in_other_process", fold)
     with one:
         with pytest.raises(L.LabtaskerRuntimeError, match="could not be compacted .*another owner"):
-            first.compact()
+            first.file.compact()
         assert submit(first)[0] == 503
     with two:
         ids.add(submit(second[0])[1]["task_id"])
@@ -223,11 +223,11 @@ def test_a_server_that_was_stopped_within_a_replacement_keeps_what_the_new_owner
                     second = server(tmp_path, takeover=True)
                     ids.add(submit(second)[1]["task_id"])
             os.replace(source, path)
-    first.journal.disk = Stopped
+    first.journal.file.disk = Stopped
     _, offset = L.fold(first.path, str(tmp_path / "draft"))
     with one:
         with pytest.raises(L.StoreUnavailable, match="another owner"):
-            first.journal.adopt(str(tmp_path / "draft"), offset)
+            first.journal.writer.adopt(str(tmp_path / "draft"), offset)
         assert submit(first)[0] == 503
     assert replayed(tmp_path) == ids
 
@@ -236,7 +236,7 @@ def test_a_journal_copied_from_a_folder_of_later_epochs_can_be_written(tmp_path)
     for _ in range(3):
         store = server(tmp_path)
         submit(store)
-        store.close()
+        store.file.close()
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
     (elsewhere / "journal.jsonl").write_bytes((tmp_path / "journal.jsonl").read_bytes())
@@ -313,7 +313,7 @@ def test_a_server_after_embedded_commands_and_the_other_way_round(tmp_path):
     for epoch in (2, 3):
         store = server(tmp_path)
         assert store.owner.epoch == epoch and submit(store)[0] == 201
-        store.close()
+        store.file.close()
     assert submit(embedded)[0] == 201
     assert len(replayed(tmp_path)) == 4
 
@@ -357,7 +357,7 @@ def test_drafts_of_processes_that_died_are_removed_when_a_server_opens(tmp_path)
     (tmp_path / "journal.jsonl.torn-5-5").write_text("kept")
     store = server(tmp_path)
     assert sorted(os.listdir(str(tmp_path))) == ["journal.jsonl", "journal.jsonl.lock", "journal.jsonl.owner-1", "journal.jsonl.torn-5-5"]
-    store.close()
+    store.file.close()
 
 
 def odd(path, kind):
@@ -537,8 +537,8 @@ def test_a_server_writes_nothing_into_what_was_put_in_its_files_place(tmp_path, 
         status, answer = submit(store)
         assert status == 503 and "start again" in answer["detail"]
     with pytest.raises(L.LabtaskerRuntimeError, match="could not be compacted"):
-        store.compact()
-    store.close()
+        store.file.compact()
+    store.file.close()
     assert (tmp_path / "journal.jsonl").read_bytes() == content
 
 
@@ -587,7 +587,7 @@ def test_a_process_whose_file_is_gone_makes_no_new_one_and_goes_on_when_it_is_ba
     for _ in range(2):
         status, answer = submit(living)
         assert status == 503 and "removed or emptied" in answer["detail"]
-    assert not living.journal.exists()
+    assert not living.journal.file.exists()
     os.rename(living.path + ".away", living.path)
     put(living, 2)
     assert held(living) == [1, 2] and (tmp_path / "journal.jsonl").read_bytes().startswith(content)
@@ -612,7 +612,7 @@ def test_another_process_that_writes_the_file_anew_is_followed_without_a_word(tm
     put(living, 1, 2)
     capfd.readouterr()  # that the store was created
     put(other, 3)
-    other.journal.broken = "a sync failed"
+    other.journal.writer.broken = "a sync failed"
     put(other, 4)
     L.compact(living.path)
     put(living, 5)
@@ -659,7 +659,7 @@ def test_a_process_that_ends_leaves_its_store_to_other_hosts_at_once(hosts, tmp_
             with host:
                 store = embedded(tmp_path)
                 assert submit(store)[0] == 201
-                store.close()
+                store.file.close()
     assert len(replayed(tmp_path)) == 9
 
 
@@ -668,7 +668,7 @@ def test_a_store_that_another_process_of_the_host_uses_is_not_released(hosts, tm
     with one:
         stays, ends = embedded(tmp_path), embedded(tmp_path)
         assert submit(stays)[0] == submit(ends)[0] == 201
-        ends.close()
+        ends.file.close()
     told = L.read_json(stays.owner._file(1))
     assert told["count"] and "released" not in told
     with one:
@@ -681,7 +681,7 @@ def test_a_store_that_was_released_is_owned_again_by_the_next_process_of_the_hos
     with one:
         store = embedded(tmp_path)
         submit(store)
-        store.let_go()
+        store.file.let_go()
         assert submit(store)[0] == 201 and store.owner.epoch == 1
     assert "released" not in L.read_json(store.owner._file(1))
 
@@ -736,7 +736,7 @@ def test_another_hosts_owner_and_a_server_are_never_written_over_by_who_only_sho
     with one:
         first = embedded(tmp_path)
         submit(first)
-        first.let_go()
+        first.file.let_go()
     with two:
         submit(embedded(tmp_path))
     before = L.read_json(first.owner._file(2))
@@ -769,7 +769,7 @@ def test_a_run_of_another_host_is_over_only_when_its_beats_stand_still_for_its_w
         first = embedded(tmp_path)
         submit(first)
         run = begin_run(first)
-        first.let_go()
+        first.file.let_go()
     clock = Clock(monkeypatch)
     with two:
         second = embedded(tmp_path)
@@ -792,7 +792,7 @@ def test_a_run_of_another_host_has_run_for_as_long_as_its_beats_say(hosts, tmp_p
         first = embedded(tmp_path)
         submit(first)
         run = begin_run(first, eta_max="100s")
-        first.let_go()
+        first.file.let_go()
         L.BeatFiles(str(tmp_path)).write(run["run_id"], (1e7, 1e7 + 99), 0)
     clock = Clock(monkeypatch)
     with two:
@@ -855,7 +855,7 @@ def test_a_server_remembers_nothing_of_the_runs_of_a_queue_that_is_deleted(tmp_p
     store.look_for_timeouts()
     ask(store, "DELETE", "/api/v1/queues/me", query={"cascade_delete": "true"})
     assert store.beats.runs == {} and not store.timeouts_at
-    store.close()
+    store.file.close()
 
 
 def can_unshare():
@@ -950,7 +950,7 @@ def test_a_host_that_lost_its_store_while_it_was_silent_reports_once_the_other_i
     alive.join()
     assert status == 503 and "belongs to" in answer["detail"]
     with two:
-        second.close()
+        second.file.close()
     with one:
         ask(first, "POST", path, report)
         assert status_of(first, run) == "success"
@@ -972,7 +972,7 @@ def test_a_journal_behind_a_symbolic_link_stays_there_and_shares_its_lock_with_e
     put(one, 1)
     put(two, 2)
     L.compact(one.path)
-    two.journal.broken = "a sync failed"
+    two.journal.writer.broken = "a sync failed"
     put(two, 3)
     wanted = [0] * there + [1, 2, 3]
     assert held(one) == held(two) == held(L.Store(str(target))) == wanted
@@ -1000,7 +1000,7 @@ def test_the_journals_mode_survives_its_replacement_and_its_lock_files_have_it_t
     put(store, 1)
     os.chmod(store.path, 0o660)
     L.compact(store.path)
-    store.journal.broken = "a sync failed"
+    store.journal.writer.broken = "a sync failed"
     put(store, 2)
     assert os.stat(store.path).st_mode & 0o777 == os.stat(store.path + ".compact").st_mode & 0o777 == 0o660
 

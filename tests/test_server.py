@@ -273,7 +273,7 @@ def test_tls(tmp_path):
 def test_embedded_commands_and_a_server_do_not_meet(server, tmp_path):
     """A command that goes to the file while a server holds it is told who has it."""
     store = L.Store(str(server.journal))
-    store.LOCK_TIMEOUT_S = 0.2
+    store.file.LOCK_TIMEOUT_S = 0.2
     status, answer = L.answer_call(store, lambda: L.LocalName("default"), "POST", "/api/v1/queues/me/tasks", {"args": {"a": 1}})
     assert status == 503 and server.url in answer["detail"]
 

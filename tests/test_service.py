@@ -537,12 +537,12 @@ def test_a_failed_write_leaves_memory_as_the_file_is(door, tmp_path, clock):
 
     class Full(L.Disk):
         write = staticmethod(lambda fd, data: (_ for _ in ()).throw(OSError(28, "No space left on device")))
-    door.store.journal.disk = Full
+    door.store.journal.file.disk = Full
     assert "No space left" in door("POST", "tasks", {"args": {"a": 2}}, expect=507)["detail"]
     door("POST", "tasks/next", {}, expect=507)
     door("DELETE", "tasks/" + task_id, expect=507)
     assert door.state() == first
-    door.store.journal.disk = L.Disk
+    door.store.journal.file.disk = L.Disk
     assert door.fetch()["task_id"] == task_id
 
 

@@ -346,7 +346,7 @@ class Service:
         return place(method, path, body, query)
 
     def compact(self):
-        self.places[0].store.compact() if self.is_server else L.compact(str(self.path))
+        self.places[0].store.file.compact() if self.is_server else L.compact(str(self.path))
 
     def look(self, name):
         """Have each place look for time-outs in a queue."""
