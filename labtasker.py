@@ -1981,15 +1981,15 @@ class FileLock:
         """Return (last durable line, inode with a synced name), as the last holder left it; else zeros."""
         if self.fd is None:
             return 0, 0
-        told, _, check = os.pread(self.fd, 50, 0).rpartition(b" ")
-        return tuple(map(int, told.split())) if told and check == b"%08x" % zlib.crc32(told) else (0, 0)
+        noted, _, check = os.pread(self.fd, 50, 0).rpartition(b" ")
+        return tuple(map(int, noted.split())) if noted and check == b"%08x" % zlib.crc32(noted) else (0, 0)
 
     def note(self, number, inode):
         """Leave for the next holder what `noted` returns. It may be lost or out of date, which costs one sync, so it is
         neither locked nor synced."""
-        told = b"%020d %020d" % (number, inode)
+        noted = b"%020d %020d" % (number, inode)
         try:
-            os.pwrite(self.fd, b"%s %08x" % (told, zlib.crc32(told)), 0)
+            os.pwrite(self.fd, b"%s %08x" % (noted, zlib.crc32(noted)), 0)
         except OSError:  # a full disk
             pass
 
@@ -2157,9 +2157,9 @@ class Owner:
         counter is watched on this host's clock, and the lock is released meanwhile."""
         while True:
             last = (self.epochs() or [0])[-1]
-            told = self.read(last) if last else {"released": True}
-            pid, is_server, here = told.get("pid", 0), told.get("server"), told.get("host_id") == self.host_id
-            if here and is_server and pid != os.getpid() and process_start(pid) == told.get("started"):
+            owner = self.read(last) if last else {"released": True}
+            pid, is_server, here = owner.get("pid", 0), owner.get("server"), owner.get("host_id") == self.host_id
+            if here and is_server and pid != os.getpid() and process_start(pid) == owner.get("started"):
                 raise StoreUnavailable("%s is in use by a server: process %s on this host" % (self.path, pid))
             if here and not self.is_server:
                 self.epoch, self.moved_at = last, -math.inf
@@ -2168,21 +2168,21 @@ class Owner:
                 if self.holds():
                     return False
                 continue
-            if not (here or takeover or told.get("released") or self._is_silent(last, told)):
+            if not (here or takeover or owner.get("released") or self._is_silent(last, owner)):
                 urls = (read_server_file(os.path.dirname(self.path)) or {}).get("addresses", ())
                 raise StoreUnavailable(
                     "%s belongs to %s %s on host %s%s: run commands there, or point them at a server there that "
                     "other hosts can reach (labtasker serve --host 0.0.0.0); if that host is gone for good: labtasker "
-                    "serve --takeover" % (self.path, "the server" if is_server else "process", pid, told.get("host"),
+                    "serve --takeover" % (self.path, "the server" if is_server else "process", pid, owner.get("host"),
                                           "".join(", at " + url for url in urls)))
             if self._take(last + 1):
                 return True
 
-    def _is_silent(self, epoch, told):
+    def _is_silent(self, epoch, owner):
         """Return whether another host's owner left its counter still for OWNER_LAPSE_S. The runs of that host whose
         beats did not move either are over, and noted in `stood_still`."""
         def is_still():
-            return self.read(epoch).get("count") == told.get("count")
+            return self.read(epoch).get("count") == owner.get("count")
         give_up_at, before = monotonic() + OWNER_LAPSE_S, self._beats()
         self.unlock()
         try:
@@ -2192,7 +2192,7 @@ class Owner:
             self.lock()
         if not is_still():
             return False
-        host = told.get("host_id", "") + " "
+        host = owner.get("host_id", "") + " "
         self.stood_still.update((run_id, text) for run_id, text in self._beats().items()
                                 if before.get(run_id) == text and text.startswith(host))
         return self.epochs()[-1:] == [epoch]
@@ -2237,21 +2237,21 @@ class Owner:
         folder is stale. There is none where the journal was copied here from another folder."""
         return self._take(epoch) and self.epochs()[-1:] == [epoch]
 
-    def _told(self, **more):
+    def _content(self, **more):
         """Return the content of an owner file of this process, always of the same length."""
         self.count, self.moved_at, pid = self.count + 1, monotonic(), os.getpid()
         if self.process[0] != pid:
             self.process = pid, process_start(pid)
-        told = dict(host_id=self.host_id, host=os.uname().nodename, pid=pid, started=self.process[1],
-                    server=self.is_server, count="%d-%d" % (pid, self.count), **more)
-        return json.dumps(told).encode().ljust(OWNER_BYTES)
+        content = dict(host_id=self.host_id, host=os.uname().nodename, pid=pid, started=self.process[1],
+                       server=self.is_server, count="%d-%d" % (pid, self.count), **more)
+        return json.dumps(content).encode().ljust(OWNER_BYTES)
 
     def _write(self, path, flags=0, **more):
         """Write into a file who this is. Rewritten in place, which costs less than a new file; a torn read still shows
         a change."""
         fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC | flags, 0o600)
         try:
-            os.write(fd, self._told(**more))
+            os.write(fd, self._content(**more))
         finally:
             os.close(fd)
 
@@ -2271,8 +2271,8 @@ class Owner:
             return
         try:
             last = (self.epochs() or [0])[-1]
-            told = self.read(last) if last else {}
-            if told.get("host_id") == self.host_id and not told.get("server"):
+            owner = self.read(last) if last else {}
+            if owner.get("host_id") == self.host_id and not owner.get("server"):
                 self._write(self._file(last))
         except OSError:
             pass
@@ -4036,15 +4036,15 @@ class StoreFile:
                 Disk.make_folder(self.folder)
             if self.file_lock.acquire(min(timeout_s, SERVER_LOCK_S)):
                 return None if self.file_lock.is_in_place() else self._lock_anew(timeout_s)
-            told = read_server_file(self.folder) or {}
-            is_served = told.get("host_id") == host_id() and process_start(told.get("pid", 0)) is not None
+            server = read_server_file(self.folder) or {}
+            is_served = server.get("host_id") == host_id() and process_start(server.get("pid", 0)) is not None
             if not (is_served and not self.is_server) and self.file_lock.acquire(timeout_s - SERVER_LOCK_S):
                 return
         except OSError as error:
             raise store_error(self.path, error)
         who = ": a server on %s, process %s, at %s" % (
-            told.get("host"), told.get("pid"), " ".join(told.get("addresses", ())))
-        raise StoreUnavailable("%s is in use by another process%s" % (self.path, who if told else ""))
+            server.get("host"), server.get("pid"), " ".join(server.get("addresses", ())))
+        raise StoreUnavailable("%s is in use by another process%s" % (self.path, who if server else ""))
 
     def _lock_anew(self, timeout_s):
         """Lock the file that others lock: this process has one that was removed, or whose folder was replaced."""
@@ -4752,7 +4752,7 @@ def fetch_task_op(store, queue, request, at):
     if request.get("eta_max") is not None:
         fields["task_timeout"] = request["eta_max"]
     if request.get("attempt"):
-        fields["attempts"] = _attempts_with(task, request["attempt"], fields)
+        fields["attempts"] = _attempts_begun(task, request["attempt"], fields)
     return [["task", task.task_id, fields, task.status]], {"found": True, "task": revised(task, dict(fields))}
 
 
@@ -4791,17 +4791,17 @@ def end_fetch_op(store, queue, request, at):
     return _report_pending(queue, task, fields, {"reason": reason}, at), None
 
 
-def _attempts_with(task, told, run):
+def _attempts_begun(task, words, run):
     """Return a task's attempts with the one that begins: what its worker says of it, and what is known here.
 
     `{task_id}` and `{run_id}` in the worker's texts are filled in: the run got its id only now."""
-    told = {key: value.replace("{task_id}", task.task_id).replace("{run_id}", run["run_id"])
-            if isinstance(value, str) else value for key, value in told.items()}
+    words = {key: value.replace("{task_id}", task.task_id).replace("{run_id}", run["run_id"])
+            if isinstance(value, str) else value for key, value in words.items()}
     known = {"run_id": run["run_id"], "worker_id": run["worker_id"], "start": format_time(run["start_time"])}
-    return task.attempts[1 - MAX_ATTEMPTS:] + [dict(told, **known)]
+    return task.attempts[1 - MAX_ATTEMPTS:] + [dict(words, **known)]
 
 
-def _attempt_told(task, facts):
+def _attempt_with(task, facts):
     """Return the field `attempts` with these facts about the task's run, {} where its worker announced no attempt."""
     if not facts or not task.attempts or task.attempts[-1]["run_id"] != task.run_id:
         return {}
@@ -4809,9 +4809,9 @@ def _attempt_told(task, facts):
     return {"attempts": task.attempts[:-1] + [{key: value for key, value in known.items() if value is not None}]}
 
 
-def _attempt_over(task, at, status, reason=None, told=None):
+def _attempt_over(task, at, status, reason=None, facts=None):
     """Return the field `attempts` with the end of the task's run, {} where its worker announced no attempt."""
-    return _attempt_told(task, dict({"reason": reason}, **dict(told or {}, end=format_time(at), status=status)))
+    return _attempt_with(task, dict({"reason": reason}, **dict(facts or {}, end=format_time(at), status=status)))
 
 
 def report_task_op(store, queue, request, at):
@@ -4826,7 +4826,7 @@ def report_task_op(store, queue, request, at):
         raise Conflict("task %s is not run by worker %s (it is %s)" % (task.task_id, request["worker_id"], task.status))
     is_late = run_id is not None and task.status != "running" and status != "cancelled"
     if status == task.status and not (is_late and task.run_end == "timeout"):
-        fields.update(_attempt_told(task, request.get("attempt")) if run_id else {})
+        fields.update(_attempt_with(task, request.get("attempt")) if run_id else {})
         return _changed(task, fields, None, at), None
     if is_late:
         return _report_late(task, request, at), None
@@ -4849,9 +4849,9 @@ def _report_late(task, request, at):
 
     A repeat of the report that ended the run can only add facts about the attempt. A run that timed out and then
     succeeds or is handed back counts as long as nobody has taken the task since; its retry is given back."""
-    status, told = request["status"], request.get("attempt")
+    status, facts = request["status"], request.get("attempt")
     if status == task.run_end or (status, task.run_end) == ("failed", "timeout"):
-        return _changed(task, _attempt_told(task, told), None, at)
+        return _changed(task, _attempt_with(task, facts), None, at)
     if task.run_end != "timeout" or status not in LATE_REPORTS:
         raise Conflict("run %s of task %s has ended already: %s" % (task.run_id, task.task_id, task.run_end))
     next_status = move(TASK_MOVES, task.status, LATE_REPORTS[status], "task " + task.task_id)
@@ -4861,7 +4861,7 @@ def _report_late(task, request, at):
     fields.setdefault("summary", summary)
     if status == "pending":
         fields.update(interruptions=task.interruptions + 1, reason=request.get("reason"), **_pause(request, at))
-    fields.update(_attempt_over(task, at, status, request.get("reason"), told))
+    fields.update(_attempt_over(task, at, status, request.get("reason"), facts))
     return _changed(task, fields, task.status, at)
 
 
@@ -5093,8 +5093,8 @@ def fold(path, draft):
             if "changes" in value:
                 replay(state, value, path, newest)
     body = sum(map(len, _fold_lines(state)))
-    told = dict(folded=n, folded_crc=last_crc, read_crc=mark_text(mark), folded_at=time.time())
-    header = journal_header(dict(source.header, **dict(told, **({"version": newest} if newest else {}))), body)
+    added = dict(folded=n, folded_crc=last_crc, read_crc=mark_text(mark), folded_at=time.time())
+    header = journal_header(dict(source.header, **dict(added, **({"version": newest} if newest else {}))), body)
     Disk.create(draft, itertools.chain([header], _fold_lines(state)))
     return n, offset
 
@@ -5117,22 +5117,22 @@ def repair_store(path):
     file, path of the bad bytes, ids found in these); both paths are None where nothing is damaged.
 
     The damaged file is kept under another name. A line {"n":9,"lost":2,...} stands where lines 8 and 9 were."""
-    store = StoreFile(path)
-    store.lock_file(2.0)
+    file = StoreFile(path)
+    file.lock_file(2.0)
     try:
-        store.owner.claim()
+        file.owner.claim()
         surveyed = file_identity(path)
         found = Survey(path)
         check_format(path, found.header)
 
         def ask():
-            if file_identity(path) != surveyed or not store.owner.holds():
+            if file_identity(path) != surveyed or not file.owner.holds():
                 raise StoreUnavailable("%s was changed by others while it was repaired; it is as they left it" % path)
         damaged, aside = repair_file(found, ask) if found.bad or found.lost else (None, None)
     except OSError as error:
         raise store_error(path, error)
     finally:
-        store.file_lock.close()
+        file.file_lock.close()
     text = b"".join(piece.data for piece in found.bad).decode("latin-1")
     ids = re.findall(r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}", text)
     return found, damaged, aside, list(collections.OrderedDict.fromkeys(ids))
