@@ -4796,7 +4796,7 @@ def _attempts_begun(task, words, run):
 
     `{task_id}` and `{run_id}` in the worker's texts are filled in: the run got its id only now."""
     words = {key: value.replace("{task_id}", task.task_id).replace("{run_id}", run["run_id"])
-            if isinstance(value, str) else value for key, value in words.items()}
+             if isinstance(value, str) else value for key, value in words.items()}
     known = {"run_id": run["run_id"], "worker_id": run["worker_id"], "start": format_time(run["start_time"])}
     return task.attempts[1 - MAX_ATTEMPTS:] + [dict(words, **known)]
 
