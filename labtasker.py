@@ -3771,7 +3771,7 @@ def last_event(store):
 def _news(store, after):
     """Return (whether events after `after` are only in the file, those in memory, the last event's id)."""
     with store.lock:
-        events = store.file.events
+        events = store.file.replica.events
         last = (events[-1].n, events[-1].k) if events else (store.journal.file.header.get("folded", 0), -1)
         if events and (events[0].n, events[0].k) <= after or after >= last:
             news = list(itertools.takewhile(lambda event: (event.n, event.k) > after, reversed(events)))
@@ -3853,6 +3853,37 @@ def refusal(path):
                                         else "this user may only read it")
 
 
+class Replica:
+    """What a process has read of a journal: the state, the latest events, the newest version and epoch named there."""
+
+    def __init__(self):
+        self.state, self.version_seen, self.epoch_seen = State(), None, 0
+        self.events = collections.deque(maxlen=MAX_EVENTS)  # the latest Transitions that are on disk
+
+    def clear(self):
+        """Forget all."""
+        self.version_seen, self.epoch_seen = None, 0
+        self.state.clear()
+        self.events.clear()
+
+    def read(self, file):
+        """Apply the lines that are new in the JournalFile."""
+        latest, count = collections.deque(), 0  # the lines of the last MAX_EVENTS events
+        for line in file.read_new():
+            if "changes" in line:
+                done = replay(self.state, line, file.path, self.version_seen)
+                latest.append((line, done))
+                count += len(done)
+                if count > 3 * MAX_EVENTS:
+                    while count - len(latest[0][1]) >= MAX_EVENTS:
+                        count -= len(latest.popleft()[1])
+            else:
+                self.epoch_seen = max(self.epoch_seen, line.get("epoch", 0))
+                self.version_seen = newest(line.get("version"), self.version_seen)
+        for line, done in latest:
+            self.events.extend(transitions(line.get("n"), line.get("at"), line["queue"], line["changes"], done))
+
+
 class StoreFile:
     """A store as it lies in its folder: the lock, the owner, the journal, and the state that the journal describes.
 
@@ -3869,11 +3900,9 @@ class StoreFile:
         self.file_lock = FileLock(self.real_path + ".lock")
         self.journal = Journal(self.path, self.lock, fsync, shared=None if is_server else self.file_lock)
         self.file = self.journal.file
-        self.owner, self.epoch_seen = Owner(self.real_path, is_server), 0
+        self.owner = Owner(self.real_path, is_server)
         self.owner.unlock = self.file_lock.release
-        self.version_seen = None  # the newest version that the file names
-        self.state, self.look_again_bytes = State(), SPARE_BYTES
-        self.events = collections.deque(maxlen=MAX_EVENTS)  # the latest Transitions that are on disk
+        self.replica, self.look_again_bytes = Replica(), SPARE_BYTES
         self.expected = None  # the id of the store that has to be here; see check_expected
 
     def open(self, takeover=False):
@@ -3888,7 +3917,7 @@ class StoreFile:
                 if other.startswith(drafts):  # of a process that died
                     os.unlink(os.path.join(folder, other))
             self.file.open()
-            self.version_seen = self.file.header.get("version")
+            self.replica.version_seen = self.file.header.get("version")
             self.catch_up()
             self._name_file()
         except OSError as error:
@@ -3900,13 +3929,13 @@ class StoreFile:
     def _begin_epoch(self):
         """Write into the journal that it has a new owner; a former one that reads it stops."""
         self.journal.writer.is_owned = self.owner.holds
-        self.epoch_seen = self.owner.epoch
+        self.replica.epoch_seen = self.owner.epoch
         self._tell(epoch=self.owner.epoch, owner=os.uname().nodename)
 
     def _tell(self, **line):
         """Write a line without changes. It names this version where that is newer than those before."""
-        if is_newer(__version__, self.version_seen):
-            self.version_seen = line["version"] = __version__
+        if is_newer(__version__, self.replica.version_seen):
+            self.replica.version_seen = line["version"] = __version__
         self.journal.add(dump_json(dict({"at": now()}, **line)).encode(), None)
 
     def close(self):
@@ -3940,7 +3969,7 @@ class StoreFile:
         was_on, before = gc.isenabled(), self.file.size
         gc.disable()
         try:
-            self._catch_up()
+            self.replica.read(self.file)
         except StoreDamaged:  # the next operation reads the file from its beginning, and fails the same way
             self._start_anew()
             raise
@@ -3949,22 +3978,6 @@ class StoreFile:
                 gc.freeze()
             if was_on:
                 gc.enable()
-
-    def _catch_up(self):
-        latest, count = collections.deque(), 0  # the lines of the last MAX_EVENTS events
-        for line in self.file.read_new():
-            if "changes" in line:
-                done = replay(self.state, line, self.path, self.version_seen)
-                latest.append((line, done))
-                count += len(done)
-                if count > 3 * MAX_EVENTS:
-                    while count - len(latest[0][1]) >= MAX_EVENTS:
-                        count -= len(latest.popleft()[1])
-            else:
-                self.epoch_seen = max(self.epoch_seen, line.get("epoch", 0))
-                self.version_seen = newest(line.get("version"), self.version_seen)
-        for line, done in latest:
-            self.events.extend(transitions(line.get("n"), line.get("at"), line["queue"], line["changes"], done))
 
     def with_file_lock(self, action, writes=True):
         """Return action(), called with the file's lock held after reading what others have written; embedded.
@@ -3984,11 +3997,11 @@ class StoreFile:
                     self._name_file()
                 if begun:
                     self._begin_epoch()
-                elif writes and self.epoch_seen > self.owner.epoch:
-                    if not self.owner.renew(self.epoch_seen):
+                elif writes and self.replica.epoch_seen > self.owner.epoch:
+                    if not self.owner.renew(self.replica.epoch_seen):
                         raise StoreUnavailable("%s was taken over by another host" % self.path)
                     self._begin_epoch()
-                elif writes and is_newer(__version__, self.version_seen):
+                elif writes and is_newer(__version__, self.replica.version_seen):
                     self._tell()
                 answer = action()
                 if writes:
@@ -4081,7 +4094,7 @@ class StoreFile:
         length = None if self.file.fd is None else self.file.length()
         if length is None:
             self._change_file() if self.file.fd is not None else self.file.open()
-            self.version_seen = newest(self.file.header.get("version"), self.version_seen)
+            self.replica.version_seen = newest(self.file.header.get("version"), self.replica.version_seen)
         if length != self.file.size:
             self.catch_up()
         durable, self.file.named = self.file_lock.noted()
@@ -4116,9 +4129,7 @@ class StoreFile:
 
     def _start_anew(self):
         """Forget what was read."""
-        self.epoch_seen, self.version_seen = 0, None
-        self.state.clear()
-        self.events.clear()
+        self.replica.clear()
         self.file.forget()
 
     def is_bloated(self):
@@ -4127,7 +4138,7 @@ class StoreFile:
             if self.file.size < self.look_again_bytes:
                 return False
             self.look_again_bytes = self.file.size + LOOK_BYTES
-            live = sum(_live_bytes(queue) for queue in self.state.queues.values())
+            live = sum(_live_bytes(queue) for queue in self.replica.state.queues.values())
             return self.file.size > 2 * live + SPARE_BYTES
 
     def compact(self):
@@ -4159,7 +4170,7 @@ class Store:
     def __init__(self, path, is_server=False, fsync="always"):
         file = self.file = StoreFile(path, is_server, fsync)
         self.path, self.folder, self.lock, self.is_server = file.path, file.folder, file.lock, is_server
-        self.journal, self.owner, self.state = file.journal, file.owner, file.state
+        self.journal, self.owner, self.state = file.journal, file.owner, file.replica.state
         self.server_id = None  # of the server that holds it
         self.changed, self.closing = threading.Condition(self.lock), False
         self.beats = Beats({} if is_server else BeatFiles(os.path.dirname(file.real_path), self.owner.stood_still))
@@ -4231,7 +4242,7 @@ class Store:
         done = self.state.apply(queue_id, changes)
 
         def on_written(n):
-            self.file.events.extend(transitions(n, at, queue_id, changes, done))
+            self.file.replica.events.extend(transitions(n, at, queue_id, changes, done))
             self.changed.notify_all()
             if self.watched_keys:
                 self._wake(queue_id, done)

@@ -359,7 +359,7 @@ def test_a_process_too_far_behind_reads_a_folded_file_from_its_start(door, tmp_p
     behind.submit(args={"late": 1})
     door("GET", "/api/v1/queues/me")
     assert same(behind, door)
-    ids = [(event.n, event.k) for event in behind.store.file.events]
+    ids = [(event.n, event.k) for event in behind.store.file.replica.events]
     assert ids == sorted(set(ids))
 
 

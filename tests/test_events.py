@@ -77,7 +77,7 @@ def test_a_reconnect_goes_on_after_the_last_event_seen_wherever_that_is(door, mo
     steps = every.read(15)
     for size in (10000, 4, 1):
         monkeypatch.setattr(L, "MAX_EVENTS", size)
-        door.store.file.events = type(door.store.file.events)(door.store.file.events, maxlen=size)
+        door.store.file.replica.events = type(door.store.file.replica.events)(door.store.file.replica.events, maxlen=size)
         for at, event in enumerate(every.events[:-1]):
             again = Listener(door, event["id"])
             assert again.read(len(steps) - at - 1) == steps[at + 1:]
