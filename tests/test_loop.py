@@ -436,7 +436,7 @@ def refuse_threads(monkeypatch):
 
 def test_a_server_that_gets_no_thread_writes_in_its_loop_and_compacts_later(loop, monkeypatch, capsys):
     refuse_threads(monkeypatch)
-    monkeypatch.setattr(loop.store, "is_bloated", lambda: True)
+    monkeypatch.setattr(loop.store.file, "is_bloated", lambda: True)
     loop.server.service_actions()
     loop.server.due_at = 0
     loop.server.service_actions()

@@ -672,7 +672,7 @@ def test_a_store_that_another_process_of_the_host_uses_is_not_released(hosts, tm
     told = L.read_json(stays.owner._file(1))
     assert told["count"] and "released" not in told
     with one:
-        stays.close()
+        stays.file.close()
     assert L.read_json(stays.owner._file(1))["released"] is True
 
 
