@@ -4199,7 +4199,10 @@ class Store:
 
     def transact(self, operation, queue_id, request, writes=True):
         """Return the operation's answer once everything it did, and everything it saw, is on disk; or raise."""
-        batch, answer = self.begin(operation, queue_id, request, writes)
+        return self.finish(*self.begin(operation, queue_id, request, writes))
+
+    def finish(self, batch, answer):
+        """Return the answer that `begin` gave with this batch, once that is on disk; or raise."""
         if callable(answer):
             answer = answer()
         if batch:
@@ -5163,6 +5166,9 @@ FETCH_FILTER_BYTES = 256 << 10  # of a fetch's filter: it is remembered
 MAX_SORTS = 16  # fields that a listing is sorted by: each goes through all of it
 ATTEMPT_BYTES = 2000  # what a worker may tell of a run
 PING_S = 15.0  # between the signs of life of a stream of events
+QUICK_BYTES = 65536  # a longer body is taken only with a right password, and is for a thread to read
+LIGHT_BODY_BYTES = 2048  # a longer one may hold a filter that takes long to read
+HEADER_FIELDS = {"last-event-id": "last_event_id"}  # a header that gives a field of the URL: of browsers' event sources
 WAIT_SLICE_S = 1.0  # after which a waiting request without a server looks for time-outs again
 
 
@@ -5401,41 +5407,50 @@ def _prepare_updates(store, request):
             raise InvalidFields([(["body", at, "task_id"], "is required")])
 
 
-# How a request runs, where it is more than one transaction.
+# How a request runs: each returns (batch, answer), and the answer may leave once the batch is on disk (None: at once).
 
 
 def _run(store, caller, request, route):
-    return store.transact(route.operation, caller, request, route.writes)
+    return store.begin(route.operation, caller, request, route.writes)
+
+
+def _run_outside(store, caller, request, route):
+    """Run an operation that is no transaction on a queue."""
+    return None, route.operation(store, caller, request)
+
+
+# Without a server nobody but the loops looks for runs that are over, their own too.
 
 
 def _run_fetch(store, caller, request, route):
-    store.look_for_timeouts(caller)
+    if not store.is_server:
+        store.look_for_timeouts(caller)
     return _run(store, caller, request, route)
 
 
 def _run_heartbeat(store, caller, request, route):
-    """Note that a run is alive. Without a server the loops themselves have to see which runs are over, their own too:
-    a store that can't be written now puts that off."""
-    answer = _run(store, caller, request, route)
+    """Note that a run is alive, then look for time-outs. A store that can't be written now puts those off."""
+    found = _run(store, caller, request, route)
     if not store.is_server:
         try:
             store.look_for_timeouts(caller)
         except StoreUnavailable:
             pass
-    return answer
+    return found
 
 
 def _run_worker(store, caller, request, route):
-    """Return a worker with `_id` for its id: so a 1.0.1 server calls it on this one answer."""
-    shown = in_json(_run(store, caller, request, route), False)
-    return dict(shown, _id=shown.pop("worker_id"))
+    """Return a worker with `_id` for its id: a 1.0.1 server calls it so in this one answer."""
+    batch, worker = _run(store, caller, request, route)
+    fields = in_json(worker, False)
+    return batch, dict(fields, _id=fields.pop("worker_id"))
 
 
 Stream = collections.namedtuple("Stream", "pieces")  # an answer without an end: server-sent events, as bytes
 
 
 class Page(collections.namedtuple("Page", "head body etag")):
-    """An answer for a browser to show: header lines, and bytes that its copy under this ETag has already."""
+    """An answer that a browser shows: header lines and a body. A browser whose copy has this ETag needs no body."""
 
     __slots__ = ()
 
@@ -5446,11 +5461,6 @@ def no_page(store, caller, request):
                 b"labtasker_cli.py of the same version beside labtasker.py. Copy it, then restart the server.\n", None)
 
 
-def _run_page(store, caller, request, route):
-    """Return what a part of the page, or what it asks for, answers."""
-    return route.operation(store, caller, request)
-
-
 def enter_page(route, operation):
     """Have `operation(store, caller, request)` answer a route of ROUTES that belongs to the page."""
     ROUTES[route] = ROUTES[route]._replace(operation=operation)
@@ -5458,11 +5468,11 @@ def enter_page(route, operation):
 
 def _run_events(store, caller, request, route):
     """Return the Stream of a queue's events, from after the one whose id was given, else from this moment on."""
-    _run(store, caller, request, route)  # the queue is there, or one of this LocalName may be made later
+    batch, _ = _run(store, caller, request, route)  # the queue is there, or one of this LocalName may be made later
     after = request["last_event_id"]
     after = tuple(map(int, after.split("."))) if after else last_event(store)
     pause_s = min(PING_S, WAIT_SLICE_S) if isinstance(caller, LocalName) else PING_S
-    return Stream(_event_pieces(follow(store, caller, after, pause_s), after))
+    return batch, Stream(_event_pieces(follow(store, caller, after, pause_s), after))
 
 
 def _event_pieces(events, after):
@@ -5487,28 +5497,41 @@ def _event_pieces(events, after):
                         {"sequence": count, "timestamp": at, "event": step})
 
 
-def _run_welcome(store, caller, request, route):
+def _welcome(store, caller, request):
     return {"message": "This is a Labtasker server.", "versions": ["v1"], "version": __version__,
             "server": store.server_id}
 
 
-def _run_health(store, caller, request, route):
+def _connection_health(store, caller, request):
+    return {"connection": "ok"}
+
+
+def _store_health(store, caller, request):
     problem = store.file.problem() or store.journal.writer.broken or refusal(store.path)
     return {"status": "unhealthy" if problem else "healthy", "database": problem or "connected"}
 
 
-def _run_polling(store, caller, request, route):
+def _polling(store, caller, request):
     since_s = min(monotonic() - store.looked_at, 1e9)
     return {"prev_polling": since_s, "next_eta": max(0.0, LOOK_INTERVAL_S - since_s),
             "polling_interval": LOOK_INTERVAL_S}
 
 
-# What a request with `wait_s` waits for: the key in Store.watched_keys of what may bring another answer, (queue id,
-# what in it): "pending", "change" or the id of a task.
+# What a request with `wait_s` waits for. `until` returns the key in Store.watched_keys of what may bring another
+# answer, (queue id, what in it): "pending", "change" or the id of a task; None where this answer will do. `wish` is what
+# a request asks for: while nothing is found for one, nothing is for another with the same wish. `gives`: the answer is
+# for this one alone, so that nothing may be answered to who has left.
+Wait = collections.namedtuple("Wait", "until wish gives")
 
 
 def _until_found(store, caller, request, answer):
     return None if answer["found"] or _is_ended(store, caller, request) else (store.state.id_of(caller), "pending")
+
+
+def _wish(store, caller, request):
+    if _is_ended(store, caller, request):
+        return None
+    return str(request["required_fields"]), request.get("filter_text")
 
 
 def _is_ended(store, caller, request):
@@ -5524,7 +5547,16 @@ def _until_over(store, caller, request, answer):
     return (store.state.id_of(caller), request["task_id"]) if answer and answer["status"] == "running" else None
 
 
-# Which requests are answered in less than a millisecond, so that a server needs no thread for them.
+def _no_wish(store, caller, request):
+    return None
+
+
+_FOR_A_TASK = Wait(_until_found, _wish, True)
+_FOR_A_CHANGE = Wait(_until_changed, _no_wish, False)
+_FOR_THE_END = Wait(_until_over, _no_wish, False)
+
+
+# Which requests are answered so quickly that a server needs no thread for them.
 
 
 def _always(store, call):
@@ -5536,15 +5568,16 @@ def _unless_new_request(store, call):
 
 
 # How a request is answered. `fields` are the body's, `query` the URL's; `open` asks no password; `body` is
-# "object", "list", or "either" for one or a list.
+# "object", "list", or "either" for one or a list; `waits` is a Wait, or None; `gate` is the one of a server's GATES by
+# which it goes to a thread where it is not quick.
 Route = collections.namedtuple(
-    "Route", "operation meaning fields query status writes open body prepare run waits quick")
+    "Route", "operation meaning fields query status writes open body prepare run waits quick gate")
 
 
 def _route(operation, meaning, fields=(), query=(), status=200, writes=True, open=False, body="object",
-           prepare=None, run=_run, waits=None, quick=None):
+           prepare=None, run=_run, waits=None, quick=None, gate="work"):
     return Route(operation, meaning, Fields(dict(fields)), Fields(dict(query)), status, writes, open, body, prepare,
-                 run, waits, quick)
+                 run, waits, quick, gate)
 
 
 _SUBMISSION = {name: Arg(field.kind, field.default if isinstance(field.default, int) else None,
@@ -5554,17 +5587,17 @@ _PAGE = {"offset": Arg("whole", 0), "limit": Arg("whole", 100), "extra_filter": 
 _QUEUE, _TASKS, _WORKERS = "/api/v1/queues/me", "/api/v1/queues/me/tasks", "/api/v1/queues/me/workers"
 
 ROUTES = {
-    "GET /": _route(None, "a welcome; to a browser, /page", open=True, run=_run_welcome, quick=_always),
-    "GET /page": _route(no_page, "the page for a browser", open=True, run=_run_page, quick=_always),
-    "GET /page.css": _route(no_page, "how it looks", open=True, run=_run_page, quick=_always),
-    "GET /page.js": _route(no_page, "what it does", open=True, run=_run_page, quick=_always),
-    "GET /health": _route(None, "whether the server answers", open=True, run=lambda *_: {"connection": "ok"},
-                          quick=_always),
-    "GET /health/full": _route(None, "whether the store can be written", open=True, run=_run_health, quick=_always),
-    "GET /api/v1/polling": _route(None, "when time-outs were last looked for, seconds", open=True, run=_run_polling,
+    "GET /": _route(_welcome, "a welcome; to a browser, /page", open=True, run=_run_outside, quick=_always),
+    "GET /page": _route(no_page, "the page for a browser", open=True, run=_run_outside, quick=_always),
+    "GET /page.css": _route(no_page, "how it looks", open=True, run=_run_outside, quick=_always),
+    "GET /page.js": _route(no_page, "what it does", open=True, run=_run_outside, quick=_always),
+    "GET /health": _route(_connection_health, "whether the server answers", open=True, run=_run_outside, quick=_always),
+    "GET /health/full": _route(_store_health, "whether the store can be written", open=True, run=_run_outside,
+                               quick=_always),
+    "GET /api/v1/polling": _route(_polling, "when time-outs were last looked for, seconds", open=True, run=_run_outside,
                                   quick=_always),
     "POST /api/v1/queues": _route(
-        create_queue_op, "create a queue", status=201, open=True, prepare=_hash_new_password,
+        create_queue_op, "create a queue", status=201, open=True, prepare=_hash_new_password, gate="strangers",
         fields={"queue_name": Arg("name", REQUIRED), "password": Arg("password", REQUIRED),
                 "metadata": Arg("dict")}),
     "GET " + _QUEUE: _route(get_queue_op, "the queue", writes=False, quick=_always),
@@ -5591,11 +5624,11 @@ ROUTES = {
                 "extra_filter": Arg("filter"), "by": Arg("text", "status")}),
     "POST " + _TASKS + "/view": _route(
         no_page, "columns of tasks that match, short enough to look at, and how many there are by status",
-        prepare=_read_task_filter, run=_run_page,
+        prepare=_read_task_filter, run=_run_outside,
         fields=dict(_PAGE, status=Arg("status"), columns=Arg("texts"), spread=Arg("bool", False))),
     "POST " + _TASKS + "/next": _route(
         fetch_task_op, "fetch the next task that matches, and run it", prepare=_prepare_fetch, run=_run_fetch,
-        waits=_until_found, quick=_unless_new_request,
+        waits=_FOR_A_TASK, quick=_unless_new_request,
         fields={"worker_id": Arg("id"), "eta_max": Arg("duration"), "heartbeat_timeout": Arg("seconds"),
                 "start_heartbeat": Arg("bool", True), "required_fields": Arg("texts"), "extra_filter": Arg("filter"),
                 "cmd": Arg("cmd"), "fetch_id": _ours("id"), "wait_s": _ours("wait", 0.0),
@@ -5607,23 +5640,23 @@ ROUTES = {
     "DELETE " + _TASKS + "/{task_id}": _route(delete_task_op, "delete a task", status=204, quick=_always),
     "GET " + _TASKS + "/{task_id}/log": _route(
         no_page, "the end of what a run wrote, where its log lies beside the store, else where it lies",
-        run=_run_page, query={"run_id": Arg("id")}),
+        run=_run_outside, query={"run_id": Arg("id")}),
     "POST " + _TASKS + "/{task_id}/status": _route(
         report_task_op, "report on a run, or on a task", quick=_always,
         fields={"status": Arg("status", REQUIRED), "worker_id": Arg("id"), "summary": Arg("dict"),
                 "run_id": _ours("id"), "reason": _ours("text"), "attempt": _ours("attempt"),
                 "delay_s": _ours("seconds")}),
     "POST " + _TASKS + "/{task_id}/heartbeat": _route(
-        heartbeat_op, "say that a run is alive", status=204, writes=False, run=_run_heartbeat, waits=_until_over,
+        heartbeat_op, "say that a run is alive", status=204, writes=False, run=_run_heartbeat, waits=_FOR_THE_END,
         quick=_always,
         query={"worker_id": Arg("id"), "run_id": _ours("id"), "answer": _ours("answer"),
                "wait_s": _ours("wait", 0.0)}),
     "GET " + _QUEUE + "/mark": _route(
         get_mark_op, "a mark that is another after each change; with wait_s, once it is not the one seen",
-        writes=False, waits=_until_changed, quick=_always, query={"seen": Arg("text"), "wait_s": Arg("wait", 0.0)}),
+        writes=False, waits=_FOR_A_CHANGE, quick=_always, query={"seen": Arg("text"), "wait_s": Arg("wait", 0.0)}),
     "GET " + _QUEUE + "/events": _route(
         get_queue_op, "a stream of server-sent events, one for each step of a state machine", writes=False,
-        run=_run_events, query={"last_event_id": _ours("event_id")}),
+        run=_run_events, gate="streams", query={"last_event_id": _ours("event_id")}),
     "POST " + _WORKERS: _route(
         create_worker_op, "register a worker", status=201, quick=_always,
         fields={"worker_id": _ours("id"), "worker_name": Arg("name"), "metadata": Arg("dict"),
@@ -5691,15 +5724,56 @@ def read_call(store, caller, route, ids, body, query):
 
 def run_call(store, call):
     """Return what the operation answers; when the request may wait, once there is something to answer."""
-    route, caller, request = call
-    give_up_at = monotonic() + request.get("wait_s", 0)
+    give_up_at = monotonic() + wait_of(call)
     while True:
         seen = store.journal.file.n
-        answer = route.run(store, caller, request, route)
+        batch, answer, key = begin_call(store, call)
+        answer = store.finish(batch, answer)
         left_s = give_up_at - monotonic()
-        if left_s <= 0 or store.closing or not (route.waits and route.waits(store, caller, request, answer)):
+        if key is None or left_s <= 0 or store.closing:
             return answer
         store.wait_for(lambda: store.journal.file.n != seen, left_s if store.is_server else min(left_s, WAIT_SLICE_S))
+
+
+def begin_call(store, call):
+    """Return (batch, answer, key): the answer may leave once the batch is on disk, and another answer may come once
+    what has this key changes; each is None where there is none."""
+    route, caller, request = call
+    batch, answer = route.run(store, caller, request, route)
+    return batch, answer, route.waits and route.waits.until(store, caller, request, answer)
+
+
+def retry_call(store, call, key):
+    """Return what `begin_call` does of a request that waited for a key; raise Unauthorized where its queue is gone."""
+    if key[0] and key[0] not in store.state.queues:  # the default queue would be made anew
+        raise Unauthorized("the queue was deleted")
+    return begin_call(store, call)
+
+
+def wait_of(call):
+    """Return how many seconds a request may wait for another answer."""
+    return call.request["wait_s"] if call.route.waits else 0
+
+
+def wish_of(store, call):
+    """Return what a request that waits asks for; None where no other can ask for the same."""
+    return call.route.waits.wish(store, call.caller, call.request)
+
+
+def is_quick(store, call):
+    """Return whether a request is answered in next to no time."""
+    return call.route.quick is not None and call.route.quick(store, call)
+
+
+def make_quick(store, call):
+    """Return when what a request asks for has been looked through, so that it will be quick; others have that run."""
+    if call.route.quick is _unless_new_request:
+        store.stand(call.caller, call.request)
+
+
+def is_light(body):
+    """Return whether reading a body takes next to no time; it is short, or is not so long and has no filter."""
+    return len(body) <= LIGHT_BODY_BYTES or len(body) <= QUICK_BYTES and b'"extra_filter"' not in body
 
 
 def answer_call(store, login, method, path, body=None, query=None, extensions=True):
@@ -5762,11 +5836,9 @@ _SHOWN = {
 DEFAULT_PORT = 9321
 MAX_HEAD_BYTES = 32768  # of a request's line and headers together: anyone may send them
 MAX_HEADERS = 100  # as many as http.client takes
-QUICK_BYTES = 65536  # a longer body is taken only with a right password, and read by a thread: that takes milliseconds
 ROOM_BYTES = MAX_HEAD_BYTES + 3 * QUICK_BYTES  # of what a peer sends without waiting for answers
 HELD_BYTES = 64 << 20  # of requests that are not whole and answers that are not read; over it the slowest are dropped
 LARGE_BYTES = 48 << 20  # of bodies over QUICK_BYTES together: three of the longest; over it 503
-LONG_FILTER_BYTES = 2048  # of a body with a filter that the loop itself may look at
 HANDSHAKES = 16  # TLS handshakes in one turn of the loop: each is 2 ms of arithmetic
 GONE_S = 5.0  # a server whose file is not there for longer ends
 QUIET_LOOK_S = OWNER_LAPSE_S / 3  # how often a server wakes that has no run to look after
@@ -5972,8 +6044,7 @@ class HttpRequest(collections.namedtuple("HttpRequest", "method target head keep
         if query or "%" in path:
             from urllib.parse import parse_qsl, unquote
             path, asked = unquote(path), dict(parse_qsl(query))
-        if "last-event-id" in fields:
-            asked["last_event_id"] = fields["last-event-id"]
+        asked.update((field, fields[header]) for header, field in HEADER_FIELDS.items() if header in fields)
         return "/page" if path == "/" and WANTS_PAGE.search(fields.get("accept", "")) else path, asked
 
 
@@ -6483,53 +6554,50 @@ class _Requests(_Peers):
         if introduction:
             return self.introduce(conn, request, introduction.group(1))
         call = self.quick_call(request)
-        if call is not None and call.route.operation is fetch_task_op and self.has_left(conn):
+        if call is not None and call.route.waits and call.route.waits.gives and self.has_left(conn):
             return self.drop(conn)  # the task would be given to nobody
         if call is not None:
             conn.vouched = conn.vouched or call.caller is not None
-            return self.begin(conn, request, call, self.until(call.request.get("wait_s", 0)))
+            return self.begin(conn, request, call, self.until(wait_of(call)))
         route, work = self.find(request)[0], self.answer_slowly
-        if route.open:
-            gate = "strangers"
-        elif self.known_caller(head.login) is None:
+        gate = route.gate
+        if not route.open and self.known_caller(head.login) is None:
             gate, work = self.door(request), self.look_at_password
-        else:
-            gate = "streams" if route.run is _run_events else "work"
         self.hand_over(conn, gate, work, request)
 
     def introduce(self, conn, request, nonce):
         """Answer the welcome with a proof that this server has its key, and know from now on the client's."""
         nonces, address = (nonce, new_nonce()), conn.sock.getsockname()
         conn.proof = prove(self.key, "client", nonces, address)
-        answer = dict(_run_welcome(self.store, None, None, None), nonce=nonces[1],
-                      proof=prove(self.key, "server", nonces, address))
+        _, welcome, _ = begin_call(self.store, Call(find_route("GET", "/")[0], None, {}))
+        answer = dict(welcome, nonce=nonces[1], proof=prove(self.key, "server", nonces, address))
         self.answer(conn, request, request.keep, None, 200, answer)
 
     def quick_call(self, request):
         """Return the Call of a request that the loop itself answers, or None; raise what is wrong with it."""
-        if len(request.body) > LONG_FILTER_BYTES and (
-                len(request.body) > QUICK_BYTES or b'"extra_filter"' in request.body):
+        if not is_light(request.body):
             return None
         route, ids, query = self.find(request)
         caller = None if route.open or not route.quick else self.known_caller(request.head.login)
         if not route.quick or caller is None and not route.open:
             return None
         call = self.read(request, caller, route, ids, query)
-        return call if route.quick(self.store, call) else None
+        return call if is_quick(self.store, call) else None
 
     def begin(self, conn, request, call, give_up_at):
         """Run a call: its answer leaves at the end of this turn, unless it waits for something."""
-        route, caller, asked = call
-        batch, answer = None, None
-        if route.open:
-            answer = route.run(self.store, caller, asked, route)
-        else:
-            batch, answer = self.store.begin(route.operation, caller, asked, route.writes)
-        if give_up_at > monotonic():
-            key = route.waits and route.waits(self.store, caller, asked, answer)
-            if key:
-                return self.park(conn, request, call, give_up_at, key)
-        status, answer = shown(route, answer, request.head.extensions)
+        self.go_on_with_answer(conn, request, call, give_up_at, begin_call(self.store, call))
+
+    def begin_again(self, conn, request, call, give_up_at, key):
+        """Run a call again that waited for this key."""
+        self.go_on_with_answer(conn, request, call, give_up_at, retry_call(self.store, call, key))
+
+    def go_on_with_answer(self, conn, request, call, give_up_at, begun):
+        """Have what `begin_call` returned answered, or the request wait for another answer."""
+        batch, answer, key = begun
+        if key and give_up_at > monotonic():
+            return self.park(conn, request, call, give_up_at, key)
+        status, answer = shown(call.route, answer, request.head.extensions)
         self.answered.append((conn, request, request.keep, batch, status, answer))
 
     def until(self, wait_s):
@@ -6563,20 +6631,17 @@ class _Requests(_Peers):
         if key is None:
             self.answer(conn, *call)
             return False
-        if not (is_last or call.route.quick(self.store, call)):
+        if not (is_last or is_quick(self.store, call)):
             self.attempt(conn, request, self.look_through, call, give_up_at)
             return False
-        if key[0] and key[0] not in self.store.state.queues:  # the default queue would be made anew
-            self.answer(conn, *self.refusal(request, Unauthorized("the queue was deleted")))
-            return False
         request = request._replace(started=monotonic())
-        self.attempt(conn, request, self.begin, call, -math.inf if is_last else give_up_at)
+        self.attempt(conn, request, self.begin_again, call, -math.inf if is_last else give_up_at, key)
         return conn.parked is not None
 
     def look_through(self, conn, request, call, give_up_at):
         """Have a thread look through what is new for a parked fetch, which goes on then."""
         def work(conn, request):
-            self.store.stand(call.caller, call.request)
+            make_quick(self.store, call)
             return self.attempt, request, self.begin, call, give_up_at
         self.hand_over(conn, "work", work, request)
 
@@ -6597,10 +6662,8 @@ class _Requests(_Peers):
         same, the second is not tried when the first found nothing."""
         in_vain = set()
         for conn in list(waiting):
-            _, caller, asked = conn.parked[0]
-            wish = (str(asked.get("required_fields")), asked.get("filter_text"))
-            is_other_fetch = "eta_max" in asked and wish in in_vain and not _is_ended(self.store, caller, asked)
-            if not is_other_fetch and self.retry(conn):
+            wish = conn.parked and wish_of(self.store, conn.parked[0])
+            if conn.parked and (wish is None or wish not in in_vain) and self.retry(conn):
                 in_vain.add(wish)
 
     @staticmethod
@@ -6714,10 +6777,9 @@ class _Threads(_Requests):
         route, ids, query = self.find(request)
         caller = None if route.open else self.known_caller(request.head.login) or self.store.login(*request.head.login)
         call = self.read(request, caller, route, ids, query)
-        if route.quick is _unless_new_request:
-            self.store.stand(caller, call.request)
-        if route.waits and call.request["wait_s"]:  # here it would hold a thread: the loop waits with it
-            return self.attempt, request, self.begin, call, self.until(call.request["wait_s"])
+        make_quick(self.store, call)
+        if wait_of(call):  # here it would hold a thread: the loop waits with it
+            return self.attempt, request, self.begin, call, self.until(wait_of(call))
         status, answer = shown(route, run_call(self.store, call), request.head.extensions)
         if not isinstance(answer, Stream) or request.method == "HEAD":
             return self.write_answer(conn, request, request.keep, status, answer)

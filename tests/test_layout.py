@@ -189,14 +189,12 @@ def test_only_the_last_section_loads_the_other_file():
     assert uses and not [node.lineno for node in uses if section_of(node.lineno) not in (0, banners()[-1][1])]
 
 
-@pytest.mark.xfail(strict=True, reason="not mended yet")
 def test_no_section_but_the_api_runs_a_route():
     """One way through: who is above the API calls its functions, and reads no row's operation, prepare or run."""
     uses = [node for node in ast.walk(TREE) if isinstance(node, ast.Attribute) and node.attr in ("operation", "prepare")]
     assert uses and not [node.lineno for node in uses if section_of(node.lineno) != 6]
 
 
-@pytest.mark.xfail(strict=True, reason="not mended yet")
 def test_the_server_knows_no_field_of_a_request():
     """Which requests wait, and for what, stands in ROUTES: the server reads no body."""
     assert fields_of_routes() > {"eta_max", "required_fields"}
