@@ -5518,9 +5518,9 @@ def _polling(store, caller, request):
 
 
 # What a request with `wait_s` waits for. `until` returns the key in Store.watched_keys of what may bring another
-# answer, (queue id, what in it): "pending", "change" or the id of a task; None where this answer will do. `wish` is what
-# a request asks for: while nothing is found for one, nothing is for another with the same wish. `gives`: the answer is
-# for this one alone, so that nothing may be answered to who has left.
+# answer, (queue id, what in it): "pending", "change" or the id of a task; None where this answer will do. `wish` is
+# what is asked for: while nothing is found for one request, nothing is for another with the same wish. `gives`: the
+# answer is for this one alone, so that nothing may be answered to who has left.
 Wait = collections.namedtuple("Wait", "until wish gives")
 
 
