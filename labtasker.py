@@ -209,7 +209,7 @@ def as_uuid(digits):
 
 
 def new_id():
-    """Return a random UUID4 as text. `uuid` costs 8 ms to import, a call of os.urandom 25 us: 32 are made at once."""
+    """Return a random UUID4 as text. 32 are made at once, without `uuid`, which is slow to import."""
     ids = _IDS.get(os.getpid())  # a forked child must not use its parent's
     if not ids:
         _IDS.clear()
@@ -228,7 +228,7 @@ MAX_KEYS = 100000  # of one dict with all that is nested in it
 
 
 class Pattern:
-    """A regular expression that is compiled when its `match`, `sub`, ... is first used: together that is 4 ms."""
+    """A regular expression that is compiled when its `match`, `sub`, ... is first used: importing compiles none."""
 
     def __init__(self, text, flags=0):
         self.text, self.flags = text, flags
@@ -1647,6 +1647,8 @@ TASK_FIELDS = {
                          "--max-retries N"),
     "retries": Field("count", 0, False, "failed runs so far", None, "set"),
     "priority": Field("int", 0, False, "higher is fetched first", "set", "set", "--priority N"),
+    "retry_delay": Field("seconds", None, True, "pause after its first failed run, twice as long after each further "
+                         "one, at most an hour; null: none", "set", "set", "--retry-delay TIME"),
     "metadata": Field("dict", {}, False, "the submitter's notes: tags and the like", "nest", "merge",
                       "--metadata DICT"),
     "args": Field("dict", {}, False, "what the job is run with", "nest", "merge", "--args DICT"),
@@ -1658,7 +1660,7 @@ TASK_FIELDS = {
     "run_end": Field("text", None, True, "how that run ended: success, failed, cancelled, pending or timeout"),
     "interruptions": Field("count", 0, True, "runs handed back without being charged a retry"),
     "reason": Field("text", None, True, "why the last run was handed back"),
-    "not_before": Field("time", None, True, "until when it is given to nobody, as its job asked for a pause; or null"),
+    "not_before": Field("time", None, True, "until when it is given to nobody: its job asked for it, or a run failed"),
     "attempts": Field("list", [], True, "its last runs: host, pid, worker_id, git, log, start, end, status, exit_code"),
     "git": Field("commit", None, True, "the commit it was submitted from, with -dirty where files were changed since",
                  "note"),
@@ -3102,6 +3104,7 @@ MAX_INTERRUPTIONS = 100  # runs handed back before a task fails, so that none go
 MAX_ATTEMPTS = 20  # the latest runs that a task keeps
 MOST_LOOKED_AT = 1000  # tasks with a pause that a fetch which finds nothing examines one by one
 MAX_DELAY_S = 30 * 86400.0  # the longest pause that a job may ask for
+MAX_RETRY_DELAY_S = 3600.0  # the longest pause after a failed run
 MAX_ENDED_FETCHES = 1000  # ended fetches that a queue remembers: one may still arrive after its end
 SLEPT_S = 2.0  # a server that wakes so much later than planned was stopped, and received nothing meanwhile
 MAX_STANDING = 200  # standing requests of a queue
@@ -4503,6 +4506,9 @@ def _failed(task, fields, at):
     event = "retry" if retries < task.max_retries else "fail"
     status = move(TASK_MOVES, task.status, event, "task " + task.task_id)
     fields = dict(fields, status=status, retries=retries, worker_id=None, last_modified=at)
+    if task.retry_delay and event == "retry":  # 2^1000 is the largest factor that is sure to stay a float
+        delay_s = math.ldexp(min(task.retry_delay, MAX_RETRY_DELAY_S), min(retries - 1, 1000))
+        fields["not_before"] = Instant(round(at + min(delay_s, MAX_RETRY_DELAY_S), 6))
     return ["task", task.task_id, fields, task.status]
 
 
@@ -4871,7 +4877,7 @@ def _report_late(task, request, at):
     next_status = move(TASK_MOVES, task.status, LATE_REPORTS[status], "task " + task.task_id)
     summary = {key: value for key, value in task.summary.items() if key != "labtasker_error"}
     fields = dict(_summarised(task._replace(summary=summary), request), status=next_status, run_end=status,
-                  retries=max(0, task.retries - 1))
+                  retries=max(0, task.retries - 1), **_without_pause(task))
     fields.setdefault("summary", summary)
     if status == "pending":
         fields.update(interruptions=task.interruptions + 1, reason=request.get("reason"), **_pause(request, at))
@@ -5839,18 +5845,18 @@ MAX_HEADERS = 100  # as many as http.client takes
 ROOM_BYTES = MAX_HEAD_BYTES + 3 * QUICK_BYTES  # of what a peer sends without waiting for answers
 HELD_BYTES = 64 << 20  # of requests that are not whole and answers that are not read; over it the slowest are dropped
 LARGE_BYTES = 48 << 20  # of bodies over QUICK_BYTES together: three of the longest; over it 503
-HANDSHAKES = 16  # TLS handshakes in one turn of the loop: each is 2 ms of arithmetic
+HANDSHAKES = 16  # TLS handshakes in one turn of the loop: each is long arithmetic
 GONE_S = 5.0  # a server whose file is not there for longer ends
 QUIET_LOOK_S = OWNER_LAPSE_S / 3  # how often a server wakes that has no run to look after
 IDLE_S = 3600.0  # a silent connection is closed after this; workers beat more often
 SLOW_SENDER_S = 30.0  # a connection whose request's head is not whole after so long is closed
 SLOW_BODY_S = 300.0  # the same for a body: 16 MiB at 55 KB/s
 SLOW_LISTENER_S = 30.0  # a listener who reads nothing for so long is cut off
-LARGE_ANSWER_BYTES = 200000  # it takes the loop 2 ms to write as JSON; the next such one is for a thread
+LARGE_ANSWER_BYTES = 200000  # of an answer that holds up the loop: the next such one is for a thread
 LINGER_BYTES = 16 << 20  # that are thrown away
 LINGER_S = 2.0  # for a peer to read why its request was refused while it still sends it
 WRONG_PASSWORD_S = 1.0  # until a wrong password is answered
-REST_S = 0.1  # after a wrong password was hashed (41 ms), so that guessing keeps half a core busy at most
+REST_S = 0.1  # after a wrong password was hashed, so that guessing keeps half a core busy at most
 SLOW_ANSWER_S = 1.0  # an answer that takes longer is logged
 LOG_LINES_S = 50  # lines of log a second, but for errors: what is refused must not fill a disk
 MAX_CONNECTIONS = 65536  # and what RLIMIT_NOFILE leaves; beyond, the longest silent are closed
@@ -5858,7 +5864,7 @@ SPARE_FILES = 64  # of RLIMIT_NOFILE: for the journal, compaction, modules to im
 RETRY_AFTER_S = 1  # what a 503 asks for
 SWEEP_S = 5.0  # between looks for such connections
 STOP_GRACE_S = 4.0  # for requests that run when the server is told to stop
-SWITCH_S = 0.0005  # after which a thread that scans hands the interpreter over, ten times as often as by default
+SWITCH_S = 0.0005  # after which a thread that scans hands the interpreter over, more often than by default
 EXTENSIONS_HEADER = "Labtasker-Extensions"
 SAFE_METHODS = ("GET", "HEAD")  # change nothing
 CHALLENGE = 'WWW-Authenticate: Basic realm="labtasker", charset="UTF-8"'  # many clients send nothing without a realm
@@ -5868,7 +5874,7 @@ WANTS_PAGE = Pattern(r"text/html(?!\s*;\s*q=0(\.0*)?\s*(,|\Z))", re.IGNORECASE) 
 
 # Threads, by what they are for: how many at a time, for one user, in line, in line for one user.
 GATES = {
-    "passwords": (1, 1, 200, 20),  # that were not right before: hashing, 41 ms each
+    "passwords": (1, 1, 200, 20),  # that were not right before: each is hashed
     "strangers": (1, 1, 100, 20),  # the same for queues that are not there, and new queues: they hold up nobody else
     "streams": (200, 50, 0, 0),  # listeners for events
     "work": (4, 2, 2000, 500),  # listings, large bodies, and what else takes long: they share one interpreter
@@ -6012,7 +6018,7 @@ def _basic_login(header):
 
 
 class Heads:
-    """The Heads of the latest header blocks: a client sends the same ones again and again (12 us each to read)."""
+    """The Heads of the latest header blocks: a client sends the same ones again and again."""
 
     def __init__(self, own_names=()):
         self.known = {}  # header block as bytes: Head
@@ -6955,7 +6961,7 @@ class _Server(_Threads):
 
     def service_actions(self):
         """Do what is due: look for time-outs when a run's time may be over; every few seconds show that the owner
-        lives, and have the journal compacted when that is worth it. A wake costs an idle machine 0.3 ms."""
+        lives, and have the journal compacted when that is worth it."""
         store = self.store
         if monotonic() < min(self.due_at, store.due_at()):
             return
@@ -12518,7 +12524,7 @@ def pairs(mapping):
 
 
 def screen_size(stream=None):
-    """Return (columns, lines) of the terminal; COLUMNS wins, as everywhere. (shutil's takes 3 ms to import.)"""
+    """Return (columns, lines) of the terminal; COLUMNS wins, as everywhere. shutil is slow to import."""
     try:
         columns, lines = os.get_terminal_size((stream or sys.stdout).fileno())
     except (OSError, ValueError):
@@ -12698,7 +12704,7 @@ def literal(text):
     """Return what `text` is as a Python literal that JSON can hold, or the text itself.
 
     A number in it that can't be written again as it stands (31e8473, 2024_01_15) stays text too. Most are seen at a
-    glance; `ast` takes 4 ms to import."""
+    glance; `ast` is slow to import."""
     if SHORT_NUMBER.match(text):
         return json.loads(text)
     if WORD.match(text):
@@ -13388,8 +13394,11 @@ def change_of(task, updates):
     change = {"_id": task.task_id}
     for field, value in updates.items():
         top, *path = field.split(".")
+        is_replaced = value is None and not path  # null is not given, where the field is not to be replaced
         if any(isinstance(v, dict) for f, v in updates.items() if f.split(".")[0] == top):
             change.setdefault(top, json.loads(json.dumps(getattr(task, top))))
+            is_replaced = True
+        if is_replaced:
             change["replace_fields"] = sorted({top}.union(change.get("replace_fields", ())))
         place(change, [top] + path, value)
     try:
@@ -13601,7 +13610,8 @@ def in_the_way(task, options):
         yield "Its last run was handed back: %s." % task.reason
     not_before = vars(task).get("not_before")
     if not_before and not_before.timestamp() > now():
-        yield "Its job asked for a pause: nobody gets it for another %s." % span(not_before.timestamp() - now())
+        yield "It is given to nobody for another %s: its job asked for a pause, or a run failed (retry_delay)." % span(
+            not_before.timestamp() - now())
     running = ls_tasks(status="running", limit=EVERY).content
     if not running:
         yield "Nothing runs in this queue: start a loop, such as labtasker loop -- %s" % example_command(task)
@@ -14313,7 +14323,7 @@ def command_help(path):
     import textwrap
     row = COMMANDS[path]
     width = os.environ.get("COLUMNS", "")
-    width = min(100, int(width)) if width.isdigit() else 80  # to look at the terminal takes an import of 3 ms
+    width = min(100, int(width)) if width.isdigit() else 80  # to ask the terminal takes a slow import
     rows = [(spelled(flags, settings), settings["help"]) for flags, settings in row.options]
     places = [("[%s ...]" if "nargs" in settings else "%s") % settings["metavar"]
               for flags, settings in row.options if not flags[0].startswith("-")]

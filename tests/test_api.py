@@ -121,7 +121,7 @@ def test_fields_beyond_the_protocol_are_shown_to_those_who_ask_for_them(call):
     plain = call("POST", ME + "/tasks/next", {"heartbeat_timeout": 9}, extensions=False)[1]["task"]
     assert set(plain) == TASK
     extended = call("POST", ME + "/tasks/search", {})[1]["content"][0]
-    assert set(extended) - TASK == {"run_id", "run_end", "interruptions", "reason", "not_before", "attempts", "git"}
+    assert set(extended) - TASK == {"run_id", "run_end", "interruptions", "reason", "not_before", "attempts", "git", "retry_delay"}
     assert set(call("GET", ME)[1]) == {"queue_id", "queue_name", "created_at", "last_modified", "metadata"}
 
 
@@ -402,12 +402,12 @@ DEFAULTS = {  # the page's; what is not here has none
     "POST " + ME + "/tasks": {"max_retries": 3, "priority": 0}, "POST " + ME + "/tasks/search": {"offset": 0, "limit": 100},
     "POST " + ME + "/tasks/view": {"offset": 0, "limit": 100, "spread": False},
     "POST " + ME + "/tasks/count": {"by": "status"}, "GET " + ME + "/mark": {"wait_s": 0},
-    "POST " + ME + "/tasks/next": {"start_heartbeat": True, "wait_s": 0}, "POST " + ME + "/tasks/{task_id}/heartbeat": {"wait_s": 0},
+    "POST " + ME + "/tasks/next": {"start_heartbeat": True, "wait_s": 0, "heartbeat_default": False}, "POST " + ME + "/tasks/{task_id}/heartbeat": {"wait_s": 0},
     "POST " + ME + "/workers": {"max_retries": 3}, "POST " + ME + "/workers/search": {"offset": 0, "limit": 100},
-    "DELETE " + ME + "/workers/{worker_id}": {"cascade_update": True},
+    "DELETE " + ME + "/workers/{worker_id}": {"cascade_update": True}, "DELETE " + ME + "/tasks/next": {"hand_back": False},
 }
 REQUIRED = {"POST /api/v1/queues": {"queue_name", "password"}, "POST " + ME + "/tasks/{task_id}/status": {"status"},
-            "POST " + ME + "/workers/{worker_id}/status": {"status"}}
+            "POST " + ME + "/workers/{worker_id}/status": {"status"}, "DELETE " + ME + "/tasks/next": {"fetch_id"}}
 
 
 def test_defaults_and_required_fields_are_those_of_the_page(call):
@@ -437,6 +437,7 @@ ANSWERS = [  # route, body or query, status, what the answer's objects hold; in 
     ("POST " + ME + "/tasks/view", {"columns": ["args.a"]}, 200, {"rows", "found", "counts", "queue", "fields", "at"}),
     ("POST " + ME + "/tasks/count", {}, 200, {"counts", "ended", "took_s", "mark"}), ("GET " + ME + "/mark", {}, 200, {"mark"}),
     ("POST " + ME + "/tasks/search", {}, 200, {"found", "content"}), ("POST " + ME + "/tasks/next", {"worker_id": "{w}"}, 200, {"found", "task"}),
+    ("DELETE " + ME + "/tasks/next", {"fetch_id": "f"}, 204, None),
     ("POST " + ME + "/tasks/{t}/heartbeat", {}, 204, None), ("POST " + ME + "/tasks/{t}/heartbeat", {"answer": "status"}, 200, {"status"}),
     ("POST " + ME + "/tasks/{t}/status", {"status": "success"}, 200, set()), ("GET " + ME + "/tasks/{t}", {}, 200, TASK),
     ("GET " + ME + "/tasks/{t}/log", {}, 200, {"run_id", "text", "size", "host", "path"}),

@@ -381,6 +381,12 @@ def test_submit_sets_every_field(home):
                                  "--heartbeat-timeout", "1 min", "--task-timeout", "1h30m"))
     assert (task["task_name"], task["priority"], task["max_retries"], task["cmd"]) == ("n", -5, 7, "echo hi")
     assert (task["heartbeat_timeout"], task["task_timeout"], task["args"]) == (60, 5400, {})
+    task = home.task(home.submit("--retry-delay", "1.5 min", "--", "--lr=1"))
+    assert task["retry_delay"] == 90
+    home.cli("task", "update", "--id", task["task_id"], "-u", "retry_delay=20", "--quiet")
+    assert home.task(task["task_id"])["retry_delay"] == 20
+    home.cli("task", "update", "--id", task["task_id"], "-u", "retry_delay=None", "--quiet")
+    assert home.task(task["task_id"])["retry_delay"] is None
 
 
 def test_submit_says_the_id_and_quiet_says_nothing_else(home):

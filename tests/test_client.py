@@ -454,6 +454,19 @@ def test_an_update_request_is_checked_at_once(given, words):
         L.TaskUpdateRequest(**given)
 
 
+@pytest.mark.parametrize("submit", [
+    lambda name: L.submit_task(args={"a": 1}, **{name: 5}), lambda name: L.submit_tasks([{"args": {"a": 1}, name: 5}]),
+    lambda name: L.submit_grid({"a": [1, 2]}, **{name: 5})], ids=["task", "tasks", "grid"])
+def test_every_way_to_submit_takes_the_fields_of_the_table_and_no_other(folder, submit):
+    submit("retry_delay")
+    assert all(task.retry_delay == 5 for task in L.ls_tasks())
+    number = len(L.ls_tasks().content)
+    for name, words in (("retry_dealy", "did you mean 'retry_delay'"), ("retries", "no field 'retries'"), ("status", "no field")):
+        with pytest.raises(L.LabtaskerTypeError, match=words):
+            submit(name)
+    assert len(L.ls_tasks().content) == number > 0
+
+
 def test_submit_tasks_is_one_transaction(folder):
     ids = L.submit_tasks({"args": {"i": i}, "priority": i} for i in range(50))
     assert [t.args["i"] for t in L.ls_tasks(sort=[["priority", 1]]).content] == list(range(50)) and len(set(ids)) == 50
@@ -526,6 +539,9 @@ def test_a_server_without_the_extensions_is_sent_and_asked_what_it_knows(plain, 
     ids = [L.submit_task(args={"i": 0, "deep": {"x": 1, "y": 1}}).task_id]
     ids += L.submit_tasks([{"args": {"i": i}, "priority": i} for i in range(1, 11)])
     assert "10 tasks, 1 at a time" in capsys.readouterr().err
+    for task_id in (L.submit_task(args={"i": 0}, retry_delay=5).task_id, L.submit_tasks([{"args": {"i": 0}, "retry_delay": 5}])[0]):
+        L.update_tasks([L.TaskUpdateRequest(task_id=task_id, retry_delay=7)])
+        L.delete_task(task_id)
     assert [task.task_id for task in L.ls_tasks(limit=4, offset=3).content] == ids[3:7]
     assert [task.task_id for task in L.ls_tasks(limit=10 ** 9).content] == ids
     assert [task.task_id for task in L.ls_tasks(limit=5, offset=2, sort=[["args.i", -1]]).content] == ids[::-1][2:7]

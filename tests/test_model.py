@@ -1,4 +1,5 @@
 """Section 3: the fields and the two state machines."""
+import inspect
 import itertools
 
 import pytest
@@ -66,3 +67,28 @@ def test_records_have_a_field_for_each_row_of_their_table():
     for record, fields in ((L.TaskRecord, L.TASK_FIELDS), (L.WorkerRecord, L.WORKER_FIELDS), (L.QueueRecord, L.QUEUE_FIELDS)):
         assert record._fields == tuple(fields) + ("unknown",)  # the last: what a newer version wrote
         assert all(field.meaning for field in fields.values())
+
+
+def test_what_takes_a_task_field_follows_from_its_row():
+    rows = L.TASK_FIELDS.items()
+    assert {field.submitted for _, field in rows} == {None, "set", "nest", "id", "note"}
+    assert {field.updated for _, field in rows} == {None, "set", "merge", "move"}
+    submitted = {name for name, field in rows if field.submitted}
+    updated = {name for name, field in rows if field.updated}
+    assert set(L.ROUTES["POST /api/v1/queues/me/tasks"].fields) == submitted
+    assert set(L.ROUTES["PUT /api/v1/queues/me/tasks"].fields) == updated | {"task_id", "_id", "replace_fields"}
+    assert set(L.UPDATABLE) == updated and set(L.TaskUpdateRequest.FIELDS) == updated | {"replace_fields"}
+    flags = {flag: settings for flags, settings in L.COMMANDS["task submit"].options for flag in flags}
+    for name, field in rows:
+        for flag in (field.flag or "").split()[:-1]:
+            assert flags[flag]["dest"] == name and field.submitted
+    assert "--retry-delay" in flags and "retry_delay" in submitted & updated
+
+
+def test_submit_task_has_the_parameters_of_labtasker_1_0_1_and_takes_what_is_new_as_keywords():
+    *parameters, ours = inspect.signature(L.submit_task).parameters.values()
+    assert [(p.name, p.default) for p in parameters] == [
+        ("task_name", None), ("args", None), ("metadata", None), ("cmd", None), ("heartbeat_timeout", None),
+        ("task_timeout", None), ("max_retries", 3), ("priority", 0)]
+    assert ours.kind is ours.VAR_KEYWORD
+    assert all((p.default or None) == (L.TASK_FIELDS[p.name].default or None) for p in parameters)

@@ -241,6 +241,51 @@ def test_a_pause_is_over_at_the_same_time_in_another_process_and_a_long_one_has_
     assert door.fetch()["task_id"] == one
 
 
+def pause_after_a_failed_run(door):
+    """Have the next task's run fail; return its pause in seconds, and let that pass."""
+    task_id = door.fetch()["task_id"]
+    door.report(task_id, "failed")
+    not_before = door.task(task_id)["not_before"]
+    if not_before is None:
+        return None
+    pause_s = L.parse_time(not_before) - L.parse_time(door.task(task_id)["last_modified"])
+    door.clock.pass_s(pause_s - 0.5)
+    assert door.fetch() is None
+    door.clock.pass_s(0.5)
+    return round(pause_s, 3)
+
+
+@pytest.mark.parametrize("retry_delay, pauses", [
+    (30, [30, 60, 120]), (1000, [1000, 2000, 3600, 3600]), (1e300, [3600]), (0.5, [0.5, 1, 2, 4]), (None, [None, None])])
+def test_the_pause_after_a_failed_run_doubles_up_to_an_hour(door, retry_delay, pauses):
+    door.submit(retry_delay=retry_delay, max_retries=len(pauses) + 1)
+    assert [pause_after_a_failed_run(door) for _ in pauses] == pauses
+    assert pause_after_a_failed_run(door) is None and door("POST", "tasks/search", {})["content"][0]["status"] == "failed"
+
+
+def test_after_ever_so_many_failed_runs_the_pause_is_an_hour(door):
+    task_id = door.submit(retry_delay=1e-9, max_retries=2 ** 31)
+    door("PUT", "tasks", [{"task_id": task_id, "retries": 2 ** 31 - 2}], {"reset_pending": "false"})
+    assert pause_after_a_failed_run(door) == 3600
+
+
+def test_a_run_that_is_given_up_has_its_task_wait_and_one_that_ends_late_does_not(door):
+    task_id = door.submit(retry_delay=100)
+    run = door.fetch(heartbeat_timeout=5)
+    door.clock.pass_s(6)
+    assert door.fetch() is None and door.task(task_id)["status"] == "pending"
+    door.report(task_id, "pending", run_id=run["run_id"])
+    assert door.task(task_id)["not_before"] is None and door.fetch()["task_id"] == task_id
+
+
+def test_retry_delay_is_updated_and_cleared_as_every_field(door):
+    task_id = door.submit(retry_delay=5)
+    door("PUT", "tasks", [{"task_id": task_id, "retry_delay": 7}], {"reset_pending": "false"})
+    assert door.task(task_id)["retry_delay"] == 7
+    door("PUT", "tasks", [{"task_id": task_id, "retry_delay": None, "replace_fields": ["retry_delay"]}], {"reset_pending": "false"})
+    assert door.task(task_id)["retry_delay"] is None
+
+
 def test_who_can_not_know_of_pauses_hears_nothing_of_them(door):
     door.submit()
     door.report(door.fetch(), "pending", delay_s=20)
