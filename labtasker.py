@@ -24,9 +24,21 @@ only those below it, so the file reads from here to its end.
     11. Text         what a person reads and types: tables, formats, values, task arguments
     12. Command line  commands as one table, main()
 
-An operation goes: command or function -> Client.call -> (HTTP or not) -> ROUTES -> decide -> append -> apply.
-`decide` checks and returns changes and touches nothing; the journal makes them durable; `apply` alone changes
-the state, live and at replay.
+A task goes this way from `task submit` to its stored report; the number is the section of the function:
+
+    do_task_submit (12)   reads what was typed
+    submit_task (8)       gives the task its id
+    Client.call (8)       asks the server over HTTP, or the store in this process
+    answer_call (6)       finds the row of ROUTES and checks the fields
+    Store.begin (5)       runs the operation under the store's lock
+    submit_tasks_op (5)   decides: returns the changes and touches nothing
+    State.apply (5)       changes the state, here and at replay; nothing else does
+    Journal.add (4)       has the changes written as a line; where that fails they are taken back
+    Journal.wait (4)      returns once the line is on disk
+    fetch_task (8)        asks for the next task, from a slot of a loop
+    fetch_task_op (5)     decides which one
+    deliver (10)          reports how the run ended, once it has
+    report_task_op (5)    decides what becomes of the task; the line is written as above
 """
 import sys
 
@@ -14725,6 +14737,23 @@ COMMANDS = {
                     "labtasker help task submit",
                     [option("COMMAND", "words of a command, or a topic", dest="topic", nargs="*")]),
 }
+
+# The public API; an underscore marks what a section keeps to itself, all other names are for the sections above.
+__all__ = """
+    loop Required finish task_info current_task_id current_worker_id is_enabled get_labtasker_log_dir
+    time_left preempted set_prompt_on_task_failure set_loop_internal_error_handler health_check create_queue
+    get_queue update_queue delete_queue submit_task submit_tasks submit_grid fetch_task get_task
+    report_task_status refresh_task_heartbeat ls_tasks update_tasks delete_task create_worker ls_workers
+    report_worker_status delete_worker connect_events EventListener Task Worker Queue TaskUpdateRequest
+    LabtaskerError LabtaskerRuntimeError LabtaskerValueError LabtaskerTypeError LabtaskerNetworkError
+    LabtaskerHTTPStatusError LabtaskerConnectError WorkerSuspended TaskCancelled api_models
+""".split()
+
+
+def __dir__():
+    """Return what `labtasker.<Tab>` shows, from Python 3.7 on."""
+    return __all__ + ["__version__", "__doc__", "__file__", "__name__", "__all__"]
+
 
 if __name__ == "__main__":
     sys.exit(main())

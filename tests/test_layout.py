@@ -271,3 +271,56 @@ def test_importing_it_imports_little():
             top |= imports(TREE, [node])
             stack.extend(ast.iter_child_nodes(node))
     assert top == AT_MODULE_LEVEL
+
+
+# ---- The spine, and the public names
+
+SPINE = re.findall(r"^ +([A-Za-z_.]+) \((\d+)\)  +\S", ast.get_docstring(TREE, clean=False), re.M)
+
+
+def test_the_spine_names_functions_of_the_sections_that_it_tells():
+    found = {node.name: node for node in TREE.body if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
+    methods = {"%s.%s" % (node.name, item.name): item for node in found.values() for item in node.body
+               if isinstance(item, ast.FunctionDef)}
+    assert len(SPINE) > 9
+    assert [(name, str(section_of(dict(found, **methods)[name].lineno))) for name, _ in SPINE] == SPINE
+
+
+def test_a_submission_calls_the_functions_in_the_order_of_the_spine(tmp_path, monkeypatch):
+    import labtasker
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("LABTASKER_URL", raising=False)
+    monkeypatch.setenv("LABTASKER_ROOT", str(tmp_path / ".labtasker"))
+    names = [name.rpartition(".")[2] for name, _ in SPINE]
+    names, called = names[:names.index("fetch_task")], []
+
+    def note(frame, event, _):
+        called.append(frame.f_code.co_name) if event == "call" and frame.f_code.co_filename == labtasker.__file__ else None
+    labtasker.use_client(None)
+    sys.setprofile(note)
+    try:
+        labtasker.main(["task", "submit", "-q", "--", "--lr=0.1"])
+    finally:
+        sys.setprofile(None)
+        labtasker.use_client(None)
+    called = iter(called[called.index("do_task_submit"):])
+    missing = [name for name in names if name not in called]
+    assert not missing
+
+
+DOCUMENTED = """
+    loop Required finish task_info current_task_id current_worker_id is_enabled get_labtasker_log_dir set_prompt_on_task_failure
+    set_loop_internal_error_handler health_check create_queue get_queue update_queue delete_queue submit_task fetch_task
+    report_task_status refresh_task_heartbeat ls_tasks update_tasks delete_task create_worker ls_workers report_worker_status
+    delete_worker connect_events EventListener TaskUpdateRequest LabtaskerError LabtaskerRuntimeError LabtaskerValueError
+    LabtaskerTypeError LabtaskerNetworkError LabtaskerHTTPStatusError LabtaskerConnectError WorkerSuspended TaskCancelled
+    submit_tasks submit_grid get_task time_left preempted
+""".split()  # in the pages of the Python API, and in the README
+
+
+def test_all_is_the_documented_api_and_what_tab_shows():
+    import labtasker
+    assert set(labtasker.__all__) == set(DOCUMENTED) | {"Task", "Worker", "Queue", "api_models"}
+    assert len(set(labtasker.__all__)) == len(labtasker.__all__) and all(hasattr(labtasker, name) for name in labtasker.__all__)
+    if sys.version_info >= (3, 7):
+        assert [name for name in dir(labtasker) if name[0] != "_"] == sorted(labtasker.__all__)
