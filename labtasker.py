@@ -8390,7 +8390,7 @@ def _living_server(folder, queue_name):
 _SPOKEN_OF = set()  # what this process has said of such servers
 
 
-def look_anew():
+def rediscover_server():
     """Have this process go to the server that the configured folder names now: it may have moved.
 
     A store is never opened instead of a server that is away: that would keep it from coming back elsewhere."""
@@ -9274,7 +9274,7 @@ class Required:
         return found if annotation is None else cast(found, annotation, "parameter %r" % name)
 
 
-class Wanted:
+class BoundFunction:
     """What a function wants of a task's args: `fields` to fetch by, and `call(args, given, named)`.
 
     Raises LabtaskerTypeError at once for a Required() that can't work."""
@@ -10015,6 +10015,27 @@ def start_thread(thread):
                                     "cgroup" % error) from None
 
 
+PROGRAM_TIMEOUT_S = 20  # squeue of a busy controller, nvidia-smi of a GPU that sleeps
+
+
+def ask_program(words):
+    """Return what a program of the system prints, "" where it is not there, fails, or hangs."""
+    import signal
+    import subprocess
+    own = {name: value for name, value in os.environ.items() if not name.startswith("SQUEUE_")}
+    try:
+        process = subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+                                   env=own, start_new_session=True)
+        said = process.communicate(timeout=PROGRAM_TIMEOUT_S)[0]
+    except OSError:
+        return ""
+    except subprocess.TimeoutExpired:
+        signal_group(process.pid, signal.SIGKILL)
+        process.stdout.close()
+        return ""
+    return said.decode("utf-8", "replace") if process.returncode == 0 else ""
+
+
 def signal_group(group, signum):
     """Return whether there was a process in the group to send the signal to; 0 only looks."""
     try:
@@ -10044,6 +10065,14 @@ def _state_in_group(pid, group):
     except OSError:
         return "X"
     return state if its_group == group else "X"
+
+
+def is_stopped(pid):
+    """Return whether the process is stopped (Ctrl-Z, SIGSTOP): what it runs must not be kept alive for ever."""
+    try:
+        return process_stat(pid)[0] in "Tt"
+    except OSError:  # not Linux
+        return False
 
 
 def end_groups(groups, give_up_at, pause):
@@ -10214,7 +10243,7 @@ class Output:
     def _open(self, use_pty, label):
         opened = {}
         for number in (1, 2):
-            place = _place_of(number) if fcntl else 1
+            place = file_identity(number) if fcntl else 1
             if place not in opened:
                 ours, opened[place] = use_pty and _open_pty() or os.pipe()
                 self.sources[ours] = (number, Labelled(label) if label else lambda data: data, self.log.channel())
@@ -10248,7 +10277,7 @@ class Output:
         self.thread.join(self.DRAIN_S)
 
 
-def _place_of(number):
+def file_identity(number):
     """Return what tells the file behind a descriptor from others; the number itself where it is closed."""
     try:
         found = os.fstat(number)
@@ -10374,7 +10403,7 @@ def remark(text):
         pass
 
 
-def patiently(action, pause, limit_s):
+def retry_while_away(action, pause, limit_s):
     """Return action(), tried again while the server is away for up to `limit_s()` seconds; then raises its error.
 
     `limit_s` is asked anew each time, as a loop that must leave has less patience."""
@@ -10387,7 +10416,7 @@ def patiently(action, pause, limit_s):
                 raise
             if delay_s == 1:
                 remark("%s\nlabtasker: waiting for it to come back" % error)
-            look_anew()
+            rediscover_server()
         else:
             if delay_s > 1:
                 remark("it is back")
@@ -10423,7 +10452,7 @@ def outbox():
     return os.path.join(os.path.abspath(load_config().root), "outbox")
 
 
-def kept_reports(run=None):
+def outbox_reports(run=None):
     """Return the paths of the reports that wait, oldest first; of one run, or all."""
     try:
         names = sorted(os.listdir(outbox()))
@@ -10433,10 +10462,10 @@ def kept_reports(run=None):
             if name.endswith(".json") and (run is None or run.key in name)]
 
 
-def keep_report(run, report):
+def save_report(run, report):
     """Put a report of a run into the outbox; one that only adds to the summary takes in the one before it."""
-    config, old = load_config(), run.kept
-    if run.is_end_kept:
+    config, old = load_config(), run.saved
+    if run.is_end_saved:
         return
     if report["status"] == "running" and old and os.path.exists(old[0]):
         report = dict(report, summary=merge(nest(old[1] or {}, "summary"), nest(report["summary"] or {}, "summary")))
@@ -10449,13 +10478,13 @@ def keep_report(run, report):
     Disk.create(path, [json.dumps(content).encode()])
     if old:
         _remove(old[0])
-    run.is_end_kept = report["status"] != "running"
-    run.kept = None if run.is_end_kept else (path, report["summary"])
+    run.is_end_saved = report["status"] != "running"
+    run.saved = None if run.is_end_saved else (path, report["summary"])
 
 
 def _next_place():
     """Return the time now, or one after all reports that wait: a clock that is set back must not change their order."""
-    names = [os.path.basename(path) for path in kept_reports()]
+    names = [os.path.basename(path) for path in outbox_reports()]
     taken = [float(name[:17]) for name in names if re.match(r"[0-8][0-9]{9}\.[0-9]{6}-", name)]
     return max([float(now())] + [at + 1e-6 for at in taken])
 
@@ -10472,7 +10501,7 @@ def _remove(path):
         pass
 
 
-def deliver_kept(run=None):
+def deliver_outbox(run=None):
     """Return how many reports of the outbox, of one run or all, were delivered; raises what says that the server is
     away.
 
@@ -10480,9 +10509,9 @@ def deliver_kept(run=None):
     stays in its log folder. A file that is no report is set aside. Where one has to stay, what came later of its run
     does too: the report that ends a run would have the server refuse its summary."""
     config, count, staying = load_config(), 0, set()
-    for path in kept_reports(run):
+    for path in outbox_reports(run):
         try:
-            report = read_kept(path)
+            report = read_saved_report(path)
             is_ours = report and report.pop("queue") == config.queue_name
             if not is_ours or report.get("run_id") in staying:
                 continue
@@ -10496,19 +10525,19 @@ def deliver_kept(run=None):
     return count
 
 
-KEPT_KINDS = {"task_id": str, "run_id": str, "worker_id": str, "status": str, "summary": dict, "reason": str,
+REPORT_KINDS = {"task_id": str, "run_id": str, "worker_id": str, "status": str, "summary": dict, "reason": str,
               "attempt": dict, "delay_s": float, "queue": str, "store": str}
 
 
-def read_kept(path):
+def read_saved_report(path):
     """Return the report in a file of the outbox, None where another was faster; raise OddFile where it is none."""
     try:
-        report = load_json(path, KEPT_KINDS, ("task_id", "status", "queue"))
+        report = load_json(path, REPORT_KINDS, ("task_id", "status", "queue"))
     except OSError as error:
         if isinstance(error, PermissionError) or error.errno == errno.ELOOP or os.path.islink(path):
             raise OddFile("%s can't be read: %s" % (path, error.strerror)) from None
         return None  # it is gone, or the disk has a bad moment
-    unknown = sorted(set(report) - set(KEPT_KINDS))
+    unknown = sorted(set(report) - set(REPORT_KINDS))
     if unknown:
         raise OddFile("%s has a field %r, which this version does not know" % (path, unknown[0][:50]))
     if not NAME.match(report["task_id"]) or report["status"] not in REPORTS:
@@ -10550,24 +10579,24 @@ def _deliver_one(report, is_its_store):
 
 def post(run, report, pause=time.sleep, limit_s=lambda: SERVER_LOST_S):
     """Return whether a report of a run was delivered; where the server is away it waits in the outbox, after those of
-    this run that do already. `pause` and `limit_s` are for a disk that is full too, as in `patiently`."""
+    this run that do already. `pause` and `limit_s` are for a disk that is full too, as in `retry_while_away`."""
     if monotonic() >= run.away_until:
         try:
-            deliver_kept(run)
-            if not kept_reports(run):  # else what waits goes first
-                if not run.is_end_kept:
+            deliver_outbox(run)
+            if not outbox_reports(run):  # else what waits goes first
+                if not run.is_end_saved:
                     deliver(run.task_id, run_id=run.run_id, **report)
                 return True
         except LabtaskerError as error:
             if not is_away(error):
                 raise
-            look_anew()
+            rediscover_server()
             run.away_until = monotonic() + AWAY_S
     try:
-        keep_report(run, report)
+        save_report(run, report)
         return False
     except OSError:  # no place there either
-        patiently(lambda: deliver(run.task_id, run_id=run.run_id, **report), pause, limit_s)
+        retry_while_away(lambda: deliver(run.task_id, run_id=run.run_id, **report), pause, limit_s)
         return True
 
 
@@ -10588,8 +10617,8 @@ class Run:
         self.key = run_id or new_id()
         self.pid, self.ended, self.lost, self.interrupted = os.getpid(), None, None, False
         self.preempted, self.asks_preempted, self.limit = False, False, None  # the first two of a function's run
-        self.away_until, self.kept = 0, None  # until then the server isn't asked; (path, summary) of what waits
-        self.is_end_kept = False  # the report that ends the run waits, or did
+        self.away_until, self.saved = 0, None  # until then the server isn't asked; (path, summary) of what waits
+        self.is_end_saved = False  # the report that ends the run waits, or did
         self.is_wanted = True  # False: it came when the loop was about to leave, and is handed back
         self.log_dir = log_dir or os.path.join(os.path.abspath(load_config().root), "logs", task_id, self.key)
         self.store_id = None  # of a store without a server that the run is of; see StoreFile.check_expected
@@ -10940,7 +10969,7 @@ class Wake:
             self.ignored.add(signum)
         self._listen_to(signum)
 
-    def hear_again(self):
+    def retake_signals(self):
         """Take the signals back that a function which is over has left to handlers of its own."""
         for signum in self.handlers:
             self._listen_to(signum)
@@ -11031,7 +11060,7 @@ def _leave_loops():
         wake.restore()
 
 
-class Heartbeats:
+class HeartbeatProcess:
     """The process that beats for a loop's runs: started with the first run, again if it dies, ended by `close`.
 
     `on_lost(key, status)` is called from a thread when a run is over by another's hand."""
@@ -11073,7 +11102,7 @@ class Heartbeats:
         if self.process:
             self._end()
         self.process = subprocess.Popen(
-            in_python("beats_main"), stdin=subprocess.PIPE, stdout=subprocess.PIPE, universal_newlines=True,
+            in_python("heartbeat_main"), stdin=subprocess.PIPE, stdout=subprocess.PIPE, universal_newlines=True,
             start_new_session=True, env=self.environ)
         try:
             self.process.stdin.write("".join(json.dumps(message) + "\n" for message in self.runs.values()))
@@ -11139,8 +11168,8 @@ class Heartbeats:
 class Guard:
     """A shell that ends the process groups of jobs once its stdin is closed, as it is however the loop dies.
 
-    The heartbeat process does the same; this is for when both are killed at once. It is no child of the loop, and there
-    is none where there is no POSIX shell, on Windows. `change` and `close` are called with the lock of Heartbeats."""
+    The heartbeat process does the same; this one helps when both are killed at once. It is not a child of the loop.
+    Without a POSIX shell, as on Windows, there is none. Call `change` and `close` with HeartbeatProcess.lock held."""
 
     PROGRAM = """trap '' INT TERM HUP
 exec 3<&0
@@ -11199,7 +11228,7 @@ for group in $groups; do kill -s KILL -- "-$group"; done
             os.close(pipe)
 
 
-class Heart:
+class RunBeater:
     """Beats for one run, in a thread of the heartbeat process, until it is dropped or lost."""
 
     FIRST_S = 1  # a task shorter than this costs no heartbeat at all
@@ -11246,7 +11275,7 @@ class Heart:
                 return self.look()
         except LabtaskerError:
             pass
-        look_anew()
+        rediscover_server()
         return "running"
 
     def look(self):
@@ -11260,55 +11289,47 @@ class Heart:
             return "running"
 
 
-def is_stopped(pid):
-    """Return whether the process is stopped (Ctrl-Z, SIGSTOP): what it runs must not be kept alive for ever."""
-    try:
-        return process_stat(pid)[0] in "Tt"
-    except OSError:  # not Linux
-        return False
-
-
-def beats_main():
+def heartbeat_main():
     """Beat for the runs told of on stdin, a JSON line each, until it ends or the parent is gone; then end their jobs.
 
     Answers a JSON line on stdout for a run that is over. Signals are for the loop: it decides when this ends."""
     import signal
     for signum in loop_signals():
         signal.signal(signum, signal.SIG_IGN)
-    hearts, parent = {}, os.getppid()
-    threading.Thread(target=_watch_parent, args=(parent, hearts), daemon=True).start()
-    threading.Thread(target=_show_life, args=(parent, hearts), daemon=True).start()
+    beaters, parent = {}, os.getppid()
+    threading.Thread(target=_watch_parent, args=(parent, beaters), daemon=True).start()
+    threading.Thread(target=_show_life, args=(parent, beaters), daemon=True).start()
     for line in iter(sys.stdin.readline, ""):
         message = json.loads(line)
         if "end" in message:
             return
-        old = hearts.pop(message.get("drop") or message["key"], None)
+        old = beaters.pop(message.get("drop") or message["key"], None)
         if old:
             old.dropped.set()
         if "key" in message:
-            hearts[message["key"]] = Heart(message, parent)
-    _end_orphans(hearts)
+            beaters[message["key"]] = RunBeater(message, parent)
+    _end_orphans(beaters)
 
 
-def _watch_parent(parent, hearts):
+def _watch_parent(parent, beaters):
     """Leave when the loop is gone though its end of stdin is still held, by a process that its function forked."""
     while os.getppid() == parent:
         time.sleep(1)
-    _end_orphans(hearts)
+    _end_orphans(beaters)
     os._exit(0)
 
 
-def _show_life(parent, hearts):
+def _show_life(parent, beaters):
     """Move the beat files of the runs and, for other hosts, the owner's counter, whatever holds up the heartbeats."""
     while True:
-        if hearts and not is_stopped(parent):
-            show_life([heart.message["run_id"] for heart in list(hearts.values())])
+        if beaters and not is_stopped(parent):
+            show_life([heart.message["run_id"] for heart in list(beaters.values())])
         time.sleep(1)
 
 
-def _end_orphans(hearts):
+def _end_orphans(beaters):
     """End the jobs of a loop that was killed: its tasks will be given to others."""
-    groups = [heart.message["group"] for heart in list(hearts.values()) if heart.message["group"]]
+    groups = [heart.message["group"] for heart in list(beaters.values()) if heart.message["group"]]
     end_groups(groups, monotonic() + LOST_GRACE_S, time.sleep)
 
 
@@ -11408,43 +11429,25 @@ TIME_SOURCES = {"SLURM_JOB_END_TIME": _until, "SLURM_JOB_ID": _left_in_slurm, "P
                 "LABTASKER_END_TIME": lambda _: _in_future(told_left_s())}
 
 
-def ask_program(words):
-    """Return what a program of the system prints, "" where it is not there, fails, or hangs."""
-    import signal
-    import subprocess
-    own = {name: value for name, value in os.environ.items() if not name.startswith("SQUEUE_")}
-    try:
-        process = subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-                                   env=own, start_new_session=True)
-        said = process.communicate(timeout=PROGRAM_TIMEOUT_S)[0]
-    except OSError:
-        return ""
-    except subprocess.TimeoutExpired:
-        signal_group(process.pid, signal.SIGKILL)
-        process.stdout.close()
-        return ""
-    return said.decode("utf-8", "replace") if process.returncode == 0 else ""
-
-
 class Loop:
     """Has tasks run in its slots, for one worker; `execute(slot, run)` runs one and returns an Outcome.
 
-    `request`: what is asked of `fetch_task`; `places`: a Place for each slot. `run` returns an exit code; the thread
-    that it is called in hears of signals, and does for the slots what only that one can."""
+    `request`: the arguments of `fetch_task`; `slots`: a SlotSpec for each slot. `run` returns an exit code. The thread
+    that calls it gets the signals, and does for the slots what only that thread can do."""
 
     def __init__(self, execute, request, worker=None, signals=(), max_tasks=None, idle_timeout_s=None, grace_s=None,
-                 verbose=False, server_lost_s=None, places=None, time_limit_s=None, drain_before_s=None):
+                 verbose=False, server_lost_s=None, slots=None, time_limit_s=None, drain_before_s=None):
         self.execute, self.request, self.worker, self.verbose = execute, request, worker, verbose
         self.max_tasks, self.idle_timeout_s = max_tasks, idle_timeout_s or 0
         self.server_lost_s = SERVER_LOST_S if server_lost_s is None else server_lost_s
         self.grace_s = GRACE_S if grace_s is None else grace_s
         self.time_limit_s, self.drain_before_s, self.limit = time_limit_s, drain_before_s or 0, None
         self.wake = Wake(loop_signals() + list(signals))
-        self.beats = Heartbeats(self.on_lost)
+        self.beats = HeartbeatProcess(self.on_lost)
         self.turn = threading.Lock()  # who has it fetches, so that an idle loop is one connection; guards taken, done
         self.lock = threading.Lock()  # guards counts, waiting and what slots are posting
-        self.slots = [Slot(self, number, place) for number, place in enumerate(places or [Place()])]
-        self.errands = collections.deque()
+        self.slots = [Slot(self, number, spec) for number, spec in enumerate(slots or [SlotSpec()])]
+        self.main_thread_calls = collections.deque()
         self.counts, self.taken, self.done = collections.Counter(), 0, False
         self.fatal, self.error, self.is_time_up, self.is_unheard = None, None, False, False
         self.begun, self.waiting = False, {}  # {key of a run whose report waits in the outbox: Run}
@@ -11508,24 +11511,24 @@ class Loop:
         runs = list(self.wake.runs) + list(self.waiting.values())
         rely_on(runs[0].store_id if runs else None)
 
-    def deliver_kept(self):
+    def deliver_outbox(self):
         """Deliver what waits in the outbox; runs of this loop that waited need no heartbeats then."""
-        if kept_reports():
-            deliver_kept()
+        if outbox_reports():
+            deliver_outbox()
         with self.lock:
-            for run in [run for run in self.waiting.values() if not kept_reports(run)]:
+            for run in [run for run in self.waiting.values() if not outbox_reports(run)]:
                 self.beats.drop(self.waiting.pop(run.key))
 
     def settle(self, pause):
         """Deliver what waits in the outbox, and hand back what fetches were given whose answer was lost; tries for some
         seconds where the loop was stopped, else once."""
         def action():
-            self.deliver_kept()
+            self.deliver_outbox()
             for fetch_id in list(self.unanswered):
                 end_fetch(fetch_id, hand_back=True)
                 self.unanswered.discard(fetch_id)
         try:
-            patiently(action, pause, lambda: LEAVING_S if self.wake.stop else 0)
+            retry_while_away(action, pause, lambda: LEAVING_S if self.wake.stop else 0)
         except LabtaskerError as error:
             if not is_away(error):
                 remark(error)
@@ -11580,8 +11583,8 @@ class Loop:
         while not all(slot.has_left for slot in self.slots) and not self.is_unheard:
             waits = any(slot.doing == "wait" for slot in self.slots) and self.is_in_vain()
             self.wake.pause(0.2 if waits or self.wake.stop else min(60, self.limit.stop_at - monotonic()))
-            while self.errands:
-                self.errands.popleft()()
+            while self.main_thread_calls:
+                self.main_thread_calls.popleft()()
             self._hurry()
             is_idle = self.wake.stop and not any(slot.doing == "run" for slot in self.slots)
             patience_s = FETCH_CUT_S if not self.wake.runs and _file_stamp() is None else LEAVING_S
@@ -11606,7 +11609,7 @@ class Loop:
             if is_remote and slot.doing == "wait" and is_in_vain:
                 slot.end_waiting()
             if is_remote and self.wake.stop:
-                slot.keep_report()
+                slot.save_report()
 
     def is_in_vain(self):
         """Return whether it is in vain to wait for a task."""
@@ -11672,10 +11675,10 @@ class Loop:
         return Outcome("pending", reason=why, facts=facts)
 
 
-Place = collections.namedtuple("Place", "environment facts label")
+SlotSpec = collections.namedtuple("SlotSpec", "environment facts label")
 # what sets a slot apart: {variable: value, or None to unset it} for its jobs, what the attempts of its tasks keep, and
 # what each line of its output begins with
-Place.__new__.__defaults__ = ({}, {}, "")
+SlotSpec.__new__.__defaults__ = ({}, {}, "")
 
 
 class Fetch:
@@ -11698,9 +11701,9 @@ class Fetch:
 class Slot:
     """One of the places in which a loop runs a task at a time: a thread that fetches, has it run, and reports."""
 
-    def __init__(self, loop, number, place):
-        self.loop, self.wake, self.place = loop, loop.wake, place
-        self.own = {"LABTASKER_SLOT": str(number), **place.environment}
+    def __init__(self, loop, number, spec):
+        self.loop, self.wake, self.spec = loop, loop.wake, spec
+        self.own = {"LABTASKER_SLOT": str(number), **spec.environment}
         self.bell = threading.Event()  # rung when there is something new: a signal, the end of a job
         self.thread = threading.Thread(target=self.live, daemon=True)
         self.doing = None  # "wait" for a task, "run", or another
@@ -11714,7 +11717,7 @@ class Slot:
 
     def remark(self, text):
         """Write a line for the person who started the loop."""
-        remark(self.place.label + str(text))
+        remark(self.spec.label + str(text))
 
     def environment(self, run):
         """Return what the job of a run gets as its environment."""
@@ -11749,20 +11752,20 @@ class Slot:
             if handle is None or is_away(error):
                 raise
             told = error, self.errors
-            self.have_done(lambda: handle(*told))
+            self.run_in_main_thread(lambda: handle(*told))
             self.pause(min(self.errors, 30))
 
-    def have_done(self, action, guard=lambda: True):
+    def run_in_main_thread(self, action, guard=lambda: True):
         """Return action(), or raise what that raises, done by the thread that runs the loop; None once `guard()` is
         false before it is done."""
         results = []
 
-        def errand():
+        def call():
             try:
                 results.append((action(), None))
             except BaseException as error:
                 results.append((None, error))
-        self.loop.errands.append(errand)
+        self.loop.main_thread_calls.append(call)
         self.wake.ring()
         while not results and guard():
             self.pause(0.5)
@@ -11837,10 +11840,10 @@ class Slot:
         there, and what it may have been given is remembered where there is none."""
         loop, fetch = self.loop, Fetch(new_id())
         request = dict(loop.request, fetch_id=fetch.id, wait_s=wait_s or None, extra_filter=loop.without_resting(
-            loop.limit.filtered(loop.request, monotonic())), attempt=dict(loop.request["attempt"], **self.place.facts))
+            loop.limit.filtered(loop.request, monotonic())), attempt=dict(loop.request["attempt"], **self.spec.facts))
 
         def ask():
-            loop.deliver_kept()
+            loop.deliver_outbox()
             self.doing = "wait" if wait_s else None
             if loop.is_in_vain():  # since the others' end, while the server was away
                 self.wake.ring()
@@ -11852,7 +11855,7 @@ class Slot:
                 raise
         self.fetch = fetch
         try:
-            answer = patiently(ask, self.pause, lambda: (
+            answer = retry_while_away(ask, self.pause, lambda: (
                 0 if self.wake.stop or not loop.begun else loop.server_lost_s))
             loop.unanswered.discard(fetch.id)
         except LabtaskerError as error:
@@ -11883,7 +11886,7 @@ class Slot:
     def _end_beats(self, run):
         """Have a run kept alive no more, unless its report waits in the outbox."""
         with self.loop.lock:
-            if kept_reports(run):
+            if outbox_reports(run):
                 self.loop.waiting[run.key] = run
                 self.start_beats(run)  # without the job, whose number another process may have next
             else:
@@ -11913,21 +11916,21 @@ class Slot:
         """Return whether a report was delivered; else it is kept."""
         self.posting = run, report
         if self.wake.stop:
-            self.keep_report()
+            self.save_report()
         try:
             return post(run, report, self.pause, lambda: LEAVING_S if self.wake.stop else self.loop.server_lost_s)
         finally:
             with self.loop.lock:
                 self.posting = None
 
-    def keep_report(self):
+    def save_report(self):
         """Keep what is on its way, from any thread: a server that was stopped may answer later than the loop is killed.
         """
         with self.loop.lock:
             (run, report), self.posting = self.posting or (None, None), None
             try:
                 if run:
-                    keep_report(run, report)
+                    save_report(run, report)
                     self.loop.waiting[run.key] = run
             except OSError:  # no place there: it may still arrive
                 pass
@@ -11979,7 +11982,6 @@ WATCH_S = 0.5  # how often it looks for that
 ANSWER_S = 0.5  # how long the answer to a fetch is waited for before the server is told that nobody waits for it
 FETCH_CUT_S = 2  # how long a loop that must leave waits for the answer to a fetch
 HAND_BACK_S = 5  # before the time is up: for handing back what was killed then
-PROGRAM_TIMEOUT_S = 20  # squeue of a busy controller, nvidia-smi of a GPU that sleeps
 LEAVING_S = 10  # how long a loop that must leave tries to hand its task back
 LOST_GRACE_S = 1  # from TERM to KILL for the job of a task that was cancelled or taken away
 GRACE_S = 10  # from the signal that stops the loop to KILL
@@ -12066,7 +12068,7 @@ def loop(required_fields=None, extra_filter=None, cmd=None, worker_id=None, crea
 
     def decorate(function):
         import functools
-        wanted = Wanted(function, required_fields, pass_args_dict)
+        wanted = BoundFunction(function, required_fields, pass_args_dict)
 
         @functools.wraps(function)
         def run_loop(*given, **named):
@@ -12120,7 +12122,7 @@ def run_function(slot, run, call):
             run.asks_preempted = False
             wake.nudge()
         return monotonic() < kill_at
-    outcome = slot.have_done(lambda: _put_back(wake, lambda: _call_function(slot, run, call)), guard)
+    outcome = slot.run_in_main_thread(lambda: _put_back(wake, lambda: _call_function(slot, run, call)), guard)
     if outcome is None:
         slot.close(run, slot.loop.handed_back())
         _end_process(slot)
@@ -12140,7 +12142,7 @@ def _put_back(wake, action):
         return action()
     finally:
         os.umask(mask)
-        wake.hear_again()
+        wake.retake_signals()
         if is_posix:
             signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
 
@@ -12284,7 +12286,7 @@ def command_loop(argv=None, shell=None, script_path=None, executable=None, extra
         raise UsageError("--worker-max-retries is for the loop's own worker; worker %s has its own" % worker_id)
     return Loop(lambda slot, run: run_job(slot, run, command, use_pty), request, worker, signals=[signal.SIGCHLD],
                 max_tasks=max_tasks, idle_timeout_s=idle_timeout_s, grace_s=grace_s, verbose=verbose,
-                server_lost_s=server_lost_s, places=places(jobs, gpus, per_gpu), time_limit_s=time_limit_s,
+                server_lost_s=server_lost_s, slots=make_slots(jobs, gpus, per_gpu), time_limit_s=time_limit_s,
                 drain_before_s=drain_before_s).run()
 
 
@@ -12294,9 +12296,9 @@ def command_loop(argv=None, shell=None, script_path=None, executable=None, extra
 MAX_JOBS = 256  # of a loop: each takes several file descriptors
 
 
-def places(jobs=None, gpus=None, per_gpu=None):
-    """Return a Place for each slot: `jobs` of them, or `per_gpu` for each of the GPUs in `gpus` ("all", or names joined
-    by commas). With both jobs and gpus a job has several GPUs, or several jobs share one, all the same number."""
+def make_slots(jobs=None, gpus=None, per_gpu=None):
+    """Return a SlotSpec for each slot: `jobs` slots, or `per_gpu` for each GPU of `gpus` ("all", or names joined by
+    commas). With both, a job gets several GPUs or several jobs share one; each gets the same number."""
     if per_gpu is not None and (not gpus or jobs is not None):
         raise UsageError("--per-gpu K goes with --gpus, and without --jobs: each GPU has K slots")
     sets, variable = [[]], None
@@ -12311,15 +12313,15 @@ def places(jobs=None, gpus=None, per_gpu=None):
     jobs = 1 if jobs is None else jobs
     if not 1 <= jobs <= MAX_JOBS:
         raise UsageError("--jobs: 1 to %d at once, not %d" % (MAX_JOBS, jobs))
-    return [_place(number, jobs, variable, sets[number % len(sets)]) for number in range(jobs)]
+    return [_slot_spec(number, jobs, variable, sets[number % len(sets)]) for number in range(jobs)]
 
 
-def _place(number, jobs, variable, gpus):
+def _slot_spec(number, jobs, variable, gpus):
     label, names = "[slot %d] " % number if jobs > 1 else "", ",".join(gpus)
     if not gpus:
-        return Place({}, {"slot": number} if jobs > 1 else {}, label)
+        return SlotSpec({}, {"slot": number} if jobs > 1 else {}, label)
     unset = dict.fromkeys(GPU_VARIABLES[GPU_VARIABLES.index(variable) + 1:])
-    return Place(dict(unset, **{variable: names}), {"slot": number, "gpus": names}, label)
+    return SlotSpec(dict(unset, **{variable: names}), {"slot": number, "gpus": names}, label)
 
 
 # NVIDIA's driver reads the last alone. AMD's reads the last where the second is not set, and counts either among what
@@ -12397,7 +12399,7 @@ def run_job(slot, run, command, use_pty=True):
     What keeps it from being started fails the task where that is the task's own, else hands it back."""
     output = script = None
     try:
-        output = Output(RunLog(run.path("run.log")), use_pty, slot.place.label)
+        output = Output(RunLog(run.path("run.log")), use_pty, slot.spec.label)
         words, script = command.words(run.task.args, run.log_dir)
         process = _start_job(words, slot.environment(run), output.ends)
         output.let_go()
@@ -13363,7 +13365,7 @@ def looks(query, wait_s):
     while True:
         yield found
         time.sleep(pause_s)
-        found, pause_s = patiently(look, time.sleep, lambda: SERVER_LOST_S)
+        found, pause_s = retry_while_away(look, time.sleep, lambda: SERVER_LOST_S)
 
 
 def do_task_count(options):
@@ -14489,7 +14491,7 @@ def run_command(words):
 def bring_what_waits():
     """Deliver the reports that loops here could not; that the server is still away the command itself will tell."""
     try:
-        if kept_reports() and deliver_kept():
+        if outbox_reports() and deliver_outbox():
             note("Delivered what loops here had kept while the server was away.")
     except LabtaskerError:
         pass

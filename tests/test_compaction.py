@@ -145,7 +145,7 @@ def test_no_process_of_ours_imports_from_the_working_folder_or_pythonpath(door, 
     monkeypatch.chdir(trap if leads_here == "cwd" else tmp_path)
     monkeypatch.setenv("PYTHONPATH", str(trap) if leads_here == "PYTHONPATH" else "")
     assert json.loads(L.in_other_process("compact", door.path))
-    beats = subprocess.run(L.in_python("beats_main"), input=b'{"end": true}\n', stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    beats = subprocess.run(L.in_python("heartbeat_main"), input=b'{"end": true}\n', stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert (beats.returncode, beats.stdout, beats.stderr) == (0, b"", b"")
 
 

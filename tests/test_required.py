@@ -9,7 +9,7 @@ from typing import Any, Dict, FrozenSet, Iterable, List, Mapping, NamedTuple, Op
 import pytest
 
 import labtasker
-from labtasker import LabtaskerTypeError, Required, Wanted, cast
+from labtasker import LabtaskerTypeError, Required, BoundFunction, cast
 
 dataclasses = pytest.importorskip("dataclasses")
 extensions = pytest.importorskip("typing_extensions")
@@ -139,11 +139,11 @@ def test_a_long_value_is_cut_in_the_message():
 
 def got(function, args, *given, required_fields=None, pass_args_dict=False, **named):
     """Return what the function returns for a task's args."""
-    return Wanted(function, required_fields, pass_args_dict).call(args, given, named)
+    return BoundFunction(function, required_fields, pass_args_dict).call(args, given, named)
 
 
 def fields(function, **options):
-    return Wanted(function, **options).fields
+    return BoundFunction(function, **options).fields
 
 
 def test_required_as_a_default_value():
@@ -249,14 +249,14 @@ class CalledAsGenerator:
 
 @pytest.mark.parametrize("decorate, message", [
     (lambda: labtasker.loop(lambda: None), "write @labtasker.loop\\(\\), with parentheses"),
-    (lambda: Wanted(lambda lr=Required: None), "write Required\\(\\), with parentheses"),
-    (lambda: Wanted(a_coroutine), "plain functions, not .*: its call returns a coroutine and runs nothing"),
-    (lambda: Wanted(a_generator), "its call returns a generator"),
-    (lambda: Wanted(an_async_generator), "its call returns an async generator"),
-    (lambda: Wanted(functools.partial(functools.partial(a_generator))), "its call returns a generator"),
-    (lambda: Wanted(CalledAsGenerator()), "its call returns a generator"),
-    (lambda: Wanted(Unknown), "plain functions"),
-    (lambda: Wanted(3), "plain functions"),
+    (lambda: BoundFunction(lambda lr=Required: None), "write Required\\(\\), with parentheses"),
+    (lambda: BoundFunction(a_coroutine), "plain functions, not .*: its call returns a coroutine and runs nothing"),
+    (lambda: BoundFunction(a_generator), "its call returns a generator"),
+    (lambda: BoundFunction(an_async_generator), "its call returns an async generator"),
+    (lambda: BoundFunction(functools.partial(functools.partial(a_generator))), "its call returns a generator"),
+    (lambda: BoundFunction(CalledAsGenerator()), "its call returns a generator"),
+    (lambda: BoundFunction(Unknown), "plain functions"),
+    (lambda: BoundFunction(3), "plain functions"),
     (lambda: labtasker.loop(required_fields="lr")(lambda: None), "a list of keys is needed"),
     (lambda: Required(resolver="x"), "a function is needed"),
     (lambda: Required(resolve=len), "resolve"),
@@ -285,7 +285,7 @@ def test_required_twice_or_on_many_values_is_an_error():
         pass
     for function in (twice, many):
         with pytest.raises(LabtaskerTypeError, match="can't be marked with Required"):
-            Wanted(function)
+            BoundFunction(function)
 
 
 @pytest.mark.parametrize("given, named, message", [

@@ -55,7 +55,7 @@ def port_of(server):
 def beats_of(loop):
     """Return the pid of a loop's heartbeats."""
     def find():
-        return [pid for pid in children(loop.pid) if b"beats_main" in pathlib.Path("/proc/%d/cmdline" % pid).read_bytes()]
+        return [pid for pid in children(loop.pid) if b"heartbeat_main" in pathlib.Path("/proc/%d/cmdline" % pid).read_bytes()]
     return wait_until(find, "the loop has its heartbeats")[0]
 
 
@@ -118,7 +118,7 @@ main()
     assert "checkpoint\ngoes on" in output(loop)
 
 
-# Heartbeats
+# HeartbeatProcess
 
 
 def test_a_job_that_holds_the_interpreter_for_three_time_outs_is_not_declared_dead(both):
@@ -433,7 +433,7 @@ class Soak:
         """Return the pid of a loop's job, or of its heartbeats, or None."""
         try:
             found = [pid for pid in children(self.some_loop())
-                     if (b"beats_main" in pathlib.Path("/proc/%d/cmdline" % pid).read_bytes()) == is_beats]
+                     if (b"heartbeat_main" in pathlib.Path("/proc/%d/cmdline" % pid).read_bytes()) == is_beats]
         except OSError:
             found = []
         return self.dice.choice(found) if found else None
@@ -543,7 +543,7 @@ def running(home):
 
 
 def keep(run, status, **more):
-    labtasker.keep_report(run, dict({"status": status, "summary": None, "worker_id": run.worker_id}, **more))
+    labtasker.save_report(run, dict({"status": status, "summary": None, "worker_id": run.worker_id}, **more))
 
 
 @pytest.mark.parametrize("shifts", [(60, 0), (0, -3600), (1e6, 1e6), (0, 0)])
@@ -555,7 +555,7 @@ def test_what_waits_is_delivered_in_the_order_in_which_it_was_kept_whatever_the_
     monkeypatch.setattr(labtasker, "now", lambda: labtasker.Instant(real() + shifts[1]))
     keep(running, "success")
     monkeypatch.setattr(labtasker, "now", real)
-    assert labtasker.deliver_kept() == 2 and not labtasker.kept_reports()
+    assert labtasker.deliver_outbox() == 2 and not labtasker.outbox_reports()
     got = task(running.task_id)
     assert (got.status, got.summary) == ("success", {"acc": 0.9})
 
@@ -571,10 +571,10 @@ def test_where_a_report_has_to_stay_what_came_later_of_its_run_stays_too(running
             raise labtasker.LabtaskerHTTPStatusError(answers.pop(), "out of order", None)
         return send(*given, **named)
     monkeypatch.setattr(labtasker, "deliver", refuse_once)
-    assert labtasker.deliver_kept() == 0 and len(labtasker.kept_reports()) == 2
+    assert labtasker.deliver_outbox() == 0 and len(labtasker.outbox_reports()) == 2
     answers.append(500)
     assert labtasker.post(running, {"status": "success", "summary": {"late": 1}, "worker_id": running.worker_id}) is False
-    assert labtasker.deliver_kept() == 2
+    assert labtasker.deliver_outbox() == 2
     assert (task(running.task_id).status, task(running.task_id).summary["acc"]) == ("success", 0.9)
 
 
@@ -599,7 +599,7 @@ def test_what_is_no_report_is_set_aside_named_once_and_holds_up_nothing(running,
     assert task(running.task_id).status == "success" and path.with_suffix(".json.aside").read_bytes() == ODD_REPORTS[name]
     assert "renamed to %s.aside" % path.name in capsys.readouterr().err
     labtasker.bring_what_waits()
-    assert capsys.readouterr().err == "" and not labtasker.kept_reports()
+    assert capsys.readouterr().err == "" and not labtasker.outbox_reports()
 
 
 @pytest.mark.parametrize("kind", ["pipe", "folder", "link to nothing", "device"])
@@ -610,7 +610,7 @@ def test_what_is_no_plain_file_in_the_outbox_is_set_aside_and_never_waited_for(r
      "link to nothing": lambda: path.symlink_to("nowhere")}[kind]()
     path.with_suffix(".json.aside").write_text("of an earlier one")
     labtasker.bring_what_waits()
-    assert "odd.json.aside-2" in capsys.readouterr().err and not labtasker.kept_reports()
+    assert "odd.json.aside-2" in capsys.readouterr().err and not labtasker.outbox_reports()
     assert path.with_suffix(".json.aside").read_text() == "of an earlier one"
 
 

@@ -257,7 +257,7 @@ def test_which_gpu_each_slot_has(monkeypatch, environment, options, seen):
     monkeypatch.setattr(labtasker, "listed_gpus", lambda: [])
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    found = labtasker.places(**options)
+    found = labtasker.make_slots(**options)
     assert [place.environment for place in found] == [{"CUDA_VISIBLE_DEVICES": gpus} for gpus in seen]
     assert [place.facts for place in found] == [{"slot": i, "gpus": gpus} for i, gpus in enumerate(seen)]
 
@@ -271,13 +271,13 @@ def test_a_gpu_that_was_not_given_is_an_error(monkeypatch, environment, gpus, sh
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(labtasker.UsageError, match=shown):
-        labtasker.places(gpus=gpus)
+        labtasker.make_slots(gpus=gpus)
 
 
 def test_indices_of_the_machine_are_not_those_of_a_slurm_job_that_sees_only_its_own(monkeypatch):
     monkeypatch.setenv("SLURM_JOB_GPUS", "6,7")
     monkeypatch.setattr(labtasker, "listed_gpus", lambda: ["0", "1"])
-    assert [place.facts["gpus"] for place in labtasker.places(gpus="all")] == ["0", "1"]
+    assert [place.facts["gpus"] for place in labtasker.make_slots(gpus="all")] == ["0", "1"]
 
 
 @pytest.mark.parametrize("environment, is_amd, variable, unset", [
@@ -295,7 +295,7 @@ def test_the_variable_of_the_makers_runtime_is_set_and_those_that_would_count_wi
     monkeypatch.setattr(labtasker, "_gpu_files", lambda: [])
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    place, = labtasker.places(gpus="1")
+    place, = labtasker.make_slots(gpus="1")
     assert place.environment == dict(dict.fromkeys(unset), **{variable: "1"})
 
 

@@ -1485,7 +1485,7 @@ def test_handlers_are_as_before_once_the_loop_is_over(home):
     assert signal.set_wakeup_fd(-1) == -1
 
 
-# Heartbeats, and what they bring
+# HeartbeatProcess, and what they bring
 
 
 def cancel(task_id):
@@ -1564,7 +1564,7 @@ def test_beats_that_die_are_started_again(home):
     one, = submit(max_retries=1)
     loop = home.start_cli("loop", "--", "sh", "-c", "echo pids; sleep 6", "%(n)")
     wait_for_line(loop, "pids")
-    beats, = wait_until(lambda: [pid for pid in children(loop.pid) if b"beats_main" in pathlib.Path(
+    beats, = wait_until(lambda: [pid for pid in children(loop.pid) if b"heartbeat_main" in pathlib.Path(
         "/proc/%d/cmdline" % pid).read_bytes()], "the loop has its heartbeats")
     os.kill(beats, signal.SIGKILL)
     assert wait_for_end(loop) == 0, output(loop)
@@ -1692,7 +1692,7 @@ main()
     (True, 0.01, 10), (True, 2, 10), (True, 11, 10),  # it answers at once
     (False, 10, 10), (False, 0.01, 1.01), (False, 60, 60)])  # it waits with its answer; it is away, or about to stop
 def test_beats_come_at_the_interval_whoever_waits_for_that_long(is_plain, took_s, next_s):
-    heart = labtasker.Heart.__new__(labtasker.Heart)
+    heart = labtasker.RunBeater.__new__(labtasker.RunBeater)
     heart.message, heart.is_plain = {"interval_s": 10}, is_plain
     assert heart.next_at(100, 100 + took_s) == pytest.approx(100 + next_s)
 
