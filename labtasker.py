@@ -9062,30 +9062,28 @@ def _plain_type(annotation):
 
 def _known_caster(origin):
     if not isinstance(origin, type):
-        return CASTS.get(str(origin).replace("typing_extensions.", "typing."), _leave)
+        return CASTS.get(str(origin).replace("typing_extensions.", "typing."), CASTS[None])
     if hasattr(origin, "__dataclass_fields__"):
         return _to_dataclass
     if issubclass(origin, tuple) and hasattr(origin, "_fields"):
         return _to_named_tuple
     keys = ["%s.%s" % (base.__module__.split(".")[0], base.__name__) for base in origin.__mro__]
     bases = [CASTS_OF_BASES[key] for key in keys if key in CASTS_OF_BASES]
-    return bases[0] if bases else CASTS.get(keys[0], _leave)
+    return bases[0] if bases else CASTS.get(keys[0], CASTS[None])
 
 
-def _leave(value, annotation, parts, where):
-    return value
+def _refuse(why=""):
+    raise _Refused(why)
 
 
-def _to_none(value, annotation, parts, where):
-    if value is not None:
-        raise _Refused()
-    return value
+def _to_text(value):
+    return str(value) if isinstance(value, (str, bool, int, float)) else _refuse()
 
 
 def _to_int(value, annotation, parts, where):
     number = _number(value) if isinstance(value, str) else value
     if isinstance(number, bool) or int(number) != number:
-        raise _Refused()
+        _refuse()
     return int(number)
 
 
@@ -9096,35 +9094,11 @@ def _number(text):
         return float(text)
 
 
-def _to_float(value, annotation, parts, where):
-    if isinstance(value, bool):
-        raise _Refused()
-    return float(value)
-
-
-def _to_str(value, annotation, parts, where):
-    if not isinstance(value, (str, bool, int, float)):
-        raise _Refused()
-    return str(value)
-
-
-def _to_bool(value, annotation, parts, where):
-    return BOOL_WORDS[str(value).strip().lower()]
-
-
 def _to_list(value, annotation, parts, where):
     if not isinstance(value, (list, tuple, set, frozenset)):
-        raise _Refused()
+        _refuse()
     part = parts[0] if parts else None
     return [cast(item, part, "%s, item %d" % (where, i)) if parts else item for i, item in enumerate(value)]
-
-
-def _to_set(value, annotation, parts, where):
-    return set(_to_list(value, annotation, parts, where))
-
-
-def _to_frozenset(value, annotation, parts, where):
-    return frozenset(_to_list(value, annotation, parts, where))
 
 
 def _to_tuple(value, annotation, parts, where):
@@ -9132,13 +9106,13 @@ def _to_tuple(value, annotation, parts, where):
         return tuple(_to_list(value, annotation, parts[:1], where))
     items = _to_list(value, annotation, (), where)
     if len(items) != len(parts):
-        raise _Refused("%d items, not %d" % (len(items), len(parts)))
+        _refuse("%d items, not %d" % (len(items), len(parts)))
     return tuple(cast(item, part, "%s, item %d" % (where, i)) for i, (item, part) in enumerate(zip(items, parts)))
 
 
 def _to_dict(value, annotation, parts, where):
     if not isinstance(value, dict):
-        raise _Refused()
+        _refuse()
     if len(parts) != 2:
         return dict(value)
     return {cast(key, parts[0], "%s, a key" % where): cast(item, parts[1], "%s, key %r" % (where, key))
@@ -9152,7 +9126,7 @@ def _to_union(value, annotation, parts, where):
             return cast(value, part, where)
         except LabtaskerTypeError:
             pass
-    raise _Refused()
+    _refuse()
 
 
 def _to_literal(value, annotation, parts, where):
@@ -9172,11 +9146,11 @@ def _to_enum(value, annotation, parts, where):
 
 
 def _not_among(choices):
-    raise _Refused("one of %s is needed" % ", ".join(map(repr, choices)))
+    _refuse("one of %s is needed" % ", ".join(map(repr, choices)))
 
 
 def _to_path(value, annotation, parts, where):
-    return value if isinstance(value, annotation) else annotation(_to_str(value, annotation, parts, where))
+    return value if isinstance(value, annotation) else annotation(_to_text(value))
 
 
 def _to_dataclass(value, annotation, parts, where):
@@ -9194,10 +9168,10 @@ def _to_named_tuple(value, annotation, parts, where):
 def _build(cls, value, names, where):
     """Return an object of `cls` from a dict, its fields cast by their annotations."""
     if not isinstance(value, dict):
-        raise _Refused()
+        _refuse()
     unknown = [key for key in value if key not in names]
     if unknown:
-        raise _Refused("no field %r, there are %s" % (unknown[0], ", ".join(names)))
+        _refuse("no field %r, there are %s" % (unknown[0], ", ".join(names)))
     hints = type_hints(cls)
     given = {key: cast(item, hints[key], "%s, field %r" % (where, key)) if key in hints else item
              for key, item in value.items()}
@@ -9235,16 +9209,21 @@ def _resolved(annotations, scope):
 BOOL_WORDS = {"true": True, "yes": True, "on": True, "1": True, "1.0": True,
               "false": False, "no": False, "off": False, "0": False, "0.0": False}
 CASTS_OF_BASES = {"enum.Enum": _to_enum, "pathlib.PurePath": _to_path}  # these hold for classes made from them
-CASTS = {
-    "builtins.int": _to_int, "builtins.float": _to_float, "builtins.str": _to_str, "builtins.bool": _to_bool,
-    "builtins.NoneType": _to_none, "None": _to_none,
+CASTS = {  # (value, annotation, type arguments, where) -> value; None: any other annotation
+    None: lambda value, *_: value,
+    "builtins.int": _to_int,
+    "builtins.float": lambda value, *_: _refuse() if isinstance(value, bool) else float(value),
+    "builtins.str": lambda value, *_: _to_text(value),
+    "builtins.bool": lambda value, *_: BOOL_WORDS[str(value).strip().lower()],
     "builtins.list": _to_list, "collections.Sequence": _to_list, "collections.MutableSequence": _to_list,
     "collections.Iterable": _to_list, "collections.Collection": _to_list,
-    "builtins.set": _to_set, "collections.Set": _to_set, "collections.MutableSet": _to_set,
-    "builtins.frozenset": _to_frozenset, "builtins.tuple": _to_tuple,
+    "builtins.frozenset": lambda *given: frozenset(_to_list(*given)), "builtins.tuple": _to_tuple,
     "builtins.dict": _to_dict, "collections.Mapping": _to_dict, "collections.MutableMapping": _to_dict,
     "typing.Union": _to_union, "types.UnionType": _to_union, "typing.Literal": _to_literal,
 }
+CASTS.update(dict.fromkeys(("builtins.NoneType", "None"), lambda value, *_: value if value is None else _refuse()))
+CASTS.update(dict.fromkeys(("builtins.set", "collections.Set", "collections.MutableSet"),
+                           lambda *given: set(_to_list(*given))))
 
 
 class Required:
@@ -9937,8 +9916,6 @@ def write_script(text, folder):
 Outcome = collections.namedtuple("Outcome", "status summary reason fatal facts delay_s")
 # status None: nothing to report; fatal: why the loop must end; facts: what the task's attempt keeps of the end;
 # delay_s: the least pause of a task that its job handed back
-# status None: nothing to report; fatal: why the loop must end; facts: what the task's attempt keeps of the end;
-# delay_s: the least pause of a task that its job handed back
 Outcome.__new__.__defaults__ = (None, None, None, None, 0)
 
 
@@ -10572,7 +10549,7 @@ def _deliver_one(report, is_its_store):
             raise
         if error.status_code == 401 or error.status_code >= 500 or error.status_code == 404 and not is_its_store:
             return False
-        remark("task %s: its report of %r, which was kept, is not taken: %s" % (
+        remark("task %s: its saved report of %r was refused: %s" % (
             report["task_id"], report["status"], error))
     return True
 
@@ -11477,7 +11454,7 @@ class Loop:
         """Return the exit code, having said why it ends."""
         if self.fatal:
             remark(self.fatal)
-        remark("%s: %s" % (self._why(), self._tally()))
+        remark(": ".join(filter(None, (self._why(), self._tally()))))
         return 0 if self.is_time_up else 128 + self.wake.stop if self.wake.stop else 1 if self.fatal else 0
 
     def leave(self):
@@ -11490,7 +11467,7 @@ class Loop:
         elif not self.is_unheard and (self.waiting or self.unanswered):
             self.settle(self.wake.pause)
         if self.waiting:
-            remark("%s is kept in %s: the next labtasker command here delivers it once the server is back" % (
+            remark("%s is saved in %s; the next labtasker command here delivers it once the server is back" % (
                 ", ".join("the report of task " + run.task_id for run in self.waiting.values()), outbox()))
         self.beats.close()
 
@@ -11538,12 +11515,12 @@ class Loop:
         if self.wake.stop:
             return "the time is up in " + left if self.is_time_up else "stopped by " + signal_name(self.wake.stop)
         if self.fatal or self.taken == self.max_tasks:
-            return "ended" if self.fatal else "that was the last of --max-tasks"
+            return "stopped" if self.fatal else "--max-tasks reached"
         if not self.done:
-            return "nothing more is started, as the time is up in " + left
+            return "no more tasks are started, as the time is up in " + left
         longer = self._longer()
-        but = ", but for %d that may take longer than the %s left" % (longer, left) if longer else ""
-        return "no more tasks" + but
+        but = ", but %d pending may take longer than the %s left" % (longer, left) if longer else ""
+        return ("done" if self.counts else "no matching tasks") + but
 
     def _longer(self):
         """Return how many pending tasks, up to a hundred, fit but for their task_timeout and the time that is left."""
@@ -11558,8 +11535,7 @@ class Loop:
         return sum(covers(self.request.get("required_fields") or (), paths_of(task.args)) for task in found.content)
 
     def _tally(self):
-        words = {"pending": "handed back", None: "left as they are"}
-        return ", ".join("%d %s" % (n, words.get(s, s)) for s, n in self.counts.items()) or "none was run"
+        return ", ".join("%d %s" % (count, ENDS.get(status, status)) for status, count in self.counts.items())
 
     def _register(self):
         """Make a worker where none was named, and settle what every fetch asks for."""
@@ -11567,7 +11543,7 @@ class Loop:
         if self.request.get("heartbeat_timeout") is None:
             self.request.update(heartbeat_timeout=3 * interval_s, heartbeat_default=True)
         if not self.request.get("required_fields"):
-            remark("no field of args is asked for: every task fits, whatever its args")
+            remark("no field of args is required: every task matches, whatever its args")
         if not self.request.get("worker_id"):
             self.request["worker_id"] = create_worker(**dict(default_worker(), **(self.worker or {})))
         self.request["attempt"] = attempt_facts()
@@ -11901,16 +11877,16 @@ class Slot:
             facts["reason"] = failure_text(outcome.summary or {})[:REASON_LIMIT]
         if run.ended_by_job():
             status = run.ended
-            self.remark("task %s: %s, as the job itself reported" % (run.task_id, status))
+            self.remark("task %s: %s, as reported by the job itself" % (run.task_id, status))
             send_outcome(self, run, Outcome(status), facts) if facts and run.run_id else None
         elif status is None:
-            self.remark("task %s: ended, as it is %s" % (run.task_id, run.lost))
+            self.remark("task %s: stopped: %s" % (run.task_id, ENDS.get(run.lost, run.lost)))
         else:
             status = send_outcome(self, run, outcome, facts)
             run.note_summary(outcome.summary)
         run.note_end(status or run.lost or "lost", **dict(facts, reason=outcome.reason or facts.get("reason")))
         with loop.lock:
-            loop.counts[status] += 1
+            loop.counts[status or run.lost or "lost"] += 1
 
     def post(self, run, report):
         """Return whether a report was delivered; else it is kept."""
@@ -11936,6 +11912,7 @@ class Slot:
                 pass
 
 
+ENDS = {"pending": "requeued", "taken": "taken over by another worker"}  # how the loop calls what a run came to
 UNTAKEN = (400, 413, 422)  # of a report whose summary a server can't take: then the end is reported without it
 
 
@@ -11948,19 +11925,20 @@ def send_outcome(slot, run, outcome, facts):
     except LabtaskerHTTPStatusError as error:
         if error.status_code not in (404, 409) + UNTAKEN:
             raise
-        slot.remark("task %s: %s is not taken: %s" % (run.task_id, outcome.status, error)) if not run.ended else None
+        slot.remark("task %s: the report of %r was refused: %s" % (run.task_id, outcome.status, error)) if not run.ended else None
         if error.status_code not in UNTAKEN or not (outcome.summary or facts):
             return None
         told = {"labtasker_error": "%s (its summary was refused: %s)" % (
             failure_text(outcome.summary or {})[:REASON_LIMIT], error)} if outcome.status == "failed" else None
         return send_outcome(slot, run, outcome._replace(summary=told), None)
-    words = {"pending": "handed back, no retry is charged: %s" % outcome.reason,
+    words = {"pending": "requeued (does not count as a retry): %s" % outcome.reason,
              "failed": "failed, attempt %d of %d: %s" % (
                  run.task.retries + 1, run.task.max_retries, failure_text(outcome.summary or {}))}
     if not run.ended:
         slot.remark("task %s: %s" % (run.task_id, words.get(outcome.status, outcome.status)))
     if not delivered:
-        slot.remark("task %s: the server is away, so this is kept in %s until it is back" % (run.task_id, outbox()))
+        slot.remark("task %s: the server is unreachable; the report is saved in %s until it is back" % (
+            run.task_id, outbox()))
     return outcome.status
 
 
@@ -12464,7 +12442,8 @@ def watch(slot, run, process):
             kill_at = monotonic() + LOST_GRACE_S
             if wake.stop:
                 run.note_stop(wake.stop)
-                slot.remark("%s: the job is asked to end; once more kills it" % signal_name(wake.stop))
+                slot.remark("%s: stopping the job; %s again kills it" % (
+                    signal_name(wake.stop), "Ctrl-C" if wake.stop == signal.SIGINT else "a signal"))
                 kill_at = min(monotonic() + loop_.grace_s, max(loop_.limit.kill_at, monotonic()))
             signal_group(process.pid, wake.stop or signal.SIGTERM)
             signal_group(process.pid, signal.SIGCONT)  # one that was stopped hears of it too
@@ -14492,7 +14471,7 @@ def bring_what_waits():
     """Deliver the reports that loops here could not; that the server is still away the command itself will tell."""
     try:
         if outbox_reports() and deliver_outbox():
-            note("Delivered what loops here had kept while the server was away.")
+            note("Delivered results saved while the server was unreachable.")
     except LabtaskerError:
         pass
 

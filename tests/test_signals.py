@@ -207,7 +207,7 @@ def test_a_result_is_kept_and_the_same_loop_delivers_it(server_home):
     server.start(port_of(server))
     assert wait_for_end(loop) == 0, output(loop)
     assert [(task(i).status, task(i).retries) for i in (first, second)] == [("success", 0), ("failed", 1)]
-    assert not outbox(server_home) and "is kept in" in output(loop)
+    assert not outbox(server_home) and "saved in" in output(loop)
 
 
 def test_what_is_handed_back_while_a_stopped_server_is_asked_is_not_lost_with_the_loop(server_home):
@@ -299,7 +299,7 @@ def test_a_kept_result_is_not_counted_where_the_task_was_taken_meanwhile(server_
     other = start_gated(server_home)
     aside.rename(kept)
     run = server_home.cli("task", "count")
-    assert "is not taken" in run.stderr and not outbox(server_home)
+    assert "was refused" in run.stderr and not outbox(server_home)
     assert (task(one).status, task(one).retries) == ("running", 1)
     open_gate(server_home)
     assert wait_for_end(other) == 0

@@ -139,7 +139,7 @@ def test_a_signal_hands_back_what_all_slots_run(both, jobs):
     loop.send_signal(signal.SIGTERM)
     assert wait_for_end(loop) == 143, output(loop)
     assert [(t.status, t.retries) for t in map(task, ids)] == [("pending", 0)] * (jobs + 1)
-    assert sum(t.interruptions for t in map(task, ids)) == jobs and "%d handed back" % jobs in output(loop)
+    assert sum(t.interruptions for t in map(task, ids)) == jobs and "%d requeued" % jobs in output(loop)
     wait_until(lambda: not [pid for pid in list(pids.values()) + others if is_alive(int(pid))], "nothing is left running")
 
 
@@ -148,7 +148,7 @@ def test_a_second_signal_kills_all_jobs_at_once(both):
     loop = both.start_cli("loop", "-j", "3", "--grace", "10 min", "--", "sh", "-c", "trap '' TERM INT; " + GATED, "%(n)")
     pids = begun(loop, 3)
     loop.send_signal(signal.SIGINT)
-    wait_until(lambda: output(loop).count("once more kills it") == 3, "all are asked to end")
+    wait_until(lambda: output(loop).count("again kills it") == 3, "all are asked to end")
     assert all(is_alive(int(pid)) for pid in pids.values())
     loop.send_signal(signal.SIGINT)
     assert wait_for_end(loop) == 130 and statuses() == {"pending": 3}
@@ -402,7 +402,7 @@ def test_what_runs_when_the_time_is_up_is_handed_back_and_another_loop_finishes_
     begun(loop, 2)
     assert wait_for_end(loop) == 0, output(loop)
     assert "the time is up in 0:00:08 (SLURM_JOB_ID)" in output(loop) and output(loop).count("told") == 2
-    assert re.search(r"labtasker: the time is up in 0:00:0\d: 2 handed back", output(loop))
+    assert re.search(r"labtasker: the time is up in 0:00:0\d: 2 requeued", output(loop))
     back = [task(one) for one in ids]
     assert [(t.status, t.retries) for t in back] == [("pending", 0)] * 3 and sum(t.interruptions for t in back) == 2
     assert [t.reason for t in back if t.interruptions] == ["the time of the loop was up"] * 2
@@ -425,18 +425,18 @@ def test_before_the_end_nothing_is_started_and_what_runs_is_waited_for(both):
     wait_until(lambda: time.monotonic() > until, "it is time")
     open_gate(both)
     assert wait_for_end(loop) == 0 and statuses() == {"success": 1, "pending": 1}
-    assert "nothing more is started, as the time is up in 0:59:5" in output(loop)
+    assert "no more tasks are started, as the time is up in 0:59:5" in output(loop)
 
 
 def test_a_loop_that_waits_for_tasks_leaves_when_none_could_be_started(both):
     loop = both.start_cli("loop", "--idle-timeout", "1h", "--time-limit", "1h", "--drain-before", "59 min 57s", "--", "true", "%(n)")
-    assert wait_for_end(loop) == 0 and "nothing more is started" in output(loop)
+    assert wait_for_end(loop) == 0 and "no more tasks are started" in output(loop)
 
 
 def test_no_task_is_started_that_may_take_longer_than_is_left(both):
     submit(2)
     run = both.cli("loop", "--eta-max", "1h", "--time-limit", "30 min", "--", "true", "%(n)")
-    assert "nothing more is started, as the time is up in 0:" in run.stderr and statuses() == {"pending": 2}
+    assert "no more tasks are started, as the time is up in 0:" in run.stderr and statuses() == {"pending": 2}
     both.cli("loop", "--eta-max", "20 min", "--time-limit", "30 min", "--", "true", "%(n)")
     assert statuses() == {"success": 2}
 
@@ -448,10 +448,10 @@ def test_a_task_with_a_time_out_is_left_to_a_loop_that_has_as_much_time(both):
     other = labtasker.submit_task(args={"n": 4}).task_id
     labtasker.submit_task(args={"m": 1}, task_timeout=3600)  # no field of this loop
     run = both.cli("loop", "--time-limit", "30 min", "-f", "args.n < 4 or args.m == 1", "--", "true", "%(n)")
-    assert re.search(r"no more tasks, but for 1 that may take longer than the 0:(29:\d\d|30:00) left: 2 success", run.stderr), run
+    assert re.search(r"done, but 1 pending may take longer than the 0:(29:\d\d|30:00) left: 2 success", run.stderr), run
     assert [task(i).status for i in (short, long, free, other)] == ["success", "pending", "success", "pending"]
     run = both.cli("loop", "--time-limit", "2h", "--", "true", "%(n)")
-    assert "no more tasks: 2 success" in run.stderr and statuses() == {"success": 4, "pending": 1}
+    assert "done: 2 success" in run.stderr and statuses() == {"success": 4, "pending": 1}
 
 
 def test_the_filter_of_a_limit_changes_seldom():
@@ -704,7 +704,7 @@ def test_a_task_given_as_the_time_is_up_is_handed_back(held_home):
     wait_until(lambda: time.monotonic() > until, "it is too late to start it")
     held_home.proxy.let_go()
     assert wait_for_end(loop) == 0, output(loop)
-    assert direct(held_home, "GET", "/tasks/" + one)["status"] == "pending" and "handed back" in output(loop)
+    assert direct(held_home, "GET", "/tasks/" + one)["status"] == "pending" and "requeued" in output(loop)
 
 
 def test_a_task_given_as_the_idle_time_is_up_is_run(held_home):
@@ -777,7 +777,7 @@ def test_four_jobs_are_handed_back_though_the_server_was_stopped(server_home):
 def test_a_mistake_of_the_loop_itself_in_one_slot_ends_it_and_is_shown(home, monkeypatch):
     submit(4)
     monkeypatch.setitem(labtasker.LOOP_SETTINGS, "on_internal_error", None)
-    loop = labtasker.Loop(lambda slot, run: 1 / 0, {"required_fields": ["n"]}, places=[labtasker.Place()] * 2)
+    loop = labtasker.Loop(lambda slot, run: 1 / 0, {"required_fields": ["n"]}, slots=[labtasker.SlotSpec()] * 2)
     with pytest.raises(ZeroDivisionError):
         loop.run()
 

@@ -843,7 +843,7 @@ def test_a_job_sees_its_run_and_speaks_for_itself(both):
     assert seen["LABTASKER_TASK_ID"] == one and seen["LABTASKER_ROOT"] == str(both.cwd / ".labtasker")
     assert {"LABTASKER_WORKER_ID", "LABTASKER_RUN_ID", "LABTASKER_LOG_DIR"} < set(seen)
     assert (task(one).status, task(one).summary) == ("success", {"child": 0})
-    assert "as the job itself reported" in run.stderr
+    assert "as reported by the job itself" in run.stderr
 
 
 def test_a_command_that_is_not_there_burns_no_task(both):
@@ -1036,7 +1036,7 @@ def test_failures_are_counted_and_are_no_failure_of_the_loop(home):
     submit(2, max_retries=2)
     run = home.cli("loop", "--", "sh", "-c", "exit $0", "%(n)")
     assert run.returncode == 0
-    assert run.stderr.splitlines()[-1] == "labtasker: no more tasks: 1 success, 2 failed"
+    assert run.stderr.splitlines()[-1] == "labtasker: done: 1 success, 2 failed"
 
 
 @pytest.mark.slow
@@ -1503,7 +1503,7 @@ def test_a_job_that_is_cancelled_from_outside_is_ended_with_its_group(both, mode
     assert (task(one).status, task(one).retries) == ("cancelled", 0)
     cancel(two)
     assert wait_for_end(loop) == 0
-    assert "2 left as they are" in output(loop)
+    assert "2 cancelled" in output(loop)
 
 
 @pytest.mark.slow
