@@ -11406,11 +11406,35 @@ TIME_SOURCES = {"SLURM_JOB_END_TIME": _until, "SLURM_JOB_ID": _left_in_slurm, "P
                 "LABTASKER_END_TIME": lambda _: _in_future(told_left_s())}
 
 
+LOOP_MOVES = {
+    "starting": {"answered": "working", "failed": "failed", "time_up": "timed_out"},
+    "working": {"answered": "working", "emptied": "done", "failed": "failed", "time_up": "timed_out"},
+    "done": {"answered": "done", "emptied": "done", "failed": "failed", "time_up": "timed_out"},
+    "failed": {"answered": "failed", "emptied": "failed", "failed": "failed", "time_up": "timed_out"},
+    "timed_out": {"answered": "timed_out", "emptied": "timed_out", "failed": "timed_out", "time_up": "timed_out"},
+}
+SLOT_MOVES = {
+    "idle": {"wait": "waiting", "answered": "idle", "begin": "running", "report": "reporting", "end": "idle",
+             "leave": "left"},
+    "waiting": {"wait": "waiting", "answered": "idle"},
+    "running": {"report": "reporting", "end": "idle"},
+    "reporting": {"report": "reporting", "end": "idle"},
+    "left": {},
+}
+
+
 class Loop:
     """Has tasks run in its slots, for one worker; `execute(slot, run)` runs one and returns an Outcome.
 
     `request`: the arguments of `fetch_task`; `slots`: a SlotSpec for each slot. `run` returns an exit code. The thread
-    that calls it gets the signals, and does for the slots what only that thread can do."""
+    that calls it gets the signals, and does for the slots what only that thread can do.
+
+    Its states (LOOP_MOVES); a signal that stops it is noted in `wake`, whatever the state:
+        starting   answered -> working, failed -> failed, time_up -> timed_out
+        working    answered -> working, emptied -> done, failed -> failed, time_up -> timed_out
+        done       answered -> done, emptied -> done, failed -> failed, time_up -> timed_out
+        failed     answered -> failed, emptied -> failed, failed -> failed, time_up -> timed_out
+        timed_out  answered -> timed_out, emptied -> timed_out, failed -> timed_out, time_up -> timed_out"""
 
     def __init__(self, execute, request, worker=None, signals=(), max_tasks=None, idle_timeout_s=None, grace_s=None,
                  verbose=False, server_lost_s=None, slots=None, time_limit_s=None, drain_before_s=None):
@@ -11421,13 +11445,14 @@ class Loop:
         self.time_limit_s, self.drain_before_s, self.limit = time_limit_s, drain_before_s or 0, None
         self.wake = Wake(loop_signals() + list(signals))
         self.beats = HeartbeatProcess(self.on_lost)
-        self.turn = threading.Lock()  # who has it fetches, so that an idle loop is one connection; guards taken, done
-        self.lock = threading.Lock()  # guards counts, waiting and what slots are posting
+        self.turn = threading.Lock()  # who has it fetches, so that an idle loop is one connection; guards taken
+        self.lock = threading.Lock()  # guards state, counts, waiting and what slots are posting
         self.slots = [Slot(self, number, spec) for number, spec in enumerate(slots or [SlotSpec()])]
         self.main_thread_calls = collections.deque()
-        self.counts, self.taken, self.done = collections.Counter(), 0, False
-        self.fatal, self.error, self.is_time_up, self.is_unheard = None, None, False, False
-        self.begun, self.waiting = False, {}  # {key of a run whose report waits in the outbox: Run}
+        self.state, self.counts, self.taken = "starting", collections.Counter(), 0
+        self.fatal, self.error = None, None  # why it failed: what is said, what is raised
+        self.is_unheard = False  # it leaves without the answer to a request
+        self.waiting = {}  # {key of a run whose report waits in the outbox: Run}
         self.unanswered = set()  # ids of fetches that may have been given a task without anybody having heard of it
         self.idle_since, self.pinned = None, None
         self.waits_for_pauses = idle_timeout_s is None  # else no longer than that
@@ -11443,19 +11468,31 @@ class Loop:
                 self._register()
                 self._supervise()
             except LabtaskerError as error:
-                self.fatal = str(error)
+                self.fail(str(error))
             finally:
                 self.leave()
         if self.error:
             raise self.error
         return self.tell_end()
 
+    def move(self, event):
+        """Go on to the state that `event` leads to; raises InvalidStateTransition where it has no row."""
+        with self.lock:
+            self.state = move(LOOP_MOVES, self.state, event, "the loop")
+
+    def fail(self, text=None, error=None):
+        """Have the loop end as soon as what runs is done; the first text and the first error count."""
+        self.fatal, self.error = self.fatal or text, self.error or error
+        self.move("failed")
+
     def tell_end(self):
         """Return the exit code, having said why it ends."""
         if self.fatal:
             remark(self.fatal)
         remark(": ".join(filter(None, (self._why(), self._tally()))))
-        return 0 if self.is_time_up else 128 + self.wake.stop if self.wake.stop else 1 if self.fatal else 0
+        if self.state == "timed_out":
+            return 0
+        return 128 + self.wake.stop if self.wake.stop else 1 if self.state == "failed" else 0
 
     def leave(self):
         """Try to deliver what waits, as long as there is time, and say where it is kept."""
@@ -11513,10 +11550,11 @@ class Loop:
     def _why(self):
         left = in_words(self.limit.end_at - monotonic()) if self.limit and self.limit.end_at < math.inf else ""
         if self.wake.stop:
-            return "the time is up in " + left if self.is_time_up else "stopped by " + signal_name(self.wake.stop)
-        if self.fatal or self.taken == self.max_tasks:
-            return "stopped" if self.fatal else "--max-tasks reached"
-        if not self.done:
+            return "the time is up in " + left if self.state == "timed_out" else (
+                "stopped by " + signal_name(self.wake.stop))
+        if self.state == "failed" or self.taken == self.max_tasks:
+            return "stopped" if self.state == "failed" else "--max-tasks reached"
+        if self.state != "done":
             return "no more tasks are started, as the time is up in " + left
         longer = self._longer()
         but = ", but %d pending may take longer than the %s left" % (longer, left) if longer else ""
@@ -11556,13 +11594,13 @@ class Loop:
         give_up_at = math.inf
         for slot in self.slots:
             self._start_slot(slot)
-        while not all(slot.has_left for slot in self.slots) and not self.is_unheard:
-            waits = any(slot.doing == "wait" for slot in self.slots) and self.is_in_vain()
+        while not all(slot.state == "left" for slot in self.slots) and not self.is_unheard:
+            waits = any(slot.state == "waiting" for slot in self.slots) and self.is_in_vain()
             self.wake.pause(0.2 if waits or self.wake.stop else min(60, self.limit.stop_at - monotonic()))
             while self.main_thread_calls:
                 self.main_thread_calls.popleft()()
             self._hurry()
-            is_idle = self.wake.stop and not any(slot.doing == "run" for slot in self.slots)
+            is_idle = self.wake.stop and not any(slot.state == "running" for slot in self.slots)
             patience_s = FETCH_CUT_S if not self.wake.runs and _file_stamp() is None else LEAVING_S
             give_up_at = min(give_up_at, monotonic() + patience_s) if is_idle else math.inf
             self.is_unheard = monotonic() > give_up_at
@@ -11572,7 +11610,7 @@ class Loop:
         try:
             start_thread(slot.thread)
         except LabtaskerRuntimeError as error:
-            slot.has_left = True
+            slot.move("leave")
             if slot is self.slots[0]:
                 raise
             slot.remark(error)
@@ -11582,7 +11620,7 @@ class Loop:
         is_in_vain, is_remote = self.is_in_vain(), isinstance(client().transport, HttpTransport)
         for slot in self.slots:
             slot.bell.set()
-            if is_remote and slot.doing == "wait" and is_in_vain:
+            if is_remote and slot.state == "waiting" and is_in_vain:
                 slot.end_waiting()
             if is_remote and self.wake.stop:
                 slot.save_report()
@@ -11594,14 +11632,15 @@ class Loop:
     def is_over(self):
         """Return whether nothing more is to be fetched; what runs is told to stop where the time is up."""
         self.check_time()
-        return bool(self.wake.stop or self.fatal or self.error or self.done or self.taken == self.max_tasks
+        return bool(self.wake.stop or self.state not in ("starting", "working") or self.taken == self.max_tasks
                     or monotonic() >= self.limit.start_until)
 
     def check_time(self):
         """Have what runs told to stop, as by a signal, where the time is up."""
         import signal
         if not self.wake.stop and monotonic() >= self.limit.stop_at:
-            self.is_time_up, self.wake.stop = True, signal.SIGTERM
+            self.move("time_up")
+            self.wake.stop = signal.SIGTERM
 
     def idle_left_s(self):
         """Return how long to wait for tasks: without end while some run, which may come back or bring others."""
@@ -11612,7 +11651,7 @@ class Loop:
     def pause_of(self, run, outcome):
         """Return the seconds for which the task of a run that was handed back is given to nobody; None where that was
         not the job's doing but the loop's, which leaves."""
-        if outcome.status != "pending" or self.wake.stop or self.fatal or not run.is_wanted:
+        if outcome.status != "pending" or self.wake.stop or self.state == "failed" or not run.is_wanted:
             return None
         pause_s, until = self.resting.get(run.task_id, (0, 0))
         is_plain = client().transport.extensions is False
@@ -11646,7 +11685,8 @@ class Loop:
     def handed_back(self, facts=None):
         """Return the Outcome of a run that a signal to the loop, or the end of its time, has ended, or that came when
         the loop was about to leave."""
-        why = "the loop was leaving" if not self.wake.stop else "the time of the loop was up" if self.is_time_up else (
+        why = "the loop was leaving" if not self.wake.stop else "the time of the loop was up" if (
+            self.state == "timed_out") else (
             "the loop was stopped by %s" % signal_name(self.wake.stop))
         return Outcome("pending", reason=why, facts=facts)
 
@@ -11675,21 +11715,32 @@ class Fetch:
 
 
 class Slot:
-    """One of the places in which a loop runs a task at a time: a thread that fetches, has it run, and reports."""
+    """One of the places in which a loop runs a task at a time: a thread that fetches, has it run, and reports.
+
+    Its states (SLOT_MOVES); its own thread moves it, others only look:
+        idle       wait -> waiting, answered -> idle, begin -> running, report -> reporting, end -> idle, leave -> left
+        waiting    wait -> waiting, answered -> idle
+        running    report -> reporting, end -> idle
+        reporting  report -> reporting, end -> idle
+        left"""
 
     def __init__(self, loop, number, spec):
         self.loop, self.wake, self.spec = loop, loop.wake, spec
         self.own = {"LABTASKER_SLOT": str(number), **spec.environment}
         self.bell = threading.Event()  # rung when there is something new: a signal, the end of a job
         self.thread = threading.Thread(target=self.live, daemon=True)
-        self.doing = None  # "wait" for a task, "run", or another
-        self.posting, self.has_left, self.errors = None, False, 0
+        self.state = "idle"
+        self.posting, self.errors = None, 0  # (Run, report) that is on its way; failed passes in a row
         self.fetch = None  # the Fetch that was sent and is not answered yet
 
     def pause(self, seconds):
         """Sleep for so long, or until there is something new."""
         self.bell.wait(max(0, seconds))
         self.bell.clear()
+
+    def move(self, event):
+        """Go on to the state that `event` leads to; raises InvalidStateTransition where it has no row."""
+        self.state = move(SLOT_MOVES, self.state, event, "slot " + self.own["LABTASKER_SLOT"])
 
     def remark(self, text):
         """Write a line for the person who started the loop."""
@@ -11709,13 +11760,14 @@ class Slot:
             while not loop.is_over():
                 self._guarded_pass()
         except WorkerSuspended as error:
-            loop.fatal = "no more is run on %s: %s" % (host_name(), error)
+            loop.fatal = None  # whatever another slot met, this says what to do
+            loop.fail("no more tasks are run on %s: %s" % (host_name(), error))
         except (LabtaskerError, OSError, MemoryError) as error:
-            loop.fatal = loop.fatal or str(error) or type(error).__name__
+            loop.fail(str(error) or type(error).__name__)
         except BaseException as error:
-            loop.error = loop.error or error
+            loop.fail(error=error)
         finally:
-            self.has_left = True
+            self.move("leave")
             self.wake.ring()
 
     def _guarded_pass(self):
@@ -11763,11 +11815,11 @@ class Slot:
             else:
                 self.remark("task %s" % describe(run.task, loop.verbose))
                 run.begin()
-                self.doing = "run"
+                self.move("begin")
                 outcome = self._execute(run)
             self.close(run, outcome)
         finally:
-            self.doing = None
+            self.move("end")
             self._end_beats(run)
             loop.idle_since = monotonic()
             self.wake.runs.discard(run)
@@ -11800,7 +11852,7 @@ class Slot:
             loop.expect_store()
             return run
         if left_s <= 0 and loop.idle_left_s() <= 0:
-            loop.done = True
+            loop.move("emptied")
         until = min(began + min(wait_s, LOOK_S), loop.retry_at if loop.retry_at > -math.inf else math.inf)
         while seen and seen == _file_stamp() and monotonic() < until and not loop.is_in_vain():
             self.pause(min(WATCH_S, wait_s))
@@ -11820,7 +11872,8 @@ class Slot:
 
         def ask():
             loop.deliver_outbox()
-            self.doing = "wait" if wait_s else None
+            if wait_s:
+                self.move("wait")
             if loop.is_in_vain():  # since the others' end, while the server was away
                 self.wake.ring()
             try:
@@ -11832,16 +11885,17 @@ class Slot:
         self.fetch = fetch
         try:
             answer = retry_while_away(ask, self.pause, lambda: (
-                0 if self.wake.stop or not loop.begun else loop.server_lost_s))
+                0 if self.wake.stop or loop.state != "working" else loop.server_lost_s))
             loop.unanswered.discard(fetch.id)
         except LabtaskerError as error:
             if not is_away(error):  # refused
                 loop.unanswered.discard(fetch.id)
             raise
         finally:
-            self.doing = self.fetch = None
+            self.move("answered")
+            self.fetch = None
             fetch.is_over.set()
-        loop.begun = True
+        loop.move("answered")
         loop.note_pause(answer)
         return answer.task if answer.found else None, fetch.is_ended
 
@@ -11870,8 +11924,11 @@ class Slot:
 
     def close(self, run, outcome):
         """Report what the run came to, unless the job itself or another has ended it."""
-        loop, status, self.doing = self.loop, outcome.status, "report"
-        loop.fatal = outcome.fatal or loop.fatal
+        loop, status = self.loop, outcome.status
+        self.move("report")
+        if outcome.fatal:
+            loop.fatal = None  # the latest is said
+            loop.fail(outcome.fatal)
         facts = dict(outcome.facts or {})
         if status == "failed":
             facts["reason"] = failure_text(outcome.summary or {})[:REASON_LIMIT]
@@ -11925,7 +11982,8 @@ def send_outcome(slot, run, outcome, facts):
     except LabtaskerHTTPStatusError as error:
         if error.status_code not in (404, 409) + UNTAKEN:
             raise
-        slot.remark("task %s: the report of %r was refused: %s" % (run.task_id, outcome.status, error)) if not run.ended else None
+        if not run.ended:
+            slot.remark("task %s: the report of %r was refused: %s" % (run.task_id, outcome.status, error))
         if error.status_code not in UNTAKEN or not (outcome.summary or facts):
             return None
         told = {"labtasker_error": "%s (its summary was refused: %s)" % (

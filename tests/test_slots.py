@@ -182,7 +182,7 @@ def test_a_task_that_is_cancelled_is_ended_in_its_slot_alone(both):
 def test_a_worker_whose_runs_fail_is_suspended_and_the_loop_says_so(both):
     submit(9)
     run = both.cli("loop", "-j", "2", "--worker-max-retries", "3", "--", "false", "%(n)", check=False)
-    assert run.returncode == 1 and "crashed and gets no tasks" in run.stderr and "no more is run on" in run.stderr
+    assert run.returncode == 1 and "crashed and gets no tasks" in run.stderr and "no more tasks are run on" in run.stderr
     worker, = labtasker.ls_workers().content
     assert (worker.status, worker.max_retries) == ("crashed", 3) and 3 <= worker.retries <= 4
     assert statuses() == {"pending": 9}

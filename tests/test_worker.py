@@ -79,6 +79,42 @@ def wait_for_task(task_id, status):
     return wait_until(look, "task is %s" % status)
 
 
+# The states of a loop and of its slots
+
+STATES = {"Loop": labtasker.LOOP_MOVES, "Slot": labtasker.SLOT_MOVES}
+
+
+@pytest.mark.parametrize("name", STATES)
+def test_the_diagram_in_the_docstring_is_made_from_the_table(name):
+    width = max(map(len, STATES[name])) + 2
+    rows = ["        " + state.ljust(width) + ", ".join("%s -> %s" % pair for pair in row.items()) for state, row in STATES[name].items()]
+    assert len(rows) > 4 and getattr(labtasker, name).__doc__.endswith("\n".join(row.rstrip() for row in rows))
+
+
+@pytest.mark.parametrize("name", STATES)
+def test_every_state_has_a_row_and_is_reached(name):
+    first = next(iter(STATES[name]))
+    assert {state for row in STATES[name].values() for state in row.values()} | {first} == set(STATES[name])
+
+
+def test_an_event_without_a_row_is_refused(home):
+    loop = labtasker.Loop(None, {})
+    slot, = loop.slots
+    with pytest.raises(labtasker.InvalidStateTransition, match="the loop is starting, which does not allow 'emptied'"):
+        loop.move("emptied")
+    slot.move("wait")
+    with pytest.raises(labtasker.InvalidStateTransition, match="slot 0 is waiting, which does not allow 'begin'"):
+        slot.move("begin")
+    assert (loop.state, slot.state) == ("starting", "waiting")
+
+
+def test_a_loop_that_has_failed_stays_so_until_its_time_is_up(home):
+    loop = labtasker.Loop(None, {})
+    for event, state in (("answered", "working"), ("failed", "failed"), ("answered", "failed"), ("time_up", "timed_out"), ("failed", "timed_out")):
+        loop.move(event)
+        assert loop.state == state
+
+
 # What a decorated loop runs and reports
 
 
