@@ -3837,12 +3837,20 @@ def in_python(function, *words):
     return [sys.executable, "-I"] + options + ["-c", _STARTED, THIS_FILE, function] + list(words)
 
 
+PIPE = -1  # subprocess.PIPE, without importing that
+
+
+def start_program(words, **options):
+    """Return the Popen of a program in a process group of its own. A stream that is not given is /dev/null."""
+    import subprocess
+    streams = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL)
+    return subprocess.Popen(words, start_new_session=True, **dict(streams, **options))
+
+
 def _start_process(function, words, is_heard):
     """Return the Popen of a process that calls a function of this file; where it `is_heard`, its answer can be read."""
-    import subprocess
-    output = subprocess.PIPE if is_heard else subprocess.DEVNULL
-    return subprocess.Popen(in_python(function, *words), stdout=output, stderr=output, stdin=subprocess.DEVNULL,
-                            universal_newlines=True, start_new_session=True)
+    output = {"stdout": PIPE, "stderr": PIPE} if is_heard else {}
+    return start_program(in_python(function, *words), universal_newlines=True, **output)
 
 
 def in_other_process(function, *words):
@@ -9875,11 +9883,9 @@ def _not_started(command, error):
 
 def _start_job(words, environment, ends):
     """Return the Popen of a job. Its words are given as UTF-8, as they were submitted, whatever the locale."""
-    import subprocess
     if os.name == "posix":
         words = [word.encode("utf-8", "surrogateescape") if isinstance(word, str) else word for word in words]
-    return subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=ends[0], stderr=ends[1], start_new_session=True,
-                            env=environment)
+    return start_program(words, stdout=ends[0], stderr=ends[1], env=environment)
 
 
 # What the machine is short of at this moment, and may have again in the next: no task's fault, nor the command's.
@@ -10001,8 +10007,7 @@ def ask_program(words):
     import subprocess
     own = {name: value for name, value in os.environ.items() if not name.startswith("SQUEUE_")}
     try:
-        process = subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-                                   env=own, start_new_session=True)
+        process = start_program(words, stdout=PIPE, env=own)
         said = process.communicate(timeout=PROGRAM_TIMEOUT_S)[0]
     except OSError:
         return ""
@@ -11074,13 +11079,11 @@ class HeartbeatProcess:
 
     def _start(self):
         """Start the process and tell it of every run."""
-        import subprocess
         self._let_go()
         if self.process:
             self._end()
-        self.process = subprocess.Popen(
-            in_python("heartbeat_main"), stdin=subprocess.PIPE, stdout=subprocess.PIPE, universal_newlines=True,
-            start_new_session=True, env=self.environ)
+        self.process = start_program(in_python("heartbeat_main"), stdin=PIPE, stdout=PIPE, stderr=None,
+                                     universal_newlines=True, env=self.environ)
         try:
             self.process.stdin.write("".join(json.dumps(message) + "\n" for message in self.runs.values()))
             self.process.stdin.flush()
@@ -11184,11 +11187,8 @@ for group in $groups; do kill -s KILL -- "-$group"; done
         os.write(self.pipe, ("%s %s\n" % (old or "-", new or "-")).encode())
 
     def _start(self):
-        import subprocess
         try:
-            starter = subprocess.Popen(
-                ["/bin/sh", "-c", self.PROGRAM], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL, cwd="/", env={"PATH": os.defpath}, start_new_session=True)
+            starter = start_program(["/bin/sh", "-c", self.PROGRAM], stdin=PIPE, cwd="/", env={"PATH": os.defpath})
             self.pipe = os.dup(starter.stdin.fileno())
             starter.stdin.close()
             starter.wait()
