@@ -9022,13 +9022,13 @@ def connect_events(timeout=10):
 
 
 class _Refused(ValueError):
-    """A value that a caster does not take; its text says why where that is not plain from type and value."""
+    """A value that can't be cast. Its text gives the reason where type and value don't show it."""
 
 
 def cast(value, annotation, where):
-    """Return `value`, which came from JSON, as `annotation` says; an unknown annotation leaves it as it is.
+    """Return `value`, which came from JSON, cast to `annotation`; an unknown annotation leaves it as it is.
 
-    Raises LabtaskerTypeError that names `where`, the type and the value."""
+    Raises LabtaskerTypeError, which names `where`, the type and the value."""
     caster, parts = _caster(annotation)
     try:
         return caster(value, annotation, parts, where)
@@ -9052,7 +9052,7 @@ def _type_text(annotation):
 
 
 def _caster(annotation):
-    """Return (function of CASTS, type arguments); typing's insides differ before 3.7, 3.9 and 3.14."""
+    """Return (function of CASTS, type arguments). The internals of typing changed in 3.7, 3.9 and 3.14."""
     if getattr(annotation, "__metadata__", None):
         return _caster(annotation.__args__[0])
     literals = getattr(annotation, "__values__", None)
@@ -9128,7 +9128,7 @@ def _to_dict(value, annotation, parts, where):
 
 
 def _to_union(value, annotation, parts, where):
-    """Return `value` as the first member that takes it; a member of just its type goes before the others."""
+    """Return `value` cast to the first member that takes it; a member of exactly its type is tried first."""
     for part in sorted(parts, key=lambda part: type(value) is not _plain_type(part)):
         try:
             return cast(value, part, where)
@@ -9145,7 +9145,7 @@ def _to_literal(value, annotation, parts, where):
 
 
 def _to_enum(value, annotation, parts, where):
-    """Return the member with this value, else of this name, else whose value is written like this."""
+    """Return the member with this value, else with this name, else whose value has the same text."""
     members = list(annotation)
     same = [member for member in members if member is value or member.value == value]
     same += [member for member in members if member.name == value]
@@ -9190,7 +9190,7 @@ def _build(cls, value, names, where):
 
 
 def type_hints(owner):
-    """Return {name: annotation} of a function or class, with text resolved wherever it can be, each for itself."""
+    """Return {name: annotation} of a function or class; each annotation that is text is resolved where possible."""
     if isinstance(owner, type):
         hints = {}
         for base in reversed(owner.__mro__):
@@ -9209,14 +9209,14 @@ def _resolved(annotations, scope):
         one = types.SimpleNamespace(__annotations__={name: annotation})
         try:
             hints[name] = typing.get_type_hints(one, scope, **extras)[name]
-        except Exception:  # a name that is only there for a type checker: this one annotation stays text
+        except Exception:  # a name that only a type checker imports: this annotation stays text
             hints[name] = annotation
     return hints
 
 
 BOOL_WORDS = {"true": True, "yes": True, "on": True, "1": True, "1.0": True,
               "false": False, "no": False, "off": False, "0": False, "0.0": False}
-CASTS_OF_BASES = {"enum.Enum": _to_enum, "pathlib.PurePath": _to_path}  # these hold for classes made from them
+CASTS_OF_BASES = {"enum.Enum": _to_enum, "pathlib.PurePath": _to_path}  # for their subclasses too
 CASTS = {  # (value, annotation, type arguments, where) -> value; None: any other annotation
     None: lambda value, *_: value,
     "builtins.int": _to_int,
@@ -9262,9 +9262,8 @@ class Required:
 
 
 class BoundFunction:
-    """What a function wants of a task's args: `fields` to fetch by, and `call(args, given, named)`.
-
-    Raises LabtaskerTypeError at once for a Required() that can't work."""
+    """A function whose Required() parameters are filled from a task's args: `fields` are the keys that it needs,
+    `call(args, given, named)` calls it. Raises LabtaskerTypeError for a Required() that can't work."""
 
     def __init__(self, function, required_fields=None, pass_args_dict=False):
         import inspect
@@ -9283,7 +9282,7 @@ class BoundFunction:
 
     @staticmethod
     def _check_runs(function):
-        """Raise LabtaskerTypeError where a call of the function would not run what it says."""
+        """Raise LabtaskerTypeError where a call would not run the function's body."""
         import inspect
         while isinstance(function, functools.partial):
             function = function.func
@@ -9296,7 +9295,7 @@ class BoundFunction:
                     "plain function that runs it to its end" % (function, kinds[is_one]))
 
     def _note(self, parameter):
-        """Enter the parameter where it is marked as Required."""
+        """Add the parameter to `required` if it is marked with Required()."""
         hint = self.hints.get(parameter.name)
         marks = [parameter.default] + list(getattr(hint, "__metadata__", ()))
         if Required in marks:
@@ -9310,18 +9309,18 @@ class BoundFunction:
             self.required[parameter.name] = marks[0]
 
     def _fields(self, required_fields):
-        """Return the union of the fields asked for and those of Required(); "*" lets further keys be."""
+        """Return the fields asked for and those of Required(), each once; "*" allows further keys."""
         fields = check_fields(required_fields or [])
         for name, mark in self.required.items():
             fields += [mark.alias or name] if (mark.alias or name) not in fields else []
         return fields + ["*"] if self.pass_args_dict and "*" not in fields else fields
 
     def check_call(self, given, named):
-        """Raise LabtaskerTypeError unless these arguments are just what the task's args leave open."""
+        """Raise LabtaskerTypeError unless these arguments fill exactly the parameters that the task's args don't."""
         self._bind({}, given, named)
 
     def call(self, args, given, named):
-        """Return the function's answer for a task's `args`; raises what it raises, and what casting raises."""
+        """Return what the function returns for a task's `args`; raises what it raises, or LabtaskerTypeError."""
         import inspect
         values = self._bind(args, given, named)
         for name, mark in self.required.items():
@@ -9345,7 +9344,7 @@ class BoundFunction:
 
 
 def check_fields(fields):
-    """Return a new list of `fields`, each a key or "*"; raises LabtaskerTypeError where it is no such list."""
+    """Return a new list of `fields`, each a key or "*"; raises LabtaskerTypeError if it is anything else."""
     if isinstance(fields, str) or not isinstance(fields, (list, tuple, set)):
         raise LabtaskerTypeError('required_fields: a list of keys is needed, like ["lr", "model"], not %r' % (fields,))
     for field in fields:
@@ -9354,7 +9353,7 @@ def check_fields(fields):
     return list(fields)
 
 
-MARK = "\x1a"  # stands for a placeholder in the text that a reader reads; `places` tells which of them do
+MARK = "\x1a"  # stands for a placeholder in the text that a reader reads; `places` has the offsets of the real ones
 
 
 class Template:
@@ -9380,15 +9379,15 @@ class Template:
         self.parts[-1] += text[end:]
 
     def plain(self, args):
-        """Return the text with each value as it stands, for a word of an argv list."""
+        """Return the text with each value unquoted, for a word of an argv list."""
         return self.filled(args, [value_text] * len(self.spans))
 
     def shell(self, args):
-        """Return the text with each value quoted for /bin/sh; raises TemplateError where that can't be done."""
+        """Return the text with each value quoted for /bin/sh; raises TemplateError where none can be put safely."""
         return self.filled(args, shell_writers(self))
 
     def filled(self, args, writers):
-        """Return the text, each value written by the writer of its place; LabtaskerValueError if one is missing."""
+        """Return the text with each value written by its writer; raises LabtaskerValueError if one is missing."""
         parts = list(self.parts)
         for number, write in enumerate(writers):
             parts[2 * number + 1] = write(value_at(args, parts[2 * number + 1]))
@@ -9431,9 +9430,9 @@ def value_text(value):
     return json.dumps(value, ensure_ascii=False) if isinstance(value, (dict, list)) else str(value)
 
 
-# A value is written into a text for a shell by the way in which the shell reads its place: outside of quotes, within
-# single or double ones. The reader below finds that out. Where it can't be sure what a shell makes of the text, it
-# refuses the placeholders after that point: a wrong guess would have the shell run what a task brings.
+# How a value is quoted depends on where its placeholder stands: outside quotes, or inside single or double ones.
+# ShellReader finds that out. Where it can't tell how a shell reads the text, it refuses every later placeholder:
+# a wrong guess would let a task's value run as code.
 
 WAY_OUT = "set a variable before it, in a line V=%%(%s), and write \"$V\" here"
 PARAMETER = Pattern(r"""(?x) \$ (?: \w+ | [@*\#?$!-]
@@ -9442,7 +9441,7 @@ PARAMETER = Pattern(r"""(?x) \$ (?: \w+ | [@*\#?$!-]
         | \$\((?!\s*case\b)[^'"\\`$(){}<>\n;&|\#]*\) )* )? \} )""")
 SHELL_SUM = Pattern(r"""\(\(((?:[^'"`\\\n(){}]|\([^'"`\\\n(){}]*\)|\$\{\w+\})*)\)\)""")
 OPERATOR_OF_NUMBERS = Pattern(r"\s-(?:eq|ne|lt|le|gt|ge|v|R)\s")
-# What a shell calculates outside of $((...)), also where it is quoted: from the begin of a command to the placeholder.
+# Where a shell evaluates arithmetic outside $((...)), even in quotes: from the start of the command to the placeholder.
 CALCULATED = Pattern(r"""(?sx) \s* (?: (?:then|do|else|elif|if|while|until|!|\{|time|builtin|command) \s+ )* (?:
       (?: [\w.]+ = \S* \s+ )* (?: (?:let|integer|float) \s | \w+ \[ [^]]* \Z )
     | (?:declare|typeset|local|readonly|export) \s (?: .*\s )? (?: -\w*[iEF]\w* \s | ["']? \w+ \[ [^]]* \Z )
@@ -9452,17 +9451,17 @@ HERE_WORD = Pattern(r"(?:'[^'\n\x1a]*'|\"[^\"\\$`\n\x1a]*\"|\\[^\n\x1a]|[^\s'\"\
 
 
 class _AllRead(Exception):
-    """What follows has no placeholder: nobody needs to know how a shell reads it."""
+    """No placeholder follows, so how a shell reads the rest does not matter."""
 
 
 class ShellReader:
-    """How a shell reads a template: `ways` has, for each placeholder, the name of the one of SHELL_WRITERS for it."""
+    """Reads a template as a shell does; `ways` maps each placeholder's number to the key of its SHELL_WRITERS entry."""
 
     def __init__(self, template, is_zsh=False):
         self.template, self.is_zsh, self.ways = template, is_zsh, {}
         self.text, self.places = template.marked()
         self.numbers = {offset: number for number, offset in enumerate(self.places)}
-        self.inside = self.started = None  # the construct that takes no placeholder, and where the command began
+        self.inside = self.started = None  # the construct around that allows no placeholder; where the command started
         self.numeric_until = 0
         try:
             if "\0" in self.text:
@@ -9472,7 +9471,7 @@ class ShellReader:
             pass
 
     def give_up(self, i, what):
-        """Refuse the first placeholder from the offset `i` on, as it is not known how a shell reads it."""
+        """Refuse the first placeholder at or after offset `i`, as how a shell reads it is unknown."""
         number = next((number for number, place in enumerate(self.places) if place >= i), None)
         if number is None:
             raise _AllRead
@@ -9493,7 +9492,7 @@ class ShellReader:
                 self.refuse(i, what)
 
     def place(self, i, way):
-        """Note how the placeholder at the offset `i` is read."""
+        """Record how the placeholder at offset `i` is read."""
         if self.inside:
             self.refuse(i, self.inside)
         begun = self.text[self.started:i]
@@ -9504,7 +9503,7 @@ class ShellReader:
         self.ways[self.numbers[i]] = way
 
     def commands(self, i, is_inner):
-        """Return the offset after commands: the end, or, where they are inner ones, after the `)` that closes them."""
+        """Return the offset after commands: the end of the text, or after the `)` that closes inner ones."""
         text, is_fresh, depth, documents = self.text, True, 0, []  # is_fresh: a word would begin here
         self.started = i
         while i < len(text):
@@ -9545,7 +9544,7 @@ class ShellReader:
         return i
 
     def plain_word(self, i, is_fresh, is_inner):
-        """Return the offset after a character, or some, without a meaning for quoting."""
+        """Return the offset after one or more characters that don't matter for quoting."""
         text = self.text
         if text.startswith("<<<", i):
             return i + 3
@@ -9561,7 +9560,7 @@ class ShellReader:
         return i + 1
 
     def check_paren(self, i):
-        """Give up at a parenthesis that a shell may read in a way of its own."""
+        """Give up at a parenthesis that zsh reads in its own way."""
         before, after = self.text[i - 1:i], self.text[i + 1:i + 2]
         is_in_word = before and before not in " \t\n;&|(=<>$" and after != ")"
         if self.text[i] == "(" and self.is_zsh and (after == "#" or is_in_word):
@@ -9634,7 +9633,7 @@ class ShellReader:
         return match.end() if match else i + 1
 
     def arithmetic(self, i):
-        """Return the offset after ((a + 1)): a number may stand there, as nothing in it can be run."""
+        """Return the offset after ((a + 1)). It allows numbers, as nothing in it can run a command."""
         match = SHELL_SUM.match(self.text, i)
         if not match or re.search(r"\s#|\bcase\b", match.group(1)):
             self.give_up(i, "(( with quotes, expansions or comments in it")
@@ -9646,7 +9645,7 @@ class ShellReader:
         return match.end()
 
     def comment(self, i, is_inner):
-        """Return the offset of the end of the line of a # comment, whose placeholders stay as they are."""
+        """Return the offset of the end of a # comment; its placeholders are left as typed."""
         end = (self.text + "\n").find("\n", i)
         if is_inner and re.search("['\"`()\\\\]", self.text[i:end]):
             self.give_up(i, "a comment with quotes or parentheses in $(...)")
@@ -9657,13 +9656,13 @@ class ShellReader:
 
 
 def is_flat(body):
-    """Return whether each expansion in a here document ends in its line, so that it hides no end from any shell."""
+    """Return whether every expansion in a here document ends on its own line, so that none can hide its end."""
     return all(not re.search(r"`|\$[({]", line) or line.count("(") == line.count(")") and line.count("{") ==
                line.count("}") and not any(line.count(quote) % 2 for quote in "`'\"") for line in body.split("\n"))
 
 
 def document_word(reader, i, documents):
-    """Return the offset after what ends a here document, which is added to `documents`."""
+    """Return the offset after the word that will end a here document; adds the document to `documents`."""
     has_tabs = reader.text.startswith("-", i)
     begin = re.compile(r"-?[ \t]*").match(reader.text, i).end()
     match = HERE_WORD.match(reader.text, begin)
@@ -9679,7 +9678,7 @@ def document_word(reader, i, documents):
 
 
 def here_documents(reader, i, documents, is_inner):
-    """Return the offset after the here documents that begin at a line's start."""
+    """Return the offset after the here documents whose bodies start at offset `i`, the start of a line."""
     for word, has_tabs, is_expanded in documents:
         begin, end = i, None
         while i < len(reader.text) and end is None:
@@ -9701,8 +9700,8 @@ def here_documents(reader, i, documents, is_inner):
 
 QUOTING = {"'": ShellReader.single, '"': ShellReader.double, "`": ShellReader.backticks, "$": ShellReader.dollar}
 
-# How the values are written, by how their places are read. A Spot is a placeholder: its key, the characters beside it,
-# and how it was typed.
+# How values are written, by how their placeholders are read. A Spot is a placeholder: its key, the characters beside
+# it, and its own text.
 Spot = collections.namedtuple("Spot", "key before after typed")
 BARE = Pattern(r"[\w%+:./@-]+\Z", re.ASCII)  # needs no quotes between BARE_BEFORE and BARE_AFTER
 BARE_BEFORE, BARE_AFTER = Pattern(r"(?:\A|(?<!\$)[\s=/:.,;|&(@\x1a-])\Z"), Pattern(r"[\s/:.,;|&)}\x1a-]?\Z")
@@ -9732,7 +9731,7 @@ def _write_bare(value, spot):
 def _write_number(value, spot):
     text = _text_of(value, spot)
     if not re.match(r"-?[0-9]+(?:\.[0-9]+)?(?:e[+-]?[0-9]+)?\Z", text):
-        raise LabtaskerValueError("%%(%s) stands where the shell calculates: it takes a number there, not %.80r" % (
+        raise LabtaskerValueError("%%(%s) stands in shell arithmetic, which takes a number, not %.80r" % (
             spot.key, text))
     return text
 
@@ -9754,7 +9753,7 @@ SHELL_WRITERS = {
 
 
 def shell_writers(template, is_zsh=False):
-    """Return the writer of each placeholder in a text for a shell; raises TemplateError where there can be none."""
+    """Return the writer of each placeholder in a shell text; raises TemplateError where no value can be put safely."""
     reader, writers = ShellReader(template, is_zsh), []
     for number, (begin, end) in enumerate(template.spans):
         text, place, way = reader.text, reader.places[number], reader.ways[number]
@@ -9764,7 +9763,7 @@ def shell_writers(template, is_zsh=False):
     return writers
 
 
-# A script may be Python as well: there a value is a literal of Python, or a part of one.
+# A script may be Python: there a value becomes a literal, or part of a string literal.
 
 PYTHON_TOKEN = Pattern(r"""(?sx) (?P<comment>\#[^\n]*) | (?P<prefix>[A-Za-z]*) (?:
       (?P<three>\'\'\'|\"\"\") (?:\\.|.)*? (?P=three)
@@ -9784,7 +9783,7 @@ def _python_part(value):
 
 
 def python_writers(template):
-    """Return the writer of each placeholder in Python's text; raises TemplateError where there can be none."""
+    """Return the writer of each placeholder in a Python text; raises TemplateError where no value can be put safely."""
     text, places = template.marked()
     writers = dict.fromkeys(places, _python_literal)
     for match in PYTHON_TOKEN.finditer(text):
@@ -9792,26 +9791,27 @@ def python_writers(template):
         inner = [place for place in places if match.start() < place < match.end()]
         bare = match.group().replace("{{", "").replace("}}", "")
         if match.group("open") or re.search("[ft]", prefix.lower()) and bare.count("{") != bare.count("}"):
-            inner = [place for place in places if place > match.start()]  # versions of Python read it in different ways
+            inner = [place for place in places if place > match.start()]  # Python versions read it differently
         for place in inner:
             number = places.index(place)
             if comment is not None:
                 writers[place] = lambda value, typed=template.text.__getitem__(slice(*template.spans[number])): typed
             elif match.group("open") or prefix not in ("", "u", "U") or OPEN_ESCAPE.search(text[match.start():place]):
-                template.refuse(number, "this place in a text of Python takes no value: set a variable before it, "
+                template.refuse(number, "no value can be put safely here in Python text: set a variable before it, "
                                         "V = %%(%s), and use V here" % template.parts[2 * number + 1])
             else:
                 writers[place] = _python_part
     for number, place in enumerate(places):
         beside = text[max(0, place - 1):place] + text[place + 1:place + 2]
         if writers[place] is _python_literal and re.search(r"\w", beside):
-            template.refuse(number, "a value can't be a part of a name of Python")
+            template.refuse(number, "a value can't be part of a Python name")
     return [writers[place] for place in places]
 
 
 def writers_for(program, template):
-    """Return the writer of each placeholder in a text that these words of a program run; raises TemplateError, and
-    UsageError for a program whose language is not known."""
+    """Return the writer of each placeholder in a text that a program, given as words, runs.
+
+    Raises TemplateError where no value can be put safely, UsageError if the program's language is unknown."""
     if not template.spans:
         return []
     words = [os.path.basename(word) for word in program if not word.startswith("-") and "=" not in word]

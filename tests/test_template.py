@@ -186,7 +186,7 @@ def test_where_a_shell_calculates_a_value_is_a_number(text):
     assert Template(text).shell({"v": 3}) == text.replace("%(v)", "3")
     assert Template(text).shell({"v": "2"}) == text.replace("%(v)", "2")
     for value in ("a[$(touch ran)]", "x", "", "1;2", "1 + 1", None, True, "3\n"):
-        with pytest.raises(labtasker.LabtaskerValueError, match="takes a number there"):
+        with pytest.raises(labtasker.LabtaskerValueError, match="shell arithmetic, which takes a number"):
             Template(text).shell({"v": value})
 
 
