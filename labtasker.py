@@ -10002,7 +10002,7 @@ PROGRAM_TIMEOUT_S = 20  # squeue of a busy controller, nvidia-smi of a GPU that 
 
 
 def ask_program(words):
-    """Return what a program of the system prints, "" where it is not there, fails, or hangs."""
+    """Return what a program prints; "" if it is not installed, fails, or hangs."""
     import signal
     import subprocess
     own = {name: value for name, value in os.environ.items() if not name.startswith("SQUEUE_")}
@@ -10019,7 +10019,7 @@ def ask_program(words):
 
 
 def signal_group(group, signum):
-    """Return whether there was a process in the group to send the signal to; 0 only looks."""
+    """Return whether the signal reached a process of the group; signal 0 only checks."""
     try:
         os.killpg(group, signum)
         return True
@@ -10030,7 +10030,7 @@ def signal_group(group, signum):
 
 
 def is_group_alive(group):
-    """Return whether a process of the group runs; zombies, which in a container may stay for long, do not."""
+    """Return whether a process of the group runs. Zombies don't count: in a container they may stay."""
     if not signal_group(group, 0):
         return False
     try:
@@ -10041,7 +10041,7 @@ def is_group_alive(group):
 
 
 def _state_in_group(pid, group):
-    """Return the letter of a process' state, "X" (dead) where it is not in the group."""
+    """Return the letter of a process' state, "X" (dead) if it is not in the group."""
     try:
         state, its_group, _ = process_stat(pid)
     except OSError:
@@ -10050,7 +10050,7 @@ def _state_in_group(pid, group):
 
 
 def is_stopped(pid):
-    """Return whether the process is stopped (Ctrl-Z, SIGSTOP): what it runs must not be kept alive for ever."""
+    """Return whether the process is stopped (Ctrl-Z, SIGSTOP); then its runs must not be kept alive."""
     try:
         return process_stat(pid)[0] in "Tt"
     except OSError:  # not Linux
@@ -10377,8 +10377,8 @@ def _listen_no_more(tees):
 
 
 def remark(text):
-    """Write a line for the person who started the loop to stderr. Where that is gone, or a function has put something
-    else there that takes no text, the loop goes on without."""
+    """Write a line to stderr. The loop goes on if stderr is gone, or if a function has replaced it by something that
+    takes no text."""
     try:
         tell("labtasker: %s" % text)
     except Exception:
@@ -10386,9 +10386,9 @@ def remark(text):
 
 
 def retry_while_away(action, pause, limit_s):
-    """Return action(), tried again while the server is away for up to `limit_s()` seconds; then raises its error.
+    """Return action(), retried while the server is away, for up to `limit_s()` seconds; then raise its error.
 
-    `limit_s` is asked anew each time, as a loop that must leave has less patience."""
+    `limit_s` is called before each retry, as it is less once the loop must leave."""
     begin, delay_s = monotonic(), 1
     while True:
         try:
@@ -10408,7 +10408,7 @@ def retry_while_away(action, pause, limit_s):
 
 
 def deliver(task_id, status, summary=None, worker_id=None, run_id=None, reason=None, attempt=None, delay_s=None):
-    """Send a report; what the plain protocol has no report for, a server without the extensions gets by PUT."""
+    """Send a report. A server without the extensions gets by PUT what the plain protocol has no report for."""
     if status not in ("pending", "running") or client().extensions:
         try:
             return send_report(task_id, status, summary, worker_id, run_id, reason, attempt, delay_s)
@@ -10424,18 +10424,18 @@ def deliver(task_id, status, summary=None, worker_id=None, run_id=None, reason=N
     update_tasks([TaskUpdateRequest(task_id=task_id, **dict(fields, **({"summary": summary} if summary else {})))])
 
 
-# Reports that can't be delivered, as the server is away, wait in the configuration's folder `outbox`: a file each,
-# named so that they sort in the order in which they were put there. Whoever uses that configuration next delivers
-# them: this loop, another, or any command. All can be delivered twice, as they name their run.
+# A report that can't be delivered because the server is away waits in the folder `outbox` of the configuration, one
+# file each, named so that they sort in the order in which they were saved. Whatever uses that configuration next
+# delivers them: this loop, another, or any command. Delivering one twice does no harm, as it names its run.
 
 
 def outbox():
-    """Return the folder in which reports wait; what they say is for nobody else to read."""
+    """Return the folder in which reports wait; only its owner can read it."""
     return os.path.join(os.path.abspath(load_config().root), "outbox")
 
 
 def outbox_reports(run=None):
-    """Return the paths of the reports that wait, oldest first; of one run, or all."""
+    """Return the paths of the reports that wait, oldest first; those of `run`, or all."""
     try:
         names = sorted(os.listdir(outbox()))
     except OSError:
@@ -10445,7 +10445,7 @@ def outbox_reports(run=None):
 
 
 def save_report(run, report):
-    """Put a report of a run into the outbox; one that only adds to the summary takes in the one before it."""
+    """Save a report of a run in the outbox. One that only adds to the summary is merged with the one before it."""
     config, old = load_config(), run.saved
     if run.is_end_saved:
         return
@@ -10465,7 +10465,7 @@ def save_report(run, report):
 
 
 def _next_place():
-    """Return the time now, or one after all reports that wait: a clock that is set back must not change their order."""
+    """Return the time now, or a later one that sorts after every waiting report, in case the clock was set back."""
     names = [os.path.basename(path) for path in outbox_reports()]
     taken = [float(name[:17]) for name in names if re.match(r"[0-8][0-9]{9}\.[0-9]{6}-", name)]
     return max([float(now())] + [at + 1e-6 for at in taken])
@@ -10476,7 +10476,7 @@ def _store_name(config):
 
 
 def _remove(path):
-    """Remove a file; it is no error where another was faster."""
+    """Remove a file; no error if it is already gone."""
     try:
         os.unlink(path)
     except FileNotFoundError:
@@ -10484,12 +10484,11 @@ def _remove(path):
 
 
 def deliver_outbox(run=None):
-    """Return how many reports of the outbox, of one run or all, were delivered; raises what says that the server is
-    away.
+    """Return how many reports of the outbox, those of `run` or all, were delivered; raises if the server is away.
 
-    One that is refused, as the task was taken by another meanwhile, say, is told of and forgotten: what the run came to
-    stays in its log folder. A file that is no report is set aside. Where one has to stay, what came later of its run
-    does too: the report that ends a run would have the server refuse its summary."""
+    A report that is refused, for instance because another worker has taken the task, is printed and dropped: the run's
+    log folder still has its result. A file that is not a report is set aside. If a report has to stay, later ones of
+    its run stay too: after the report that ends a run the server would refuse its summary."""
     config, count, staying = load_config(), 0, set()
     for path in outbox_reports(run):
         try:
@@ -10512,13 +10511,13 @@ REPORT_KINDS = {"task_id": str, "run_id": str, "worker_id": str, "status": str, 
 
 
 def read_saved_report(path):
-    """Return the report in a file of the outbox, None where another was faster; raise OddFile where it is none."""
+    """Return the report in a file of the outbox, None if it is gone; raise OddFile if it is not a report."""
     try:
         report = load_json(path, REPORT_KINDS, ("task_id", "status", "queue"))
     except OSError as error:
         if isinstance(error, PermissionError) or error.errno == errno.ELOOP or os.path.islink(path):
             raise OddFile("%s can't be read: %s" % (path, error.strerror)) from None
-        return None  # it is gone, or the disk has a bad moment
+        return None  # it is gone, or the disk has a passing error
     unknown = sorted(set(report) - set(REPORT_KINDS))
     if unknown:
         raise OddFile("%s has a field %r, which this version does not know" % (path, unknown[0][:50]))
@@ -10532,7 +10531,7 @@ def read_saved_report(path):
 
 
 def set_aside(path, why):
-    """Give a file of the outbox a name under which nothing looks at it any more, and say so."""
+    """Rename a file of the outbox so that nothing reads it again, and say so."""
     names = itertools.chain([path + ".aside"], ("%s.aside-%d" % (path, n) for n in itertools.count(2)))
     aside = next(name for name in names if not os.path.lexists(name))
     try:
@@ -10542,11 +10541,11 @@ def set_aside(path, why):
     except OSError as error:
         return remark("%s; it can't be set aside: %s" % (why, error.strerror))
     remark("%s. So it can't be delivered as a report, and was renamed to %s. If another version of Labtasker wrote it, "
-           "take the ending away again and run a command of that version here." % (why, os.path.basename(aside)))
+           "remove the ending again and run a command of that version here." % (why, os.path.basename(aside)))
 
 
 def _deliver_one(report, is_its_store):
-    """Return whether a report was delivered, or never can be. A server that knows nothing of it may be another one."""
+    """Return whether a report was delivered, or never can be. 404 from another store than its own says nothing."""
     try:
         deliver(**report)
     except LabtaskerHTTPStatusError as error:
@@ -10560,8 +10559,8 @@ def _deliver_one(report, is_its_store):
 
 
 def post(run, report, pause=time.sleep, limit_s=lambda: SERVER_LOST_S):
-    """Return whether a report of a run was delivered; where the server is away it waits in the outbox, after those of
-    this run that do already. `pause` and `limit_s` are for a disk that is full too, as in `retry_while_away`."""
+    """Return whether a report of a run was delivered. If the server is away it is saved in the outbox, after those of
+    this run that wait already; if the disk is full too, sending is retried as in `retry_while_away`."""
     if monotonic() >= run.away_until:
         try:
             deliver_outbox(run)
@@ -10577,13 +10576,13 @@ def post(run, report, pause=time.sleep, limit_s=lambda: SERVER_LOST_S):
     try:
         save_report(run, report)
         return False
-    except OSError:  # no place there either
+    except OSError:  # no space there either
         retry_while_away(lambda: deliver(run.task_id, run_id=run.run_id, **report), pause, limit_s)
         return True
 
 
 def write_json(path, value):
-    """Put a JSON value into a file, or in its place, that only its owner can read; a full disk is told of."""
+    """Write a JSON value to a file that only its owner can read, replacing it; print why it can't be written."""
     try:
         Disk.create(path, [json.dumps(value, indent=2).encode() + b"\n"], synced=False)
     except OSError as error:
@@ -10607,7 +10606,7 @@ class Run:
         self.current_path = None  # of a function's run: the file that names what its loop runs now
 
     def environment(self):
-        """Return what a job's process sees, so that labtasker works in it and in its children; None: that is unset."""
+        """Return {variable: value, None to unset it} that make labtasker work in a job's processes."""
         return {"LABTASKER_TASK_ID": self.task_id, "LABTASKER_WORKER_ID": self.worker_id or "",
                 "LABTASKER_RUN_ID": self.run_id or "", "LABTASKER_LOG_DIR": self.log_dir,
                 "LABTASKER_CURRENT": self.current_path,
@@ -10616,8 +10615,9 @@ class Run:
                 "LABTASKER_STORE": self.store_id and "%s %s" % (self.store_id, os.path.dirname(client().where))}
 
     def report(self, status, summary=None, worker_id=None):
-        """Send what the job itself says of its task, or keep it where the server is away; remember where that ends
-        the run. What can't be sent is known before anything is."""
+        """Send the job's own report of its task, or save it if the server is away; note if it ends the run.
+
+        Raises for a summary that can't be sent, before anything is sent."""
         summary = plain_summary(summary)
         post(self, {"status": status, "summary": summary, "worker_id": worker_id or self.worker_id})
         self.note_summary(summary)
@@ -10629,12 +10629,12 @@ class Run:
         return os.path.join(self.log_dir, name)
 
     def begin(self):
-        """Write down what is run; a disk that can't take it is told of."""
+        """Write task.json; print why it can't be written."""
         if self.has_log_dir():
             write_json(self.path("task.json"), self.task.to_dict())
 
     def written_task(self):
-        """Return the Task that `begin` has written down, None where it could not, or what is there is none."""
+        """Return the Task in task.json; None if there is none, or the file has something else."""
         told = read_json(self.path("task.json"))
         try:
             return Task(told) if told.get("task_id") == self.task_id and isinstance(told.get("args"), dict) else None
@@ -10642,14 +10642,14 @@ class Run:
             return None
 
     def has_folder(self):
-        """Return whether the run's folder is there, or can be made where it belongs: what is above may be away."""
+        """Return whether the run's folder exists or can be made; not if the configuration's folder is missing."""
         try:
             return os.path.isdir(load_config().root) and bool(self.make_log_dir())
         except OSError as error:
             return remark("can't write to %s: %s" % (self.log_dir, error.strerror))
 
     def note_summary(self, summary):
-        """Merge into the file of the run's summary; a disk that can't take it is told of, as it was reported."""
+        """Merge into summary.json; print why it can't be written, as the summary was reported already."""
         if not (summary and self.has_folder()):
             return
         try:
@@ -10658,7 +10658,7 @@ class Run:
             remark("can't write %s: %s" % (self.path("summary.json"), error))
 
     def note_end(self, status, **facts):
-        """Remember, in a file too, that the run ended; from a process of the job the loop hears of it by that file."""
+        """Note that the run ended, also in status.json: that is how the loop learns it from a process of the job."""
         self.ended = status
         if (os.path.isdir(self.log_dir) or self.task is None) and self.has_folder():
             write_json(self.path("status.json"), dict(facts, status=status))
@@ -10684,20 +10684,20 @@ class Run:
             remark("can't remove %s: %s" % (self.current_path, error.strerror))
 
     def note_stop(self, signum):
-        """Remember, in a file for the processes of the job, that it was told to stop."""
+        """Note that the job was told to stop, also in a file for its processes."""
         self.preempted = True
         if os.path.isdir(self.log_dir):
             write_json(self.path(STOP_FILE), {"signal": signal_name(signum)})
 
     def ended_by_job(self):
-        """Return the status that the job, in whichever of its processes, has set itself, or None."""
+        """Return the status that the job itself has set, from any of its processes; None if it has not."""
         if self.ended is None:
             told = read_json(self.path("status.json"), {"status": str}).get("status")
             self.ended = told if told in ENDS_OF_JOBS else None
         return self.ended
 
     def has_log_dir(self):
-        """Return whether the run's folder is there, made where it is missing; why it can't be is told."""
+        """Return whether the run's folder exists, after trying to make it; print why it can't be made."""
         try:
             return bool(self.make_log_dir())
         except OSError as error:
@@ -10715,7 +10715,7 @@ RUNS = {}  # thread or, for a job's process, its task and run -> Run
 CURRENT_PATHS = {}  # (process, thread) that calls functions -> its file current.json, in the folder of its first run
 CURRENT_KINDS = {"task_id": str, "run_id": str, "worker_id": str, "log_dir": str}
 SERVER_LOST_S = 3600  # how long a server may be away
-AWAY_S = 10  # after a report that could not be delivered: how long those that follow are kept without asking
+AWAY_S = 10  # after a report that could not be delivered: how long later ones are saved without trying
 LONGEST_PAUSE_S = 5  # between two looks whether the server is back
 
 
@@ -10726,14 +10726,14 @@ def store_id():
 
 
 def rely_on(store_id):
-    """Have the store of this id be taken for away where, without a server, it is not there; None: no more."""
+    """Have a missing store (without a server) of this id count as away, not as new; None ends that."""
     transport = client().transport
     if isinstance(transport, StoreTransport):
         transport.store.file.expected = store_id
 
 
 def show_life(run_ids):
-    """Show, where the store has no server, that these runs and this host's use of it go on."""
+    """Show other hosts, if the store has no server, that these runs and this host's use of the store go on."""
     try:
         transport = client().transport
     except LabtaskerError:  # its configuration is away
@@ -10803,15 +10803,15 @@ def current_worker_id():
 
 
 def task_info():
-    """Return the Task that runs here, as it was when it was started, or raise LabtaskerRuntimeError.
+    """Return the Task that runs here, as it was when its run started, or raise LabtaskerRuntimeError.
 
-    The run's folder has it, so that a job can begin while the server is away; only without that file is it asked."""
+    It is read from the run's folder, so that a job can start while the server is away; else the server is asked."""
     run = current_run()
     return run.task or run.written_task() or get_task(run.task_id)
 
 
 def get_labtasker_log_dir():
-    """Return the folder (a Path, made where it is missing) for what the run under way wants to keep."""
+    """Return the folder of the run, a Path, for files that it wants to keep; made if it is missing."""
     import pathlib
     return pathlib.Path(current_run().make_log_dir())
 
@@ -10819,7 +10819,7 @@ def get_labtasker_log_dir():
 def report_task_status(task_id, status, summary=None, worker_id=None):
     """Set a task's status (success, failed, cancelled; "running" only merges) and merge `summary` into its summary.
 
-    For the task that runs here it also says which run reports; the loop leaves a status that ends it alone."""
+    For the task that runs here the report also names the run; the loop then leaves a final status as it is."""
     run = find_run()
     if run is None or run.task_id != task_id:
         deliver(task_id, status, plain_summary(summary), worker_id)
@@ -10845,16 +10845,17 @@ def finish(status, summary=None, skip_if_no_labtasker=True):
 
 
 def time_left():
-    """Return the seconds until the loop's time is up (its Slurm or PBS job's, or --time-limit), or None where no end is
-    known. A job that still runs is told to stop before: its grace, and some seconds to hand its task back."""
+    """Return the seconds until the loop's time is up (its Slurm or PBS job's, or --time-limit); None if unlimited.
+
+    A job that still runs is told to stop earlier, by its grace and some seconds to hand its task back."""
     run = find_run()
     left_s = run.limit.end_at - monotonic() if run and run.limit else told_left_s()
     return None if left_s is None or left_s == math.inf else max(0.0, float(left_s))
 
 
 def told_left_s():
-    """Return the seconds until the end that the loop around this process has told it, or None. On the loop's own host
-    they are told by the clock that never jumps."""
+    """Return the seconds until the end that the loop around this process has set, or None. On the loop's own host the
+    monotonic clock tells them."""
     host, _, end_at = os.environ.get("LABTASKER_END_CLOCK", "").rpartition(" ")
     end_time = os.environ.get("LABTASKER_END_TIME", "")
     if host == host_id() and re.match(r"\d{1,12}(\.\d+)?\Z", end_at):
@@ -10863,10 +10864,10 @@ def told_left_s():
 
 
 def preempted():
-    """Return whether the job was told to stop, so that it should save what it needs to go on later, and end.
+    """Return whether the job was told to stop: it should save what it needs to continue later, and end.
 
-    Who asks goes on until its grace is over: from the first call, which should be early, on, the signals that stop a
-    loop (but for Ctrl-C) no more end this process by themselves, nor raise into a function."""
+    Call it early: after the first call, stop signals (but Ctrl-C) no longer end this process nor raise into the
+    function until half the grace is over."""
     run = find_run()
     if run and run.task and run.pid == os.getpid():
         run.asks_preempted = True
@@ -10880,7 +10881,7 @@ STOPS = []  # signals that told this process to stop, since it asks
 
 
 def _hear_of_stops():
-    """Have the signals that would end this process noted instead; what it handles itself it goes on handling."""
+    """Have signals that would end this process noted instead; the process' own handlers stay."""
     import signal
     own_pid = os.getpid()
 
@@ -10894,7 +10895,7 @@ def _hear_of_stops():
 
 
 def die_of(signum):
-    """Do in a process that a job forked, a data loader say, what would be done without labtasker."""
+    """Do what the signal does without labtasker, in a process that a job forked, such as a data loader."""
     import signal
     if signum == signal.SIGINT:
         raise KeyboardInterrupt()
@@ -10903,19 +10904,18 @@ def die_of(signum):
 
 
 class Wake:
-    """What wakes a loop: a signal, a slot that ended or needs something. A context that handles signals meanwhile.
+    """Wakes a loop at a signal, or when a slot needs it; a context in which it handles the signals.
 
-    The first signal asks the loop to leave, the second kills the job at once, the third leaves without a word (the
-    second where there is no run to report).
-    Outside of the main thread there are no signals."""
+    The first signal asks the loop to leave, the second kills the job at once, the third ends the process without a
+    report (the second does if there is no run to report). Outside the main thread there are no signals."""
 
     def __init__(self, signals):
         self.signals = signals
-        self.stop = None  # the first signal, or the one that jobs get as the time is up
+        self.stop = None  # the first signal, or the one that jobs get when the time is up
         self.times = 0  # how many came
         self.interrupt = None  # called with the signal while a function runs, to raise something in it
         self.runs = set()  # those under way, which must be reported
-        self.nudged = False  # the next SIGINT is not a person's: a run was lost
+        self.nudged = False  # the next SIGINT comes from `nudge`, not from a person
 
     def __enter__(self):
         self.pid, self.handlers, self.ignored = os.getpid(), {}, set()
@@ -10938,7 +10938,7 @@ class Wake:
         os.set_blocking(self.write_end, False)
 
     def mend(self):
-        """Open another pipe where a function has closed this one."""
+        """Open another pipe if a function has closed this one."""
         if not self.held.is_intact():
             self._open_pipe()
             if self.in_main:
@@ -10952,14 +10952,14 @@ class Wake:
         self._listen_to(signum)
 
     def retake_signals(self):
-        """Take the signals back that a function which is over has left to handlers of its own."""
+        """Install the loop's handlers again, in case a function has replaced them."""
         for signum in self.handlers:
             self._listen_to(signum)
         if self.in_main and self.handlers:
             self._be_woken()
 
     def _be_woken(self):
-        """Return the descriptor that a signal's number was written to so far; now it wakes `pause`."""
+        """Have signals wake `pause`; return the wakeup descriptor that was set before."""
         import signal
         quiet = {"warn_on_full_buffer": False} if sys.version_info >= (3, 7) else {}
         return signal.set_wakeup_fd(self.write_end, **quiet)
@@ -10970,12 +10970,12 @@ class Wake:
 
     @staticmethod
     def _is_taken(signum):
-        """Return whether the user's script does something of its own at a signal that is there for that."""
+        """Return whether the user's script has its own handler for a signal that is meant for users."""
         import signal
         return signal_name(signum) in ("SIGUSR1", "SIGUSR2", "SIGXCPU") and callable(signal.getsignal(signum))
 
     def restore(self):
-        """Give the signals back to who had them before."""
+        """Restore the signal handlers from before."""
         import signal
         for signum, handler in self.handlers.items():
             signal.signal(signum, signal.SIG_DFL if handler is None else handler)
@@ -10994,10 +10994,10 @@ class Wake:
         self.write_end = -1  # for a slot that was left behind
 
     def on_child(self, signum, frame):
-        """Do nothing: the byte that the interpreter writes when a job ends is all that is needed."""
+        """Do nothing: the byte that the interpreter writes to the pipe is enough."""
 
     def on_signal(self, signum, frame):
-        """Take a signal of a person, of the system, or of `nudge`; may raise into the function that runs."""
+        """Handle a signal from a person, the system or `nudge`; may raise into the function that runs."""
         if os.getpid() != self.pid:
             return die_of(signum)
         if self.nudged:
@@ -11013,7 +11013,7 @@ class Wake:
             self.interrupt(signum)
 
     def nudge(self):
-        """Wake the loop from another thread, out of `pause` or out of the function that runs."""
+        """Wake the loop from another thread, out of `pause` or out of the running function."""
         import signal
         self.ring()
         if self.in_main and self.interrupt and signal.getsignal(signal.SIGINT) == self.on_signal:
@@ -11024,7 +11024,7 @@ class Wake:
         """End `pause`, from any thread or a signal handler."""
         try:
             os.write(self.write_end, b"\0")
-        except OSError:  # it is full, and will wake anyway
+        except OSError:  # the pipe is full, so it wakes anyway
             pass
 
     def pause(self, seconds):
@@ -11037,24 +11037,23 @@ WAKES = []  # those that handle, or handled, signals in this process
 
 
 def _leave_loops():
-    """Have a process that a function forked, a data loader say, die of signals as it would without a loop."""
+    """Restore the signals in a process that a function forked, such as a data loader."""
     for wake in reversed(WAKES):
         wake.restore()
 
 
 class HeartbeatProcess:
-    """The process that beats for a loop's runs: started with the first run, again if it dies, ended by `close`.
-
-    `on_lost(key, status)` is called from a thread when a run is over by another's hand."""
+    """The process that sends the heartbeats of a loop's runs: started with the first run, again if it dies, ended by
+    `close`. A thread calls `on_lost(key, status)` when someone else has ended a run."""
 
     def __init__(self, on_lost):
         self.on_lost, self.runs, self.process, self.reader = on_lost, {}, None, None
-        self.environ = None  # that of the loop's beginning, once it has begun
+        self.environ = None  # the environment at the start of the loop
         self.guard = Guard()
         self.lock = threading.Lock()  # guards runs, process and what is written to it
 
     def add(self, run, interval_s, group=None):
-        """Beat for `run` from now on; `group`: the job's process group, to be ended if this process dies."""
+        """Send heartbeats for `run` from now on; `group`: the job's process group, ended if this process dies."""
         message = {"key": run.key, "task_id": run.task_id, "run_id": run.run_id, "worker_id": run.worker_id,
                    "store_id": run.store_id, "interval_s": interval_s, "group": group}
         with self.lock:
@@ -11063,7 +11062,7 @@ class HeartbeatProcess:
             self._send(message)
 
     def drop(self, run):
-        """Beat for `run` no more."""
+        """Send no more heartbeats for `run`."""
         with self.lock:
             dropped = self.runs.pop(run.key, None)
             if dropped:
@@ -11078,7 +11077,7 @@ class HeartbeatProcess:
             self._start()
 
     def _start(self):
-        """Start the process and tell it of every run."""
+        """Start the process and send it every run."""
         self._let_go()
         if self.process:
             self._end()
@@ -11094,7 +11093,7 @@ class HeartbeatProcess:
         start_thread(self.reader)
 
     def mend(self):
-        """Start another process where a function has closed the pipes to this one, which ends by that."""
+        """Start another process if a function has closed the pipes to this one, which ends it."""
         with self.lock:
             self._let_go()
             if self.runs and not self.process:
@@ -11206,16 +11205,16 @@ for group in $groups; do kill -s KILL -- "-$group"; done
 
 
 class RunBeater:
-    """Beats for one run, in a thread of the heartbeat process, until it is dropped or lost."""
+    """Sends the heartbeats of one run, in a thread of the heartbeat process, until it is dropped or lost."""
 
-    FIRST_S = 1  # a task shorter than this costs no heartbeat at all
+    FIRST_S = 1  # a shorter run needs no heartbeat at all
 
     def __init__(self, message, parent):
         self.message, self.parent, self.dropped = message, parent, threading.Event()
         threading.Thread(target=self.live, daemon=True).start()
 
     def live(self):
-        """Beat; write one line to stdout when the run is over."""
+        """Send heartbeats; write one line to stdout when the run is over."""
         next_at, status = monotonic() + self.FIRST_S, "running"
         while status == "running" and not self.is_dropped(next_at):
             begin, self.is_plain = monotonic(), False
@@ -11226,21 +11225,21 @@ class RunBeater:
             sys.stdout.flush()
 
     def is_dropped(self, until):
-        """Return, at once or at `until`, whether the run is to be kept alive no more.
+        """Return whether the run was dropped, as soon as it is or at `until`.
 
-        An Event's own time-out goes by the wall's clock in Python before 3.11: set back, it would keep this waiting."""
+        Event.wait() follows the wall clock in some Pythons: set back, that would keep it waiting."""
         while not self.dropped.is_set() and monotonic() < until:
             time.sleep(max(0.0, min(self.FIRST_S, until - monotonic())))
         return self.dropped.is_set()
 
     def next_at(self, begin, end):
-        """Return when to beat again. A server with the extensions waits with its answer for as long as the interval."""
+        """Return when to send the next heartbeat. A server with the extensions answers only after the interval."""
         if self.is_plain:
             return begin + self.message["interval_s"]
         return end if end - begin > 0.5 else end + self.FIRST_S
 
     def beat(self):
-        """Return the run's status: "running" also when the server is away, so that it is tried for ever."""
+        """Return the run's status; "running" if the server is away, so that it is retried for ever."""
         one = self.message
         try:
             rely_on(one["store_id"])
@@ -11256,7 +11255,7 @@ class RunBeater:
         return "running"
 
     def look(self):
-        """Return what became of a task whose heartbeat is not wanted any more."""
+        """Return what became of a task whose heartbeat was refused."""
         try:
             status = get_task(self.message["task_id"]).status
             return "taken" if status == "running" else status
@@ -11267,9 +11266,9 @@ class RunBeater:
 
 
 def heartbeat_main():
-    """Beat for the runs told of on stdin, a JSON line each, until it ends or the parent is gone; then end their jobs.
+    """Send heartbeats for the runs given on stdin, a JSON line each, until it ends or the parent dies; then end the jobs.
 
-    Answers a JSON line on stdout for a run that is over. Signals are for the loop: it decides when this ends."""
+    Writes a JSON line to stdout for a run that is over. Ignores signals: the loop decides when this process ends."""
     import signal
     for signum in loop_signals():
         signal.signal(signum, signal.SIG_IGN)
@@ -11289,7 +11288,7 @@ def heartbeat_main():
 
 
 def _watch_parent(parent, beaters):
-    """Leave when the loop is gone though its end of stdin is still held, by a process that its function forked."""
+    """Leave when the loop has died, even if a process that its function forked still holds our stdin open."""
     while os.getppid() == parent:
         time.sleep(1)
     _end_orphans(beaters)
@@ -11297,7 +11296,7 @@ def _watch_parent(parent, beaters):
 
 
 def _show_life(parent, beaters):
-    """Move the beat files of the runs and, for other hosts, the owner's counter, whatever holds up the heartbeats."""
+    """Touch the beat files of the runs and the owner's counter, even while heartbeats are held up."""
     while True:
         if beaters and not is_stopped(parent):
             show_life([heart.message["run_id"] for heart in list(beaters.values())])
@@ -11305,21 +11304,21 @@ def _show_life(parent, beaters):
 
 
 def _end_orphans(beaters):
-    """End the jobs of a loop that was killed: its tasks will be given to others."""
+    """End the jobs of a loop that was killed, as other workers will get its tasks."""
     groups = [heart.message["group"] for heart in list(beaters.values()) if heart.message["group"]]
     end_groups(groups, monotonic() + LOST_GRACE_S, time.sleep)
 
 
 def loop_signals():
-    """Return the signals that ask a loop to leave: a person's, a shell's, and what schedulers announce an end with."""
+    """Return the signals that ask a loop to leave: those of a person, a shell, and a scheduler before its kill."""
     import signal
     names = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU")
     return [getattr(signal, name) for name in names if hasattr(signal, name)]
 
 
 class Limit:
-    """How long a loop has: until `start_until` tasks are started, at `stop_at` jobs told to stop, at `kill_at` killed,
-    and by `end_at` their tasks are handed back; on the clock of `monotonic`, `end_time` on the wall's."""
+    """A loop's deadlines: last start, stop signal, kill, hand back. All are on the clock of `monotonic`, but `end_time`
+    is `end_at` on the wall clock."""
 
     def __init__(self, left_s, grace_s, drain_before_s, eta_max_s):
         self.end_at, self.end_time = monotonic() + left_s, now() + left_s
@@ -11328,15 +11327,15 @@ class Limit:
         self.start_until = min(self.stop_at - eta_max_s, self.end_at - drain_before_s)
 
     def environment(self):
-        """Return what tells a job when the time is up, on the wall's clock and, for this host, on the one that never
-        jumps; {variable: text, or None to unset it}."""
+        """Return {variable: text, None to unset it} that tell a job when the time is up: on the wall clock and,
+        for this host, on the monotonic clock."""
         is_known = self.end_at < math.inf
         return {"LABTASKER_END_TIME": "%.3f" % self.end_time if is_known else None,
                 "LABTASKER_END_CLOCK": "%s %.3f" % (host_id(), self.end_at) if is_known else None}
 
     def longest_s(self, request, at):
-        """Return the longest task_timeout of tasks that are started, infinity for any. It changes only now and then, as
-        a store prepares for each filter that it is asked."""
+        """Return the longest task_timeout of tasks to start, infinity for any. It is rounded down to coarse steps, so
+        that the filter made from it seldom changes: a store prepares for each filter that it gets."""
         left_s = max(1, self.start_until - at)
         if request.get("eta_max") is not None or left_s == math.inf:
             return math.inf
@@ -11351,7 +11350,7 @@ class Limit:
 
 
 def seconds_left(given_s=None):
-    """Return how long this process has: the least of what was given, and what Slurm, PBS or a loop around this says."""
+    """Return the seconds that this process has: the least of `given_s` and what Slurm, PBS or a loop around it says."""
     told = [(read(os.environ[name]), name) for name, read in TIME_SOURCES.items() if os.environ.get(name)]
     told = [pair for pair in told + [(given_s, "--time-limit")] if pair[0] is not None]
     left_s, name = min(told, default=(math.inf, None))
@@ -11366,7 +11365,7 @@ def in_words(seconds):
 
 
 def _until(text):
-    """Return the seconds until an instant; None where it is over, as it was another job's, or is no number."""
+    """Return the seconds until an instant; None if it is past (another job's) or not a number."""
     return _in_future(float(text) - now() if re.match(r"\d{1,12}(\.\d+)?\Z", text) else None)
 
 
@@ -11375,7 +11374,7 @@ def _in_future(left_s):
 
 
 def _left_in_slurm(job_id):
-    """Return what squeue says of this job, unless Slurm has said it in a variable."""
+    """Return the seconds left by squeue; None if a variable of Slurm has the end, or the job has none."""
     names = "SLURM_JOB_END_TIME", "SLURM_ARRAY_JOB_ID", "SLURM_ARRAY_TASK_ID"
     end, array, number = (os.environ.get(name) for name in names)
     if end:
@@ -11391,7 +11390,7 @@ def _left_in_slurm(job_id):
 
 
 def _left_in_pbs(walltime_s):
-    """Return what is left of a job's time, which began when the list of its nodes was written, if that is there."""
+    """Return the seconds left of a PBS job, which started when its node file was written."""
     if not walltime_s.isdigit():
         return None
     try:
@@ -11401,7 +11400,7 @@ def _left_in_pbs(walltime_s):
     return float(walltime_s) - (spent_s if 0 < spent_s < float(walltime_s) else 0.0)
 
 
-# variable: what reads how long there is time from it
+# variable -> function that returns the seconds left, from its text
 TIME_SOURCES = {"SLURM_JOB_END_TIME": _until, "SLURM_JOB_ID": _left_in_slurm, "PBS_WALLTIME": _left_in_pbs,
                 "LABTASKER_END_TIME": lambda _: _in_future(told_left_s())}
 
@@ -11460,8 +11459,7 @@ class Loop:
         self.resting = {}  # {task id: (pause, its end)} of what jobs here handed back to a server that knows no pauses
 
     def run(self):
-        """Return the exit code: 0 once there are no more tasks or there is no more time, 1 on a failure, 128 + its
-        number on a signal."""
+        """Return the exit code: 0 if no task or no time is left, 1 on a failure, 128 + its number on a signal."""
         with self.wake, PinnedConfig() as self.pinned:
             self.beats.environ = self.pinned.environ
             try:
@@ -11486,7 +11484,7 @@ class Loop:
         self.move("failed")
 
     def tell_end(self):
-        """Return the exit code, having said why it ends."""
+        """Print why the loop ends; return the exit code."""
         if self.fatal:
             remark(self.fatal)
         remark(": ".join(filter(None, (self._why(), self._tally()))))
@@ -11495,7 +11493,7 @@ class Loop:
         return 128 + self.wake.stop if self.wake.stop else 1 if self.state == "failed" else 0
 
     def leave(self):
-        """Try to deliver what waits, as long as there is time, and say where it is kept."""
+        """Try to deliver what waits, as long as there is time; print where the rest is saved."""
         self.unanswered.update(fetch.id for fetch in [slot.fetch for slot in self.slots] if fetch)
         if self.is_unheard and self.unanswered:  # not for as long as a request that has no answer takes
             thread = threading.Thread(target=self.settle, args=(time.sleep,), daemon=True)
@@ -11509,7 +11507,7 @@ class Loop:
         self.beats.close()
 
     def mend(self, held):
-        """Open anew what a function has closed of ours, in the thread that runs the loop."""
+        """Reopen files of the loop that a function has closed, in the thread that runs the loop."""
         try:
             hold_standard_streams()
             self.wake.mend()
@@ -11520,13 +11518,12 @@ class Loop:
             remark("the function closed files of the loop, and they can't be opened again: %s" % error)
 
     def expect_store(self):
-        """Have a store without a server, while runs of it go on or wait to be reported, taken for away where it is not
-        there: a missing folder must not end them."""
+        """Have a missing store without a server count as away while it has runs of ours: that must not end them."""
         runs = list(self.wake.runs) + list(self.waiting.values())
         rely_on(runs[0].store_id if runs else None)
 
     def deliver_outbox(self):
-        """Deliver what waits in the outbox; runs of this loop that waited need no heartbeats then."""
+        """Deliver what waits in the outbox, and stop the heartbeats of this loop's runs that are delivered."""
         if outbox_reports():
             deliver_outbox()
         with self.lock:
@@ -11534,8 +11531,8 @@ class Loop:
                 self.beats.drop(self.waiting.pop(run.key))
 
     def settle(self, pause):
-        """Deliver what waits in the outbox, and hand back what fetches were given whose answer was lost; tries for some
-        seconds where the loop was stopped, else once."""
+        """Deliver what waits in the outbox, and hand back tasks of fetches whose answer was lost. Retries for some
+        seconds if the loop was stopped, else tries once."""
         def action():
             self.deliver_outbox()
             for fetch_id in list(self.unanswered):
@@ -11561,7 +11558,7 @@ class Loop:
         return ("done" if self.counts else "no matching tasks") + but
 
     def _longer(self):
-        """Return how many pending tasks, up to a hundred, fit but for their task_timeout and the time that is left."""
+        """Return how many pending tasks, up to 100, match but for a task_timeout longer than the time left."""
         given, longest_s = self.request.get("extra_filter"), self.limit.longest_s(self.request, monotonic())
         longer = {"task_timeout": {"$gt": longest_s}}
         if longest_s == math.inf:
@@ -11576,7 +11573,7 @@ class Loop:
         return ", ".join("%d %s" % (count, ENDS.get(status, status)) for status, count in self.counts.items())
 
     def _register(self):
-        """Make a worker where none was named, and settle what every fetch asks for."""
+        """Create a worker if none was named, and complete the request of every fetch."""
         interval_s = load_config().heartbeat_interval_s
         if self.request.get("heartbeat_timeout") is None:
             self.request.update(heartbeat_timeout=3 * interval_s, heartbeat_default=True)
@@ -11590,7 +11587,7 @@ class Loop:
         self.idle_since = monotonic()
 
     def _supervise(self):
-        """Return when each slot has left, or what is left of them waits for a server that does not answer."""
+        """Return when every slot has left, or when those that remain wait in vain for a server's answer."""
         give_up_at = math.inf
         for slot in self.slots:
             self._start_slot(slot)
@@ -11606,7 +11603,7 @@ class Loop:
             self.is_unheard = monotonic() > give_up_at
 
     def _start_slot(self, slot):
-        """Start a slot's thread; where none is to be had, the loop goes on with those that it has."""
+        """Start a slot's thread; if the system has none left, the loop goes on with the slots that it has."""
         try:
             start_thread(slot.thread)
         except LabtaskerRuntimeError as error:
@@ -11616,7 +11613,7 @@ class Loop:
             slot.remark(error)
 
     def _hurry(self):
-        """Let the slots look at what is new, and wait for the server no longer where that is in vain."""
+        """Wake the slots, and end waits for the server that are in vain."""
         is_in_vain, is_remote = self.is_in_vain(), isinstance(client().transport, HttpTransport)
         for slot in self.slots:
             slot.bell.set()
@@ -11630,27 +11627,27 @@ class Loop:
         return self.is_over() or self.idle_left_s() <= 0
 
     def is_over(self):
-        """Return whether nothing more is to be fetched; what runs is told to stop where the time is up."""
+        """Return whether no more tasks are fetched; jobs are told to stop if the time is up."""
         self.check_time()
         return bool(self.wake.stop or self.state not in ("starting", "working") or self.taken == self.max_tasks
                     or monotonic() >= self.limit.start_until)
 
     def check_time(self):
-        """Have what runs told to stop, as by a signal, where the time is up."""
+        """Tell the jobs to stop, as by a signal, if the time is up."""
         import signal
         if not self.wake.stop and monotonic() >= self.limit.stop_at:
             self.move("time_up")
             self.wake.stop = signal.SIGTERM
 
     def idle_left_s(self):
-        """Return how long to wait for tasks: without end while some run, which may come back or bring others."""
+        """Return how long to wait for tasks; infinity while tasks run, as they may be requeued or submit others."""
         if self.wake.runs or self.waits_for_pauses and self.retry_at > -math.inf:
             return math.inf
         return self.idle_since + self.idle_timeout_s - monotonic()
 
     def pause_of(self, run, outcome):
-        """Return the seconds for which the task of a run that was handed back is given to nobody; None where that was
-        not the job's doing but the loop's, which leaves."""
+        """Return the pause in seconds before a requeued task is fetched again; None if not its job but the loop, which
+        is leaving, has handed it back."""
         if outcome.status != "pending" or self.wake.stop or self.state == "failed" or not run.is_wanted:
             return None
         pause_s, until = self.resting.get(run.task_id, (0, 0))
@@ -11663,28 +11660,27 @@ class Loop:
         return pause_s
 
     def without_resting(self, given):
-        """Return a filter that leaves out what rests here."""
+        """Return a filter that leaves out the tasks whose pause this loop keeps."""
         ids = [task_id for task_id, (_, until) in self.resting.items() if monotonic() < until]
         others = {"_id": {"$nin": ids}}
         return given if not ids else {"$and": [given, others]} if given else others
 
     def note_pause(self, answer):
-        """Remember when a task that is there may be fetched, from the answer to a fetch."""
+        """Note from a fetch's answer when a task that exists may be fetched."""
         ends = [until for _, until in self.resting.values() if monotonic() < until]
         if answer.retry_in_s is not None:
             ends.append(monotonic() + answer.retry_in_s)
         self.retry_at = min(ends, default=-math.inf) if not answer.found else -math.inf
 
     def on_lost(self, key, status):
-        """Note, in the thread of the heartbeats, that a run is over by another's hand; wakes the loop."""
+        """Note that someone else has ended a run, and wake the loop; the heartbeats' thread calls it."""
         for run in list(self.wake.runs):
             if run.key == key and status != "success" and not run.ended_by_job():
                 run.lost = status
                 self.wake.nudge()
 
     def handed_back(self, facts=None):
-        """Return the Outcome of a run that a signal to the loop, or the end of its time, has ended, or that came when
-        the loop was about to leave."""
+        """Return the Outcome of a run that the loop has to hand back, as it is leaving."""
         why = "the loop was leaving" if not self.wake.stop else "the time of the loop was up" if (
             self.state == "timed_out") else (
             "the loop was stopped by %s" % signal_name(self.wake.stop))
@@ -11692,20 +11688,19 @@ class Loop:
 
 
 SlotSpec = collections.namedtuple("SlotSpec", "environment facts label")
-# what sets a slot apart: {variable: value, or None to unset it} for its jobs, what the attempts of its tasks keep, and
-# what each line of its output begins with
+# what differs between slots: {variable: value, None to unset it} for its jobs, the facts that its tasks' attempts
+# keep, and the label before each line of output
 SlotSpec.__new__.__defaults__ = ({}, {}, "")
 
 
 class Fetch:
-    """A request for a task that was sent, and has an answer to come."""
+    """A request for a task that was sent and is not answered yet."""
 
     def __init__(self, fetch_id):
         self.id, self.began, self.is_ended, self.is_over = fetch_id, monotonic(), False, threading.Event()
 
     def end(self):
-        """Tell the server that nobody waits for this, until the answer is there; a server that was started anew has
-        forgotten what it was told."""
+        """Tell the server that nobody waits for this, until the answer comes: a restarted server has forgotten it."""
         while not self.is_over.is_set():
             try:
                 end_fetch(self.id)
@@ -11754,7 +11749,7 @@ class Slot:
         return {name: value for name, value in given.items() if value is not None}
 
     def live(self):
-        """Run one task after another until the loop is over; what goes wrong here ends it, once others are done."""
+        """Run one task after another until the loop is over. An error here ends it, once the other slots are done."""
         loop = self.loop
         try:
             while not loop.is_over():
@@ -11771,7 +11766,7 @@ class Slot:
             self.wake.ring()
 
     def _guarded_pass(self):
-        """Do one_pass(); what goes wrong in it goes to the handler that the user has set, if any."""
+        """Do one_pass(); the user's handler, if set, gets its exceptions."""
         try:
             self.one_pass()
             self.errors = 0
@@ -11784,8 +11779,8 @@ class Slot:
             self.pause(min(self.errors, 30))
 
     def run_in_main_thread(self, action, guard=lambda: True):
-        """Return action(), or raise what that raises, done by the thread that runs the loop; None once `guard()` is
-        false before it is done."""
+        """Return action(), called by the thread that runs the loop, or raise what it raises; None as soon as `guard()`
+        is false."""
         results = []
 
         def call():
@@ -11827,8 +11822,7 @@ class Slot:
             self.wake.ring()
 
     def _execute(self, run):
-        """Return the Outcome of a run; where the loop itself can't run it, the task is handed back before that is
-        raised."""
+        """Return the Outcome of a run. If the loop itself fails, the task is handed back before that is raised."""
         try:
             return self.loop.execute(self, run)
         except Exception as error:
@@ -11837,7 +11831,7 @@ class Slot:
             raise
 
     def _fetch(self):
-        """Return the Run of the next task, or None, maybe after some time; the slot has its turn."""
+        """Return the Run of the next task, or None, maybe after waiting. The slot holds `turn`."""
         loop, began = self.loop, monotonic()
         left_s, seen = loop.idle_left_s(), _file_stamp()
         wait_s = max(0, min(left_s, IDLE_WAIT_S, loop.limit.start_until - began))
@@ -11856,16 +11850,16 @@ class Slot:
         until = min(began + min(wait_s, LOOK_S), loop.retry_at if loop.retry_at > -math.inf else math.inf)
         while seen and seen == _file_stamp() and monotonic() < until and not loop.is_in_vain():
             self.pause(min(WATCH_S, wait_s))
-        if not seen and monotonic() - began < 0.5 and not is_ended:  # nobody waited for us
+        if not seen and monotonic() - began < 0.5 and not is_ended:  # the server did not wait
             self.pause(min(wait_s, 1))
         return None
 
     def _ask(self, wait_s):
-        """Return (the next Task or None, whether the fetch was ended as nobody waited for it any more); waits for a
-        server that is away, unless it was never there. What waits for the server goes first.
+        """Return (the next Task or None, whether `end_waiting` has ended the fetch). Delivers the outbox first, and
+        retries while the server is away, unless it has never answered.
 
-        A fetch that was sent may have been given a task: so it is asked again with the same id until its answer is
-        there, and what it may have been given is remembered where there is none."""
+        A fetch that was sent may have been given a task. So it is repeated with the same id until it is answered, and
+        the id is kept in `unanswered` if it never is."""
         loop, fetch = self.loop, Fetch(new_id())
         request = dict(loop.request, fetch_id=fetch.id, wait_s=wait_s or None, extra_filter=loop.without_resting(
             loop.limit.filtered(loop.request, monotonic())), attempt=dict(loop.request["attempt"], **self.spec.facts))
@@ -11900,8 +11894,8 @@ class Slot:
         return answer.task if answer.found else None, fetch.is_ended
 
     def end_waiting(self):
-        """Have the server answer the fetch that is under way, from any thread: what it was given meanwhile comes with
-        the answer. One that may just be on its way gets some time, unless the loop must leave."""
+        """Have the server answer the fetch under way; call it from any thread. A task that it has been given comes with
+        the answer. A fetch that was just sent gets some time, unless the loop must leave."""
         fetch = self.fetch
         is_young = fetch and not self.loop.is_over() and monotonic() - fetch.began < ANSWER_S
         if fetch and not fetch.is_ended and not is_young:
@@ -11909,12 +11903,12 @@ class Slot:
             threading.Thread(target=fetch.end, daemon=True).start()
 
     def start_beats(self, run, group=None):
-        """Have `run` kept alive from now on."""
+        """Send heartbeats for `run` from now on."""
         interval_s = load_config().heartbeat_interval_s
         self.loop.beats.add(run, min(interval_s, (run.task.heartbeat_timeout or math.inf) / 3, 60), group)
 
     def _end_beats(self, run):
-        """Have a run kept alive no more, unless its report waits in the outbox."""
+        """End the heartbeats of a run, unless its report waits in the outbox."""
         with self.loop.lock:
             if outbox_reports(run):
                 self.loop.waiting[run.key] = run
@@ -11923,7 +11917,7 @@ class Slot:
                 self.loop.beats.drop(run)
 
     def close(self, run, outcome):
-        """Report what the run came to, unless the job itself or another has ended it."""
+        """Report the outcome of the run, unless the job itself or someone else has ended it."""
         loop, status = self.loop, outcome.status
         self.move("report")
         if outcome.fatal:
@@ -11946,7 +11940,7 @@ class Slot:
             loop.counts[status or run.lost or "lost"] += 1
 
     def post(self, run, report):
-        """Return whether a report was delivered; else it is kept."""
+        """Return whether a report was delivered; else it is saved."""
         self.posting = run, report
         if self.wake.stop:
             self.save_report()
@@ -11957,24 +11951,23 @@ class Slot:
                 self.posting = None
 
     def save_report(self):
-        """Keep what is on its way, from any thread: a server that was stopped may answer later than the loop is killed.
-        """
+        """Save the report that is on its way; call it from any thread. A hung server may answer when the loop is dead."""
         with self.loop.lock:
             (run, report), self.posting = self.posting or (None, None), None
             try:
                 if run:
                     save_report(run, report)
                     self.loop.waiting[run.key] = run
-            except OSError:  # no place there: it may still arrive
+            except OSError:  # no space there: it may still arrive
                 pass
 
 
 ENDS = {"pending": "requeued", "taken": "taken over by another worker"}  # how the loop calls what a run came to
-UNTAKEN = (400, 413, 422)  # of a report whose summary a server can't take: then the end is reported without it
+UNTAKEN = (400, 413, 422)  # a server may refuse the summary: then the end is reported without it
 
 
 def send_outcome(slot, run, outcome, facts):
-    """Return the status once it is delivered or kept, or None where somebody else has ended the run."""
+    """Return the status once it is delivered or saved; None if someone else has ended the run."""
     try:
         delivered = slot.post(run, {
             "status": outcome.status, "summary": outcome.summary, "worker_id": run.worker_id,
