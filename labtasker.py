@@ -11266,7 +11266,7 @@ class RunBeater:
 
 
 def heartbeat_main():
-    """Send heartbeats for the runs given on stdin, a JSON line each, until it ends or the parent dies; then end the jobs.
+    """Send heartbeats for the runs given on stdin, a JSON line each, until it ends or the parent dies; then end jobs.
 
     Writes a JSON line to stdout for a run that is over. Ignores signals: the loop decides when this process ends."""
     import signal
@@ -11951,7 +11951,7 @@ class Slot:
                 self.posting = None
 
     def save_report(self):
-        """Save the report that is on its way; call it from any thread. A hung server may answer when the loop is dead."""
+        """Save the report that is on its way; call it from any thread. A hung server may answer too late."""
         with self.loop.lock:
             (run, report), self.posting = self.posting or (None, None), None
             try:

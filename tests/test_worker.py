@@ -948,7 +948,7 @@ def fails_once(monkeypatch, owner, name, error):
 def test_what_the_machine_is_short_of_for_a_moment_hands_the_task_back(home, monkeypatch, name, error):
     one, = submit()
     monkeypatch.setattr(labtasker, "FIRST_PAUSE_S", 0.01)
-    monkeypatch.setattr(labtasker, "places", lambda *_: [labtasker.Place({}, {}, "[x] ")])
+    monkeypatch.setattr(labtasker, "make_slots", lambda *_: [labtasker.SlotSpec({}, {}, "[x] ")])
     fails_once(monkeypatch, labtasker, name, error)
     assert labtasker.command_loop(["true", "%(n)"]) == 0
     assert (task(one).status, task(one).retries, task(one).interruptions) == ("success", 0, 1)
