@@ -10225,7 +10225,7 @@ class Output:
     def _open(self, use_pty, label):
         opened = {}
         for number in (1, 2):
-            place = file_identity(number) if fcntl else 1
+            place = target_identity(number) if fcntl else 1
             if place not in opened:
                 ours, opened[place] = use_pty and _open_pty() or os.pipe()
                 self.sources[ours] = (number, Labelled(label) if label else lambda data: data, self.log.channel())
@@ -10259,8 +10259,8 @@ class Output:
         self.thread.join(self.DRAIN_S)
 
 
-def file_identity(number):
-    """Return what tells the file behind a descriptor from others; the number itself where it is closed."""
+def target_identity(number):
+    """Return what identifies the file behind a descriptor; the number itself if it is closed."""
     try:
         found = os.fstat(number)
         return found.st_dev, found.st_ino

@@ -1058,14 +1058,14 @@ def test_a_null_character_never_reaches_a_script(home):
 def test_a_command_without_placeholders_takes_every_task_and_says_so(home):
     submit(2)
     run = home.cli("loop", "--", "echo", "x")
-    assert run.lines == ["x", "x"] and "every task fits" in run.stderr
+    assert run.lines == ["x", "x"] and "every task matches" in run.stderr
 
 
 def test_max_tasks_is_where_it_stops(home):
     ids = submit(3)
     run = home.cli("loop", "--max-tasks", "2", "--", "true", "%(n)")
     assert [task(i).status for i in ids] == ["success", "success", "pending"]
-    assert "--max-tasks: 2 success" in run.stderr
+    assert "--max-tasks reached: 2 success" in run.stderr
 
 
 def test_failures_are_counted_and_are_no_failure_of_the_loop(home):
@@ -1429,7 +1429,7 @@ def test_a_second_signal_kills_a_deaf_job_at_once(both):
     one, = submit()
     loop, pids = start_job(both, "deaf", 600)
     loop.send_signal(signal.SIGINT)
-    wait_for_line(loop, "once more kills it")
+    wait_for_line(loop, "again kills it")
     assert is_alive(pids[0])
     loop.send_signal(signal.SIGINT)
     assert wait_for_end(loop) == 130
