@@ -345,7 +345,7 @@ def test_a_full_disk_for_owner_and_lock_file_does_not_spoil_what_was_written(tmp
 
     def full(*_):
         raise OSError(28, "No space left on device")
-    monkeypatch.setattr(L.Owner, "_told", full)
+    monkeypatch.setattr(L.Owner, "_content", full)
     monkeypatch.setattr(L.os, "pwrite", full)
     store.owner.moved_at = -1e9
     assert submit(store)[0] == 201 and len(replayed(tmp_path)) == 2
