@@ -778,15 +778,15 @@ def parse_filter(text, fields, now):
 
 
 class _Tokens:
-    """The tokens of a filter's text: `kind`, `word` and `column` are the next one's; and how it fails there."""
+    """The tokens of a filter's text. `kind`, `word` and `column` are those of the next token."""
 
-    def __init__(self, text, fields, now):
-        self.text, self.fields, self.now, self.word = text, fields, now, None
+    def __init__(self, text):
+        self.text, self.word = text, None
         self.tokens = iter(list(self.split()))
         self.take()
 
     def split(self):
-        """Yield (kind, text, column) of each token, or fail where one is none or nests too deep."""
+        """Yield (kind, text, column) of each token. Raise FilterError for an unknown one, and for too deep nesting."""
         brackets, signs, last = 0, 0, None
         for found in TOKEN.finditer(self.text):
             kind, word, column = found.lastgroup, found.group(), found.start()
@@ -801,18 +801,18 @@ class _Tokens:
         yield "end", "the end", len(self.text)
 
     def take(self):
-        """Go past the next token and return its text."""
+        """Return the text of the next token and go past it."""
         taken = self.word
         self.kind, self.word, self.column = next(self.tokens, (None, None, None))
         return taken
 
     def expect(self, word, wanted):
-        """Take the word, or fail saying what is wanted here."""
+        """Take the word, or raise FilterError that says what is wanted here."""
         self.require(self.word == word, "%s expected, not %s" % (wanted, self.shown()))
         self.take()
 
     def string(self):
-        """Take a text in quotes; an escape that means nothing stays as it is, as in Python."""
+        """Take a text in quotes and return it. As in Python, an unknown escape stays as it is."""
         try:
             text = self.word[2:-1] if self.word[0] in "rR" else ESCAPE.sub(
                 lambda found: found.group().encode().decode("unicode_escape"), self.word[1:-1])
@@ -836,66 +836,28 @@ class _Tokens:
         return "a text in quotes" if self.kind == "string" else "%.60s" % self.word
 
 
-class _Meaning(_Tokens):
-    """What was read: (kind, node, column). The node of a "test" is a query document; of a "const" the constant, a date
-    as {"_dt": ...}; of a "path" its dotted keys; of a "sum" what stands in $expr."""
+class _Parser:
+    """A recursive-descent parser: each method reads what its docstring says and returns (kind, node, column).
 
-    def tested(self, found):
-        """Return the query document of what was read, or fail where it is a value and not a test."""
-        kind, node, column = found
-        if kind == "const" and type(node) is bool:
-            return {"$expr": node}
-        self.require(kind == "test", "this is a value and not a test; compare it, as in args.lr == 0.1", column)
-        return node
+    The node of a "test" is a query document; of a "const" the constant, a date as {"_dt": ...}; of a "path" its dotted
+    keys; of a "sum" what stands in $expr. Each mistake raises FilterError at its column, and says what to write."""
 
-    def value(self, found):
-        """Return what stands in $expr for what was read, or fail where that is a test."""
-        kind, node, column = found
-        self.require(kind != "test", "a comparison is not a value; join comparisons with and, or", column)
-        if kind == "path":
-            return "$" + node
-        is_special = isinstance(node, list) or isinstance(node, str) and node.startswith("$")
-        return {"$literal": node} if is_special else node
-
-    def compared(self, left, sign, right, column):
-        value = {COMPARISONS[sign]: [self.value(left), self.value(right)]}
-        kinds = left[0], right[0]
-        self.require(kinds != ("const", "const"), "this compares two constants; one side has to be a field", column)
-        if kinds == ("const", "path"):
-            left, sign, right = right, MIRRORED[sign], left
-        if set(kinds) == {"const", "path"}:
-            return {left[1]: right[1] if sign == "==" else {COMPARISONS[sign]: right[1]}}
-        return {"$and": [{path: {"$exists": True}} for path in dict.fromkeys(_paths(value))] + [{"$expr": value}]}
-
-    def calculated(self, left, sign, right, column):
-        name, values = ARITHMETIC[sign], [self.value(left), self.value(right)]
-        for kind, node, at in (left, right):
-            self.require(kind != "const" or type(node) in NUMBERS, "%s needs numbers" % self.text[column], at)
-        if left[0] != "const" or right[0] != "const":
-            return "sum", {name: values}, left[2]
-        result = EXPRESSIONS[name](*values)
-        self.require(result is not MISSING, "this can't be calculated", column)
-        return "const", result, left[2]
-
-
-class _Parser(_Meaning):
-    """Recursive descent: a method reads what its docstring says, and returns what _Meaning says.
-
-    Every mistake raises FilterError at the column of the culprit and says what to write instead."""
+    def __init__(self, text, fields, now):
+        self.next, self.fields, self.now = _Tokens(text), fields, now
 
     def filter(self):
         """filter: expression END"""
-        self.require(self.kind != "end", "the filter is empty; write for example status == \"pending\"")
+        self.next.require(self.next.kind != "end", "the filter is empty; write for example status == \"pending\"")
         found = self.expression()
-        self.require(self.word != ")", "this parenthesis was never opened")
-        self.expect("the end", "and, or, or a comparison")
+        self.next.require(self.next.word != ")", "this parenthesis was never opened")
+        self.next.expect("the end", "and, or, or a comparison")
         return self.tested(found)
 
     def expression(self, binding=0):
         """expression: operand (SIGN operand | "in" members)*; what belongs together says BINDING"""
         left, last = self.operand(), None
-        while BINDING.get(self.word, 0) > binding:
-            column, sign = self.column, self.take()
+        while BINDING.get(self.next.word, 0) > binding:
+            column, sign = self.next.column, self.next.take()
             right = None if sign == "in" else self.expression(BINDING[sign])
             if sign in ("and", "or"):
                 if sign != last:
@@ -906,64 +868,66 @@ class _Parser(_Meaning):
             else:
                 found = self.members(*left) if sign == "in" else self.compared(left, sign, right, column)
                 left = "test", found, left[2]
-                self.require(BINDING.get(self.word) != BINDING[sign],
-                             "comparisons can't be chained; write a < b and b < c")
+                self.next.require(BINDING.get(self.next.word) != BINDING[sign],
+                                  "comparisons can't be chained; write a < b and b < c")
             last = sign
         return left
 
     def members(self, kind, node, column):
         """members: array | ("list" | "dict") "(" path ")" """
-        if self.word in ("[", "("):
-            self.require(kind == "path", "only a field can stand before in [...]", column)
+        if self.next.word in ("[", "("):
+            self.next.require(kind == "path", "only a field can stand before in [...]", column)
             return {node: {"$in": self.array()}}
-        self.require(self.word in ("list", "dict"), "after in comes a list such as [\"a\", \"b\"], or list(field), or "
-                     "dict(field); for a part of a text write regex(field, \"part\")")
-        name = self.take()
-        self.expect("(", "( after %s" % name)
+        self.next.require(
+            self.next.word in ("list", "dict"),
+            "after in comes a list such as [\"a\", \"b\"], or list(field), or dict(field); for a part of a text "
+            "write regex(field, \"part\")")
+        name = self.next.take()
+        self.next.expect("(", "( after %s" % name)
         path = self.argument(name)
-        self.expect(")", "%s(...) takes one field: )" % name)
-        self.require(kind == "const", "only a constant can stand before in %s(...)" % name, column)
+        self.next.expect(")", "%s(...) takes one field: )" % name)
+        self.next.require(kind == "const", "only a constant can stand before in %s(...)" % name, column)
         if name == "list":
             return {path: node}
         is_key = isinstance(node, str) and FREE_KEY.match(node)
-        self.require(is_key, "a key is text without control characters, with something before and after each dot",
-                     column)
+        self.next.require(is_key, "a key is text without control characters, with something before and after each dot",
+                          column)
         return {path + "." + node: {"$exists": True}}
 
     def operand(self):
         """operand: "-" operand | "(" expression ")" | array | STRING | NUMBER | CONSTANT | call | path"""
-        column = self.column
-        if self.word == "-":
-            self.take()
+        column = self.next.column
+        if self.next.word == "-":
+            self.next.take()
             return self.calculated(("const", -1, column), "*", self.operand(), column)
-        if self.word == "(":
-            self.take()
+        if self.next.word == "(":
+            self.next.take()
             kind, node, _ = self.expression()
-            self.require(self.kind != "end", "this parenthesis is never closed", column)
-            self.expect(")", "and, or, or a comparison")
+            self.next.require(self.next.kind != "end", "this parenthesis is never closed", column)
+            self.next.expect(")", "and, or, or a comparison")
             return kind, node, column
-        if self.word == "[":
+        if self.next.word == "[":
             return "const", self.array(), column
-        if self.kind in ("string", "number"):
-            return "const", self.string() if self.kind == "string" else self.number(), column
-        if self.word in CONSTANTS:
-            return "const", CONSTANTS[self.take()], column
-        self.require(self.kind == "name" and self.word not in KEYWORDS,
-                     "a field or a value expected, not %s" % self.shown())
-        name = self.take()
-        return self.call(name, column) if self.word == "(" else ("path", self.path(name, column), column)
+        if self.next.kind in ("string", "number"):
+            return "const", self.next.string() if self.next.kind == "string" else self.next.number(), column
+        if self.next.word in CONSTANTS:
+            return "const", CONSTANTS[self.next.take()], column
+        self.next.require(self.next.kind == "name" and self.next.word not in KEYWORDS,
+                          "a field or a value expected, not %s" % self.next.shown())
+        name = self.next.take()
+        return self.call(name, column) if self.next.word == "(" else ("path", self.path(name, column), column)
 
     def array(self):
         """array: "[" [expression ("," expression)* [","]] "]"; after `in` the brackets may be round"""
-        column, closing, items = self.column, {"[": "]", "(": ")"}[self.take()], []
-        while self.word != closing:
+        column, closing, items = self.next.column, {"[": "]", "(": ")"}[self.next.take()], []
+        while self.next.word != closing:
             kind, item, at = self.expression()
-            self.require(kind == "const", "a list can only hold constants", at)
+            self.next.require(kind == "const", "a list can only hold constants", at)
             items.append(item)
-            self.require(self.kind != "end", "this list is never closed by %s" % closing, column)
-            if self.word != closing:
-                self.expect(",", ", or %s" % closing)
-        self.take()
+            self.next.require(self.next.kind != "end", "this list is never closed by %s" % closing, column)
+            if self.next.word != closing:
+                self.next.expect(",", ", or %s" % closing)
+        self.next.take()
         return items
 
     def path(self, name, column):
@@ -971,54 +935,54 @@ class _Parser(_Meaning):
         if name not in self.fields:
             like = nearest(name, self.fields)
             hint = "did you mean %s?" % like if like else "an argument is written args.%.60s" % name
-            self.fail("unknown field %.60s; %s; the fields are %s" % (name, hint, ", ".join(self.fields)), column)
+            self.next.fail("unknown field %.60s; %s; the fields are %s" % (name, hint, ", ".join(self.fields)), column)
         keys = [name]
-        while self.word in (".", "["):
-            if self.take() == "[":
+        while self.next.word in (".", "["):
+            if self.next.take() == "[":
                 keys.append(self.subscript())
                 continue
-            self.require(self.kind == "name", "a key expected after the dot, not %s" % self.shown())
-            keys.append(self.take())
-        self.require(self.kind != "number" or self.word[0] != ".",
-                     "a key that starts with a digit is written in brackets: [\"0x\"], an index [0]")
-        self.require(self.word != "(", "%.60s can't be called; there are only %s" % (".".join(keys), CALLED))
+            self.next.require(self.next.kind == "name", "a key expected after the dot, not %s" % self.next.shown())
+            keys.append(self.next.take())
+        self.next.require(self.next.kind != "number" or self.next.word[0] != ".",
+                          "a key that starts with a digit is written in brackets: [\"0x\"], an index [0]")
+        self.next.require(self.next.word != "(", "%.60s can't be called; there are only %s" % (".".join(keys), CALLED))
         return ".".join(keys)
 
     def subscript(self):
-        column, shown = self.column, self.shown()
-        key = self.string() if self.kind == "string" else self.take() if self.word.isdigit() else ""
-        self.require(FREE_KEY.match(key),
-                     "in brackets comes a key such as [\"lr\"] or an index such as [0], not %s" % shown, column)
-        self.expect("]", "] after the key")
+        column, shown = self.next.column, self.next.shown()
+        key = self.next.string() if self.next.kind == "string" else self.next.take() if self.next.word.isdigit() else ""
+        self.next.require(FREE_KEY.match(key),
+                          "in brackets comes a key such as [\"lr\"] or an index such as [0], not %s" % shown, column)
+        self.next.expect("]", "] after the key")
         return key
 
     def call(self, name, column):
         """call: "exists" "(" exists ")" | "regex" "(" regex ")" | "date" "(" date ")" """
-        self.require(name not in ("list", "dict"),
-                     "%s(...) only comes after in, as in \"v1\" in %s(metadata.tags)" % (name, name), column)
+        self.next.require(name not in ("list", "dict"),
+                          "%s(...) only comes after in, as in \"v1\" in %s(metadata.tags)" % (name, name), column)
         if name not in CALLS:
             like = nearest(name, CALLS)
             hint = "; did you mean %s?" % like if like else ""
-            self.fail("unknown function %.60s; there are %s%s" % (name, CALLED, hint), column)
-        self.take()
+            self.next.fail("unknown function %.60s; there are %s%s" % (name, CALLED, hint), column)
+        self.next.take()
         kind, node = CALLS[name](self)
-        self.expect(")", ") to close %s(...)" % name)
+        self.next.expect(")", ") to close %s(...)" % name)
         return kind, node, column
 
     def exists(self):
         """exists: path ["," ("True" | "False")]"""
         path, wanted = self.argument("exists"), True
-        if self.word == ",":
-            self.take()
-            self.require(self.word in ("True", "False"),
-                         "exists(field, ...) takes True or False, not %s" % self.shown())
-            wanted = CONSTANTS[self.take()]
+        if self.next.word == ",":
+            self.next.take()
+            self.next.require(self.next.word in ("True", "False"),
+                              "exists(field, ...) takes True or False, not %s" % self.next.shown())
+            wanted = CONSTANTS[self.next.take()]
         return "test", {path: {"$exists": wanted}}
 
     def regex(self):
         """regex: path "," STRING"""
         path = self.argument("regex")
-        self.expect(",", "a comma and a pattern in quotes")
+        self.next.expect(",", "a comma and a pattern in quotes")
         pattern, _ = self.quoted("regex(field, ...) takes a pattern in quotes", compile_pattern)
         return "test", {path: {"$regex": pattern}}
 
@@ -1030,19 +994,58 @@ class _Parser(_Meaning):
 
     def argument(self, name):
         """Return the path that stands in a call."""
-        self.require(self.kind == "name" and self.word not in KEYWORDS,
-                     "%s(...) takes a field, not %s" % (name, self.shown()))
-        column = self.column
-        return self.path(self.take(), column)
+        self.next.require(self.next.kind == "name" and self.next.word not in KEYWORDS,
+                          "%s(...) takes a field, not %s" % (name, self.next.shown()))
+        column = self.next.column
+        return self.path(self.next.take(), column)
 
     def quoted(self, otherwise, read):
         """Return the text in quotes that stands in a call, and what `read` makes of it."""
-        self.require(self.kind == "string", otherwise)
-        column, text = self.column, self.string()
+        self.next.require(self.next.kind == "string", otherwise)
+        column, text = self.next.column, self.next.string()
         try:
             return text, read(text)
         except LabtaskerValueError as mistake:
-            self.fail(str(mistake), column)
+            self.next.fail(str(mistake), column)
+
+    # What was read becomes a query document.
+
+    def tested(self, found):
+        """Return the query document of what was read, or fail where it is a value and not a test."""
+        kind, node, column = found
+        if kind == "const" and type(node) is bool:
+            return {"$expr": node}
+        self.next.require(kind == "test", "this is a value and not a test; compare it, as in args.lr == 0.1", column)
+        return node
+
+    def value(self, found):
+        """Return what stands in $expr for what was read, or fail where that is a test."""
+        kind, node, column = found
+        self.next.require(kind != "test", "a comparison is not a value; join comparisons with and, or", column)
+        if kind == "path":
+            return "$" + node
+        is_special = isinstance(node, list) or isinstance(node, str) and node.startswith("$")
+        return {"$literal": node} if is_special else node
+
+    def compared(self, left, sign, right, column):
+        value = {COMPARISONS[sign]: [self.value(left), self.value(right)]}
+        kinds = left[0], right[0]
+        self.next.require(set(kinds) != {"const"}, "this compares two constants; one side has to be a field", column)
+        if kinds == ("const", "path"):
+            left, sign, right = right, MIRRORED[sign], left
+        if set(kinds) == {"const", "path"}:
+            return {left[1]: right[1] if sign == "==" else {COMPARISONS[sign]: right[1]}}
+        return {"$and": [{path: {"$exists": True}} for path in dict.fromkeys(_paths(value))] + [{"$expr": value}]}
+
+    def calculated(self, left, sign, right, column):
+        name, values = ARITHMETIC[sign], [self.value(left), self.value(right)]
+        for kind, node, at in (left, right):
+            self.next.require(kind != "const" or type(node) in NUMBERS, "%s needs numbers" % self.next.text[column], at)
+        if left[0] != "const" or right[0] != "const":
+            return "sum", {name: values}, left[2]
+        result = EXPRESSIONS[name](*values)
+        self.next.require(result is not MISSING, "this can't be calculated", column)
+        return "const", result, left[2]
 
 
 def _paths(value):
