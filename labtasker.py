@@ -215,6 +215,12 @@ def nearest(word, choices):
     return next(iter(difflib.get_close_matches(str(word)[:100], [str(c) for c in choices], 1, 0.6)), None)
 
 
+def hint(word, choices):
+    """Return "; did you mean X?" with the choice that looks most like `word`, or nothing."""
+    best = nearest(word, choices)
+    return "; did you mean %s?" % best if best else ""
+
+
 def as_uuid(digits):
     """Return a UUID4 as text, made of 32 hexadecimal digits."""
     return "-".join((digits[:8], digits[8:12], "4" + digits[13:16], "a" + digits[17:20], digits[20:32]))
@@ -933,9 +939,8 @@ class _Parser:
     def path(self, name, column):
         """path: FIELD ("." NAME | "[" (STRING | NUMBER) "]")*"""
         if name not in self.fields:
-            like = nearest(name, self.fields)
-            hint = "did you mean %s?" % like if like else "an argument is written args.%.60s" % name
-            self.next.fail("unknown field %.60s; %s; the fields are %s" % (name, hint, ", ".join(self.fields)), column)
+            meant = hint(name, self.fields) or "; an argument is written args.%.60s" % name
+            self.next.fail("unknown field %.60s%s; the fields are %s" % (name, meant, ", ".join(self.fields)), column)
         keys = [name]
         while self.next.word in (".", "["):
             if self.next.take() == "[":
@@ -961,9 +966,7 @@ class _Parser:
         self.next.require(name not in ("list", "dict"),
                           "%s(...) only comes after in, as in \"v1\" in %s(metadata.tags)" % (name, name), column)
         if name not in CALLS:
-            like = nearest(name, CALLS)
-            hint = "; did you mean %s?" % like if like else ""
-            self.next.fail("unknown function %.60s; there are %s%s" % (name, CALLED, hint), column)
+            self.next.fail("unknown function %.60s; there are %s%s" % (name, CALLED, hint(name, CALLS)), column)
         self.next.take()
         kind, node = CALLS[name](self)
         self.next.expect(")", ") to close %s(...)" % name)
@@ -4699,6 +4702,15 @@ def search_tasks_op(store, queue, request, at):
     return [], _selected(store, records, request, "task_id", "task_name")
 
 
+def recent_ends(records, at, start_of=operator.attrgetter("start_time")):
+    """Return (how many of the RECENT tasks that ended last there are, the seconds from the first start of these until
+    now). The records are in the order of their last change."""
+    ended = (start_of(record) for record in reversed(records)
+             if record.status in ("success", "failed") and record.start_time is not None)
+    began = list(itertools.islice(ended, RECENT))
+    return len(began), max(0.0, at - min(began)) if began else 0.0
+
+
 def count_tasks_op(store, queue, request, at):
     """Decide nothing; answer, outside the lock, how many tasks match for each value of a field, how many of the RECENT
     ended and within how many seconds up to now, and the mark of the state counted."""
@@ -4714,11 +4726,9 @@ def count_tasks_op(store, queue, request, at):
     def answer():
         found = list(_matching(store, records, tests))
         counts = collections.Counter(value(record) for record in found)
-        ended = (record.start_time for record in reversed(found)
-                 if record.status in ("success", "failed") and record.start_time is not None)
-        began = list(itertools.islice(ended, RECENT))
+        ended, took_s = recent_ends(found, at)
         return {"counts": [[key if type(key) is str else json.loads(key[0]), number] for key, number in counts.items()],
-                "ended": len(began), "took_s": max(0.0, at - min(began)) if began else 0.0, "mark": mark}
+                "ended": ended, "took_s": took_s, "mark": mark}
     return [], answer
 
 
@@ -7109,25 +7119,62 @@ def _tls(certfile, keyfile):
     return context
 
 
-def serve(db_path, host="127.0.0.1", port=DEFAULT_PORT, fsync="always", certfile=None, keyfile=None,
-          log_level="info", daemon=False, takeover=False, allow_hosts=(), max_connections=MAX_CONNECTIONS):
-    """Return an exit code once the server was told to stop by SIGTERM or Ctrl-C; as a daemon, once it listens."""
+Option = collections.namedtuple("Option", "spelling kind default help")  # kind: a word of OPTION_KINDS, or the choices
+
+
+class Options:
+    """The parameters that a table {name: Option} has, as attributes: what is given, else the row's default.
+
+    Raises LabtaskerTypeError for a name that the table lacks."""
+
+    def __init__(self, table, given):
+        for name in given:
+            if name not in table:
+                raise LabtaskerTypeError("there is no option %r%s" % (name, hint(name, table)))
+        vars(self).update((name, row.default if given.get(name) is None else given[name])
+                          for name, row in table.items())
+
+
+SERVE_OPTIONS = {  # each is a parameter of serve() and an option of the command
+    "host": Option("--host ADDRESS", "text", "127.0.0.1", "address to listen on (127.0.0.1)"),
+    "port": Option("--port N", "port", DEFAULT_PORT, "%d; 0 picks one" % DEFAULT_PORT),
+    "db_path": Option("--db-path FILE", "path", None, "the journal (.labtasker/journal.jsonl)"),
+    "fsync": Option("--fsync WHEN", tuple(FSYNC_MODES), "always",
+                    "; ".join("%s: %s" % mode for mode in FSYNC_MODES.items())),
+    "certfile": Option("--certfile FILE", "path", None, "TLS certificate"),
+    "keyfile": Option("--keyfile FILE", "path", None, "its key"),
+    "allow_hosts": Option("--allow-host NAME", "list", (), "another name under which browsers may use it (repeatable)"),
+    "max_connections": Option("--max-connections N", "count", MAX_CONNECTIONS, "most open connections (%d, or what the "
+                              "system allows); beyond, the longest silent are closed" % MAX_CONNECTIONS),
+    "log_level": Option("--log-level LEVEL", ("debug", "info", "warning", "error"), "info",
+                        "debug|info|warning|error"),
+    "daemon": Option("--daemon", "flag", False, "go to the background once it listens"),
+    "takeover": Option("--takeover", "flag", False, "take the store from another host's server that is gone for good"),
+}
+
+
+def serve(db_path, **given):
+    """Return an exit code once the server was told to stop by SIGTERM or Ctrl-C; as a daemon, once it listens.
+
+    `given`: the other parameters of SERVE_OPTIONS."""
+    options = Options(SERVE_OPTIONS, given)
     import warnings
     warnings.simplefilter("ignore")  # re has some about patterns, which are other people's: not for the log
     announce = None
-    if daemon:
+    if options.daemon:
         folder = os.path.dirname(os.path.abspath(db_path))
         os.makedirs(folder, 0o700, exist_ok=True)
         announce, code = _to_background(os.path.join(folder, "server.log"))
         if announce is None:
             return code
-    store = Store(db_path, is_server=True, fsync=fsync)
-    tls = _tls(certfile, keyfile)
-    store.file.open(takeover)
+    store = Store(db_path, is_server=True, fsync=options.fsync)
+    tls = _tls(options.certfile, options.keyfile)
+    store.file.open(options.takeover)
     try:
-        server = http_server(host, port, store, tls, log_level, allow_hosts, max_connections)
+        server = http_server(options.host, options.port, store, tls, options.log_level, options.allow_hosts,
+                             options.max_connections)
         try:
-            _run_server(server, certfile, announce)
+            _run_server(server, options.certfile, announce)
             return 1 if server.failure else 0
         finally:
             store.closing = True
@@ -7506,9 +7553,8 @@ def _read_settings(path):
                     path, line, key, {str: "text", float: "a number over 0"}[kind], value))
         elif os.path.basename(path) == CONFIG_NAME and (
                 is_value or not any(known.startswith(key + ".") for known in SETTINGS)):
-            near = nearest(key, SETTINGS)
             raise LabtaskerValueError("%s line %d: there is no setting %s%s; there are: %s" % (
-                path, line, key, near and ", did you mean %s?" % near or "", ", ".join(SETTINGS)))
+                path, line, key, hint(key, SETTINGS), ", ".join(SETTINGS)))
     return reader.found
 
 
@@ -7724,46 +7770,161 @@ def _is_of_http(error):
     return type(error).__module__ == "http.client"
 
 
+def _is_of_connection(error):
+    """Return whether an error is one that a connection met."""
+    return isinstance(error, (OSError, UnicodeError)) or _is_of_http(error)  # UnicodeError: an odd host
+
+
+class _PlainConnection:
+    """A connection for one request. It needs no import: to a short command that of http.client costs more than all
+    else that it does. Speaks HTTP/1.0, so that the answer ends with the connection."""
+
+    def __init__(self, url, ca_file, timeout_s):
+        import socket
+        host, port, self.prefix = URL_OF_HTTP.match(url).groups("")
+        self.url = url
+        address = host.strip("[]").encode(), int(port or 80)  # a host as text costs the import of encodings.idna
+        self.sock = socket.create_connection(address, timeout_s)
+
+    def is_usable(self):
+        """Return whether it is still open."""
+        return not ready([self.sock], 0)
+
+    def send(self, method, target, headers, data, timeout_s, is_last=True):
+        """Send a request; raise OSError where not all of it could be handed to the system."""
+        lines = ["%s %s%s HTTP/1.%d" % (method, self.prefix, target, not is_last),
+                 "Host: " + self.url[7:].partition("/")[0], "Content-Length: %d" % len(data or b"")]
+        lines += ["%s: %s" % pair for pair in headers.items()]
+        self.sock.settimeout(timeout_s)
+        self.sock.sendall("\r\n".join(lines + ["", ""]).encode() + (data or b""))
+
+    def answer(self, limit=None):
+        """Return (status, the header that tells of extensions, content); raise ConnectionError where it is cut off.
+
+        With a `limit` in bytes the whole answer has the time that one silence has else."""
+        got, give_up_at = bytearray(), monotonic() + self.sock.gettimeout()
+        while limit is None or len(got) < limit:
+            if limit:
+                self.sock.settimeout(max(0.001, give_up_at - monotonic()))
+            piece = self.sock.recv(65536)
+            got += piece
+            found = self._whole(got, "" if piece and not limit else "0")
+            if found:
+                return found
+            if not piece:
+                raise ConnectionError("the answer was cut off" if got else "the connection was closed")
+        raise NotOurServer("what %s answered is no welcome of a Labtasker server" % self.url)
+
+    def _whole(self, got, default_length):
+        """Return what `answer` does once all of it is in `got`, else None."""
+        end = got.find(b"\r\n\r\n")
+        first, *lines = got[:max(0, end)].decode("latin-1").split("\r\n")
+        headers = {name.lower(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
+        length = headers.get("content-length", default_length)
+        if end < 0 or not re.match("[0-9]{1,18}\\Z", length) or len(got) - end - 4 < int(length):
+            return None
+        if not re.match(r"HTTP/1\.[01] [0-9]{3}\b", first):
+            raise LabtaskerConnectError("%s does not speak HTTP: is it a Labtasker server?" % self.url)
+        return int(first[9:12]), headers.get(EXTENSIONS.lower()), bytes(got[end + 4:])
+
+    def close(self):
+        """Close it."""
+        self.sock.close()
+
+
+class _KeptConnection:
+    """A connection over http.client, for one request after another, with the methods of _PlainConnection."""
+
+    def __init__(self, url, ca_file, timeout_s):
+        import http.client
+        from urllib.parse import unquote
+        scheme, _, rest = url.partition("://")
+        host, slash, path = rest.partition("/")
+        self.prefix, host = slash + path, unquote(host)
+        if scheme == "http":
+            self.http = http.client.HTTPConnection(host, timeout=timeout_s)
+        else:
+            self.http = http.client.HTTPSConnection(host, timeout=timeout_s, context=_tls_context(ca_file))
+        self.http.auto_open = False  # one that was closed is never opened again without a proof
+        self.http.connect()
+
+    @property
+    def sock(self):
+        """The socket, None once it is closed."""
+        return self.http.sock
+
+    def is_usable(self):
+        return self.sock is not None and not ready([self.sock], 0)
+
+    def send(self, method, target, headers, data, timeout_s, is_last=False):
+        self.sock.settimeout(timeout_s)
+        self.http.request(method, self.prefix + target, data, headers)
+
+    def answer(self, limit=None):
+        response = self.http.getresponse()
+        is_whole = response.chunked or response.length is not None
+        content = response.read(limit)
+        if not (content or is_whole):  # its head was cut off, which http.client does not notice
+            raise ConnectionError("the answer was cut off")
+        return response.status, response.headers.get(EXTENSIONS), content
+
+    def close(self):
+        self.http.close()
+
+
+def _tls_context(ca_file):
+    """Return what to check a server's certificate by; raise LabtaskerValueError where `ca_file` can't be used."""
+    import ssl
+    context = ssl.create_default_context()
+    try:
+        if ca_file:
+            context.load_verify_locations(ca_file)
+    except (OSError, ssl.SSLError) as error:
+        raise LabtaskerValueError("can't use the certificates in %s (ca_file): %s" % (ca_file, error)) from None
+    return context
+
+
 class HttpTransport:
-    """A server, over urllib with an opener that keeps its connections, one a thread.
+    """A server over HTTP. The first requests of a process to an http:// URL take a _PlainConnection each; those after
+    them share a _KeptConnection, one a thread."""
 
-    A command asks once or twice, and importing urllib takes twice as long as all else that it does: so the first
-    two requests to an http:// URL go over a plain socket each."""
-
-    SINGLE = 2  # requests before urllib is imported
+    SINGLE = 2  # requests before http.client is imported
     INTRODUCTION_S = 15.0  # for a server to prove that it has the key
     MAX_WELCOME_BYTES = 65536  # of one who has not
 
     def __init__(self, url, queue_name, password, ca_file=None, key=None):
-        self.where, self.ca_file = url.rstrip("/"), ca_file
-        self.url, self.queue_name, self.key = self.where, queue_name, key
+        self.url = self.where = url.rstrip("/")
+        self.ca_file, self.queue_name, self.key = ca_file, queue_name, key
         self.headers = {"Content-Type": "application/json", EXTENSIONS: "1"}
         if not key:  # else each connection has a login of its own, after a proof
             self.headers["Authorization"] = _basic(queue_name, password)
-        self.reached = []  # (plain socket, Authorization) of a connection that waits for its first request
         self.extensions = None  # not known before the first answer
-        self.plain = URL_OF_HTTP.match(self.url)  # None: https, a user in it, or what else only urllib can read
-        self.asked, self.opener = 0, None
+        self.plain = URL_OF_HTTP.match(self.url)  # None: https, or what only http.client can read
+        self.asked, self.kept = 0, threading.local()
+        self.reached = []  # plain connections that wait for their request
         self.under_way = {}  # thread: its Exchange
 
     def call(self, method, path, query, body):
         """Return (status, answer), or raise LabtaskerConnectError when the server can't be reached.
 
-        What a broken connection kept from arriving is sent again; so is what may have arrived, unless ONCE forbids
-        it."""
+        A request is sent again where a broken connection kept it from arriving. One that may have arrived is sent again
+        too, unless ONCE forbids it."""
         given, lost = {name: str(value).lower() if value is True or value is False else value
                        for name, value in (query or {}).items() if value is not None}, False
         target = path
         if given:
             from urllib.parse import urlencode
             target += "?" + urlencode(given)
+        if not TARGET.match(target):
+            raise LabtaskerConnectError("can't ask %s for %s: a URL has no spaces, no control characters, and nothing "
+                                        "but ASCII" % (self.url, ascii(target)))
         for pause_s in REPEAT_AFTER_S + (None,):
             asked = Exchange(method, target, body, REQUEST_TIMEOUT_S + float(given.get("wait_s", 0)))
             self.under_way[threading.get_ident()] = asked
             try:
                 status, answer = self._ask(asked)
             except Exception as error:
-                if not (isinstance(error, (OSError, UnicodeError)) or _is_of_http(error)):  # UnicodeError: an odd host
+                if not _is_of_connection(error):
                     raise
                 self.close()
                 lost = lost or asked.is_sent
@@ -7778,107 +7939,69 @@ class HttpTransport:
                 return (204, None) if gone else (status, answer)
 
     def _ask(self, asked):
-        """Return (status, answer), or raise what went wrong, also with an answer that is cut off."""
+        """Return (status, answer) of an Exchange, or raise what went wrong, also with an answer that is cut off."""
         self.asked += 1
-        is_plain = self.plain and self.asked <= self.SINGLE and PLAIN_TARGET.match(asked.target)
-        status, extensions, content = (self._ask_plainly if is_plain else self._ask_urllib)(asked)
+        is_plain = self.plain and self.asked <= self.SINGLE
+        connection = self._plain_connection(asked.timeout_s) if is_plain else self._kept_connection(asked.timeout_s)
+        try:
+            connection.send(asked.method, asked.target, dict(self.headers, **connection.login), asked.data,
+                            asked.timeout_s)
+            asked.is_sent, asked.sock = True, connection.sock
+            status, extensions, content = connection.answer()
+        finally:
+            if is_plain:
+                connection.close()
         if extensions or (status != 204 and status < 500):  # of an empty answer the head may be cut off
             self.extensions = extensions == "1"
-        path = asked.target.partition("?")[0]
+        return status, self._checked(asked, status, content)
+
+    def _checked(self, asked, status, content):
+        """Return the answer that some content is; raise LabtaskerConnectError where no Labtasker server sent it."""
         try:
             answer = json.loads(content.decode()) if content else None
         except ValueError:
             answer = content
         given = "null" if content == b"null" else answer
-        if status < 400 and not _is_of_protocol(asked.method, path, status, given):
+        if status < 400 and not _is_of_protocol(asked.method, asked.target.partition("?")[0], status, given):
             raise LabtaskerConnectError("%s answered %s %s with %s and %s: is it a Labtasker server?" % (
-                self.url, asked.method, path, status, "what is no JSON object" if content else "nothing else"))
+                self.url, asked.method, asked.target.partition("?")[0], status,
+                "what is no JSON object" if content else "nothing else"))
         if status >= 400 and answer is content:  # a proxy's page, or a bug of a 1.0.1 server
-            answer = {"detail": content[:200].decode("utf-8", "replace")}
-        return status, answer
+            return {"detail": content[:200].decode("utf-8", "replace")}
+        return answer
 
-    def _ask_urllib(self, asked):
-        """Return (status, the header that tells of extensions, content) of an Exchange over a kept connection."""
-        import urllib.request
-        from http.client import IncompleteRead
-        self.opener = self.opener or _keeping_opener()
-        request = urllib.request.Request(self.url + asked.target, asked.data, self.headers, method=asked.method)
-        request.exchange, request.ca_file, request.meet = asked, self.ca_file, self.meet
-        response = self.opener.open(request, timeout=asked.timeout_s)
-        is_whole = response.chunked or response.length is not None
-        content = response.read()
-        if not (content or is_whole):
-            raise IncompleteRead(content)  # its head was cut off, which http.client does not notice
-        return response.status, response.headers.get(EXTENSIONS), content
-
-    def _ask_plainly(self, asked):
-        """Return the same of an Exchange as HTTP/1.0, whose answer ends with its connection."""
-        connection, login = self._reach(asked.timeout_s)
-        with connection:
-            connection.sendall(self._plain_head(asked.method, asked.target, "1.0", login, asked.data))
-            asked.is_sent, asked.sock = True, connection
-            return self._plain_answer(b"".join(iter(lambda: connection.recv(65536), b"")))
-
-    def _plain_head(self, method, target, version, login, data):
-        """Return the bytes of a request."""
-        lines = ["%s %s%s HTTP/%s" % (method, self.plain.group(3) or "", target, version),
-                 "Host: " + self.plain.group()[7:].partition("/")[0], "Content-Length: %d" % len(data or b"")]
-        headers = dict(self.headers, Authorization=login) if login else self.headers
-        lines += ["%s: %s" % pair for pair in headers.items()]
-        return "\r\n".join(lines + ["", ""]).encode() + (data or b"")
-
-    def _plain_answer(self, got):
-        """Return (status, the header that tells of extensions, content) of an answer's bytes; raise ConnectionError
-        where some are missing."""
-        head, end, content = got.partition(b"\r\n\r\n")
-        first, *lines = head.decode("latin-1").split("\r\n")
-        headers = {name.lower(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
-        length = headers.get("content-length", "0")
-        if not end or not length.isdigit() or len(content) < int(length):
-            raise ConnectionError("the answer was cut off" if got else "the connection was closed")
-        if not re.match(r"HTTP/1\.[01] [0-9]{3}\b", first):
-            raise LabtaskerConnectError("%s does not speak HTTP: is it a Labtasker server?" % self.url)
-        return int(first[9:12]), headers.get(EXTENSIONS.lower()), content
-
-    def _reach(self, timeout_s):
-        """Return a plain socket to the server, and its Authorization where that is not the transport's own."""
-        import socket
+    def _plain_connection(self, timeout_s):
+        """Return a plain connection: one that waits for its request, or a new one."""
         while self.reached:
-            connection, login = self.reached.pop()
-            if not ready([connection], 0):
-                connection.settimeout(timeout_s)
-                return connection, login
+            connection = self.reached.pop()
+            if connection.is_usable():
+                return connection
             connection.close()
-        host, port, _ = self.plain.groups("")
-        address = host.strip("[]").encode(), int(port or 80)  # a host as text costs the import of encodings.idna
-        connection = socket.create_connection(address, timeout_s)
+        return self._connect(_PlainConnection, timeout_s)
+
+    def _kept_connection(self, timeout_s):
+        """Return the connection that this thread keeps, a new one where that was closed."""
+        connection = getattr(self.kept, "connection", None)
+        if connection is None or not connection.is_usable():
+            connection = self.kept.connection = self._connect(_KeptConnection, timeout_s)
+        return connection
+
+    def _connect(self, kind, timeout_s):
+        """Return a new connection, its server's proof checked; `login`: its own Authorization header, {} without."""
+        connection = kind(self.url, self.ca_file, self.INTRODUCTION_S if self.key else timeout_s)
         try:
-            login = self.key and self._introduce(connection, lambda target: self._plain_welcome(connection, target))
+            connection.login = {"Authorization": self._introduce(connection)} if self.key else {}
         except Exception:
             connection.close()
             raise
-        return connection, login
+        return connection
 
-    def _plain_welcome(self, connection, target):
-        """Return what `_plain_answer` does of a GET, after which the connection stays open."""
-        connection.sendall(self._plain_head("GET", target, "1.1", None, None))
-        got, give_up_at = b"", monotonic() + self.INTRODUCTION_S
-        while len(got) < self.MAX_WELCOME_BYTES:
-            connection.settimeout(max(0.001, give_up_at - monotonic()))
-            piece = connection.recv(65536)
-            got += piece
-            try:
-                return self._plain_answer(got)
-            except ConnectionError:
-                if not piece:
-                    raise
-        raise NotOurServer("what %s answered is no welcome of a Labtasker server" % self.url)
-
-    def _introduce(self, sock, ask):
-        """Return the Authorization for a connection once its other end has proved that it has the key, or raise
+    def _introduce(self, connection):
+        """Return the Authorization for a connection once its other end has proved that it has the key. Else raise
         NotOurServer: then nothing but a number was sent."""
-        nonce, address = new_nonce(), sock.getpeername()
-        _, extensions, content = ask("/?nonce=" + nonce)
+        nonce, address = new_nonce(), connection.sock.getpeername()
+        connection.send("GET", "/?nonce=" + nonce, self.headers, None, self.INTRODUCTION_S, is_last=False)
+        _, extensions, content = connection.answer(self.MAX_WELCOME_BYTES)
         try:
             told = json.loads(content.decode())
         except (ValueError, RecursionError):
@@ -7891,41 +8014,21 @@ class HttpTransport:
         self.extensions = extensions == "1"
         return _basic(self.queue_name, prove(self.key, "client", nonces, address))
 
-    def meet(self, connection):
-        """Connect an http.client connection; `login` is then its Authorization, where that is its own."""
-        connection.login = None
-        if self.key:
-            connection.auto_open = False  # one that was closed is never opened again without a proof
-            timeout_s, connection.timeout = connection.timeout, self.INTRODUCTION_S
-            connection.connect()
-            try:
-                connection.login = self._introduce(connection.sock, lambda target: self._welcome(connection, target))
-            except Exception:
-                connection.close()
-                raise
-            connection.timeout = timeout_s
-            if connection.sock is not None:
-                connection.sock.settimeout(timeout_s)
-
-    def _welcome(self, connection, target):
-        """Return what `_plain_welcome` does, over an http.client connection."""
-        connection.request("GET", target, headers={EXTENSIONS: "1"})
-        response = connection.getresponse()
-        return response.status, response.headers.get(EXTENSIONS), response.read(self.MAX_WELCOME_BYTES)
-
     def is_of_store(self):
         """Return whether a server answers and proves that it has the key; raise NotOurServer where it does not. Its
         connection is kept for the first request."""
         try:
             if self.plain:
-                self.reached.append(self._reach(self.INTRODUCTION_S))
+                self.reached.append(self._connect(_PlainConnection, self.INTRODUCTION_S))
             else:
-                self.call("GET", "/health", None, None)
+                self.kept.connection = self._connect(_KeptConnection, self.INTRODUCTION_S)
+            return True
         except NotOurServer:
             raise
-        except (OSError, LabtaskerConnectError):
+        except Exception as error:
+            if not (_is_of_connection(error) or isinstance(error, LabtaskerConnectError)):
+                raise
             return False
-        return True
 
     def _check_repeat(self, method, path, body, error, lost, pause_s):
         """Raise LabtaskerConnectError where a request that failed with `error` must not be sent again."""
@@ -7955,34 +8058,26 @@ class HttpTransport:
     def away(self, error):
         """Return the LabtaskerConnectError of an error that a connection met."""
         return LabtaskerConnectError(
-            "no answer from %s (%s): is the server running? Start it with 'labtasker serve', or mend the URL with "
+            "no answer from %s (%s): is the server running? Start it with 'labtasker serve', or fix the URL with "
             "'labtasker init'" % (self.url, str(error) or type(error).__name__))
 
     def listen(self, after, timeout_s):
         """Return (status, RemoteLines of the queue's events after the one with the id `after`), or raise
         LabtaskerConnectError where there is no answer within so many seconds."""
-        import urllib.request
-        from http.client import HTTPException
-        request = urllib.request.Request(self.url + _QUEUE + "/events")
-        request.ca_file = self.ca_file
-        request.timeout = timeout_s
         headers = dict(self.headers, Accept="text/event-stream", **({"Last-Event-ID": after} if after else {}))
         try:
-            connection = _connection(request)
-            self.meet(connection)
-            if connection.login:
-                headers["Authorization"] = connection.login
-            else:
-                connection.connect()
+            connection = self._connect(_KeptConnection, timeout_s)
             sock = connection.sock
-            connection.request("GET", request.selector, headers=headers)
-            response = connection.getresponse()
+            connection.send("GET", _QUEUE + "/events", dict(headers, **connection.login), None, timeout_s)
+            response = connection.http.getresponse()
             if response.status >= 400:
                 return response.status, json.loads(response.read().decode())
             if response.status != 200 or "text/event-stream" not in response.getheader("Content-Type", ""):
                 raise ValueError("it answered with %d and no events: is it a Labtasker server?" % response.status)
             sock.settimeout(REQUEST_TIMEOUT_S)
-        except (OSError, HTTPException, ValueError) as error:
+        except Exception as error:
+            if not (_is_of_connection(error) or isinstance(error, ValueError)):
+                raise
             raise self.away(error) from None
         self.extensions = response.getheader(EXTENSIONS) == "1"
         return 200, RemoteLines(sock, response)
@@ -7995,13 +8090,12 @@ class HttpTransport:
     def close(self):
         """Close this thread's connection."""
         while self.reached:
-            self.reached.pop()[0].close()
-        if self.opener:
-            self.opener.kept.__dict__.clear()
+            self.reached.pop().close()
+        self.kept.__dict__.clear()
 
 
 URL_OF_HTTP = Pattern(r"http://([\w.-]+|\[[0-9a-fA-F:.]+\])(?::([0-9]{1,5}))?(/[\w./~-]*)?\Z", re.ASCII)
-PLAIN_TARGET = Pattern(r"[!-~]+\Z")  # what could end a request's line is for urllib to refuse
+TARGET = Pattern(r"[!-~]+\Z")  # no character that could end a request's line
 
 
 class RemoteLines:
@@ -8029,32 +8123,6 @@ class RemoteLines:
             pass
 
 
-class _KeepingHandler:
-    """Opens http and https with a connection that is kept; stands before urllib's AbstractHTTPHandler."""
-
-    def keep_open(self, request):
-        """Return the response to a request, over the connection that is kept, or a new one where that was closed."""
-        kept = self.parent.kept
-        connection = getattr(kept, request.host, None)
-        if connection is None or connection.sock is None or ready([connection.sock], 0):
-            connection = _connection(request)
-            request.meet(connection)
-            setattr(kept, request.host, connection)
-        connection.timeout = request.timeout
-        if connection.sock is not None:
-            connection.sock.settimeout(request.timeout)
-        headers = dict(request.headers, **request.unredirected_hdrs)
-        if connection.login:
-            headers["Authorization"] = connection.login
-        connection.request(request.get_method(), request.selector, request.data, headers)
-        request.exchange.is_sent, request.exchange.sock = True, connection.sock
-        response = connection.getresponse()
-        response.msg = response.reason
-        return response
-
-    http_open = https_open = keep_open
-
-
 def ready(files, timeout_s=None, is_output=False):
     """Return those of the files that can be read, or written, as soon as there is one or after so many seconds; None
     waits without end. A descriptor may have any number: select() refuses those over 1,023."""
@@ -8067,31 +8135,6 @@ def ready(files, timeout_s=None, is_output=False):
         poll.register(number, select.POLLOUT if is_output else select.POLLIN)
     timeout_ms = None if timeout_s is None else math.ceil(max(0.0, min(timeout_s, 1e6)) * 1000)
     return [numbers[number] for number, _ in poll.poll(timeout_ms)]
-
-
-def _connection(request):
-    """Return a new connection to the host of a urllib request."""
-    import http.client
-    if request.type == "http":
-        return http.client.HTTPConnection(request.host, timeout=request.timeout)
-    import ssl
-    context = ssl.create_default_context()
-    if request.ca_file:
-        try:
-            context.load_verify_locations(request.ca_file)
-        except (OSError, ssl.SSLError) as error:
-            raise LabtaskerValueError("can't use the certificates in %s (ca_file): %s" % (request.ca_file, error))
-    return http.client.HTTPSConnection(request.host, timeout=request.timeout, context=context)
-
-
-def _keeping_opener():
-    """Return a urllib opener that keeps one connection a thread, follows no proxy and raises on no status."""
-    import urllib.request
-    opener = urllib.request.OpenerDirector()
-    opener.addheaders = []
-    opener.kept = threading.local()
-    opener.add_handler(type("KeepingHandler", (_KeepingHandler, urllib.request.AbstractHTTPHandler), {})())
-    return opener
 
 
 def _as_json(value):
@@ -8553,9 +8596,8 @@ class TaskUpdateRequest(Response):
                                      "TaskUpdateRequest(**{'_id': ...})")
         for name in given:
             if name not in self.FIELDS:
-                hint = nearest(name, self.FIELDS)
                 raise LabtaskerTypeError("TaskUpdateRequest has no field %r%s; it has %s" % (
-                    name, ", did you mean %r?" % hint if hint else "", ", ".join(self.FIELDS)))
+                    name, hint(name, self.FIELDS), ", ".join(self.FIELDS)))
         for name in ("args", "metadata"):
             if given.get(name) is not None:
                 given[name] = Plain(refuse_odd).value(given[name], [name])
@@ -11425,10 +11467,35 @@ SLOT_MOVES = {
 }
 
 
+GRACE_S = 10  # from the signal that stops the loop to KILL
+LOOP_OPTIONS = {  # each is a parameter of command_loop(), an option of the command, and an attribute of Loop.options
+    "shell": Option("-c --cmd TEXT", "text", None, "a command for the shell, values quoted for it"),
+    "script_path": Option("--script-path FILE", "text", None, "a script for a shell or Python"),
+    "executable": Option("--executable FILE", "text", None, "the shell (/bin/sh)"),
+    "extra_filter": Option("-f --extra-filter FILTER", "text", None, "filter text or document (labtasker help filter)"),
+    "worker_id": Option("--worker-id ID", "text", None, "run as this worker (labtasker worker create)"),
+    "worker_max_retries": Option("--worker-max-retries N", "count", None, "suspend this loop after N failed runs"),
+    "jobs": Option("-j --jobs N", "count", None, "run N at once, each in a slot (1)"),
+    "gpus": Option("--gpus LIST", "text", None, "a slot for each of these: 0,1 or UUIDs, or all"),
+    "per_gpu": Option("--per-gpu K", "count", None, "K slots for each of them (1)"),
+    "eta_max": Option("--eta-max TIME", "duration", None, "give up a run that takes longer: 90, 10 min, 1h30m"),
+    "heartbeat_timeout": Option("--heartbeat-timeout TIME", "seconds", None, "give up a run after this long a silence"),
+    "time_limit_s": Option("--time-limit TIME", "seconds", None, "end by then (or with the Slurm or PBS job)"),
+    "drain_before_s": Option("--drain-before TIME", "seconds", 0, "start no job in the last TIME before that"),
+    "max_tasks": Option("--max-tasks N", "count", None, "end after N tasks"),
+    "idle_timeout_s": Option("--idle-timeout TIME", "seconds", None, "wait that long for new tasks"),
+    "grace_s": Option("--grace TIME", "seconds", GRACE_S, "from the signal that stops a job to KILL (%d)" % GRACE_S),
+    "server_lost_s": Option("--server-lost TIME", "seconds", SERVER_LOST_S, "wait this long for an absent server (1h)"),
+    "use_pty": Option("use-pty", "switch", True, "run it on a pseudo-terminal (the default), or pipes"),
+    "verbose": Option("-v --verbose", "flag", False, "say more"),
+}
+
+
 class Loop:
     """Has tasks run in its slots, for one worker; `execute(slot, run)` runs one and returns an Outcome.
 
-    `request`: the arguments of `fetch_task`; `slots`: a SlotSpec for each slot. `run` returns an exit code. The thread
+    `request`: the arguments of `fetch_task`; `slots`: a SlotSpec for each slot; `given`:
+    parameters of LOOP_OPTIONS. `run` returns an exit code. The thread
     that calls it gets the signals, and does for the slots what only that thread can do.
 
     Its states (LOOP_MOVES); a signal that stops it is noted in `wake`, whatever the state:
@@ -11438,13 +11505,9 @@ class Loop:
         failed     answered -> failed, emptied -> failed, failed -> failed, time_up -> timed_out
         timed_out  answered -> timed_out, emptied -> timed_out, failed -> timed_out, time_up -> timed_out"""
 
-    def __init__(self, execute, request, worker=None, signals=(), max_tasks=None, idle_timeout_s=None, grace_s=None,
-                 verbose=False, server_lost_s=None, slots=None, time_limit_s=None, drain_before_s=None):
-        self.execute, self.request, self.worker, self.verbose = execute, request, worker, verbose
-        self.max_tasks, self.idle_timeout_s = max_tasks, idle_timeout_s or 0
-        self.server_lost_s = SERVER_LOST_S if server_lost_s is None else server_lost_s
-        self.grace_s = GRACE_S if grace_s is None else grace_s
-        self.time_limit_s, self.drain_before_s, self.limit = time_limit_s, drain_before_s or 0, None
+    def __init__(self, execute, request, worker=None, signals=(), slots=None, **given):
+        self.execute, self.request, self.worker, self.limit = execute, request, worker, None
+        self.options = Options(LOOP_OPTIONS, given)
         self.wake = Wake(loop_signals() + list(signals))
         self.beats = HeartbeatProcess(self.on_lost)
         self.turn = threading.Lock()  # who has it fetches, so that an idle loop is one connection; guards taken
@@ -11457,7 +11520,7 @@ class Loop:
         self.waiting = {}  # {key of a run whose report waits in the outbox: Run}
         self.unanswered = set()  # ids of fetches that may have been given a task without anybody having heard of it
         self.idle_since, self.pinned = None, None
-        self.waits_for_pauses = idle_timeout_s is None  # else no longer than that
+        self.waits_for_pauses = self.options.idle_timeout_s is None  # else no longer than that
         self.retry_at = -math.inf  # when a task that is there has had its pause, as the last fetch has told
         self.resting = {}  # {task id: (pause, its end)} of what jobs here handed back to a server that knows no pauses
 
@@ -11552,7 +11615,7 @@ class Loop:
         if self.wake.stop:
             return "the time is up in " + left if self.state == "timed_out" else (
                 "stopped by " + signal_name(self.wake.stop))
-        if self.state == "failed" or self.taken == self.max_tasks:
+        if self.state == "failed" or self.taken == self.options.max_tasks:
             return "stopped" if self.state == "failed" else "--max-tasks reached"
         if self.state != "done":
             return "no more tasks are started, as the time is up in " + left
@@ -11585,7 +11648,7 @@ class Loop:
         if not self.request.get("worker_id"):
             self.request["worker_id"] = create_worker(**dict(default_worker(), **(self.worker or {})))
         self.request["attempt"] = attempt_facts()
-        self.limit = Limit(seconds_left(self.time_limit_s), self.grace_s, self.drain_before_s,
+        self.limit = Limit(seconds_left(self.options.time_limit_s), self.options.grace_s, self.options.drain_before_s,
                            parse_duration(self.request.get("eta_max") or 0))
         self.idle_since = monotonic()
 
@@ -11632,7 +11695,7 @@ class Loop:
     def is_over(self):
         """Return whether no more tasks are fetched; jobs are told to stop if the time is up."""
         self.check_time()
-        return bool(self.wake.stop or self.state not in ("starting", "working") or self.taken == self.max_tasks
+        return bool(self.wake.stop or self.state not in ("starting", "working") or self.taken == self.options.max_tasks
                     or monotonic() >= self.limit.start_until)
 
     def check_time(self):
@@ -11646,7 +11709,7 @@ class Loop:
         """Return how long to wait for tasks; infinity while tasks run, as they may be requeued or submit others."""
         if self.wake.runs or self.waits_for_pauses and self.retry_at > -math.inf:
             return math.inf
-        return self.idle_since + self.idle_timeout_s - monotonic()
+        return self.idle_since + (self.options.idle_timeout_s or 0) - monotonic()
 
     def pause_of(self, run, outcome):
         """Return the pause in seconds before a requeued task is fetched again; None if not its job but the loop, which
@@ -11811,7 +11874,7 @@ class Slot:
             if not run.is_wanted:
                 outcome = loop.handed_back()
             else:
-                self.remark("task %s" % describe(run.task, loop.verbose))
+                self.remark("task %s" % describe(run.task, loop.options.verbose))
                 run.begin()
                 self.move("begin")
                 outcome = self._execute(run)
@@ -11882,7 +11945,7 @@ class Slot:
         self.fetch = fetch
         try:
             answer = retry_while_away(ask, self.pause, lambda: (
-                0 if self.wake.stop or loop.state != "working" else loop.server_lost_s))
+                0 if self.wake.stop or loop.state != "working" else loop.options.server_lost_s))
             loop.unanswered.discard(fetch.id)
         except LabtaskerError as error:
             if not is_away(error):  # refused
@@ -11948,7 +12011,8 @@ class Slot:
         if self.wake.stop:
             self.save_report()
         try:
-            return post(run, report, self.pause, lambda: LEAVING_S if self.wake.stop else self.loop.server_lost_s)
+            lost_s = self.loop.options.server_lost_s
+            return post(run, report, self.pause, lambda: LEAVING_S if self.wake.stop else lost_s)
         finally:
             with self.loop.lock:
                 self.posting = None
@@ -12016,7 +12080,6 @@ FETCH_CUT_S = 2  # how long a loop that must leave waits for the answer to a fet
 HAND_BACK_S = 5  # before the time is up: for handing back what was killed then
 LEAVING_S = 10  # how long a loop that must leave tries to hand its task back
 LOST_GRACE_S = 1  # from TERM to KILL for the job of a task that was cancelled or taken away
-GRACE_S = 10  # from the signal that stops the loop to KILL
 OWN_SIGNAL_S = 1  # after a job that died of a signal: how long the loop looks whether it gets the same one
 REASON_LIMIT = 300  # letters of the reason that an attempt keeps
 FIRST_PAUSE_S, LONGEST_HAND_BACK_S = 1.0, 60.0  # of a task whose job can't work now; doubled each time it hands it back
@@ -12149,7 +12212,7 @@ def run_function(slot, run, call):
             wake.nudge()
         if told_at is None or not wake.in_main:
             return True
-        kill_at = min(told_at + slot.loop.grace_s, max(limit.kill_at, told_at))
+        kill_at = min(told_at + slot.loop.options.grace_s, max(limit.kill_at, told_at))
         if run.asks_preempted and monotonic() > (told_at + kill_at) / 2:
             run.asks_preempted = False
             wake.nudge()
@@ -12302,24 +12365,22 @@ def _code_of_exit(error):
     return None
 
 
-def command_loop(argv=None, shell=None, script_path=None, executable=None, extra_filter=None, worker_id=None,
-                 eta_max=None, heartbeat_timeout=None, max_tasks=None, idle_timeout_s=None, verbose=False,
-                 grace_s=None, server_lost_s=None, use_pty=True, jobs=None, gpus=None, per_gpu=None,
-                 time_limit_s=None, drain_before_s=None, worker_max_retries=None):
-    """Return the exit code after running the command for one pending task after another.
+def command_loop(argv=None, **given):
+    """Return the exit code after running the command for one pending task after another; `given`: LOOP_OPTIONS.
 
     0: no more tasks, or no more time; 1: it could not go on; 128 + the signal that stopped it. Raises TemplateError,
     FilterError and the like before any task is fetched."""
     import signal
-    command = JobCommand(argv, shell, script_path, executable)
-    request = fetch_request(command.keys, extra_filter, command.cmd, worker_id, eta_max, heartbeat_timeout)
-    worker = {} if worker_max_retries is None else {"max_retries": worker_max_retries}
-    if worker_id and worker:
-        raise UsageError("--worker-max-retries is for the loop's own worker; worker %s has its own" % worker_id)
-    return Loop(lambda slot, run: run_job(slot, run, command, use_pty), request, worker, signals=[signal.SIGCHLD],
-                max_tasks=max_tasks, idle_timeout_s=idle_timeout_s, grace_s=grace_s, verbose=verbose,
-                server_lost_s=server_lost_s, slots=make_slots(jobs, gpus, per_gpu), time_limit_s=time_limit_s,
-                drain_before_s=drain_before_s).run()
+    options = Options(LOOP_OPTIONS, given)
+    command = JobCommand(argv, options.shell, options.script_path, options.executable)
+    request = fetch_request(command.keys, options.extra_filter, command.cmd, options.worker_id, options.eta_max,
+                            options.heartbeat_timeout)
+    worker = {} if options.worker_max_retries is None else {"max_retries": options.worker_max_retries}
+    if options.worker_id and worker:
+        raise UsageError("--worker-max-retries is for the loop's own worker; worker %s has its own" % options.worker_id)
+    return Loop(lambda slot, run: run_job(slot, run, command, options.use_pty), request, worker,
+                signals=[signal.SIGCHLD], slots=make_slots(options.jobs, options.gpus, options.per_gpu),
+                **vars(options)).run()
 
 
 # A GPU is named as the variable names it that says which are seen: by its index among those of the machine, or by its
@@ -12498,7 +12559,7 @@ def watch(slot, run, process):
                 run.note_stop(wake.stop)
                 slot.remark("%s: stopping the job; %s again kills it" % (
                     signal_name(wake.stop), "Ctrl-C" if wake.stop == signal.SIGINT else "a signal"))
-                kill_at = min(monotonic() + loop_.grace_s, max(loop_.limit.kill_at, monotonic()))
+                kill_at = min(monotonic() + loop_.options.grace_s, max(loop_.limit.kill_at, monotonic()))
             signal_group(process.pid, wake.stop or signal.SIGTERM)
             signal_group(process.pid, signal.SIGCONT)  # one that was stopped hears of it too
         if kill_at and (monotonic() >= kill_at or wake.times > 1):
@@ -12547,12 +12608,6 @@ def note(text):
 def some(tasks):
     """Return "1 task", "3 tasks"."""
     return "%d task%s" % (len(tasks), "" if len(tasks) == 1 else "s")
-
-
-def hint(word, choices):
-    """Return a few words that offer the choice that looks most like `word`, or nothing."""
-    best = nearest(word, choices)
-    return "; did you mean %s?" % best if best else ""
 
 
 def brief(value):
@@ -12834,7 +12889,7 @@ def answer_to(question, default="", secret=False):
 def ask(question, option, **how):
     """Return a person's answer; raises UsageError that names the `option` where nobody is there."""
     if not is_terminal(sys.stdin):
-        raise UsageError("%s Nobody can be asked here: answer with %s" % (question.split(" [")[0], option))
+        raise UsageError("%s Not interactive: pass %s" % (question.split(" [")[0], option))
     return answer_to(question, **how)
 
 
@@ -13007,11 +13062,11 @@ def listed_submission(cells):
 EACH_DAY = ("task", "loop", "watch", "init", "serve", "sbatch")  # what the list of commands tells the most of
 EVERY = 10 ** 9  # the limit of a listing that leaves nothing out
 EXTRA_COMMANDS = {  # the commands of labtasker_cli.py, and what they are for
-    "watch": "Show what goes on, live: counts, rate, what runs, last failures. Keys open, cancel, retry.",
-    "config": "Edit the configuration in $EDITOR; it is kept where it can be read.",
-    "sbatch": "Submit a Slurm job of loops, an array with --array; prints its id. What is no option here and none of "
-              "labtasker loop goes to sbatch, such as -p, -t, -c, --mem, --gpus-per-task.",
-    "server wait": "Wait until the configured store's server answers; print its URL. Exit 1 where none does.",
+    "watch": "Show counts, rate, running tasks and last failures, live. Keys open, cancel, retry.",
+    "config": "Edit the configuration in $EDITOR; saved only if it is valid.",
+    "sbatch": "Submit a Slurm job of loops, or an array of jobs; print its id. Options that neither this command "
+              "nor labtasker loop has are passed to sbatch, such as -p, -t, -c, --mem, --gpus-per-task.",
+    "server wait": "Wait until the configured store's server answers; print its URL. Exit 1 if none does.",
     "completion": "Print what makes bash, zsh or fish complete commands, options, statuses, fields, ids. In ~/.bashrc: "
                   "eval \"$(labtasker completion bash)\"; in ~/.zshrc after compinit the same with zsh; for fish, "
                   "write it to ~/.config/fish/completions/labtasker.fish.",
@@ -13073,9 +13128,9 @@ def id_that_starts(word, find):
     is_hex, what = re.match("[0-9a-f][0-9a-f-]*\\Z", word), "task" if find is ls_tasks else "worker"
     found = find(extra_filter={"_id": {"$regex": "^" + word}}, limit=2).content if is_hex else []
     if len(found) > 1:
-        raise UsageError("more than one %s's id starts with %s: give more of it" % (what, word))
+        raise UsageError("more than one %s id starts with %s: type more of it" % (what, word))
     if not found:
-        raise NotFound("there is no %s %s (labtasker %s ls shows what there is)" % (what, brief(word), what))
+        raise NotFound("there is no %s %s (labtasker %s ls lists them)" % (what, brief(word), what))
     return ids_of(found)[0]
 
 
@@ -13093,7 +13148,7 @@ def read_ids():
         note("No task ids came from standard input.")
     for word in words:
         if not re.match("[0-9a-f-]{1,36}\\Z", word):
-            raise UsageError("stdin has %s, which is no task's id (task ls -q prints ids alone)" % brief(word))
+            raise UsageError("stdin has %s, which is no task's id (task ls -q prints ids only)" % brief(word))
     return words
 
 
@@ -13129,13 +13184,21 @@ def show(text, no_pager=False):
 
 
 def spent_s(task):
-    """Return the seconds that a task's run takes by now, or took until the task last changed; None without a run."""
+    """Return the seconds that the run of a Task or of a task's record takes by now, or took until it ended or, where
+    that is not known, until the task last changed; None without a run."""
     if task.start_time is None or task.status == "pending":
         return None
-    last = (vars(task).get("attempts") or [{}])[-1]
-    told = last.get("end") if last.get("run_id") == vars(task).get("run_id") else None
-    end = now() if task.status == "running" else parse_time(told) if told else task.last_modified.timestamp()
-    return max(0.0, end - task.start_time.timestamp())
+    last = (getattr(task, "attempts", None) or [{}])[-1]
+    ended = last.get("end") if last.get("run_id") == getattr(task, "run_id", None) else None
+    end = now() if task.status == "running" else ended or task.last_modified
+    return max(0.0, _in_seconds(end) - _in_seconds(task.start_time))
+
+
+def _in_seconds(moment):
+    """Return the Instant of an ISO text or an aware datetime; an Instant is one already."""
+    if isinstance(moment, str):
+        return parse_time(moment)
+    return moment.timestamp() if isinstance(moment, datetime.datetime) else moment
 
 
 def error_of(task):
@@ -13291,7 +13354,7 @@ def show_listing(items, options, nothing="Nothing matches."):
     elif not options.quiet:
         note(nothing)
     if len(items) > options.limit:
-        note("More match than the %d shown: --limit N shows more, --offset N goes on." % options.limit)
+        note("Only the first %d are shown; use --limit or --offset." % options.limit)
 
 
 # ---- Submitting
@@ -13320,7 +13383,7 @@ def submissions(options):
     fields.update(_given(metadata=metadata_of(options)))
     tasks = [dict(row, **dict(fields, args=joined(row["args"], fixed))) for row in rows]
     if not tasks:
-        raise UsageError("%s holds no task" % options.from_file)
+        raise UsageError("%s contains no task" % options.from_file)
     if not all(task["args"] or task.get("cmd") for task in tasks):
         raise UsageError("a task needs arguments or a command: task submit -- --lr=0.1 --model=resnet")
     return tasks
@@ -13386,7 +13449,7 @@ def counted_in(query):
     return found, min(30, max(0.5, 10 * (monotonic() - found.at)))
 
 
-def looks(query, wait_s):
+def poll_counts(query, wait_s):
     """Yield the Count of the tasks that match, now and again: when something has changed, and after `wait_s` at the
     latest. Counting takes a tenth of the time at most; where the mark is the same nothing is counted. A server that
     goes away meanwhile is waited for."""
@@ -13536,12 +13599,11 @@ class Sweep:
         self.tasks = found
 
 
-def pace(tasks, moment):
-    """Return the Pace of tasks at a moment: {status: count}, tasks ended a second lately, seconds to go (or None)."""
-    counts = collections.Counter(task.status for task in tasks)
-    ended = sorted((task.last_modified.timestamp(), task.start_time.timestamp()) for task in tasks
-                   if task.status in ("success", "failed") and task.start_time)[-RECENT:]
-    return pace_of(counts, len(ended), moment - min(begin for _, begin in ended) if ended else 0)
+def pace(tasks, at):
+    """Return the Pace of tasks at an instant."""
+    changed = sorted(tasks, key=lambda task: task.last_modified)
+    return pace_of(collections.Counter(task.status for task in changed),
+                   *recent_ends(changed, at, lambda task: task.start_time.timestamp()))
 
 
 def pace_of(counts, ended, took_s):
@@ -13578,7 +13640,7 @@ def progress(found, width):
 def paces(query):
     """Yield the Pace of the tasks that match, every REFRESH_S at the latest."""
     if client().extensions:
-        for found in looks(query, REFRESH_S):
+        for found in poll_counts(query, REFRESH_S):
             yield pace_of(found.counts, found.ended, found.took_s + monotonic() - found.at)
     sweep = Sweep(query)
     while True:
@@ -13606,7 +13668,7 @@ def do_task_wait(options):
     query, last = selectors(options), None
     if is_terminal(sys.stderr) and not options.quiet:
         return wait_with_bar(query)
-    for counts in (found.counts for found in looks(query, IDLE_WAIT_S)):
+    for counts in (found.counts for found in poll_counts(query, IDLE_WAIT_S)):
         if counts != last and not options.quiet:
             note(", ".join("%d %s" % (counts[state], state) for state in TASK_STATES if counts[state])
                  or "Nothing matches.")
@@ -13628,9 +13690,9 @@ def do_task_why(options):
 def what_became(task):
     """Return what there is to say of a task that does not wait to be run."""
     if task.status == "running":
-        return "It runs, for %s by now, on worker %s%s." % (
+        return "It has been running for %s on worker %s%s." % (
             span(spent_s(task) or 0), task.worker_id or "unknown",
-            "; last heard of %s ago" % age(task.last_heartbeat) if task.last_heartbeat else "")
+            "; its last heartbeat was %s ago" % age(task.last_heartbeat) if task.last_heartbeat else "")
     again = "labtasker task retry %s makes it pending again." % task.task_id[:8]
     if task.status == "failed":
         return "It failed for good, after %d of %d runs%s. %s" % (
@@ -13649,15 +13711,15 @@ def in_the_way(task, options):
     queued = sorted(ls_tasks(status="pending", limit=EVERY).content,
                     key=lambda one: (-one.priority, one.last_modified, one.created_at))
     ahead = next((at for at, one in enumerate(queued) if one.task_id == task.task_id), 0)
-    yield "It waits for %s, as number %d of %d in line (higher priority first, then the longest unchanged)." % (
-        age(task.last_modified), ahead + 1, len(queued))
+    yield "Pending for %s, %s of %d in line (higher priority first, then the longest unchanged)." % (
+        age(task.last_modified), ordinal(ahead + 1), len(queued))
     if task.retries:
         yield "It failed %d of %d times%s." % (task.retries, task.max_retries, with_error(task))
     if vars(task).get("reason"):
-        yield "Its last run was handed back: %s." % task.reason
+        yield "Its last run was requeued: %s." % task.reason
     not_before = vars(task).get("not_before")
     if not_before and not_before.timestamp() > now():
-        yield "It is given to nobody for another %s: its job asked for a pause, or a run failed (retry_delay)." % span(
+        yield "It can start in %s: its job asked for a pause, or a run failed (retry_delay)." % span(
             not_before.timestamp() - now())
     running = ls_tasks(status="running", limit=EVERY).content
     if not running:
@@ -13667,14 +13729,20 @@ def in_the_way(task, options):
         text = as_typed(one.cmd)
         if text and text not in shown:
             shown.add(text)
-            yield "A loop that runs now, %s: %s." % (text, "; ".join(mismatches(one.cmd, task)) or "would take it")
+            yield "A loop runs %s now: %s." % (text, "; ".join(mismatches(one.cmd, task)) or "it would take the task")
     for worker in ls_workers(limit=EVERY).content:
         if worker.status != "active":
-            yield "Worker %s is %s and gets no tasks: labtasker worker report %s active" % (
+            yield "Worker %s is %s, so it gets no tasks. To activate it: labtasker worker report %s active" % (
                 worker.worker_name or worker.worker_id[:8], worker.status, worker.worker_id[:8])
     if options.rest or options.extra_filter:
         found = mismatches(options.rest, task) + unmet(task, filter_of(options))
-        yield "The loop asked for: %s." % ("; ".join(found) or "it would take it")
+        yield "The loop that you describe: %s." % ("; ".join(found) or "it would take the task")
+
+
+def ordinal(number):
+    """Return "1st", "2nd", "11th"."""
+    is_th = number % 100 in (11, 12, 13) or number % 10 not in (1, 2, 3)
+    return "%d%s" % (number, "th" if is_th else ("st", "nd", "rd")[number % 10 - 1])
 
 
 def as_typed(cmd):
@@ -13702,8 +13770,7 @@ def mismatches(cmd, task):
         return inner == outer or inner.startswith(outer + ".")
     missing = [key for key in keys if not any(within(path, key) for path in has)]
     extra = sorted(path for path in has if not any(within(path, key) for key in keys))
-    return ["it wants %s, which the task lacks" % key for key in missing] + [
-        "the task has %s, which it does not take (%%(%s))" % (path, path) for path in extra]
+    return ["the task lacks %s" % key for key in missing] + ["the command lacks %%(%s)" % path for path in extra]
 
 
 def unmet(task, query):
@@ -13726,8 +13793,8 @@ def do_task_logs(options):
     path = log_path(task, attempt)
     is_there = os.path.exists(path)
     if not is_there and not (options.follow and attempt and "end" not in attempt):
-        raise LabtaskerRuntimeError("the output is not here: %s%s" % (path, attempt.get("host") and (
-            " on the host %s" % attempt["host"]) or ""))
+        raise LabtaskerRuntimeError("the output is not on this host: %s%s" % (path, attempt.get("host") and (
+            "; the task ran on %s" % attempt["host"]) or ""))
     if attempt:
         note("task %s, attempt %d of %d on %s: %s" % (
             task.task_id, task.attempts.index(attempt) + 1, len(task.attempts), attempt.get("host"),
@@ -13807,22 +13874,17 @@ def print_output(data):
 
 
 def do_loop(options):
-    if sum(map(bool, (options.rest, options.cmd, options.script_path))) > 1:
+    if sum(map(bool, (options.rest, options.shell, options.script_path))) > 1:
         raise UsageError("-- COMMAND, --cmd and --script-path exclude each other")
-    if not (options.rest or options.cmd or options.script_path):
-        options.cmd = "" if sys.stdin is None or is_terminal(sys.stdin) else read_text(
+    if not (options.rest or options.shell or options.script_path):
+        options.shell = "" if sys.stdin is None or is_terminal(sys.stdin) else read_text(
             "-", "a script").replace("\r\n", "\n")
-        if not options.cmd.strip():
+        if not options.shell.strip():
             raise UsageError("what to run? labtasker loop -- python train.py --lr '%(lr)' (or --cmd, --script-path, "
                              "or a script on stdin)")
-    return command_loop(
-        argv=options.rest, shell=options.cmd, script_path=options.script_path, executable=options.executable,
-        extra_filter=filter_of(options), worker_id=full_id(options.worker_id, ls_workers), eta_max=options.eta_max,
-        heartbeat_timeout=options.heartbeat_timeout, max_tasks=options.max_tasks,
-        idle_timeout_s=options.idle_timeout, verbose=options.verbose, grace_s=options.grace,
-        server_lost_s=options.server_lost, use_pty=options.use_pty is not False, jobs=options.jobs, gpus=options.gpus,
-        per_gpu=options.per_gpu, time_limit_s=options.time_limit, drain_before_s=options.drain_before,
-        worker_max_retries=options.worker_max_retries)
+    given = {name: getattr(options, name) for name in LOOP_OPTIONS}
+    given.update(extra_filter=filter_of(options), worker_id=full_id(options.worker_id, ls_workers))
+    return command_loop(options.rest, **given)
 
 
 def journal_path(options):
@@ -13832,8 +13894,7 @@ def journal_path(options):
 
 def do_serve(options):
     extras()  # which enters the page
-    return serve(journal_path(options), options.host, options.port, options.fsync, options.certfile, options.keyfile,
-                 options.log_level, options.daemon, options.takeover, options.allow_host, options.max_connections)
+    return serve(**dict({name: getattr(options, name) for name in SERVE_OPTIONS}, db_path=journal_path(options)))
 
 
 def do_health(options):
@@ -13874,10 +13935,10 @@ def create_configured_queue(config, metadata=None):
             raise
     try:
         found = get_queue()
-        return "Queue %s is there already, and open to this configuration (%s)" % (found.queue_name, found.queue_id)
+        return "Queue %s exists already, and this configuration opens it (%s)" % (found.queue_name, found.queue_id)
     except LabtaskerHTTPStatusError as error:
         raise error if error.status_code != 401 else LabtaskerRuntimeError(
-            "the queue %s is there already, with another password: use that one, or another name" % config.queue_name)
+            "the queue %s exists already, with another password: use that one, or another name" % config.queue_name)
 
 
 def do_queue_get(options):
@@ -13892,7 +13953,7 @@ def do_queue_update(options):
     if not options.quiet:
         say("Updated the queue")
     if options.new_queue_name or options.new_password:
-        note("The configuration still has the old name or password: labtasker config changes it.")
+        note("The configuration still has the old name or password. To change it: labtasker config")
 
 
 def do_queue_delete(options):
@@ -13973,7 +14034,7 @@ def do_journal_verify(options):
         return 1
     check_known(found.path)
     if found.bad or found.lost:
-        say("That was never acknowledged, or is being written just now; the next opening sets it aside.")
+        say("Those bytes were never acknowledged, or are being written just now. The next opening sets them aside.")
     say("%s: fine, %d lines, %d bytes" % (found.path, found.lines, found.size))
 
 
@@ -13981,7 +14042,7 @@ def do_journal_repair(options):
     path = journal_path(options)
     if not (Survey(path).bad or Survey(path).lost):
         return say("%s: fine, nothing was changed" % path)
-    confirm("Put a file of all good lines in the place of %s? The damaged one is kept." % path, "--yes", options.yes)
+    confirm("Replace %s by a file of its good lines? The damaged file is kept." % path, "--yes", options.yes)
     found, damaged, aside, ids = repair_store(path)
     say("%s: %d good lines are kept" % (path, found.lines))
     for first, last in found.lost:
@@ -14012,7 +14073,7 @@ def do_init(options):
     if not os.environ.get("LABTASKER_ROOT"):
         check_owner(root, root)
     path, then = os.path.join(root, CONFIG_NAME), "labtasker task submit -- --lr=0.1"
-    confirm("%s is there already. Overwrite it?" % path, "--yes", options.yes or not os.path.exists(path))
+    confirm("%s exists already. Overwrite it?" % path, "--yes", options.yes or not os.path.exists(path))
     is_asking = is_terminal(sys.stdin) and not options.yes
     config = Config(root, *(asked_settings if is_asking else given_settings)(options))
     try:
@@ -14020,14 +14081,14 @@ def do_init(options):
         say(said)
     except LabtaskerConnectError as error:
         note(error)
-        confirm("Keep this configuration all the same?", "--yes", options.yes)
+        confirm("Keep this configuration anyway?", "--yes", options.yes)
         then = "start the server (labtasker serve), then: labtasker queue create-from-config"
     finally:
         use_client(None)
     say("Wrote %s" % write_config(root, config.url, config.queue_name, config.password))
     winning = [name for _, name, _, _ in SETTINGS.values() if name and os.environ.get(name)]
     if winning:
-        note("In this shell %s wins over that file." % " and ".join(winning))
+        note("In this shell %s overrides that file." % " and ".join(winning))
     say(as_started("Next: " + then))
 
 
@@ -14057,7 +14118,7 @@ def is_reached(url):
         return True
     except LabtaskerConnectError as error:
         note(error)
-        return ask("Take this URL all the same? [y/N]", "--yes").lower() in ("y", "yes")
+        return ask("Use this URL anyway? [y/N]", "--yes").lower() in ("y", "yes")
 
 
 def asked_queue(config, options):
@@ -14076,7 +14137,7 @@ def given_settings(options):
     """Return (url, queue name, password) from the options; raises UsageError that names what lacks or is wrong."""
     for value, option in ((options.url, "--url"), (options.queue_name, "--queue-name")):
         if value is None and not options.yes:
-            raise UsageError("nobody can be asked here: give %s, or --yes for the defaults" % option)
+            raise UsageError("not interactive: pass %s, or --yes for the defaults" % option)
     url, name = base_url(options.url or ""), options.queue_name or DEFAULT_QUEUE
     check_queue_name(name)
     return url, name, secret_of(options) if re.match("https?:", url) else options.password
@@ -14158,13 +14219,13 @@ def run_demo(folder):
         codes += demo_workers(folder, words) if words[0] == "loop" else [demo_start(folder, words).wait()]
     store = StoreTransport(os.path.join(folder, ".labtasker"), DEFAULT_QUEUE)
     tasks = Client(store).call("POST", "/api/v1/queues/me/tasks/search", {})["content"]
-    store.file.close()
+    store.close()
     done = sum(task["status"] == "success" for task in tasks)
     retried = sum(task["retries"] == 1 for task in tasks)
     say("\n%d of %d tasks done by two workers, %d after a retry, in %.1f s." % (
         done, len(tasks), retried, monotonic() - began))
     if any(codes) or (done, retried) != (8, 1):
-        raise LabtaskerRuntimeError("the demo did not go as it should; exit codes: %s" % codes)
+        raise LabtaskerRuntimeError("the demo failed; exit codes: %s" % codes)
 
 
 def demo_start(folder, words, suffix="", **streams):
@@ -14235,8 +14296,8 @@ def settings_reference():
     rows = [[name, variable or "", meaning] for name, (_, variable, _, meaning) in SETTINGS.items()]
     rows += [["", variable, meaning] for variable, meaning in VARIABLES.items()]
     return "\n".join([
-        "The configuration is %s in the nearest folder .labtasker from here upward," % CONFIG_NAME,
-        "or in the folder that LABTASKER_ROOT names. Variables win over it.", "",
+        "The configuration is %s in the nearest folder .labtasker, from here upward," % CONFIG_NAME,
+        "or in the folder that LABTASKER_ROOT names. Variables override it.", "",
         table([["setting", "variable", "meaning"]] + rows)])
 
 
@@ -14327,6 +14388,26 @@ def duration(text):
 
 
 seconds = typed(parse_duration)
+OPTION_KINDS = {  # of a row of LOOP_OPTIONS or SERVE_OPTIONS: what argparse is told besides
+    "text": {}, "path": {"type": for_system}, "int": {"type": int}, "count": {"type": count}, "port": {"type": port},
+    "seconds": {"type": seconds}, "duration": {"type": duration}, "list": {"action": "append"},
+    "flag": {"action": "store_true"},
+}
+
+
+def option_of(name, row):
+    """Return the row of a command's option that a parameter of LOOP_OPTIONS or SERVE_OPTIONS is given by."""
+    if row.kind == "switch":
+        return switch(row.spelling, row.help)
+    if isinstance(row.kind, tuple):
+        return choice(row.spelling, row.kind, help=row.help, dest=name)
+    return option(row.spelling, row.help, dest=name, **OPTION_KINDS[row.kind])
+
+
+def options_of(table):
+    """Return the rows of the options of a command that a table of parameters has."""
+    return [option_of(name, row) for name, row in table.items()]
+
 
 
 def make_parser(path):
@@ -14559,8 +14640,8 @@ def explained(error):
     """Return what an error says, and the way out where it does not say so itself."""
     if isinstance(error, LabtaskerHTTPStatusError) and error.status_code == 401:
         config = load_config()
-        return "%s\nThe queue %s is not there, or its password is another. They come from %s and from " \
-               "LABTASKER_QUEUE, LABTASKER_PASSWORD; labtasker queue create-from-config creates it." % (
+        return "%s\nNo queue named %s, or wrong password. Both come from %s or from LABTASKER_QUEUE and " \
+               "LABTASKER_PASSWORD. To create the queue: labtasker queue create-from-config" % (
                    error, config.queue_name, config.source or "no file")
     if isinstance(error, LabtaskerError):
         return str(error)
@@ -14576,33 +14657,31 @@ def explained(error):
 ID = option("ID", "the task's id, or its first letters", dest="task_id")
 IDS = option("ID", "task ids; without any, and no selectors, from stdin", dest="ids", nargs="*", default=[])
 WORKER = option("ID", "the worker's id, or its first letters", dest="worker_id")
-QUIET = option("-q --quiet", "print ids alone")
+QUIET = option("-q --quiet", "print only ids")
 SILENT = option("-q --quiet", "print nothing")
 YES = option("-y --yes", "ask nothing")
-NO_PAGER = option("--no-pager", "never show it through $PAGER")
+NO_PAGER = option("--no-pager", "do not use $PAGER")
 METADATA = option("--metadata DICT", "JSON or Python literal: '{\"tags\": [\"v1\"]}'")
-COLOUR = [switch("ansi", "colour also where there is no terminal, or never")]
-FILTER = option("-f --extra-filter FILTER", "filter text or document (labtasker help filter)")
+COLOUR = [switch("ansi", "colour even without a terminal, or never")]
+FILTER = option_of("extra_filter", LOOP_OPTIONS["extra_filter"])
 SELECT = [option("--id --task-id ID", "the task with this id", dest="task_id"),
           option("--name --task-name NAME", "tasks with this name", dest="task_name"),
           choice("-s --status STATUS", TASK_STATES), FILTER]
 LIST = [option("--limit N", "at most so many (100)", type=count, default=100),
         option("--offset N", "leave out the first N", type=count, default=0),
         choice("--fmt FORMAT", ("table",) + FORMATS),
-        option("-v --verbose", "more columns, nothing cut"), NO_PAGER] + COLOUR
+        option("-v --verbose", "more columns, nothing cut off"), NO_PAGER] + COLOUR
 QUEUE = [option("--queue-name NAME", "letters, digits, _ and -"),
-         option("--password PASSWORD", "else LABTASKER_PASSWORD, else asked")]
+         option("--password PASSWORD", "default: LABTASKER_PASSWORD, else it is asked for")]
 JOURNAL = option("--db-path FILE", "the journal (that of the configured store)", type=for_system)
-SILENCE = option("--heartbeat-timeout TIME", "silence after which a run is given up", type=seconds)
-
-OPTION_TYPES = {"seconds": seconds, "count": count, "int": int}  # kind of a field: the type of its option
+SILENCE = option_of("heartbeat_timeout", LOOP_OPTIONS["heartbeat_timeout"])
 
 
 def field_option(name, field):
     """Return the option of `task submit` that sets a field of the task."""
     words = field.meaning.split(";")[0] + {"dict": ", as JSON or Python literal"}.get(field.kind, "")
     words += " (%d)" % field.default if field.kind in ("count", "int") else ""
-    return option(field.flag, words, dest=name, **_given(type=OPTION_TYPES.get(field.kind)))
+    return option(field.flag, words, dest=name, **OPTION_KINDS.get(field.kind, {}))
 
 
 COMMANDS = {
@@ -14613,23 +14692,23 @@ COMMANDS = {
             *[field_option(name, field) for name, field in SUBMITTED.items() if field.flag],
             option("--grid", "one task for each combination of comma-separated values and start:stop:step ranges, "
                    "stop included"),
-            option("--from FILE", "one task a line of JSON lines or CSV; - is stdin", dest="from_file",
+            option("--from FILE", "a task for each JSON line or CSV row; - is stdin", dest="from_file",
                    type=for_system),
-            option("--unique", "leave out what some task has for arguments already"),
+            option("--unique", "skip what has the same arguments as an existing task"),
             option("--dry-run", "print what would be submitted, as JSON lines"), QUIET],
         "[-- --NAME=VALUE ...]"),
     "task ls": Command(
         do_task_ls, "List tasks, longest unchanged first.",
         "labtasker task ls -s success -f 'args.lr > 0.01' -S summary.acc:desc", SELECT + [
             option("-S --sort FIELD:asc|desc", "repeatable", action="append", default=[]),
-            option("--columns FIELD,...", "these instead: summary.acc,args.lr,name,duration"),
+            option("--columns FIELD,...", "show these columns: summary.acc,args.lr,name,duration"),
             option("--piped-in", "only tasks whose ids are on stdin"), QUIET] + LIST),
     "task get": Command(
         do_task_get, "Show one task with all its fields.", "labtasker task get 3f2a",
         [ID, choice("--fmt FORMAT", FORMATS, default="yaml"), NO_PAGER]),
     "task count": Command(
         do_task_count, "Count tasks by status, or by another field.", "labtasker task count --by args.model",
-        SELECT + [option("--by FIELD", "count by this field"), option("-q --quiet", "print the total alone")] + COLOUR),
+        SELECT + [option("--by FIELD", "count by this field"), option("-q --quiet", "print only the total")] + COLOUR),
     "task update": Command(
         do_task_update, "Change fields of tasks, all in one transaction. A field becomes exactly what is typed; "
         "its neighbours stay.",
@@ -14637,12 +14716,12 @@ COMMANDS = {
             option("-u --update FIELD=VALUE", "repeatable: args.lr=0.005, 'metadata.tags=[\"v2\"]', status=cancelled",
                    action="append"),
             option("--reset-pending", "pending again, with its retries at 0"),
-            option("--editor", "open them in $EDITOR; so does giving no update"),
+            option("--editor", "open them in $EDITOR (the default without updates)"),
             option("--limit N", "at most so many (all)", type=count),
             option("-q --quiet", "ask nothing, print nothing")],
         "[-- FIELD=VALUE ...]"),
     "task delete": Command(
-        do_task_delete, "Delete tasks. Where one of the ids is unknown, none is deleted.",
+        do_task_delete, "Delete tasks. If one of the ids is unknown, none is deleted.",
         "labtasker task ls -s failed -q --limit 10000 | labtasker task delete -y", [IDS] + SELECT + [YES]),
     "task retry": Command(
         do_task_retry, "Make failed, or selected, tasks pending again. Resets their retries to 0.",
@@ -14650,56 +14729,25 @@ COMMANDS = {
         [option("ID", "task ids; without any, the selectors, else all failed ones", dest="ids", nargs="*", default=[])]
         + SELECT + [option("--dry-run", "only show which"), QUIET]),
     "task wait": Command(
-        do_task_wait, "Wait until no selected task is pending or running. Exit 1 where any is failed.",
+        do_task_wait, "Wait until no selected task is pending or running. Exit 1 if any failed.",
         "labtasker task wait --name grid && echo done", SELECT + [SILENT]),
     "task why": Command(
-        do_task_why, "Say what is in the way of a task, and where it stands in line.",
+        do_task_why, "Say why a task is not running, and its place in line.",
         "labtasker task why 3f2a -- python train.py --lr '%(lr)'", [ID, FILTER],
         "[-- COMMAND ...]"),
     "task logs": Command(
-        do_task_logs, "Print what a task's last run, or an earlier one, has written.",
+        do_task_logs, "Print the output of a task's last run, or of an earlier one.",
         "labtasker task logs 3f2a -f",
-        [ID, option("-f --follow", "go on printing while it runs"),
-         option("--attempt N", "the Nth of the attempts that the task keeps (the last)", type=count)]),
+        [ID, option("-f --follow", "keep printing while it runs"),
+         option("--attempt N", "the Nth attempt that the task keeps (the last)", type=count)]),
     "loop": Command(
         do_loop, "Run a command for each pending task whose arguments it takes. Then end.",
-        "labtasker loop -- python train.py --lr '%(lr)' --model '%(model)'", [
-            option("-c --cmd TEXT", "a command for the shell, values quoted for it"),
-            option("--script-path FILE", "a script for a shell or Python"),
-            option("--executable FILE", "the shell (/bin/sh)"),
-            FILTER,
-            option("--worker-id ID", "run as this worker (labtasker worker create)"),
-            option("--worker-max-retries N", "failed runs at which this loop is suspended", type=count),
-            option("-j --jobs N", "run N at once, each in a slot (1)", type=count),
-            option("--gpus LIST", "a slot for each of these: 0,1 or UUIDs, or all"),
-            option("--per-gpu K", "K slots for each of them (1)", type=count),
-            option("--eta-max TIME", "a longer run is given up: 90, 10 min, 1h30m", type=duration), SILENCE,
-            option("--time-limit TIME", "end by then (or with the Slurm or PBS job)", type=seconds),
-            option("--drain-before TIME", "start nothing that long before the time is up", type=seconds),
-            option("--max-tasks N", "end after N tasks", type=count),
-            option("--idle-timeout TIME", "stay that long for tasks to come", type=seconds),
-            option("--grace TIME", "from the signal that stops a job to KILL (10)", type=seconds),
-            option("--server-lost TIME", "patience with a server that is away (1h)", type=seconds),
-            switch("use-pty", "run it on a pseudo-terminal (the default), or pipes"),
-            option("-v --verbose", "say more")],
-        "[-- COMMAND ...]"),
+        "labtasker loop -- python train.py --lr '%(lr)' --model '%(model)'",
+        options_of(LOOP_OPTIONS), "[-- COMMAND ...]"),
     "serve": Command(
-        do_serve, "Run a server, so that several hosts share a store.", "labtasker serve --host 0.0.0.0 --port 9321", [
-            option("--host ADDRESS", "address to listen on (127.0.0.1)", default="127.0.0.1"),
-            option("--port N", "%d; 0 picks one" % DEFAULT_PORT, type=port, default=DEFAULT_PORT),
-            option("--db-path FILE", "the journal (.labtasker/journal.jsonl)", type=for_system),
-            choice("--fsync WHEN", FSYNC_MODES, default="always",
-                   help="; ".join("%s: %s" % mode for mode in FSYNC_MODES.items())),
-            option("--certfile FILE", "TLS certificate", type=for_system),
-            option("--keyfile FILE", "its key", type=for_system),
-            option("--allow-host NAME", "another name under which browsers may use it (repeatable)", action="append",
-                   default=[]),
-            option("--max-connections N", "open at a time (%d, or what the system allows); beyond, the longest silent "
-                   "are closed" % MAX_CONNECTIONS, type=count, default=MAX_CONNECTIONS),
-            choice("--log-level LEVEL", ("debug", "info", "warning", "error"), default="info"),
-            option("--daemon", "go to the background once it listens"),
-            option("--takeover", "take the store from another host's server that is gone for good")]),
-    "health": Command(do_health, "Say whether the server or store answers; exit 1 where not.", "labtasker health"),
+        do_serve, "Run a server, so that several hosts share a store.", "labtasker serve --host 0.0.0.0 --port 9321",
+        options_of(SERVE_OPTIONS)),
+    "health": Command(do_health, "Say whether the server or store answers; exit 1 if not.", "labtasker health"),
     "queue create": Command(do_queue_create, "Create a queue.",
                             "labtasker queue create --queue-name sweep --password secret", QUEUE + [METADATA, QUIET]),
     "queue create-from-config": Command(
@@ -14708,7 +14756,7 @@ COMMANDS = {
         "labtasker queue create-from-config", [METADATA]),
     "queue get": Command(
         do_queue_get, "Show the queue.",
-        "labtasker queue get", [option("-q --quiet", "print its id alone")]),
+        "labtasker queue get", [option("-q --quiet", "print only its id")]),
     "queue update": Command(
         do_queue_update, "Rename the queue, change its password or metadata.",
         "labtasker queue update --new-queue-name sweep2", [
@@ -14721,7 +14769,8 @@ COMMANDS = {
     "worker create": Command(
         do_worker_create, "Register a worker and print its id.", "labtasker worker create --worker-name gpu0", [
             option("--worker-name --name NAME", "letters, digits, _ and -", dest="worker_name"), METADATA,
-            option("--max-retries N", "failed runs at which it gets no more tasks (3)", type=count, default=3), QUIET]),
+            option("--max-retries N", "failed runs after which it gets no more tasks (3)", type=count, default=3),
+            QUIET]),
     "worker ls": Command(
         do_worker_ls, "List workers.", "labtasker worker ls -s crashed", [
             option("--id --worker-id ID", "the worker with this id", dest="worker_id"),
@@ -14732,29 +14781,29 @@ COMMANDS = {
         [WORKER, choice("STATUS", WORKER_STATES, dest="status")]),
     "worker delete": Command(
         do_worker_delete, "Delete a worker.", "labtasker worker delete ID --yes", [
-            WORKER, switch("cascade-update", "its tasks forget it (the default), or keep its id", default=True), YES]),
+            WORKER, switch("cascade-update", "clear its id in its tasks (the default), or not", default=True), YES]),
     "event listen": Command(
-        do_event_listen, "Print the steps of tasks and workers as they come, until Ctrl-C. Reconnects.",
+        do_event_listen, "Print the state changes of tasks and workers until Ctrl-C. Reconnects.",
         "labtasker event listen --compact", [
             option("-c --compact", "one line for each"), option("--raw", "JSON as it came, one line for each"),
-            option("--timeout TIME", "how long to try to connect at first (10)", type=seconds, default=10)]),
+            option("--timeout TIME", "how long to try to connect (10)", type=seconds, default=10)]),
     "journal verify": Command(
-        do_journal_verify, "Look for damage in a journal, also in one in use. Exit 1 where there is any.",
+        do_journal_verify, "Look for damage in a journal, even one in use. Exit 1 if there is any.",
         "labtasker journal verify --db-path old/journal.jsonl", [JOURNAL]),
     "journal repair": Command(
-        do_journal_repair, "Put the good lines of a damaged journal in its place. The damaged one is kept.",
+        do_journal_repair, "Replace a damaged journal by its good lines. The damaged file is kept.",
         "labtasker journal repair", [JOURNAL, YES]),
     "journal compact": Command(
-        do_journal_compact, "Fold a journal to its live data; this happens by itself too.",
+        do_journal_compact, "Compact a journal to its live data. This also happens automatically.",
         "labtasker journal compact", [JOURNAL]),
     "journal stats": Command(
-        do_journal_stats, "Print how long a journal is, and of what.",
+        do_journal_stats, "Print the size of a journal and what it consists of.",
         "labtasker journal stats", [JOURNAL]),
     "init": Command(
         do_init, "Write the configuration, test it, and create the queue.",
         "labtasker init --url http://head:9321 --queue-name sweep",
-        [option("--url URL", "the server, or a folder for a store without one")] + QUEUE + [
-            option("-y --yes", "ask nothing: overwrite, keep, take defaults")]),
+        [option("--url URL", "URL of a server, or a folder for a store without a server")] + QUEUE + [
+            option("-y --yes", "ask nothing: overwrite, keep, use defaults")]),
     "demo": Command(
         do_demo, "Run a small sweep in a temporary folder, showing each command.",
         "labtasker demo"),
@@ -14763,7 +14812,7 @@ COMMANDS = {
         "labtasker help filter"),
     "help settings": Command(
         lambda options: show(settings_reference()),
-        "Print the settings of config.toml, and the variables that win over it.",
+        "Print the settings of config.toml, and the variables that override it.",
         "labtasker help settings"),
     "help journal": Command(
         lambda options: show(journal_reference()), "Print the format of the journal, a line a transaction.",

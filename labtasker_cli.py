@@ -20,13 +20,13 @@ from labtasker import (
     COMMANDS, CONFIG_NAME, CONTROL, EVERY, EXTRA_COMMANDS, NAME, REFRESH_S, REQUIRED, ROUTES, SELECT, SETTINGS,
     TASK_FIELDS, TASK_STATES, UPDATABLE, Command, Disk, Instant, JobCommand, LabtaskerError,
     LabtaskerHTTPStatusError, LabtaskerRuntimeError, LabtaskerValueError, NotFound, OddFile, Page, Sweep,
-    SyntaxMistake, TaskUpdateRequest, UsageError, _order, _seen, apart, as_typed, ask, brief, cells_wide,
-    change_of, choice, clean, client, compile_query, dig, duration, enter_page, error_of, filter_of, find_root,
-    fitted, flat, format_time, get_task_op, group, health_check, ids_of, in_order, is_away, is_terminal, joined,
-    load_config, log_path, ls_tasks, ls_workers, main, monotonic, narrowed, note, now, open_plain, option, pace,
-    pairs, parse, parse_filter, parse_time, progress, read_server_file, read_text, record_text, say, screen_size,
-    seconds, selectors, show, some, store_folder, typed_filter, typed_value, update_tasks, updates_of, use_client,
-    visible)
+    SyntaxMistake, TaskUpdateRequest, UsageError, _order, _seen, apart, as_typed, ask, brief, cells_wide, change_of,
+    choice, clean, client, compile_query, dig, duration, enter_page, error_of, filter_of, find_root, fitted, flat,
+    format_time, get_task_op, group, health_check, ids_of, in_order, is_away, is_terminal, joined, load_config,
+    log_path, ls_tasks, ls_workers, main, monotonic, narrowed, note, now, open_plain, option, pace, pace_of, pairs,
+    parse, parse_filter, progress, read_server_file, read_text, recent_ends, record_text, say, screen_size,
+    seconds, selectors, show, some, spent_s, store_folder, typed_filter, typed_value, update_tasks,
+    updates_of, use_client, visible)
 
 __all__ = ["main", "server_main"]
 
@@ -68,12 +68,6 @@ def page(text):
         return False
     finally:
         signal.signal(signal.SIGINT, before)
-
-
-# ---- What a person is asked, and what he types in short
-
-
-# ---- Listings
 
 
 # ---- Logs
@@ -211,7 +205,7 @@ class View:
             room -= len(text)
         busy = {task.worker_id for task in self.sorted["running"]}
         idle = [one for one in self.workers.values() if one.status != "active"]
-        workers = "%d at work" % len(busy) + "".join(
+        workers = "%d busy" % len(busy) + "".join(
             ", %s %s" % (one.worker_name or one.worker_id[:8], one.status) for one in idle)
         return [styled(fitted(clean(title, ""), width).rstrip(), BOLD),
                 progress(found, width) if looks else "looking ...",
@@ -942,9 +936,9 @@ def do_sbatch(options):
 def check_loop(options):
     """Raise here, instead of in each of the job's loops, what they would say of their options and command."""
     loop = parse("loop", options.loop + (["--"] + options.rest if options.rest else []))
-    if not (loop.rest or loop.cmd or loop.script_path):
+    if not (loop.rest or loop.shell or loop.script_path):
         raise UsageError("sbatch: what are the loops to run? " + COMMANDS["sbatch"].example.split("\n")[0])
-    JobCommand(loop.rest, loop.cmd, loop.script_path, loop.executable)
+    JobCommand(loop.rest, loop.shell, loop.script_path, loop.executable)
     query = filter_of(loop)
     if isinstance(query, str):
         parse_filter(query, visible(TASK_FIELDS), now())
@@ -1121,7 +1115,6 @@ def api_reference():
 
 # ---- The page: what the server answers a browser
 
-LOOK_BACK_S, FEWEST = 60, 20  # the rate is that of the tasks that ended in this time, or of so many
 SAMPLE, MOST_PATHS = 300, 400  # tasks that are looked at for what fields there are; fields that are told
 CELL, MOST_ROWS, MOST_COLUMNS = 300, 20000, 200  # letters of a cell; rows, columns of a view
 TAIL_BYTES = 1 << 17  # of a log
@@ -1184,7 +1177,7 @@ def viewed(store, records, request, at):
     getters = [column_of(name) for name in names]
     return {"rows": [[record.task_id, record.status] + [get(record) for get in getters]
                      for record in rows_of(store, chosen, request)],
-            "found": len(chosen), "counts": counts, "queue": queue_pace(records, everything, at),
+            "found": len(chosen), "counts": counts, "queue": pace_of(everything, *recent_ends(records, at))._asdict(),
             "fields": fields, "at": at}
 
 
@@ -1244,18 +1237,8 @@ def cell(value):
     return text if len(text) <= CELL else text[:CELL - 1] + "…"
 
 
-def seconds_taken(record):
-    """Return the seconds that a record's run takes by now, or took; None without a run."""
-    if record.start_time is None or record.status == "pending":
-        return None
-    last = (record.attempts or [{}])[-1]
-    end = last.get("end") if last.get("run_id") == record.run_id and record.status != "running" else None
-    until = now() if record.status == "running" else end or record.last_modified
-    return max(0.0, (parse_time(until) if isinstance(until, str) else until) - record.start_time)
-
-
 MADE_UP = {  # columns that are no fields of a task
-    "duration": seconds_taken,
+    "duration": spent_s,
     "error": lambda record: error_of(record) or None,
     "host": lambda record: record.attempts[-1].get("host") if record.attempts else None,
 }
@@ -1273,20 +1256,6 @@ def fields_of(records):
                 if type(value) not in (int, float):
                     others.add(path)
     return {path: path not in others for path, _ in found.most_common(MOST_PATHS)}
-
-
-def queue_pace(records, counts, at):
-    """Return {counts, per_s, eta_s}: how many tasks a second ended lately, and how long the rest takes at that pace."""
-    ended = []
-    for record in reversed(records):
-        if record.last_modified < at - LOOK_BACK_S and len(ended) >= FEWEST:
-            break
-        if record.status in ("success", "failed") and record.start_time is not None:
-            ended.append(record)
-    since = ended[-1].last_modified if len(ended) > 1 else ended[0].start_time if ended else at
-    per_s = max(1, len(ended) - 1) / (at - since) if since < at else 0
-    left = counts["pending"] + counts["running"]
-    return {"counts": counts, "per_s": per_s, "eta_s": left / per_s if per_s and counts["running"] else None}
 
 
 def log_of_run(store, caller, request):
@@ -1336,15 +1305,15 @@ enter("watch", do_watch, "labtasker watch --name grid", SELECT + [
     option("--interval TIME", "between looks (2 s)", type=seconds, default=REFRESH_S)])
 enter("config", do_config, "EDITOR=nano labtasker config")
 enter("sbatch", do_sbatch, "labtasker sbatch --array=0-7 -t 4:00:00 -- python train.py --lr '%(lr)'", [
-            option("--dry-run", "print the script instead; it can be kept, and submitted by sbatch"),
-            option("--server", "the first task of the array runs the server of the configured folder's store, too"),
+            option("--dry-run", "only print the script; sbatch takes it"),
+            option("--server", "the first task also runs the server of the configured folder's store"),
             option("--listen HOST:PORT", "where that server listens (0.0.0.0:0; port 0 picks one)", type=listening,
                    default=("0.0.0.0", 0)),
-            option("--server-wait TIME", "how long the others wait for it, before one of them runs it (2m)",
+            option("--server-wait TIME", "how long the others wait for it before one of them runs it (2m)",
                    type=duration, default="2m")],
         "[of sbatch or loop] -- COMMAND ...", sort_sbatch)
 enter("server wait", do_server_wait, "labtasker server wait --timeout 10m && labtasker task ls", [
-    option("--timeout TIME", "for so long at most (10m)", type=seconds, default=600)])
+    option("--timeout TIME", "at most so long (10m)", type=seconds, default=600)])
 enter("completion", do_completion, "labtasker completion bash", [
     choice("SHELL", tuple(SHELLS), dest="shell")], "[-- WORD ...]")
 enter("help api", lambda options: show(api_reference()), "labtasker help api")
@@ -2410,7 +2379,7 @@ function openDialog(title, children, buttons) {
 }
 
 const closing = (text, value, more = {}) => el("button", {type: "submit", value, ...more}, text);
-const leaving = () => el("button", {type: "button", click: () => $("dialog").close("")}, "Keep as it is");
+const leaving = (text = "Cancel") => el("button", {type: "button", click: () => $("dialog").close("")}, text);
 
 /** Shows a notification, which may have a button; it goes by itself, but not under a pointer or the focus. */
 function notify(text, button = null, action = null) {
@@ -2460,7 +2429,7 @@ async function chooseColumns() {
       placeholder: "args.opt.lr, summary.acc"});
   const list = el("fieldset", {class: "choices"}, el("legend", {class: "sr"}, "Columns"), boxes);
   const answer = await openDialog("Columns", [list, el("label", {for: "other-columns"}, "Others "), other],
-    [leaving(), closing("As at first", "reset", {formnovalidate: true}), closing("Show", "show", {class: "main"})]);
+    [leaving(), closing("Reset", "reset", {formnovalidate: true}), closing("Apply", "show", {class: "main"})]);
   if (answer === "reset") go({columns: ""});
   if (answer !== "show") return;
   const more = other.value.split(",").map((name) => name.trim()).filter(Boolean);
@@ -2586,7 +2555,7 @@ async function askFirst(name, tasks, others) {
       action.words(tasks),
       others ? ` ${many(others, "other")} of those selected can't be, and stay as they are.` : ""),
     isGrave ? el("label", {for: "typed"}, `Type ${count} to confirm `, typed) : null],
-  [leaving(), closing(`${action.title} ${many(tasks.length, "task")}`, "yes",
+  [leaving("Back"), closing(`${action.title} ${many(tasks.length, "task")}`, "yes",
       {class: name === "retry" ? "main" : "danger"})]);
   return answer === "yes" && (!isGrave || typed.value.trim() === count) ? true : null;
 }
@@ -3455,8 +3424,8 @@ const strayWorker = (id, runs) => ({worker_id: id || "", worker_name: id ? null 
 
 function showWorkers(rows, isCut) {
   const busy = rows.filter((row) => row.runs.length).length;
-  const others = isCut ? `; the ${MOST_WORKERS} newest are shown` : `, ${grouped(rows.length - busy)} not`;
-  setText($("workers-note"), rows.length ? `${many(busy, "worker")} at work${others}.`
+  const others = isCut ? `; the ${MOST_WORKERS} newest are shown` : `, ${grouped(rows.length - busy)} idle`;
+  setText($("workers-note"), rows.length ? `${grouped(busy)} busy${others}.`
     : "No workers yet. labtasker loop -- python train.py --lr '%(lr)' starts one.");
   setHead($("worker-table"), WORKER_COLUMNS, ([name, kind]) => (name ? el("th", {scope: "col", class: kind}, name)
     : el("td")));

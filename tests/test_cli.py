@@ -216,7 +216,7 @@ def test_help_settings_names_every_variable_that_is_read_from_the_environment_of
     """Those of a job and of its loop are set by the loop; nobody sets them by hand."""
     text = labtasker.settings_reference()
     read = set(re.findall(r'environ(?:\.get\(|\[)"(LABTASKER_[A-Z_]+)', harness.MODULE.read_text(encoding="utf-8")))
-    set_by_the_loop = {"LABTASKER_" + name for name in ("TASK_ID", "RUN_ID", "STORE", "END_CLOCK", "END_TIME")}
+    set_by_the_loop = {"LABTASKER_" + name for name in ("TASK_ID", "RUN_ID", "STORE", "CURRENT", "END_CLOCK", "END_TIME")}
     assert read > {"LABTASKER_TRUST", "LABTASKER_DEBUG"} | set_by_the_loop
     assert not [name for name in read - set_by_the_loop if name not in text]
 
@@ -571,7 +571,7 @@ def test_selectors_are_anded(home):
 def test_sort_limit_offset_and_what_was_left_out(home):
     ids = submit_some(home)
     result = home.cli("task", "ls", "-q", "-S", "args.lr:desc", "--limit", "2")
-    assert result.lines == ids[:0:-1] and "More match than the 2 shown" in result.stderr
+    assert result.lines == ids[:0:-1] and "Only the first 2 are shown" in result.stderr
     result = home.cli("task", "ls", "-q", "-S", "args.lr", "--offset", "1", "--limit", "2")
     assert result.lines == ids[1:] and result.stderr == ""
     assert home.cli("task", "ls", "-q", "-S", "task_name:desc", "-S", "args.lr:desc").lines == [ids[1], ids[0], ids[2]]
@@ -1139,7 +1139,7 @@ def test_labtasker_alone_runs_a_cluster(alone, home, server):
 ALONE = [
     ("task submit --name a --max-retries 1 -- --lr=0.5 --b=0", None, 0, "Submitted task"),
     ("task submit --grid --unique --name a -- --lr=0.5,1 --b=0", None, 0, "1 already there"),
-    ("task why ID -- train %(lr)", None, 0, "the task has b"),
+    ("task why ID -- train %(lr)", None, 0, "the command lacks %(b)"),
     ("loop -- sh -c 'echo out; exit 3' %(lr) %(b)", None, 0, ""),
     ("task ls -s failed --fmt yaml", None, 0, "status: failed"),
     ("task ls --fmt csv", None, 0, "args.lr"),

@@ -223,7 +223,7 @@ def test_a_loop_keeps_to_its_folder_also_while_that_is_away(folder, monkeypatch)
 
 
 SHAPES = [  # a configuration, the line that is wrong, what is said of it
-    ("[queue]\nqueue_name = 'q'\npasword = 'p'", 3, "queue.pasword, did you mean queue.password"), ("queue_name = 'q'", 1, "did you mean queue.queue_name"),
+    ("[queue]\nqueue_name = 'q'\npasword = 'p'", 3, "queue.pasword; did you mean queue.password"), ("queue_name = 'q'", 1, "did you mean queue.queue_name"),
     ("\n[server]\nurl = 'x'", 2, "there is no setting server; there are: endpoint.api_base_url"), ("[endpoint]\n[endpoints]", 2, "endpoints"), ("[queue]\n\npassword = 7", 3, "should be text, not 7"),
     ("[endpoint]\napi_base_url = true", 2, "should be text"), ("[task]\nheartbeat_interval = '5'", 2, "a number over 0"),
     ("queue = 'q'", 1, "queue"), ("[task]\nheartbeat_interval = true", 2, "a number over 0"), ("# \ufeff\n[queue]\nqueue_name = -1", 3, "should be text"),
@@ -355,7 +355,7 @@ class Canned:
 FINE = b'HTTP/1.1 200 OK\r\nlabtasker-extensions: 1\r\nContent-Length: 2\r\n\r\n{}'
 
 
-def test_the_first_requests_of_a_process_do_without_urllib():
+def test_the_first_requests_of_a_process_do_without_http_client():
     server = Canned(FINE, FINE, FINE)
     transport = L.HttpTransport(server.url + "/prefix/", "q", "p")
     for _ in range(3):
@@ -375,7 +375,7 @@ def of_a_stranger(status, body=b"", *headers):
     return b"\r\n".join(lines) + b"\r\n\r\n" + body
 
 
-@pytest.mark.parametrize("first", [0, 9], ids=["plainly", "urllib"])
+@pytest.mark.parametrize("first", [0, 9], ids=["plainly", "kept"])
 @pytest.mark.parametrize("answer", [
     of_a_stranger(b"200 OK"), of_a_stranger(b"302 Found", b"", b"Location: /login"), of_a_stranger(b"304 Not Modified"),
     of_a_stranger(b"202 Accepted"), of_a_stranger(b"200 OK", b"{}"), of_a_stranger(b"302 Found", b"{}"),
@@ -406,7 +406,7 @@ def test_what_is_no_stream_of_events_is_not_listened_to(answer):
     ("http://host", ("host", None, None)), ("http://10.0.0.1:9321", ("10.0.0.1", "9321", None)),
     ("http://[::1]:80/a/b-c", ("[::1]", "80", "/a/b-c")), ("https://host", None), ("http://user:word@host", None),
     ("http://h\u00f6st", None), ("http://host/a?b", None), ("http://host:http", None)])
-def test_what_only_urllib_can_read_is_left_to_it(url, found):
+def test_what_only_http_client_can_read_is_left_to_it(url, found):
     match = L.HttpTransport(url, "q", "p").plain
     assert (match and match.groups()) == found
 
@@ -446,7 +446,7 @@ def test_the_callers_dict_is_not_kept_nor_changed(folder):
 
 
 @pytest.mark.parametrize("given, words", [
-    ({"args": {}}, "id"), ({"_id": "x", "arg": {}}, "did you mean 'args'"), ({"_id": "x", "args": 1}, "args: should be an object"),
+    ({"args": {}}, "id"), ({"_id": "x", "arg": {}}, "did you mean args"), ({"_id": "x", "args": 1}, "args: should be an object"),
     ({"_id": "x", "status": "done"}, "status"), ({"task_id": 5}, "id"), ({"_id": "x", "worker_id": "y"}, "worker_id"),
 ])
 def test_an_update_request_is_checked_at_once(given, words):
@@ -565,7 +565,7 @@ def test_a_server_without_the_extensions_is_not_asked_to_count(plain, monkeypatc
     monkeypatch.setattr(PlainTransport, "call", lambda self, *words: asked.append(words[1]) or call(self, *words))
     monkeypatch.setattr(L.time, "sleep", lambda seconds: None)
     L.submit_tasks([{"args": {"i": i % 2}} for i in range(9)])
-    looks = L.looks({"extra_filter": "args.i == 1"}, 60)
+    looks = L.poll_counts({"extra_filter": "args.i == 1"}, 60)
     assert next(looks).counts == {"pending": 4} and L.counted({}, "args.i").counts == {"0": 5, "1": 4}
     L.fetch_task(heartbeat_timeout=60, extra_filter="args.i == 1")
     assert next(looks).counts == {"pending": 3, "running": 1}
@@ -578,7 +578,7 @@ def test_looks_count_again_only_when_something_has_changed(folder, monkeypatch):
     monkeypatch.setattr(L, "counted", lambda query: counted.append(query) or count(query))
     monkeypatch.setattr(L.time, "sleep", slept.append)
     L.submit_task(args={"a": 1}, task_name="mine")
-    looks = L.looks({"task_name": "mine"}, 0)
+    looks = L.poll_counts({"task_name": "mine"}, 0)
     assert [next(looks).counts for _ in range(5)] == [{"pending": 1}] * 5 and len(counted) == 1
     L.submit_task(args={"a": 2}, task_name="mine")
     assert next(looks).counts == {"pending": 2} and len(counted) == 2
@@ -595,7 +595,7 @@ def test_looks_wait_for_a_server_that_went_away(folder, monkeypatch, capsys):
         return call(*words)
     monkeypatch.setattr(L.time, "sleep", slept.append)
     L.submit_task(args={"a": 1})
-    looks = L.looks({}, 0)
+    looks = L.poll_counts({}, 0)
     next(looks)
     monkeypatch.setattr(L.StoreTransport, "call", away)
     assert next(looks).counts == {"pending": 1} and len(slept) == 4
@@ -603,7 +603,7 @@ def test_looks_wait_for_a_server_that_went_away(folder, monkeypatch, capsys):
     assert shown.count("no answer") == 1 and "it is back" in shown
     slept.clear()
     with pytest.raises(L.LabtaskerConnectError):  # at the first look it may never have been there
-        next(L.looks({}, 0))
+        next(L.poll_counts({}, 0))
 
 
 def test_a_filter_of_a_field_that_is_selected_too_is_anded_everywhere(folder):

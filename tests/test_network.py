@@ -291,7 +291,7 @@ def test_a_connection_that_was_closed_meanwhile_is_opened_anew_for_whatever_ther
     cutter.plans.append(("after", 1))
     L.get_queue()
     harness.wait_until(lambda: cutter.cuts["after"], "the cut")
-    sock = vars(L.client().transport.opener.kept)[cutter.url[7:]].sock
+    sock = L.client().transport.kept.connection.sock
     harness.wait_until(lambda: L.ready([sock], 0), "the end of the connection is here")
     assert call().found
 

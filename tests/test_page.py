@@ -533,7 +533,7 @@ def choose_columns(person, only, others=""):
     if others:
         person.hand.fill(person.dialog().get_by_role("textbox", name="Others"), others)
     with person.answer():
-        person.press("Show", person.dialog())
+        person.press("Apply", person.dialog())
 
 
 @pytest.mark.slow
@@ -553,7 +553,7 @@ def test_columns_are_chosen_and_stay_chosen(person, hand, size):
     assert sorted(person.rows()[0]) == sorted(fields)
     person.press("Columns…")
     with person.answer():
-        person.press("As at first", person.dialog())
+        person.press("Reset", person.dialog())
     wait_until(lambda: "created_at" in person.rows()[0], "the first columns are back")
     person.press("Columns…")
     person.dialog()
@@ -736,7 +736,7 @@ def test_cancelling_and_retrying_are_asked_about_and_undone(person, hand, size):
     assert person.named("button", "Cancel…", buttons).is_disabled()
     pick(person, case + "-0", case + "-2", case + "-3")
     person.says(person.page.locator("#selected"), "3 selected")
-    for leave in (lambda: person.press("Keep as it is", person.dialog()), lambda: person.page.keyboard.press("Escape")):
+    for leave in (lambda: person.press("Back", person.dialog()), lambda: person.page.keyboard.press("Escape")):
         person.press("Cancel…", buttons)
         person.says(person.dialog(), "Cancel 3 tasks?")
         leave()
@@ -865,7 +865,7 @@ def test_workers_and_what_each_runs(person, load, hand, size):
         person.says(row, words)
     assert table.locator("tbody tr").filter(has_text=re.compile("resnet|vit|mlp")).count(), "the load's workers run"
     person.press("Suspend w-" + case, row)
-    person.press("Keep as it is", person.dialog())
+    person.press("Cancel", person.dialog())
     assert state() == "active"
     person.press("Suspend w-" + case, row)
     person.press("Suspend", person.dialog())

@@ -337,7 +337,7 @@ def test_what_is_no_port_is_a_usage_error(tmp_path, port):
 @pytest.mark.parametrize("host, port", [("127.0.0.1", 99999), ("127.0.0.1", -1), ("x" * 300, 0), ("a..b", 0), ("a\0b", 0), ("::x", 0)])
 def test_an_address_that_is_none_is_a_clear_error(tmp_path, host, port):
     with pytest.raises(L.LabtaskerRuntimeError, match="can't listen on"):
-        L.serve(str(tmp_path / "journal.jsonl"), host, port)
+        L.serve(str(tmp_path / "journal.jsonl"), host=host, port=port)
 
 
 def test_a_bug_is_a_500_with_its_place_in_the_log(tmp_path):
