@@ -5865,12 +5865,13 @@ _SHOWN = {
 
 # 7. Server ###################################################################
 #
-# http.server over the API: one thread, the loop, accepts, reads, answers what is quick and writes all
-# that it decided in one turn with one sync; what takes long (a listing, hashing a password, a stream of
-# events) is given to a thread with its connection. A thread a connection was measured at half the speed:
-# the interpreter's lock changes hands four times a request. Knows nothing of the journal's format. The
-# class stands on http.server's only when a server starts, so that nobody else pays for that import.
-# Uses 1 to 6. Tests: test_server.py, test_loop.py, test_hostile.py, test_security.py, test_fuzz.py.
+# An event loop that borrows bind and accept of HTTPServer and the threads of ThreadingMixIn: a thread a connection
+# was half as fast, as the interpreter's lock changes hands four times a request, and workers that wait would take a
+# thread each. The loop accepts, reads, answers what is quick and writes all that it decided in one turn with one
+# sync; what takes long (a listing, hashing a password, a stream of events) goes to a thread with its connection.
+# Server holds the parts: Connections, Parked, Threads with their Gates, Requests, Answers, Writer, Upkeep, Log.
+# Knows nothing of the journal's format, and no field of a request. Uses 1 to 6. Tests: test_server.py,
+# test_loop.py, test_hostile.py, test_security.py, test_fuzz.py.
 
 DEFAULT_PORT = 9321
 MAX_HEAD_BYTES = 32768  # of a request's line and headers together: anyone may send them
@@ -5980,7 +5981,7 @@ class Busy(LabtaskerError):
     status = 503
 
 
-class Head(collections.namedtuple("Head", "fields length login extensions close keep_alive foreign")):
+class RequestHead(collections.namedtuple("RequestHead", "fields length login extensions close keep_alive foreign")):
     """A request's headers: all `fields` by their names in small letters, and what the server looks at, read out.
 
     `login` is (name, password), or None. `foreign` says why a browser sent it for another site's page, or None."""
@@ -5989,7 +5990,7 @@ class Head(collections.namedtuple("Head", "fields length login extensions close 
 
 
 def read_head(block, own_names=()):
-    """Return the Head of a request's header lines, as bytes; raise BadHead or TooLarge.
+    """Return the RequestHead of a request's header lines, as bytes; raise BadHead or TooLarge.
 
     Strict, and without email.parser, which costs more than all the rest of a request."""
     fields = {}
@@ -6013,8 +6014,9 @@ def read_head(block, own_names=()):
     if len(length) > 18 or int(length) > MAX_BODY_BYTES:
         raise TooLarge("a body of over %d bytes" % MAX_BODY_BYTES)
     options = [option.strip() for option in fields.get("connection", "").lower().split(",")]
-    return Head(fields, int(length), _basic_login(fields.get("authorization", "")), EXTENSIONS_HEADER.lower() in fields,
-                "close" in options, "keep-alive" in options, _foreign(fields, own_names))
+    return RequestHead(fields, int(length), _basic_login(fields.get("authorization", "")),
+                       EXTENSIONS_HEADER.lower() in fields, "close" in options, "keep-alive" in options,
+                       _foreign(fields, own_names))
 
 
 def _foreign(fields, own_names):
@@ -6050,15 +6052,15 @@ def _basic_login(header):
     return (name, password) if colon and scheme.lower() == "basic" else None
 
 
-class Heads:
-    """The Heads of the latest header blocks: a client sends the same ones again and again."""
+class HeaderCache:
+    """The RequestHeads of the latest header blocks: a client sends the same ones again and again."""
 
     def __init__(self, own_names=()):
-        self.known = {}  # header block as bytes: Head
+        self.known = {}  # header block as bytes: RequestHead
         self.own_names = own_names
 
     def read(self, block):
-        """Return the Head of a block."""
+        """Return the RequestHead of a block."""
         head = self.known.get(block)
         if head is None:
             head = read_head(block, self.own_names)
@@ -6087,26 +6089,74 @@ class HttpRequest(collections.namedtuple("HttpRequest", "method target head keep
         return "/page" if path == "/" and WANTS_PAGE.search(fields.get("accept", "")) else path, asked
 
 
-class Connection:
-    """A peer: what it has sent and was not read yet, what is to be sent to it, and what it waits for."""
+# How long it may last, since when, and {event: next state}.
+ConnectionState = collections.namedtuple("ConnectionState", "most_s since moves")
 
-    __slots__ = ("sock", "peer", "inbox", "outbox", "line", "head", "busy", "closing", "ended", "parked",
-                 "handshake", "heard_at", "vouched", "counted", "since", "reserved", "lingering", "gate", "proof")
+# What has no entry can't happen; every state ends with "drop" too, in closed.
+CONNECTION_STATES = {
+    "handshake": ConnectionState(SLOW_SENDER_S, "heard_at", {"secured": "idle"}),
+    "idle": ConnectionState(IDLE_S, "heard_at", {
+        "bytes": "head", "head": "body", "request": "answering", "refuse": "refused"}),
+    "head": ConnectionState(SLOW_SENDER_S, "entered_at", {
+        "head": "body", "request": "answering", "refuse": "refused"}),
+    "body": ConnectionState(SLOW_BODY_S, "entered_at", {
+        "request": "answering", "hand over": "thread", "refuse": "refused"}),
+    "answering": ConnectionState(IDLE_S, "heard_at", {
+        "wait": "waiting", "hand over": "thread", "want body": "body", "reply": "sending", "last reply": "closing"}),
+    "waiting": ConnectionState(math.inf, "heard_at", {"wake": "answering"}),
+    "thread": ConnectionState(math.inf, "heard_at", {"return": "answering"}),
+    "sending": ConnectionState(SLOW_LISTENER_S, "heard_at", {"sent": "idle"}),
+    "refused": ConnectionState(LINGER_S, "heard_at", {"last reply": "closing"}),
+    "closing": ConnectionState(SLOW_LISTENER_S, "heard_at", {"sent": "lingering"}),
+    "lingering": ConnectionState(LINGER_S, "heard_at", {}),
+    "closed": ConnectionState(math.inf, "heard_at", {}),
+}
+for _state in CONNECTION_STATES.values():
+    _state.moves["drop"] = "closed"
+READING = ("idle", "head", "body")  # the states in which the next request is read
+ANSWERED_SOON = ("answering", "refused")
+
+
+class Connection:
+    """A peer: what it has sent and was not read yet, what is to be sent to it, and where it stands.
+
+    Its states are those of CONNECTION_STATES:
+
+        handshake: secured -> idle
+        idle: bytes -> head, head -> body, request -> answering, refuse -> refused
+        head: head -> body, request -> answering, refuse -> refused
+        body: request -> answering, hand over -> thread, refuse -> refused
+        answering: wait -> waiting, hand over -> thread, want body -> body, reply -> sending, last reply -> closing
+        waiting: wake -> answering
+        thread: return -> answering
+        sending: sent -> idle
+        refused: last reply -> closing
+        closing: sent -> lingering
+    """
+
+    __slots__ = ("sock", "peer", "inbox", "outbox", "line", "head", "state", "entered_at", "heard_at", "has_ended",
+                 "waiting", "authenticated", "held_bytes", "reserved_bytes", "discard_bytes", "gate", "proof")
 
     def __init__(self, sock, peer, is_tls):
         self.sock, self.peer, self.inbox, self.outbox = sock, peer, bytearray(), b""
         self.line = self.head = None  # of a request whose body is not all there
-        self.busy = False  # whether a request is being answered; the next one waits
-        self.closing = False  # whether it is closed once all is sent
-        self.ended = False  # whether it sends no more
-        self.parked = None  # (Call, HttpRequest, when to give up, key waited for) of a request that waits
-        self.handshake, self.heard_at = is_tls, monotonic()
-        self.vouched = False  # whether it has shown a right password
-        self.counted, self.since = 0, None  # bytes of it in `held`, and since when there are any
-        self.reserved = 0  # bytes of its large body in `large`
-        self.lingering = 0  # bytes that are still thrown away of one that was refused while it sent
+        self.state = "handshake" if is_tls else "idle"
+        self.entered_at = self.heard_at = monotonic()  # when it came into this state; when bytes last moved
+        self.has_ended = False  # whether the peer sends no more
+        self.waiting = None  # the Waiting of its request
+        self.authenticated = False  # whether it has shown a right password
+        self.held_bytes = 0  # its part in Connections.held_bytes
+        self.reserved_bytes = 0  # its large body's part in Connections.large_bytes
+        self.discard_bytes = 0  # how many are still thrown away of one that was refused while it sent
         self.gate = None  # (gate, user) that its request went through to a thread
         self.proof = None  # what is on this connection the password of one who has the server's key
+
+    def move(self, event):
+        """Go to the state that `event` leads to; raise RuntimeError where the table has no such move."""
+        moves = CONNECTION_STATES[self.state].moves
+        if event not in moves:
+            raise RuntimeError("a connection in the state %r met the event %r" % (self.state, event))
+        self.state, self.entered_at = moves[event], monotonic()
 
     def next_request(self, heads):
         """Return the next whole HttpRequest, or None when more bytes must come first; raise BadHead or TooLarge."""
@@ -6115,6 +6165,8 @@ class Connection:
             if end > MAX_HEAD_BYTES or end < 0 and len(self.inbox) > MAX_HEAD_BYTES:
                 raise HeadTooLarge("a request line and headers of more than %d bytes" % MAX_HEAD_BYTES)
             if end < 0:
+                if self.inbox and self.state == "idle":
+                    self.move("bytes")
                 return None
             line, _, block = bytes(self.inbox[:end]).partition(b"\r\n")
             del self.inbox[:end + 4]
@@ -6126,6 +6178,8 @@ class Connection:
                 self.head = self._without_proof(self.head)
         head = self.head
         if len(self.inbox) < head.length:
+            if self.state != "body":
+                self.move("head")
             return None
         body = bytes(self.inbox[:head.length])
         del self.inbox[:head.length]
@@ -6133,12 +6187,19 @@ class Connection:
         self.line = self.head = None
         is_old = version == "HTTP/1.0"
         keep = not head.close and (head.keep_alive or not is_old)
+        self.move("request")
         return HttpRequest(method, target, head, keep, body, monotonic(), is_old)
 
     def _without_proof(self, head):
-        """Return a Head with a LocalName and no password for a login, where its password is this connection's proof."""
+        """Return a RequestHead whose login is a LocalName without a password, where its password is this connection's
+        proof."""
         name, password = head.login or ("", "")
         return head._replace(login=(LocalName(name), None)) if name and same_secret(password, self.proof) else head
+
+    def is_over(self, moment):
+        """Return whether it has been in its state for longer than that may last."""
+        state = CONNECTION_STATES[self.state]
+        return moment - getattr(self, state.since) > state.most_s
 
 
 def _json_in_pieces(answer):
@@ -6210,11 +6271,13 @@ _LOG_LOCK = threading.Lock()
 LOG_LEVELS = ("debug", "info", "warning", "error")
 
 
-class _Log:
+class Log:
     """A server's log: lines on stderr. The server goes on where they can't be written."""
 
-    log_second = said = 0  # the second of the last lines, and how many there were in it
-    unwritten = 0  # lines since the last one that could be written
+    def __init__(self, level):
+        self.level = level
+        self.second = self.count = 0  # the second of the last lines, and how many there were in it
+        self.unwritten = 0  # lines since the last one that could be written
 
     def tell(self, line):
         """Write a line to stderr without waiting for whoever reads a pipe there; what has no room is counted."""
@@ -6226,12 +6289,12 @@ class _Log:
         if LOG_LEVELS.index(level) < LOG_LEVELS.index(self.level):
             return
         stamp, second = time.strftime("%Y-%m-%d %H:%M:%S"), int(monotonic())
-        if second != self.log_second:
-            if self.said > LOG_LINES_S:
-                self.tell("%s warning %d more lines like these" % (stamp, self.said - LOG_LINES_S))
-            self.log_second, self.said = second, 0
-        self.said += level not in ("debug", "error")
-        if self.said <= LOG_LINES_S or level in ("debug", "error"):
+        if second != self.second:
+            if self.count > LOG_LINES_S:
+                self.tell("%s warning %d more lines like these" % (stamp, self.count - LOG_LINES_S))
+            self.second, self.count = second, 0
+        self.count += level not in ("debug", "error")
+        if self.count <= LOG_LINES_S or level in ("debug", "error"):
             self.tell("%s %s %s" % (stamp, level, text))
 
     def note(self, conn, request, status):
@@ -6251,57 +6314,148 @@ class _Log:
         self.say(level, "%s %s -> %d in %.1f ms" % (conn.peer, words, status, took_s * 1000))
 
     def bug(self, error):
-        """Return the answer to a request that met one: the log has where, the client hears that it is not its own."""
+        """Return the answer to a request that met one: the log says where, the client hears that it is not its own."""
         import traceback
-        self.say("error", traceback.format_exc())
+        self.say("error", "".join(traceback.format_exception(type(error), error, error.__traceback__)))
         return {"detail": "a bug in labtasker %s: %s" % (__version__, type(error).__name__)}
 
 
-class _Peers(_Log):
-    """The connections of a server, and what keeps those who send much, slowly or never from the others: bytes,
-    connections, time. All but `wake` is for the loop's thread."""
+class Waker:
+    """Ends the wait of a loop in `select`; used from other threads and signal handlers."""
 
-    def listen(self, host, port):
-        """Return when the socket listens, or raise LabtaskerRuntimeError saying who has the port."""
-        import selectors
+    def __init__(self):
         import socket
-        self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        try:
-            super().__init__((host, port), None)  # HTTPServer's
-        except (OSError, OverflowError, ValueError, TypeError) as error:  # the others: of what is no port, no host
-            is_busy = getattr(error, "errno", None) == errno.EADDRINUSE
-            raise LabtaskerRuntimeError("can't listen on %s port %s: %s%s" % (
-                host, port, getattr(error, "strerror", None) or error,
-                is_busy and _port_owner(port) + "; try --port 0" or ""))
-        self.waker, self.woken = socket.socketpair()
-        self.selector = selectors.DefaultSelector()
-        for end in (self.waker, self.woken, self.socket):
-            end.setblocking(False)
-        self.selector.register(self.woken, selectors.EVENT_READ, self.wake_up)
-        self.selector.register(self.socket, selectors.EVENT_READ, self.accept_all)
-
-    def server_bind(self):
-        """Bind without asking a name server for this host's name, as HTTPServer does."""
-        import socketserver
-        socketserver.TCPServer.server_bind(self)
+        self.sender, self.receiver = socket.socketpair()
+        self.sender.setblocking(False)
+        self.receiver.setblocking(False)
 
     def wake(self):
-        """Have the loop take a turn; from another thread, or a signal's handler."""
+        """Have the loop take a turn."""
         try:
-            self.waker.send(b"w")
+            self.sender.send(b"w")
         except OSError:  # it is full of such bytes, or closed
             pass
+
+    def drain(self):
+        """Read what woke the loop."""
+        try:
+            while self.receiver.recv(4096):
+                pass
+        except BlockingIOError:
+            pass
+
+    def close(self):
+        """Close both ends."""
+        self.sender.close()
+        self.receiver.close()
+
+
+# A request that waits until `give_up_at` for a change of `key`; without a key its `row`, an Outgoing, leaves then.
+Waiting = collections.namedtuple("Waiting", "give_up_at key call request row")
+
+
+class Parked:
+    """The connections whose requests wait, by the key of what they wait for. For the loop's thread alone."""
+
+    def __init__(self, watched_keys):
+        self.watched_keys = watched_keys  # the store's
+        self.by_key = {}  # key: {connection: None}, the oldest first
+        self.give_up_at = math.inf  # when the first of them gives up
+
+    def add(self, conn, waiting):
+        """Keep a connection until what it waits for changes, or it gives up."""
+        conn.move("wait")
+        conn.waiting = waiting
+        self.by_key.setdefault(waiting.key, collections.OrderedDict())[conn] = None
+        self.watched_keys.add(waiting.key)
+        self.give_up_at = min(self.give_up_at, waiting.give_up_at)
+
+    def remove(self, conn):
+        """Return the Waiting of a connection, or None, and forget that it waited."""
+        waiting, conn.waiting = conn.waiting, None
+        if waiting:
+            there = self.by_key[waiting.key]
+            del there[conn]
+            if not there:
+                del self.by_key[waiting.key]
+                self.watched_keys.discard(waiting.key)
+        return waiting
+
+    def due(self, at):
+        """Return the connections that give up at `at` or earlier."""
+        found = [conn for there in self.by_key.values() for conn in there if conn.waiting.give_up_at <= at]
+        self.give_up_at = min((conn.waiting.give_up_at for there in self.by_key.values() for conn in there
+                               if conn.waiting.give_up_at > at), default=math.inf)
+        return found
+
+
+def _listener(host, port):
+    """Return an HTTPServer that listens, or raise LabtaskerRuntimeError saying who has the port.
+
+    Its class is made here, so that only a server pays for the import. What it is given as a request is a job."""
+    import http.server
+    import socket
+    import socketserver
+
+    class Listener(socketserver.ThreadingMixIn, http.server.HTTPServer):
+        daemon_threads, block_on_close = True, False
+        allow_reuse_address, request_queue_size = True, 1024
+        address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
+
+        def server_bind(self):
+            """Bind without asking a name server for this host's name, as HTTPServer does."""
+            socketserver.TCPServer.server_bind(self)
+
+        def finish_request(self, job, peer):
+            """Do a thread's work."""
+            job()
+
+        def shutdown_request(self, job):
+            """Leave the connection open: the loop has it back."""
+    try:
+        return Listener((host, port), None)
+    except (OSError, OverflowError, ValueError, TypeError) as error:  # the others: of what is no port, no host
+        is_busy = getattr(error, "errno", None) == errno.EADDRINUSE
+        raise LabtaskerRuntimeError("can't listen on %s port %s: %s%s" % (
+            host, port, getattr(error, "strerror", None) or error,
+            is_busy and _port_owner(port) + "; try --port 0" or ""))
+
+
+class Connections:
+    """The connections that the loop listens to. Bounds on bytes, connections and time keep a peer that sends much,
+    slowly or never from the others. For the loop's thread alone."""
+
+    def __init__(self, listener, tls, log, parked, most):
+        import selectors
+        self.listener, self.tls, self.log, self.parked, self.most = listener, tls, log, parked, most
+        self.later = (BlockingIOError, InterruptedError)  # from a socket that has nothing, or no room, just now
+        if tls:
+            import ssl
+            self.later += (ssl.SSLWantReadError, ssl.SSLWantWriteError)
+        listener.socket.setblocking(False)
+        self.selector = selectors.DefaultSelector()
+        self.selector.register(listener.socket, selectors.EVENT_READ, self.accept_all)
+        self.all, self.away = set(), 0  # but for those that threads have or that wait for one; how many these are
+        self.held_bytes = self.large_bytes = 0  # of unfinished requests and unread answers; of large bodies
+        self.handshakes, self.eager = 0, []  # in this turn; connections with a request in hand that have had their turn
+        self.swept_at, self.due_at = monotonic(), math.inf  # when they were swept; when that is due earlier than usual
+        self.is_stopping = False
+
+    def close(self):
+        """Close what they are listened to with."""
+        self.listener.socket.close()
+        self.selector.close()
 
     def accept_all(self):
         """Take in the connections that wait."""
         for _ in range(100):
             try:
-                sock, address = self.get_request()
+                sock, address = self.listener.get_request()
             except OSError as error:  # no more, or none that stayed, or no file descriptor for it
                 if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
                     self.make_room()
                 return
-            if len(self.connections) + sum(gate.count + gate.in_line for gate in self.gates.values()) >= self.most:
+            if len(self.all) + self.away >= self.most:
                 self.make_room()
             try:
                 sock.setsockopt(6, 1, 1)  # TCP_NODELAY
@@ -6315,64 +6469,64 @@ class _Peers(_Log):
         """Listen to a connection."""
         conn.sock.setblocking(False)
         self.selector.register(conn.sock, 1, conn)  # EVENT_READ
-        self.connections.add(conn)
+        self.all.add(conn)
 
     def let_go(self, conn):
         """Listen to a connection no more."""
-        if conn in self.connections:
-            self.connections.discard(conn)
+        if conn in self.all:
+            self.all.discard(conn)
             self.selector.unregister(conn.sock)
 
     def drop(self, conn):
         """Close a connection and forget it."""
         self.let_go(conn)
-        self.unpark(conn)
-        self.large -= conn.reserved
-        self.held -= conn.counted
-        conn.reserved = conn.counted = 0
-        conn.closing = True
+        self.parked.remove(conn)
+        self.release(conn)
+        self.held_bytes -= conn.held_bytes
+        conn.held_bytes = 0
+        conn.move("drop")
         try:
             conn.sock.close()
         except OSError:
             pass
 
-    def attend(self, conn, events):
-        """Take what a connection has sent; send what it waits for."""
-        if events & 2:  # EVENT_WRITE
-            self.send(conn, b"")
-            self.go_on_later(conn)
-        if not events & 1 or conn.outbox:
-            return
+    def release(self, conn):
+        """Give back the room that was kept for a connection's large body."""
+        self.large_bytes -= conn.reserved_bytes
+        conn.reserved_bytes = 0
+
+    def receive(self, conn):
+        """Return whether there are new bytes of a request in a connection's inbox, or it has ended its sending while a
+        request of it is answered."""
         try:
-            if conn.handshake:
+            if conn.state == "handshake":
                 self.handshakes += 1
                 if self.handshakes > HANDSHAKES:
-                    return
+                    return False
                 conn.sock.do_handshake()
-                conn.handshake = False
+                conn.move("secured")
             data = conn.sock.recv(65536)
             while data and self.tls and conn.sock.pending():
                 data += conn.sock.recv(65536)
         except self.later:
-            return
+            return False
         except OSError:  # reset, or TLS broken off
-            return self.drop(conn)
-        if not data and conn.busy and not conn.parked:  # it may still read: what was done for it must not be lost
-            conn.ended = True
-            return self.store.journal.flush()
-        if not data or len(conn.inbox) > ROOM_BYTES + conn.reserved:
-            return self.drop(conn)
-        if conn.lingering:
-            conn.lingering -= len(data)
-            return self.drop(conn) if conn.lingering <= 0 or monotonic() - conn.heard_at > LINGER_S else None
-        conn.inbox += data
-        conn.heard_at = monotonic()
-        self.read_requests(conn)
-
-    def go_on_later(self, conn):
-        """Look at what else a connection has sent in the next turn, so that all have theirs."""
-        if conn.inbox and not (conn.outbox or conn.closing):
-            self.eager.append(conn)
+            self.drop(conn)
+            return False
+        if not data and conn.state in ANSWERED_SOON:  # it may still read: what was done for it must not be lost
+            conn.has_ended = True
+            return True
+        if not data or len(conn.inbox) > ROOM_BYTES + conn.reserved_bytes:
+            self.drop(conn)
+        elif conn.discard_bytes:
+            conn.discard_bytes = max(0, conn.discard_bytes - len(data))
+            if not conn.discard_bytes or monotonic() - conn.heard_at > LINGER_S:
+                self.drop(conn)
+        else:
+            conn.inbox += data
+            conn.heard_at = monotonic()
+            return True
+        return False
 
     def send(self, conn, data):
         """Send what is waiting, or else this; what does not go out now goes when the peer has read."""
@@ -6384,73 +6538,67 @@ class _Peers(_Log):
         except OSError:
             return self.drop(conn)
         had, conn.outbox = conn.outbox, b"" if sent == len(data) else memoryview(data)[sent:]
-        if conn in self.connections and bool(had) != bool(conn.outbox):
+        if conn in self.all and bool(had) != bool(conn.outbox):
             self.selector.modify(conn.sock, 2 if conn.outbox else 1, conn)
-        if conn.outbox or conn.counted:
+        if conn.outbox or conn.held_bytes:
             conn.heard_at = monotonic() if sent else conn.heard_at
             self.count(conn)
-        if not conn.outbox and conn.closing:
-            self.finish(conn)
-
-    def finish(self, conn):
-        """Close a connection after its last answer; a peer that still sends is first given time to read that."""
-        if not conn.lingering or self.tls or self.stopping or conn not in self.connections:
+        if conn.outbox or conn.state == "closed":
+            return
+        if conn.state == "closing" and (not conn.discard_bytes or self.tls or self.is_stopping or conn not in self.all):
             return self.drop(conn)
+        conn.move("sent")
+        if conn.state == "lingering":
+            self.linger(conn)
+        elif conn.inbox:  # in the next turn, so that all have theirs
+            self.eager.append(conn)
+
+    def linger(self, conn):
+        """Give a peer that still sends time to read its last answer."""
         try:
             conn.sock.shutdown(1)
         except OSError:
-            self.drop(conn)
+            return self.drop(conn)
         conn.inbox.clear()
         conn.heard_at = monotonic()
         self.due_at = min(self.due_at, conn.heard_at + LINGER_S)
 
     def count(self, conn):
-        """Note how many bytes of a connection are held, since when, and drop some where all is too much."""
+        """Note how many bytes of a connection are held, and drop some where all is too much."""
         held = len(conn.inbox) + len(getattr(conn.outbox, "obj", conn.outbox))  # a view keeps all that it is a part of
-        self.held += held - conn.counted
-        if not held or not conn.counted:
-            conn.since = monotonic()
-        conn.counted = held
-        if self.held > HELD_BYTES:
-            self.shed()
+        self.held_bytes += held - conn.held_bytes
+        conn.held_bytes = held
+        if self.held_bytes > HELD_BYTES:
+            self.drop_slowest()
 
-    def shed(self):
+    def drop_slowest(self):
         """Drop those with bytes held until a quarter is free, strangers first, then by how long nothing moved; one
         may hold as much as it will."""
-        holding = sorted((conn for conn in self.connections if conn.counted), key=_worth)
+        holding = sorted((conn for conn in self.all if conn.held_bytes), key=_worth)
         for conn in holding[:-1]:
-            if self.held >= HELD_BYTES * 3 // 4:
+            if self.held_bytes >= HELD_BYTES * 3 // 4:
                 self.drop(conn)
-        self.say("warning", "over %d MiB of requests and answers under way: the slowest connections were closed" % (
+        self.log.say("warning", "over %d MiB of requests and answers under way: the slowest connections were closed" % (
             HELD_BYTES >> 20))
 
     def make_room(self):
         """Close a hundredth of the connections: strangers first, then the longest silent."""
-        for conn in heapq.nsmallest(1 + len(self.connections) // 100, self.connections, key=_worth):
+        for conn in heapq.nsmallest(1 + len(self.all) // 100, self.all, key=_worth):
             self.drop(conn)
-        if not self.connections:  # threads have them all
+        if not self.all:  # threads have them all
             time.sleep(REST_S)
-        self.say("warning", "%d connections are all there can be: the longest silent were closed" % self.most)
+        self.log.say("warning", "%d connections are all there can be: the longest silent were closed" % self.most)
 
     def sweep(self):
-        """Close the connections that were silent, or slow, for too long."""
+        """Close the connections that were silent, or slow, for longer than their state may last."""
         moment = self.swept_at = monotonic()
-        for conn in list(self.connections):
-            since, most_s = conn.heard_at, math.inf if conn.parked else IDLE_S
-            if conn.outbox:
-                most_s = SLOW_LISTENER_S
-            elif conn.lingering:
-                most_s = LINGER_S
-            elif conn.handshake:
-                most_s = SLOW_SENDER_S
-            elif not conn.busy and (conn.inbox or conn.head):
-                since, most_s = conn.since or moment, SLOW_BODY_S if conn.head else SLOW_SENDER_S
-            if moment - since > most_s:
-                self.drop(conn)
+        self.due_at = math.inf
+        for conn in [conn for conn in self.all if conn.is_over(moment)]:
+            self.drop(conn)
 
 
 def _worth(conn):
-    return conn.vouched, conn.heard_at
+    return conn.authenticated, conn.heard_at
 
 
 def _has_left(sock):
@@ -6464,7 +6612,7 @@ def _has_left(sock):
         return True
 
 
-class _Gate:
+class Gate:
     """Lets `most` requests run in threads at a time, `each` of them for one user; `line` wait, `own_line` for one.
 
     Users take turns, so that one who asks for much holds up nobody else. Only the loop's thread uses it."""
@@ -6509,34 +6657,257 @@ class _Gate:
             del self.running[user]
 
 
-class _Requests(_Peers):
-    """What the loop does with requests: answers them, parks those that wait for something to change, gives those that
-    take long to threads.
+    def empty(self):
+        """Return what waits, which waits no more."""
+        found = [item for own in self.waiting.values() for item in own]
+        self.waiting.clear()
+        self.in_line = 0
+        return found
 
-    A thread's work is a function (connection, ...) -> what the loop does next with the connection: (method, what it is
-    given after the connection), or None to close it. What leads to an answer may raise; that is one too."""
 
-    def read_requests(self, conn):
-        """Take the next whole request that a connection has sent; a thread takes the connection with it."""
-        if conn.closing:
-            return
+def _start_thread(work, name):
+    """Return whether a thread that does `work` was started: a process may have as many as it is allowed."""
+    try:
+        threading.Thread(target=work, name=name, daemon=True).start()
+        return True
+    except (RuntimeError, MemoryError):
+        return False
+
+
+class Threads:
+    """Gives requests that take long to threads, with their connections, and has them back.
+
+    A thread's work is a function (connection, request, ...). It returns what the loop does next with the connection:
+    (function, what it is given after the connection), or None to close it. Where it raises, that is `refuse`."""
+
+    def __init__(self, listener, connections, wake, refuse):
+        self.listener, self.connections, self.wake, self.refuse = listener, connections, wake, refuse
+        self.gates = {name: Gate(*row) for name, row in GATES.items()}
+        self.returned = collections.deque()  # (connection, what to do next) from threads
+
+    def hand_over(self, conn, kind, user, work, request, *more):
+        """Have a thread do this work for a connection, or put it in line for one; raise Busy when that is full."""
+        gate = self.gates[kind]
+        gate.enter(user, (conn, work, request) + more)
+        conn.move("hand over")
+        conn.gate = gate, user
+        self.connections.let_go(conn)
+        self.connections.away += 1
+        self.start(gate)
+
+    def start(self, gate):
+        """Start a thread for each whose turn it is, unless nobody is there any more to hear."""
+        for job in gate.begin():
+            conn, _, request = job[:3]
+            if _has_left(conn.sock):
+                self.give_back(conn, None)
+                continue
+            try:
+                self.listener.process_request(functools.partial(self.run, job), conn.peer)  # ThreadingMixIn's
+            except (RuntimeError, MemoryError) as error:  # no more threads
+                self.give_back(conn, (self.refuse, request, Busy(str(error))))
+
+    def run(self, job):
+        """Do a thread's work."""
+        conn, work, request, *more = job
         try:
-            request = None if conn.busy else conn.next_request(self.heads)
-            if request is not None:
-                conn.busy = True
-                self.attempt(conn, request, self.take)
-            elif conn.head is not None and not (conn.busy or conn.reserved):
-                self.admit_body(conn) if conn.head.length > QUICK_BYTES else self.encourage(conn)
-        except LabtaskerError as error:
-            conn.busy, conn.lingering = True, LINGER_BYTES
-            self.answer(conn, *self.refusal(None, error))
-        if conn.inbox or conn.counted:
-            self.count(conn)
+            then = work(conn, request, *more)
+        except Exception as error:
+            then = (self.refuse, request, error)
+        self.give_back(conn, then)
 
-    def go_on(self, conn):
-        """Take the next request of a connection, or the body that was to come."""
-        conn.busy = False
-        self.read_requests(conn)
+    def give_back(self, conn, then):
+        """Give a connection back to the loop, which goes on with it so."""
+        self.returned.append((conn, then))
+        self.wake()
+
+    def take_back(self):
+        """Return the next connection that a thread is done with and what is to be done with it, or None."""
+        if not self.returned:
+            return None
+        conn, then = self.returned.popleft()
+        (gate, user), conn.gate = conn.gate, None
+        self.connections.away -= 1
+        gate.leave(user)
+        self.start(gate)
+        return conn, then
+
+    def is_working(self):
+        """Return whether a thread has a connection."""
+        return any(gate.count for gate in self.gates.values())
+
+    def end_lines(self):
+        """Close the connections that wait for a thread."""
+        for gate in self.gates.values():
+            for conn, *_ in gate.empty():
+                self.connections.away -= 1
+                self.connections.drop(conn)
+
+
+class Writer:
+    """The thread that writes the journal while the loop takes in more; where there is none, the loop writes."""
+
+    def __init__(self, journal, wake):
+        self.journal, self.wake = journal, wake
+        self.is_there = self.is_writing = self.is_stopping = False
+        self.wanted = threading.Semaphore(0)
+
+    def start(self):
+        """Start the thread, if one is to be had."""
+        self.is_there = _start_thread(self.run, "journal writer")
+
+    def stop(self):
+        """End the thread, and write what is left."""
+        self.is_stopping, self.is_writing = True, False
+        self.wanted.release()
+        self.journal.flush()
+
+    def write(self, undone, connected):
+        """Have what was decided written: here, when half of those connected wait for it, else by the thread, so that
+        what the loop takes in meanwhile goes down together with the next sync."""
+        if undone and not self.is_writing:
+            if 2 * undone >= connected or not self.is_there:
+                self.journal.flush()
+            else:
+                self.is_writing = True
+                self.wanted.release()
+
+    def run(self):
+        """Write whenever the loop says so."""
+        while True:
+            self.wanted.acquire()
+            if self.is_stopping:
+                return
+            try:
+                self.journal.flush()
+            finally:
+                self.is_writing = False
+                self.wake()
+
+
+class Logins:
+    """Who a request is from, as far as that is known without hashing a password."""
+
+    def __init__(self, store, key):
+        self.store, self.key = store, key
+
+    def known_caller(self, login):
+        """Return the caller's queue when no password has to be hashed to know it, or None; raise Unauthorized without a
+        login."""
+        if login is None:
+            raise Unauthorized("Invalid credentials")
+        name, password = login
+        if password is None:  # the connection's proof was right
+            return name
+        if len(password) == len(self.key) and same_secret(password, self.key):
+            return LocalName(name)
+        return self.store.known_login(name, password)
+
+    def password_gate(self, login):
+        """Return the gate of one whose password has to be hashed."""
+        name, state = (login or (None,))[0], self.store.state
+        return "passwords" if name in state.names or name in state.queues else "strangers"
+
+    def user_of(self, conn, kind, login):
+        """Return whose turn at a gate a request takes: of one whose password is known to be right the queue's, however
+        it was named; of others that of the address and the name."""
+        caller = self.known_caller(login) if kind in ("work", "answers") and login else None
+        return self.store.state.id_of(caller) or (conn.peer, (login or (None,))[0])
+
+
+Outgoing = collections.namedtuple("Outgoing", "conn request keep batch status answer")
+
+
+class Answers:
+    """The answers of a turn: written down, logged and sent at its end."""
+
+    def __init__(self, store, log, logins, connections, threads, writer):
+        self.store, self.log, self.logins = store, log, logins
+        self.connections, self.threads, self.writer = connections, threads, writer
+        self.waiting = []  # an Outgoing each, which leaves once its batch is on disk
+        self.heavy = set()  # (login, target) of requests whose answers are large
+
+    def add(self, conn, request, keep, batch, status, answer):
+        """Have a request answered at the end of this turn."""
+        self.waiting.append(Outgoing(conn, request, keep, batch, status, answer))
+
+    def refuse(self, conn, request, error):
+        """Have a request answered with an error."""
+        self.waiting.append(self.refusal(conn, request, error))
+
+    def refusal(self, conn, request, error):
+        """Return the Outgoing of an error: one of Labtasker's own, or a bug, which ends the connection."""
+        if isinstance(error, LabtaskerError):
+            return Outgoing(conn, request, request is not None and request.keep, None, *shown_error(error))
+        return Outgoing(conn, request, False, None, 500, self.log.bug(error))
+
+    def take_ready(self):
+        """Return the answers that may leave; the others wait for the writer."""
+        if self.waiting:
+            undone = sum(row.batch is not None and not row.batch.done for row in self.waiting)
+            self.writer.write(undone, len(self.connections.all))
+        ready = [row for row in self.waiting if row.batch is None or row.batch.done]
+        if ready:
+            self.waiting = [row for row in self.waiting if not (row.batch is None or row.batch.done)]
+        return ready
+
+    def deliver(self, conn, request, keep, batch, status, answer):
+        """Send an answer; that the batch could not be written is another one."""
+        if batch is not None and batch.error:
+            status, answer = shown_error(batch.error)
+        asked = request and (request.head.login, request.target)
+        if asked in self.heavy and answer and conn.state == "answering":
+            user = self.logins.user_of(conn, "answers", request.head.login)
+            return self.threads.hand_over(conn, "answers", user, self.make, request, keep, status, answer)
+        _, data, keep = self.make(conn, request, keep, status, answer)
+        if len(data) > LARGE_ANSWER_BYTES and asked:
+            if len(self.heavy) > 1000:
+                self.heavy.clear()
+            self.heavy.add(asked)
+        self.reply(conn, data, keep)
+
+    def make(self, conn, request, keep, status, answer):
+        """Make the bytes of an answer; may be a thread's work."""
+        keep = keep and not (self.store.closing or conn.has_ended)
+        self.log.note(conn, request, status)
+        return self.reply, http_answer(status, answer, request, keep), keep
+
+    def reply(self, conn, data, keep):
+        """Send the bytes of an answer; the next request has its turn then."""
+        if conn.state == "closed":  # nobody is there any more
+            return
+        conn.move("reply" if keep else "last reply")
+        self.connections.release(conn)
+        self.connections.send(conn, data)
+
+
+class Requests:
+    """What the loop does with requests: answers them, parks those that wait for something to change, gives those that
+    take long to threads. What leads to an answer may raise; that is one too."""
+
+    def __init__(self, store, heads, logins, connections, parked, threads, answers):
+        self.store, self.heads, self.logins, self.connections = store, heads, logins, connections
+        self.parked, self.threads, self.answers = parked, threads, answers
+
+    def read(self, conn):
+        """Take the next whole request that a connection has sent; a thread takes the connection with it."""
+        try:
+            request = conn.next_request(self.heads) if conn.state in READING else None
+            if request is not None:
+                self.attempt(conn, request, self.take)
+            elif conn.state == "body" and not conn.reserved_bytes:
+                self.admit_body(conn) if conn.head.length > QUICK_BYTES else self.send_100_continue(conn)
+        except LabtaskerError as error:
+            conn.discard_bytes = LINGER_BYTES
+            conn.move("refuse")
+            self.answers.refuse(conn, None, error)
+        if (conn.inbox or conn.held_bytes) and conn.state != "closed":
+            self.connections.count(conn)
+
+    def read_body(self, conn):
+        """Let the body come that was to come when its sender's password was looked at."""
+        conn.move("want body")
+        self.read(conn)
 
     def admit_body(self, conn):
         """Let a large body come, from one whose password is known to be right; strangers' is looked at first."""
@@ -6544,17 +6915,16 @@ class _Requests(_Peers):
         request = HttpRequest(method, target, conn.head, False, b"", monotonic(), False)
         if self.find(request)[0].open:
             raise TooLarge("a body of over %d bytes" % QUICK_BYTES)
-        if self.known_caller(conn.head.login) is None:
-            conn.busy = True
-            return self.hand_over(conn, self.door(request), self.look_at_password, request)
-        if self.large + conn.head.length > LARGE_BYTES:
+        if self.logins.known_caller(conn.head.login) is None:
+            return self.hand_over(conn, self.logins.password_gate(conn.head.login), self.look_at_password, request)
+        if self.connections.large_bytes + conn.head.length > LARGE_BYTES:
             raise Busy("large bodies from others are on their way: try again")
-        conn.vouched, conn.reserved = True, conn.head.length
-        self.large += conn.reserved
-        self.encourage(conn)
+        conn.authenticated, conn.reserved_bytes = True, conn.head.length
+        self.connections.large_bytes += conn.reserved_bytes
+        self.send_100_continue(conn)
 
     @staticmethod
-    def encourage(conn):
+    def send_100_continue(conn):
         """Tell one who asked that its body is welcome."""
         if not conn.inbox and conn.head.fields.get("expect", "").lower() == "100-continue":
             try:
@@ -6567,22 +6937,16 @@ class _Requests(_Peers):
         try:
             action(conn, request, *more)
         except Exception as error:
-            self.answer(conn, *self.refusal(request, error))
-
-    def answer(self, conn, *row):
-        """Have a request answered at the end of this turn: (request, keep, batch or None, status, answer)."""
-        self.answered.append((conn,) + row)
-
-    def refusal(self, request, error):
-        """Return what `answer` is given for an error."""
-        if isinstance(error, LabtaskerError):
-            return (request, request is not None and request.keep, None) + shown_error(error)
-        return request, False, None, 500, self.bug(error)
+            self.answers.refuse(conn, request, error)
 
     @staticmethod
     def has_left(conn):
         """Return whether the peer of a connection has closed it."""
         return _has_left(conn.sock)
+
+    def hand_over(self, conn, gate, work, request):
+        """Have a thread do this work for a connection; raise Busy when too many wait for one."""
+        self.threads.hand_over(conn, gate, self.logins.user_of(conn, gate, request.head.login), work, request)
 
     def take(self, conn, request):
         """Answer a request, or park it, or give it to a thread."""
@@ -6594,88 +6958,70 @@ class _Requests(_Peers):
             return self.introduce(conn, request, introduction.group(1))
         call = self.quick_call(request)
         if call is not None and call.route.waits and call.route.waits.gives and self.has_left(conn):
-            return self.drop(conn)  # the task would be given to nobody
+            return self.connections.drop(conn)  # the task would be given to nobody
         if call is not None:
-            conn.vouched = conn.vouched or call.caller is not None
+            conn.authenticated = conn.authenticated or call.caller is not None
             return self.begin(conn, request, call, self.until(wait_of(call)))
         route, work = self.find(request)[0], self.answer_slowly
         gate = route.gate
-        if not route.open and self.known_caller(head.login) is None:
-            gate, work = self.door(request), self.look_at_password
+        if not route.open and self.logins.known_caller(head.login) is None:
+            gate, work = self.logins.password_gate(head.login), self.look_at_password
         self.hand_over(conn, gate, work, request)
 
     def introduce(self, conn, request, nonce):
         """Answer the welcome with a proof that this server has its key, and know from now on the client's."""
         nonces, address = (nonce, new_nonce()), conn.sock.getsockname()
-        conn.proof = prove(self.key, "client", nonces, address)
+        conn.proof = prove(self.logins.key, "client", nonces, address)
         _, welcome, _ = begin_call(self.store, Call(find_route("GET", "/")[0], None, {}))
-        answer = dict(welcome, nonce=nonces[1], proof=prove(self.key, "server", nonces, address))
-        self.answer(conn, request, request.keep, None, 200, answer)
+        answer = dict(welcome, nonce=nonces[1], proof=prove(self.logins.key, "server", nonces, address))
+        self.answers.add(conn, request, request.keep, None, 200, answer)
 
     def quick_call(self, request):
         """Return the Call of a request that the loop itself answers, or None; raise what is wrong with it."""
         if not is_light(request.body):
             return None
         route, ids, query = self.find(request)
-        caller = None if route.open or not route.quick else self.known_caller(request.head.login)
+        caller = None if route.open or not route.quick else self.logins.known_caller(request.head.login)
         if not route.quick or caller is None and not route.open:
             return None
-        call = self.read(request, caller, route, ids, query)
+        call = self.call(request, caller, route, ids, query)
         return call if is_quick(self.store, call) else None
 
     def begin(self, conn, request, call, give_up_at):
         """Run a call: its answer leaves at the end of this turn, unless it waits for something."""
-        self.go_on_with_answer(conn, request, call, give_up_at, begin_call(self.store, call))
+        self.finish(conn, request, call, give_up_at, begin_call(self.store, call))
 
     def begin_again(self, conn, request, call, give_up_at, key):
         """Run a call again that waited for this key."""
-        self.go_on_with_answer(conn, request, call, give_up_at, retry_call(self.store, call, key))
+        self.finish(conn, request, call, give_up_at, retry_call(self.store, call, key))
 
-    def go_on_with_answer(self, conn, request, call, give_up_at, begun):
+    def finish(self, conn, request, call, give_up_at, begun):
         """Have what `begin_call` returned answered, or the request wait for another answer."""
         batch, answer, key = begun
         if key and give_up_at > monotonic():
-            return self.park(conn, request, call, give_up_at, key)
+            return self.parked.add(conn, Waiting(give_up_at, key, call, request, None))
         status, answer = shown(call.route, answer, request.head.extensions)
-        self.answered.append((conn, request, request.keep, batch, status, answer))
+        self.answers.add(conn, request, request.keep, batch, status, answer)
 
     def until(self, wait_s):
-        """Return when a request that may wait so long gives up. Those that wait long do so together, up to a second
-        late: a server that wakes for each of a hundred heartbeats spends four times as much on them."""
-        if not wait_s or self.stopping:
+        """Return when a request that may wait so long gives up. Those that wait long give up together, up to a second
+        late, so that the server wakes once for many."""
+        if not wait_s or self.store.closing:
             return -math.inf
         return monotonic() + wait_s if wait_s < 10 else math.ceil(monotonic() + wait_s)
 
-    def park(self, conn, request, call, give_up_at, key):
-        """Keep a request until what has this key changes; with None for it, until it is given up."""
-        conn.parked = (call, request, give_up_at, key)
-        self.parked.setdefault(key, collections.OrderedDict())[conn] = None
-        self.store.watched_keys.add(key)
-        self.give_up_at = min(self.give_up_at, give_up_at)
-
-    def unpark(self, conn):
-        """Return what a connection's request waited for, and forget that it did."""
-        parked, conn.parked = conn.parked, None
-        if parked:
-            there = self.parked[parked[3]]
-            del there[conn]
-            if not there:
-                del self.parked[parked[3]]
-                self.store.watched_keys.discard(parked[3])
-        return parked
-
     def retry(self, conn, is_last=False):
         """Run a parked request again; return whether it waits on."""
-        call, request, give_up_at, key = self.unpark(conn)
-        if key is None:
-            self.answer(conn, *call)
-            return False
-        if not (is_last or is_quick(self.store, call)):
+        give_up_at, key, call, request, row = self.parked.remove(conn)
+        conn.move("wake")
+        if row:
+            self.answers.waiting.append(row)
+        elif not (is_last or is_quick(self.store, call)):
             self.attempt(conn, request, self.look_through, call, give_up_at)
-            return False
-        request = request._replace(started=monotonic())
-        self.attempt(conn, request, self.begin_again, call, -math.inf if is_last else give_up_at, key)
-        return conn.parked is not None
+        else:
+            request = request._replace(started=monotonic())
+            self.attempt(conn, request, self.begin_again, call, -math.inf if is_last else give_up_at, key)
+        return conn.waiting is not None
 
     def look_through(self, conn, request, call, give_up_at):
         """Have a thread look through what is new for a parked fetch, which goes on then."""
@@ -6684,25 +7030,25 @@ class _Requests(_Peers):
             return self.attempt, request, self.begin, call, give_up_at
         self.hand_over(conn, "work", work, request)
 
-    def delay(self, conn, *row):
+    def delay(self, conn, request, error):
         """Have a request answered in a while: a wrong password is."""
-        conn.lingering = LINGER_BYTES if conn.head is not None else 0
-        self.park(conn, row[0], row, monotonic() + WRONG_PASSWORD_S, None)
+        conn.discard_bytes = LINGER_BYTES if conn.head is not None else 0
+        row = self.answers.refusal(conn, request, error)
+        self.parked.add(conn, Waiting(monotonic() + WRONG_PASSWORD_S, None, None, request, row))
 
     def give_up(self, at):
         """Answer the parked requests whose time is over at `at`."""
-        for conn in [conn for there in self.parked.values() for conn in there]:
-            if conn.parked[2] <= at:
+        for conn in self.parked.due(at):
+            if conn.waiting:
                 self.retry(conn, is_last=True)
-        self.give_up_at = min((conn.parked[2] for there in self.parked.values() for conn in there), default=math.inf)
 
-    def stir(self, waiting):
-        """Run the requests again that wait for the same thing, the oldest first; of two fetches that ask for the
-        same, the second is not tried when the first found nothing."""
+    def retry_all(self, key):
+        """Run the requests again that wait for this key, the oldest first; of two that wish for the same, the second
+        is not tried when the first found nothing."""
         in_vain = set()
-        for conn in list(waiting):
-            wish = conn.parked and wish_of(self.store, conn.parked[0])
-            if conn.parked and (wish is None or wish not in in_vain) and self.retry(conn):
+        for conn in list(self.parked.by_key.get(key, ())):
+            wish = conn.waiting and wish_of(self.store, conn.waiting.call)
+            if conn.waiting and (wish is None or wish not in in_vain) and self.retry(conn):
                 in_vain.add(wish)
 
     @staticmethod
@@ -6711,293 +7057,53 @@ class _Requests(_Peers):
         path, asked = request.path_and_query()
         return find_route("GET" if request.method == "HEAD" else request.method, path) + (asked,)
 
-    def read(self, request, caller, route, ids, query):
+    def call(self, request, caller, route, ids, query):
         """Return the Call of an HttpRequest whose route was found."""
         return read_call(self.store, caller, route, ids, parse_json(request.body) if request.body else None, query)
 
-    def known_caller(self, login):
-        """Return the caller's queue when no password has to be hashed to know it, or None."""
-        if login is None:
-            raise Unauthorized("Invalid credentials")
-        name, password = login
-        if password is None:  # the connection's proof was right
-            return name
-        if len(password) == len(self.key) and same_secret(password, self.key):
-            return LocalName(name)
-        return self.store.known_login(name, password)
-
-
-class _Threads(_Requests):
-    """The work of threads, which requests that take long are given to with their connections."""
-
-    def door(self, request):
-        """Return the gate of one whose password has to be hashed."""
-        name, state = (request.head.login or (None,))[0], self.store.state
-        return "passwords" if name in state.names or name in state.queues else "strangers"
-
-    def hand_over(self, conn, kind, work, request, *more):
-        """Have a thread do this work for a connection, or put it in line for one; raise Busy when that is full."""
-        gate, user = self.gates[kind], self.user_of(conn, kind, request)
-        gate.enter(user, (conn, work, request) + more)
-        conn.gate = gate, user
-        self.let_go(conn)
-        self.start_threads(gate)
-
-    def user_of(self, conn, kind, request):
-        """Return whose turn at a gate a request takes: of one whose password is known to be right the queue's, however
-        it was named; of others that of the address and the name."""
-        login = request.head.login
-        caller = self.known_caller(login) if kind in ("work", "answers") and login else None
-        return self.store.state.id_of(caller) or (conn.peer, (login or (None,))[0])
-
-    def start_threads(self, gate):
-        """Start a thread for each whose turn it is, unless nobody is there any more to hear."""
-        for job in gate.begin():
-            conn, _, request = job[:3]
-            if _has_left(conn.sock):
-                self.give_back(conn, None)
-                continue
-            try:
-                self.process_request(job, conn.peer)  # ThreadingMixIn's: calls finish_request in a thread
-            except (RuntimeError, MemoryError) as error:  # no more threads
-                self.give_back(conn, (self.answer,) + self.refusal(request, Busy(str(error))))
-
-    def finish_request(self, job, peer):
-        """Do a thread's work."""
-        conn, work, request, *more = job
-        try:
-            then = work(conn, request, *more)
-        except Exception as error:
-            then = (self.answer,) + self.refusal(request, error)
-        self.give_back(conn, then)
-
-    def shutdown_request(self, job):
-        """Leave the connection open: the loop has it back."""
-
-    def give_back(self, conn, then):
-        """Give a connection back to the loop, which goes on with it so."""
-        self.returned.append((conn, then))
-        self.wake()
-
-    def wake_up(self):
-        """Take back the connections that threads are done with."""
-        try:
-            while self.woken.recv(4096):
-                pass
-        except BlockingIOError:
-            pass
-        while self.returned:
-            conn, then = self.returned.popleft()
-            (gate, user), conn.gate = conn.gate, None
-            gate.leave(user)
-            self.guard(conn, self.start_threads, gate)
-            if then is None:
-                self.drop(conn)
-            else:
-                conn.heard_at = monotonic()
-                self.guard(conn, self.go_on_with, conn, *then)
-
-    def go_on_with(self, conn, action, *given):
-        """Listen to a connection again that a thread is done with, and do what comes next."""
-        self.take_in(conn)
-        action(conn, *given)
-
     def look_at_password(self, conn, request):
-        """Find out whether a password is right: then its request is taken, or its body read."""
+        """Find out whether a password is right: then its request is taken, or its body read. Work for a thread."""
         try:
             self.store.login(*request.head.login)
         except Unauthorized as error:
             time.sleep(REST_S)
-            return (self.delay,) + self.refusal(request, error)
-        return (self.go_on,) if conn.head is not None else (self.attempt, request, self.take)
+            return self.delay, request, error
+        return (self.read_body,) if conn.head is not None else (self.attempt, request, self.take)
 
     def answer_slowly(self, conn, request):
-        """Answer a request, however long that takes."""
+        """Answer a request, however long that takes. Work for a thread."""
         route, ids, query = self.find(request)
-        caller = None if route.open else self.known_caller(request.head.login) or self.store.login(*request.head.login)
-        call = self.read(request, caller, route, ids, query)
+        login = request.head.login
+        caller = None if route.open else self.logins.known_caller(login) or self.store.login(*login)
+        call = self.call(request, caller, route, ids, query)
         make_quick(self.store, call)
         if wait_of(call):  # here it would hold a thread: the loop waits with it
             return self.attempt, request, self.begin, call, self.until(wait_of(call))
         status, answer = shown(route, run_call(self.store, call), request.head.extensions)
         if not isinstance(answer, Stream) or request.method == "HEAD":
-            return self.write_answer(conn, request, request.keep, status, answer)
+            return self.answers.make(conn, request, request.keep, status, answer)
         conn.sock.settimeout(SLOW_LISTENER_S)
         try:
-            for piece in itertools.chain([self.write_answer(conn, request, False, status, answer)[1]], answer.pieces):
+            head = self.answers.make(conn, request, False, status, answer)[1]
+            for piece in itertools.chain([head], answer.pieces):
                 conn.sock.sendall(piece)
         except Exception as error:
             if not isinstance(error, OSError):  # too late for another answer
-                self.bug(error)
-
-    def write_answer(self, conn, request, keep, status, answer):
-        """Make the bytes of an answer."""
-        keep = keep and not (self.stopping or conn.ended)
-        self.note(conn, request, status)
-        return self.reply, http_answer(status, answer, request, keep), keep
+                self.answers.log.bug(error)
 
 
-class _Server(_Threads):
-    """The loop: the turns in which one thread attends to all connections; stands before ThreadingMixIn and HTTPServer.
+class Upkeep:
+    """What a server does for its store from time to time."""
 
-    `allow_hosts` are names under which browsers may show its pages; `most` connections are open at a time."""
-
-    daemon_threads, block_on_close = True, False  # of ThreadingMixIn
-    allow_reuse_address, request_queue_size = True, 1024  # of HTTPServer
-
-    def __init__(self, host, port, store, tls, level, allow_hosts=(), most=MAX_CONNECTIONS):
-        import socket
-        own = socket.gethostname().lower()
-        self.heads = Heads({own, own.partition(".")[0]} | {name.lower() for name in allow_hosts})
-        self.store, self.tls, self.level = store, tls, level
-        self.most = min(most, _raise_file_limit() - SPARE_FILES)
-        self.later = (BlockingIOError, InterruptedError)  # from a socket that has nothing, or no room, just now
-        if tls:
-            import ssl
-            self.later += (ssl.SSLWantReadError, ssl.SSLWantWriteError)
-        self.id = store.server_id = new_id()
-        self.key = os.urandom(24).hex()  # the key stands in server.json, for who may read it
-        self.stopping = self.is_compacting = False
+    def __init__(self, store, log):
+        self.store, self.log = store, log
+        self.due_at = monotonic()  # when the next look is due, time-outs aside
+        self.is_compacting = False
         self.problem_since = self.failure = None  # since when the store can't be written to; why the server ends
-        self.due_at = self.swept_at = monotonic()  # when the next chore is due, time-outs aside; when it swept
-        self.connections = set()  # but for those that threads have, or that are in line for one
-        self.held = self.large = 0  # bytes of unfinished requests and unread answers; of large bodies
-        self.handshakes, self.eager = 0, []  # in this turn; connections with a request in hand that have had their turn
-        self.heavy = set()  # (login, target) of requests whose answers are large
-        self.gates = {name: _Gate(*row) for name, row in GATES.items()}
-        self.answered = []  # (connection, request, keep, batch or None, status, answer) of this turn
-        self.parked = {}  # key of what is waited for, None for no more than time: {connection that waits for it: None}
-        self.give_up_at = math.inf  # when the first of them gives up
-        self.returned = collections.deque()  # (connection, what to do next) from threads
-        self.is_writing, self.to_write = False, threading.Semaphore(0)
-        self.has_writer = False  # until it is started; without one the loop writes
-        store.on_wake = self.wake
-        self.listen(host, port)
 
-    def close(self):
-        """Close what the loop works with."""
-        for one in (self.socket, self.waker, self.woken, self.selector):
-            one.close()
-
-    def serve_forever(self):
-        """Answer until `stopping` is set and what runs has ended, or its grace is over."""
-        sys.setswitchinterval(SWITCH_S)
-        self.has_writer = _start_thread(self.write_always, "journal writer")
-        gc.disable()  # requests leave no cycles behind (a test counts them); a search through a million tasks takes 1 s
-        while not self.stopping:
-            self.turn(min(self.due_at, self.store.due_at(), self.give_up_at) - monotonic())
-            self.service_actions()
-        self.selector.unregister(self.socket)
-        with self.store.lock:  # streams end
-            self.store.closing = True
-            self.store.changed.notify_all()
-        self.give_up(math.inf)
-        for gate in self.gates.values():
-            for conn, *_ in itertools.chain(*gate.waiting.values()):
-                self.drop(conn)
-            gate.waiting.clear()
-        give_up_at = monotonic() + STOP_GRACE_S
-        self.is_writing = False
-        self.to_write.release()
-        self.store.journal.flush()
-        self.turn(0)
-        while monotonic() < give_up_at and (any(gate.count for gate in self.gates.values())
-                                            or any(conn.outbox for conn in self.connections)):
-            self.turn(0.05)
-
-    def turn(self, timeout_s):
-        """Take in what has come within so many seconds, write what was decided, send the answers."""
-        eager, self.eager, self.handshakes = self.eager, [], 0
-        timeout_s = 0 if eager else max(0, timeout_s)
-        self.store.awake_until = monotonic() + timeout_s
-        found = self.selector.select(timeout_s)
-        self.store.notice_sleep()
-        for key, events in found:
-            if isinstance(key.data, Connection):
-                self.guard(key.data, self.attend, key.data, events)
-            else:
-                key.data()
-        for conn in eager:
-            self.read_requests(conn)
-        self.settle()
-
-    def guard(self, conn, action, *given):
-        """Do something for a connection; what fails there, also by a bug, is the end of no other."""
-        try:
-            action(*given)
-        except Exception as error:
-            if not isinstance(error, Busy):
-                self.bug(error)
-            self.drop(conn)
-
-    def settle(self):
-        """Have the journal written and the answers sent; then those who wait for what has changed get theirs."""
-        if self.give_up_at <= monotonic():
-            self.give_up(monotonic())
-        while self.answered or self.store.changed_keys:
-            self.write_down()
-            ready = [row for row in self.answered if row[3] is None or row[3].done]
-            if not ready and not self.store.changed_keys:
-                return  # the writer wakes the loop
-            self.answered = [row for row in self.answered if not (row[3] is None or row[3].done)]
-            for row in ready:
-                self.guard(row[0], self.deliver, *row)
-            with self.store.lock:
-                stirred, self.store.changed_keys = self.store.changed_keys, set()
-            for key in stirred:
-                self.stir(self.parked.get(key, ()))
-
-    def write_down(self):
-        """Have what was decided written: here, when half of those connected wait for it, else by the writer, while
-        the loop takes in more, which goes down together with the next sync (measured: a third more for 4 clients)."""
-        undone = sum(row[3] is not None and not row[3].done for row in self.answered)
-        if undone and not self.is_writing:
-            if 2 * undone >= len(self.connections) or not self.has_writer:
-                self.store.journal.flush()
-            else:
-                self.is_writing = True
-                self.to_write.release()
-
-    def write_always(self):
-        """Write whenever the loop says so: the writer's thread."""
-        while True:
-            self.to_write.acquire()
-            if self.stopping:
-                return
-            try:
-                self.store.journal.flush()
-            finally:
-                self.is_writing = False
-                self.wake()
-
-    def deliver(self, conn, request, keep, batch, status, answer):
-        """Send an answer; that the batch could not be written is another one."""
-        if batch is not None and batch.error:
-            status, answer = shown_error(batch.error)
-        asked = request and (request.head.login, request.target)
-        if asked in self.heavy and answer:
-            return self.hand_over(conn, "answers", self.write_answer, request, keep, status, answer)
-        _, data, keep = self.write_answer(conn, request, keep, status, answer)
-        if len(data) > LARGE_ANSWER_BYTES and asked:
-            if len(self.heavy) > 1000:
-                self.heavy.clear()
-            self.heavy.add(asked)
-        self.reply(conn, data, keep)
-
-    def reply(self, conn, data, keep):
-        """Send the bytes of an answer; the next request has its turn then."""
-        conn.busy, conn.closing = False, not keep
-        self.large -= conn.reserved
-        conn.reserved = 0
-        self.send(conn, data)
-        self.go_on_later(conn)
-
-    def service_actions(self):
-        """Do what is due: look for time-outs when a run's time may be over; every few seconds show that the owner
-        lives, and have the journal compacted when that is worth it."""
+    def look(self):
+        """Look for time-outs, show that the owner lives, and have the journal compacted when that is worth it."""
         store = self.store
-        if monotonic() < min(self.due_at, store.due_at()):
-            return
         store.release_delayed()
         try:
             store.look_for_timeouts()
@@ -7010,54 +7116,170 @@ class _Server(_Threads):
             self.is_compacting = True
             if not _start_thread(self.compact, "compaction"):
                 self.is_compacting, store.file.look_again_bytes = False, 0
-                self.say("warning", "%s is not compacted now: no thread could be started for it" % store.path)
-        if monotonic() - self.swept_at >= SWEEP_S:
-            self.sweep()
-            store.forget_unused()
+                self.log.say("warning", "%s is not compacted now: no thread could be started for it" % store.path)
         is_busy = store.journal.fsync == "interval" or self.problem_since
         self.due_at = monotonic() + (LOOK_INTERVAL_S if is_busy else QUIET_LOOK_S)
 
     def check_store(self):
-        """Say that the store can't be written to, once; stop where that is for good, or its file is gone for long."""
+        """Say once that the store can't be written to; note a failure where that is for good, or its file is away."""
         problem = self.store.file.problem()
         if problem and not self.problem_since:
             self.problem_since = monotonic()
-            self.say("error", problem)
+            self.log.say("error", problem)
         elif not problem and self.problem_since:
             self.problem_since = None
-            self.say("info", "%s is there again" % self.store.path)
-        is_final = self.store.journal.writer.fenced or problem and monotonic() - self.problem_since > GONE_S
-        if is_final and not self.stopping:
-            self.failure, self.stopping = problem, True
+            self.log.say("info", "%s is there again" % self.store.path)
+        if self.store.journal.writer.fenced or problem and monotonic() - self.problem_since > GONE_S:
+            self.failure = self.failure or problem
 
     def compact(self):
         """Compact the store's journal and log what came of it."""
         before = self.store.journal.file.size
         try:
             self.store.file.compact()
-            self.say("info", "compacted the journal from %d to %d bytes" % (before, self.store.journal.file.size))
+            self.log.say("info", "compacted the journal from %d to %d bytes" % (before, self.store.journal.file.size))
         except LabtaskerError as error:
-            self.say("warning", str(error))
+            self.log.say("warning", str(error))
         except Exception as error:
-            self.bug(error)
+            self.log.bug(error)
         finally:
             self.is_compacting = False
 
 
-def _start_thread(work, name):
-    """Return whether a thread that does `work` was started: a process may have as many as it is allowed."""
-    try:
-        threading.Thread(target=work, name=name, daemon=True).start()
-        return True
-    except (RuntimeError, MemoryError):
-        return False
+class Server:
+    """The loop: the turns in which one thread attends to all connections.
 
+    `allow_hosts` are names under which browsers may show its pages; `most` connections are open at a time."""
 
-def http_server(*given):
-    """Return a listening server, made of what _Server takes, or raise LabtaskerRuntimeError: who has the port."""
-    import http.server
-    import socketserver
-    return type("Server", (_Server, socketserver.ThreadingMixIn, http.server.HTTPServer), {})(*given)
+    def __init__(self, host, port, store, tls, level, allow_hosts=(), most=MAX_CONNECTIONS):
+        import selectors
+        import socket
+        own = socket.gethostname().lower()
+        heads = HeaderCache({own, own.partition(".")[0]} | {name.lower() for name in allow_hosts})
+        self.store, self.log, self.stopping = store, Log(level), False
+        self.id = store.server_id = new_id()
+        self.key = os.urandom(24).hex()  # it stands in server.json, for who may read that
+        self.parked = Parked(store.watched_keys)
+        self.listener = _listener(host, port)
+        self.connections = Connections(self.listener, tls, self.log, self.parked,
+                                       min(most, _raise_file_limit() - SPARE_FILES))
+        self.waker = Waker()
+        self.connections.selector.register(self.waker.receiver, selectors.EVENT_READ, self.take_back)
+        self.wake = store.on_wake = self.waker.wake
+        self.threads = Threads(self.listener, self.connections, self.wake, lambda *given: self.answers.refuse(*given))
+        self.writer = Writer(store.journal, self.wake)
+        logins = Logins(store, self.key)
+        self.answers = Answers(store, self.log, logins, self.connections, self.threads, self.writer)
+        self.requests = Requests(store, heads, logins, self.connections, self.parked, self.threads, self.answers)
+        self.upkeep = Upkeep(store, self.log)
+
+    def close(self):
+        """Close what the loop works with."""
+        self.connections.close()
+        self.waker.close()
+
+    def due_at(self):
+        """Return when the next chore is due."""
+        return min(self.upkeep.due_at, self.connections.due_at, self.store.due_at())
+
+    def serve_forever(self):
+        """Answer until `stopping` is set and what runs has ended, or its grace is over."""
+        sys.setswitchinterval(SWITCH_S)
+        self.writer.start()
+        gc.disable()  # requests leave no cycles behind (a test counts them); a search through a million tasks is long
+        while not self.stopping:
+            self.turn(min(self.due_at(), self.parked.give_up_at) - monotonic())
+            self.do_chores()
+        self.connections.selector.unregister(self.listener.socket)
+        with self.store.lock:  # streams end
+            self.store.closing = True
+            self.store.changed.notify_all()
+        self.connections.is_stopping = True
+        self.requests.give_up(math.inf)
+        self.threads.end_lines()
+        give_up_at = monotonic() + STOP_GRACE_S
+        self.writer.stop()
+        self.turn(0)
+        while monotonic() < give_up_at and (self.threads.is_working()
+                                            or any(conn.outbox for conn in self.connections.all)):
+            self.turn(0.05)
+
+    def turn(self, timeout_s):
+        """Take in what has come within so many seconds, write what was decided, send the answers."""
+        connections = self.connections
+        eager, connections.eager, connections.handshakes = connections.eager, [], 0
+        timeout_s = 0 if eager else max(0, timeout_s)
+        self.store.awake_until = monotonic() + timeout_s
+        found = connections.selector.select(timeout_s)
+        self.store.notice_sleep()
+        for key, events in found:
+            if isinstance(key.data, Connection):
+                self.guard(key.data, self.attend, key.data, events)
+            else:
+                key.data()
+        for conn in eager:
+            self.guard(conn, self.requests.read, conn)
+        self.settle()
+
+    def attend(self, conn, events):
+        """Take what a connection has sent; send what it waits for."""
+        if events & 2 and conn.outbox:  # EVENT_WRITE
+            self.connections.send(conn, b"")
+        if events & 1 and not conn.outbox and conn.state != "closed" and self.connections.receive(conn):
+            if conn.has_ended:
+                return self.store.journal.flush()
+            self.requests.read(conn)
+
+    def guard(self, conn, action, *given):
+        """Do something for a connection; what fails there, also by a bug, is the end of no other."""
+        try:
+            action(*given)
+        except Exception as error:
+            if not isinstance(error, Busy):
+                self.log.bug(error)
+            self.connections.drop(conn)
+
+    def take_back(self):
+        """Go on with the connections that threads are done with."""
+        self.waker.drain()
+        while self.threads.returned:
+            conn, then = self.threads.take_back()
+            if then is None:
+                self.connections.drop(conn)
+            else:
+                self.guard(conn, self.go_on, conn, *then)
+
+    def go_on(self, conn, action, *given):
+        """Listen to a connection again that a thread had, and do what comes next."""
+        conn.move("return")
+        self.connections.take_in(conn)
+        conn.heard_at = monotonic()
+        action(conn, *given)
+
+    def settle(self):
+        """Have the journal written and the answers sent; then those who wait for what has changed get theirs."""
+        if self.parked.give_up_at <= monotonic():
+            self.requests.give_up(monotonic())
+        while self.answers.waiting or self.store.changed_keys:
+            ready = self.answers.take_ready()
+            if not ready and not self.store.changed_keys:
+                return  # the writer wakes the loop
+            for row in ready:
+                self.guard(row.conn, self.answers.deliver, *row)
+            with self.store.lock:
+                changed, self.store.changed_keys = self.store.changed_keys, set()
+            for key in changed:
+                self.requests.retry_all(key)
+
+    def do_chores(self):
+        """Do what is due, if anything is."""
+        if monotonic() < self.due_at():
+            return
+        self.upkeep.look()
+        self.stopping = self.stopping or self.upkeep.failure is not None
+        if monotonic() >= min(self.connections.due_at, self.connections.swept_at + SWEEP_S):
+            self.connections.sweep()
+            self.store.forget_unused()
 
 
 def _raise_file_limit():
@@ -7094,7 +7316,7 @@ def _port_owner(port):
 def _addresses(server, scheme):
     """Return the URLs under which the server can be reached."""
     import socket
-    host, port = server.socket.getsockname()[:2]
+    host, port = server.listener.socket.getsockname()[:2]
     hosts = [host]
     if host in ("0.0.0.0", "::"):
         hosts = [socket.gethostname(), "127.0.0.1"]
@@ -7171,11 +7393,11 @@ def serve(db_path, **given):
     tls = _tls(options.certfile, options.keyfile)
     store.file.open(options.takeover)
     try:
-        server = http_server(options.host, options.port, store, tls, options.log_level, options.allow_hosts,
-                             options.max_connections)
+        server = Server(options.host, options.port, store, tls, options.log_level, options.allow_hosts,
+                        options.max_connections)
         try:
             _run_server(server, options.certfile, announce)
-            return 1 if server.failure else 0
+            return 1 if server.upkeep.failure else 0
         finally:
             store.closing = True
             server.close()
@@ -7219,15 +7441,15 @@ def _run_server(server, certfile, announce):
         signal.signal(number, stop)
     Disk.create(os.path.join(store.folder, "server.json"), [json.dumps(told, indent=1).encode() + b"\n"])
     for notice in store.journal.file.notices:
-        server.say("warning", notice)
+        server.log.say("warning", notice)
     text = "labtasker: listening on %s, store %s" % (" ".join(urls), store.path)
-    server.tell(text)
+    server.log.tell(text)
     if announce:
         print(text, file=announce)
         announce.close()
     server.serve_forever()
-    server.say("error" if server.failure else "info", "stopped%s" % (
-        ": " + server.failure if server.failure else ""))
+    server.log.say("error" if server.upkeep.failure else "info", "stopped%s" % (
+        ": " + server.upkeep.failure if server.upkeep.failure else ""))
 
 
 # 8. Client ###################################################################

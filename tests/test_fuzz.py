@@ -102,33 +102,34 @@ def fuzzed(tmp_path, monkeypatch):
         monkeypatch.setattr(L, name, value)
     loop = Loop(tmp_path, fsync="never")
     server = loop.server
-    server.selector.close()
-    server.selector, server.turn = Selector(), None
-    server.start_threads = lambda gate: [server.finish_request(job, None) for job in gate.begin()]
+    server.connections.selector.close()
+    server.connections.selector, server.turn = Selector(), None
+    server.threads.start = lambda gate: [server.threads.run(job) for job in gate.begin()]
     server.problems = []
-    server.bug = lambda error: server.problems.append(error) or {"detail": repr(error)}
-    server.note = lambda *_: None
+    server.log.bug = lambda error: server.problems.append(error) or {"detail": repr(error)}
+    server.log.note = lambda *_: None
     yield loop
-    server.selector = Selector()
+    server.connections.selector = Selector()
     loop.close()
 
 
 def ask(loop, data):
     """Return the statuses of the answers to these bytes on a new connection."""
     client = L.Connection(SilentWire(), "test", False)
-    loop.server.connections.add(client)
+    loop.server.connections.all.add(client)
     client.inbox += data
-    loop.server.read_requests(client)
-    loop.server.count(client)
+    loop.server.requests.read(client)
+    loop.server.connections.count(client)
     for _ in range(30):
         loop.server.settle()
-        loop.server.wake_up()
-        eager, loop.server.eager = loop.server.eager, []
+        loop.server.take_back()
+        connections = loop.server.connections
+        eager, connections.eager = connections.eager, []
         for conn in eager:
-            loop.server.read_requests(conn)
-    loop.server.give_up(float("inf"))
+            loop.server.requests.read(conn)
+    loop.server.requests.give_up(float("inf"))
     loop.server.settle()
-    loop.server.drop(client)
+    loop.server.connections.drop(client)
     return [int(part[:3]) for part in client.sock.sent.split(b"HTTP/1.1 ")[1:] if part[:3].isdigit()]
 
 
@@ -185,8 +186,8 @@ def test_mutated_requests(fuzzed):
     again = min(took(lambda: ask(fuzzed, data)) for _ in range(3)) if worst[0] > LONG_S else 0
     assert again < LONG_S, worst
     server = fuzzed.server
-    assert (server.held, server.large, server.parked) == (0, 0, {}) and not server.connections
-    assert not any(gate.count or gate.in_line or gate.running or gate.waiting for gate in server.gates.values())
+    assert (server.connections.held_bytes, server.connections.large_bytes, server.parked.by_key) == (0, 0, {}) and not server.connections.all
+    assert not any(gate.count or gate.in_line or gate.running or gate.waiting for gate in server.threads.gates.values())
     assert sizes[-1] - sizes[len(sizes) // 2] < GROWTH_KIB, sizes
 
 

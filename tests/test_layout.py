@@ -152,7 +152,6 @@ def upward_attributes(source):
     return found
 
 
-@pytest.mark.xfail(strict=True, reason="not mended yet")
 def test_no_class_uses_what_only_its_heirs_define():
     """A class that reads upward through self is a slice of another; objects that hold each other are not."""
     sliced = "class A:\n  def f(self): return self.g()\nclass B(A):\n  def g(self): return 1\n"

@@ -38,8 +38,8 @@ class Loop:
     def __init__(self, folder, **options):
         self.store = L.Store(str(folder / "journal.jsonl"), is_server=True, **options)
         self.store.file.open()
-        self.server = L.http_server("127.0.0.1", 0, self.store, None, "warning")
-        self.server.has_left = lambda conn: conn.sock.has_left
+        self.server = L.Server("127.0.0.1", 0, self.store, None, "warning")
+        self.server.requests.has_left = lambda conn: conn.sock.has_left
         L.answer_call(self.store, None, "POST", "/api/v1/queues", {"queue_name": "q", "password": "p"})
         self.store.login("q", "p")
         self.auth = base64.b64encode(b"q:p").decode()
@@ -55,10 +55,10 @@ class Loop:
 
     def say(self, client, data):
         client.inbox += data
-        if not client.busy:
-            self.server.read_requests(client)
+        if client.state in L.READING:
+            self.server.requests.read(client)
         self.server.settle()
-        while self.server.eager:
+        while self.server.connections.eager:
             self.server.turn(0)
 
     def call(self, client, *request):
@@ -91,6 +91,34 @@ def submit(**args):
     return "POST", "/tasks", {"args": args}
 
 
+def test_the_states_of_a_connection_are_those_of_its_table():
+    lines = ["        %s: %s" % (state, ", ".join("%s -> %s" % move for move in row.moves.items() if move[0] != "drop"))
+             for state, row in L.CONNECTION_STATES.items() if set(row.moves) > {"drop"}]
+    assert len(lines) == 10 and "\n".join(lines) in L.Connection.__doc__
+    assert all(row.moves["drop"] == "closed" and set(row.moves.values()) <= set(L.CONNECTION_STATES) for row in L.CONNECTION_STATES.values())
+    conn = L.Connection(Wire(), "test", False)
+    for event in ("sent", "reply", "nosuch"):
+        with pytest.raises(RuntimeError, match="'idle' met the event '%s'" % event):
+            conn.move(event)
+    assert conn.state == "idle"
+
+
+def test_a_connection_is_closed_after_the_time_that_its_state_may_last(loop, clock):
+    for state, row in L.CONNECTION_STATES.items():
+        if state == "closed":
+            continue
+        conn = loop.client()
+        conn.state, loop.server.connections.all = state, {conn}
+        loop.server.connections.let_go = loop.server.connections.all.discard
+        most_s = min(row.most_s, 1e6)
+        clock.at += most_s
+        loop.server.connections.sweep()
+        assert conn.state == state
+        clock.at += 1
+        loop.server.connections.sweep()
+        assert (conn.state == "closed") == (row.most_s < 1e6)
+
+
 def test_requests_that_come_together_are_answered_in_order(loop):
     client = loop.client()
     loop.say(client, loop.bytes("POST", "/tasks", {"args": {"i": 1}}) + loop.bytes("GET", "") + loop.bytes("GET", "/nosuch"))
@@ -98,12 +126,12 @@ def test_requests_that_come_together_are_answered_in_order(loop):
 
 
 def test_who_has_ended_its_sending_hears_what_was_done_for_it(loop):
-    client, loop.server.is_writing = loop.client(), True  # the writer is at work on what came before
+    client, loop.server.writer.is_writing = loop.client(), True  # the writer is at work on what came before
     assert loop.call(client, *submit(a=1)) is None
     client.sock.recv = lambda size: b""
     loop.server.attend(client, 1)
     loop.server.settle()
-    assert loop.answer(client)[0] == 201 and b"Connection: close" in client.sock.sent and client.closing
+    assert loop.answer(client)[0] == 201 and b"Connection: close" in client.sock.sent and client.state == "closed"
 
 
 def test_a_request_may_come_byte_by_byte(loop):
@@ -117,14 +145,14 @@ def test_a_request_may_come_byte_by_byte(loop):
 def test_an_answer_goes_out_as_the_peer_reads(loop):
     client = loop.client()
     client.sock.room = 10
-    loop.server.connections.add(client)
-    loop.server.selector.modify = lambda *_: None  # there is no real socket to wait for
+    loop.server.connections.all.add(client)
+    loop.server.connections.selector.modify = lambda *_: None  # there is no real socket to wait for
     loop.say(client, loop.bytes("GET", ""))
     while client.outbox:
         size = len(client.sock.sent)
-        loop.server.send(client, b"")
+        loop.server.connections.send(client, b"")
         assert len(client.sock.sent) <= size + 10
-    loop.server.connections.discard(client)
+    loop.server.connections.all.discard(client)
     assert loop.answer(client)[1]["queue_name"] == "q"
 
 
@@ -138,7 +166,7 @@ def test_of_many_that_wait_one_gets_the_task_that_comes(loop):
     loop.call(loop.client(), "POST", "/tasks", [{"args": {"i": i}} for i in range(60)])
     found = [loop.answer(client)[1]["task"]["task_id"] for client in waiting]
     assert len(set(found)) == 50
-    assert not loop.server.parked and not loop.store.watched_keys
+    assert not loop.server.parked.by_key and not loop.store.watched_keys
 
 
 def test_each_that_waits_gets_what_it_asked_for(loop):
@@ -160,7 +188,7 @@ def test_each_that_waits_gets_what_it_asked_for(loop):
 def test_who_left_gets_no_task(loop):
     gone, there = loop.client(), loop.client()
     assert loop.call(gone, *fetch(30)) is None and loop.call(there, *fetch(30)) is None
-    loop.server.drop(gone)
+    loop.server.connections.drop(gone)
     loop.call(loop.client(), *submit(i=1))
     assert loop.answer(gone) is None and loop.answer(there)[1]["found"]
 
@@ -217,7 +245,7 @@ def test_who_has_waited_long_enough_hears_that_there_is_nothing(loop):
     time.sleep(0.06)
     loop.server.settle()
     assert loop.answer(first) == (200, {"found": False, "task": None}) and loop.answer(second) is None
-    assert loop.server.give_up_at > L.monotonic() + 20
+    assert loop.server.parked.give_up_at > L.monotonic() + 20
 
 
 def test_a_waiting_heartbeat_hears_at_once_of_the_end_of_its_run(loop):
@@ -262,7 +290,7 @@ def test_all_that_was_decided_in_a_turn_fails_with_its_line(loop, name, number, 
     loop.store.journal.file.disk = FailingDisk.fail(name, 1, number)
     for client, request in zip(clients, (submit(i=1), submit(i=2), ("GET", "/tasks/none"))):
         client.inbox += loop.bytes(*request)
-        loop.server.read_requests(client)
+        loop.server.requests.read(client)
     loop.server.settle()
     assert [loop.answer(client)[0] for client in clients] == [status, status, 404]
     assert not next(iter(loop.store.state.queues.values())).tasks
@@ -272,13 +300,13 @@ def test_all_that_was_decided_in_a_turn_fails_with_its_line(loop, name, number, 
 
 def test_what_a_connection_sends_while_it_waits_for_an_answer_is_counted(loop):
     client = loop.client()
-    assert loop.call(client, *fetch(30)) is None and loop.server.held == 0
+    assert loop.call(client, *fetch(30)) is None and loop.server.connections.held_bytes == 0
     client.inbox += b"x" * 1000
-    loop.server.read_requests(client)
-    assert loop.server.held == 1000
-    loop.server.drop(client)
-    loop.server.read_requests(client)  # it had its turn in this one
-    assert loop.server.held == 0
+    loop.server.requests.read(client)
+    assert loop.server.connections.held_bytes == 1000
+    loop.server.connections.drop(client)
+    loop.server.requests.read(client)  # it had its turn in this one
+    assert loop.server.connections.held_bytes == 0
 
 
 def test_requests_leave_no_cycles_behind(loop):
@@ -293,7 +321,7 @@ def test_requests_leave_no_cycles_behind(loop):
         loop.call(client, "GET", "/nosuch")
         waiting = loop.client()
         loop.call(waiting, *fetch(30))
-        loop.server.drop(waiting)
+        loop.server.connections.drop(waiting)
         bad = loop.client()
         loop.say(bad, b"nonsense\r\n\r\n")
     client = loop.client()
@@ -314,17 +342,17 @@ class Clock:
     def __init__(self, loop, monkeypatch):
         self.loop, self.at = loop, 1000.0
         monkeypatch.setattr(L, "monotonic", lambda: self.at)
-        loop.server.due_at = loop.server.swept_at = self.at
+        loop.server.upkeep.due_at = loop.server.connections.swept_at = self.at
 
     def serve_for(self, seconds, before=lambda: None):
         """Return how often the server woke; `before` is done at each time."""
         server, end, wakes = self.loop.server, self.at + seconds, 0
         while self.at < end:
-            self.loop.store.awake_until = max(self.at, min(server.due_at, self.loop.store.due_at(), end))
+            self.loop.store.awake_until = max(self.at, min(server.due_at(), end))
             self.at = self.loop.store.awake_until + 0.01
             before()
             self.loop.store.notice_sleep()
-            server.service_actions()
+            server.do_chores()
             wakes += 1
         return wakes
 
@@ -406,12 +434,12 @@ def test_a_large_answer_is_made_by_a_thread_from_its_second_time_on(loop, line):
     task = {"args": {"text": "x" * 2 * L.LARGE_ANSWER_BYTES}}
     _, answer = L.answer_call(loop.store, lambda: queue, "POST", ME + "/tasks", task)
     path, handed = "/tasks/" + answer["task_id"], []
-    loop.server.start_threads = lambda gate: handed.extend(gate.begin())
-    loop.server.gates["answers"] = L._Gate(line, line, 0, 0)
+    loop.server.threads.start = lambda gate: handed.extend(gate.begin())
+    loop.server.threads.gates["answers"] = L.Gate(line, line, 0, 0)
     assert loop.call(loop.client(), "GET", path)[0] == 200 and not handed
     client = loop.client()
     assert loop.call(client, "GET", path) is None
-    assert len(handed) == line and client.closing == (not line)
+    assert len(handed) == line and (client.state == "closed") == (not line)
 
 
 def test_listings_of_one_queue_leave_room_for_anothers_however_the_queue_is_named(loop):
@@ -420,7 +448,7 @@ def test_listings_of_one_queue_leave_room_for_anothers_however_the_queue_is_name
     for name in (queue_id, "other"):
         loop.store.login(name, "p")
     handed, clients = [], []
-    loop.server.start_threads = lambda gate: handed.extend(gate.begin())
+    loop.server.threads.start = lambda gate: handed.extend(gate.begin())
     for login in ("q:p", queue_id + ":p", "q:" + loop.server.key, queue_id + ":p", "other:p", "other:p", "other:p"):
         loop.auth = base64.b64encode(login.encode()).decode()
         clients.append(loop.client())
@@ -437,12 +465,12 @@ def refuse_threads(monkeypatch):
 def test_a_server_that_gets_no_thread_writes_in_its_loop_and_compacts_later(loop, monkeypatch, capsys):
     refuse_threads(monkeypatch)
     monkeypatch.setattr(loop.store.file, "is_bloated", lambda: True)
-    loop.server.service_actions()
-    loop.server.due_at = 0
-    loop.server.service_actions()
+    loop.server.do_chores()
+    loop.server.upkeep.due_at = 0
+    loop.server.do_chores()
     assert capsys.readouterr().err.count("is not compacted now: no thread could be started") == 2
     client = loop.client()
-    loop.server.connections.update(loop.client() for _ in range(9))  # among so many the writer's thread would write
+    loop.server.connections.all.update(loop.client() for _ in range(9))  # among so many the writer's thread would write
     loop.server.turn = lambda timeout_s: setattr(loop.server, "stopping", loop.call(client, *submit(i=1)))
     monkeypatch.setattr(L, "STOP_GRACE_S", 0)
     monkeypatch.setattr(L.sys, "setswitchinterval", lambda _: None)
@@ -450,21 +478,21 @@ def test_a_server_that_gets_no_thread_writes_in_its_loop_and_compacts_later(loop
         loop.server.serve_forever()
     finally:
         gc.enable()
-        loop.server.connections.clear()
+        loop.server.connections.all.clear()
     assert loop.answer(client)[0] == 201
 
 
 def test_a_connection_that_can_not_be_watched_again_is_the_end_of_no_other(loop, monkeypatch):
     client, other = loop.client(), loop.client()
-    loop.server.start_threads = lambda gate: [loop.server.finish_request(job, None) for job in gate.begin()]
+    loop.server.threads.start = lambda gate: [loop.server.threads.run(job) for job in gate.begin()]
     client.sock.setblocking = lambda _: None
     assert loop.call(client, "POST", "/tasks/search", {}) is None
 
     def register(*_):
         raise OSError(errno.ENOSPC, "no more watches")
-    monkeypatch.setattr(loop.server.selector, "register", register)
-    loop.server.wake_up()
-    assert client.closing and not loop.server.gates["work"].count
+    monkeypatch.setattr(loop.server.connections.selector, "register", register)
+    loop.server.take_back()
+    assert client.state == "closed" and not loop.server.threads.gates["work"].count
     assert loop.call(other, "GET", "")[0] == 200
 
 

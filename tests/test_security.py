@@ -164,7 +164,7 @@ def test_a_filter_is_bounded(loop):
 
 
 def test_users_take_turns_and_lines_end():
-    gate = L._Gate(2, 1, 4, 3)
+    gate = L.Gate(2, 1, 4, 3)
     gate.enter("greedy", "g0")
     assert gate.begin() == ["g0"]
     for name in ("g1", "g2", "g3"):
@@ -251,7 +251,7 @@ def test_what_waits_for_a_queue_ends_with_its_password_and_with_the_queue(loop, 
     next(stream)
     status = L.answer_call(loop.store, lambda: loop.store.login("q", "p"), method, ME, body)[0]
     loop.server.settle()
-    assert status < 300 and [loop.answer(one)[0] for one in waiting] == [401] * 3 and not loop.server.parked
+    assert status < 300 and [loop.answer(one)[0] for one in waiting] == [401] * 3 and not loop.server.parked.by_key
     if method == "PUT":
         loop.auth = login_of("q", "other")
         loop.store.login("q", "other")
