@@ -125,7 +125,7 @@ def test_names_and_ids_that_are_paths_lines_or_escapes_are_refused(loop, text):
 
 
 def test_a_log_line_is_one_line_of_plain_text_and_holds_no_secret(loop, capsys):
-    loop.server.level = "debug"
+    loop.server.log.level = "debug"
     client = loop.client()
     loop.say(client, loop.bytes("GET", "/tasks/\x1b[31m\nx\u202e"))
     loop.say(client, loop.bytes("GET", "/tasks/a%0Ab%1b"))
@@ -138,7 +138,7 @@ def test_a_log_line_is_one_line_of_plain_text_and_holds_no_secret(loop, capsys):
 
 
 def test_what_is_refused_does_not_fill_the_log(loop, capsys):
-    loop.server.level = "info"
+    loop.server.log.level = "info"
     for _ in range(300):
         loop.say(loop.client(), b"GET /api/v1/queues/me HTTP/1.1\r\n\r\n")
     assert len(capsys.readouterr().err.splitlines()) <= 4 * (L.LOG_LINES_S + 1)
@@ -513,7 +513,7 @@ def test_an_empty_key_or_none_lets_nobody_be_the_server(tmp_path):
 
 def test_every_message_passes_one_filter(capsys):
     evil = "a\x1b[2J\x9b31m\u202e\u2066\u061c\u200f\ufeff\r\x07\ud800 see http://user:hunter2@host/x and ftp://u:hunt/er2@x@h"
-    for speak in (L.tell, L.note, L.remark, L._Log().tell):
+    for speak in (L.tell, L.note, L.remark, L.Log("info").tell):
         speak(evil)
         shown = capsys.readouterr().err
         assert shown.rstrip("\n").isprintable() and "hunter2" not in shown and "er2" not in shown, (speak, shown)
