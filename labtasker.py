@@ -10635,6 +10635,118 @@ def _listen_no_more(tees):
             setattr(sys, name, tees[name].stream)
 
 
+# ---- Slots: how many jobs at once, and which GPUs each of them sees
+
+
+SlotSpec = collections.namedtuple("SlotSpec", "environment facts label")
+# what differs between slots: {variable: value, None to unset it} for its jobs, the facts that its tasks' attempts
+# keep, and the label before each line of output
+SlotSpec.__new__.__defaults__ = ({}, {}, "")
+
+
+# A GPU is named as the variable names it that says which are seen: by its index among those of the machine, or by its
+# UUID ("GPU-...", or "MIG-..." for a part of one). What another process has set it to is all there is.
+
+MAX_JOBS = 256  # of a loop: each takes several file descriptors
+
+
+def make_slots(jobs=None, gpus=None, per_gpu=None):
+    """Return a SlotSpec for each slot: `jobs` slots, or `per_gpu` for each GPU of `gpus` ("all", or names joined by
+    commas). With both, a job gets several GPUs or several jobs share one; each gets the same number."""
+    if per_gpu is not None and (not gpus or jobs is not None):
+        raise UsageError("--per-gpu K goes with --gpus, and without --jobs: each GPU has K slots")
+    sets, variable = [[]], None
+    if gpus:
+        variable = gpu_variable()
+        chosen = chosen_gpus(gpus, variable)
+        jobs = len(chosen) * (1 if per_gpu is None else per_gpu) if jobs is None else jobs
+        if jobs < 1 or jobs % len(chosen) and len(chosen) % jobs:
+            raise UsageError("%d jobs can't share %d GPUs evenly: %s" % (jobs, len(chosen), ",".join(chosen)))
+        each = max(1, len(chosen) // jobs)
+        sets = [chosen[i:i + each] for i in range(0, len(chosen), each)]
+    jobs = 1 if jobs is None else jobs
+    if not 1 <= jobs <= MAX_JOBS:
+        raise UsageError("--jobs: 1 to %d at once, not %d" % (MAX_JOBS, jobs))
+    return [_slot_spec(number, jobs, variable, sets[number % len(sets)]) for number in range(jobs)]
+
+
+def _slot_spec(number, jobs, variable, gpus):
+    label, names = "[slot %d] " % number if jobs > 1 else "", ",".join(gpus)
+    if not gpus:
+        return SlotSpec({}, {"slot": number} if jobs > 1 else {}, label)
+    unset = dict.fromkeys(GPU_VARIABLES[GPU_VARIABLES.index(variable) + 1:])
+    return SlotSpec(dict(unset, **{variable: names}), {"slot": number, "gpus": names}, label)
+
+
+# NVIDIA's driver reads the last alone. AMD's reads the last where the second is not set, and counts either among what
+# the first leaves: so for a job one is set, and those after it are unset.
+GPU_VARIABLES = ("ROCR_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "CUDA_VISIBLE_DEVICES")
+
+
+def gpu_variable():
+    """Return the name of the variable that says which GPUs a job sees: the one that is set, else that of the machine's
+    make."""
+    given = [name for name in GPU_VARIABLES if name in os.environ]
+    is_amd = os.path.exists("/dev/kfd") and not _gpu_files()
+    if not is_amd and ("CUDA_VISIBLE_DEVICES" in given or not given):
+        return "CUDA_VISIBLE_DEVICES"
+    if not given or "HIP_VISIBLE_DEVICES" in given:
+        return "HIP_VISIBLE_DEVICES"
+    return given[0]
+
+
+def given_gpus(variable):
+    """Return the names of the GPUs that this process was given: by the variable, else by Slurm, whose indices are the
+    machine's, which hold unless the system shows no more than so many; None where it has all there are."""
+    if variable in os.environ:
+        return list(itertools.takewhile(lambda name: name not in ("", "-1", "NoDevFiles"), (
+            name.strip() for name in os.environ[variable].split(","))))
+    told = os.environ.get("SLURM_STEP_GPUS") or os.environ.get("SLURM_JOB_GPUS") or ""
+    if not re.match(r"\d+(,\d+)*\Z", told):
+        return None
+    told, found = told.split(","), listed_gpus()
+    return found if len(found) == len(told) else told
+
+
+def listed_gpus():
+    """Return the names of the GPUs that the system shows: indices, or the UUIDs of parts where there are such."""
+    found = []
+    for index, part in re.findall(r"^(?:GPU (\d+): | +MIG .*(MIG-[^)\s]+))", ask_program(["nvidia-smi", "-L"]), re.M):
+        if part and found and found[-1].isdigit():
+            found.pop()  # the GPU whose parts these are
+        found.append(index or part)
+    found = found or re.findall(r"^GPU\[(\d+)\]", ask_program(["rocm-smi", "--showid"]), re.M)
+    return list(collections.OrderedDict.fromkeys(found)) or _gpu_files()
+
+
+def _gpu_files():
+    names = os.listdir("/dev") if os.path.isdir("/dev") else []
+    return sorted((name[6:] for name in names if re.match(r"nvidia\d+\Z", name)), key=int)
+
+
+def chosen_gpus(text, variable):
+    """Return the names of the GPUs that are meant by "all", by names among those given, or by their places there."""
+    given, words = given_gpus(variable), [word.strip() for word in text.split(",")]
+    if words == ["all"]:
+        found = listed_gpus() if given is None else given
+        if not found:
+            raise UsageError("--gpus all: neither %s nor nvidia-smi, rocm-smi or /dev/nvidia0 shows one here; name "
+                             "them: --gpus 0,1" % variable)
+        return found
+    if len(set(words)) < len(words) or not all(re.match(r"[\w./:-]+\Z", word) for word in words):
+        raise UsageError("--gpus %s: \"all\", or indices and UUIDs joined by commas, each once (--per-gpu has several "
+                         "jobs on each)" % text)
+    if given is None:
+        return words
+    by_name = [[name for name in given if name == word or len(word) > 4 and name.startswith(word)] for word in words]
+    by_place = [given[int(word):][:1] if word.isdigit() else [] for word in words]
+    found = [names for names in (by_name, by_place) if all(len(one) == 1 for one in names)]
+    if not found:
+        raise UsageError("--gpus %s: given here are %s: name some of them, or count them from 0" % (
+            text, ",".join(given) or "none"))
+    return [one for one, in found[0]]
+
+
 # 10. Worker ##################################################################
 #
 # Takes tasks and runs them: reports and the outbox where they wait for a server that is away, the run
@@ -11975,12 +12087,6 @@ class Loop:
         return Outcome("pending", reason=why, facts=facts)
 
 
-SlotSpec = collections.namedtuple("SlotSpec", "environment facts label")
-# what differs between slots: {variable: value, None to unset it} for its jobs, the facts that its tasks' attempts
-# keep, and the label before each line of output
-SlotSpec.__new__.__defaults__ = ({}, {}, "")
-
-
 class Fetch:
     """A request for a task that was sent and is not answered yet."""
 
@@ -12603,109 +12709,6 @@ def command_loop(argv=None, **given):
     return Loop(lambda slot, run: run_job(slot, run, command, options.use_pty), request, worker,
                 signals=[signal.SIGCHLD], slots=make_slots(options.jobs, options.gpus, options.per_gpu),
                 **vars(options)).run()
-
-
-# A GPU is named as the variable names it that says which are seen: by its index among those of the machine, or by its
-# UUID ("GPU-...", or "MIG-..." for a part of one). What another process has set it to is all there is.
-
-MAX_JOBS = 256  # of a loop: each takes several file descriptors
-
-
-def make_slots(jobs=None, gpus=None, per_gpu=None):
-    """Return a SlotSpec for each slot: `jobs` slots, or `per_gpu` for each GPU of `gpus` ("all", or names joined by
-    commas). With both, a job gets several GPUs or several jobs share one; each gets the same number."""
-    if per_gpu is not None and (not gpus or jobs is not None):
-        raise UsageError("--per-gpu K goes with --gpus, and without --jobs: each GPU has K slots")
-    sets, variable = [[]], None
-    if gpus:
-        variable = gpu_variable()
-        chosen = chosen_gpus(gpus, variable)
-        jobs = len(chosen) * (1 if per_gpu is None else per_gpu) if jobs is None else jobs
-        if jobs < 1 or jobs % len(chosen) and len(chosen) % jobs:
-            raise UsageError("%d jobs can't share %d GPUs evenly: %s" % (jobs, len(chosen), ",".join(chosen)))
-        each = max(1, len(chosen) // jobs)
-        sets = [chosen[i:i + each] for i in range(0, len(chosen), each)]
-    jobs = 1 if jobs is None else jobs
-    if not 1 <= jobs <= MAX_JOBS:
-        raise UsageError("--jobs: 1 to %d at once, not %d" % (MAX_JOBS, jobs))
-    return [_slot_spec(number, jobs, variable, sets[number % len(sets)]) for number in range(jobs)]
-
-
-def _slot_spec(number, jobs, variable, gpus):
-    label, names = "[slot %d] " % number if jobs > 1 else "", ",".join(gpus)
-    if not gpus:
-        return SlotSpec({}, {"slot": number} if jobs > 1 else {}, label)
-    unset = dict.fromkeys(GPU_VARIABLES[GPU_VARIABLES.index(variable) + 1:])
-    return SlotSpec(dict(unset, **{variable: names}), {"slot": number, "gpus": names}, label)
-
-
-# NVIDIA's driver reads the last alone. AMD's reads the last where the second is not set, and counts either among what
-# the first leaves: so for a job one is set, and those after it are unset.
-GPU_VARIABLES = ("ROCR_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "CUDA_VISIBLE_DEVICES")
-
-
-def gpu_variable():
-    """Return the name of the variable that says which GPUs a job sees: the one that is set, else that of the machine's
-    make."""
-    given = [name for name in GPU_VARIABLES if name in os.environ]
-    is_amd = os.path.exists("/dev/kfd") and not _gpu_files()
-    if not is_amd and ("CUDA_VISIBLE_DEVICES" in given or not given):
-        return "CUDA_VISIBLE_DEVICES"
-    if not given or "HIP_VISIBLE_DEVICES" in given:
-        return "HIP_VISIBLE_DEVICES"
-    return given[0]
-
-
-def given_gpus(variable):
-    """Return the names of the GPUs that this process was given: by the variable, else by Slurm, whose indices are the
-    machine's, which hold unless the system shows no more than so many; None where it has all there are."""
-    if variable in os.environ:
-        return list(itertools.takewhile(lambda name: name not in ("", "-1", "NoDevFiles"), (
-            name.strip() for name in os.environ[variable].split(","))))
-    told = os.environ.get("SLURM_STEP_GPUS") or os.environ.get("SLURM_JOB_GPUS") or ""
-    if not re.match(r"\d+(,\d+)*\Z", told):
-        return None
-    told, found = told.split(","), listed_gpus()
-    return found if len(found) == len(told) else told
-
-
-def listed_gpus():
-    """Return the names of the GPUs that the system shows: indices, or the UUIDs of parts where there are such."""
-    found = []
-    for index, part in re.findall(r"^(?:GPU (\d+): | +MIG .*(MIG-[^)\s]+))", ask_program(["nvidia-smi", "-L"]), re.M):
-        if part and found and found[-1].isdigit():
-            found.pop()  # the GPU whose parts these are
-        found.append(index or part)
-    found = found or re.findall(r"^GPU\[(\d+)\]", ask_program(["rocm-smi", "--showid"]), re.M)
-    return list(collections.OrderedDict.fromkeys(found)) or _gpu_files()
-
-
-def _gpu_files():
-    names = os.listdir("/dev") if os.path.isdir("/dev") else []
-    return sorted((name[6:] for name in names if re.match(r"nvidia\d+\Z", name)), key=int)
-
-
-def chosen_gpus(text, variable):
-    """Return the names of the GPUs that are meant by "all", by names among those given, or by their places there."""
-    given, words = given_gpus(variable), [word.strip() for word in text.split(",")]
-    if words == ["all"]:
-        found = listed_gpus() if given is None else given
-        if not found:
-            raise UsageError("--gpus all: neither %s nor nvidia-smi, rocm-smi or /dev/nvidia0 shows one here; name "
-                             "them: --gpus 0,1" % variable)
-        return found
-    if len(set(words)) < len(words) or not all(re.match(r"[\w./:-]+\Z", word) for word in words):
-        raise UsageError("--gpus %s: \"all\", or indices and UUIDs joined by commas, each once (--per-gpu has several "
-                         "jobs on each)" % text)
-    if given is None:
-        return words
-    by_name = [[name for name in given if name == word or len(word) > 4 and name.startswith(word)] for word in words]
-    by_place = [given[int(word):][:1] if word.isdigit() else [] for word in words]
-    found = [names for names in (by_name, by_place) if all(len(one) == 1 for one in names)]
-    if not found:
-        raise UsageError("--gpus %s: given here are %s: name some of them, or count them from 0" % (
-            text, ",".join(given) or "none"))
-    return [one for one, in found[0]]
 
 
 def run_job(slot, run, command, use_pty=True):
