@@ -622,7 +622,7 @@ def form_of(tasks):
 def values_of(row):
     """Return {dotted field: text} of what can be edited in a task, a dict; the text is as `task update -u` takes it."""
     found = {}
-    for name in UPDATABLE:
+    for name in (name for name in UPDATABLE if name in row):  # a plain server's tasks have none of our fields
         if name in ("task_name", "status") and row[name] is not None:
             found[name] = row[name]
         elif TASK_FIELDS[name].kind == "dict" and row[name]:
