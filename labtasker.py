@@ -7948,10 +7948,10 @@ class StoreTransport:
 
     def is_intact(self):
         """Return whether the store's descriptors lead to its files, as far as they are open."""
-        for one in [one for one in vars(self.store).values() if isinstance(getattr(one, "fd", None), int)]:
+        for one in (self.store.file.file_lock, self.store.journal.file):
             try:
-                opened = os.fstat(one.fd)
-                if os.path.exists(one.path) and not os.path.samestat(opened, os.stat(one.path)):  # else it is away
+                if one.fd is not None and os.path.exists(one.path) and not os.path.samestat(
+                        os.fstat(one.fd), os.stat(one.path)):  # where it does not exist it is away
                     return False
             except OSError:
                 return False
