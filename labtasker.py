@@ -1949,7 +1949,7 @@ class FileLock:
 
     Not `lockf`: that lock is lost as soon as this process closes any other descriptor of the file."""
 
-    fd = None
+    fd = identity = None  # identity: (device, inode) of the file when it was opened
 
     def __init__(self, path):
         if fcntl is None:
@@ -1993,7 +1993,7 @@ class FileLock:
             return True
         try:
             there = os.stat(self.path)
-            return self.identity == (there.st_dev, there.st_ino)
+            return self.identity in (None, (there.st_dev, there.st_ino))
         except FileNotFoundError:
             return not os.path.isdir(os.path.dirname(self.path))
 
@@ -2825,6 +2825,20 @@ class Journal:
         self.writer = JournalWriter(self.file, stops=not shared)  # shared: the next operation reads what is there
         self.batch = Batch()  # what is added goes to disk with this one
         self.writing = None  # the batch that is being written now
+
+    @property
+    def broken(self):
+        """Why the page cache can't be trusted, or None; see JournalWriter."""
+        return self.writer.broken
+
+    @property
+    def disk(self):
+        """What the file is read and written by: the seam where a test makes the disk fail."""
+        return self.file.disk
+
+    @disk.setter
+    def disk(self, disk):
+        self.file.disk = disk
 
     def add(self, body, on_failed=None, on_written=None):
         """Return the batch in which the line of this JSON object (bytes) is written, or raise StoreUnavailable.
@@ -4213,6 +4227,18 @@ class Store:
         self.watched_keys, self.changed_keys = set(), set()  # keys that parked requests wait for; those changed since
         self.on_wake = lambda: None
         self.collecting = threading.Lock()  # held while the tasks are searched for a new filter
+
+    def open(self, takeover=False):
+        """Open the file, which makes this process its owner; raises as `StoreFile.open` does."""
+        self.file.open(takeover)
+
+    def close(self):
+        """Give the file up."""
+        self.file.close()
+
+    def compact(self):
+        """Return whether the file was compacted; raises as `StoreFile.compact` does."""
+        return self.file.compact()
 
     def begin(self, operation, queue_id, request, writes=True):
         """Run an operation. Return (batch, answer): the answer may be sent once the batch is on disk, without a batch
@@ -10478,6 +10504,10 @@ class Output:
 
     def __init__(self, log, use_pty, label=""):
         self.log, self.ends = log, []
+        try:
+            sys.stdout.flush()  # what was printed before stands before the job's output
+        except (OSError, ValueError, AttributeError):
+            pass
         self.sources = {}  # our end: (where it goes, what makes that, what feeds the log)
         try:
             self._open(use_pty, label)
@@ -10823,7 +10853,7 @@ def outbox_reports(run=None):
             if name.endswith(".json") and (run is None or run.key in name)]
 
 
-def save_report(run, report):
+def keep_report(run, report):
     """Save a report of a run in the outbox. One that only adds to the summary is merged with the one before it."""
     config, old = load_config(), run.saved
     if run.is_end_saved:
@@ -10862,7 +10892,7 @@ def _remove(path):
         pass
 
 
-def deliver_outbox(run=None):
+def deliver_kept(run=None):
     """Return how many reports of the outbox, those of `run` or all, were delivered; raises if the server is away.
 
     A report that is refused, for instance because another worker has taken the task, is printed and dropped: the run's
@@ -10942,7 +10972,7 @@ def post(run, report, pause=time.sleep, limit_s=lambda: SERVER_LOST_S):
     this run that wait already; if the disk is full too, sending is retried as in `retry_while_away`."""
     if monotonic() >= run.away_until:
         try:
-            deliver_outbox(run)
+            deliver_kept(run)
             if not outbox_reports(run):  # else what waits goes first
                 if not run.is_end_saved:
                     deliver(run.task_id, run_id=run.run_id, **report)
@@ -10953,7 +10983,7 @@ def post(run, report, pause=time.sleep, limit_s=lambda: SERVER_LOST_S):
             rediscover_server()
             run.away_until = monotonic() + AWAY_S
     try:
-        save_report(run, report)
+        keep_report(run, report)
         return False
     except OSError:  # no space there either
         retry_while_away(lambda: deliver(run.task_id, run_id=run.run_id, **report), pause, limit_s)
@@ -11925,7 +11955,7 @@ class Loop:
     def deliver_outbox(self):
         """Deliver what waits in the outbox, and stop the heartbeats of this loop's runs that are delivered."""
         if outbox_reports():
-            deliver_outbox()
+            deliver_kept()
         with self.lock:
             for run in [run for run in self.waiting.values() if not outbox_reports(run)]:
                 self.beats.drop(self.waiting.pop(run.key))
@@ -12020,7 +12050,7 @@ class Loop:
             if is_remote and slot.state == "waiting" and is_in_vain:
                 slot.end_waiting()
             if is_remote and self.wake.stop:
-                slot.save_report()
+                slot.keep_report()
 
     def is_in_vain(self):
         """Return whether it is in vain to wait for a task."""
@@ -12337,7 +12367,7 @@ class Slot:
         """Return whether a report was delivered; else it is saved."""
         self.posting = run, report
         if self.wake.stop:
-            self.save_report()
+            self.keep_report()
         try:
             lost_s = self.loop.options.server_lost_s
             return post(run, report, self.pause, lambda: LEAVING_S if self.wake.stop else lost_s)
@@ -12345,13 +12375,13 @@ class Slot:
             with self.loop.lock:
                 self.posting = None
 
-    def save_report(self):
+    def keep_report(self):
         """Save the report that is on its way; call it from any thread. A hung server may answer too late."""
         with self.loop.lock:
             (run, report), self.posting = self.posting or (None, None), None
             try:
                 if run:
-                    save_report(run, report)
+                    keep_report(run, report)
                     self.loop.waiting[run.key] = run
             except OSError:  # no space there: it may still arrive
                 pass
@@ -14830,7 +14860,7 @@ def run_command(words):
 def bring_what_waits():
     """Deliver the reports that loops here could not; that the server is still away the command itself will tell."""
     try:
-        if outbox_reports() and deliver_outbox():
+        if outbox_reports() and deliver_kept():
             note("Delivered results saved while the server was unreachable.")
     except LabtaskerError:
         pass

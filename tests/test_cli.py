@@ -1186,7 +1186,7 @@ def test_every_command_of_the_one_file_works_without_the_other(alone, home, pyth
     ids = []
     for words, stdin, code, shown in ALONE:
         words = [ids[0] if word == "ID" else word for word in shlex.split(words) if word != "ID-ON-STDIN"]
-        result = harness.run([python, alone / "labtasker.py"] + words, home.cwd, env={"PYTHONPATH": ""}, check=False,
+        result = harness.run([python, "-m", "labtasker"] + words, home.cwd, env={"PYTHONPATH": str(alone)}, check=False,
                              stdin=ids[0] if stdin else None)
         assert result.returncode == code and shown in result.stdout, result
         ids = ids or [task["task_id"] for task in home.tasks()]

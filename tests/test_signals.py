@@ -543,7 +543,7 @@ def running(home):
 
 
 def keep(run, status, **more):
-    labtasker.save_report(run, dict({"status": status, "summary": None, "worker_id": run.worker_id}, **more))
+    labtasker.keep_report(run, dict({"status": status, "summary": None, "worker_id": run.worker_id}, **more))
 
 
 @pytest.mark.parametrize("shifts", [(60, 0), (0, -3600), (1e6, 1e6), (0, 0)])
@@ -555,7 +555,7 @@ def test_what_waits_is_delivered_in_the_order_in_which_it_was_kept_whatever_the_
     monkeypatch.setattr(labtasker, "now", lambda: labtasker.Instant(real() + shifts[1]))
     keep(running, "success")
     monkeypatch.setattr(labtasker, "now", real)
-    assert labtasker.deliver_outbox() == 2 and not labtasker.outbox_reports()
+    assert labtasker.deliver_kept() == 2 and not labtasker.outbox_reports()
     got = task(running.task_id)
     assert (got.status, got.summary) == ("success", {"acc": 0.9})
 
@@ -571,10 +571,10 @@ def test_where_a_report_has_to_stay_what_came_later_of_its_run_stays_too(running
             raise labtasker.LabtaskerHTTPStatusError(answers.pop(), "out of order", None)
         return send(*given, **named)
     monkeypatch.setattr(labtasker, "deliver", refuse_once)
-    assert labtasker.deliver_outbox() == 0 and len(labtasker.outbox_reports()) == 2
+    assert labtasker.deliver_kept() == 0 and len(labtasker.outbox_reports()) == 2
     answers.append(500)
     assert labtasker.post(running, {"status": "success", "summary": {"late": 1}, "worker_id": running.worker_id}) is False
-    assert labtasker.deliver_outbox() == 2
+    assert labtasker.deliver_kept() == 2
     assert (task(running.task_id).status, task(running.task_id).summary["acc"]) == ("success", 0.9)
 
 
