@@ -717,6 +717,8 @@ def test_a_task_given_as_the_idle_time_is_up_is_run(held_home):
     assert direct(held_home, "GET", "/tasks/" + one)["status"] == "success"
 
 
+@pytest.mark.skipif("LT_TEST_DELAYS" not in os.environ, reason="the server must be back within the ten seconds of a leaving loop, "
+                    "which a busy machine does not promise: tox -e slow")
 def test_a_task_given_by_a_server_that_was_killed_before_it_could_say_so_is_handed_back_by_a_loop_that_is_stopped(held_home):
     loop = held_home.start_cli("loop", "--idle-timeout", "1h", "--", "true", "%(n)")
     one, server = give_while_answers_are_held(held_home, loop), held_home.server
