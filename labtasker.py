@@ -10624,9 +10624,9 @@ class Tee:
             return action()
         except UnicodeError:  # the function's own
             raise
-        except BrokenPipeError:
-            _drain(self.stream)
-        except (OSError, ValueError):  # ValueError: it is closed
+        except OSError as error:
+            _discard(self.stream, for_good=isinstance(error, BrokenPipeError))
+        except ValueError:  # it is closed
             pass
         return otherwise
 
@@ -10639,12 +10639,17 @@ class Tee:
         return getattr(self.stream, name)
 
 
-def _drain(stream):
-    """Let what a pipe that nobody reads still holds go nowhere, so that neither the next line nor the interpreter's end
-    complains of it."""
+def _discard(stream, for_good):
+    """Drop what the buffer of a stream holds that takes nothing now, so that neither the next line nor the interpreter's
+    end complains of it; with `for_good` what is written later as well."""
     try:
-        null = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(null, stream.fileno())
+        number = stream.fileno()
+        kept, null = os.dup(number), os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, number)
+        stream.flush()
+        if not for_good:
+            os.dup2(kept, number)
+        os.close(kept)
         os.close(null)
     except (OSError, ValueError, AttributeError):
         pass
@@ -10661,6 +10666,7 @@ def _listen_in(log):
 
 def _listen_no_more(tees):
     for name in tees:
+        tees[name].flush()  # what stays in the buffer would fail at the interpreter's end, where nobody can mend it
         if getattr(sys, name) is tees[name]:  # else the function has put something else there
             setattr(sys, name, tees[name].stream)
 

@@ -24,6 +24,7 @@ def clean_world(tmp_path_factory):
     above = [str(p) for p in folder.resolve().parents if (p / ".labtasker").exists()]
     assert not above, "a .labtasker folder above the tests' folders would be found by them: remove it from %s" % above
     os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # each subprocess would compile the module anew
+    os.environ.pop("PYTHONUNBUFFERED", None)  # what is printed comes in other pieces
     os.environ["PYTHONPYCACHEPREFIX"] = str(folder / "pycache")
     before = os.getcwd()
     os.chdir(str(folder))

@@ -384,8 +384,8 @@ def test_what_a_function_returns_otherwise_does_not_matter(home):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("shell", ["{} | head -1", "{} 2>&1 | true", "{} >&-", "{} >&- 2>&-", "{} > /dev/full", "{} 2> /dev/full > /dev/full",
-                                   "{} < /dev/null 2>&1 >&- | head -1"])
+@pytest.mark.parametrize("shell", ["{} | head -1", "{} 2>&1 | true", "{} >&-", "{} >&- 2>&-", "{} > /dev/full",
+                                   "PYTHONUNBUFFERED=1 {} > /dev/full", "{} 2> /dev/full > /dev/full", "{} < /dev/null 2>&1 >&- | head -1"])
 def test_a_decorated_run_is_nothing_the_worse_where_its_output_goes_nowhere(home, shell):
     ids = submit(6, max_retries=1)
     script = home.write("script.py", """
