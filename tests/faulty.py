@@ -18,18 +18,18 @@ import labtasker as L
 
 SETTINGS = {  # name: (value of the quick version, meaning)
     "KILLS": (20, "times that the server of the crash checker is killed"),
-    "STEPS": (12000, "operations compared with the model"),
-    "CUTS": (400, "power cuts tried on each long history"),
-    "BITS": (2000, "random bits of a journal flipped, one at a time"),
+    "STEPS": (7500, "operations compared with the model"),
+    "CUTS": (300, "power cuts tried on each long history"),
+    "BITS": (1000, "random bits of a journal flipped, one at a time"),
     "LAST_BYTES": (96, "bytes at a journal's end of which every bit is flipped"),
     "RACES": (20, "rounds of two servers started at once"),
     "ERRNOS": (1, "errors, of five, tried at each call that fails"),
-    "GONE": (30000, "tasks submitted, cancelled and deleted, of which a journal must keep no weight"),
-    "QUERIES": (200, "query documents that each seed asks of mongomock too"),
-    "DATES": (150, "dates made at random that dateparser reads too, in each zone"),
+    "GONE": (20000, "tasks submitted, cancelled and deleted, of which a journal must keep no weight"),
+    "QUERIES": (100, "query documents that each seed asks of mongomock too"),
+    "DATES": (80, "dates made at random that dateparser reads too, in each zone"),
     "CUTS_NET": (150, "operations through a proxy that cuts connections"),
-    "SOAK": (30, "seconds in which workers, jobs and server are killed and stopped"),
-    "SOAK_WORKERS": (12, "loops that run at once meanwhile"),
+    "SOAK": (20, "seconds in which workers, jobs and server are killed and stopped"),
+    "SOAK_WORKERS": (8, "loops that run at once meanwhile"),
     "SEED": (1, "where the dice start"),
 }
 ME = "/api/v1/queues/me"

@@ -436,7 +436,7 @@ FILTERS = st.recursive(TESTS, lambda inner: st.builds(
 
 
 @pytest.mark.slow
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(FILTERS, st.lists(RECORDS, min_size=1, max_size=5))
 def test_any_filter_has_an_answer_on_every_record_by_its_document_as_json_too(text, records):
     for record in records:
@@ -444,7 +444,7 @@ def test_any_filter_has_an_answer_on_every_record_by_its_document_as_json_too(te
 
 
 @pytest.mark.slow
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(st.text('()[]"\'<>=!&|+-*/%., \\\n01e' + "abdnorti#é", max_size=30)
        | st.builds("{}{}".format, FILTERS, st.text(max_size=3)))
 def test_any_text_gives_a_document_or_a_filter_error_inside_the_text(text):
@@ -460,7 +460,7 @@ DOCUMENTS = st.recursive(VALUES, lambda inner: st.lists(inner, max_size=2) | st.
 
 
 @pytest.mark.slow
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(DOCUMENTS, RECORDS)
 def test_any_document_gives_a_predicate_or_a_clear_refusal(document, record):
     try:
