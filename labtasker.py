@@ -10640,8 +10640,8 @@ class Tee:
 
 
 def _discard(stream, for_good):
-    """Drop what the buffer of a stream holds that takes nothing now, so that neither the next line nor the interpreter's
-    end complains of it; with `for_good` what is written later as well."""
+    """Empty the buffer of a stream that takes nothing now, so that neither the next line nor the interpreter's end
+    fails for it. With `for_good` the stream takes everything from then on, and drops it."""
     try:
         number = stream.fileno()
         kept, null = os.dup(number), os.open(os.devnull, os.O_WRONLY)
