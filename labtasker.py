@@ -8654,12 +8654,23 @@ def store_folder(config):
     return os.path.normpath(os.path.join(os.path.dirname(config.root), folder))
 
 
+def missing_store(config):
+    """Return a sentence where the configuration names the folder of a store and there is no such folder, else None. A
+    folder that nothing names, the .labtasker of this place, is made when the first task is submitted."""
+    folder, source = store_folder(config), config.url and _source_of_url(config.source)
+    if not folder or os.path.isdir(folder) or not (config.url or os.environ.get("LABTASKER_ROOT")):
+        return None
+    if config.url and not config.url.startswith("file:"):
+        return "%s: %s %s" % (source, config.url, NO_URL)
+    return "%s: there is no folder %s; a task that is submitted makes it anew" % (source or "LABTASKER_ROOT", folder)
+
+
 def _transport(config):
     """Return how to reach the queue: the URL that is configured, or a living server of the folder, or its file."""
     folder = store_folder(config)
     if folder:
-        if config.url and not config.url.startswith("file:") and not os.path.isdir(folder):
-            raise LabtaskerValueError("%s: %s %s" % (_source_of_url(config.source), config.url, NO_URL))
+        if config.url and not config.url.startswith("file:") and missing_store(config):
+            raise LabtaskerValueError(missing_store(config))
         return _living_server(folder, config.queue_name) or StoreTransport(folder, config.queue_name)
     if not config.password:
         raise LabtaskerValueError("no password for queue %r on %s: set LABTASKER_PASSWORD, or run 'labtasker init'"
@@ -8920,7 +8931,8 @@ GIT_TIMEOUT_S = 5  # a large repository on a slow disk is not waited for
 
 def health_check():
     """Return `.status` "healthy" or "unhealthy", and `.database`: "connected" or why not."""
-    return HealthCheckResponse(**_ask("GET /health/full"))
+    missing = missing_store(load_config())
+    return HealthCheckResponse(**{"status": "unhealthy", "database": missing} if missing else _ask("GET /health/full"))
 
 
 def create_queue(queue_name, password, metadata=None):
@@ -14159,14 +14171,21 @@ def do_serve(options):
 
 
 def do_health(options):
-    began = monotonic()
-    answer = health_check()
+    began, missing = monotonic(), missing_store(load_config())
+    if missing:
+        say(clean("unhealthy: " + missing))
+        return 3
+    try:
+        answer = health_check()
+    except LabtaskerConnectError as error:
+        note("labtasker: error: " + explained(error))
+        return 3
     spent_ms = 1000 * (monotonic() - began)
     version = "version %s" % client().call("GET", "/").get("version") if client().extensions else "Labtasker 1.0"
     healthy = answer.status == "healthy"
     say(clean("%s: %s, %s, %.1f ms%s" % (answer.status, client().where, version, spent_ms,
                                          "" if healthy else ", " + answer.database)))
-    return 0 if healthy else 1
+    return 0 if healthy else 3
 
 
 # ---- Queues
@@ -15008,7 +15027,7 @@ COMMANDS = {
     "serve": Command(
         do_serve, "Run a server, so that several hosts share a store.", "labtasker serve --host 0.0.0.0 --port 9321",
         options_of(SERVE_OPTIONS)),
-    "health": Command(do_health, "Say whether the server or store answers; exit 1 if not.", "labtasker health"),
+    "health": Command(do_health, "Say whether the server or store answers; exit 3 if not.", "labtasker health"),
     "queue create": Command(do_queue_create, "Create a queue.",
                             "labtasker queue create --queue-name sweep --password secret", QUEUE + [METADATA, QUIET]),
     "queue create-from-config": Command(

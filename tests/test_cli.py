@@ -1010,9 +1010,26 @@ def test_health(both):
     assert (both.server.url if both.server else "journal.jsonl") in result.stdout
 
 
-def test_health_of_nobody(home):
-    result = home.cli("health", check=False, env={"LABTASKER_URL": "http://127.0.0.1:9"})
-    assert result.returncode == 1 and "127.0.0.1:9" in result.stderr
+@pytest.mark.parametrize("variable, named", [
+    ("LABTASKER_URL", "http://127.0.0.1:9"), ("LABTASKER_URL", "{}/gone"), ("LABTASKER_URL", "file:{}/gone"),
+    ("LABTASKER_URL", "file:{}/a file"), ("LABTASKER_ROOT", "{}/gone"), ("LABTASKER_ROOT", "{}/read only")])
+def test_health_of_what_is_not_there_ends_with_3_and_makes_nothing(tmp_path, monkeypatch, capsys, variable, named):
+    (tmp_path / "a file").touch()
+    (tmp_path / "read only").mkdir()
+    real = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: "read only" not in str(path) and real(path, mode))
+    for name, value in (("LABTASKER_ROOT", str(tmp_path)), ("LABTASKER_PASSWORD", "p"), (variable, named.format(tmp_path))):
+        monkeypatch.setenv(name, value)
+    labtasker.use_client(None)
+    try:
+        assert labtasker.main(["health"]) == 3
+        if "http" not in named:
+            assert labtasker.health_check().status == "unhealthy"
+    finally:
+        labtasker.use_client(None)
+    said = "".join(capsys.readouterr())
+    assert "healthy" not in said.replace("unhealthy", "") and os.environ[variable].replace("file:", "") in said
+    assert sorted(os.listdir(str(tmp_path))) == ["a file", "read only"] and not os.listdir(str(tmp_path / "read only"))
 
 
 @pytest.mark.slow
