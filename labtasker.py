@@ -9322,7 +9322,7 @@ def connect_events(timeout=10):
 #
 # What a task's args make a function or a command get, and what comes of that: casts and Required (what
 # a function takes), templates (what a command takes, quoted as its shell or Python reads them), how a
-# run ended, the processes of a job, and its output. Knows nothing of stores and servers.
+# run ended, the processes of a job, its output, and what is said of it. Knows nothing of stores and servers.
 # Uses 1, 8. Tests: test_required.py, test_template.py, test_worker.py.
 
 
@@ -10681,6 +10681,57 @@ def _listen_no_more(tees):
         tees[name].flush()  # what stays in the buffer would fail at the interpreter's end, where nobody can mend it
         if getattr(sys, name) is tees[name]:  # else the function has put something else there
             setattr(sys, name, tees[name].stream)
+
+
+# ---- What a loop says: of a task, and at its end
+
+
+def is_terminal(stream):
+    """Return whether a person is at the other end of `stream`."""
+    return stream is not None and stream.isatty()
+
+
+def brief(value):
+    """Return a value as short text for a table: as one would type it after `--key=`, floats rounded."""
+    if isinstance(value, float):
+        return "%.6g" % value
+    if isinstance(value, str):
+        return value if value and not re.search(r"\s", value) else json.dumps(value, ensure_ascii=False)
+    return repr(value)
+
+
+def pairs(mapping):
+    """Return nested dicts as `a=1 b.c=2`; a traceback is left to `task get`."""
+    return " ".join("%s=%s" % (key, brief(value)) for key, value in flat(mapping)
+                    if key != "labtasker_exception.traceback")
+
+
+def screen_size(stream=None):
+    """Return (columns, lines) of the terminal; COLUMNS wins, as everywhere. shutil is slow to import."""
+    try:
+        columns, lines = os.get_terminal_size((stream or sys.stdout).fileno())
+    except (OSError, ValueError):
+        columns = lines = 0
+    wished = os.environ.get("COLUMNS", "")
+    return wished.isdigit() and int(wished) or columns or 80, lines or 24
+
+
+def cells_wide(text):
+    """Return how many terminal cells `text` takes: East Asian wide characters take two."""
+    if len(text.encode("utf-8", "replace")) == len(text):
+        return len(text)
+    import unicodedata
+    return sum(0 if unicodedata.combining(c) else 2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text)
+
+
+def fitted(text, width):
+    """Return `text` cut and padded to exactly `width` cells."""
+    if cells_wide(text) > width:
+        text = text[:width]
+        while text and cells_wide(text) > width - 2:
+            text = text[:-1]
+        text += ".."[:width]
+    return text + " " * (width - cells_wide(text))
 
 
 # ---- Slots: how many jobs at once, and which GPUs each of them sees
@@ -12848,12 +12899,7 @@ def watch(slot, run, process):
 #
 # What a person reads and types: messages, tables, YAML and CSV; values, task arguments, files of tasks, answers.
 # Knows no command and asks no store. Results go to stdout, everything else to stderr.
-# Uses 1, 3, 8. Tests: test_cli.py, test_values.py, test_terminal.py.
-
-
-def is_terminal(stream):
-    """Return whether a person is at the other end of `stream`."""
-    return stream is not None and stream.isatty()
+# Uses 1, 3, 8, 9. Tests: test_cli.py, test_values.py, test_terminal.py.
 
 
 COLOURED = Pattern("(\x1b\\[[0-9;]*m)")
@@ -12883,31 +12929,6 @@ def some(tasks):
     return "%d task%s" % (len(tasks), "" if len(tasks) == 1 else "s")
 
 
-def brief(value):
-    """Return a value as short text for a table: as one would type it after `--key=`, floats rounded."""
-    if isinstance(value, float):
-        return "%.6g" % value
-    if isinstance(value, str):
-        return value if value and not re.search(r"\s", value) else json.dumps(value, ensure_ascii=False)
-    return repr(value)
-
-
-def pairs(mapping):
-    """Return nested dicts as `a=1 b.c=2`; a traceback is left to `task get`."""
-    return " ".join("%s=%s" % (key, brief(value)) for key, value in flat(mapping)
-                    if key != "labtasker_exception.traceback")
-
-
-def screen_size(stream=None):
-    """Return (columns, lines) of the terminal; COLUMNS wins, as everywhere. shutil is slow to import."""
-    try:
-        columns, lines = os.get_terminal_size((stream or sys.stdout).fileno())
-    except (OSError, ValueError):
-        columns = lines = 0
-    wished = os.environ.get("COLUMNS", "")
-    return wished.isdigit() and int(wished) or columns or 80, lines or 24
-
-
 def span(seconds):
     """Return a length of time in its two leading digits or so: 45s, 12m, 3h, 5d."""
     for size, unit in ((86400, "d"), (3600, "h"), (60, "m")):
@@ -12919,24 +12940,6 @@ def span(seconds):
 def age(moment):
     """Return how long ago an aware datetime was, as `span` does."""
     return span(now() - moment.timestamp())
-
-
-def cells_wide(text):
-    """Return how many terminal cells `text` takes: East Asian wide characters take two."""
-    if len(text.encode("utf-8", "replace")) == len(text):
-        return len(text)
-    import unicodedata
-    return sum(0 if unicodedata.combining(c) else 2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text)
-
-
-def fitted(text, width):
-    """Return `text` cut and padded to exactly `width` cells."""
-    if cells_wide(text) > width:
-        text = text[:width]
-        while text and cells_wide(text) > width - 2:
-            text = text[:-1]
-        text += ".."[:width]
-    return text + " " * (width - cells_wide(text))
 
 
 def narrowed(widths, room):
