@@ -191,11 +191,12 @@ class FarAway:
     """A TCP proxy before a Server, which seems so many seconds away: each piece of an answer comes so much later. `url`.
 
     `hold()` keeps all answers back until `let_go()`, or until they are lost by `lose()`, with the connections. It goes
-    where the server is at the time. `asked` are the beginnings of the requests that went through."""
+    where the server is at the time. `asked` are the beginnings of the requests that went through; `refused` counts the
+    connections that found no server."""
 
     def __init__(self, server, delay_s=0.0):
         self.server, self.delay_s, self.may_pass = server, delay_s, threading.Event()
-        self.losses, self.asked = 0, []
+        self.losses, self.asked, self.refused = 0, [], 0
         self.let_go()
         self.listening = socket.create_server(("127.0.0.1", 0), backlog=128)
         self.url = "http://127.0.0.1:%d" % self.listening.getsockname()[1]
@@ -220,6 +221,7 @@ class FarAway:
             try:
                 far = socket.create_connection(("127.0.0.1", int(self.server.url.rpartition(":")[2])))
             except OSError:
+                self.refused += 1
                 near.close()
                 continue
             for source, sink, is_answer in ((near, far, False), (far, near, True)):
