@@ -11067,21 +11067,61 @@ def write_json(path, value):
         remark("can't write %s: %s" % (path, error.strerror))
 
 
+# ask: its function calls preempted(); stop: the loop must leave; insist: half of the grace is over; raise:
+# KeyboardInterrupt is raised in the function
+RUN_MOVES = {
+    "fetched": {"begin": "running", "decline": "declined", "end": "over"},
+    "declined": {"end": "over"},
+    "running": {"ask": "asking", "stop": "stopping", "end": "over"},
+    "asking": {"ask": "asking", "stop": "told", "end": "over"},
+    "stopping": {"ask": "told", "stop": "stopping", "raise": "raised", "end": "over"},
+    "told": {"ask": "told", "stop": "told", "insist": "insisting", "raise": "raised", "end": "over"},
+    "insisting": {"ask": "insisting", "stop": "insisting", "raise": "raised", "end": "over"},
+    "raised": {"ask": "raised", "stop": "raised", "insist": "raised", "raise": "raised", "end": "over"},
+    "over": {"ask": "over"},
+}
+
+
 class Run:
     """A run of a task, as the loop and the job see it. Its folder holds task.json (the task as it was fetched), run.log
-    (the job's output), summary.json (what the job reported) and, once the job or the loop has ended it, status.json."""
+    (the job's output), summary.json (what the job reported) and, once the job or the loop has ended it, status.json.
+
+    `ended` is the final status that the job or the loop has set, `lost` what somebody else has made of the task.
+    The states of a loop's run (RUN_MOVES); one that came when the loop was leaving is declined:
+        fetched    begin -> running, decline -> declined, end -> over
+        declined   end -> over
+        running    ask -> asking, stop -> stopping, end -> over
+        asking     ask -> asking, stop -> told, end -> over
+        stopping   ask -> told, stop -> stopping, raise -> raised, end -> over
+        told       ask -> told, stop -> told, insist -> insisting, raise -> raised, end -> over
+        insisting  ask -> insisting, stop -> insisting, raise -> raised, end -> over
+        raised     ask -> raised, stop -> raised, insist -> raised, raise -> raised, end -> over
+        over       ask -> over"""
 
     def __init__(self, task_id, run_id, worker_id, task=None, log_dir=None):
         self.task_id, self.run_id, self.worker_id, self.task = task_id, run_id, worker_id, task
         self.key = run_id or new_id()
-        self.pid, self.ended, self.lost, self.interrupted = os.getpid(), None, None, False
-        self.preempted, self.asks_preempted, self.limit = False, False, None  # the first two of a function's run
+        self.pid, self.ended, self.lost, self.limit = os.getpid(), None, None, None
+        self.events = []  # those that have changed the state
         self.away_until, self.saved = 0, None  # until then the server isn't asked; (path, summary) of what waits
         self.is_end_saved = False  # the report that ends the run waits, or did
-        self.is_wanted = True  # False: it came when the loop was about to leave, and is handed back
         self.log_dir = log_dir or os.path.join(os.path.abspath(load_config().root), "logs", task_id, self.key)
         self.store_id = None  # of a store without a server that the run is of; see StoreFile.check_expected
         self.current_path = None  # of a function's run: the file that names what its loop runs now
+
+    @property
+    def state(self):
+        """Return the state of RUN_MOVES that the events so far have led to."""
+        return functools.reduce(lambda state, event: RUN_MOVES[state][event], list(self.events), "fetched")
+
+    def move(self, event):
+        """Go on to the state that `event` leads to; raises InvalidStateTransition where it has no row.
+
+        Events come from threads and from a signal's handler, which can't wait for a lock. So the state is what all of
+        them make together: appending to a list is atomic, and none is lost."""
+        state = self.state
+        if move(RUN_MOVES, state, event, "the run of task " + self.task_id) != state:
+            self.events.append(event)
 
     def environment(self):
         """Return {variable: value, None to unset it} that make labtasker work in a job's processes."""
@@ -11107,7 +11147,8 @@ class Run:
         return os.path.join(self.log_dir, name)
 
     def begin(self):
-        """Write task.json; print why it can't be written."""
+        """Note that the run begins, also in task.json; print why that can't be written."""
+        self.move("begin")
         if self.has_log_dir():
             write_json(self.path("task.json"), self.task.to_dict())
 
@@ -11163,7 +11204,7 @@ class Run:
 
     def note_stop(self, signum):
         """Note that the job was told to stop, also in a file for its processes."""
-        self.preempted = True
+        self.move("stop")
         if os.path.isdir(self.log_dir):
             write_json(self.path(STOP_FILE), {"signal": signal_name(signum)})
 
@@ -11348,8 +11389,8 @@ def preempted():
     function until half the grace is over."""
     run = find_run()
     if run and run.task and run.pid == os.getpid():
-        run.asks_preempted = True
-        return run.preempted
+        run.move("ask")
+        return "stop" in run.events
     if threading.current_thread() is threading.main_thread():
         _hear_of_stops()
     return bool(STOPS) or run is not None and bool(read_json(run.path(STOP_FILE), {"signal": str}))
@@ -12147,7 +12188,7 @@ class Loop:
     def pause_of(self, run, outcome):
         """Return the pause in seconds before a requeued task is fetched again; None if not its job but the loop, which
         is leaving, has handed it back."""
-        if outcome.status != "pending" or self.wake.stop or self.state == "failed" or not run.is_wanted:
+        if outcome.status != "pending" or self.wake.stop or self.state == "failed" or run.state == "declined":
             return None
         pause_s, until = self.resting.get(run.task_id, (0, 0))
         is_plain = client().transport.extensions is False
@@ -12298,7 +12339,7 @@ class Slot:
         if run is None:
             return
         try:
-            if not run.is_wanted:
+            if run.state == "declined":
                 outcome = loop.handed_back()
             else:
                 self.remark("task %s" % describe(run.task, loop.options.verbose))
@@ -12308,6 +12349,7 @@ class Slot:
             self.close(run, outcome)
         finally:
             self.move("end")
+            run.move("end")
             self._end_beats(run)
             loop.idle_since = monotonic()
             self.wake.runs.discard(run)
@@ -12333,7 +12375,9 @@ class Slot:
         task, is_ended = self._ask(None if seen else wait_s)
         if task:
             run = Run(task.task_id, task.run_id, loop.request["worker_id"], task)
-            run.limit, run.store_id, run.is_wanted = loop.limit, store_id(), not loop.is_over()
+            run.limit, run.store_id = loop.limit, store_id()
+            if loop.is_over():
+                run.move("decline")
             loop.taken += 1
             self.wake.runs.add(run)
             loop.expect_store()
@@ -12640,8 +12684,8 @@ def run_function(slot, run, call):
         if told_at is None or not wake.in_main:
             return True
         kill_at = min(told_at + slot.loop.options.grace_s, max(limit.kill_at, told_at))
-        if run.asks_preempted and monotonic() > (told_at + kill_at) / 2:
-            run.asks_preempted = False
+        if run.state == "told" and monotonic() > (told_at + kill_at) / 2:
+            run.move("insist")
             wake.nudge()
         return monotonic() < kill_at
     outcome = slot.run_in_main_thread(lambda: _put_back(wake, lambda: _call_function(slot, run, call)), guard)
@@ -12703,8 +12747,8 @@ def _call_function(slot, run, call):
                 slot.loop.mend(held)
         if os.getpid() != run.pid:
             _end_child(None)
-        is_told = run.interrupted or run.preempted and run.asks_preempted
-        return slot.loop.handed_back() if is_told else _outcome_of_answer(run, answer)
+        has_heard = run.state in ("told", "insisting", "raised")
+        return slot.loop.handed_back() if has_heard else _outcome_of_answer(run, answer)
     except BaseException as error:
         wake.interrupt = None
         if os.getpid() != run.pid:
@@ -12739,9 +12783,9 @@ def _interrupt(wake, run, signum):
     """Raise into the function that runs: TaskCancelled where its task was lost, KeyboardInterrupt, once and at each
     further signal, where the loop must leave, unless the function asks for that itself."""
     if wake.stop:
-        run.preempted = True
-        if signum is not None and wake.times > 1 or not (run.interrupted or run.asks_preempted):
-            run.interrupted = True
+        run.move("stop")
+        if signum is not None and wake.times > 1 or run.state in ("stopping", "insisting"):
+            run.move("raise")
             raise KeyboardInterrupt(signal_name(wake.stop))
     elif run.lost:
         raise TaskCancelled("task %s is %s: nobody waits for this run any more" % (run.task_id, run.lost))
@@ -12770,9 +12814,9 @@ def _outcome_of_error(loop_, run, error):
     if run.lost:
         return Outcome(None)
     is_interrupt = issubclass(type(error), KeyboardInterrupt)
-    if is_interrupt and not run.interrupted:  # raised by the function itself
+    if is_interrupt and run.state != "raised":  # raised by the function itself
         loop_.wake.stop = loop_.wake.stop or signal.SIGINT
-    if is_interrupt or run.interrupted:
+    if is_interrupt or run.state == "raised":
         return loop_.handed_back()
     code = _code_of_exit(error)
     if code is not None:

@@ -1,5 +1,6 @@
 """The loop: what it runs, what it reports, how it stops. Real stores, real processes, real signals."""
 import errno
+import itertools
 import json
 import os
 import pathlib
@@ -81,7 +82,7 @@ def wait_for_task(task_id, status):
 
 # The states of a loop and of its slots
 
-STATES = {"Loop": labtasker.LOOP_MOVES, "Slot": labtasker.SLOT_MOVES}
+STATES = {"Loop": labtasker.LOOP_MOVES, "Slot": labtasker.SLOT_MOVES, "Run": labtasker.RUN_MOVES}
 
 
 @pytest.mark.parametrize("name", STATES)
@@ -106,7 +107,25 @@ def test_an_event_without_a_row_is_refused(home):
     slot.move("wait")
     with pytest.raises(labtasker.InvalidStateTransition, match="slot 0 is waiting, which does not allow 'begin'"):
         slot.move("begin")
-    assert (loop.state, slot.state) == ("starting", "waiting")
+    run = labtasker.Run("t1", "r1", "w1")
+    with pytest.raises(labtasker.InvalidStateTransition, match="the run of task t1 is fetched, which does not allow 'raise'"):
+        run.move("raise")
+    assert (loop.state, slot.state, run.state) == ("starting", "waiting", "fetched")
+
+
+def test_a_run_keeps_every_event_of_its_threads(home):
+    """What a function's thread and a signal bring at the same time is legal in either order, and neither is lost."""
+    table = labtasker.RUN_MOVES
+    for one, other in itertools.combinations(("ask", "stop", "insist", "raise"), 2):
+        both = [row for row in table.values() if one in row and other in row]
+        assert both or (one, other) == ("ask", "insist")
+        for row in both:
+            after = {table[row[one]].get(other), table[row[other]].get(one)}
+            assert None not in after
+    run = labtasker.Run("t1", "r1", "w1")
+    for event in ["begin"] + ["ask"] * 1000 + ["stop"] * 1000:
+        run.move(event)
+    assert (run.state, run.events) == ("told", ["begin", "ask", "stop"])
 
 
 def test_a_loop_that_has_failed_stays_so_until_its_time_is_up(home):
