@@ -1,27 +1,37 @@
-"""README.rst: its commands are run, in order and in one empty folder, and must print what it says that they print.
+"""README.rst and docs/*.rst: each page's commands are run, in order and in one empty folder, and must print what it says.
 
 A `console` block has commands after `$` and their output; `...` on a line of its own stands for any lines. A `python`
-block with a name is a file. `sh` blocks are not run. Ids, times and ports are the only things that may differ.
-`python3 tests/test_readme.py` writes the outputs of today into it.
+block with a name is a file. `sh` and `yaml` blocks are not run. Ids, times and ports are the only things that may differ.
+`python3 tests/test_readme.py [PAGE ...]` writes the outputs of today into the pages.
 """
+import json
+import os
 import pathlib
 import re
 import shutil
+import signal
+import socket
+import sys
 import tempfile
 
 import pytest
 
-from harness import MODULE, ROOT, Place, run
+from harness import MODULE, ROOT, Place, run, wait_until
 
-TEXT = (ROOT / "README.rst").read_text(encoding="utf-8")
-LINES = TEXT.splitlines()
+README = (ROOT / "README.rst").read_text(encoding="utf-8")
+PAGES = ["README.rst"] + sorted("docs/" + path.name for path in (ROOT / "docs").glob("*.rst"))
 BLOCK = re.compile(r"^\.\. code-block:: (\w+)\n(?:    :name: (\S+)\n)?\n((?:    .*\n|\n)+)", re.M)
+PORT = "9321"  # what the pages have; the tests take a free one
 
 
-def blocks():
+def text_of(page):
+    return (ROOT / page).read_text(encoding="utf-8")
+
+
+def blocks(pages=PAGES):
     """Return [(language, name or None, text without indent)]."""
     return [(language, name or None, re.sub(r"^    ", "", text, flags=re.M).strip("\n") + "\n")
-            for language, name, text in BLOCK.findall(TEXT)]
+            for page in pages for language, name, text in BLOCK.findall(text_of(page))]
 
 
 def commands(text):
@@ -44,6 +54,8 @@ VARYING = [  # what may differ from run to run: what stands for it
     (r"\b\d+(\.\d+)? ?(ms|s)\b", "<duration>"),
     (r"127\.0\.0\.1:\d+", "<address>"),
     (r"/[\w.-]+/\S+", "<path>"),
+    (r"(attempt \d+ of \d+ on )\S+", r"\1<host>"),
+    (r"\d+ bytes", "<bytes>"),
     (r"[ \t]+", " "),
 ]
 
@@ -61,15 +73,28 @@ def agrees(expected, shown):
     return re.fullmatch(pattern, "".join(same(line) + "\n" for line in shown)) is not None
 
 
-def test_first_screen_has_what_style_asks_for():
-    head = "\n".join(LINES[:40])
-    assert "$ python3 labtasker.py demo\n" in head
-    assert "@labtasker.loop()" in head and "not for" in head and "No dependencies" in head
+def test_the_readme_takes_five_minutes():
+    """A sentence and what it is not for, the demo, and a sweep in ten lines, each before what takes longer."""
+    lines = README.splitlines()
+    assert len(lines) < 300
+    head = "\n".join(lines[:40])
+    assert "$ python3 -m labtasker demo\n" in head and "not for" in head and "No dependencies" in head
+    script, sweep = [text for language, name, text in blocks(["README.rst"])][1:3]
+    assert "@labtasker.loop()" in script
+    assert len(re.findall(r"^\S|^ +\S", script, re.M)) + len(commands(sweep)) == 10
+    order = ["demo", "**A task's arguments must be exactly", "Optuna", "--gpus all", "python3 -m tox", "Licence"]
+    assert order == sorted(order, key=README.index)
 
 
-def test_the_script_of_the_first_screen_has_eight_lines():
-    name, text = next((name, text) for language, name, text in blocks() if language == "python")
-    assert len(text.splitlines()) == 8 and name
+def test_the_readme_calls_the_program_as_a_module_and_links_what_is_there():
+    for page in PAGES:
+        text = text_of(page)
+        assert "python3 labtasker.py" not in text.replace("As ``python3 labtasker.py`` the whole file is compiled", "")
+        for target in re.findall(r"<([^<>\s]+\.rst)>`_", text) + re.findall(r"^\.\. image:: (\S+)", text, re.M):
+            assert (ROOT / page).parent.joinpath(target).is_file(), (page, target)
+        for target in re.findall(r"`([^`<>]+\.rst)`_\b", text):
+            assert "`%s <" % target in text, (page, target)
+    assert all("`%s <%s>`_" % (page, page) in README for page in PAGES[1:])
 
 
 def test_ci_runs_the_test_commands_of_the_readme():
@@ -78,17 +103,63 @@ def test_ci_runs_the_test_commands_of_the_readme():
     assert [line.replace("--quiet ", "") for line in ci if line.startswith("python3 -m") and "venv " not in line] == lines
 
 
-def played(place):
+OPTUNA = '''"""What docs/optuna.rst uses of Optuna, for where it is not installed: it tries numbers from low to high."""
+import types
+
+
+class Study:
+    def __init__(self):
+        self.trials = []
+
+    def ask(self):
+        trial = types.SimpleNamespace(number=len(self.trials), value=None)
+        trial.suggest_float = lambda name, low, high, log: low * (high / low) ** (trial.number / 12)
+        self.trials.append(trial)
+        return trial
+
+    def tell(self, trial, value=None, state=None):
+        trial.value = value
+
+    @property
+    def best_trial(self):
+        return max(self.trials, key=lambda trial: trial.value)
+
+
+trial = types.SimpleNamespace(TrialState=types.SimpleNamespace(FAIL="fail"))
+
+
+def create_study(direction):
+    return Study()
+'''
+
+
+def played(page, place):
     """Yield (command, expected lines, lines that it prints) of each command, run in order in the place's folder."""
     for path in (MODULE, ROOT / "labtasker_cli.py"):
         shutil.copy(str(path), str(place.cwd))
-    for language, name, text in blocks():
-        if language == "python" and name:
-            place.write(name, text)
-        for command, expected in commands(text) if language == "console" else []:
-            result = run(["bash", "-c", "exec 2>&1; " + command], place.cwd, env={
-                "PATH": place.path(), "PYTHONPATH": "", "COLUMNS": "110", "TMPDIR": str(place.cwd.parent)})
-            yield command, expected, result.lines
+    if "import optuna" in text_of(page) and run([sys.executable, "-c", "import optuna"], place.cwd, check=False).returncode:
+        place.write("optuna.py", OPTUNA)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    env = {"PATH": place.path(), "PYTHONPATH": "", "COLUMNS": "110", "TMPDIR": str(place.cwd.parent)}
+    try:
+        for language, name, text in blocks([page]):
+            if language == "python" and name:
+                place.write(name, text)
+            for command, expected in commands(text) if language == "console" else []:
+                result = run(["bash", "-c", "exec 2>&1; " + command.replace(PORT, port)], place.cwd, env=env)
+                yield command, expected, [line.replace(":" + port, ":" + PORT).rstrip() for line in result.lines]
+    finally:
+        end_server(place)
+
+
+def end_server(place):
+    """End the server that a page may have left in the background."""
+    path = place.folder / "server.json"
+    if path.exists():
+        os.kill(json.loads(path.read_text())["pid"], signal.SIGTERM)
+        wait_until(lambda: not path.exists(), "the server ends")
 
 
 def indented(command, lines):
@@ -96,21 +167,16 @@ def indented(command, lines):
 
 
 @pytest.mark.slow
-def test_commands_print_what_the_readme_says(home):
-    results = list(played(home))
-    assert len(results) >= 10
+@pytest.mark.parametrize("page", PAGES)
+def test_commands_print_what_the_page_says(page, home):
+    results = list(played(page, home))
     wrong = [indented(command, shown) for command, expected, shown in results if not agrees(expected, shown)]
-    assert not wrong, "`python3 tests/test_readme.py` writes into README.rst:\n\n" + "\n".join(wrong)
+    assert not wrong, "`python3 tests/test_readme.py %s` writes into it:\n\n%s" % (page, "\n".join(wrong))
 
 
-@pytest.mark.slow
-def test_the_eight_line_script_runs(home):
-    shutil.copy(str(MODULE), str(home.cwd))
-    text = next(text for language, name, text in blocks() if name == "double.py")
-    home.write("double.py", text)
-    home.submit("--", "--x=21")
-    home.bash("python double.py")
-    assert [(t["status"], t["summary"]) for t in home.tasks()] == [("success", {"doubled": 42.0})]
+def test_there_are_pages_and_commands():
+    assert len(PAGES) >= 6
+    assert sum(len(commands(text)) for language, _, text in blocks() if language == "console") >= 30
 
 
 def test_agreement_is_strict_but_for_what_varies():
@@ -119,16 +185,28 @@ def test_agreement_is_strict_but_for_what_varies():
     assert not agrees(["a", "..."], ["b", "a"])
 
 
+def rewrite(page, place):
+    """Write into a page what its commands print now, all of one run, so that an id shown twice is the same; outputs
+    that have `...` are left for a person."""
+    results = iter(list(played(page, place)))
+
+    def anew(match):
+        if match.group(1) != "console":
+            return match.group()
+        head, text = match.group()[:-len(match.group(3))], match.group(3)
+        count = len(commands(re.sub(r"^    ", "", text, flags=re.M).strip("\n")))
+        shown = [indented(command, expected if "..." in expected else [line.replace(str(place.cwd), "/home/me/sweep") for line in shown])
+                 for command, expected, shown in (next(results) for _ in range(count))]
+        return head + "".join(shown) + "\n"
+    (ROOT / page).write_text(BLOCK.sub(anew, text_of(page)).rstrip("\n") + "\n", encoding="utf-8")
+
+
 def main():
-    """Write into README.rst what its commands print now, all of one run, so that an id shown twice is the same; those
-    whose output has `...` are left for a person."""
-    text = TEXT
-    with tempfile.TemporaryDirectory() as folder:
-        home = pathlib.Path(folder) / "home"
-        home.mkdir()
-        for command, expected, shown in played(Place(home)):
-            text = text.replace(indented(command, expected), indented(command, expected if "..." in expected else shown))
-    (ROOT / "README.rst").write_text(text, encoding="utf-8")
+    for page in sys.argv[1:] or PAGES:
+        with tempfile.TemporaryDirectory() as folder:
+            home = pathlib.Path(folder) / "home"
+            home.mkdir()
+            rewrite(page, Place(home))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Slurm: `labtasker sbatch`, and what a real Slurm on this machine does with what it submits; PBS and Kubernetes as the README has them.
+"""Slurm: `labtasker sbatch`, and what a real Slurm on this machine does with what it submits; PBS and Kubernetes as docs/clusters.rst has them.
 
 `tox -e slurm` installs Slurm, where that can be, and says so in LT_TEST_SLURM; the fixture `slurm` starts it in a folder
 of the test's own. Each job leaves a line in the file `runs` when it begins, and one in `done` when it has done its work:
@@ -309,17 +309,17 @@ def test_server_wait_gives_up_and_leaves_the_store_alone(home):
 # ---- PBS and Kubernetes, as far as they can be checked without them
 
 
-def readme_block(word):
-    """Return the one block of the README's that has this word."""
+def documented(word):
+    """Return the one block of the README and docs/ that has this word."""
     found = [text for _, _, text in blocks() if word in text]
     assert len(found) == 1, found
     return found[0]
 
 
 @pytest.mark.slow
-def test_the_pbs_script_of_the_readme_runs_a_loop(home):
+def test_the_pbs_script_of_the_docs_runs_a_loop(home):
     """PBS starts it in the home folder, with its variables."""
-    text = readme_block("#PBS")
+    text = documented("#PBS")
     assert text.startswith("#!/bin/bash\n#PBS ")
     for path in (MODULE, MODULE.with_name("labtasker_cli.py")):
         shutil.copy(str(path), str(home.cwd))
@@ -333,15 +333,15 @@ def test_the_pbs_script_of_the_readme_runs_a_loop(home):
 
 
 @pytest.mark.slow
-def test_the_kubernetes_job_of_the_readme_runs_a_loop(server_home):
+def test_the_kubernetes_job_of_the_docs_runs_a_loop(server_home):
     yaml = pytest.importorskip("yaml")
-    job = yaml.safe_load(readme_block("kind: Job"))
+    job = yaml.safe_load(documented("kind: Job"))
     assert (job["apiVersion"], job["kind"]) == ("batch/v1", "Job")
     pod = job["spec"]["template"]["spec"]
     assert pod["restartPolicy"] in ("Never", "OnFailure")
     container, = pod["containers"]
-    program, path, command, *words = container["command"]
-    assert (program, pathlib.Path(path).name, command) == ("python3", "labtasker.py", "loop")
+    program, words = container["command"][:4], container["command"][4:]
+    assert program == ["python3", "-m", "labtasker", "loop"]
     options = labtasker.parse("loop", words)
     assert options.rest[:2] == ["python3", "train.py"]
     assert options.grace_s < pod["terminationGracePeriodSeconds"]
