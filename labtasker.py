@@ -5345,6 +5345,7 @@ def _wait(value):
         raise ValueError("should be a number of seconds") from None
 
 
+EVENT_ID = Pattern(r"[0-9]{1,15}\.[0-9]{1,6}\Z")
 KINDS = {
     "text": _type("text", str), "dict": _type("an object", dict), "bool": _bool,
     "id": _text("an id: 1 to 100 letters, digits, '_' and '-'", NAME),  # it goes into paths, logs and listings
@@ -5362,7 +5363,7 @@ KINDS = {
     "sort": _kind("a list of at most %d [field, 1 or -1]" % MAX_SORTS, _is_sort),
     "attempt": _kind("an object of names with texts and numbers, of at most %d bytes" % ATTEMPT_BYTES, _is_attempt),
     "commit": _text("a commit's id, with -dirty where files were changed since", Pattern(r"[0-9a-f]{7,64}(-dirty)?\Z")),
-    "event_id": _text("an event's id, like 17.0", Pattern(r"\d{1,15}\.\d{1,6}\Z")),
+    "event_id": _text("an event's id, like 17.0", EVENT_ID),
 }
 
 REQUIRED = object()
@@ -5535,17 +5536,23 @@ def _run_events(store, caller, request, route):
     """Return the Stream of a queue's events, from after the one whose id was given, else from this moment on."""
     batch, _ = _run(store, caller, request, route)  # the queue is there, or one of this LocalName may be made later
     after = request["last_event_id"]
-    after = tuple(map(int, after.split("."))) if after else last_event(store)
+    last = last_event(store)
+    after = tuple(map(int, after.split("."))) if after else last
     pause_s = min(PING_S, WAIT_SLICE_S) if isinstance(caller, LocalName) else PING_S
-    return batch, Stream(_event_pieces(follow(store, caller, after, pause_s), after))
+    unknown = None if after <= last else "there is no event %d.%d: the id is of another store, or this one was " \
+        "replaced; events follow from now on" % after
+    after = min(after, last)
+    return batch, Stream(_event_pieces(follow(store, caller, after, pause_s), after, unknown))
 
 
-def _event_pieces(events, after):
-    """Yield each Transition as the bytes of a server-sent event."""
+def _event_pieces(events, after, unknown=None):
+    """Yield each Transition as the bytes of a server-sent event; first what there is to say of an `unknown` id."""
     def piece(head, value):
         return ("%s\ndata: %s\n\n" % (head, json.dumps(value))).encode()
     hello = {"status": "connected", "client_id": new_id()}
     yield piece("retry: 3000\nevent: connection\nid: %d.%d" % after, hello)
+    if unknown:
+        yield piece("event: too_old", {"detail": unknown})
     count = 0
     for event in events:
         if event is None:
@@ -8771,12 +8778,14 @@ class Task(Answer):
     max_retries, created_at, last_modified, start_time (aware datetimes or None), worker_id, ..."""
 
     FIELDS, PATH, ID = visible(TASK_FIELDS), _TASKS, "task_id"
+    SHOWN = "task_id", "status", "task_name", "args", "summary"
 
 
 class Worker(Answer):
     """A worker: worker_id, worker_name, status, metadata, retries, max_retries, created_at, last_modified."""
 
     FIELDS, PATH, ID = visible(WORKER_FIELDS), _WORKERS, "worker_id"
+    SHOWN = "worker_id", "status", "worker_name", "metadata"
 
 
 class Queue(Answer):
@@ -8795,9 +8804,11 @@ class StateTransitionEvent(Answer):
 
 
 class EventResponse(Answer):
-    """What an EventListener gives: `.event` (a StateTransitionEvent), `.timestamp`, `.sequence` (a count)."""
+    """What an EventListener gives: `.event` (a StateTransitionEvent), `.timestamp`, `.sequence` (a count), `.id`, after
+    which `connect_events(after=...)` goes on (None from a server that gives none)."""
 
-    FIELDS = {"sequence": Field("int", None, False, ""), "timestamp": Field("time", None, False, "")}
+    FIELDS = {"sequence": Field("int", None, False, ""), "timestamp": Field("time", None, False, ""),
+              "id": Field("text", None, True, "")}
 
     def __init__(self, values):
         super().__init__(values)
@@ -8817,17 +8828,72 @@ class HealthCheckResponse(Response):
 
 
 class Listing(Response):
-    """Iterating goes on after `.content` to all that match, unless a limit was given."""
+    """A sequence of Tasks or Workers: `len()`, `listing[0]`, `listing[-3:]` (a Listing again), `for task in listing`.
 
-    _rest = tuple  # a function that returns those which are not in `.content`
+    Without a limit it goes on after `.content` to all that match, which are asked for once, when they are needed.
+    A notebook shows the first of it as a table."""
+
+    _rest = ()  # those which are not in `.content`, or the function that asks for them
+
+    def _later(self):
+        """Return those which are not in `.content`."""
+        if callable(self._rest):
+            self._rest = tuple(self._rest())
+        return self._rest
 
     def __iter__(self):
-        return itertools.chain(self.content, self._rest())
+        yield from self.content
+        yield from self._later()
+
+    def __bool__(self):
+        return bool(self.content)
+
+    def __len__(self):
+        return len(self.content) + len(self._later())
+
+    def __getitem__(self, place):
+        if isinstance(place, slice):
+            content = list(self)[place]
+            return type(self)(found=bool(content), content=content)
+        is_there = 0 <= operator.index(place) < len(self.content)
+        return self.content[place] if is_there else list(self)[place]
+
+    def __eq__(self, other):
+        return isinstance(other, (list, Listing)) and list(self) == list(other)
+
+    __hash__ = None
+
+    def __repr__(self):
+        counts = collections.Counter(item.status for item in self.content)
+        return "<%s: %s%s>" % (type(self).__name__, ", ".join("%d %s" % (counts[status], status) for status in (
+            TASK_STATES + WORKER_STATES) if counts[status]) or "nothing", " and more" if self._rest != () else "")
+
+    def _repr_html_(self):
+        """Return the first of `.content` as an HTML table, a row a task or worker, for a notebook."""
+        import html
+        shown = self.content[:SHOWN_ROWS]
+        rows = [{name: value for name, value in flat({top: getattr(item, top) for top in item.SHOWN})
+                 if value != {} and name != "summary.labtasker_exception.traceback"} for item in shown]
+        names = sorted({name: None for row in rows for name in row},
+                       key=lambda name: shown[0].SHOWN.index(name.split(".")[0]))
+        lines = [["<th>%s</th>" % html.escape(clean(name, "")) for name in names]]
+        lines += [["<td>%s</td>" % html.escape(_cell(row.get(name))) for name in names] for row in rows]
+        return "%s<table>%s</table>" % (html.escape(repr(self)), "".join("<tr>%s</tr>" % "".join(
+            line) for line in lines))
 
     def to_records(self):
         """Return all of it as flat dicts, as `pandas.DataFrame` takes them: `args.lr`, `summary.acc` and the like."""
         return [{key: value for key, value in flat({name: getattr(item, name) for name in item.FIELDS}) if value != {}}
                 for item in self]
+
+
+SHOWN_ROWS, SHOWN_CHARS = 100, 200  # of a listing in a notebook; of one of its cells
+
+
+def _cell(value):
+    """Return a value as the text of a cell in a notebook."""
+    text = "%.6g" % value if isinstance(value, float) else "" if value is None else str(value)
+    return clean(text if len(text) <= SHOWN_CHARS else text[:SHOWN_CHARS] + "...")
 
 
 class TaskLsResponse(Listing):
@@ -9210,12 +9276,23 @@ def parse_events(lines):
 class EventListener:
     """Hears the steps of the queue's tasks and workers from `start` on, in a thread that reconnects for ever.
 
-    Where the store or the server gives events ids, none is lost meanwhile; else stderr says that some may be."""
+    Where the store or the server gives events ids, none is lost meanwhile; else stderr says that some may be. `after`:
+    the id of an event, whose successors come first ("0.0": all that the store still has); `help events` says how many.
+    `with EventListener() as listener:` starts it and stops it at the end."""
 
-    def __init__(self):
+    def __init__(self, after=None):
+        if after is not None and not (isinstance(after, str) and EVENT_ID.match(after)):
+            raise LabtaskerValueError("after=%.100r is no event's id, which is two numbers such as \"17.0\" "
+                                      "(event.id, or \"0.0\" for all that are kept)" % (after,))
         self.lock = threading.Condition()  # guards all attributes
         self.waiting, self.client, self.lines, self.error = collections.deque(), None, None, None
-        self.client_id, self.last_id, self.stopped = None, None, False
+        self.client_id, self.last_id, self.stopped = None, after, False
+
+    def __enter__(self):
+        return self if self.client else self.start()
+
+    def __exit__(self, *_):
+        self.stop()
 
     def start(self, timeout=10):
         """Return this listener once it is connected; raises what any call does where it can't be within `timeout` s."""
@@ -9250,7 +9327,8 @@ class EventListener:
             self.lock.wait_for(lambda: self.waiting or self.stopped, timeout)
             if self.waiting:
                 self.lock.notify_all()
-                return EventResponse(json.loads(self.waiting.popleft()))
+                data, event_id = self.waiting.popleft()
+                return EventResponse(dict(json.loads(data), **_given(id=event_id)))
             if self.error:
                 raise self.error
             return None
@@ -9267,9 +9345,13 @@ class EventListener:
         hello = next(events, None)
         if hello is None:
             raise LabtaskerConnectError("%s ended the stream of events before it began" % client.where)
+        if self.client is None and self.last_id and not hello.get("id"):
+            lines.close()
+            raise LabtaskerRuntimeError("%s gives events no ids, so those from before can't be had there: connect "
+                                        "without after=" % client.where)
         with self.lock:
             self.client, self.lines, self.client_id = client, lines, json.loads(hello["data"]).get("client_id")
-            self.last_id = self.last_id or hello.get("id")
+            self.last_id = hello.get("id", self.last_id)
             if self.stopped:
                 lines.close()
         return events
@@ -9308,14 +9390,15 @@ class EventListener:
         if event.get("event") == "event":
             with self.lock:
                 self.lock.wait_for(lambda: len(self.waiting) < MAX_EVENTS or self.stopped)
-                self.waiting.append(event["data"])
+                self.waiting.append((event["data"], event.get("id")))
                 self.last_id = event.get("id", self.last_id)
                 self.lock.notify_all()
 
 
-def connect_events(timeout=10):
-    """Return an EventListener that hears the queue's events from now on; raises where it can't within `timeout` s."""
-    return EventListener().start(timeout)
+def connect_events(timeout=10, after=None):
+    """Return an EventListener that hears the queue's events from now on, or from `after` an event's id on; raises where
+    it can't within `timeout` s. `with connect_events() as listener:` stops it at the end."""
+    return EventListener(after).start(timeout)
 
 
 # 9. Jobs #####################################################################

@@ -612,3 +612,43 @@ def test_a_filter_of_a_field_that_is_selected_too_is_anded_everywhere(folder):
     L.client().transport.call, call = lambda *words: sent.append(words) or call(*words), L.client().transport.call
     assert L.ls_tasks(task_name="x", extra_filter='task_name == "y"').content == []
     assert json.loads(sent[0][3])["extra_filter"] == {"$and": [{"task_name": "y"}]}
+
+
+def test_a_listing_is_a_sequence_of_all_that_iterating_gives(home):
+    L.submit_tasks([{"args": {"x": x}} for x in range(150)])
+    found = L.ls_tasks()
+    assert len(found.content) == 100 and repr(found) == "<TaskLsResponse: 100 pending and more>"
+    assert len(found) == len(list(found)) == 150 and len(found.content) == 100
+    xs = [task.args["x"] for task in found]
+    assert [found[at].args["x"] for at in (0, 99, 100, 149, -1, -150)] == [xs[at] for at in (0, 99, 100, 149, -1, -150)]
+    for part in (slice(2), slice(-2, None), slice(95, 105), slice(None, None, -40), slice(500, 600)):
+        assert [task.args["x"] for task in found[part]] == xs[part]
+        assert found[part] == list(found)[part] and type(found[part]) is type(found)
+    assert found[0] in found and next(reversed(found)) == found[149] and found != found[1:]
+    for place in (150, -151):
+        with pytest.raises(IndexError):
+            found[place]
+    with pytest.raises(TypeError):
+        found["x"]
+    some = L.ls_tasks(limit=7)
+    assert len(some) == 7 and some and repr(some) == "<TaskLsResponse: 7 pending>"
+
+
+def test_an_empty_listing_is_false_and_says_so(home):
+    for found in (L.ls_tasks(), L.ls_workers(), L.update_tasks([])):
+        assert not found and len(found) == 0 and found[:1] == [] and "nothing" in repr(found)
+        assert "nothing" in found._repr_html_()
+
+
+def test_a_notebook_shows_a_table_in_which_nothing_is_markup(home):
+    evil = "<script>alert(1)</script>&\x1b[31m\""
+    task_id = L.submit_task(task_name="n", args={"lr": 0.1, "opt": {"k": evil}, "empty": {}, "long": "x" * 999}).task_id
+    L.update_tasks([L.TaskUpdateRequest(_id=task_id, summary={"<script>": 1, "acc": 0.123456789, "labtasker_exception": {"type": "E", "traceback": "T b"}})])
+    L.create_worker("w", {"gpu": evil})
+    text = L.ls_tasks()._repr_html_()
+    for shown in (task_id, "args.lr", "0.1", "summary.acc", "0.123457", "<th>summary.&lt;script&gt;</th>", "<td>&lt;script&gt;alert", "1 pending", "summary.labtasker_exception.type"):
+        assert shown in text
+    assert "T b" not in text and "x" * 999 not in text
+    assert "gpu" in L.ls_workers()._repr_html_()
+    for text in (text, L.ls_workers()._repr_html_()):
+        assert "<script" not in text and "\x1b" not in text and text.count("<tr>") == text.count("</tr>") == 2

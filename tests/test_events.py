@@ -250,3 +250,41 @@ def test_event_listen(home, words, line):
     wait_until(lambda: pattern.search(process.log_path.read_text()), "the event", never=lambda _: process.poll() is not None)
     process.send_signal(signal.SIGINT)
     assert process.wait(20) == 130 and "Traceback" not in process.log_path.read_text()
+
+
+def test_events_from_before_are_had_by_the_id_of_one_seen(both):
+    """Also all that are kept, with "0.0"; and a listener ends with its `with`."""
+    with L.connect_events() as listener:
+        run_one()
+        ids = [listener.get_event(timeout=20).id for _ in RAN]
+    assert not listener.is_connected()
+    with L.EventListener(after=ids[0]) as again:
+        assert heard(again, 2) == RAN[1:]
+        run_one()
+        assert heard(again, 3) == RAN
+    with L.connect_events(after="0.0") as every:
+        assert heard(every, 6) == RAN * 2
+        with every:  # what was started goes on
+            assert every.is_connected()
+
+
+@pytest.mark.parametrize("after", ["", "x", "17", "1.x", " 1.0", "1.0\n", 17, 1.5, b"1.0"])
+def test_an_id_that_is_none_of_an_event_is_refused_at_once(after):
+    with pytest.raises(L.LabtaskerValueError, match="is no event's id"):
+        L.connect_events(after=after)
+
+
+def test_an_id_that_the_store_does_not_have_is_told_of_and_what_follows_is_heard(door):
+    do_steps(door)
+    listener = Listener(door, "999.0")
+    first = threading.Timer(0.2, do_steps, [door])
+    first.start()
+    assert len(listener.read(6)) == 6
+    assert "there is no event 999.0" in [data for kind, data in listener.other if kind == "too_old"][0]["detail"]
+
+
+def test_events_from_before_are_refused_where_the_server_gives_them_no_ids(home, monkeypatch):
+    lines = L.Lines(iter([b'event: connection\n', b'data: {"client_id": "c"}\n', b"\n"]), lambda: None)
+    monkeypatch.setattr(L.Client, "listen", lambda self, after, timeout_s: lines)
+    with pytest.raises(L.LabtaskerRuntimeError, match="gives events no ids"):
+        L.connect_events(after="1.0")
