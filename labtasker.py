@@ -14405,7 +14405,7 @@ def do_worker_delete(options):
 
 
 def do_event_listen(options):
-    listener = connect_events(options.timeout)
+    listener = connect_events(options.timeout, options.after)
     note("Connected; Ctrl-C ends it.")
     for event in listener.iter_events():
         if options.raw:
@@ -14730,6 +14730,56 @@ def journal_reference():
         "does not know are refused, and lines with needs: F where F is a later format than its own."])
 
 
+def exit_reference():
+    """Return the exit codes and what they mean."""
+    return "Exit codes\n\n" + "\n".join("%5d  %s" % row for row in EXIT_CODES.items()) + as_started(
+        "\n\nA loop that a signal stops ends with 128 and the signal's number: 143 for\nSIGTERM. In a script:\n\n"
+        "    labtasker task wait --name grid\n    case $? in 0) echo all right;; 4) echo some failed;; esac")
+
+
+def events_reference():
+    """Return how to hear events: from the command line, Python and any HTTP client, also those from before."""
+    return as_started("""\
+Each step of a task (created -> pending -> running -> success, ...) and of a
+worker is an event; a summary that changes while the task runs is none.
+
+Shell
+
+    labtasker event listen --compact
+    labtasker event listen --raw --after 17.0
+
+Python
+
+    import labtasker
+    with labtasker.connect_events() as listener:
+        for response in listener.iter_events():
+            event = response.event
+            print(response.id, event.entity_id, event.new_state)
+            if event.new_state == "failed":
+                print(event.entity_data["args"], event.entity_data["summary"])
+
+    listener.get_event(timeout=5) returns the next one, None after 5 s without.
+    A listener reconnects by itself, and misses nothing meanwhile.
+
+HTTP: a stream of server-sent events
+
+    curl -N -u QUEUE:PASSWORD -H 'Last-Event-ID: 17.0' \\
+        http://HOST:%d/api/v1/queues/me/events
+
+    ?last_event_id=17.0 in the URL means the same as the header.
+
+Events from before
+
+    Each event has an id: in Python response.id, with --raw "id", over HTTP the
+    line "id:". It is LINE.STEP: a line of the journal, and a step on that line.
+    connect_events(after="17.0"), --after 17.0 and Last-Event-ID first give the
+    events after that one; 0.0 gives all that are kept. Kept are those since the
+    last compaction of the journal. Where some are gone, stderr says so (over
+    HTTP the event "too_old"), and the rest follows.
+    With a server and without one it is the same. A server of Labtasker 1.0.1
+    gives no ids, and only events from now on.""" % DEFAULT_PORT)
+
+
 # ---- From words to options
 Command = collections.namedtuple("Command", "run help example options rest sort")
 Command.__new__.__defaults__ = ((), None, None)  # sort(words): (those that are its own, {attribute: what it keeps})
@@ -15022,7 +15072,7 @@ def bring_what_waits():
 
 
 def main(argv=None):
-    """Return the exit code: 0 done, 1 failed, 2 usage, 130 Ctrl-C. The only place that prints errors."""
+    """Return the exit code, one of EXIT_CODES. The only place that prints errors."""
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # closed by whoever started us
             setattr(sys, name, open(os.devnull, "w"))
@@ -15042,8 +15092,29 @@ def main(argv=None):
         if os.environ.get("LABTASKER_DEBUG"):
             raise
         note("labtasker: error: " + explained(error))
-        is_usage = isinstance(error, (UsageError, SyntaxMistake, UnicodeDecodeError))
-        return 2 if is_usage or getattr(error, "status_code", 0) == 422 else 1
+        return code_for(error)
+
+
+def code_for(error):
+    """Return the exit code of a command that an error has ended, a row of EXIT_CODES."""
+    status = getattr(error, "status_code", None) or getattr(error, "status", None)
+    if isinstance(error, (UsageError, SyntaxMistake, UnicodeDecodeError)) or status == 422:
+        return 2
+    is_damaged = isinstance(error, StoreDamaged) or re.search(DAMAGED, str(error))  # of it the wire has the words alone
+    is_away = isinstance(error, LabtaskerConnectError) or status in (401, 502, 503, 504)
+    return 3 if is_away and not is_damaged else 1
+
+
+DAMAGED = "is damaged, and was|is not the header of a Labtasker journal|this one, version .*, does not know"
+EXIT_CODES = {
+    0: "done",
+    1: "refused, not found, damaged",
+    2: "usage: the command line, a filter or a value is wrong",
+    3: "the server or the store can't be reached, or the login is refused",
+    4: "tasks failed: task wait, loop --fail; failures in a row stopped a loop",
+    124: "the time of task wait --timeout is up",
+    130: "Ctrl-C",
+}
 
 
 def explained(error):
@@ -15196,6 +15267,7 @@ COMMANDS = {
         do_event_listen, "Print the state changes of tasks and workers until Ctrl-C. Reconnects.",
         "labtasker event listen --compact", [
             option("-c --compact", "one line for each"), option("--raw", "JSON as it came, one line for each"),
+            option("--after ID", "begin after the event with this id; 0.0: with all that are kept (help events)"),
             option("--timeout TIME", "how long to try to connect (10)", type=seconds, default=10)]),
     "journal verify": Command(
         do_journal_verify, "Look for damage in a journal, even one in use. Exit 1 if there is any.",
@@ -15224,6 +15296,11 @@ COMMANDS = {
         lambda options: show(settings_reference()),
         "Print the settings of config.toml, and the variables that override it.",
         "labtasker help settings"),
+    "help events": Command(
+        lambda options: show(events_reference()), "Print how to hear events: shell, Python, HTTP; also past ones.",
+        "labtasker help events"),
+    "help exit": Command(
+        lambda options: show(exit_reference()), "Print the exit codes.", "labtasker help exit"),
     "help journal": Command(
         lambda options: show(journal_reference()), "Print the format of the journal, a line a transaction.",
         "labtasker help journal"),

@@ -128,7 +128,7 @@ BAD = [
     ("init --url http://127.0.0.1:9 --yes", 2, ["--password"]),
     ("init --url http://127.0.0.1:9 --queue-name 'a b' --password x", 2, ["a b"]),
     ("config", 1, ["labtasker init"]),
-    ("help nosuch", 2, ["nosuch", "api, filter, journal, settings"]),
+    ("help nosuch", 2, ["nosuch", "api, events, exit, filter, journal, settings"]),
     ("loop", 2, ["what to run"]),
     ("loop python train.py", 2, ["goes after --"]),
     ("loop -c 'echo %(lr)' -- echo", 2, ["exclude"]),
@@ -172,7 +172,7 @@ def test_bad_input_gets_one_clear_message(crowded, line, code, words):
 @pytest.mark.slow
 def test_a_wrong_password_says_where_it_comes_from(server_home):
     result = server_home.cli("task", "ls", check=False, env={"LABTASKER_PASSWORD": "wrong"})
-    assert result.returncode == 1, result
+    assert result.returncode == 3, result
     for word in (server_home.server.queue, "password", "LABTASKER_", server_home.server.url):
         assert word in result.stderr, result
 
@@ -180,7 +180,7 @@ def test_a_wrong_password_says_where_it_comes_from(server_home):
 def test_a_server_that_is_not_there_is_named(home):
     result = home.cli("task", "ls", check=False, env={"LABTASKER_URL": "http://127.0.0.1:9", "LABTASKER_QUEUE": "q",
                                                       "LABTASKER_PASSWORD": "p"})
-    assert result.returncode == 1 and "http://127.0.0.1:9" in result.stderr, result
+    assert result.returncode == 3 and "http://127.0.0.1:9" in result.stderr, result
     assert "Traceback" not in result.stderr, result
 
 
@@ -252,6 +252,8 @@ def test_help_is_found_everywhere(home, words):
 @pytest.mark.parametrize("topic, words", [
     ("filter", ["$regex", "date(...)", "summary", "==", "3 hours ago"]),
     ("settings", ["LABTASKER_URL", "heartbeat_interval"]),
+    ("events", ["with labtasker.connect_events() as listener:", "Last-Event-ID", "event listen --raw", "0.0"]),
+    ("exit", ["    %d  %s" % row for row in labtasker.EXIT_CODES.items() if row[0] < 10] + ["  124  ", "  130  "]),
     ("api", ["POST /api/v1/queues/me/tasks/next", "required_fields"])])
 def test_references_are_printed_from_the_tables(home, topic, words):
     text = home.cli("help", topic).stdout
@@ -1182,6 +1184,8 @@ ALONE = [
     ("queue delete --cascade --yes", None, 0, "Deleted queue default"),
     ("queue create-from-config", None, 0, "Created queue default"),
     ("help filter", None, 0, "regex(...)"),
+    ("help events", None, 0, "connect_events"),
+    ("help exit", None, 0, "Ctrl-C"),
     ("help settings", None, 0, "LABTASKER_URL"),
     ("help journal", None, 0, "durable"),
     ("help", None, 0, "watch, config"),
@@ -1304,7 +1308,11 @@ def test_an_unexpected_error_is_one_line_unless_asked(home, monkeypatch, capsys)
 
 
 @pytest.mark.parametrize("error, code", [(UsageError("x"), 2), (labtasker.FilterError("x", "y", 0), 2),
-                                         (labtasker.LabtaskerConnectError("x"), 1), (KeyboardInterrupt(), 130),
+                                         (labtasker.LabtaskerConnectError("x"), 3), (labtasker.StoreDamaged("x"), 1), (labtasker.StoreFull("x"), 1),
+                                         (labtasker.StoreUnavailable("x"), 3), (labtasker.NotFound("x"), 1),
+                                         (labtasker.LabtaskerHTTPStatusError(401, "x"), 3),
+                                         (labtasker.LabtaskerHTTPStatusError(503, str(labtasker.newer("j", "9.9", "w"))), 1),
+                                         (labtasker.LabtaskerHTTPStatusError(400, "x"), 1), (KeyboardInterrupt(), 130),
                                          (FileNotFoundError(2, "No such file", "f"), 1)])
 def test_exit_codes(monkeypatch, capsys, error, code):
     def fail(options):

@@ -288,3 +288,24 @@ def test_events_from_before_are_refused_where_the_server_gives_them_no_ids(home,
     monkeypatch.setattr(L.Client, "listen", lambda self, after, timeout_s: lines)
     with pytest.raises(L.LabtaskerRuntimeError, match="gives events no ids"):
         L.connect_events(after="1.0")
+
+
+def test_help_events_fits_a_terminal_and_its_python_hears_events(home, capsys):
+    text = L.events_reference()
+    assert max(map(len, text.split("\n"))) <= 80
+    code = re.search(r"(?s)\n    import labtasker\n.*?(?=\n\n)", text).group().replace("\n    ", "\n")
+    heard = []
+
+    class Ended(Exception):
+        pass
+
+    class Print:
+        def __call__(self, *words):
+            heard.append(words)
+            if len(heard) == 3:
+                raise Ended
+    timer = threading.Timer(0.2, run_one)
+    timer.start()
+    with pytest.raises(Ended):
+        exec(code, {"print": Print()})
+    assert [state for _, _, state in heard] == [step[2] for step in RAN]
