@@ -8,7 +8,7 @@ Copy this file to wherever there is a Python 3.6 or newer and go:
     python3 labtasker.py task ls                            # look at the results
     python3 labtasker.py serve                              # let several hosts share a queue
 
-The same file is the server, the command line and `import labtasker`. The house has twelve floors; each uses
+The same file is the server, the command line and `import labtasker`. The house has thirteen floors; each uses
 only those below it, so the file reads from here to its end.
 
     1. Values        errors, ids, names, dotted keys, times, durations, relative dates
@@ -20,13 +20,14 @@ only those below it, so the file reads from here to its end.
     7. Server        HTTP over the API: a loop, and threads for what takes long
     8. Client        configuration, the two transports, the public functions
     9. Jobs          casts, Required, templates; a job's end and output
-    10. Worker       runs, reports, heartbeats, the loop and its slots
-    11. Text         what a person reads and types: tables, formats, values, task arguments
-    12. Command line  commands as one table, main()
+    10. Runs         the run under way, its reports and the outbox where they wait, its heartbeats
+    11. Loops        a loop and its slots: fetch, have a function or a command run, report
+    12. Text         what a person reads and types: tables, formats, values, task arguments
+    13. Command line  commands as one table, main()
 
 A task goes this way from `task submit` to its stored report; the number is the section of the function:
 
-    do_task_submit (12)   reads what was typed
+    do_task_submit (13)   reads what was typed
     submit_task (8)       gives the task its id
     Client.call (8)       asks the server over HTTP, or the store in this process
     answer_call (6)       finds the row of ROUTES and checks the fields
@@ -10929,12 +10930,11 @@ def chosen_gpus(text, variable):
     return [one for one, in found[0]]
 
 
-# 10. Worker ##################################################################
+# 10. Runs ####################################################################
 #
-# Takes tasks and runs them: reports and the outbox where they wait for a server that is away, the run
-# under way, heartbeats by a process of their own, the loop and its slots, and the two ways to run a task:
-# call a function, start a command. Knows nothing of argparse.
-# Uses 1, 2, 3, 4, 5, 8, 9. Tests: test_worker.py, test_loop.py, test_signals.py, test_slots.py.
+# A run of a task, from inside and from outside: its reports and the outbox where they wait for a server
+# that is away, what its job may ask and tell, the signals that a loop hears, heartbeats by a process of
+# their own. Uses 1, 2, 3, 4, 5, 8, 9. Tests: test_worker.py, test_signals.py.
 
 
 def remark(text):
@@ -11318,6 +11318,7 @@ CURRENT_PATHS = {}  # (process, thread) that calls functions -> its file current
 CURRENT_KINDS = {"task_id": str, "run_id": str, "worker_id": str, "log_dir": str}
 SERVER_LOST_S = 3600  # how long a server may be away
 AWAY_S = 10  # after a report that could not be delivered: how long later ones are saved without trying
+LOST_GRACE_S = 1  # from TERM to KILL for the job of a task that was cancelled or taken away
 LONGEST_PAUSE_S = 5  # between two looks whether the server is back
 
 
@@ -11916,6 +11917,13 @@ def loop_signals():
     import signal
     names = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU")
     return [getattr(signal, name) for name in names if hasattr(signal, name)]
+
+
+# 11. Loops ###################################################################
+#
+# Takes tasks and has them run: the loop and its slots, its time limit, and the two ways to run a task:
+# call a function, start a command. Knows nothing of argparse.
+# Uses 1, 2, 3, 4, 5, 8, 9, 10. Tests: test_worker.py, test_loop.py, test_signals.py, test_slots.py.
 
 
 class Limit:
@@ -12633,7 +12641,6 @@ ANSWER_S = 0.5  # how long the answer to a fetch is waited for before the server
 FETCH_CUT_S = 2  # how long a loop that must leave waits for the answer to a fetch
 HAND_BACK_S = 5  # before the time is up: for handing back what was killed then
 LEAVING_S = 10  # how long a loop that must leave tries to hand its task back
-LOST_GRACE_S = 1  # from TERM to KILL for the job of a task that was cancelled or taken away
 OWN_SIGNAL_S = 1  # after a job that died of a signal: how long the loop looks whether it gets the same one
 REASON_LIMIT = 300  # letters of the reason that an attempt keeps
 FIRST_PAUSE_S, LONGEST_HAND_BACK_S = 1.0, 60.0  # of a task whose job can't work now; doubled each time it hands it back
@@ -13022,7 +13029,7 @@ def watch(slot, run, process):
     return False
 
 
-# 11. Text ####################################################################
+# 12. Text ####################################################################
 #
 # What a person reads and types: messages, tables, YAML and CSV; values, task arguments, files of tasks, answers.
 # Knows no command and asks no store. Results go to stdout, everything else to stderr.
@@ -13455,13 +13462,13 @@ def listed_submission(cells):
             task[top] = cell if kind == "name" else literal(cell)
     return task
 
-# 12. Command line ############################################################
+# 13. Command line ############################################################
 #
 # Commands as one table, from which parsers, help and dispatch derive; what they print; main().
 # Knows nothing of the journal and of HTTP: a command calls the functions that scripts call too.
 # A command function takes the parsed options and returns its exit code (None: 0). What people like and work can do
 # without is in labtasker_cli.py, which enters its commands into the table and shows what there is in a nicer way.
-# Uses 1, 2, 3, 5 to 11. Tests: test_cli.py, test_terminal.py.
+# Uses 1, 2, 3, 5 to 12. Tests: test_cli.py, test_terminal.py.
 EACH_DAY = ("task", "loop", "watch", "init", "serve", "sbatch")  # what the list of commands tells the most of
 EVERY = 10 ** 9  # the limit of a listing that leaves nothing out
 EXTRA_COMMANDS = {  # the commands of labtasker_cli.py, and what they are for
