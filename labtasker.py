@@ -283,7 +283,7 @@ def check_key(key, where):
                               "with dots between nested keys" % (key,))])
 
 
-def nest(mapping, where="args"):
+def unflatten(mapping, where="args"):
     """Return `mapping` with dotted keys as nested dicts at every level, or raise InvalidFields.
 
     Paths merge in any order; a path set twice, or set to a value and to a dict, is refused and both are named.
@@ -343,7 +343,7 @@ def _leaves(mapping, where, prefix):
             yield path, ".".join(where[1:] + [key]), _nested(value, where + [key])
 
 
-def dig(value, path, default=None):
+def get_path(value, path, default=None):
     """Return what stands at `path` (a list of keys) in nested dicts, or `default`."""
     for key in path:
         if not isinstance(value, dict) or key not in value:
@@ -1451,7 +1451,7 @@ def sort_records(records, sort, ties):
         first.setdefault(field, direction)  # the same field again changes nothing
     for field, direction in reversed(list(first.items())):
         keys, last = field.split("."), NAN_LAST[direction]
-        found = in_order(found, lambda record: _order(dig(getattr(record, keys[0], None), keys[1:]), nan=last),
+        found = in_order(found, lambda record: _order(get_path(getattr(record, keys[0], None), keys[1:]), nan=last),
                          direction < 0)
     return found
 
@@ -1644,8 +1644,8 @@ Field.__new__.__defaults__ = None, None, None
 #   kind       what its values are: a row of KINDS where a request can have it
 #   extension  False: every client sees it; True: only one that asks for extensions; None: nobody
 #   meaning    its help; that of the flag is the part before the first semicolon
-#   submitted  how a submission takes it. "set": as it is. "nest": dotted keys become dicts. "id": the client made it.
-#              "note": the client notes it, and it does not tell one submission from another. None: not at all
+#   submitted  how a submission takes it. "set": as it is. "unflatten": dotted keys become dicts. "id": made by the
+#              client. "note": the client notes it, and it does not tell one submission from another. None: not at all
 #   updated    how an update takes it. "set": as it is. "merge": into what is there. "move": by TASK_MOVES. None: not
 #   flag       its option of `task submit`
 TASK_FIELDS = {
@@ -1668,9 +1668,9 @@ TASK_FIELDS = {
     "priority": Field("int", 0, False, "higher is fetched first", "set", "set", "--priority N"),
     "retry_delay": Field("seconds", None, True, "pause after its first failed run, twice as long after each further "
                          "one, at most an hour; null: none", "set", "set", "--retry-delay TIME"),
-    "metadata": Field("dict", {}, False, "the submitter's notes: tags and the like", "nest", "merge",
+    "metadata": Field("dict", {}, False, "the submitter's notes: tags and the like", "unflatten", "merge",
                       "--metadata DICT"),
-    "args": Field("dict", {}, False, "what the job is run with", "nest", "merge", "--args DICT"),
+    "args": Field("dict", {}, False, "what the job is run with", "unflatten", "merge", "--args DICT"),
     "cmd": Field("cmd", "", False, "the command it was submitted, or is run, with: text or list", "set", "set",
                  "--cmd TEXT"),
     "summary": Field("dict", {}, False, "what the job reported", None, "merge"),
@@ -4612,7 +4612,7 @@ def create_queue_op(store, _, request, at):
     fields = {"queue_id": new_id(), "queue_name": name, "created_at": at, "last_modified": at,
               "password": request.get("password_hash")}
     if request.get("metadata"):
-        fields["metadata"] = nest(request["metadata"], "metadata")
+        fields["metadata"] = unflatten(request["metadata"], "metadata")
     return [["queue", fields]], {"queue_id": fields["queue_id"]}
 
 
@@ -4633,7 +4633,7 @@ def update_queue_op(store, queue, request, at):
         fields["password"] = request["password_hash"]
     update = request.get("metadata_update")
     if update is not None:
-        fields["metadata"] = merge(queue.record.metadata, nest(update, "metadata_update")) if update else {}
+        fields["metadata"] = merge(queue.record.metadata, unflatten(update, "metadata_update")) if update else {}
     return [["queue", fields]], revised(queue.record, dict(fields))
 
 
@@ -4647,7 +4647,7 @@ def delete_queue_op(store, queue, request, at):
 
 _PLAIN_INPUT = [(name, field.default) for name, field in SUBMITTED.items() if field.submitted == "set"]
 _NESTED_INPUT, _NOTED_INPUT = [[name for name, field in SUBMITTED.items() if field.submitted == how]
-                               for how in ("nest", "note")]
+                               for how in ("unflatten", "note")]
 
 
 def _submission(request, at):
@@ -4657,7 +4657,7 @@ def _submission(request, at):
     fields = {"status": "pending", "created_at": at}
     for name in _NESTED_INPUT:
         if request[name]:
-            fields[name] = nest(request[name], name)
+            fields[name] = unflatten(request[name], name)
     for name, default in _PLAIN_INPUT:
         value = request[name]
         if value is not None and value != default:
@@ -4747,7 +4747,7 @@ def count_tasks_op(store, queue, request, at):
 
     def value(record):
         found = getattr(record, top)
-        found = dig(format_time(found) if isinstance(found, Instant) else found, path)
+        found = get_path(format_time(found) if isinstance(found, Instant) else found, path)
         return found if type(found) is str else (dump_json(found),)  # True is no 1, and a dict can't be a key
 
     def answer():
@@ -4917,7 +4917,7 @@ def report_task_op(store, queue, request, at):
 
 def _summarised(task, request):
     summary = request.get("summary")
-    return {"summary": merge(task.summary, nest(summary, "summary"))} if summary else {}
+    return {"summary": merge(task.summary, unflatten(summary, "summary"))} if summary else {}
 
 
 def _changed(task, fields, old_state, at):
@@ -5019,7 +5019,7 @@ def _updated(task, request, reset):
     for name, field in UPDATED.items():
         value = request.get(name)
         if field.updated == "merge" and value is not None:
-            new = nest(value, name)
+            new = unflatten(value, name)
             fields[name] = new if name in replaced else merge(getattr(task, name), new)
         elif field.updated == "set" and (value is not None or name in replaced and name in request):
             fields[name] = field.default if value is None else value
@@ -5083,7 +5083,7 @@ def create_worker_op(store, queue, request, at):
         return [], {"worker_id": worker_id}
     fields = {"status": move(WORKER_MOVES, "created", "register", "worker"), "created_at": at, "last_modified": at}
     if request.get("metadata"):
-        fields["metadata"] = nest(request["metadata"], "metadata")
+        fields["metadata"] = unflatten(request["metadata"], "metadata")
     for name in ("worker_name", "max_retries"):
         if request.get(name) is not None:
             fields[name] = request[name]
@@ -7814,11 +7814,11 @@ def _read_settings(path):
     return reader.found
 
 
-def flat(mapping, prefix=""):
+def flatten(mapping, prefix=""):
     """Yield (dotted key, value) for each leaf of nested dicts."""
     for key, value in mapping.items():
         if isinstance(value, dict) and value:
-            yield from flat(value, prefix + key + ".")
+            yield from flatten(value, prefix + key + ".")
         else:
             yield prefix + key, value
 
@@ -8423,9 +8423,9 @@ def plain_summary(summary):
         found = Plain(odd).value(summary, [])
         found = _fitting(found if isinstance(found, dict) else {"value": found}, told)
         try:
-            found = nest(found, "summary")
+            found = unflatten(found, "summary")
         except InvalidFields:
-            found = nest(_with_keys(found, told), "summary")
+            found = unflatten(_with_keys(found, told), "summary")
     except Exception as error:
         told.append("the summary is kept as text: %s: %s" % (type(error).__name__, error))
         found = {"value": repr_of(summary)}
@@ -8873,7 +8873,7 @@ class Listing(Response):
         """Return the first of `.content` as an HTML table, a row a task or worker, for a notebook."""
         import html
         shown = self.content[:SHOWN_ROWS]
-        rows = [{name: value for name, value in flat({top: getattr(item, top) for top in item.SHOWN})
+        rows = [{name: value for name, value in flatten({top: getattr(item, top) for top in item.SHOWN})
                  if value != {} and name != "summary.labtasker_exception.traceback"} for item in shown]
         names = sorted({name: None for row in rows for name in row},
                        key=lambda name: shown[0].SHOWN.index(name.split(".")[0]))
@@ -8884,7 +8884,8 @@ class Listing(Response):
 
     def to_records(self):
         """Return all of it as flat dicts, as `pandas.DataFrame` takes them: `args.lr`, `summary.acc` and the like."""
-        return [{key: value for key, value in flat({name: getattr(item, name) for name in item.FIELDS}) if value != {}}
+        return [{key: value for key, value in flatten({name: getattr(item, name) for name in item.FIELDS})
+                 if value != {}}
                 for item in self]
 
 
@@ -9089,7 +9090,7 @@ def unseen(tasks):
     import hashlib
 
     def identity(args, cmd):
-        return json.dumps(nest(args) if args else [cmd], sort_keys=True)
+        return json.dumps(unflatten(args) if args else [cmd], sort_keys=True)
     there = {identity(task.args, task.cmd): task.task_id for task in ls_tasks(limit=10 ** 9).content}
     taken, new, ids = set(there.values()), [], []
     for task in tasks:
@@ -9218,7 +9219,7 @@ def update_tasks(task_updates, reset_pending=False):
 def _by_dotted_keys(update):
     """Return an update with the dicts that it merges written by dotted keys: a 1.0.1 server merges no deeper ones."""
     kept = update.get("replace_fields") or ()
-    return {name: dict(flat(value)) if isinstance(value, dict) and name not in kept else value
+    return {name: dict(flatten(value)) if isinstance(value, dict) and name not in kept else value
             for name, value in update.items()}
 
 
@@ -9642,7 +9643,7 @@ class Required:
     def value(self, args, name, annotation):
         """Return what the parameter `name` gets from `args`; raises LabtaskerTypeError where it can't be cast."""
         key = self.alias or name
-        found = dig(args, key.split("."), self)
+        found = get_path(args, key.split("."), self)
         if found is self:
             raise LabtaskerTypeError("parameter %r: the task's args have no %r" % (name, key))
         if self.resolver:
@@ -9808,7 +9809,7 @@ def _template_mistake(text, begin):
 
 def value_at(args, key):
     """Return the value at the dotted `key`; LabtaskerValueError if there is none."""
-    value = dig(args, key.split("."), args)
+    value = get_path(args, key.split("."), args)
     if value is args:
         raise LabtaskerValueError("the task's args have no %r for %%(%s)" % (key, key))
     return value
@@ -9880,7 +9881,7 @@ class ShellReader:
             if begin <= i < end:
                 self.refuse(i, what)
 
-    def place(self, i, way):
+    def note(self, i, way):
         """Record how the placeholder at offset `i` is read."""
         if self.inside:
             self.refuse(i, self.inside)
@@ -9898,7 +9899,7 @@ class ShellReader:
         while i < len(text):
             char, begin = text[i], i
             if i in self.numbers:
-                self.place(i, "bare")
+                self.note(i, "bare")
                 i += 1
             elif char == "\\":
                 i = self.escaped(i)
@@ -9966,7 +9967,7 @@ class ShellReader:
         end = (self.text + "'").find("'", i + 1)
         for place in self.places:
             if i < place < end:
-                self.place(place, "single")
+                self.note(place, "single")
         return min(end + 1, len(self.text))
 
     def double(self, i, _):
@@ -9974,7 +9975,7 @@ class ShellReader:
         i += 1
         while i < len(self.text) and self.text[i] != '"':
             if i in self.numbers:
-                self.place(i, "double")
+                self.note(i, "double")
                 i += 1
             elif self.text[i] == "\\":
                 i = self.escaped(i)
@@ -10786,7 +10787,7 @@ def brief(value):
 
 def pairs(mapping):
     """Return nested dicts as `a=1 b.c=2`; a traceback is left to `task get`."""
-    return " ".join("%s=%s" % (key, brief(value)) for key, value in flat(mapping)
+    return " ".join("%s=%s" % (key, brief(value)) for key, value in flatten(mapping)
                     if key != "labtasker_exception.traceback")
 
 
@@ -11011,7 +11012,8 @@ def keep_report(run, report):
     if run.is_end_saved:
         return
     if report["status"] == "running" and old and os.path.exists(old[0]):
-        report = dict(report, summary=merge(nest(old[1] or {}, "summary"), nest(report["summary"] or {}, "summary")))
+        report = dict(report, summary=merge(*(
+            unflatten(summary or {}, "summary") for summary in (old[1], report["summary"]))))
     else:
         old = None
     if not os.path.isdir(outbox()):
@@ -11255,7 +11257,8 @@ class Run:
         if not (summary and self.has_folder()):
             return
         try:
-            write_json(self.path("summary.json"), merge(read_json(self.path("summary.json")), nest(summary, "summary")))
+            path = self.path("summary.json")
+            write_json(path, merge(read_json(path), unflatten(summary, "summary")))
         except (OSError, LabtaskerError) as error:
             remark("can't write %s: %s" % (self.path("summary.json"), error))
 
@@ -13084,7 +13087,7 @@ def narrowed(widths, room):
     return widths
 
 
-def table(rows, room=10 ** 9, painted=None):
+def render_table(rows, room=10 ** 9, painted=None):
     """Return rows of texts, the first the header, as aligned lines that fit in `room` cells. Empty columns are left
     out.
 
@@ -13162,7 +13165,7 @@ def as_csv(rows, columns=()):
     """Return dicts as CSV: a column for each field, `args.lr` and the like for what is nested, or `columns`."""
     fields = list(dict.fromkeys(key for row in rows for key in row))
     if not columns:
-        rows = [{key: value for key, value in flat(row) if value != {}} for row in rows]
+        rows = [{key: value for key, value in flatten(row) if value != {}} for row in rows]
         columns = sorted({key for row in rows for key in row}, key=lambda key: (fields.index(key.split(".")[0]), key))
     lines = [columns] + [[row.get(column) for column in columns] for row in rows]
     text = "\n".join(",".join(map(csv_cell, line)) if line[1:] else csv_cell(line[0]) or '""' for line in lines if line)
@@ -13339,7 +13342,7 @@ def joined(first, second, where="args"):
     if twice:
         raise UsageError("the task argument %s is given twice" % ", ".join(twice))
     try:
-        return nest(dict(first, **second), where)
+        return unflatten(dict(first, **second), where)
     except InvalidFields as error:
         raise UsageError(error) from None
 
@@ -13691,7 +13694,7 @@ def brief_cell(value):
 def field_of(task, word):
     """Return what a task has at a field, a dotted one too, or by one of the names in its table; JSON types."""
     computed = {"age": lambda: round(now() - task.created_at.timestamp(), 3), "duration": lambda: spent_s(task)}
-    return computed[word]() if word in computed else dig(task.to_dict(), SHORT.get(word, word).split("."))
+    return computed[word]() if word in computed else get_path(task.to_dict(), SHORT.get(word, word).split("."))
 
 
 def painter(options):
@@ -13709,7 +13712,7 @@ def apart(tasks):
     the shortest first.
 
     Where they differ in none, all their arguments stand in one column."""
-    rows = [{key: brief(value) for key, value in flat(task.args)} for task in tasks]
+    rows = [{key: brief(value) for key, value in flatten(task.args)} for task in tasks]
     keys = [key for key in dict.fromkeys(key for row in rows for key in row)
             if len({row.get(key) for row in rows}) > 1]
     if not keys or not all(rows):
@@ -13741,7 +13744,7 @@ def item_table(items, options):
                 break
     rows = [["id"] + list(columns)]
     rows += [[head] + [cell(item) for cell in columns.values()] for head, item in zip(heads, items)]
-    return table(rows, room, painter(options))
+    return render_table(rows, room, painter(options))
 
 
 def listing_text(items, options):
@@ -13845,7 +13848,7 @@ def counted(query, field="status"):
     query, at = dict(query, extra_filter=_query(query.get("extra_filter"))), monotonic()
     if not client().extensions:
         tasks = ls_tasks(limit=EVERY, **query).content
-        values = (dig(task.to_dict(), field.split(".")) for task in tasks)
+        values = (get_path(task.to_dict(), field.split(".")) for task in tasks)
         return Count(collections.Counter(map(brief, values)), 0, 0, None, at)
     answer, counts = _ask("POST " + _TASKS + "/count", by=field, **query), collections.Counter()
     for value, number in answer["counts"]:
@@ -13883,7 +13886,7 @@ def do_task_count(options):
     if options.quiet:
         return say(str(total))
     rows = [(field, "tasks")] + [(name, str(number)) for name, number in counts.items()] + [("total", str(total))]
-    say(table(rows, painted=painter(options)))
+    say(render_table(rows, painted=painter(options)))
 
 
 # ---- Changing tasks: update, delete, retry
@@ -13920,14 +13923,14 @@ def change_of(task, updates):
             is_replaced = True
         if is_replaced:
             change["replace_fields"] = sorted({top}.union(change.get("replace_fields", ())))
-        place(change, [top] + path, value)
+        set_path(change, [top] + path, value)
     try:
         return TaskUpdateRequest(**change)
     except (LabtaskerError, ValueError, TypeError) as error:
         raise UsageError(error) from None
 
 
-def place(tree, path, value):
+def set_path(tree, path, value):
     """Set what stands at `path` in nested dicts."""
     for key in path[:-1]:
         if not isinstance(tree.get(key), dict):
@@ -14163,7 +14166,7 @@ def as_typed(cmd):
 
 def example_command(task):
     """Return a command that takes just the task's arguments."""
-    return "python train.py " + " ".join("--%s '%%(%s)'" % (key, key) for key, _ in flat(task.args))
+    return "python train.py " + " ".join("--%s '%%(%s)'" % (key, key) for key, _ in flatten(task.args))
 
 
 def mismatches(cmd, task):
@@ -14479,7 +14482,7 @@ def do_journal_stats(options):
     rows = [["file", found.path], ["bytes", found.size], ["bytes of folded lines", found.header.get("tail", 0)],
             ["lines since", found.lines], ["last line", found.n], ["known to be on disk", found.durable],
             ["closed cleanly", "yes" if found.ended else "no"], ["bad pieces", len(found.bad)]]
-    say(table([[str(cell) for cell in row] for row in rows]))
+    say(render_table([[str(cell) for cell in row] for row in rows]))
 
 
 # ---- Setting up
@@ -14705,7 +14708,7 @@ def filter_reference():
         "Nested        args.optimizer.lr, summary.acc, args.layers[0]", "",
         "Instead of"] + ["  %-11s %s" % (word, text) for word, text in INSTEAD.items()] + [
         "", "A query document may stand for it: -f '{\"args.lr\": {\"$gt\": 0.1}}', with",
-        " ".join(tuple(OPERATORS) + tuple(LOGIC) + ("$expr",)), "", table(fields)])
+        " ".join(tuple(OPERATORS) + tuple(LOGIC) + ("$expr",)), "", render_table(fields)])
 
 
 def settings_reference():
@@ -14715,7 +14718,7 @@ def settings_reference():
     return "\n".join([
         "The configuration is %s in the nearest folder .labtasker, from here upward," % CONFIG_NAME,
         "or in the folder that LABTASKER_ROOT names. Variables override it.", "",
-        table([["setting", "variable", "meaning"]] + rows)])
+        render_table([["setting", "variable", "meaning"]] + rows)])
 
 
 def journal_reference():
@@ -14729,7 +14732,7 @@ def journal_reference():
         "durable  the last n that was known to be on disk when the line was written",
         "at       when, in seconds since 1970, UTC",
         "crc      zlib.crc32 of the line's bytes before it",
-        "changes  new values, not commands; what is not named stays as it was:", "", table(rows), "",
+        "changes  new values, not commands; what is not named stays as it was:", "", render_table(rows), "",
         "After a compaction the first line has folded: N and tail: BYTE; the lines up to that byte, each with fold: K",
         "for a number, make the state that the lines up to N had made, the last of them with checksum folded_crc. A",
         "line with epoch: E begins another owner's time, one with end: true is a clean close; from a line with",

@@ -17,16 +17,16 @@ import time
 import zlib
 
 from labtasker import (
-    COMMANDS, CONFIG_NAME, CONTROL, EVERY, EXTRA_COMMANDS, NAME, REFRESH_S, REQUIRED, ROUTES, SELECT, SETTINGS,
-    TASK_FIELDS, TASK_STATES, UPDATABLE, Command, Disk, Instant, JobCommand, LabtaskerError,
+    COMMANDS, CONFIG_NAME, CONTROL, EVERY, EXTRA_COMMANDS, NAME, REFRESH_S, REQUIRED, ROUTES, SELECT,
+    SETTINGS, TASK_FIELDS, TASK_STATES, UPDATABLE, Command, Disk, Instant, JobCommand, LabtaskerError,
     LabtaskerHTTPStatusError, LabtaskerRuntimeError, LabtaskerValueError, NotFound, OddFile, Page, Sweep,
-    SyntaxMistake, TaskUpdateRequest, UsageError, _order, _seen, apart, as_typed, ask, brief, cells_wide, change_of,
-    choice, clean, client, compile_query, dig, duration, enter_page, error_of, filter_of, find_root, fitted, flat,
-    format_time, get_task_op, group, health_check, ids_of, in_order, is_away, is_terminal, joined, load_config,
-    log_path, ls_tasks, ls_workers, main, monotonic, narrowed, note, now, open_plain, option, pace, pace_of, pairs,
-    parse, parse_filter, progress, read_server_file, read_text, recent_ends, record_text, say, screen_size,
-    seconds, selectors, show, some, spent_s, store_folder, typed_filter, typed_value, update_tasks,
-    updates_of, use_client, visible)
+    SyntaxMistake, TaskUpdateRequest, UsageError, _order, _seen, apart, as_typed, ask, brief, cells_wide,
+    change_of, choice, clean, client, compile_query, duration, enter_page, error_of, filter_of, find_root,
+    fitted, flatten, format_time, get_path, get_task_op, group, health_check, ids_of, in_order, is_away,
+    is_terminal, joined, load_config, log_path, ls_tasks, ls_workers, main, monotonic, narrowed, note, now,
+    open_plain, option, pace, pace_of, pairs, parse, parse_filter, progress, read_server_file, read_text,
+    recent_ends, record_text, say, screen_size, seconds, selectors, show, some, spent_s, store_folder,
+    typed_filter, typed_value, update_tasks, updates_of, use_client, visible)
 
 __all__ = ["main", "server_main"]
 
@@ -626,7 +626,7 @@ def values_of(row):
         if name in ("task_name", "status") and row[name] is not None:
             found[name] = row[name]
         elif TASK_FIELDS[name].kind == "dict" and row[name]:
-            found.update((name + "." + key, form_text(value)) for key, value in flat(row[name]))
+            found.update((name + "." + key, form_text(value)) for key, value in flatten(row[name]))
         elif TASK_FIELDS[name].kind != "dict":
             found[name] = form_text(row[name])
     return found
@@ -809,7 +809,7 @@ def field_values(name, word):
     head, comma, _ = word.rpartition(",") if name.endswith("...") else ("", "", "")
     tops = UPDATABLE if "=" in name else list(visible(TASK_FIELDS))
     deep = dict.fromkeys("%s.%s" % (top, key) for task in ls_tasks(limit=100).content
-                         for top in ("args", "metadata", "summary") for key, _ in flat(getattr(task, top)))
+                         for top in ("args", "metadata", "summary") for key, _ in flatten(getattr(task, top)))
     return [head + comma + field + ("=" if "=" in name else "") for field in tops + list(deep)]
 
 
@@ -1218,7 +1218,7 @@ def value_of(field):
         raise LabtaskerValueError("there is no column %s: fields of tasks are %s; made up are %s" % (
             brief(field), ", ".join(visible(TASK_FIELDS)), ", ".join(MADE_UP)))
     get = operator.attrgetter(top)
-    return (lambda record: dig(get(record), path)) if path else get
+    return (lambda record: get_path(get(record), path)) if path else get
 
 
 def column_of(field):
@@ -1250,7 +1250,7 @@ def fields_of(records):
     found, others = collections.Counter(), set()
     for at in range(0, len(records), max(1, len(records) // SAMPLE)):
         for top in ("args", "summary", "metadata"):
-            for key, value in itertools.islice(flat(getattr(records[at], top)), MOST_PATHS):
+            for key, value in itertools.islice(flatten(getattr(records[at], top)), MOST_PATHS):
                 path = (top + "." + key)[:CELL]
                 found[path] += 1
                 if type(value) not in (int, float):

@@ -464,7 +464,7 @@ def test_tasks_are_counted_as_they_are_listed(door, asked):  # noqa: F811
                "attempts", "status.x", "args.nosuch"):
         wished = []  # [JSON text of the value, number], in the order of the list
         for task in listed:
-            text = json.dumps(L.dig(task, by.split(".")))
+            text = json.dumps(L.get_path(task, by.split(".")))
             rows = [row for row in wished if row[0] == text]
             rows[0].__setitem__(1, rows[0][1] + 1) if rows else wished.append([text, 1])
         counts = door("POST", "tasks/count", dict(asked, by=by))["counts"]

@@ -99,7 +99,7 @@ def test_the_reader_agrees_with_tomllib(text):
     """Where the values are texts, numbers and booleans: it leaves out lists, dates and tables in a line."""
     tomllib = pytest.importorskip("tomllib", reason="tomllib came with Python 3.11")
     text = text.replace("\x0c", " ")
-    known = {key: value for key, value in L.flat(tomllib.loads(text)) if type(value) in (str, int, float, bool)}
+    known = {key: value for key, value in L.flatten(tomllib.loads(text)) if type(value) in (str, int, float, bool)}
     assert L.read_toml(text, "x") == known
 
 

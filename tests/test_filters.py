@@ -527,7 +527,7 @@ def test_several_fields_and_ties():
 
 @pytest.mark.parametrize("key", ["val/acc", "mrr@10", "val acc", "$x", "0x", "日本", "it's", 'a"b', "a\\b", "a.b/c", "[0]", "%s"])
 def test_any_key_can_be_written_in_brackets(key):
-    tree = labtasker.nest({key: 0.5}, "metadata")
+    tree = labtasker.unflatten({key: 0.5}, "metadata")
     record, path = Record(metadata=tree, args={"k": 0.25}), "metadata[%s]" % json.dumps(key, ensure_ascii=False)
     for text in ("%s == 0.5", "%s > args.k", "%s * 2 == 1", "exists(%s)", "%s in [0.5]"):
         assert finds(text % path, record), text

@@ -211,7 +211,7 @@ def look_at(text):
     try:
         value = L.parse_json(text.encode("utf-8", "surrogatepass"))
         L.checked(L.ROUTES["POST " + ME + "/tasks"].fields, value, ["body"])
-        L.dump_json(L.nest(value))
+        L.dump_json(L.unflatten(value))
         L.compile_query(value, L.TASK_FIELDS)(RECORD)
     except L.LabtaskerError:
         pass

@@ -71,7 +71,7 @@ def test_records_have_a_field_for_each_row_of_their_table():
 
 def test_what_takes_a_task_field_follows_from_its_row():
     rows = L.TASK_FIELDS.items()
-    assert {field.submitted for _, field in rows} == {None, "set", "nest", "id", "note"}
+    assert {field.submitted for _, field in rows} == {None, "set", "unflatten", "id", "note"}
     assert {field.updated for _, field in rows} == {None, "set", "merge", "move"}
     submitted = {name for name, field in rows if field.submitted}
     updated = {name for name, field in rows if field.updated}

@@ -510,7 +510,7 @@ def test_sorting_by_every_column(person, hand, size):
             way = {"ascending": 1, "descending": -1}[head.get_attribute("aria-sort")]
             if field != "duration":  # which is made up by the page
                 wanted = search(person.server, {"args.case": case}, sort=[[field, way]])
-                values = {task["task_id"]: json.dumps(labtasker.dig(task, field.split("."))) for task in wanted}
+                values = {task["task_id"]: json.dumps(labtasker.get_path(task, field.split("."))) for task in wanted}
                 shown = [values[row[0]] for row in answer.value.json()["rows"]]
                 assert shown == list(values.values())[:100], (field, way)
     choose_columns(person, only=["task_name", "priority"])

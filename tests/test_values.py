@@ -50,7 +50,7 @@ def flat(tree, prefix=""):
     ({"a-b_C.0": None}, {"a-b_C": {"0": None}}),
 ])
 def test_dotted_keys_are_paths_at_every_level(given_, nested):
-    assert labtasker.nest(given_) == nested
+    assert labtasker.unflatten(given_) == nested
 
 
 @pytest.mark.parametrize("given_, named", [
@@ -61,7 +61,7 @@ def test_dotted_keys_are_paths_at_every_level(given_, nested):
 ])
 def test_a_path_set_twice_is_refused_and_both_are_named(given_, named):
     with pytest.raises(labtasker.InvalidFields) as caught:
-        labtasker.nest(given_)
+        labtasker.unflatten(given_)
     assert caught.value.status == 422
     assert all(name in str(caught.value) for name in named)
 
@@ -70,14 +70,14 @@ def test_a_path_set_twice_is_refused_and_both_are_named(given_, named):
 @pytest.mark.parametrize("wrap", [lambda d: d, lambda d: {"x": d}, lambda d: {"x": [d]}])
 def test_an_odd_key_is_refused_wherever_it_stands(key, wrap):
     with pytest.raises(labtasker.InvalidFields) as caught:
-        labtasker.nest(wrap({key: 1}))
+        labtasker.unflatten(wrap({key: 1}))
     assert repr(key) in str(caught.value)
     assert caught.value.detail[0]["loc"][:2] == ["body", "args"]
 
 
 @given(TREES)
 def test_nesting_undoes_flattening_and_changes_no_tree_without_dots(tree):
-    assert labtasker.nest(flat(tree)) == tree == labtasker.nest(tree)
+    assert labtasker.unflatten(flat(tree)) == tree == labtasker.unflatten(tree)
 
 
 @given(TREES, TREES)
@@ -88,14 +88,14 @@ def test_merging_keeps_what_is_old_and_sets_what_is_new(old, new):
     assert labtasker.merge(merged, new) == merged
     assert set(merged) == set(old) | set(new)
     for key, value in flat(new).items():
-        assert labtasker.dig(merged, key.split("."), "gone") == value or value == {}
+        assert labtasker.get_path(merged, key.split("."), "gone") == value or value == {}
 
 
 def test_dig_gives_what_stands_at_a_path_or_the_default():
-    assert labtasker.dig({"a": {"b": 1}}, ["a", "b"]) == 1
-    assert labtasker.dig({"a": {"b": 1}}, ["a", "b", "c"], 7) == 7
-    assert labtasker.dig({"a": None}, ["a"], 7) is None
-    assert labtasker.dig(5, []) == 5
+    assert labtasker.get_path({"a": {"b": 1}}, ["a", "b"]) == 1
+    assert labtasker.get_path({"a": {"b": 1}}, ["a", "b", "c"], 7) == 7
+    assert labtasker.get_path({"a": None}, ["a"], 7) is None
+    assert labtasker.get_path(5, []) == 5
 
 
 def test_ids_are_random_uuid4_text():
@@ -274,7 +274,7 @@ def refused(value):
 @pytest.mark.parametrize("value, plain", KEPT_IN_JSON, ids=[str(number) for number in range(len(KEPT_IN_JSON))])
 def test_numbers_dataclasses_paths_sets_and_tuples_are_taken_everywhere(value, plain):
     assert (refused(value), type(refused(value))) == (plain, type(plain))
-    assert labtasker.plain_summary({"x": value})["x"] == labtasker.nest({"x": plain}, "summary")["x"]
+    assert labtasker.plain_summary({"x": value})["x"] == labtasker.unflatten({"x": plain}, "summary")["x"]
 
 
 def test_numbers_of_numpy_are_taken():
@@ -305,7 +305,7 @@ def test_what_can_not_be_json_is_refused_by_name_and_is_text_in_a_summary(value,
     assert found["acc"] == 0.5 and found["x"] is not None
     assert capsys.readouterr().err.startswith("labtasker: summary")
     labtasker.parse_json(json.dumps({"updates": [{"summary": found}]}))
-    assert labtasker.nest(found, "summary") == found
+    assert labtasker.unflatten(found, "summary") == found
 
 
 @pytest.mark.parametrize("given_, kept", [
@@ -319,7 +319,7 @@ def test_what_can_not_be_json_is_refused_by_name_and_is_text_in_a_summary(value,
 ])
 def test_whatever_the_keys_of_a_summary_none_of_its_values_is_lost(given_, kept):
     assert labtasker.plain_summary(given_) == kept
-    assert kept is None or labtasker.nest(kept, "summary") == kept
+    assert kept is None or labtasker.unflatten(kept, "summary") == kept
 
 
 ODD_KEYS = st.text("a.b_\n", max_size=4) | st.integers(0, 2)
@@ -329,7 +329,7 @@ ODD_KEYS = st.text("a.b_\n", max_size=4) | st.integers(0, 2)
 def test_a_summary_of_any_keys_is_kept_whole(summary):
     with unittest.mock.patch.object(labtasker, "tell"):
         found = labtasker.plain_summary(summary)
-    assert labtasker.nest(found, "summary") == found
+    assert labtasker.unflatten(found, "summary") == found
     assert sorted(map(str, numbers_in(found))) == sorted(map(str, numbers_in(summary)))
 
 
@@ -347,9 +347,9 @@ def test_a_summary_that_no_request_can_hold_loses_its_largest_values_alone(monke
 
 @pytest.mark.parametrize("where", ["summary", "metadata", "metadata_update"])
 def test_keys_of_a_summary_and_of_metadata_are_any_text_without_control_characters(where):
-    assert labtasker.nest({"val/acc": 1, "x y.z@10": {"p/q": 2}}, where) == {"val/acc": 1, "x y": {"z@10": {"p/q": 2}}}
+    assert labtasker.unflatten({"val/acc": 1, "x y.z@10": {"p/q": 2}}, where) == {"val/acc": 1, "x y": {"z@10": {"p/q": 2}}}
     for key in ("", ".", "a.", ".a", "a..b", "a\n", "\x00", "\x7f", "\x9f", "\ud800", 1):
         with pytest.raises(labtasker.InvalidFields):
-            labtasker.nest({key: 1}, where)
+            labtasker.unflatten({key: 1}, where)
     with pytest.raises(labtasker.InvalidFields):
-        labtasker.nest({"val/acc": 1}, "args")
+        labtasker.unflatten({"val/acc": 1}, "args")
