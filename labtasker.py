@@ -12718,7 +12718,10 @@ def loop(required_fields=None, extra_filter=None, cmd=None, worker_id=None, crea
     `pass_args_dict` the first one gets the args as a dict. `required_fields`: keys that a task must have;
     `extra_filter`: filter text or query document; `eta_max`: how long a run may take ("1h30m"). `grace`: how long the
     function may clean up after a signal (10 s) until its task is handed back and the process killed; `time_limit`: when
-    it gets one, unless Slurm or PBS says so earlier; `drain_before`: how long before that no more is started."""
+    it gets one, unless Slurm or PBS says so earlier; `drain_before`: how long before that no more is started.
+
+    As process 1 of a container it does not reap the orphans that a function leaves: they can't be told from processes
+    that the function itself waits for. Give the container an init there: `docker run --init`."""
     if callable(required_fields):
         raise LabtaskerTypeError("write @labtasker.loop(), with parentheses")
     check_worker_choice(worker_id, create_worker_kwargs)

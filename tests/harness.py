@@ -109,6 +109,14 @@ def end_group(process):
     process.wait()
 
 
+def can_unshare():
+    """Return whether a process can be the first one of a pid namespace here."""
+    try:
+        return subprocess.call(["unshare", "--pid", "--fork", "--mount-proc", "true"], stderr=subprocess.DEVNULL) == 0
+    except OSError:
+        return False
+
+
 def http(method, url, body=None, auth=None, headers=None, timeout_s=30):
     """Return (status, decoded JSON or None, headers) of one plain request; `auth` is (queue, password)."""
     import base64

@@ -858,16 +858,9 @@ def test_a_server_remembers_nothing_of_the_runs_of_a_queue_that_is_deleted(tmp_p
     store.file.close()
 
 
-def can_unshare():
-    try:
-        return subprocess.call(["unshare", "--pid", "--fork", "--mount-proc", "true"], stderr=subprocess.DEVNULL) == 0
-    except OSError:
-        return False
-
-
 @pytest.mark.slow
 def test_a_loop_with_long_jobs_keeps_its_store_and_its_runs_though_another_host_tries_to_work_there(home):
-    if not can_unshare():
+    if not harness.can_unshare():
         pytest.skip("a second host is simulated by a pid namespace, which can't be made here (unshare --pid)")
     other = ("unshare", "--pid", "--fork", "--mount-proc", "--kill-child", sys.executable, "-m", "labtasker")
     first, second = home.submit("--", "--n=1"), home.submit("--", "--n=2")

@@ -7,6 +7,7 @@ import os
 import pathlib
 import signal
 import stat
+import subprocess
 import sys
 import time
 
@@ -689,3 +690,40 @@ def test_the_job_dies_with_its_loop_and_the_heartbeats(both):
         os.kill(pid, signal.SIGKILL)
     wait_until(lambda: not [pid for pid in pids if is_alive(pid)], "no process of the job is left")
 
+
+# As process 1 of a container
+
+
+# The child of a shell that ends at once goes to process 1 of its namespace.
+LEAVE_ORPHANS = "for i in 1 2 3; do (until test -e gate; do sleep 0.05; done) > /dev/null 2>&1 & done; echo left"
+
+
+def is_shell(pid):
+    try:
+        return pathlib.Path("/proc/%d/cmdline" % pid).read_bytes().startswith(b"sh\0")
+    except OSError:
+        return False
+
+
+@pytest.mark.parametrize("words, code", [
+    (["loop", "--idle-timeout", "1h", "--", "setsid", "sh", "-c", LEAVE_ORPHANS, "%(n)"], 143),
+    (["serve", "--host", "127.0.0.1", "--port", "0"], 0)], ids=lambda value: value[0] if isinstance(value, list) else "")
+def test_process_1_of_a_container_reaps_what_becomes_an_orphan_and_ends_as_its_command_does(home, words, code):
+    if not harness.can_unshare():
+        pytest.skip("process 1 of a pid namespace can't be made here (unshare --pid)")
+    home.submit("--", "--n=1")  # by a process that ends: a namespace counts as another host, which waits for its store
+    outer = home.start("unshare", "--pid", "--fork", "--mount-proc", "--kill-child", sys.executable, "-m", "labtasker", *words)
+    wait_until(lambda: "left" in output(outer) or "listening" in output(outer), "it has begun",
+               never=lambda _: outer.poll() is not None)
+    first, = children(outer.pid)
+    if words[0] == "serve":  # a person looks around in its container
+        subprocess.check_call(["nsenter", "--pid", "--target", str(first), "sh", "-c", LEAVE_ORPHANS], cwd=str(home.cwd),
+                              stdout=subprocess.DEVNULL)
+
+    def orphans():
+        return [pid for pid in children(first) if is_shell(pid)]
+    mine = wait_until(lambda: len(orphans()) == 3 and orphans(), "three orphans are its own")
+    open_gate(home)
+    wait_until(lambda: not set(mine) & set(children(first)), "no orphan is left, not even as a zombie")
+    os.kill(first, signal.SIGTERM)
+    assert wait_for_end(outer) == code, output(outer)
