@@ -2117,7 +2117,8 @@ def read_json(path, kinds=None, most_bytes=MOST_FILE_BYTES):
         return {}
 
 
-SERVER_KINDS = {"server": str, "key": str, "pid": int, "host": str, "host_id": str, "addresses": [str], "ca_file": str}
+SERVER_KINDS = {"server": str, "key": str, "pid": int, "host": str, "host_id": str, "addresses": [str], "ca_file": str,
+                "started_at": str, "version": str}
 OWNER_KINDS = {"host_id": str, "host": str, "pid": int, "started": str, "server": bool, "count": str, "released": bool}
 
 
@@ -4099,9 +4100,10 @@ class StoreFile:
                 return
         except OSError as error:
             raise store_error(self.path, error)
-        who = ": a server on %s, process %s, at %s" % (
+        who = ": a server on %s, process %s, at %s (labtasker server status tells more)" % (
             server.get("host"), server.get("pid"), " ".join(server.get("addresses", ())))
-        raise StoreUnavailable("%s is in use by another process%s" % (self.path, who if server else ""))
+        is_told = server and (is_served or server.get("host_id") != host_id())  # else it was left by one that is gone
+        raise StoreUnavailable("%s is in use by another process%s" % (self.path, who if is_told else ""))
 
     def _lock_anew(self, timeout_s):
         """Lock the file that others lock: this process has one that was removed, or whose folder was replaced."""
@@ -7349,17 +7351,29 @@ def _port_owner(port):
 
 def _addresses(server, scheme):
     """Return the URLs under which the server can be reached."""
-    import socket
     host, port = server.listener.socket.getsockname()[:2]
-    hosts = [host]
-    if host in ("0.0.0.0", "::"):
-        hosts = [socket.gethostname(), "127.0.0.1"]
-        try:
-            found = {row[4][0] for row in socket.getaddrinfo(hosts[0], None, socket.AF_INET)}
-            hosts[1:1] = sorted(found - {"127.0.0.1"})
-        except OSError:  # a host that can't resolve its own name
-            pass
+    hosts = _names_of_host() if host in ("0.0.0.0", "::") else [host]
     return ["%s://%s:%d" % (scheme, "[%s]" % one if ":" in one else one, port) for one in hosts]
+
+
+def _names_of_host():
+    """Return this host's name and addresses, those first that are of use to other hosts: not a name that stands for an
+    address of this host's own, as many systems have it."""
+    import socket
+    name, found = socket.gethostname(), set()
+    try:
+        found = {row[4][0] for row in socket.getaddrinfo(name, None, socket.AF_INET)}
+    except OSError:  # a host that can't resolve its own name
+        pass
+    outer = {address for address in found if not address.startswith("127.")}
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        try:
+            sock.connect(("192.0.2.1", 9))  # which sends nothing: the system chooses the address to send from
+            outer.add(sock.getsockname()[0])
+        except OSError:  # it has no network
+            pass
+    names = [name] + sorted(outer) if outer & found else sorted(outer) + [name]
+    return names + ["127.0.0.1"]
 
 
 def _tls(certfile, keyfile):
@@ -7409,10 +7423,11 @@ SERVE_OPTIONS = {  # each is a parameter of serve() and an option of the command
 }
 
 
-def serve(db_path, **given):
+def serve(db_path, advise=None, **given):
     """Return an exit code once the server was told to stop by SIGTERM or Ctrl-C; as a daemon, once it listens.
 
-    `given`: the other parameters of SERVE_OPTIONS."""
+    `advise(store, urls)` returns more to print then; `given`: the other parameters of SERVE_OPTIONS. Raises what keeps
+    it from starting."""
     options = Options(SERVE_OPTIONS, given)
     import warnings
     warnings.simplefilter("ignore")  # re has some about patterns, which are other people's: not for the log
@@ -7420,9 +7435,20 @@ def serve(db_path, **given):
     if options.daemon:
         folder = os.path.dirname(os.path.abspath(db_path))
         os.makedirs(folder, 0o700, exist_ok=True)
-        announce, code = _to_background(os.path.join(folder, "server.log"))
+        announce = _to_background(os.path.join(folder, "server.log"))
         if announce is None:
-            return code
+            return 0
+    try:
+        return _serve_store(db_path, options, advise, announce)
+    except Exception as error:
+        if announce and not announce.closed:
+            parts = getattr(error, "filename", None), getattr(error, "strerror", None) or error
+            _announce(announce, why=": ".join(str(part) for part in parts if part))
+        raise
+
+
+def _serve_store(db_path, options, advise, announce):
+    """Return the exit code of a server that has done its work."""
     store = Store(db_path, is_server=True, fsync=options.fsync)
     tls = _tls(options.certfile, options.keyfile)
     store.file.open(options.takeover)
@@ -7430,7 +7456,7 @@ def serve(db_path, **given):
         server = Server(options.host, options.port, store, tls, options.log_level, options.allow_hosts,
                         options.max_connections)
         try:
-            _run_server(server, options.certfile, announce)
+            _run_server(server, options.certfile, announce, advise)
             return 1 if server.upkeep.failure else 0
         finally:
             store.closing = True
@@ -7442,23 +7468,33 @@ def serve(db_path, **given):
 
 
 def _to_background(log):
-    """Return (file to announce in, None) in a new process without a terminal, (None, exit code) in this one."""
+    """Return the file to `_announce` in, in a new process without a terminal; None in this one once that listens.
+    Raises LabtaskerRuntimeError saying why it does not."""
+    log_fd = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
     read_fd, write_fd = os.pipe()
     if os.fork():
         os.close(write_fd)
+        os.close(log_fd)
         with os.fdopen(read_fd) as file:
-            text = file.read()
-        tell(text.strip() or "labtasker: the server did not start; its log is " + log)
-        return None, 0 if text else 1
+            told = json.loads(file.read() or "{}")
+        if "text" not in told:
+            raise LabtaskerRuntimeError("the server did not start: %s; its log is %s" % (
+                told.get("why", "its process ended without a word"), log))
+        return tell(told["text"])
     os.close(read_fd)
     os.setsid()
-    log_fd = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
     for fd, source in ((0, os.open(os.devnull, os.O_RDONLY)), (1, log_fd), (2, log_fd)):
         os.dup2(source, fd)
-    return os.fdopen(write_fd, "w"), None
+    return os.fdopen(write_fd, "w")
 
 
-def _run_server(server, certfile, announce):
+def _announce(file, **told):
+    """Tell whoever started a daemon what has become of it."""
+    with file:
+        json.dump(told, file)
+
+
+def _run_server(server, certfile, announce, advise):
     """Serve until a signal comes; who may read the folder finds the server there, and trusts its certificate."""
     import signal
 
@@ -7469,7 +7505,7 @@ def _run_server(server, certfile, announce):
         server.wake()
     store, urls = server.store, _addresses(server, "https" if certfile else "http")
     told = {"server": server.id, "key": server.key, "pid": os.getpid(), "host": os.uname().nodename,
-            "host_id": host_id(), "addresses": urls, "started_at": format_time(now()),
+            "host_id": host_id(), "addresses": urls, "started_at": format_time(now()), "version": __version__,
             "ca_file": certfile and os.path.abspath(certfile)}
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, stop)
@@ -7477,13 +7513,58 @@ def _run_server(server, certfile, announce):
     for notice in store.journal.file.notices:
         server.log.say("warning", notice)
     text = "labtasker: listening on %s, store %s" % (" ".join(urls), store.path)
-    server.log.tell(text)
+    text += "".join("\n" + line for line in (advise(store, urls) if advise else ()))
+    for line in text.split("\n"):
+        server.log.tell(as_started(line))
     if announce:
-        print(text, file=announce)
-        announce.close()
+        _announce(announce, text=text)
     server.serve_forever()
     server.log.say("error" if server.upkeep.failure else "info", "stopped%s" % (
         ": " + server.upkeep.failure if server.upkeep.failure else ""))
+
+
+# What is known of a journal's server without asking it: its server.json, its entry as the owner, and where its process
+# is: "here", "elsewhere" (on another host, as far as that has not given the store up), or None where there is none.
+Serving = collections.namedtuple("Serving", "told owner place")
+
+
+def serving(path):
+    """Return the Serving of a journal; raises OSError where its folder can't be read."""
+    if not os.path.isdir(os.path.dirname(path)):
+        return Serving({}, {}, None)
+    owner, told = Owner(os.path.realpath(path), False), read_server_file(os.path.dirname(path)) or {}
+    last = owner.epochs()[-1:]
+    found = owner.read(last[0]) if last else {}
+    if not found.get("server") or found.get("released"):
+        return Serving(told, found, None)
+    if found.get("host_id") != owner.host_id:
+        return Serving(told, found, "elsewhere")
+    return Serving(told, found, "here" if process_start(found.get("pid", 0)) == found.get("started") else None)
+
+
+def shows_life(path):
+    """Return whether the owner of a journal moves its counter, watched for as long as a takeover would."""
+    before, give_up_at = serving(path).owner, monotonic() + OWNER_LAPSE_S
+    while monotonic() < give_up_at:
+        if serving(path).owner != before:
+            return True
+        time.sleep(OWNER_LAPSE_S / 50)
+    return False
+
+
+def stop_process(owner, timeout_s):
+    """Return whether the process of a Serving's owner has ended within so many seconds after a SIGTERM."""
+    import signal
+    pid, give_up_at = owner["pid"], monotonic() + timeout_s
+    try:
+        os.kill(pid, signal.SIGTERM)
+    except ProcessLookupError:
+        return True
+    while process_start(pid) == owner.get("started"):
+        if monotonic() >= give_up_at:
+            return False
+        time.sleep(0.05)
+    return True
 
 
 # 8. Client ###################################################################
@@ -14310,7 +14391,83 @@ def journal_path(options):
 
 def do_serve(options):
     extras()  # which enters the page
-    return serve(**dict({name: getattr(options, name) for name in SERVE_OPTIONS}, db_path=journal_path(options)))
+    return serve(advise=way_in, **dict({name: getattr(options, name) for name in SERVE_OPTIONS},
+                                       db_path=journal_path(options)))
+
+
+def way_in(store, urls):
+    """Return the lines that tell who started a server how to use it: from the page, and from other hosts."""
+    import shlex
+    config, queues = load_config(), {queue.record.queue_name: queue.record for queue in store.state.queues.values()}
+    known = [name for name in (config.queue_name, DEFAULT_QUEUE) if name in queues] + sorted(queues)
+    name = (known + [DEFAULT_QUEUE])[0]
+    folder, command = store_folder(config), "labtasker queue update --new-password"
+    if name != config.queue_name:
+        command = "LABTASKER_QUEUE=%s %s" % (name, command)
+    if not folder or os.path.realpath(folder) != os.path.realpath(store.folder):
+        command = "LABTASKER_URL=%s %s" % (shlex.quote(store.folder), command)
+    others, page = sorted(set(queues) - {name}), urls[0] + "/page"
+    yield "Queue %s%s has %s. To set %s:" % (
+        name, " (others: %s)" % (", ".join(others[:5]) + ", ..." * (len(others) > 5)) if others else "",
+        *(("a password", "another") if name in queues and queues[name].password
+          else ("no password yet, which the page and other hosts need", "one")))
+    yield "    " + command
+    yield "Log in at %s with the queue's name and that password." % page
+    is_local = re.match(r"https?://(127\.|localhost[:/]|\[::1\])", page)
+    yield "Other hosts can't reach it: for them, start it with --host 0.0.0.0." if is_local else (
+        "On other hosts: labtasker init --url %s --queue-name %s" % (urls[0], name))
+
+
+def do_server_status(options):
+    path, url = journal_path(options), None if options.db_path else load_config().url
+    found = serving(path)
+    if not (found.told or found.place) and re.match("https?:", url or ""):
+        return do_health(options)
+    peer = _living_server(os.path.dirname(path), DEFAULT_QUEUE) if found.told else None
+    status, remark = ("running", None) if peer else state_of_server(path, found)
+    is_its = peer or found.place and found.told.get("pid") == found.owner.get("pid")  # its server.json
+    told = found.told if is_its else found.owner if found.place else {}
+    shown = {"status": status, "url": "".join(told.get("addresses", ())[:1]), "store": path, "pid": told.get("pid"),
+             "host": told.get("host"), "version": told.get("version"), "since": told.get("started_at")}
+    say(record_text({name: value for name, value in shown.items() if value}, options.fmt).rstrip("\n"))
+    note(remark) if remark else None
+    return 0 if peer else 3
+
+
+def state_of_server(path, found):
+    """Return (a word, what to know besides or None) for a journal's server that does not answer here."""
+    told, owner, place = found
+    who, urls = "process %s on host %s" % (owner.get("pid"), owner.get("host")), " ".join(told.get("addresses", ()))
+    is_up = told.get("pid") == owner.get("pid")
+    if place == "here":
+        return ("hung", who + " does not answer at " + urls) if is_up else ("starting", who + " does not listen yet")
+    if place and shows_life(path):
+        return "elsewhere", "%s serves it, but does not answer here%s: ask on that host, or have it listen for " \
+                            "others (labtasker serve --host 0.0.0.0)" % (who, urls and " at " + urls)
+    if place:
+        return "lost", "%s served it, and shows no sign of life: it may be restarted here (labtasker serve)" % who
+    return "not running", told and "server.json was left by a server that ended without a word, process %s on host " \
+                                   "%s; the next one replaces it" % (told.get("pid"), told.get("host")) or None
+
+
+def do_server_stop(options):
+    path = journal_path(options)
+    told, owner, place = found = serving(path)
+    who = "process %s on host %s" % (owner.get("pid"), owner.get("host"))
+    if place == "elsewhere":
+        raise LabtaskerRuntimeError("%s is served by %s: stop it there (labtasker server stop)" % (path, who))
+    if not place:
+        url = None if options.db_path else load_config().url
+        note("labtasker: no server runs on %s%s" % (path, "; the one that is configured, %s, is stopped on its host" % (
+            url) if re.match("https?:", url or "") else ": " + state_of_server(path, found)[1] if told else ""))
+        return 1
+    try:
+        if not stop_process(owner, options.timeout):
+            raise LabtaskerRuntimeError("%s was told to stop, and has not ended yet: kill -9 %s ends it, which loses "
+                                        "nothing that was answered" % (who, owner["pid"]))
+    except PermissionError:
+        raise LabtaskerRuntimeError("%s is another user's: only that user can stop it" % who) from None
+    say("Stopped the server of %s, %s" % (path, who))
 
 
 def do_health(options):
@@ -14361,7 +14518,9 @@ def create_configured_queue(config, metadata=None):
         return "Queue %s exists already, and this configuration opens it (%s)" % (found.queue_name, found.queue_id)
     except LabtaskerHTTPStatusError as error:
         raise error if error.status_code != 401 else LabtaskerRuntimeError(
-            "the queue %s exists already, with another password: use that one, or another name" % config.queue_name)
+            "the queue %s exists already, with another password: use that one, or another name. One that was used "
+            "without a server has none: labtasker queue update --new-password, in the server's folder, sets one"
+            % config.queue_name)
 
 
 def do_queue_get(options):
@@ -14372,10 +14531,16 @@ def do_queue_get(options):
 def do_queue_update(options):
     if options.new_queue_name is options.new_password is options.metadata is None:
         raise UsageError("what to change? Give --new-queue-name, --new-password or --metadata")
-    update_queue(options.new_queue_name, options.new_password, metadata_of(options))
-    if not options.quiet:
+    password, made_up = options.new_password, None
+    if password is True:
+        password = is_terminal(sys.stdin) and answer_to("New password (nothing: one is made up):", secret=True)
+        password = made_up = password or os.urandom(8).hex()
+    update_queue(options.new_queue_name, password, metadata_of(options))
+    if made_up:
+        say("The password of queue %s is now: %s" % (get_queue().queue_name, made_up))
+    elif not options.quiet:
         say("Updated the queue")
-    if options.new_queue_name or options.new_password:
+    if options.new_queue_name or password and not store_folder(load_config()):
         note("The configuration still has the old name or password. To change it: labtasker config")
 
 
@@ -15019,7 +15184,10 @@ def the_rest():
         nouns.setdefault(path.split()[0], []).append(path.partition(" ")[2])
     rest = sorted(set(nouns).difference(EACH_DAY), key=lambda noun: (noun == "help", list(nouns).index(noun)))
     single = [(noun + " " + nouns[noun][0]).strip() for noun in rest if not nouns[noun][1:]]
-    lines = ["%s %s" % (noun, ", ".join(filter(None, nouns[noun]))) for noun in rest if nouns[noun][1:]]
+    lines = []
+    for text in ("%s %s" % (noun, ", ".join(filter(None, nouns[noun]))) for noun in rest if nouns[noun][1:]):
+        has_room = lines and len(lines[-1] + text) <= 74 and not text.startswith("help ")
+        lines[-1:] = ["%s; %s" % (lines[-1], text)] if has_room else lines[-1:] + [text]
     missing = ", ".join(name for name in EXTRA_COMMANDS if name not in COMMANDS)
     return [", ".join(single)] + lines + (
         ["With labtasker_cli.py beside labtasker.py also: " + missing] if missing else [])
@@ -15241,6 +15409,13 @@ COMMANDS = {
     "serve": Command(
         do_serve, "Run a server, so that several hosts share a store.", "labtasker serve --host 0.0.0.0 --port 9321",
         options_of(SERVE_OPTIONS)),
+    "server status": Command(
+        do_server_status, "Say whether the store's server runs, and where. Exit 3 if none answers.",
+        "labtasker server status", [JOURNAL, choice("--fmt FORMAT", FORMATS, default="yaml")]),
+    "server stop": Command(
+        do_server_stop, "Stop the store's server, and wait for its end. Exit 1 if none runs on this host.",
+        "labtasker server stop", [
+            JOURNAL, option("--timeout TIME", "at most so long (1m)", type=seconds, default=60)]),
     "health": Command(do_health, "Say whether the server or store answers; exit 3 if not.", "labtasker health"),
     "queue create": Command(do_queue_create, "Create a queue.",
                             "labtasker queue create --queue-name sweep --password secret", QUEUE + [METADATA, QUIET]),
@@ -15255,7 +15430,8 @@ COMMANDS = {
         do_queue_update, "Rename the queue, change its password or metadata.",
         "labtasker queue update --new-queue-name sweep2", [
             option("--new-queue-name NAME", "letters, digits, _ and -"),
-            option("--new-password PASSWORD", "1 to 100 letters"), METADATA, SILENT]),
+            option("--new-password PASSWORD", "1 to 100 letters; without any it is asked for, or made up and printed",
+                   nargs="?", const=True), METADATA, SILENT]),
     "queue delete": Command(
         do_queue_delete, "Delete the queue.",
         "labtasker queue delete --cascade --yes",

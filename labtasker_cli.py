@@ -1353,8 +1353,10 @@ PAGE_HTML = r"""<!DOCTYPE html>
     <label class="tick"><input id="login-stay" type="checkbox"> Stay logged in on this computer</label>
     <p id="login-error" role="alert"></p>
     <button type="submit" class="main">Log in</button>
-    <p class="quiet">Both are in <code>.labtasker/config.toml</code>, where the tasks were submitted from. Unless you
-      ask to stay logged in, they are forgotten with this tab.</p>
+    <p class="quiet">Both are in <code>.labtasker/config.toml</code>, where the tasks were submitted from. A queue that
+      was used without a server has no password yet: <code>labtasker serve</code> has printed how to set one, with
+      <code>labtasker queue update --new-password</code> in its folder. Unless you ask to stay logged in, both are
+      forgotten with this tab.</p>
   </form>
 </main>
 

@@ -3,6 +3,7 @@ import base64
 import json
 import os
 import re
+import shlex
 import socket
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import urllib.request
 
 import pytest
 
+import harness
 import labtasker as L
 from harness import MODULE, PASSWORD, QUEUE, Server, clean_env, end_group, http, run_cli, start, wait_until
 
@@ -237,21 +239,74 @@ def test_silent_runs_are_given_up_by_the_servers_own_clock(server):
     assert task["status"] == "failed" and "heartbeat" in task["summary"]["labtasker_error"]
 
 
-def test_a_daemon_says_where_it_is_and_ends_on_sigterm(tmp_path):
-    done = run_cli(["serve", "--daemon", "--port", "0", "--db-path", tmp_path / "s" / "journal.jsonl"], tmp_path)
-    told = json.loads((tmp_path / "s" / "server.json").read_text())
+def test_a_daemon_tells_the_way_in_and_is_found_and_stopped_again(home):
+    """Of a store that was used without a server: the command that is printed gives its queue a password, which opens it."""
+    home.submit("--", "--lr=0.1")
+    done = home.cli("serve", "--daemon", "--host", "0.0.0.0", "--port", "0")
+    told = json.loads((home.folder / "server.json").read_text())
     try:
-        assert told["addresses"][0] in done.stdout + done.stderr
-        assert http("GET", told["addresses"][0] + "/health")[0] == 200
+        url = told["addresses"][-1]
+        shown = done.stdout + done.stderr
+        assert told["addresses"][0] in shown and "Queue default has no password yet" in shown and "0.0.0.0" not in shown
+        command, = re.findall(r"^ +python3 (.*)", shown, re.M)
+        password = harness.run([sys.executable] + shlex.split(command), home.cwd).stdout.split()[-1]
+        assert http("GET", url + "/api/v1/queues/me", auth=("default", password))[0] == 200
+
+        second = home.cli("serve", "--daemon", "--port", "0", check=False)
+        assert second.returncode == 1 and "did not start" in second.stderr and "process %d" % told["pid"] in second.stderr
+        assert told["addresses"][0] in second.stderr and not second.stdout
+        port = url.rpartition(":")[2]
+        other = home.cli("serve", "--daemon", "--port", port, "--db-path", "other/journal.jsonl", check=False)
+        assert other.returncode == 1 and "port %s: Address already in use; process %d" % (port, told["pid"]) in other.stderr
+
+        status = home.cli("server", "status", "--fmt", "jsonl")
+        assert json.loads(status.stdout) == {
+            "status": "running", "url": told["addresses"][0], "store": str(home.folder / "journal.jsonl"), "pid": told["pid"],
+            "host": os.uname().nodename, "version": L.__version__, "since": told["started_at"]}
+        stopped = home.cli("server", "stop")
+        assert stopped.stdout.startswith("Stopped") and L.process_start(told["pid"]) is None
     finally:
-        os.kill(told["pid"], 15)
-    wait_until(lambda: not (tmp_path / "s" / "server.json").exists(), "the daemon ends")
-    assert "Traceback" not in (tmp_path / "s" / "server.log").read_text()
+        if L.process_start(told["pid"]):
+            os.kill(told["pid"], 9)
+    assert not (home.folder / "server.json").exists()
+    assert "Traceback" not in (home.folder / "server.log").read_text()
+    none = [home.cli("server", word, check=False) for word in ("status", "stop")]
+    assert [each.returncode for each in none] == [3, 1] and "no server runs on" in none[1].stderr
+    assert none[0].stdout.splitlines() == ["status: not running", "store: %s" % (home.folder / "journal.jsonl")]
 
 
-def test_a_daemon_that_cannot_start_says_so(server, tmp_path):
-    done = run_cli(["serve", "--daemon", "--port", "0", "--db-path", server.journal], tmp_path, check=False)
-    assert done.returncode == 1 and "server.log" in done.stdout + done.stderr
+def owner_of(home, **facts):
+    """Write who owns the store, as a server of any host does, and its server.json."""
+    (home.folder / "server.json").write_text(json.dumps(dict(facts, addresses=["http://127.0.0.1:1"], key="k")))
+    (home.folder / "journal.jsonl.owner-9").write_text(json.dumps(dict(facts, server=True, count="1")))
+
+
+def test_what_is_left_of_a_server_is_not_taken_for_one(home, capsys, monkeypatch):
+    home.submit("--", "--lr=0.1")
+    capsys.readouterr()
+
+    def said(*words):
+        code = L.main(["server"] + list(words))
+        return code, "".join(capsys.readouterr())
+    here = {"pid": os.getpid(), "host": "one", "host_id": L.host_id()}
+    owner_of(home, **dict(here, started="another process with its number"))
+    code, shown = said("status")
+    assert code == 3 and "status: not running" in shown and "server.json was left by a server that ended without a word" in shown
+    code, shown = said("stop")
+    assert code == 1 and "no server runs on" in shown  # and this process lives
+    owner_of(home, **dict(here, started=L.process_start(os.getpid())))
+    code, shown = said("status")
+    assert code == 3 and "status: hung" in shown and "does not answer at http://127.0.0.1:1" in shown
+
+    monkeypatch.setattr(L, "OWNER_LAPSE_S", 0.1)
+    owner_of(home, pid=os.getpid(), host="far", host_id="another", started=L.process_start(os.getpid()))
+    code, shown = said("status")
+    assert code == 3 and "status: lost" in shown and "on host far served it" in shown
+    code, shown = said("stop")
+    assert code == 1 and "on host far: stop it there" in shown
+    monkeypatch.setattr(L, "shows_life", lambda path: True)
+    code, shown = said("status")
+    assert code == 3 and "status: elsewhere" in shown and "on host far serves it" in shown
 
 
 def test_tls(tmp_path):
