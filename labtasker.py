@@ -1655,31 +1655,31 @@ TASK_FIELDS = {
     "task_name": Field("name", None, False, "letters, digits, _ and -, at most 100; or null", "set", "set",
                        "--name --task-name NAME"),
     "created_at": Field("time", None, False, "when it was submitted"),
-    "start_time": Field("time", None, False, "when its last run was fetched; null until then"),
-    "last_heartbeat": Field("time", None, False, "when its run was last heard of"),
+    "start_time": Field("time", None, False, "when its last run began; null until then"),
+    "last_heartbeat": Field("time", None, False, "when its run last sent a heartbeat"),
     "last_modified": Field("time", None, False, "when anything but a heartbeat last changed it"),
-    "heartbeat_timeout": Field("seconds", None, False, "silence after which a run is given up; null: never", "set",
-                               "set", "--heartbeat-timeout TIME"),
-    "task_timeout": Field("seconds", None, False, "length after which a run is given up; null: never", "set", "set",
+    "heartbeat_timeout": Field("seconds", None, False, "give up a run after so long without a heartbeat; null: never",
+                               "set", "set", "--heartbeat-timeout TIME"),
+    "task_timeout": Field("seconds", None, False, "give up a run that takes longer; null: never", "set", "set",
                           "--task-timeout TIME"),
     "max_retries": Field("count", 3, False, "failed runs after which it fails for good", "set", "set",
                          "--max-retries N"),
     "retries": Field("count", 0, False, "failed runs so far", None, "set"),
     "priority": Field("int", 0, False, "higher is fetched first", "set", "set", "--priority N"),
-    "retry_delay": Field("seconds", None, True, "pause after its first failed run, twice as long after each further "
-                         "one, at most an hour; null: none", "set", "set", "--retry-delay TIME"),
+    "retry_delay": Field("seconds", None, True, "pause before its first retry; doubles with each further one, up to "
+                         "an hour; null: none", "set", "set", "--retry-delay TIME"),
     "metadata": Field("dict", {}, False, "the submitter's notes: tags and the like", "unflatten", "merge",
                       "--metadata DICT"),
-    "args": Field("dict", {}, False, "what the job is run with", "unflatten", "merge", "--args DICT"),
-    "cmd": Field("cmd", "", False, "the command it was submitted, or is run, with: text or list", "set", "set",
+    "args": Field("dict", {}, False, "the job's arguments", "unflatten", "merge", "--args DICT"),
+    "cmd": Field("cmd", "", False, "the command that it is submitted or run with: text or list", "set", "set",
                  "--cmd TEXT"),
     "summary": Field("dict", {}, False, "what the job reported", None, "merge"),
     "worker_id": Field("id", None, False, "the worker that runs it; null when none does"),
-    "run_id": Field("id", None, True, "its run, or its last one until the task is reset, cancelled or fetched"),
+    "run_id": Field("id", None, True, "its current run; the last one until the task is reset, cancelled or fetched"),
     "run_end": Field("text", None, True, "how that run ended: success, failed, cancelled, pending or timeout"),
-    "interruptions": Field("count", 0, True, "runs handed back without being charged a retry"),
+    "interruptions": Field("count", 0, True, "runs that were handed back; they charge no retry"),
     "reason": Field("text", None, True, "why the last run was handed back"),
-    "not_before": Field("time", None, True, "until when it is given to nobody: its job asked for it, or a run failed"),
+    "not_before": Field("time", None, True, "no loop gets it before then: its job asked so, or a run failed"),
     "attempts": Field("list", [], True, "its last runs: host, pid, worker_id, git, log, start, end, status, exit_code"),
     "git": Field("commit", None, True, "the commit it was submitted from, with -dirty where files were changed since",
                  "note"),
@@ -1796,9 +1796,9 @@ def covers(required, shape):
 
 FORMAT = 1
 FSYNC_MODES = {
-    "always": "an answer leaves after its line is on disk (the default)",
-    "interval": "an answer leaves after its line was handed to the system; a power cut loses up to a second",
-    "never": "the system decides; a power cut loses what it had not written, on Linux up to half a minute",
+    "always": "answer once the change is on disk (the default)",
+    "interval": "answer once it is written, sync each second; a power cut loses up to a second",
+    "never": "answer once it is written, let the system sync; a power cut loses up to half a minute on Linux",
 }
 SYNC_INTERVAL_S = 1.0  # of --fsync interval
 READ_BYTES = 1 << 20  # read at a time when a journal is replayed
@@ -5664,12 +5664,12 @@ _QUEUE, _TASKS, _WORKERS = "/api/v1/queues/me", "/api/v1/queues/me/tasks", "/api
 ROUTES = {
     "GET /": _route(_welcome, "a welcome; to a browser, /page", open=True, run=_run_outside, quick=_always),
     "GET /page": _route(no_page, "the page for a browser", open=True, run=_run_outside, quick=_always),
-    "GET /page.css": _route(no_page, "how it looks", open=True, run=_run_outside, quick=_always),
-    "GET /page.js": _route(no_page, "what it does", open=True, run=_run_outside, quick=_always),
+    "GET /page.css": _route(no_page, "the page's style sheet", open=True, run=_run_outside, quick=_always),
+    "GET /page.js": _route(no_page, "the page's script", open=True, run=_run_outside, quick=_always),
     "GET /health": _route(_connection_health, "whether the server answers", open=True, run=_run_outside, quick=_always),
     "GET /health/full": _route(_store_health, "whether the store can be written", open=True, run=_run_outside,
                                quick=_always),
-    "GET /api/v1/polling": _route(_polling, "when time-outs were last looked for, seconds", open=True, run=_run_outside,
+    "GET /api/v1/polling": _route(_polling, "when the server last looked for time-outs, in seconds", open=True, run=_run_outside,
                                   quick=_always),
     "POST /api/v1/queues": _route(
         create_queue_op, "create a queue", status=201, open=True, prepare=_hash_new_password, gate="strangers",
@@ -5690,15 +5690,15 @@ ROUTES = {
         query={"reset_pending": Arg("bool", True)},
         fields=dict(_UPDATE, task_id=Arg("id"), _id=Arg("id"), replace_fields=Arg("texts"))),
     "POST " + _TASKS + "/search": _route(
-        search_tasks_op, "tasks that match", writes=False, prepare=_prepare_search(visible(TASK_FIELDS)),
+        search_tasks_op, "the tasks that match", writes=False, prepare=_prepare_search(visible(TASK_FIELDS)),
         fields=dict(_PAGE, task_id=Arg("id"), task_name=Arg("text"), status=Arg("status"))),
     "POST " + _TASKS + "/count": _route(
-        count_tasks_op, "how many tasks match, by the values of a field; and how fast they end", writes=False,
+        count_tasks_op, "count the tasks that match, by a field; and how fast they end", writes=False,
         prepare=_prepare_count,
         fields={"task_id": Arg("id"), "task_name": Arg("text"), "status": Arg("status"),
                 "extra_filter": Arg("filter"), "by": Arg("text", "status")}),
     "POST " + _TASKS + "/view": _route(
-        no_page, "columns of tasks that match, short enough to look at, and how many there are by status",
+        no_page, "chosen columns of the tasks that match, long values cut; and counts by status",
         prepare=_read_task_filter, run=_run_outside,
         fields=dict(_PAGE, status=Arg("status"), columns=Arg("texts"), spread=Arg("bool", False))),
     "POST " + _TASKS + "/next": _route(
@@ -5709,7 +5709,7 @@ ROUTES = {
                 "cmd": Arg("cmd"), "fetch_id": _ours("id"), "wait_s": _ours("wait", 0.0),
                 "attempt": _ours("attempt"), "heartbeat_default": _ours("bool", False)}),
     "DELETE " + _TASKS + "/next": _route(
-        end_fetch_op, "end a fetch that may wait, or was not heard of; with hand_back what it got goes back",
+        end_fetch_op, "end a fetch that waits, or whose answer was lost; hand_back: return its task",
         status=204, quick=_always, query={"fetch_id": _ours("id", REQUIRED), "hand_back": _ours("bool", False)}),
     "GET " + _TASKS + "/{task_id}": _route(get_task_op, "one task", writes=False, quick=_always),
     "DELETE " + _TASKS + "/{task_id}": _route(delete_task_op, "delete a task", status=204, quick=_always),
@@ -5727,10 +5727,10 @@ ROUTES = {
         query={"worker_id": Arg("id"), "run_id": _ours("id"), "answer": _ours("answer"),
                "wait_s": _ours("wait", 0.0)}),
     "GET " + _QUEUE + "/mark": _route(
-        get_mark_op, "a mark that is another after each change; with wait_s, once it is not the one seen",
+        get_mark_op, "a mark, new after each change; with wait_s, wait until it differs from seen",
         writes=False, waits=_FOR_A_CHANGE, quick=_always, query={"seen": Arg("text"), "wait_s": Arg("wait", 0.0)}),
     "GET " + _QUEUE + "/events": _route(
-        get_queue_op, "a stream of server-sent events, one for each step of a state machine", writes=False,
+        get_queue_op, "a stream of server-sent events: one for each new state of a task or worker", writes=False,
         run=_run_events, gate="streams", query={"last_event_id": _ours("event_id")}),
     "POST " + _WORKERS: _route(
         create_worker_op, "register a worker", status=201, quick=_always,
@@ -7414,8 +7414,8 @@ SERVE_OPTIONS = {  # each is a parameter of serve() and an option of the command
     "certfile": Option("--certfile FILE", "path", None, "TLS certificate"),
     "keyfile": Option("--keyfile FILE", "path", None, "its key"),
     "allow_hosts": Option("--allow-host NAME", "list", (), "another name under which browsers may use it (repeatable)"),
-    "max_connections": Option("--max-connections N", "count", MAX_CONNECTIONS, "most open connections (%d, or what the "
-                              "system allows); beyond, the longest silent are closed" % MAX_CONNECTIONS),
+    "max_connections": Option("--max-connections N", "count", MAX_CONNECTIONS, "limit of open connections (%d, or the "
+                              "system's); beyond it, the longest idle are closed" % MAX_CONNECTIONS),
     "log_level": Option("--log-level LEVEL", ("debug", "info", "warning", "error"), "info",
                         "debug|info|warning|error"),
     "daemon": Option("--daemon", "flag", False, "go to the background once it listens"),
@@ -12118,7 +12118,7 @@ SLOT_MOVES = {
 
 GRACE_S = 10  # from the signal that stops the loop to KILL
 LOOP_OPTIONS = {  # each is a parameter of command_loop(), an option of the command, and an attribute of Loop.options
-    "shell": Option("-c --cmd TEXT", "text", None, "a command for the shell, values quoted for it"),
+    "shell": Option("-c --cmd TEXT", "text", None, "a command line for the shell"),
     "script_path": Option("--script-path FILE", "text", None, "a script for a shell or Python"),
     "executable": Option("--executable FILE", "text", None, "the shell (/bin/sh)"),
     "extra_filter": Option("-f --extra-filter FILTER", "text", None, "filter text or document (labtasker help filter)"),
@@ -12128,14 +12128,14 @@ LOOP_OPTIONS = {  # each is a parameter of command_loop(), an option of the comm
     "gpus": Option("--gpus LIST", "text", None, "a slot for each of these: 0,1 or UUIDs, or all"),
     "per_gpu": Option("--per-gpu K", "count", None, "K slots for each of them (1)"),
     "eta_max": Option("--eta-max TIME", "duration", None, "give up a run that takes longer: 90, 10 min, 1h30m"),
-    "heartbeat_timeout": Option("--heartbeat-timeout TIME", "seconds", None, "give up a run after this long a silence"),
-    "time_limit_s": Option("--time-limit TIME", "seconds", None, "end by then (or with the Slurm or PBS job)"),
-    "drain_before_s": Option("--drain-before TIME", "seconds", 0, "start no job in the last TIME before that"),
+    "heartbeat_timeout": Option("--heartbeat-timeout TIME", "seconds", None, "give up a run after so long without heartbeat"),
+    "time_limit_s": Option("--time-limit TIME", "seconds", None, "end by then (default: with the Slurm or PBS job)"),
+    "drain_before_s": Option("--drain-before TIME", "seconds", 0, "start no job in the last TIME of it"),
     "max_tasks": Option("--max-tasks N", "count", None, "end after N tasks"),
-    "idle_timeout_s": Option("--idle-timeout TIME", "seconds", None, "wait that long for new tasks"),
-    "grace_s": Option("--grace TIME", "seconds", GRACE_S, "from the signal that stops a job to KILL (%d)" % GRACE_S),
-    "server_lost_s": Option("--server-lost TIME", "seconds", SERVER_LOST_S, "wait this long for an absent server (1h)"),
-    "use_pty": Option("use-pty", "switch", True, "run it on a pseudo-terminal (the default), or pipes"),
+    "idle_timeout_s": Option("--idle-timeout TIME", "seconds", None, "wait so long for new tasks before it ends"),
+    "grace_s": Option("--grace TIME", "seconds", GRACE_S, "time between a job's stop signal and KILL (%d)" % GRACE_S),
+    "server_lost_s": Option("--server-lost TIME", "seconds", SERVER_LOST_S, "wait so long for a server that is away (1h)"),
+    "use_pty": Option("use-pty", "switch", True, "use a pseudo-terminal (the default), or pipes"),
     "verbose": Option("-v --verbose", "flag", False, "say more"),
 }
 
@@ -13564,9 +13564,9 @@ EXTRA_COMMANDS = {  # the commands of labtasker_cli.py, and what they are for
     "sbatch": "Submit a Slurm job of loops, or an array of jobs; print its id. Options that neither this command "
               "nor labtasker loop has are passed to sbatch, such as -p, -t, -c, --mem, --gpus-per-task.",
     "server wait": "Wait until the configured store's server answers; print its URL. Exit 1 if none does.",
-    "completion": "Print what makes bash, zsh or fish complete commands, options, statuses, fields, ids. In ~/.bashrc: "
-                  "eval \"$(labtasker completion bash)\"; in ~/.zshrc after compinit the same with zsh; for fish, "
-                  "write it to ~/.config/fish/completions/labtasker.fish.",
+    "completion": "Print the script that completes commands, options, statuses, fields and ids in a shell. For bash, put "
+                  "eval \"$(labtasker completion bash)\" into ~/.bashrc; for zsh the same into ~/.zshrc, after compinit; "
+                  "for fish, write it to ~/.config/fish/completions/labtasker.fish.",
     "help api": "Print the routes of the REST API.",
 }
 
@@ -14875,7 +14875,7 @@ def filter_reference():
         "Dates         " + "\n              ".join(DATE_FORMS),
         "Nested        args.optimizer.lr, summary.acc, args.layers[0]", "",
         "Instead of"] + ["  %-11s %s" % (word, text) for word, text in INSTEAD.items()] + [
-        "", "A query document may stand for it: -f '{\"args.lr\": {\"$gt\": 0.1}}', with",
+        "", "A query document does the same: -f '{\"args.lr\": {\"$gt\": 0.1}}'. Its operators:",
         " ".join(tuple(OPERATORS) + tuple(LOGIC) + ("$expr",)), "", render_table(fields)])
 
 
@@ -14893,19 +14893,23 @@ def journal_reference():
     """Return the format of the journal: its lines, and the changes that stand on them."""
     rows = [["change", "followed by", "meaning"]] + [[name, row.fields, row.meaning] for name, row in RECORDS.items()]
     return "\n".join([
-        "A journal is a file of JSON lines. The first names the format; each other one is a transaction:", "",
+        "A journal is a file of JSON lines. The first names the format; every other line is a transaction:", "",
         '    {"n":18,"durable":17,"at":1763800000.1,"queue":"ID",'
         '"changes":[["task","ID",{"status":"running"},"pending"]],"crc":"89abcdef"}', "",
-        "n        counts the lines without gaps; a line with lost:K stands for K lines that a repair could not save",
-        "durable  the last n that was known to be on disk when the line was written",
-        "at       when, in seconds since 1970, UTC",
-        "crc      zlib.crc32 of the line's bytes before it",
-        "changes  new values, not commands; what is not named stays as it was:", "", render_table(rows), "",
-        "After a compaction the first line has folded: N and tail: BYTE; the lines up to that byte, each with fold: K",
-        "for a number, make the state that the lines up to N had made, the last of them with checksum folded_crc. A",
-        "line with epoch: E begins another owner's time, one with end: true is a clean close; from a line with",
-        "version: V on a newer version writes. Fields and keys that a reader does not know are kept; changes that it",
-        "does not know are refused, and lines with needs: F where F is a later format than its own."])
+        "n        the line's number, without gaps",
+        "durable  the last n that was known to be on disk when this line was written",
+        "at       the time, in seconds since 1970, UTC",
+        "crc      zlib.crc32 of the line's bytes before this key",
+        "changes  new values, not commands; fields that are not named stay as they were:", "", render_table(rows), "",
+        "Other keys of a line:", "",
+        "lost: K     it stands for K lines that a repair could not save",
+        "epoch: E    the store has a new owner from here on",
+        "end: true   the store was closed cleanly here",
+        "version: V  a newer version, V, writes from here on",
+        "needs: F    a reader whose format is older than F must refuse it", "",
+        "After a compaction the first line has folded: N, tail: BYTE and folded_crc. The lines up to that byte, numbered",
+        "by fold: K, hold the state to which lines 1 to N had led; folded_crc is the checksum of line N.",
+        "Readers keep fields and keys that they do not know, and refuse changes that they do not know."])
 
 
 def exit_reference():
@@ -15171,7 +15175,7 @@ def help_of(path):
         return command_help(path)
     listed = group(path) if path else [name for word in EACH_DAY for name in group("") if name.split()[0] == word]
     wide = max(map(len, listed))
-    lines = ["usage: %s %sCOMMAND ...; --help tells more" % (program(), path and path + " "), ""]
+    lines = ["usage: %s %sCOMMAND ...; COMMAND --help explains it" % (program(), path and path + " "), ""]
     lines += ["  %-*s  %s" % (wide, name, COMMANDS[name].help.split(". ")[0].rstrip(".")) for name in listed]
     lines += ["  " + line for line in the_rest()] if not path else []
     return "\n".join(lines + ["example: " + COMMANDS[listed[0]].example.split("\n")[0]])
@@ -15324,15 +15328,15 @@ SILENT = option("-q --quiet", "print nothing")
 YES = option("-y --yes", "ask nothing")
 NO_PAGER = option("--no-pager", "do not use $PAGER")
 METADATA = option("--metadata DICT", "JSON or Python literal: '{\"tags\": [\"v1\"]}'")
-COLOUR = [switch("ansi", "colour even without a terminal, or never")]
+COLOUR = [switch("ansi", "always use colour, or never (default: on a terminal)")]
 FILTER = option_of("extra_filter", LOOP_OPTIONS["extra_filter"])
 SELECT = [option("--id --task-id ID", "the task with this id", dest="task_id"),
           option("--name --task-name NAME", "tasks with this name", dest="task_name"),
           choice("-s --status STATUS", TASK_STATES), FILTER]
-LIST = [option("--limit N", "at most so many (100)", type=count, default=100),
-        option("--offset N", "leave out the first N", type=count, default=0),
+LIST = [option("--limit N", "show at most N (100)", type=count, default=100),
+        option("--offset N", "skip the first N", type=count, default=0),
         choice("--fmt FORMAT", ("table",) + FORMATS),
-        option("-v --verbose", "more columns, nothing cut off"), NO_PAGER] + COLOUR
+        option("-v --verbose", "more columns, no value cut"), NO_PAGER] + COLOUR
 QUEUE = [option("--queue-name NAME", "letters, digits, _ and -"),
          option("--password PASSWORD", "default: LABTASKER_PASSWORD, else it is asked for")]
 JOURNAL = option("--db-path FILE", "the journal (that of the configured store)", type=for_system)
@@ -15360,7 +15364,7 @@ COMMANDS = {
             option("--dry-run", "print what would be submitted, as JSON lines"), QUIET],
         "[-- --NAME=VALUE ...]"),
     "task ls": Command(
-        do_task_ls, "List tasks, longest unchanged first.",
+        do_task_ls, "List tasks, the least recently changed first.",
         "labtasker task ls -s success -f 'args.lr > 0.01' -S summary.acc:desc", SELECT + [
             option("-S --sort FIELD:asc|desc", "repeatable", action="append", default=[]),
             option("--columns FIELD,...", "show these columns: summary.acc,args.lr,name,duration"),
@@ -15372,14 +15376,13 @@ COMMANDS = {
         do_task_count, "Count tasks by status, or by another field.", "labtasker task count --by args.model",
         SELECT + [option("--by FIELD", "count by this field"), option("-q --quiet", "print only the total")] + COLOUR),
     "task update": Command(
-        do_task_update, "Change fields of tasks, all in one transaction. A field becomes exactly what is typed; "
-        "its neighbours stay.",
+        do_task_update, "Change fields of tasks, all in one transaction. Each update replaces that field only.",
         "labtasker task update -s failed -u args.lr=0.005 --reset-pending", SELECT + [
             option("-u --update FIELD=VALUE", "repeatable: args.lr=0.005, 'metadata.tags=[\"v2\"]', status=cancelled",
                    action="append"),
-            option("--reset-pending", "pending again, with its retries at 0"),
+            option("--reset-pending", "make them pending again, with retries at 0"),
             option("--editor", "open them in $EDITOR (the default without updates)"),
-            option("--limit N", "at most so many (all)", type=count),
+            option("--limit N", "change at most N (all)", type=count),
             option("-q --quiet", "ask nothing, print nothing")],
         "[-- FIELD=VALUE ...]"),
     "task delete": Command(
@@ -15389,7 +15392,7 @@ COMMANDS = {
         do_task_retry, "Make failed, or selected, tasks pending again. Resets their retries to 0.",
         "labtasker task retry -f 'args.model == \"vit\"' --dry-run",
         [option("ID", "task ids; without any, the selectors, else all failed ones", dest="ids", nargs="*", default=[])]
-        + SELECT + [option("--dry-run", "only show which"), QUIET]),
+        + SELECT + [option("--dry-run", "only show which tasks match"), QUIET]),
     "task wait": Command(
         do_task_wait, "Wait until no selected task is pending or running. Exit 1 if any failed.",
         "labtasker task wait --name grid && echo done", SELECT + [SILENT]),
@@ -15401,7 +15404,7 @@ COMMANDS = {
         do_task_logs, "Print the output of a task's last run, or of an earlier one.",
         "labtasker task logs 3f2a -f",
         [ID, option("-f --follow", "keep printing while it runs"),
-         option("--attempt N", "the Nth attempt that the task keeps (the last)", type=count)]),
+         option("--attempt N", "the Nth of the attempts that the task keeps (the last)", type=count)]),
     "loop": Command(
         do_loop, "Run a command for each pending task whose arguments it takes. Then end.",
         "labtasker loop -- python train.py --lr '%(lr)' --model '%(model)'",
@@ -15455,9 +15458,9 @@ COMMANDS = {
     "event listen": Command(
         do_event_listen, "Print the state changes of tasks and workers until Ctrl-C. Reconnects.",
         "labtasker event listen --compact", [
-            option("-c --compact", "one line for each"), option("--raw", "JSON as it came, one line for each"),
+            option("-c --compact", "one line for each event"), option("--raw", "one line of JSON for each event"),
             option("--after ID", "begin after the event with this id; 0.0: with all that are kept (help events)"),
-            option("--timeout TIME", "how long to try to connect (10)", type=seconds, default=10)]),
+            option("--timeout TIME", "give up connecting after this time (10)", type=seconds, default=10)]),
     "journal verify": Command(
         do_journal_verify, "Look for damage in a journal, even one in use. Exit 1 if there is any.",
         "labtasker journal verify --db-path old/journal.jsonl", [JOURNAL]),
@@ -15491,7 +15494,7 @@ COMMANDS = {
     "help exit": Command(
         lambda options: show(exit_reference()), "Print the exit codes.", "labtasker help exit"),
     "help journal": Command(
-        lambda options: show(journal_reference()), "Print the format of the journal, a line a transaction.",
+        lambda options: show(journal_reference()), "Print the format of the journal.",
         "labtasker help journal"),
     "help": Command(lambda options: show_help(options.topic), "List the commands, or print the help of one.",
                     "labtasker help task submit",

@@ -1302,18 +1302,18 @@ def enter(path, run, example, options=(), rest=None, sort=None):
 
 
 enter("watch", do_watch, "labtasker watch --name grid", SELECT + [
-    option("--interval TIME", "between looks (2 s)", type=seconds, default=REFRESH_S)])
+    option("--interval TIME", "time between two updates (2 s)", type=seconds, default=REFRESH_S)])
 enter("config", do_config, "EDITOR=nano labtasker config")
 enter("sbatch", do_sbatch, "labtasker sbatch --array=0-7 -t 4:00:00 -- python train.py --lr '%(lr)'", [
-            option("--dry-run", "only print the script; sbatch takes it"),
+            option("--dry-run", "print the script and submit nothing"),
             option("--server", "the first task also runs the server of the configured folder's store"),
             option("--listen HOST:PORT", "where that server listens (0.0.0.0:0; port 0 picks one)", type=listening,
                    default=("0.0.0.0", 0)),
-            option("--server-wait TIME", "how long the others wait for it before one of them runs it (2m)",
+            option("--server-wait TIME", "time that the others wait for it; then one of them runs it (2m)",
                    type=duration, default="2m")],
         "[of sbatch or loop] -- COMMAND ...", sort_sbatch)
 enter("server wait", do_server_wait, "labtasker server wait --timeout 10m && labtasker task ls", [
-    option("--timeout TIME", "at most so long (10m)", type=seconds, default=600)])
+    option("--timeout TIME", "give up after this time (10m)", type=seconds, default=600)])
 enter("completion", do_completion, "labtasker completion bash", [
     choice("SHELL", tuple(SHELLS), dest="shell")], "[-- WORD ...]")
 enter("help api", lambda options: show(api_reference()), "labtasker help api")
