@@ -5669,8 +5669,8 @@ ROUTES = {
     "GET /health": _route(_connection_health, "whether the server answers", open=True, run=_run_outside, quick=_always),
     "GET /health/full": _route(_store_health, "whether the store can be written", open=True, run=_run_outside,
                                quick=_always),
-    "GET /api/v1/polling": _route(_polling, "when the server last looked for time-outs, in seconds", open=True, run=_run_outside,
-                                  quick=_always),
+    "GET /api/v1/polling": _route(_polling, "when the server last looked for time-outs, in seconds", open=True,
+                                  run=_run_outside, quick=_always),
     "POST /api/v1/queues": _route(
         create_queue_op, "create a queue", status=201, open=True, prepare=_hash_new_password, gate="strangers",
         fields={"queue_name": Arg("name", REQUIRED), "password": Arg("password", REQUIRED),
@@ -12128,13 +12128,15 @@ LOOP_OPTIONS = {  # each is a parameter of command_loop(), an option of the comm
     "gpus": Option("--gpus LIST", "text", None, "a slot for each of these: 0,1 or UUIDs, or all"),
     "per_gpu": Option("--per-gpu K", "count", None, "K slots for each of them (1)"),
     "eta_max": Option("--eta-max TIME", "duration", None, "give up a run that takes longer: 90, 10 min, 1h30m"),
-    "heartbeat_timeout": Option("--heartbeat-timeout TIME", "seconds", None, "give up a run after so long without heartbeat"),
+    "heartbeat_timeout": Option("--heartbeat-timeout TIME", "seconds", None,
+                                "give up a run after so long without heartbeat"),
     "time_limit_s": Option("--time-limit TIME", "seconds", None, "end by then (default: with the Slurm or PBS job)"),
     "drain_before_s": Option("--drain-before TIME", "seconds", 0, "start no job in the last TIME of it"),
     "max_tasks": Option("--max-tasks N", "count", None, "end after N tasks"),
     "idle_timeout_s": Option("--idle-timeout TIME", "seconds", None, "wait so long for new tasks before it ends"),
     "grace_s": Option("--grace TIME", "seconds", GRACE_S, "time between a job's stop signal and KILL (%d)" % GRACE_S),
-    "server_lost_s": Option("--server-lost TIME", "seconds", SERVER_LOST_S, "wait so long for a server that is away (1h)"),
+    "server_lost_s": Option("--server-lost TIME", "seconds", SERVER_LOST_S,
+                            "wait so long for a server that is away (1h)"),
     "use_pty": Option("use-pty", "switch", True, "use a pseudo-terminal (the default), or pipes"),
     "verbose": Option("-v --verbose", "flag", False, "say more"),
 }
@@ -13564,9 +13566,9 @@ EXTRA_COMMANDS = {  # the commands of labtasker_cli.py, and what they are for
     "sbatch": "Submit a Slurm job of loops, or an array of jobs; print its id. Options that neither this command "
               "nor labtasker loop has are passed to sbatch, such as -p, -t, -c, --mem, --gpus-per-task.",
     "server wait": "Wait until the configured store's server answers; print its URL. Exit 1 if none does.",
-    "completion": "Print the script that completes commands, options, statuses, fields and ids in a shell. For bash, put "
-                  "eval \"$(labtasker completion bash)\" into ~/.bashrc; for zsh the same into ~/.zshrc, after compinit; "
-                  "for fish, write it to ~/.config/fish/completions/labtasker.fish.",
+    "completion": "Print the script that completes commands, options, statuses, fields and ids in a shell. For bash, "
+                  "put eval \"$(labtasker completion bash)\" into ~/.bashrc; for zsh the same into ~/.zshrc, after "
+                  "compinit; for fish, write it to ~/.config/fish/completions/labtasker.fish.",
     "help api": "Print the routes of the REST API.",
 }
 
@@ -14907,8 +14909,8 @@ def journal_reference():
         "end: true   the store was closed cleanly here",
         "version: V  a newer version, V, writes from here on",
         "needs: F    a reader whose format is older than F must refuse it", "",
-        "After a compaction the first line has folded: N, tail: BYTE and folded_crc. The lines up to that byte, numbered",
-        "by fold: K, hold the state to which lines 1 to N had led; folded_crc is the checksum of line N.",
+        "After a compaction the first line has folded: N, tail: BYTE and folded_crc. The lines up to that byte,",
+        "numbered by fold: K, hold the state to which lines 1 to N had led; folded_crc is the checksum of line N.",
         "Readers keep fields and keys that they do not know, and refuse changes that they do not know."])
 
 
