@@ -2018,11 +2018,11 @@ class FileLock:
         """Let others take the lock."""
         fcntl.flock(self.fd, fcntl.LOCK_UN)
 
-    def close(self):
+    def close(self, close=os.close):  # bound, as this module's names can be gone at the end of the process
         """Release the lock and close its file."""
         fd, self.fd = self.fd, None
         if fd is not None:
-            os.close(fd)
+            close(fd)
 
     __del__ = close
 
@@ -2315,10 +2315,10 @@ class Owner:
             if fd is not None:
                 os.close(fd)
 
-    def _drop_use(self):
+    def _drop_use(self, close=os.close, getpid=os.getpid):  # bound as in FileLock
         (fd, pid), self.used = self.used, (None, None)
-        if fd is not None and pid == os.getpid():
-            os.close(fd)
+        if fd is not None and pid == getpid():
+            close(fd)
 
     __del__ = _drop_use
 
@@ -2540,11 +2540,11 @@ class JournalFile:
         if old is not None:
             os.close(old)
 
-    def close(self):
+    def close(self, close=os.close):  # bound as in FileLock
         """Close the file."""
         fd, self.fd = self.fd, None
         if fd is not None:
-            os.close(fd)
+            close(fd)
 
     __del__ = close
 

@@ -329,6 +329,19 @@ def test_an_owner_file_that_is_gone_or_garbage_keeps_nobody_out(tmp_path):
     assert submit(again)[0] == 201 and again.owner.epoch == 8
 
 
+def test_what_is_collected_after_the_modules_names_are_gone_closes_its_descriptor_and_raises_nothing(tmp_path, monkeypatch):
+    store = L.Store(str(tmp_path / "journal.jsonl"))
+    submit(store)
+    held = [store.file.file, store.file.file_lock, store.file.owner]
+    numbers = [held[0].fd, held[1].fd, held[2].used[0]]
+    with monkeypatch.context() as end_of_process:
+        end_of_process.setattr(L, "os", None)
+        for thing in held:
+            thing.__del__()
+    for number in numbers:
+        pytest.raises(OSError, os.fstat, number)
+
+
 def test_a_process_that_died_and_one_that_lives_are_told_apart():
     assert L.process_start(os.getpid()) == L.process_start(os.getpid()) is not None
     pid = os.fork()
