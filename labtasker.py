@@ -10857,10 +10857,10 @@ def is_terminal(stream):
     return stream is not None and stream.isatty()
 
 
-def brief(value):
+def brief(value, digits=6):
     """Return a value as short text for a table: as one would type it after `--key=`, floats rounded."""
     if isinstance(value, float):
-        return "%.6g" % value
+        return "%.*g" % (digits, value)
     if isinstance(value, str):
         return value if value and not re.search(r"\s", value) else json.dumps(value, ensure_ascii=False)
     return repr(value)
@@ -13192,6 +13192,117 @@ def _table_line(row, widths, painted):
     return "  ".join(cells).rstrip()
 
 
+# ---- Columns: what tells rows apart, on a terminal and on the page
+
+# Fields as they stand side by side; the same, the most telling first; {field: value} of what all rows have alike.
+Chosen = collections.namedtuple("Chosen", "columns telling same")
+
+GROUPS = ("status", "task_name", "args", "cmd", "summary", "error", "retries", "duration", "worker_id", "created_at")
+BY_CHANCE = {"duration", "created_at"}  # that these are alike in some rows says nothing
+WIDEST, WIDEST_ERROR = 20, 36  # cells that a column wants before others get a place
+CUT = 12  # cells that a longer text is cut to before it goes without a place: no number is longer
+
+
+def choose_columns(rows, kept=()):
+    """Return the Chosen of rows, each {field: value}, args and summary as dotted fields: what differs, then results.
+
+    `kept` are the fields by which the rows are sorted: the most telling, and the first of the results. What all rows
+    have alike is no column, except in a single row."""
+    found, values = {}, {}  # field: how often each of its values is there; field: one of them
+    for row in rows:
+        for field, value in row.items():
+            counts = found.get(field)
+            if counts is None:
+                values[field], counts = value, found.setdefault(field, {})
+            text = "" if field in BY_CHANCE else exact(value)
+            counts[text] = counts.get(text, 0) + 1
+    is_alike = {field: rows[1:] and max(counts.values()) == len(rows) and field not in BY_CHANCE
+                for field, counts in found.items()}
+    groups = {group: [] for group in GROUPS}
+    for field in found:
+        if not is_alike[field]:
+            groups.setdefault(field.split(".")[0], []).append(field)
+    groups["summary"].sort(key=lambda field: (_place(field, kept), -sum(found[field].values())))
+    columns = list(dict.fromkeys(sum((groups[group] for group in groups), [])))
+    return Chosen(columns, _most_telling(groups, columns, kept, found, len(rows)),
+                  {field: values[field] for field in found if is_alike[field]})
+
+
+def exact(value):
+    """Return a value as text that no other value has, but for one of another type: 1 is not 1.0."""
+    return value if isinstance(value, str) else repr(value)
+
+
+def _place(item, items):
+    return items.index(item) if item in items else len(items)
+
+
+def _most_telling(groups, columns, kept, found, total):
+    """Return the columns, the most telling first. An argument tells the more, the more rows have another value than its
+    most common one, for the cells that it takes."""
+    def tells(field):
+        width, count = max(len(field) - len("args."), *map(len, found[field])), sum(found[field].values())
+        return total > 1 and (count - max(found[field].values()) + count / total / 9) / max(4, min(WIDEST, width))
+    args, results = sorted(groups["args"], key=tells, reverse=True) + groups["cmd"], groups["summary"]
+    errors, is_failed = groups["error"], 2 * sum(found.get("error", {}).values()) > total
+    order = [field for field in kept if field in columns] + groups["status"] + errors * is_failed
+    order += args[:2] + results[:1] + args[2:4] + results[1:2] + errors + args[4:] + results[2:]
+    return list(dict.fromkeys(order + [field for field in columns if field not in order]))
+
+
+def fit_columns(telling, wants, room, kept=()):
+    """Return {field: cells} of the columns that have a place in `room`: the most telling first, the first and those of
+    `kept` in any case.
+
+    `wants` has the (least, most) cells of each, of which a text goes without some rather than without a place; what is
+    left over goes to those that want more."""
+    cells, left = {}, room
+    for field in telling:
+        least = wants[field][0]
+        if least + 2 > left and field not in kept:
+            least = min(least, max(left - 2, CUT))
+        if least + 2 <= left or field in kept or not cells:
+            cells[field], left = least, left - least - 2
+    for field in cells:
+        more = max(0, min(left, wants[field][1] - cells[field]))
+        cells[field], left = cells[field] + more, left - more
+    return dict(zip(cells, narrowed(cells.values(), room))) if cells else cells
+
+
+def shortened(names, pattern, taken):
+    """Return {field: name without what the pattern matches} for {field: name}, where the rest is no other's name."""
+    short = {field: re.sub(pattern, "", name) or name for field, name in names.items()}
+    often = collections.Counter(short.values())
+    often.update(name for name in taken if name not in names.values())
+    return {field: short[field] if often[short[field]] == 1 else name for field, name in names.items()}
+
+
+def texts_of(values, digits, must_differ):
+    """Return values as texts for a column, floats with so many digits, or with more where what differs must look so."""
+    texts = [brief(value, digits) for value in values]
+    if must_differ and len(set(texts)) < len(set(map(exact, values))):
+        texts = [repr(value) if isinstance(value, float) else brief(value) for value in values]
+    return texts
+
+
+def cut_apart(texts, width):
+    """Return texts cut to `width` cells: at their end, or at their begin where that leaves more of them distinct."""
+    ends = [fitted(text, width).rstrip() for text in texts]
+    begins = [fitted(text[::-1], width).rstrip()[::-1] for text in texts]
+    return begins if len(set(begins)) > len(set(ends)) else ends
+
+
+def wrapped(words, room):
+    """Return words in lines of at most `room` cells, a longer word cut; from the second line on they are indented."""
+    lines = [""]
+    for word in words:
+        word = fitted(word, min(cells_wide(word), max(1, room - 2)))
+        if lines[-1].strip() and cells_wide(lines[-1]) + 1 + cells_wide(word) > room:
+            lines.append(" ")
+        lines[-1] += " " + word if lines[-1] else word
+    return lines
+
+
 # ---- Formats: yaml, csv
 
 
@@ -13700,17 +13811,25 @@ def _in_seconds(moment):
     return moment.timestamp() if isinstance(moment, datetime.datetime) else moment
 
 
+ERRORS = ("labtasker_error", "labtasker_exception")  # keys of a summary: `finish` and a job's end write them
+
+
 def error_of(task):
-    """Return the error that a task's summary tells of, in a line, or nothing."""
+    """Return the last line of the error that a task's summary tells of, after the exception's type, or nothing."""
     raised = task.summary.get("labtasker_exception")
     if isinstance(raised, dict):
-        return ("%s: %s" % (raised.get("type"), raised.get("message"))).split("\n")[0]
-    return str(task.summary.get("labtasker_error") or "").split("\n")[0]
+        return "%s: %s" % (raised.get("type"), last_line(str(raised.get("message"))))
+    return last_line(str(task.summary.get("labtasker_error") or ""))
+
+
+def last_line(text):
+    """Return the last line of a text that has anything in it, or nothing."""
+    return text.strip().split("\n")[-1].strip()
 
 
 def outcome(task):
     """Return a task's summary as short text, what went wrong first."""
-    rest = {key: value for key, value in task.summary.items() if key not in ("labtasker_error", "labtasker_exception")}
+    rest = {key: value for key, value in task.summary.items() if key not in ERRORS}
     return " ".join(filter(None, (error_of(task), pairs(rest))))
 
 
@@ -13737,7 +13856,12 @@ WORKER_COLUMNS = {
     "metadata": lambda worker: pairs(worker.metadata),
 }
 SHORT = {"id": "task_id", "name": "task_name", "worker": "worker_id"}  # what a table calls these fields
-WIDEST = 20  # cells that an argument's column may want; wider ones share a column
+TITLES = {field: name for name, field in SHORT.items() if name != "id"}
+TITLES["created_at"] = "age"
+HEADS = {"id"}.union(TITLES.values(), set(GROUPS) - set(TITLES))  # that no argument's column may have
+CELLS = {  # field of a row: its text; those of other fields are `brief`
+    "status": str, "task_name": str, "error": str, "retries": str, "created_at": lambda value: age(value),
+    "duration": lambda task: span(spent_s(task)), "worker_id": lambda value: value[:8]}
 
 
 def sorting(word):
@@ -13788,6 +13912,82 @@ def painter(options):
     return extras().painted if extras() and extras().wants_colour(options) else None
 
 
+def row_of(task):
+    """Return {field: value} of what may tell a Task, or a task's record, apart, as `choose_columns` takes it."""
+    row = {"status": task.status, "created_at": task.created_at}
+    more = (("task_name", task.task_name), ("worker_id", task.worker_id), ("cmd", None if task.args else task.cmd),
+            ("retries", "%d/%d" % (task.retries, task.max_retries) if task.retries else None),
+            ("duration", None if task.start_time is None or task.status == "pending" else task),  # told where shown
+            ("error", task.summary and error_of(task) or None))
+    row.update(item for item in more if item[1] is not None)
+    row.update(("args." + key, value) for key, value in flatten(task.args))
+    row.update(("summary." + key, value) for key, value in flatten(task.summary) if not key.startswith(ERRORS))
+    return row
+
+
+def heads_of(chosen):
+    """Return {field: what stands above its column}: of args.lr, lr, where that is no other's."""
+    names = {field: TITLES.get(field, field) for field in chosen.columns + list(chosen.same)}
+    return shortened(names, r"\A(args|summary)\.", HEADS)
+
+
+def lay_out(rows, chosen, room, kept=()):
+    """Return {field: [head, cell, ...]} of those of the Chosen columns that fit in `room`, each cut to its width.
+
+    Numbers get fewer digits before a column goes without a place; those of `kept` stay whole."""
+    heads, wants, columns = heads_of(chosen), {}, {}
+    tails = shortened(heads, r".*\.", HEADS)
+    for field in chosen.columns:
+        least, most = columns[field] = [_column(rows, field, digits) for digits in (6 if field in kept else 4, 6)]
+        wants[field] = [max(map(cells_wide, [tails[field]] + texts)) for texts in (least, most)]
+        wants[field][0] = min(WIDEST_ERROR if field == "error" else WIDEST, wants[field][0])
+    fits = fit_columns(chosen.telling, wants, room, kept)
+    if sum(2 + max(fits[field], cells_wide(heads[field])) for field in fits) <= room + 2:
+        tails = heads
+    return {field: [fitted(tails[field], max(fits[field], cells_wide(heads[field]) * (tails is heads))).rstrip()]
+            + cut_apart(most if fits[field] >= max(map(cells_wide, most)) else least, fits[field])
+            for field, (least, most) in columns.items() if field in fits}
+
+
+def _column(rows, field, digits):
+    """Return the texts of a column; a row without a value has an empty one."""
+    there = [row[field] for row in rows if field in row]
+    told = map(CELLS[field], there) if field in CELLS else texts_of(there, digits, field.startswith("args."))
+    texts = iter(list(told))
+    return [clean(next(texts), "") if field in row else "" for row in rows]
+
+
+def alike_lines(chosen, shown, room):
+    """Return lines that tell what all rows have alike, and which arguments and results have no place."""
+    heads = heads_of(chosen)
+    words = [clean("%s=%s" % (heads[field], CELLS.get(field, brief)(value)), "")
+             for field, value in chosen.same.items()]
+    words = [fitted(word, min(cells_wide(word), 60)) for word in words]
+    lines = wrapped(["same in all:"] + words, room) if words else []
+    missing = [heads[field] for field in chosen.telling
+               if field not in shown and (field not in CELLS or field == "task_name")]
+    more = ["and %d more" % (len(missing) - 5)] if missing[6:] else missing[5:]
+    return lines + (wrapped(["no room for:"] + missing[:5] + more + ["(--columns chooses)"], room) if missing else [])
+
+
+def telling_table(tasks, ids, options, room):
+    """Return Tasks as a table with the columns that tell them apart, below what all have alike."""
+    kept = [sorting(word)[0] for word in getattr(options, "sort", None) or () if not word.startswith("task_id")]
+    rows = [row_of(task) for task in tasks]
+    for field in kept:
+        for row, task in zip(rows, tasks):
+            value = field_of(task, field)
+            if value is not None and not isinstance(value, dict):
+                row.setdefault(field, value)
+    chosen = choose_columns(rows, kept)
+    columns = lay_out(rows, chosen, room - cells_wide(ids[0]) - 2, kept)
+    above, paint = alike_lines(chosen, columns, room), painter(options)
+    if paint and "status" in chosen.same:  # it stands first
+        status = chosen.same["status"]
+        above[0] = above[0].replace("=" + status, "=" + paint(status, status), 1)
+    return "\n".join(above + [render_table(list(zip(["id"] + ids, *columns.values())), room, paint)])
+
+
 def _width(columns):
     """Return the cells that columns of texts want, none more than WIDEST; empty ones are left out."""
     return sum(2 + min(WIDEST, max(map(len, column))) for column in columns if any(column)) - 2
@@ -13824,6 +14024,8 @@ def item_table(items, options):
     while len({text[:size] for text in ids}) < len(ids):
         size += 1
     heads = [text[:size] for text in ids]
+    if columns is TASK_COLUMNS and is_terminal(sys.stdout):
+        return telling_table(items, heads, options, room)
     if columns is TASK_COLUMNS:
         for columns in apart(items):
             if _width([heads] + [list(map(cell, items)) for cell in columns.values()]) <= room:

@@ -20,13 +20,14 @@ from labtasker import (
     COMMANDS, CONFIG_NAME, CONTROL, EVERY, EXTRA_COMMANDS, NAME, REFRESH_S, REQUIRED, ROUTES, SELECT,
     SETTINGS, TASK_FIELDS, TASK_STATES, UPDATABLE, Command, Disk, Instant, JobCommand, LabtaskerError,
     LabtaskerHTTPStatusError, LabtaskerRuntimeError, LabtaskerValueError, NotFound, OddFile, Page, Sweep,
-    SyntaxMistake, TaskUpdateRequest, UsageError, _order, _seen, apart, as_typed, ask, brief, cells_wide,
-    change_of, choice, clean, client, compile_query, duration, enter_page, error_of, filter_of, find_root,
-    fitted, flatten, format_time, get_path, get_task_op, group, health_check, ids_of, in_order, is_away,
-    is_terminal, joined, load_config, log_path, ls_tasks, ls_workers, main, monotonic, narrowed, note, now,
-    open_plain, option, pace, pace_of, pairs, parse, parse_filter, progress, read_server_file, read_text,
-    recent_ends, record_text, say, screen_size, seconds, selectors, show, some, spent_s, store_folder,
-    typed_filter, typed_value, update_tasks, updates_of, use_client, visible)
+    SyntaxMistake, TaskUpdateRequest, UsageError, _order, _seen, alike_lines, as_typed, ask, brief,
+    cells_wide, change_of, choice, choose_columns, clean, client, compile_query, duration, enter_page,
+    error_of, filter_of, find_root, fitted, flatten, format_time, get_path, get_task_op, group, health_check,
+    ids_of, in_order, is_away, is_terminal, joined, lay_out, load_config, log_path, ls_tasks, ls_workers,
+    main, monotonic, note, now, open_plain, option, pace, pace_of, pairs, parse, parse_filter, progress,
+    read_server_file, read_text, recent_ends, record_text, row_of, say, screen_size, seconds, selectors,
+    show, some, spent_s, store_folder, typed_filter, typed_value, update_tasks, updates_of, use_client,
+    visible)
 
 __all__ = ["main", "server_main"]
 
@@ -92,8 +93,8 @@ def last_lines(path, limit, tail_bytes=65536):
 
 
 def last_words(task):
-    """Return the last line of a failed task's log, else the error in its summary."""
-    path = last_log(task)
+    """Return the last line of what a failed task raised, else of its log, else of the error in its summary."""
+    path = None if isinstance(task.summary.get("labtasker_exception"), dict) else last_log(task)
     lines = [line for line in last_lines(path, 20, 4096) if line.strip()] if path else []
     return lines[-1].strip() if lines else clean(error_of(task), "")
 
@@ -108,7 +109,8 @@ KEYS = {  # key: (method of Watch, words in the last line)
     "r": ("ask_retry", "r: retry"), "s": ("next_state", "s: status"), "/": ("edit_filter", "/: filter"),
     "esc": ("go_back", ""), "backspace": ("go_back", ""), "q": ("quit", "q: back"),
 }
-WATCHED = ("id", "worker", "duration", "name", "retries", "args", "summary")
+UNWATCHED = ("status", "error", "created_at")  # what sections and last words tell, and what changes with every look
+SAMPLE_ROWS = 100  # that the widths of columns are made for, beside those shown
 SECTIONS = (  # status, title, the time by which they stand, whether the latest is first
     ("running", "Running", "start_time", False), ("failed", "Failed, the last first", "last_modified", True),
     ("pending", "Pending, the next first", "last_modified", False),
@@ -186,7 +188,9 @@ class View:
     def _look(self, tasks, looks):
         """Take what was seen last; sorting ten thousand tasks at every key would be felt."""
         self.tasks, self.looks, self.pace = {task.task_id: task for task in tasks}, looks, pace(tasks, now())
-        self.cells = dict(apart(tasks)[-1], id=lambda task: task.task_id[:8], worker=self._worker) if tasks else {}
+        self.rows = {task.task_id: self._told(task) for task in tasks}
+        self.told = choose_columns(list(self.rows.values()))
+        self.sample = list(self.rows.values())[::len(tasks) // SAMPLE_ROWS + 1]
         self.sorted = {}
         for status, _, field, is_latest_first in SECTIONS:
             self.sorted[status] = sorted(
@@ -222,9 +226,10 @@ class View:
             left -= more * sizes[status]
             yield "%s: %d" % (title, len(tasks)), tasks[:3 + more]
 
-    def _list(self, width, room):
-        """Return the tasks in sections, so that the current one is seen; under a failed one its last words."""
-        self.order, rows = [], []  # rows: (title, None), (None, task), or (True, task) for its last words
+    def _shown_rows(self, room):
+        """Return the rows of the sections, so that the current task is seen: (title, None), (None, task), and under a
+        failed one (True, task) for its last words."""
+        self.order, rows = [], []
         for title, tasks in self._sections(room):
             rows.append((title, None))
             self.order += [task.task_id for task in tasks]
@@ -233,20 +238,33 @@ class View:
         self.current = self.chosen if self.chosen in self.order else self.order[0] if self.order else None
         at = next((at for at, (_, task) in enumerate(rows) if task and task.task_id == self.current), 0)
         begin = max(0, min(at - room // 2, len(rows) - room)) if at >= room - 1 else 0
-        rows = rows[begin:begin + room]
-        columns = self._columns([task for title, task in rows if title is None], width - 2)
-        return [self._row(title, task, columns, width) for title, task in rows] or ["No task matches."[:width]]
+        return rows[begin:begin + room]
+
+    def _list(self, width, room):
+        """Return the tasks in sections, below what all have alike and the heads of their columns."""
+        if not self.tasks:
+            return ["No task matches."[:width]]
+        above = alike_lines(self.told, self.told.columns, width)[:max(0, min(2, room - 5))]
+        rows = self._shown_rows(room - len(above) - 1)
+        head, columns = self._columns([task for title, task in rows if title is None], width - 2)
+        return [styled(line, FAINT) for line in above + [fitted("  " + head, width).rstrip()]] + [
+            self._row(title, task, columns, width) for title, task in rows]
 
     def _columns(self, tasks, room):
-        """Return {task id: line}, aligned; columns with nothing in them are left out."""
-        columns = [[clean(self.cells[name](task), "") for task in tasks] for name in WATCHED]
-        columns = [column for column in columns if any(column)]
-        widths = narrowed([max(map(cells_wide, column)) for column in columns], room)
-        return {task.task_id: "  ".join(map(fitted, row, widths)) for task, row in zip(tasks, zip(*columns))}
+        """Return (the line of heads, {task id: line}), aligned: the columns that tell all tasks apart."""
+        rows = [self.rows[task.task_id] for task in tasks]
+        columns = lay_out(rows + self.sample, self.told, room - 10)
+        table = [["id"] + [task.task_id[:8] for task in tasks]] + [cells[:1 + len(tasks)] for cells in columns.values()]
+        widths = [8] + [max(map(cells_wide, cells)) for cells in columns.values()]
+        head, *lines = ["  ".join(map(fitted, line, widths)) for line in zip(*table)]
+        return head, {task.task_id: line for task, line in zip(tasks, lines)}
 
-    def _worker(self, task):
-        worker = self.workers.get(task.worker_id)
-        return "" if task.worker_id is None else worker and worker.worker_name or task.worker_id[:8]
+    def _told(self, task):
+        """Return what a row tells of a task: a worker by its name."""
+        row, worker = row_of(task), self.workers.get(task.worker_id)
+        if worker and worker.worker_name:
+            row["worker_id"] = worker.worker_name
+        return {field: value for field, value in row.items() if field not in UNWATCHED}
 
     def _row(self, title, task, columns, width):
         if task is None:

@@ -42,15 +42,90 @@ def test_arguments_that_differ_are_columns_and_those_that_do_not_are_left_out(ho
     assert "steps" in home.cli("task", "ls", "-v").stdout
 
 
+def listed(tasks, width, *sort):
+    """Return the lines that `task ls -S ...` shows of tasks on a terminal: (those above the table, [cells of a line])."""
+    options = labtasker.parse("task ls", [word for field in sort for word in ("-S", field)])
+    lines = labtasker.telling_table(tasks, [task.task_id[:8] for task in tasks], options, width).split("\n")
+    assert all(labtasker.cells_wide(line) <= width for line in lines), lines
+    at = next(number for number, line in enumerate(lines) if re.match("id( |$)", line))
+    return lines[:at], [re.split("  +", line.rstrip()) for line in lines[at:]]
+
+
+def sweep_of(count=100, **fixed):
+    """Return Tasks of a sweep of six arguments that have ended, the best first."""
+    def when(second):
+        return labtasker.format_time(labtasker.now() - 3600 + second)
+    return [labtasker.Task({
+        "task_id": "%08d" % at, "status": "success", "task_name": "sweep", "created_at": when(0), "start_time": when(at),
+        "last_modified": when(at + 60), "max_retries": 3, "retries": 0, "priority": 0, "worker_id": None,
+        "args": dict({"lr": (1e-4, 3e-4, 0.001, 0.01)[at % 4], "model": ("resnet50", "vit_b16", "mlp")[at % 3], "seed": at % 5,
+                      "batch_size": 32 << at % 2, "weight_decay": (0, 1e-4)[at // 9 % 2], "dropout": at % 7 / 10}, **fixed),
+        "summary": {"loss": 0.1234567 + at / 7, "epochs": 10, "acc": 0.987654321 - at / 1000}}) for at in range(count)]
+
+
+def test_which_one_won_is_seen_at_80_columns():
+    above, (heads, *rows) = listed(sweep_of(), 80, "summary.acc:desc")
+    assert above[0] == "same in all: status=success name=sweep epochs=10"
+    assert {"lr", "model", "seed", "acc"} <= set(heads) and heads.index("acc") > heads.index("seed") > heads.index("lr")
+    best = dict(zip(heads, rows[0]))
+    assert [best[name] for name in ("id", "lr", "model", "seed", "acc")] == ["00000000", "0.0001", "resnet50", "0", "0.987654"]
+    assert not any(cell.endswith("..") for row in rows for cell in row) and "retries" not in heads
+    missing = {"batch_size", "weight_decay", "dropout", "loss"} - set(heads)
+    assert above[1:] == ["no room for: %s (--columns chooses)" % name for name in missing], "what has no place is named"
+    assert dict(zip(*listed(sweep_of(), 40, "summary.acc:desc")[1][:2]))["acc"] == "0.987654"
+    assert "loss" in listed(sweep_of(), 40, "summary.loss")[1][0]
+    wide = listed(sweep_of(), 200, "summary.acc")[1][0]
+    assert wide == ["id", "lr", "model", "seed", "batch_size", "weight_decay", "dropout", "acc", "loss", "duration", "age"]
+
+
+def test_what_is_the_same_in_all_rows_is_said_once_and_wrapped():
+    above, (heads, *_) = listed(sweep_of(9, model="vit", **{"fixed_%d" % at: at for at in range(20)}), 60)
+    assert above[0].startswith("same in all: status=success name=sweep model=vit") and "model" not in heads
+    assert all(line.startswith("  ") for line in above[1:-1]) and "fixed_19=19" in " ".join(above)
+    one, (heads, row) = listed(sweep_of(1), 200)
+    assert one == [] and dict(zip(heads, row))["model"] == "resnet50" and "name" in heads, "a single row has all as columns"
+    two = sweep_of(1) * 2
+    assert "lr=0.0001 model=resnet50" in listed(two, 80)[0][0] and listed(two, 80)[1][0] == ["id", "duration", "age"]
+
+
+@pytest.mark.parametrize("width", [20, 40, 80, 200])
+def test_columns_of_odd_arguments_fit_and_tell_rows_apart(width):
+    tasks = sweep_of(4)
+    for at, task in enumerate(tasks):
+        task.args = {"opt": {"name": ["adam", "sgd"][at % 2], "deep": {"lr": 0.1}}, "prompt": "You are an assistant " * 20 + str(at),
+                     "wide": "日本語のモデル%d" % at, "near": 0.12345671 + at * 1e-8, "status": at, "flag": [True, 1, 1.0, "True"][at]}
+        task.args.update({"only_%d" % at: None} if at else {"escape": "\x1b[31m"})
+    heads, *rows = listed(tasks, width)[1]
+    assert len(set(map(tuple, rows))) == 4 and "status" not in heads
+    if width == 200:
+        columns = dict(zip(heads, zip(*rows)))
+        assert len(set(columns["near"])) == 4 and columns["opt.name"] == ("adam", "sgd", "adam", "sgd")
+        assert set(columns["args.status"]) == set("0123") and columns["wide"][3] == "日本語のモデル3"
+    assert not any("\x1b" in cell for row in rows for cell in row)
+    heads, *_, last = listed(tasks, width, "args.prompt")[1]
+    assert dict(zip(heads, last))["prompt"].endswith('3"'), "a long text is cut where it is alike"
+
+
+def test_what_failed_is_told_by_the_last_line_of_its_error():
+    tasks = sweep_of(3)
+    for task, summary in zip(tasks, ({"labtasker_error": "exit code 1\nout of memory"}, {"labtasker_exception": {
+            "type": "ValueError", "message": "loss:\nnot finite\n", "traceback": "..."}}, {})):
+        task.status, task.summary = "failed" if summary else "success", summary
+    heads, *rows = listed(tasks, 80)[1]
+    assert [row[heads.index("error")] for row in rows[:2]] == ["out of memory", "ValueError: not finite"]
+    assert "error" in listed(tasks[:2], 40)[1][0]
+
+
 @pytest.mark.slow
-def test_columns_that_do_not_fit_share_one(home):
-    row = dict.fromkeys("abcdefghij", "x" * 15)
-    for value in ("y" * 15, "z" * 15):
-        home.cli("task", "submit", "--args", json.dumps({key: value for key in row}))
-    shown = on_terminal(home, ["task", "ls"], columns=70)[1].splitlines()
-    assert shown[0].split()[-1] == "args" and all(len(line) <= 70 for line in shown)
-    home.cli("task", "submit", "--args", json.dumps(dict(row, seed=3)))
-    assert " seed=3 a=" in on_terminal(home, ["task", "ls"], columns=70)[1]  # the shortest first: they are seen
+def test_on_a_terminal_a_listing_has_what_differs_and_piped_all_that_it_had(home):
+    home.cli(*GRID)
+    code, shown = on_terminal(home, ["task", "ls"], columns=80)
+    above, header, *rows = shown.splitlines()
+    assert (code, above, header.split()) == (0, "same in all: status=pending name=g steps=3", ["id", "lr", "model", "age"])
+    assert len(rows) == 4 and "Nothing matches" in on_terminal(home, ["task", "ls", "-s", "failed"])[1]
+    piped = [home.cli("task", "ls", env={"COLUMNS": width}).lines[0].split() for width in ("40", "200")]
+    assert piped == [["id", "status", "name", "age", "args.lr", "args.model"]] * 2
+    assert on_terminal(home, ["task", "ls", "--columns", "args.steps"])[1].split()[:2] == ["id", "args.steps"]
 
 
 @pytest.mark.slow
@@ -253,10 +328,11 @@ def test_keys_choose_filter_and_ask(monkeypatch):
     feed = Still(some_tasks(MANY))
     watch = labtasker_cli.Watch(feed, {}, "q")
     shown = plain(watch.lines(100, 40))
-    assert shown[5] == "Running: 2" and shown[6].startswith("> 00000000") and "x=0" in shown[6]
+    assert shown[5].split() == ["id", "x", "duration"]
+    assert shown[6] == "Running: 2" and shown[7].startswith("> 00000000") and shown[7].split()[2] == "0"
     assert "Failed, the last first: 1" in shown and "Pending, the next first: 60" in shown
     watch.press("j")
-    assert plain(watch.lines(100, 40))[7].startswith("> 00000001")
+    assert plain(watch.lines(100, 40))[8].startswith("> 00000001")
     watch.press("c")
     assert "Cancel task 00000001? [y/N] _" in plain(watch.lines(100, 40))[-2]
     changes = []
@@ -310,8 +386,10 @@ def test_a_screen_of_80_columns_tells_all_keys_and_what_went_wrong_beside_long_a
         task.task_name, task.args = "a-name-that-is-rather-long", {"prompt": "%d " % at + "x" * 100, "seed": at}
         task.summary = {"acc": 0.5, "labtasker_error": "exit code 1\nmore"} if task.status == "failed" else {}
     shown = plain(labtasker_cli.Watch(Still(tasks), {}, "q").lines(80, 24))
-    failed = next(line for line in shown if "00000002" in line)
-    assert "seed=2" in failed and "exit cod" in failed and "q: back" in shown[-1]
+    at = next(at for at, line in enumerate(shown) if "00000002" in line)
+    assert shown[5].split() == ["same", "in", "all:", "name=a-name-that-is-rather-long"] and "q: back" in shown[-1]
+    assert shown[6].split() == ["id", "prompt", "seed", "acc", "duration"]
+    assert shown[at].split()[-3:-1] == ["2", "0.5"] and shown[at + 1].strip() == "more", "the last line of the error"
     assert "none running" in labtasker.progress(labtasker.pace(tasks[2:], 1000.0), 80)
     assert "none running" not in shown[1]
 
