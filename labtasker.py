@@ -72,15 +72,15 @@ THIS_FILE = os.path.abspath(__file__)  # now: a later change of the working fold
 
 # 1. Values ###################################################################
 #
-# What everything above is made of: errors, ids, names, dotted keys, instants, durations, relative
+# What all other sections use: errors, ids, names, dotted keys, messages, instants, durations, relative
 # dates. Knows nothing of tasks. The only section that reads a clock. Tests: test_values.py,
 # test_dates.py, test_dateparser.py.
 
 
 class LabtaskerError(Exception):
-    """The root of every error raised here. `status` is the HTTP status that a server answers it with.
+    """The root of all errors of this module. `status` is the HTTP status of the answer that a server makes of it.
 
-    Each survives pickle and copy, so that a `multiprocessing.Pool` can hand it to the process that waits for it."""
+    All of them survive pickle and copy, so that a `multiprocessing.Pool` can hand them to the process that waits."""
 
     status = 500
 
@@ -89,7 +89,7 @@ class LabtaskerError(Exception):
 
 
 def _remade(kind, args, attributes):
-    """Return the error that was pickled or copied; its `__init__`, which takes other arguments, is not called."""
+    """Return the error that was pickled or copied, without calling its `__init__`, which takes other arguments."""
     error = kind.__new__(kind, *args)
     error.args = args
     vars(error).update(attributes)
@@ -97,11 +97,11 @@ def _remade(kind, args, attributes):
 
 
 class LabtaskerRuntimeError(LabtaskerError, RuntimeError):
-    """Something that should work did not."""
+    """An operation failed, although what was asked for is valid."""
 
 
 class LabtaskerValueError(LabtaskerError, ValueError):
-    """A value that can't be taken."""
+    """An invalid value."""
 
     status = 400
 
@@ -113,12 +113,13 @@ class LabtaskerTypeError(LabtaskerError, TypeError):
 
 
 class LabtaskerNetworkError(LabtaskerError):
-    """The server did not do what was asked."""
+    """A request to a server failed."""
 
 
 class LabtaskerHTTPStatusError(LabtaskerNetworkError):
-    """The server, or the store without one, refused: `status_code` is the HTTP status, `detail` the words (text
-    or list), `url` the server's."""
+    """The server (or the store, without a server) refused a request.
+
+    `status_code` is the HTTP status, `detail` the reason (text, or the list of a 422), `url` the server's or None."""
 
     def __init__(self, status_code, detail, url=None):
         self.status_code = self.status = status_code
@@ -129,11 +130,11 @@ class LabtaskerHTTPStatusError(LabtaskerNetworkError):
 class LabtaskerConnectError(LabtaskerNetworkError):
     """The server could not be reached, or went away before it answered."""
 
-    is_sent = True  # whether it may have done what it was asked for
+    is_sent = True  # whether the server may have carried out the request
 
 
 class NotOurServer(LabtaskerConnectError):
-    """What answers at the address of a store's server does not prove that it is that server."""
+    """Another program, or another store's server, answers at the address of a store's server."""
 
 
 class WorkerSuspended(LabtaskerRuntimeError):
@@ -141,11 +142,11 @@ class WorkerSuspended(LabtaskerRuntimeError):
 
 
 class TaskCancelled(LabtaskerError):
-    """Raised in a running job whose task was cancelled, or taken away, from outside."""
+    """Raised in a running job when its task is cancelled, or given to another worker, from outside."""
 
 
 class UsageError(LabtaskerValueError):
-    """A command line that can't be understood: exit code 2."""
+    """An invalid command line: exit code 2."""
 
 
 class SyntaxMistake(LabtaskerValueError):
@@ -168,7 +169,7 @@ class TemplateError(SyntaxMistake):
     """A mistake in a command template with its `%(key)` placeholders."""
 
 
-# What a server or a store refuses, by its HTTP status.
+# Refusals of a server or a store, one class for each HTTP status.
 class BadRequest(LabtaskerError): status = 400
 class Unauthorized(LabtaskerError): status = 401
 class Forbidden(LabtaskerError): status = 403
@@ -181,7 +182,7 @@ class StoreFull(StoreUnavailable): status = 507
 
 
 class StoreDamaged(StoreUnavailable):
-    """A journal that can't be opened as it is: the message has path, byte offset and the way out."""
+    """A journal that can't be opened. The message has its path, the byte offset and the command that repairs it."""
 
 
 class InvalidStateTransition(BadRequest):
@@ -190,8 +191,8 @@ class InvalidStateTransition(BadRequest):
 
 
 class InvalidFields(LabtaskerValueError):
-    """Fields of a request that can't be taken: `problems` is a list of (field path, message), `detail` has them in
-    the shape of a 422 answer."""
+    """Invalid fields of a request: `problems` is a list of (field path, message), `detail` the same as in a 422
+    answer."""
 
     status = 422
 
@@ -202,7 +203,7 @@ class InvalidFields(LabtaskerValueError):
 
 
 def detail_text(detail):
-    """Return one line of text for the `detail` of an error answer: text, or the list of a 422."""
+    """Return the `detail` of an error answer, which is text or the list of a 422, as one line of text."""
     if not isinstance(detail, list):
         return str(detail)
     rows = [d if isinstance(d, dict) else {"msg": str(d)} for d in detail]
@@ -211,13 +212,13 @@ def detail_text(detail):
 
 
 def nearest(word, choices):
-    """Return the choice that looks most like `word`, or None."""
+    """Return the choice that is most similar to `word`, or None."""
     import difflib
     return next(iter(difflib.get_close_matches(str(word)[:100], [str(c) for c in choices], 1, 0.6)), None)
 
 
 def hint(word, choices):
-    """Return "; did you mean X?" with the choice that looks most like `word`, or nothing."""
+    """Return "; did you mean X?" with the choice that is most similar to `word`; "" if none is."""
     best = nearest(word, choices)
     return "; did you mean %s?" % best if best else ""
 
@@ -228,8 +229,8 @@ def as_uuid(digits):
 
 
 def new_id():
-    """Return a random UUID4 as text. 32 are made at once, without `uuid`, which is slow to import."""
-    ids = _IDS.get(os.getpid())  # a forked child must not use its parent's
+    """Return a random UUID4 as text. It comes from a batch of 32, and not from `uuid`, which is slow to import."""
+    ids = _IDS.get(os.getpid())  # a forked child must not use its parent's ids
     if not ids:
         _IDS.clear()
         text = os.urandom(16 * 32).hex()
@@ -237,24 +238,24 @@ def new_id():
         ids = _IDS[os.getpid()] = list(map(as_uuid, pieces))
     try:
         return ids.pop()
-    except IndexError:  # another thread had the last one
+    except IndexError:  # another thread took the last one
         return new_id()
 
 
-_IDS = {}  # pid: [ids that nobody has yet]
-MAX_DEPTH = 100  # of dicts and lists within each other: what walks them recurses
-MAX_KEYS = 100000  # of one dict with all that is nested in it
+_IDS = {}  # pid: [ids that are not used yet]
+MAX_DEPTH = 100  # levels of nested dicts and lists; the functions that walk them recurse
+MAX_KEYS = 100000  # keys of one dict, nested ones included
 
 
 class Pattern:
-    """A regular expression that is compiled when its `match`, `sub`, ... is first used: importing compiles none."""
+    """A regular expression that is compiled at the first use of its `match`, `sub`, ...: importing compiles none."""
 
     def __init__(self, text, flags=0):
         self.text, self.flags = text, flags
 
     def __getattr__(self, name):
         method = getattr(re.compile(self.text, self.flags), name)
-        setattr(self, name, method)  # found there from now on, without this detour
+        setattr(self, name, method)  # the next use finds it without __getattr__
         return method
 
 
@@ -272,27 +273,28 @@ def _is_free(where):
 
 
 def check_key(key, where):
-    """Raise InvalidFields unless `key` is letters, digits, `_` and `-`, with dots between; in a summary and
-    metadata any text without control characters."""
+    """Raise InvalidFields unless `key` consists of letters, digits, `_` and `-`, with single dots between them.
+
+    In a summary and in metadata a key may be any text without control characters."""
     if isinstance(key, str) and _is_free(where if where[0] != "updates" else where + [key]):
         if not FREE_KEY.match(key):
-            raise InvalidFields([(["body"] + where, "the key %.120r is empty, is so before, between or after its dots, "
-                                  "or has control characters in it" % (key,))])
+            raise InvalidFields([(["body"] + where, "the key %.120r is empty, has an empty part before, between or "
+                                  "after its dots, or has control characters" % (key,))])
     elif not isinstance(key, str) or not KEY.match(key):
-        raise InvalidFields([(["body"] + where, "the key %.120r is not made of letters, digits, '_' and '-', "
+        raise InvalidFields([(["body"] + where, "the key %.120r may only have letters, digits, '_' and '-', "
                               "with dots between nested keys" % (key,))])
 
 
 def unflatten(mapping, where="args"):
     """Return `mapping` with dotted keys as nested dicts at every level, or raise InvalidFields.
 
-    Paths merge in any order; a path set twice, or set to a value and to a dict, is refused and both are named.
+    Paths merge in any order. A path that is set twice, or to a value and to a dict, is refused, naming both keys.
     """
     return dict(mapping) if _is_plain(mapping, where in FREE_FIELDS) else _nested(mapping, [where])
 
 
 def _is_plain(value, is_free=False):
-    """Return whether a dict has no dotted key, no odd key and no dict inside: the common case, at a glance."""
+    """Return whether a dict has only plain keys and no dict inside. This is the common case and quick to check."""
     for key, item in value.items():
         if type(item) is dict or type(item) is list and any(type(each) in (dict, list) for each in item):
             return False
@@ -306,16 +308,16 @@ def _is_plain(value, is_free=False):
     return True
 
 
-_PLAIN_KEYS = set()  # keys that were found in order: a sweep's tasks all have the same ones
+_PLAIN_KEYS = set()  # keys that have been checked; all tasks of a sweep have the same keys
 
 
 def _nested(value, where):
-    """Return a value of args with every dict in it nested; `where` are the keys that lead to it."""
+    """Return a value with dotted keys as nested dicts at every level; `where` is the list of keys that lead to it."""
     if isinstance(value, list):
         return [_nested(item, where + [str(place)]) for place, item in enumerate(value)]
     if not isinstance(value, dict):
         return value
-    tree, setters = {}, {}  # path: (the key that set it, as it was spelled; whether to a value)
+    tree, setters = {}, {}  # path: (the key that set it, as spelled; whether it set a value)
     for path, spelled, leaf in _leaves(value, where, ()):
         if len(path) > MAX_DEPTH or len(setters) > MAX_KEYS:
             raise InvalidFields([(["body"] + where[:1], "more than %d levels or %d keys" % (MAX_DEPTH, MAX_KEYS))])
@@ -333,7 +335,7 @@ def _nested(value, where):
 
 
 def _leaves(mapping, where, prefix):
-    """Yield (path, keys as they were spelled, value) of everything in a dict that is no dict with something in it."""
+    """Yield (path, keys as spelled, value) of each value in a dict; an empty dict counts as a value."""
     for key, value in mapping.items():
         check_key(key, where)
         path = prefix + tuple(key.split("."))
@@ -344,7 +346,7 @@ def _leaves(mapping, where, prefix):
 
 
 def get_path(value, path, default=None):
-    """Return what stands at `path` (a list of keys) in nested dicts, or `default`."""
+    """Return the value at `path` (a list of keys) in nested dicts, or `default`."""
     for key in path:
         if not isinstance(value, dict) or key not in value:
             return default
@@ -363,34 +365,34 @@ def merge(old, new):
     return merged
 
 
-# What is printed for people passes these, whoever wrote it: a terminal obeys control characters, and shows what stands
-# between bidirectional overrides in another order.
+# All text for people passes these functions, whoever wrote it: a terminal obeys control characters, and
+# bidirectional overrides change the order in which it shows text.
 
 CONTROL = Pattern("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff\ud800-\udfff]")
 LOGIN_IN_URL = Pattern(r"(?i)\b([a-z][a-z0-9+.-]*://)[^\s\"'<>]*@")
 
 
 def clean(text, spare="\n\t"):
-    """Return `text` with control characters, but for those in `spare`, shown as escapes: none reaches a terminal."""
+    """Return `text` with escapes in place of control characters, except those in `spare`."""
     return CONTROL.sub(lambda m: m.group() if m.group() in spare else
                        m.group().encode("unicode_escape").decode("ascii"), text)
 
 
 def without_login(text):
-    """Return text whose URLs have `***` for the names and passwords in them."""
+    """Return `text` with `***` in place of the names and passwords in its URLs."""
     return LOGIN_IN_URL.sub(r"\1***@", text)
 
 
 def silence(number=1):
-    """Let what stdout, or stderr, still holds go nowhere, so that the interpreter's end does not complain of it."""
+    """Discard what stdout (or stderr) still buffers, so that the interpreter does not complain about it at its end."""
     empty = os.open(os.devnull, os.O_WRONLY)
     os.dup2(empty, number)
     os.close(empty)
 
 
 def program():
-    """Return how this program was started, as a person types it: `labtasker`, `lt`, `python3 -m labtasker`,
-    `python3 labtasker.py`. In a script of the user's it is `python3 -m labtasker`."""
+    """Return the command that starts this program, as the user typed it: `labtasker`, `lt`, `python3 -m labtasker` or
+    `python3 labtasker.py`. In a user's script it is `python3 -m labtasker`."""
     path = sys.argv[0] if sys.argv else ""
     name, python = os.path.basename(path), "python3" if os.name == "posix" else "python"
     if name in ("labtasker", "lt", "labtasker-server"):
@@ -404,13 +406,14 @@ COMMAND_HINT = Pattern(r"\blabtasker(?= (?:task|loop|serve|init|health|queue|wor
 
 
 def as_started(text):
-    """Return a message with the program named as it was started, in each command that it tells a person to type."""
+    """Return a message in which the commands to type name the program as it was started."""
     return COMMAND_HINT.sub(lambda _: program(), text)
 
 
 def tell(text):
-    """Write a message for people to stderr: through the filters, with escapes for what its encoding lacks. Where stderr
-    is gone it is not told, and nothing fails for that."""
+    """Write a message for people to stderr, cleaned, with escapes for characters that its encoding lacks.
+
+    Where stderr is closed, full or missing, the message is dropped and nothing fails."""
     text = clean(without_login(as_started(str(text)))) + "\n"
     try:
         try:
@@ -418,20 +421,20 @@ def tell(text):
         except UnicodeEncodeError:
             sys.stderr.write(text.encode(sys.stderr.encoding, "backslashreplace").decode(sys.stderr.encoding))
         sys.stderr.flush()
-    except BrokenPipeError:  # who read it has seen enough: what still comes would end the process with 120
+    except BrokenPipeError:  # the reader is gone; text left in the buffer would make the exit code 120
         silence(2)
-    except (OSError, ValueError, AttributeError):  # AttributeError: there is none
+    except (OSError, ValueError, AttributeError):  # AttributeError: there is no stderr
         pass
 
 
 class Plain:
-    """Makes JSON types of what scripts hold: numbers of numpy, torch and the like, dataclasses, paths, sets, tuples.
+    """Converts Python values to JSON types: numbers of numpy, torch and the like, dataclasses, paths, sets, tuples.
 
-    `odd(value, where, why)` returns what is put for a value that can't be JSON, and for a key that can't, or raises;
-    `where` are the keys that lead there."""
+    `odd(value, where, why)` returns the replacement for a value or key that can't be JSON, or raises; `where` is the
+    list of keys that lead to it."""
 
     def __init__(self, odd):
-        self.odd, self.above = odd, []  # the ids of what holds the value
+        self.odd, self.above = odd, []  # the ids of the containers around the value
 
     def value(self, value, where):
         """Return the value in JSON types."""
@@ -443,8 +446,8 @@ class Plain:
             return number if -2 ** 63 <= number < 2 ** 64 else self.odd(value, where, "it is outside -2^63 to 2^64-1")
         if issubclass(kind, (float, str)):
             return float.__float__(value) if issubclass(kind, float) else str.__str__(value)
-        if len(self.above) >= MAX_DEPTH - 5 or id(value) in self.above:  # a request wraps it in some
-            return self.odd(value, where, "it holds itself" if id(value) in self.above else "it is nested too deep")
+        if len(self.above) >= MAX_DEPTH - 5 or id(value) in self.above:  # a request adds some levels around it
+            return self.odd(value, where, "it contains itself" if id(value) in self.above else "it is nested too deep")
         self.above.append(id(value))
         try:
             return self.held(value, kind, where)
@@ -456,7 +459,7 @@ class Plain:
             self.above.pop()
 
     def held(self, value, kind, where):
-        """Return what is no scalar in JSON types; raises what the value's own methods do."""
+        """Return a value that is not a scalar in JSON types; raises what the value's own methods raise."""
         if issubclass(kind, dict):
             return self.items(value.items(), where)
         if issubclass(kind, (list, tuple)):
@@ -474,22 +477,22 @@ class Plain:
         return self.odd(value, where, "it is of the type %.100s" % kind.__name__)
 
     def number(self, value):
-        """Return what the `item` of size one, or the `tolist`, of a number, array or tensor gives; self without."""
+        """Return the result of `item()` or `tolist()` of a number, array or tensor; self for any other value."""
         if isinstance(value, type):
             return self
         for name, kinds in (("item", SCALARS), ("tolist", SCALARS + (list, tuple))):
             try:
                 found = getattr(value, name)()
-                if type(found) is type(value) and hasattr(found, "__float__"):  # wider than a float: numpy.longdouble
+                if type(found) is type(value) and hasattr(found, "__float__"):  # such as numpy.longdouble
                     found = float(found)
-            except Exception:  # there is none, or there are many
+            except Exception:  # there is no such method, or the array has more than one item
                 continue
             if type(found) in kinds:
                 return found
         return self
 
     def items(self, pairs, where):
-        """Return a dict in JSON types; its keys become text as JSON has it."""
+        """Return a dict in JSON types; its keys become text, as `json.dumps` does it."""
         found = {}
         for key, item in pairs:
             name = self.key(key, where)
@@ -511,7 +514,7 @@ class Plain:
 
     @staticmethod
     def in_order(items):
-        """Return what was in a set in an order that is the same each time."""
+        """Return the items of a set in an order that is the same in each process."""
         try:
             return sorted(items)
         except TypeError:
@@ -523,12 +526,12 @@ SCALARS = (type(None), bool, int, float, str)
 
 def refuse_odd(value, where, why):
     """Raise LabtaskerTypeError for a value that can't be JSON."""
-    raise LabtaskerTypeError("%s: %s can't be sent: %s. What is sent is made of dicts, lists, text, numbers, booleans, "
-                             "None, and what has .item() or .tolist()" % (".".join(where) or "it", repr_of(value), why))
+    raise LabtaskerTypeError("%s: %s can't be sent: %s. Send dicts, lists, text, numbers, booleans, None, or objects "
+                             "with .item() or .tolist()" % (".".join(where) or "it", repr_of(value), why))
 
 
 def repr_of(value):
-    """Return the repr of a value, however odd, of at most REPR_LIMIT letters."""
+    """Return the repr of a value, cut to REPR_LIMIT characters; it never raises."""
     try:
         return str.encode(repr(value), "utf-8", "backslashreplace").decode("utf-8")[:REPR_LIMIT]
     except Exception:
@@ -539,23 +542,23 @@ REPR_LIMIT = 1000
 
 
 class Instant(float):
-    """Seconds since the epoch, UTC: a type of its own, so that a filter tells times from numbers."""
+    """Seconds since the epoch, UTC. A type of its own, so that filters can tell times from numbers."""
 
     __slots__ = ()
 
 
 def now():
-    """Return the time of day; for what people read, never for deciding that time has passed."""
-    return Instant(int(time.time() * 1e6) / 1e6)  # as exact as its text in an answer: a copied one compares equal
+    """Return the current time as an Instant, for people to read. Time-outs use `monotonic`."""
+    return Instant(int(time.time() * 1e6) / 1e6)  # no finer than its text, so that a parsed text compares equal
 
 
 def monotonic():
-    """Return seconds on the clock that never jumps: what time-outs are judged by."""
+    """Return the seconds of a clock that never jumps. Time-outs are decided by it."""
     return time.monotonic()
 
 
-# Times travel as ISO 8601 in UTC; people type durations and dates. Calendar units (day to year) keep the
-# wall clock of the machine's zone, hours and below are exact.
+# Requests and answers have times as ISO 8601 in UTC; people type durations and dates. Days to years keep the time of
+# day in the machine's zone; hours and smaller units are exact.
 
 UTC = datetime.timezone.utc
 EPOCH = datetime.datetime(1970, 1, 1, tzinfo=UTC)
@@ -568,17 +571,17 @@ def to_datetime(instant):
     return datetime.datetime.fromtimestamp(instant, UTC)
 
 
-@functools.lru_cache(1000)  # of a run that begins three times are the same, and it was submitted not long ago
+@functools.lru_cache(1000)  # a retried task repeats the same timestamps
 def format_time(instant):
     """Return an instant as ISO 8601 text in UTC, always with microseconds."""
     fraction, second = math.modf(instant)
     micro = round(fraction * 1000000)
-    if not 0 <= micro < 1000000:  # it was rounded up to a whole second, or is before 1970
+    if not 0 <= micro < 1000000:  # rounded up to a whole second, or before 1970
         second, micro = second + micro // 1000000, micro % 1000000
     return "%s.%06d+00:00" % (_second_text(second), micro)
 
 
-@functools.lru_cache(1000)  # most times in an answer are of the same few seconds
+@functools.lru_cache(1000)  # most times in an answer lie in the same few seconds
 def _second_text(second):
     return (EPOCH + datetime.timedelta(seconds=second)).isoformat()[:19]
 
@@ -595,12 +598,12 @@ def parse_time(text):
 
 
 def _clock(hour, minute, second, fraction):
-    """Return the numbers of a time of day, in which what stands last may be missing."""
+    """Return (hour, minute, second, microsecond) from texts, of which the last ones may be empty."""
     return int(hour or 0), int(minute or 0), int(second or 0), int(((fraction or "") + "000000")[:6])
 
 
 def _zone(text):
-    """Return the tzinfo of `Z`, `UTC`, `+02:00`, `+0200` or `+02`; None (the machine's zone) of no text."""
+    """Return the tzinfo for `Z`, `UTC`, `+02:00`, `+0200` or `+02`; None (the machine's zone) for an empty text."""
     if not text:
         return None
     if text[0] not in "+-":
@@ -631,13 +634,13 @@ DURATIONS = ("90", "50s", "10 min", "1.5h", "1h30m", "1 hour, 30 minutes")
 
 
 def _amounts(text):
-    """Return [months, days, seconds] of "1h30m" or "a day, 2 hours"; None where that is not what the text is."""
+    """Return [months, days, seconds] of a text like "1h30m" or "a day, 2 hours"; None for any other text."""
     total, end = [0, 0, 0], 0
     while end < len(text):
         found = QUANTITY.match(text, end)
         parts = found and SPELLINGS.get(found.group(2))
         amount = parts and float(COUNTS.get(found.group(1)) or found.group(1))
-        if not parts or parts[0] and not amount.is_integer():  # a part of a month is no number of days
+        if not parts or parts[0] and not amount.is_integer():  # half a month is not a fixed number of days
             return None
         total = [whole + amount * part for whole, part in zip(total, parts)]
         end = found.end()
@@ -666,7 +669,7 @@ MONTHS = {name[:size]: place for place, name in enumerate(MONTH_NAMES, 1) for si
 DAYS = {None: 0, "today": 0, "yesterday": -1, "tomorrow": 1}
 SAME_AS = {"now": "0s", "last week": "1 week ago", "last month": "1 month ago", "last year": "1 year ago",
            "next week": "in 1 week", "next month": "in 1 month", "next year": "in 1 year"}
-DATE_FORMS = (  # what the message about a date that is not understood shows
+DATE_FORMS = (  # examples for the help and for the error about an unknown date
     "now", "3 hours ago, two days ago", "in 2 days, 2 days from now", "1h30m", "last week, next month",
     "2026-11-22 06:00, 2026/11/22 06:00 UTC",
     "today, yesterday at 3pm, last monday, 11:25, 28 July, Jul 28 2025 11:25 +02:00", "1753701930")
@@ -700,7 +703,7 @@ def parse_date(text, now):
     return found
 
 
-# Both return None where the text has another form, and raise ValueError or OverflowError where there is no such date.
+# Both return None for a text of another form, and raise ValueError or OverflowError for a date that does not exist.
 
 
 def _shifted(text, now):
@@ -724,8 +727,10 @@ def _shifted(text, now):
 
 
 def _moment(text, now):
-    """Return the Instant of a day, a time of day, or both; what is not said is as it is now, in the same zone, and
-    without a time of day the day's midnight. The latest Monday, today included, is "monday"."""
+    """Return the Instant of a day, a time of day, or both.
+
+    Missing parts are today's, in the given zone; without a time of day it is midnight. "monday" is the latest Monday,
+    today included."""
     if re.match(r"\d{10}\Z", text):
         return Instant(text)
     found = MOMENT.match(text.replace("midnight", "00:00").replace("noon", "12:00"))
@@ -753,14 +758,14 @@ def _moment(text, now):
 
 # 2. Filters ##################################################################
 #
-# Filter text -> query document -> predicate of a record; and the order in which values are sorted.
-# Knows nothing of the journal or HTTP, nor which fields a record has. Grammar: the docstrings of
-# _Parser. Uses 1. Tests: test_filters.py, test_mongomock.py; of patterns that explode: test_security.py.
+# Filter text -> query document -> predicate of a record; and the sort order of values. Knows nothing of
+# the journal, of HTTP and of the fields that a record has. Grammar: the docstrings of _Parser. Uses 1.
+# Tests: test_filters.py, test_mongomock.py; patterns that explode: test_security.py.
 
-MAX_FILTER_CHARS = 100000  # of filter text: its tokens take a thousand times that in bytes
-MAX_NESTING = 40      # of brackets and arithmetic in filter text
-MAX_LEVELS = 100      # of dicts and lists in a query document
-MAX_PARTS = 2000      # comparisons and calculations in a query document: each is made for each record
+MAX_FILTER_CHARS = 100000  # of a filter's text; its tokens take a thousand times as many bytes
+MAX_NESTING = 40      # levels of brackets and arithmetic in a filter's text
+MAX_LEVELS = 100      # levels of dicts and lists in a query document
+MAX_PARTS = 2000      # comparisons and calculations in a query document; each is evaluated for each record
 
 TOKEN = Pattern(r"""
     (?P<space>\s+)
@@ -793,7 +798,7 @@ class _Tokens:
         self.take()
 
     def split(self):
-        """Yield (kind, text, column) of each token. Raise FilterError for an unknown one, and for too deep nesting."""
+        """Yield (kind, text, column) of each token; raise FilterError for an unknown one, or if nested too deep."""
         brackets, signs, last = 0, 0, None
         for found in TOKEN.finditer(self.text):
             kind, word, column = found.lastgroup, found.group(), found.start()
@@ -808,18 +813,18 @@ class _Tokens:
         yield "end", "the end", len(self.text)
 
     def take(self):
-        """Return the text of the next token and go past it."""
+        """Return the text of the next token and advance to the one after it."""
         taken = self.word
         self.kind, self.word, self.column = next(self.tokens, (None, None, None))
         return taken
 
     def expect(self, word, wanted):
-        """Take the word, or raise FilterError that says what is wanted here."""
+        """Take `word`, or raise FilterError with `wanted`: what the text must have here."""
         self.require(self.word == word, "%s expected, not %s" % (wanted, self.shown()))
         self.take()
 
     def string(self):
-        """Take a text in quotes and return it. As in Python, an unknown escape stays as it is."""
+        """Take a quoted text and return its value. As in Python, an unknown escape stays as it is."""
         try:
             text = self.word[2:-1] if self.word[0] in "rR" else ESCAPE.sub(
                 lambda found: found.group().encode().decode("unicode_escape"), self.word[1:-1])
@@ -847,7 +852,8 @@ class _Parser:
     """A recursive-descent parser: each method reads what its docstring says and returns (kind, node, column).
 
     The node of a "test" is a query document; of a "const" the constant, a date as {"_dt": ...}; of a "path" its dotted
-    keys; of a "sum" what stands in $expr. Each mistake raises FilterError at its column, and says what to write."""
+    keys; of a "sum" a value for $expr. A mistake raises FilterError at its column, and the message says what to
+    write."""
 
     def __init__(self, text, fields, now):
         self.next, self.fields, self.now = _Tokens(text), fields, now
@@ -861,7 +867,7 @@ class _Parser:
         return self.tested(found)
 
     def expression(self, binding=0):
-        """expression: operand (SIGN operand | "in" members)*; what belongs together says BINDING"""
+        """expression: operand (SIGN operand | "in" members)*; BINDING has the precedence"""
         left, last = self.operand(), None
         while BINDING.get(self.next.word, 0) > binding:
             column, sign = self.next.column, self.next.take()
@@ -997,14 +1003,14 @@ class _Parser:
         return "const", {"_dt": to_datetime(found).isoformat()}
 
     def argument(self, name):
-        """Return the path that stands in a call."""
+        """Return the path that is the argument of a call."""
         self.next.require(self.next.kind == "name" and self.next.word not in KEYWORDS,
                           "%s(...) takes a field, not %s" % (name, self.next.shown()))
         column = self.next.column
         return self.path(self.next.take(), column)
 
     def quoted(self, otherwise, read):
-        """Return the text in quotes that stands in a call, and what `read` makes of it."""
+        """Return the quoted text that is the argument of a call, and the result of `read` for it."""
         self.next.require(self.next.kind == "string", otherwise)
         column, text = self.next.column, self.next.string()
         try:
@@ -1012,10 +1018,10 @@ class _Parser:
         except LabtaskerValueError as mistake:
             self.next.fail(str(mistake), column)
 
-    # What was read becomes a query document.
+    # From what was parsed to a query document
 
     def tested(self, found):
-        """Return the query document of what was read, or fail where it is a value and not a test."""
+        """Return the query document of an operand, or fail if the operand is a value and not a test."""
         kind, node, column = found
         if kind == "const" and type(node) is bool:
             return {"$expr": node}
@@ -1023,7 +1029,7 @@ class _Parser:
         return node
 
     def value(self, found):
-        """Return what stands in $expr for what was read, or fail where that is a test."""
+        """Return the value for $expr of an operand, or fail if the operand is a test."""
         kind, node, column = found
         self.next.require(kind != "test", "a comparison is not a value; join comparisons with and, or", column)
         if kind == "path":
@@ -1053,7 +1059,7 @@ class _Parser:
 
 
 def _paths(value):
-    """Yield each path in what stands in $expr."""
+    """Yield each path in a value of $expr."""
     if isinstance(value, str) and value.startswith("$"):
         yield value[1:]
     elif isinstance(value, (list, dict)) and "$literal" not in value:
@@ -1069,16 +1075,16 @@ ARITHMETIC = {"+": "$add", "-": "$subtract", "*": "$multiply", "/": "$divide", "
 BINDING = dict(dict.fromkeys(COMPARISONS, 3), **{"or": 1, "and": 2, "in": 3, "+": 4, "-": 4, "*": 5, "/": 5, "%": 5})
 CONSTANTS = {"True": True, "False": False, "None": None}
 KEYWORDS = frozenset("and or in not is if else lambda True False None".split())
-UNREADABLE = {  # kinds of tokens that can't stand in a filter
+UNREADABLE = {  # kinds of tokens that a filter can't have: the message
     "octal": "a number can't start with 0; a date is written date(\"2026-11-22\")",
     "open": "this quote is never closed",
     "brace": "{!r} means nothing in a filter; compare a dict key by key: args.opt.k == 1",
     "odd": "{!r} means nothing in a filter"}
-INSTEAD = {word: message.format(word) for words, message in (  # what people write -> what to write instead
+INSTEAD = {word: message.format(word) for words, message in (  # words that people write: what to write instead
     ("!=", "there is no {}; write field < value or field > value, list the values with in [...], or use a regex() that "
-           "excludes"),
+           "excludes it"),
     ("not !", "there is no not, nor not in; write the opposite comparison (a <= 1 for a > 1), list the values with in "
-              "[...], use exists(field, False), or a regex() that excludes"),
+              "[...], use exists(field, False), or a regex() that excludes it"),
     ("=", "equality is written =="),
     ("is", "equality is written ==, also with None"),
     ("&& &", "{} is written and"), ("|| |", "{} is written or"),
@@ -1093,10 +1099,10 @@ INSTEAD["<>"] = INSTEAD["!="].replace("!=", "<>")
 
 
 def compile_query(document, fields, id_field="task_id"):
-    """Return the function of a record that tells whether a MongoDB-style query document matches it; it never raises.
+    """Return a predicate that tells whether a record matches a MongoDB-style query document, and never raises.
 
-    LabtaskerValueError says what of the document is not supported. `_id` means `id_field`; a field that is not one of
-    `fields` is missing in every record."""
+    Raises LabtaskerValueError for what is not supported. `_id` means `id_field`; a field that is not one of `fields`
+    is missing in every record."""
     has_pattern = "$regex" in set(_keys(document, 0))
     matches = _Query(fields, id_field).matching(document)
 
@@ -1107,7 +1113,7 @@ def compile_query(document, fields, id_field="task_id"):
 
 
 def _keys(value, level):
-    """Yield the keys of all dicts in a query document, or raise where it is nested too deep."""
+    """Yield the keys of all dicts in a query document, or raise LabtaskerValueError if it is nested too deep."""
     _require(level <= MAX_LEVELS, "the query is nested more than %d deep" % MAX_LEVELS)
     if isinstance(value, dict):
         yield from value
@@ -1123,7 +1129,7 @@ class _Query:
         self.fields, self.id_field, self.parts = frozenset(fields), id_field, 0
 
     def count(self, number=1):
-        """Note so many more parts, or raise LabtaskerValueError where they are too many."""
+        """Add to the number of parts, or raise LabtaskerValueError if there are too many."""
         self.parts += number
         _require(self.parts <= MAX_PARTS, "the query has over %d comparisons and calculations; to compare a field with "
                  "many values takes one $in (in filter text: field in [...])", MAX_PARTS)
@@ -1145,13 +1151,13 @@ class _Query:
         return self.conditions(self.path(key), operand)
 
     def path(self, text):
-        """Return the keys of a dotted field; they start with "" where there is no such field."""
+        """Return the keys of a dotted field; the first is "" if there is no such field."""
         first, *keys = text.split(".")
         first = self.id_field if first == "_id" else first
         return [first] + keys if first in self.fields else ["", first] + keys
 
     def conditions(self, path, operand):
-        """Return the predicate of what stands beside a field: a constant, or a document of operators."""
+        """Return the predicate of a field's condition: a constant, or a document of operators."""
         if not _has_operators(operand):
             return _reaching(path, _equal_test(operand))
         _require("$options" not in operand or "$regex" in operand, "$options has to stand beside $regex")
@@ -1174,7 +1180,7 @@ class _Query:
         return _none_of([found]) if key in ("$ne", "$nin") or key == "$exists" and not operand else found
 
     def value(self, operand):
-        """Return the function of a record that gives a value of $expr, MISSING where it can't be had."""
+        """Return a function of a record that computes a value of $expr, or MISSING if the record has none."""
         self.count()
         if isinstance(operand, str) and operand.startswith("$"):
             first, *keys = self.path(operand[1:])
@@ -1198,8 +1204,7 @@ class _Query:
 
 
 def _joined(documents):
-    """Return alternatives with those that compare the same field with one number or text each made one $in: a set is
-    looked into as fast as one value."""
+    """Return alternatives, with equalities of one field joined to one $in: a set is as fast as a single value."""
     joined, rest = {}, []
     for document in documents:
         (key, operand), = document.items() if isinstance(document, dict) and len(document) == 1 else [(None, None)]
@@ -1227,7 +1232,7 @@ FILLED_LIST = "%s has to be a list that is not empty, not %.100r"
 
 
 def _constant(value):
-    """Return a constant of a query with every {"_dt": ...} in it as an Instant."""
+    """Return a constant of a query with each {"_dt": ...} replaced by its Instant."""
     if isinstance(value, list):
         return [_constant(each) for each in value]
     _require(type(value) in BRACKETS, "%.100r can't stand in a query", value)
@@ -1251,7 +1256,7 @@ NUMBERS = (int, float)
 
 
 def _settled(answer, tests):
-    """Return the predicate that gives `answer` as soon as one of the tests does, else the opposite."""
+    """Return a predicate that returns `answer` as soon as one of the tests does, else the opposite."""
     if len(tests) == 1:
         return tests[0]
 
@@ -1272,7 +1277,7 @@ def _none_of(tests):
 
 
 def _reaching(path, test):
-    """Return the predicate that some value at `path` passes `test`; arrays are gone through as MongoDB does."""
+    """Return a predicate that tells whether some value at `path` passes `test`, traversing arrays as MongoDB does."""
     first, keys = path[0], tuple(path[1:])
 
     def matches(record):
@@ -1293,8 +1298,8 @@ def _reaching(path, test):
 def _spread(value, keys, seen):
     """Yield each value that a dotted path reaches from `value`: through an array's dicts, and by index.
 
-    Past a scalar it reaches MISSING, past one that an index picked nothing at all, as in MongoDB. `seen` is a set of
-    the places that were reached: with indexes in arrays within each other there are exponentially many ways to one."""
+    A path beyond a scalar reaches MISSING; beyond a scalar picked by an index it reaches nothing, as in MongoDB.
+    `seen` is the set of places reached so far: nested arrays offer exponentially many ways to the same place."""
     place = id(value), len(keys)
     if place in seen:
         return
@@ -1318,7 +1323,7 @@ def _spread(value, keys, seen):
 
 
 def _reached(value, keys):
-    """Return what stands at `keys` for $expr; through an array by index, or the list of what its dicts have there."""
+    """Return the value at `keys` for $expr; an array gives its item at an index, else the list of its dicts' values."""
     for place, key in enumerate(keys):
         if type(value) is dict:
             value = value.get(key, MISSING)
@@ -1336,8 +1341,8 @@ def _is_index(key, array):
     return key.isdecimal() and len(key) < 10 and int(key) < len(array)
 
 
-# Makers: of the operand of an operator they make a function (value) -> bool. A value is what a path reached, an element
-# of it where that is an array, or MISSING.
+# Makers: each takes an operator's operand and returns a function (value) -> bool. A value is what a path reached, an
+# item of it if it is an array, or MISSING.
 
 
 def _equal_test(operand):
@@ -1351,7 +1356,7 @@ def _equal_test(operand):
 
 
 def _in_test(operands):
-    """Membership: by a set for each type; patterns, and what a set can't tell, one by one."""
+    """Return the test of membership: in one set for each type; patterns and values that a set can't hold one by one."""
     sets, rest = {}, []
     for each in operands:
         is_pattern = isinstance(each, dict) and "$regex" in each
@@ -1366,7 +1371,7 @@ def _in_test(operands):
 
 
 def _ordering_test(compare):
-    """Return the maker of an ordering: only values of the constant's own kind compare."""
+    """Return the maker of an ordering, in which only values of the constant's own kind compare."""
     ordered = _ordered(compare)
 
     def make(operand):
@@ -1379,7 +1384,7 @@ def _ordering_test(compare):
 
 
 def _kinds(value):
-    """Return the types whose values Python compares with this one as a query does; none for null, NaN, dicts, lists."""
+    """Return the types whose values Python and queries compare alike with this one; none for null, NaN, dicts, lists."""
     return COMPARABLE.get(type(value), ()) if value == value else ()
 
 
@@ -1388,7 +1393,7 @@ def _exists_test(operand):
     return lambda value: value is not MISSING
 
 
-# Calculations of $expr, of values of all kinds; what has no result is MISSING.
+# Calculations of $expr with values of all kinds; the result is MISSING if there is none.
 
 
 def _is_true(value):
@@ -1396,7 +1401,7 @@ def _is_true(value):
 
 
 def _ordered(compare):
-    """Return a function of two values: whether they are of one kind and `compare` so; NaN never is."""
+    """Return a function of two values: whether they are of one kind and `compare` holds; it never does for NaN."""
     def calculate(one, other):
         if type(one) in NUMBERS and type(other) in NUMBERS:
             return compare(one, other)
@@ -1406,14 +1411,14 @@ def _ordered(compare):
 
 
 def _equality(is_equal):
-    """Return a function of two values: whether both are there, and are equal or are not."""
+    """Return a function of two values: whether both are there and are equal (or, without `is_equal`, differ)."""
     return lambda one, other: MISSING not in (one, other) and (_order(one, sorted) == _order(other, sorted)) is is_equal
 
 
 def _numbers(calculate):
-    """Return `calculate` for two numbers; anything else, or what has no result, gives MISSING.
+    """Return `calculate` for two numbers, as a function that returns MISSING for other values and without a result.
 
-    A whole number beyond 64 bits goes on as a float, as in MongoDB: its size has no bound."""
+    An integer beyond 64 bits becomes a float, as in MongoDB: integers could grow without bound."""
     def result(one, other):
         if type(one) not in NUMBERS or type(other) not in NUMBERS:
             return MISSING
@@ -1426,7 +1431,7 @@ def _numbers(calculate):
 
 
 def _folded(calculate, total):
-    """Return the function that joins any number of values to `total`."""
+    """Return a function that folds any number of values into `total`."""
     pairwise = _numbers(calculate)
     return lambda *values: functools.reduce(pairwise, values, total)
 
@@ -1444,7 +1449,7 @@ SORTED_AT_ONCE = 20000  # records
 
 
 def sort_records(records, sort, ties):
-    """Return the records sorted by [[dotted field, 1 or -1], ...]; `ties` is the key of what comes out equal."""
+    """Return the records sorted by [[dotted field, 1 or -1], ...]; `ties` is the key that orders equal records."""
     found = in_order(list(records), ties)
     first = {}
     for field, direction in sort:
@@ -1457,18 +1462,18 @@ def sort_records(records, sort, ties):
 
 
 def in_order(records, key, reverse=False):
-    """Return a list as `sorted` does. One call of `sorted` would hold the interpreter until all of them are: a long
-    list is sorted in parts, and these are merged."""
+    """Return a list as `sorted` does. One call of `sorted` holds the interpreter until it is done, so a long list is
+    sorted in parts, which are merged."""
     parts = [sorted(records[at:at + SORTED_AT_ONCE], key=key, reverse=reverse)
              for at in range(0, len(records), SORTED_AT_ONCE)]
     return list(heapq.merge(*parts, key=key, reverse=reverse)) if len(parts) > 1 else parts[0] if parts else []
 
 
 def _order(value, arranged=iter, nan=(2, 0)):
-    """Return the key that sorts values of all kinds, in the order of BRACKETS; `nan` is that of NaN.
+    """Return the key that sorts values of all kinds, in the order of BRACKETS; `nan` is the key of NaN.
 
-    Dicts go pair by pair, as in MongoDB: first by the kind of the value, then by the key, then by the value; where
-    only equality counts, the pairs are `arranged` as if in one order."""
+    Dicts compare pair by pair, as in MongoDB: by the kind of the value, then by the key, then by the value. Where only
+    equality counts, `arranged` puts the pairs into one order."""
     kind = type(value)
     if kind is list:
         return BRACKETS[kind], tuple(_order(each, arranged, nan) for each in value)
@@ -1482,16 +1487,16 @@ def _order(value, arranged=iter, nan=(2, 0)):
 
 # Patterns ----------------------------------------------------------------------
 #
-# `re` holds the interpreter while it backtracks: `(a+)+$` takes 4 s on 26 letters, for every thread. So a pattern is
-# read by re's own parser, and the ways in which it can match are counted: those of parts in a row multiply, those of
-# alternatives add up, a repeat may end after each of its rounds. A text is searched as far as can be afforded.
+# `re` holds the interpreter, and with it every thread, while it backtracks, and `(a+)+$` backtracks exponentially. So
+# re's own parser reads a pattern, and the ways in which it can match are counted: those of parts in a row multiply,
+# those of alternatives add up, a repeat may end after each round. Only so much of a text is searched as this allows.
 
 PATTERN_CHARS = 1000      # of a pattern
-PATTERN_STEPS = 10000000  # that all patterns together may take on one record: some tens of ms
+PATTERN_STEPS = 10000000  # that all patterns together may take on one record
 FOLDED_RANGE = 2000       # characters of a range like [a-z] under $options i, which re unfolds one by one
 PARSER, COMPILER = (re._parser, re._compiler) if hasattr(re, "_parser") else (re.sre_parse, re.sre_compile)
-LETTERS, REPEATS = ("LITERAL", "NOT_LITERAL", "ANY", "IN"), ("MAX_REPEAT", "MIN_REPEAT")  # what the parser calls them
-METER = threading.local()  # `left`: the steps that patterns may still take on the record that this thread looks at
+LETTERS, REPEATS = ("LITERAL", "NOT_LITERAL", "ANY", "IN"), ("MAX_REPEAT", "MIN_REPEAT")  # the parser's names
+METER = threading.local()  # `left`: the steps that patterns may still take on this thread's current record
 REGEX_OPTIONS = {"i": re.IGNORECASE, "m": re.MULTILINE, "s": re.DOTALL, "x": re.VERBOSE}
 
 
@@ -1499,7 +1504,7 @@ REGEX_OPTIONS = {"i": re.IGNORECASE, "m": re.MULTILINE, "s": re.DOTALL, "x": re.
 def compile_pattern(pattern, options=""):
     """Return (compiled pattern, [most steps in a text of under 1, 2, 4, 8, ... letters]), or raise LabtaskerValueError.
 
-    It tells whether a text matches, not where: repeats that begin or end it are as short as they may be."""
+    The pattern only tells whether a text matches, so repeats at its edges are cut to their minimum."""
     try:
         return _bounded(pattern, options)
     except (re.error, ValueError, OverflowError, RecursionError) as mistake:
@@ -1523,7 +1528,7 @@ def _bounded(pattern, options):
         if not cost <= PATTERN_STEPS:
             break
         costs.append(cost)
-    if len(costs) < 8:  # a name has up to 100 letters
+    if len(costs) < 8:  # a text of 100 letters, the length of a name, must be affordable
         raise ValueError("it can take too long: it repeats what has repeats or alternatives in it, as (a+)+ does, or "
                          "too much in a row, as .*a.*b.*c.*d does; write fewer repeats, or start it with ^")
     return COMPILER.compile(tree, flags), costs
@@ -1534,7 +1539,7 @@ def _is_letter(nodes):
 
 
 def _trim(tree, end):
-    """Cut the repeats at one end of a parsed pattern to what they need: `.*lr.*` is found where `lr` is."""
+    """Cut the repeats at one end of a parsed pattern to their minimum: `.*lr.*` matches wherever `lr` does."""
     while tree.data and tree[end][0].name in REPEATS and _is_letter(tree[end][1][2]):
         kind, (low, _, body) = tree[end]
         if low:
@@ -1544,8 +1549,9 @@ def _trim(tree, end):
 
 
 def _row(nodes, flags, after):
-    """Return [(fewest and most rounds, whether they can end in one place only, alternatives)...] of nodes in a row,
-    with groups opened; an alternative is such a row again. `after` is the node that comes next."""
+    """Return [(least rounds, most rounds, whether they can end in one place only, alternatives)] of nodes in a row.
+
+    Groups are replaced by their nodes; an alternative is a row again. `after` is the node that follows."""
     row = []
     for (op, value), following in zip(nodes, list(nodes)[1:] + [after]):
         kind = op.name
@@ -1570,15 +1576,16 @@ def _row(nodes, flags, after):
 
 
 def _is_clear(body, flags, after):
-    """Return whether a repeat has to end where what comes after it begins, as in `\\d+-`."""
+    """Return whether a repeat can end only where the next node begins, as in `\\d+-`."""
     if not _is_letter(body) or not after or after[0].name != "LITERAL" or flags & re.IGNORECASE:
         return False
     return not COMPILER.compile(body, flags).match(chr(after[1]))
 
 
 def _counted(row, size, ends):
-    """Return in how many ways, and steps, a row matches at most from one place in a text of `size` letters; `ends` are
-    the repeats before it that may end anywhere: of those places each leaves a part of the text to the next."""
+    """Return the most (ways, steps) in which a row can match from one place in a text of `size` letters.
+
+    `ends` counts the repeats before it that may end anywhere; they share the text with those in the row."""
     ways, steps = 1.0, 1.0
     for low, high, is_clear, alternatives in row:
         found = [_counted(each, size, 0) for each in alternatives] or [(1.0, 1.0)]
@@ -1592,7 +1599,8 @@ def _counted(row, size, ends):
 
 
 def _pattern_test(document):
-    """A pattern: searched in so much of a text as can be afforded, and no more once a record has cost too much."""
+    """Return the test of a pattern. It searches as much of a text as is affordable, and nothing more once a record has
+    cost too much."""
     pattern, options = document["$regex"], document.get("$options", "")
     _require(isinstance(pattern, str) and isinstance(options, str), "$regex and $options have to be text")
     compiled, costs = compile_pattern(pattern, options)
@@ -1641,12 +1649,12 @@ Field.__new__.__defaults__ = None, None, None
 
 # A task field is one row here. The record, the journal, the wire, the filters, the Python functions, `task submit`,
 # `task update` and the help derive from it.
-#   kind       what its values are: a row of KINDS where a request can have it
-#   extension  False: every client sees it; True: only one that asks for extensions; None: nobody
+#   kind       the kind of its values: a row of KINDS if a request can have it
+#   extension  False: every client sees it; True: only a client that asks for extensions; None: no client
 #   meaning    its help; that of the flag is the part before the first semicolon
-#   submitted  how a submission takes it. "set": as it is. "unflatten": dotted keys become dicts. "id": made by the
-#              client. "note": the client notes it, and it does not tell one submission from another. None: not at all
-#   updated    how an update takes it. "set": as it is. "merge": into what is there. "move": by TASK_MOVES. None: not
+#   submitted  how a submission sets it. "set": as it is. "unflatten": dotted keys become dicts. "id": made by the
+#              client. "note": added by the client, and left out when two submissions are compared. None: never
+#   updated    how an update sets it. "set": as it is. "merge": into the old value. "move": by TASK_MOVES. None: never
 #   flag       its option of `task submit`
 TASK_FIELDS = {
     "task_id": Field("id", None, False, "UUID4", "id"),
@@ -1728,7 +1736,7 @@ TaskRecord = _record_type("TaskRecord", TASK_FIELDS)
 WorkerRecord = _record_type("WorkerRecord", WORKER_FIELDS)
 QueueRecord = _record_type("QueueRecord", QUEUE_FIELDS)
 
-# state: {event: next state}. A missing cell is an illegal move, never a forgotten one.
+# state: {event: next state}. A move that is not here is illegal.
 TASK_MOVES = {
     "created": {"submit": "pending"},
     "pending": {"fetch": "running", "reset": "pending", "cancel": "cancelled", "succeed_late": "success",
@@ -1760,7 +1768,7 @@ def move(moves, state, event, what):
 
 
 def paths_of(args):
-    """Return the set of paths, as tuples of keys, of the values in nested `args`: the shape of a task."""
+    """Return the shape of a task: the set of paths, as tuples of keys, of the values in its nested `args`."""
     found = set()
     for key, value in args.items():
         if isinstance(value, dict) and value:
@@ -1773,8 +1781,8 @@ def paths_of(args):
 def covers(required, shape):
     """Return whether a fetch with these `required` dotted fields takes tasks of this `shape`.
 
-    "No more, no less": every required key is there, and every key is covered by a required one; "*" lifts
-    "no more". Nothing required takes anything."""
+    Every required key must be there, and every key must be covered by a required one ("no more, no less"). "*" allows
+    further keys. An empty `required` takes every task."""
     prefixes = {tuple(key.split(".")) for key in required if key != "*"}
     heads = {path[:size] for path in shape for size in range(1, len(path) + 1)}
     if not required:
