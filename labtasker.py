@@ -1384,7 +1384,7 @@ def _ordering_test(compare):
 
 
 def _kinds(value):
-    """Return the types whose values Python and queries compare alike with this one; none for null, NaN, dicts, lists."""
+    """Return the types that Python and queries compare alike with this value: none for null, NaN, dicts and lists."""
     return COMPARABLE.get(type(value), ()) if value == value else ()
 
 
