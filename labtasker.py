@@ -211,16 +211,32 @@ def detail_text(detail):
                      for row in rows)
 
 
-def nearest(word, choices):
+def nearest(word, choices, least=0.6):
     """Return the choice that is most similar to `word`, or None."""
     import difflib
-    return next(iter(difflib.get_close_matches(str(word)[:100], [str(c) for c in choices], 1, 0.6)), None)
+    return next(iter(difflib.get_close_matches(str(word)[:100], [str(c) for c in choices], 1, least)), None)
+
+
+def cut(text, size=60):
+    """Return text of at most `size` characters."""
+    return text if len(text) <= size else text[:size - 3] + "..."
 
 
 def hint(word, choices):
     """Return "; did you mean X?" with the choice that is most similar to `word`; "" if none is."""
     best = nearest(word, choices)
     return "; did you mean %s?" % best if best else ""
+
+
+def field_hint(name, fields):
+    """Return "; did you mean args.lr or summary.lr?" for a dotted name that starts with none of the fields: it may be one
+    of these misspelled, or a key within one."""
+    top, dot, rest = name.partition(".")
+    like = next((prefix + top for prefix in ("task_", "worker_") if prefix + top in fields), None)
+    near = nearest(top, fields, 0.6 if dot else 0.8)
+    homes = [home for home in ("args", "summary", "metadata") if home in fields and not near]
+    meant = [found + dot + rest for found in (like or near,) if found] + ["%s.%s" % (home, name[:60]) for home in homes]
+    return "; did you mean %s?" % " or ".join(filter(None, (", ".join(meant[:-1]), meant[-1]))) if meant else ""
 
 
 def as_uuid(digits):
@@ -820,8 +836,20 @@ class _Tokens:
 
     def expect(self, word, wanted):
         """Take `word`, or raise FilterError with `wanted`: what the text must have here."""
-        self.require(self.word == word, "%s expected, not %s" % (wanted, self.shown()))
+        self.require(self.word == word, "%s expected, not %s%s" % (wanted, self.shown(), self.if_text()))
         self.take()
+
+    def around(self, column):
+        """Return what stands around a column, from blank to blank, bracket, comma or sign of comparison."""
+        begin = re.search(r"[^\s()\[\],<>=!\"']*\Z", self.text[:column]).start()
+        return re.match(r"[^\s()\[\],<>=!\"']*", self.text[begin:]).group()
+
+    def if_text(self):
+        """Return what to write where the next token goes on, or begins, a text without quotes; else nothing."""
+        before, word = self.text[:self.column], self.around(self.column)
+        is_going_on = word and not word.startswith(self.word) and self.kind in ("name", "number")
+        is_begin = self.word in ("/", "*", "%", ".") and before.rstrip().endswith(tuple("=<>"))
+        return "; a text is written in quotes: \"%.60s\"" % word if is_going_on or is_begin else ""
 
     def string(self):
         """Take a quoted text and return its value. As in Python, an unknown escape stays as it is."""
@@ -856,7 +884,7 @@ class _Parser:
     write."""
 
     def __init__(self, text, fields, now):
-        self.next, self.fields, self.now = _Tokens(text), fields, now
+        self.next, self.fields, self.now, self.arrays = _Tokens(text), fields, now, 0  # arrays it is in just now
 
     def filter(self):
         """filter: expression END"""
@@ -926,7 +954,7 @@ class _Parser:
         if self.next.word in CONSTANTS:
             return "const", CONSTANTS[self.next.take()], column
         self.next.require(self.next.kind == "name" and self.next.word not in KEYWORDS,
-                          "a field or a value expected, not %s" % self.next.shown())
+                          "a field or a value expected, not %s%s" % (self.next.shown(), self.next.if_text()))
         name = self.next.take()
         return self.call(name, column) if self.next.word == "(" else ("path", self.path(name, column), column)
 
@@ -934,7 +962,9 @@ class _Parser:
         """array: "[" [expression ("," expression)* [","]] "]"; after `in` the brackets may be round"""
         column, closing, items = self.next.column, {"[": "]", "(": ")"}[self.next.take()], []
         while self.next.word != closing:
+            self.arrays += 1
             kind, item, at = self.expression()
+            self.arrays -= 1
             self.next.require(kind == "const", "a list can only hold constants", at)
             items.append(item)
             self.next.require(self.next.kind != "end", "this list is never closed by %s" % closing, column)
@@ -946,8 +976,7 @@ class _Parser:
     def path(self, name, column):
         """path: FIELD ("." NAME | "[" (STRING | NUMBER) "]")*"""
         if name not in self.fields:
-            meant = hint(name, self.fields) or "; an argument is written args.%.60s" % name
-            self.next.fail("unknown field %.60s%s; the fields are %s" % (name, meant, ", ".join(self.fields)), column)
+            self.unknown(name, column)
         keys = [name]
         while self.next.word in (".", "["):
             if self.next.take() == "[":
@@ -959,6 +988,29 @@ class _Parser:
                           "a key that starts with a digit is written in brackets: [\"0x\"], an index [0]")
         self.next.require(self.next.word != "(", "%.60s can't be called; there are only %s" % (".".join(keys), CALLED))
         return ".".join(keys)
+
+    def unknown(self, name, column):
+        """Fail at a name that is no field: say whether it may be a text without quotes, and which field was meant."""
+        before, after = self.next.text[:column].rstrip(), self.next.text[column + len(name):]
+        word = self.next.around(column)
+        is_field = word.startswith(tuple(field + "." for field in self.fields))
+        found = re.match(r"\s*(?:==|[<>]=?)\s*(\w+)", after)
+        is_value = before.endswith(tuple("=<>")) or self.arrays or found and found.group(1) in self.fields
+        meant = field_hint(re.match(r"\w+(\.\w+)*", self.next.text[column:]).group(), self.fields) or "."
+        if is_field:
+            meant = "; such a key is written %s[\"%.60s\"]%s" % (tuple(word.split(".", 1)) + (meant,))
+        elif is_value:
+            meant = "; a text is written in quotes: \"%.60s\"%s" % (
+                word, ", an argument args.%.60s." % name if "args" in self.fields else ".")
+            meant = "; a date is written date(\"%.60s\")." % word if self.is_date(word) else meant
+        self.next.fail("unknown field %.60s%s The fields are %s" % (name, meant, ", ".join(self.fields)), column)
+
+    def is_date(self, word):
+        """Return whether a word is one that date() takes."""
+        try:
+            return bool(parse_date(word, self.now))
+        except LabtaskerValueError:
+            return False
 
     def subscript(self):
         column, shown = self.next.column, self.next.shown()
@@ -1079,7 +1131,7 @@ UNREADABLE = {  # kinds of tokens that a filter can't have: the message
     "octal": "a number can't start with 0; a date is written date(\"2026-11-22\")",
     "open": "this quote is never closed",
     "brace": "{!r} means nothing in a filter; compare a dict key by key: args.opt.k == 1",
-    "odd": "{!r} means nothing in a filter"}
+    "odd": "{!r} means nothing in a filter, but in a text in quotes: \"...\""}
 INSTEAD = {word: message.format(word) for words, message in (  # words that people write: what to write instead
     ("!=", "there is no {}; write field < value or field > value, list the values with in [...], or use a regex() that "
            "excludes it"),
@@ -1760,11 +1812,26 @@ WORKER_STATES = tuple(state for state in WORKER_MOVES if state != "created")
 
 def move(moves, state, event, what):
     """Return the state that `event` leads to, or raise InvalidStateTransition."""
-    try:
+    if event in moves[state]:
         return moves[state][event]
-    except KeyError:
-        raise InvalidStateTransition("%s is %s, which does not allow %r (allowed: %s)" % (
-            what, state, event.replace("_", " "), ", ".join(sorted(moves[state])))) from None
+    if event in BY_HAND:
+        raise illegal(moves, state, BY_HAND[event], what)
+    raise InvalidStateTransition("%s is %s, which does not allow %r (allowed: %s)" % (
+        what, state, event.replace("_", " "), ", ".join(sorted(moves[state]))))
+
+
+BY_HAND = {  # event of what a person sets, or a job reports: the status, which is what a message about it speaks of
+    "succeed": "success", "fail": "failed", "retry": "failed", "requeue": "pending", "reset": "pending",
+    "hand_back": "pending", "cancel": "cancelled", "succeed_late": "success", "hand_back_late": "pending",
+    "activate": "active", "suspend": "suspended", "crash": "crashed"}
+
+
+def illegal(moves, state, wanted, what):
+    """Return the error that a status can't be set, which names those that can."""
+    events = [event for event in moves[state] if event in BY_HAND and not event.endswith("_late")]
+    may = sorted({BY_HAND[event] for event in events} - {state})
+    return InvalidStateTransition("%s is %s; its status can be set to %s, not to %s%s" % (
+        what, state, " or ".join(may), wanted, ", which only a loop does" if wanted == "running" else ""))
 
 
 def paths_of(args):
@@ -4563,10 +4630,11 @@ def after(at, place):
     return Instant(round(at + place * 1e-6, 6)) if place else at
 
 
-def _failed(task, fields, at):
-    """Return the change of a task whose run failed: pending again, or failed when its retries are used up."""
+def _failed(task, fields, at, is_final=False):
+    """Return the change of a task whose run failed: pending again, or failed when its retries are used up, or where
+    another run is in vain."""
     retries = task.retries + 1
-    event = "retry" if retries < task.max_retries else "fail"
+    event = "retry" if retries < task.max_retries and not is_final else "fail"
     status = move(TASK_MOVES, task.status, event, "task " + task.task_id)
     fields = dict(fields, status=status, retries=retries, worker_id=None, last_modified=at)
     if task.retry_delay and event == "retry":  # 2^1000 is the largest factor that is sure to stay a float
@@ -4965,7 +5033,7 @@ def _report_success(queue, task, fields, request, at):
 
 
 def _report_failed(queue, task, fields, request, at):
-    change = _failed(task, dict(fields, run_end="failed"), at)
+    change = _failed(task, dict(fields, run_end="failed"), at, request.get("final"))
     return [change] + (_strike(queue, task.worker_id, 1, at) if task.worker_id else [])
 
 
@@ -4975,7 +5043,7 @@ def _report_cancelled(queue, task, fields, request, at):
 
 
 def _report_running(queue, task, fields, request, at):
-    raise InvalidStateTransition("task %s is %s: only a fetch makes a task running" % (task.task_id, task.status))
+    raise illegal(TASK_MOVES, task.status, "running", "task " + task.task_id)
 
 
 def _report_pending(queue, task, fields, request, at):
@@ -5017,9 +5085,10 @@ def heartbeat_op(store, queue, request, at):
     return [], {"status": "running"} if request.get("answer") == "status" else None
 
 
+ERRORS = frozenset(("labtasker_error", "labtasker_exception"))  # in a summary: why the last run failed
 # status in an update: the event that leads to it
 UPDATE_EVENTS = {"pending": "requeue", "success": "succeed", "failed": "fail", "cancelled": "cancel"}
-RESET = {"retries": 0, "worker_id": None, "run_id": None, "run_end": None}
+RESET = {"retries": 0, "worker_id": None, "run_id": None, "run_end": None, "reason": None}
 
 
 def _updated(task, request, reset):
@@ -5035,13 +5104,16 @@ def _updated(task, request, reset):
             fields[name] = field.default if value is None else value
     if reset:
         fields.update(RESET, **_without_pause(task))
+        summary = fields.get("summary", task.summary)
+        if not ERRORS.isdisjoint(summary):  # its attempts keep what went wrong
+            fields["summary"] = {key: value for key, value in summary.items() if key not in ERRORS}
         fields.update(status=move(TASK_MOVES, task.status, "reset", "task " + task.task_id))
         return fields, task.status
     status = request.get("status")
     if status is None or status == task.status:
         return fields, None
     if status == "running":
-        raise InvalidStateTransition("only a fetch makes a task running")
+        raise illegal(TASK_MOVES, task.status, "running", "task " + task.task_id)
     fields.update(_without_pause(task))
     fields.update(status=move(TASK_MOVES, task.status, UPDATE_EVENTS[status], "task " + task.task_id),
                   worker_id=None, run_id=None, run_end=None)
@@ -5311,7 +5383,12 @@ def _text(words, pattern):
 
 
 def _one_of(choices):
-    return _kind("one of " + ", ".join(choices), lambda value: value in choices)
+    def check(value):
+        if value not in choices:
+            raise ValueError("should be one of %s, not %.120r%s" % (
+                ", ".join(choices), value, hint(value, choices) if isinstance(value, str) else ""))
+        return value
+    return check
 
 
 def _int_between(low, high):
@@ -5446,7 +5523,8 @@ def _prepare_search(fields):
     def prepare(store, request):
         for field, _ in request["sort"] or ():
             if field.split(".")[0] not in known:
-                words = "%.100r is none of the fields %s" % (field, ", ".join(fields))
+                words = "there is no field %.100r%s The fields are %s" % (
+                    field, field_hint(field, fields) or ".", ", ".join(fields))
                 raise InvalidFields([(["body", "sort"], words)])
         read_filter(store, request)
     return prepare
@@ -5728,7 +5806,7 @@ ROUTES = {
         report_task_op, "report on a run, or on a task", quick=_always,
         fields={"status": Arg("status", REQUIRED), "worker_id": Arg("id"), "summary": Arg("dict"),
                 "run_id": _ours("id"), "reason": _ours("text"), "attempt": _ours("attempt"),
-                "delay_s": _ours("seconds")}),
+                "delay_s": _ours("seconds"), "final": _ours("bool")}),
     "POST " + _TASKS + "/{task_id}/heartbeat": _route(
         heartbeat_op, "say that a run is alive", status=204, writes=False, run=_run_heartbeat, waits=_FOR_THE_END,
         quick=_always,
@@ -9012,8 +9090,8 @@ class TaskUpdateRequest(Response):
                                      "TaskUpdateRequest(**{'_id': ...})")
         for name in given:
             if name not in self.FIELDS:
-                raise LabtaskerTypeError("TaskUpdateRequest has no field %r%s; it has %s" % (
-                    name, hint(name, self.FIELDS), ", ".join(self.FIELDS)))
+                raise LabtaskerTypeError("TaskUpdateRequest has no field %r; did you mean %s? It has %s" % (
+                    name, as_argument(name, given[name], nearest(name, self.FIELDS)), ", ".join(self.FIELDS)))
         for name in ("args", "metadata"):
             if given.get(name) is not None:
                 given[name] = Plain(refuse_odd).value(given[name], [name])
@@ -9046,6 +9124,10 @@ def _ask(route, **fields):
     """Return the answer to a route of ROUTES. Each field goes where the route has it: into the path, the URL's query
     or the body. None is not sent."""
     (method, path), fields = route.split(" "), _given(**fields)
+    for name, value in fields.items():
+        if isinstance(value, (Answer, TaskSubmitResponse)) and name.endswith("_id"):
+            raise LabtaskerTypeError("%s is the text of an id, not a %s; did you mean its .%s?" % (
+                name, type(value).__name__, name))
     path = re.sub(r"{(\w+)}", lambda match: str(fields.pop(match.group(1))), path)
     query = {name: fields.pop(name) for name in ROUTES[route].query if name in fields}
     return client().call(method, path, fields if ROUTES[route].fields else None, query)
@@ -9121,16 +9203,28 @@ def submit_task(task_name=None, args=None, metadata=None, cmd=None, heartbeat_ti
     a higher priority is fetched first. Asking again after a lost answer is safe: the id is made here."""
     fields = locals()
     fields.update(fields.pop("ours"))
+    if isinstance(task_name, dict):
+        raise LabtaskerTypeError("submit_task: task_name is text, not a dict; did you mean submit_task(args=%s)?"
+                                 % cut(repr(task_name)))
     return TaskSubmitResponse(task_id=_ask("POST " + _TASKS, **_submitted(fields))["task_id"])
+
+
+def as_argument(name, value, like=None):
+    """Return how a value is given that was meant for a task's args, after a parameter that is spelled alike, if any."""
+    meant = "args={%r: %s}" % (name, cut(repr(value)))
+    return "%s=..., or %s" % (like, meant) if like else meant
 
 
 def _submitted(task):
     """Return the fields that are sent of a submission, with its id; raises LabtaskerTypeError for an unknown one."""
+    if not isinstance(task, dict):
+        raise LabtaskerTypeError("submit_tasks takes a list of dicts such as {'args': {'lr': 0.1}}, not of %s"
+                                 % cut(repr(task)))
     for name in task:
         if name not in SUBMITTED:
-            like = nearest(name, SUBMITTED)
-            raise LabtaskerTypeError("a submission has no field %r%s; it has %s" % (
-                name, ", did you mean %r?" % like if like else "", ", ".join(SUBMITTED)))
+            raise LabtaskerTypeError("a submission has no field %r; did you mean %s? It has %s" % (
+                name, as_argument(name, task[name], nearest(name, SUBMITTED)),
+                ", ".join(each for each, field in SUBMITTED.items() if field.flag)))
     return _given(**dict({"task_id": new_id(), "git": code_version()}, **task))
 
 
@@ -9164,9 +9258,13 @@ def submit_grid(grid, unique=False, **fields):
     """Return the ids of new tasks, one for each combination: submit_grid({"lr": [0.1, 0.01], "seed": range(3)}).
 
     `fields` are submit_task's arguments; `args` among them are what all the tasks have besides."""
+    if not isinstance(grid, dict):
+        raise LabtaskerTypeError("submit_grid takes a dict of lists, such as {'lr': [0.1, 0.01]}, not %s"
+                                 % cut(repr(grid)))
     for key, values in grid.items():
         if isinstance(values, (str, bytes, dict)) or not hasattr(values, "__iter__"):
-            raise LabtaskerTypeError("submit_grid takes a list of values for each key, not %s=%r" % (key, values))
+            raise LabtaskerTypeError("submit_grid takes a list of values for each key, not %s=%s; did you mean [%s]?"
+                                     % (key, cut(repr(values)), cut(repr(values))))
     fixed, rows = fields.pop("args", None) or {}, itertools.product(*grid.values())
     return submit_tasks([dict(fields, args=dict(fixed, **dict(zip(grid, row)))) for row in rows], unique)
 
@@ -9213,9 +9311,10 @@ def end_fetch(fetch_id, hand_back=None):
         _ask("DELETE " + _TASKS + "/next", **locals())
 
 
-def send_report(task_id, status, summary=None, worker_id=None, run_id=None, reason=None, attempt=None, delay_s=None):
+def send_report(task_id, status, summary=None, worker_id=None, run_id=None, reason=None, attempt=None, delay_s=None,
+                final=None):
     """Report on a task as report_task_status does, for a run and a worker that are named; a task that is handed back is
-    given to nobody for `delay_s`."""
+    given to nobody for `delay_s`, one that failed with `final` is not retried."""
     _ask("POST " + _TASKS + "/{task_id}/status", **locals())
 
 
@@ -9243,6 +9342,9 @@ LIMIT = type("Limit", (int,), {})(100)  # the limit where none is given
 def _listing(answer, kind, fields):
     """Return the Listing of a search; without a limit it can be iterated to its end."""
     body = _given(**dict(fields, extra_filter=_query(fields["extra_filter"], kind)))
+    if not (isinstance(body.get(kind.ID), Answer) or NAME.match(str(body.get(kind.ID, "-")))):
+        raise LabtaskerValueError("%s=%s is no id; did you mean extra_filter=%s?" % (
+            kind.ID, cut(repr(body[kind.ID])), cut(repr(body[kind.ID]))))
     found = _found(kind, body)
     listing = answer(found=bool(found), content=[kind(item) for item in found])
 
@@ -9295,8 +9397,15 @@ def update_tasks(task_updates, reset_pending=False):
 
     Of more than a server takes at once (10,000; 1,000 at a 1.0.1 server) a message on stderr says that they go
     in parts; and a 1.0.1 server may do some of a part. `reset_pending`: they become pending again with retries at 0."""
-    bodies = [(update if isinstance(update, TaskUpdateRequest) else TaskUpdateRequest(**update)).to_dict()
-              for update in task_updates]
+    if isinstance(task_updates, (TaskUpdateRequest, dict)):
+        raise LabtaskerTypeError("update_tasks takes a list; did you mean update_tasks([%s])?"
+                                 % cut(repr(task_updates)))
+    bodies = []
+    for update in task_updates:
+        if not isinstance(update, (TaskUpdateRequest, dict)):
+            raise LabtaskerTypeError("update_tasks takes TaskUpdateRequests, not %s; did you mean TaskUpdateRequest("
+                                     "task_id=..., priority=1)?" % cut(repr(update)))
+        bodies.append((TaskUpdateRequest(**update) if isinstance(update, dict) else update).to_dict())
     size, content = TRANSACTION_TASKS, []
     if not client().extensions:
         bodies, size = [_by_dotted_keys(body) for body in bodies], PLAIN_LIMIT
@@ -9500,6 +9609,10 @@ def connect_events(timeout=10, after=None):
 # Uses 1, 8. Tests: test_required.py, test_template.py, test_worker.py.
 
 
+class UnfitArgs(LabtaskerTypeError):
+    """A task's args are not what the function takes: no run of it can succeed."""
+
+
 class _Refused(ValueError):
     """A value that can't be cast. Its text gives the reason where type and value don't show it."""
 
@@ -9515,7 +9628,7 @@ def cast(value, annotation, where):
         raise
     except (ValueError, TypeError, LookupError, OverflowError) as error:
         why = ": %s" % error if isinstance(error, _Refused) and str(error) else ""
-        raise LabtaskerTypeError("%s: expected %s, got %s%s" % (
+        raise UnfitArgs("%s: expected %s, got %s%s" % (
             where, _type_text(annotation), _brief(value), why)) from None
 
 
@@ -9734,7 +9847,7 @@ class Required:
         key = self.alias or name
         found = get_path(args, key.split("."), self)
         if found is self:
-            raise LabtaskerTypeError("parameter %r: the task's args have no %r" % (name, key))
+            raise UnfitArgs("parameter %r: the task's args have no %r" % (name, key))
         if self.resolver:
             return self.resolver(found)
         return found if annotation is None else cast(found, annotation, "parameter %r" % name)
@@ -10355,7 +10468,7 @@ def _not_started(command, error):
         why = why.replace(repr(name), repr(name.decode("utf-8", "surrogateescape")))
     why = "can't start the command: " + why
     if command.is_for_this_task(error):
-        return Outcome("failed", {"labtasker_error": why})
+        return Outcome("failed", {"labtasker_error": why}, is_final=not isinstance(error, OSError))
     is_passing = not isinstance(error, OSError) or error.errno in PASSING
     return Outcome("pending", reason=why, fatal=None if is_passing else why)
 
@@ -10398,10 +10511,10 @@ def write_script(text, folder):
     return path
 
 
-Outcome = collections.namedtuple("Outcome", "status summary reason fatal facts delay_s")
+Outcome = collections.namedtuple("Outcome", "status summary reason fatal facts delay_s is_final")
 # status None: nothing to report; fatal: why the loop must end; facts: what the task's attempt keeps of the end;
-# delay_s: the least pause of a task that its job handed back
-Outcome.__new__.__defaults__ = (None, None, None, None, 0)
+# delay_s: the least pause of a task that its job handed back; is_final: another run would fail alike
+Outcome.__new__.__defaults__ = (None, None, None, None, 0, False)
 
 
 def outcome_of_exit(code):
@@ -11058,11 +11171,12 @@ def retry_while_away(action, pause, limit_s):
         delay_s = min(delay_s * 2, LONGEST_PAUSE_S)
 
 
-def deliver(task_id, status, summary=None, worker_id=None, run_id=None, reason=None, attempt=None, delay_s=None):
+def deliver(task_id, status, summary=None, worker_id=None, run_id=None, reason=None, attempt=None, delay_s=None,
+            final=None):
     """Send a report. A server without the extensions gets by PUT what the plain protocol has no report for."""
-    if status not in ("pending", "running") or client().extensions:
+    if status not in ("pending", "running") and not final or client().extensions:
         try:
-            return send_report(task_id, status, summary, worker_id, run_id, reason, attempt, delay_s)
+            return send_report(task_id, status, summary, worker_id, run_id, reason, attempt, delay_s, final)
         except LabtaskerHTTPStatusError as error:  # to a 1.0.1 server a status that the task has already is a mistake
             if client().extensions or error.status_code not in (400, 500) or get_task(task_id).status != status:
                 raise
@@ -11159,7 +11273,7 @@ def deliver_kept(run=None):
 
 
 REPORT_KINDS = {"task_id": str, "run_id": str, "worker_id": str, "status": str, "summary": dict, "reason": str,
-              "attempt": dict, "delay_s": float, "queue": str, "store": str}
+              "attempt": dict, "delay_s": float, "final": bool, "queue": str, "store": str}
 
 
 def read_saved_report(path):
@@ -12694,7 +12808,8 @@ def send_outcome(slot, run, outcome, facts):
     try:
         delivered = slot.post(run, {
             "status": outcome.status, "summary": outcome.summary, "worker_id": run.worker_id,
-            "reason": outcome.reason, "attempt": facts or None, "delay_s": slot.loop.pause_of(run, outcome)})
+            "reason": outcome.reason, "attempt": facts or None, "delay_s": slot.loop.pause_of(run, outcome),
+            "final": outcome.is_final or None})
     except LabtaskerHTTPStatusError as error:
         if error.status_code not in (404, 409) + UNTAKEN:
             raise
@@ -12706,7 +12821,8 @@ def send_outcome(slot, run, outcome, facts):
             failure_text(outcome.summary or {})[:REASON_LIMIT], error)} if outcome.status == "failed" else None
         return send_outcome(slot, run, outcome._replace(summary=told), None)
     words = {"pending": "requeued (does not count as a retry): %s" % outcome.reason,
-             "failed": "failed, attempt %d of %d: %s" % (
+             "failed": "failed%s, attempt %d of %d: %s" % (
+                 " for good (another run would fail alike)" if outcome.is_final else "",
                  run.task.retries + 1, run.task.max_retries, failure_text(outcome.summary or {}))}
     if not run.ended:
         slot.remark("task %s: %s" % (run.task_id, words.get(outcome.status, outcome.status)))
@@ -13008,9 +13124,10 @@ def _outcome_of_error(loop_, run, error):
     code = _code_of_exit(error)
     if code is not None:
         return outcome_of_exit(code)
-    summary = {"labtasker_exception": exception_summary(error)}
+    summary, is_final = {"labtasker_exception": exception_summary(error)}, issubclass(type(error), UnfitArgs)
     remark("task %s raised\n%s" % (run.task_id, summary["labtasker_exception"]["traceback"].rstrip()))
-    return Outcome("failed", summary, None, None if ask_to_go_on() else "stopped after a failure, as you asked")
+    fatal = None if ask_to_go_on() else "stopped after a failure, as you asked"
+    return Outcome("failed", summary, fatal=fatal, is_final=is_final)
 
 
 def _code_of_exit(error):
@@ -13885,8 +14002,18 @@ def check_field(field, option, more=()):
     """Raise UsageError unless the first part of a dotted `field` is one that a task has, or one of `more`."""
     top, known = field.split(".")[0], list(visible(TASK_FIELDS)) + list(more)
     if top not in known:
-        raise UsageError("%s: there is no field %s%s. Fields: %s" % (
-            option, brief(field), hint(top, known), ", ".join(known)))
+        raise UsageError("%s: there is no field %s%s The fields are %s" % (
+            option, brief(field), meant_field(field, known) or ".", ", ".join(known)))
+
+
+def meant_field(name, known):
+    """Return as `field_hint` does; where tasks have a key of this name in just some of their fields, these alone."""
+    homes = [home + "." + name for home in ("args", "summary", "metadata") if FREE_KEY.match(name)]
+    try:
+        homes = [field for field in homes if ls_tasks(extra_filter={field: {"$exists": True}}, limit=1).content]
+    except LabtaskerError:  # the mistake is told all the same
+        homes = []
+    return "; did you mean %s?" % " or ".join(homes) if homes else field_hint(name, known)
 
 
 def column_names(options):
@@ -14196,14 +14323,28 @@ def updates_of(words):
         field, equals, text = word.partition("=")
         top = field.split(".")[0]
         if not equals or top not in UPDATABLE or ("." in field and TASK_FIELDS[top].kind != "dict"):
-            raise UsageError("can't update %s%s. Write field=value; fields: %s (args.lr and the like too)" % (
-                brief(field), hint(top, UPDATABLE), ", ".join(UPDATABLE)))
+            raise UsageError(not_updatable(field, text if equals else None))
         if field in found:
             raise UsageError("the field %s is updated twice" % field)
         is_name = TASK_FIELDS[top].kind in ("name", "status") and text not in ("null", "None")
         found[field] = text if is_name else typed_value(text, field)
     joined(found, {}, "updates")
     return found
+
+
+def not_updatable(field, text):
+    """Return what is wrong with a word of an update that is no `field=value`, and what was perhaps meant."""
+    known = ", ".join(UPDATABLE)
+    if field.startswith("-"):
+        return "%s is an option: it goes before --, which field=value words follow" % brief(field)
+    if text is None:
+        return "can't update %s: write field=value, such as args.lr=0.1; the fields are %s" % (brief(field), known)
+    top, dot, _ = field.partition(".")
+    if top in TASK_FIELDS:
+        why = "; it holds one value, with no keys in it" if top in UPDATABLE else "; labtasker alone sets it"
+    else:
+        why = meant_field(field, UPDATABLE)
+    return "can't update %s%s The fields are %s" % (brief(field), why if why.endswith("?") else why + ".", known)
 
 
 def change_of(task, updates):
@@ -15522,7 +15663,7 @@ def explained(error):
                "LABTASKER_PASSWORD. To create the queue: labtasker queue create-from-config" % (
                    error, config.queue_name, config.source or "no file")
     if isinstance(error, LabtaskerError):
-        return str(error)
+        return re.sub("(task [0-9a-f-]{36}: )?InvalidStateTransition: ", "", str(error))
     if isinstance(error, UnicodeDecodeError):
         return "what was typed is not UTF-8: %s" % error
     if isinstance(error, OSError):

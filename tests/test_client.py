@@ -652,3 +652,38 @@ def test_a_notebook_shows_a_table_in_which_nothing_is_markup(home):
     assert "gpu" in L.ls_workers()._repr_html_()
     for text in (text, L.ls_workers()._repr_html_()):
         assert "<script" not in text and "\x1b" not in text and text.count("<tr>") == text.count("</tr>") == 2
+
+
+MISTAKES = [  # what somebody writes; what the error says
+    (lambda task: L.submit_task({"lr": 1}), "did you mean submit_task\\(args={'lr': 1}\\)"),
+    (lambda task: L.submit_task(lr=0.1), "no field 'lr'; did you mean args={'lr': 0.1}"),
+    (lambda task: L.submit_task(name="x", args={"lr": 1}), "did you mean task_name=..., or args={'name': 'x'}"),
+    (lambda task: L.submit_tasks([{"lr": 1}]), "did you mean args={'lr': 1}"),
+    (lambda task: L.submit_tasks({"args": {"lr": 1}}), "takes a list of dicts"),
+    (lambda task: L.submit_grid({"lr": [1]}, model="vit"), "did you mean args={'model': 'vit'}"),
+    (lambda task: L.submit_grid([{"lr": 1}]), "takes a dict of lists"),
+    (lambda task: L.submit_grid({"lr": 0.1}), r"did you mean \[0.1\]"),
+    (lambda task: L.ls_tasks("args.lr > 0.1"), "did you mean extra_filter='args.lr > 0.1'"),
+    (lambda task: L.ls_tasks({"args.lr": 1}), "did you mean extra_filter={'args.lr': 1}"),
+    (lambda task: L.ls_workers("gpu == 1"), "worker_id='gpu == 1' is no id"),
+    (lambda task: L.ls_tasks(status="pendng"), "not 'pendng'; did you mean pending"),
+    (lambda task: L.ls_tasks(sort=[["lr", -1]]), "did you mean args.lr"),
+    (lambda task: L.ls_tasks(extra_filter="lr > 0.1"), "did you mean args.lr"),
+    (lambda task: L.ls_workers(extra_filter="gpu > 0.1"), "did you mean metadata.gpu"),
+    (lambda task: L.update_tasks([{"_id": task.task_id, "lr": 0.1}]), "did you mean args={'lr': 0.1}"),
+    (lambda task: L.update_tasks(L.TaskUpdateRequest(_id=task.task_id)), r"takes a list; did you mean update_tasks\(\["),
+    (lambda task: L.update_tasks([task.task_id]), "takes TaskUpdateRequests, not '"),
+    (lambda task: L.update_tasks([{"_id": task.task_id, "status": "success"}]), "can be set to cancelled, not to success$"),
+    (lambda task: L.update_tasks([{"_id": task.task_id, "status": "running"}]), "not to running, which only a loop does"),
+    (lambda task: L.report_task_status(task.task_id, "failed"), "can be set to cancelled, not to failed"),
+    (lambda task: L.delete_task(task), "did you mean its .task_id"),
+]
+
+
+def test_a_mistake_in_a_call_leads_to_what_was_meant_and_changes_nothing(home):
+    L.submit_task(args={"lr": 1})
+    task = L.ls_tasks()[0]
+    for call, words in MISTAKES:
+        with pytest.raises(L.LabtaskerError, match=words):
+            call(task)
+    assert L.ls_tasks().content == [task]

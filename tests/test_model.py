@@ -1,6 +1,7 @@
 """Section 3: the fields and the two state machines."""
 import inspect
 import itertools
+import re
 
 import pytest
 
@@ -92,3 +93,20 @@ def test_submit_task_has_the_parameters_of_labtasker_1_0_1_and_takes_what_is_new
         ("task_timeout", None), ("max_retries", 3), ("priority", 0)]
     assert ours.kind is ours.VAR_KEYWORD
     assert all((p.default or None) == (L.TASK_FIELDS[p.name].default or None) for p in parameters)
+
+
+def test_a_status_that_may_not_be_set_is_told_with_those_that_may():
+    """In words that a person sets, not the state machine's: no event `succeed_late` is named."""
+    events = {"task": L.UPDATE_EVENTS.values(), "worker": L.WORKER_EVENTS.values()}
+    refused = 0
+    for kind, moves in (("task", L.TASK_MOVES), ("worker", L.WORKER_MOVES)):
+        for state, row in moves.items():
+            for event in events[kind] if state != "created" else ():
+                if event not in row:
+                    with pytest.raises(L.InvalidStateTransition) as found:
+                        L.move(moves, state, event, kind)
+                    may = set(re.search("can be set to (.*), not to", str(found.value)).group(1).split(" or "))
+                    assert may == {row[each] for each in [*events[kind], "reset"] if each in row} - {state}, (state, event)
+                    assert not {"succeed", "requeue", "late", "hand"} & set(re.findall("[a-z]+", str(found.value)))
+                    refused += 1
+    assert refused > 5

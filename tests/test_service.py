@@ -709,3 +709,17 @@ def test_standing_requests_of_all_queues_are_bounded_together(door, monkeypatch)
 def test_what_a_fetch_asks_for_has_a_bound(door, fields):
     door("POST", "tasks/next", {"required_fields": fields, "heartbeat_timeout": 9}, expect=422)
     door("POST", "tasks/next", {"extra_filter": {"args.a": {"$in": list(range(60000))}}, "heartbeat_timeout": 9}, expect=413)
+
+
+def test_a_reset_task_tells_no_more_of_the_run_that_failed(door):
+    """Its attempts do; and what else its summary has stays."""
+    task_id = door.submit(max_retries=1)
+    door.report(door.fetch(attempt={"host": "h"}), "failed", summary={"acc": 1, "labtasker_error": "exit code 3"},
+                attempt={"reason": "exit code 3"})
+    door.update(task_id, reset=True, summary={"labtasker_exception": {"type": "E"}, "b": 2})
+    task = door.task(task_id)
+    assert (task["status"], task["summary"], task["retries"]) == ("pending", {"acc": 1, "b": 2}, 0)
+    assert task["attempts"][-1]["reason"] == "exit code 3"
+    door.report(door.fetch(), "pending", reason="preempted")
+    door.update(task_id, reset=True)
+    assert door.task(task_id)["reason"] is None

@@ -1894,3 +1894,41 @@ def test_what_is_left_of_the_time_does_not_follow_a_clock_that_is_set(home, monk
 def test_an_end_that_can_not_be_read_is_none(home, monkeypatch, name, text):
     monkeypatch.setenv(name, text)
     assert labtasker.time_left() is None
+
+
+def test_args_that_no_function_takes_fail_for_good_at_once_and_a_raising_function_is_retried(both):
+    """A cast that can't succeed is not tried again; what a resolver raises may pass."""
+    good, bad = (labtasker.submit_task(args={"lr": lr, "n": 1}).task_id for lr in (0.1, "fast"))
+    raises = labtasker.submit_task(args={"m": {"k": "x"}}).task_id
+
+    @labtasker.loop()
+    def main(lr: float = Required(), n: int = Required()):
+        pass
+
+    @labtasker.loop(required_fields=["m"])
+    def other(value=Required(alias="m.k", resolver=int)):
+        pass
+    for run in (main, other):
+        run()
+    assert [(task(each).status, task(each).retries) for each in (good, bad, raises)] == [
+        ("success", 0), ("failed", 1), ("failed", 3)]
+    assert "'lr': expected float, got 'fast'" in task(bad).summary["labtasker_exception"]["message"]
+    labtasker.update_tasks([labtasker.TaskUpdateRequest(_id=bad, args={"lr": "0.5"})], reset_pending=True)
+    main()
+    assert task(bad).status == "success" and task(bad).summary == {}
+
+
+def test_a_server_without_the_extensions_is_told_by_an_update_that_a_task_failed_for_good(home, monkeypatch):
+    task_id = labtasker.submit_task(args={"lr": 1}).task_id
+    labtasker.fetch_task()
+    monkeypatch.setattr(labtasker.Client, "extensions", False)
+    labtasker.deliver(task_id, "failed", {"labtasker_error": "no float"}, final=True)
+    assert (task(task_id).status, task(task_id).summary) == ("failed", {"labtasker_error": "no float"})
+
+
+def test_a_report_that_waits_in_the_outbox_is_as_final_as_one_that_is_sent(home):
+    task_id = labtasker.submit_task(args={"lr": 1}).task_id
+    fetched = labtasker.fetch_task().task
+    run = labtasker.Run(task_id, fetched.run_id, None)
+    labtasker.keep_report(run, {"status": "failed", "summary": None, "final": True})
+    assert labtasker.deliver_kept() and task(task_id).status == "failed"
