@@ -229,8 +229,8 @@ def hint(word, choices):
 
 
 def field_hint(name, fields):
-    """Return "; did you mean args.lr or summary.lr?" for a dotted name that starts with none of the fields: it may be one
-    of these misspelled, or a key within one."""
+    """Return "; did you mean args.lr or summary.lr?" for a dotted name that starts with none of the fields: it may be
+    one of these misspelled, or a key within one."""
     top, dot, rest = name.partition(".")
     like = next((prefix + top for prefix in ("task_", "worker_") if prefix + top in fields), None)
     near = nearest(top, fields, 0.6 if dot else 0.8)
@@ -5085,7 +5085,7 @@ def heartbeat_op(store, queue, request, at):
     return [], {"status": "running"} if request.get("answer") == "status" else None
 
 
-ERRORS = frozenset(("labtasker_error", "labtasker_exception"))  # in a summary: why the last run failed
+ERRORS = ("labtasker_error", "labtasker_exception")  # keys of a summary: a job's end and `finish` write them
 # status in an update: the event that leads to it
 UPDATE_EVENTS = {"pending": "requeue", "success": "succeed", "failed": "fail", "cancelled": "cancel"}
 RESET = {"retries": 0, "worker_id": None, "run_id": None, "run_end": None, "reason": None}
@@ -5105,7 +5105,7 @@ def _updated(task, request, reset):
     if reset:
         fields.update(RESET, **_without_pause(task))
         summary = fields.get("summary", task.summary)
-        if not ERRORS.isdisjoint(summary):  # its attempts keep what went wrong
+        if any(key in summary for key in ERRORS):  # its attempts keep what went wrong
             fields["summary"] = {key: value for key, value in summary.items() if key not in ERRORS}
         fields.update(status=move(TASK_MOVES, task.status, "reset", "task " + task.task_id))
         return fields, task.status
@@ -13247,7 +13247,7 @@ def watch(slot, run, process):
 #
 # What a person reads and types: messages, tables, YAML and CSV; values, task arguments, files of tasks, answers.
 # Knows no command and asks no store. Results go to stdout, everything else to stderr.
-# Uses 1, 3, 8, 9. Tests: test_cli.py, test_values.py, test_terminal.py.
+# The references that help prints. Uses 1 to 5, 8, 9. Tests: test_cli.py, test_values.py, test_terminal.py.
 
 
 COLOURED = Pattern("(\x1b\\[[0-9;]*m)")
@@ -13787,6 +13787,137 @@ def listed_submission(cells):
             task[top] = cell if kind == "name" else literal(cell)
     return task
 
+
+# ---- Exit codes
+
+
+def code_for(error):
+    """Return the exit code of a command that an error has ended, a row of EXIT_CODES."""
+    status = getattr(error, "status_code", None) or getattr(error, "status", None)
+    if isinstance(error, (UsageError, SyntaxMistake, UnicodeDecodeError)) or status == 422:
+        return 2
+    is_damaged = isinstance(error, StoreDamaged) or re.search(DAMAGED, str(error))  # of it the wire has the words alone
+    is_away = isinstance(error, LabtaskerConnectError) or status in (401, 502, 503, 504)
+    return 3 if is_away and not is_damaged else 1
+
+
+DAMAGED = "is damaged, and was|is not the header of a Labtasker journal|this one, version .*, does not know"
+EXIT_CODES = {
+    0: "done",
+    1: "refused, not found, damaged",
+    2: "usage: the command line, a filter or a value is wrong",
+    3: "the server or the store can't be reached, or the login is refused",
+    4: "tasks failed: task wait, loop --fail; failures in a row stopped a loop",
+    124: "the time of task wait --timeout is up",
+    130: "Ctrl-C",
+}
+
+
+# ---- References, printed from the tables
+
+
+def filter_reference():
+    """Return the filter language, from the tables of section 2, and a task's fields."""
+    fields = [["field", "kind", "meaning"]]
+    fields += [[name, row.kind, row.meaning] for name, row in visible(TASK_FIELDS).items()]
+    return "\n".join([
+        "A filter is a line of Python over a task's fields:", "",
+        "    labtasker task ls -f 'args.lr > 0.01 and \"v1\" in list(metadata.tags)'",
+        "    labtasker task ls -f 'created_at >= date(\"3 hours ago\") and regex(task_name, \"^grid-\")'", "",
+        "Compare       " + " ".join(COMPARISONS),
+        "Contain       field in [...], \"v\" in list(field), \"k\" in dict(field)",
+        "Join          and or (...)",
+        "Calculate     " + " ".join(ARITHMETIC),
+        "Call          " + " ".join(name + "(...)" for name in CALLS),
+        "Dates         " + "\n              ".join(DATE_FORMS),
+        "Nested        args.optimizer.lr, summary.acc, args.layers[0]", "",
+        "Instead of"] + ["  %-11s %s" % (word, text) for word, text in INSTEAD.items()] + [
+        "", "A query document does the same: -f '{\"args.lr\": {\"$gt\": 0.1}}'. Its operators:",
+        " ".join(tuple(OPERATORS) + tuple(LOGIC) + ("$expr",)), "", render_table(fields)])
+
+
+def settings_reference():
+    """Return the settings: their place in config.toml, and the variables that win over it."""
+    rows = [[name, variable or "", meaning] for name, (_, variable, _, meaning) in SETTINGS.items()]
+    rows += [["", variable, meaning] for variable, meaning in VARIABLES.items()]
+    return "\n".join([
+        "The configuration is %s in the nearest folder .labtasker, from here upward," % CONFIG_NAME,
+        "or in the folder that LABTASKER_ROOT names. Variables override it.", "",
+        render_table([["setting", "variable", "meaning"]] + rows)])
+
+
+def journal_reference():
+    """Return the format of the journal: its lines, and the changes that stand on them."""
+    rows = [["change", "followed by", "meaning"]] + [[name, row.fields, row.meaning] for name, row in RECORDS.items()]
+    return "\n".join([
+        "A journal is a file of JSON lines. The first names the format; every other line is a transaction:", "",
+        '    {"n":18,"durable":17,"at":1763800000.1,"queue":"ID",'
+        '"changes":[["task","ID",{"status":"running"},"pending"]],"crc":"89abcdef"}', "",
+        "n        the line's number, without gaps",
+        "durable  the last n that was known to be on disk when this line was written",
+        "at       the time, in seconds since 1970, UTC",
+        "crc      zlib.crc32 of the line's bytes before this key",
+        "changes  new values, not commands; fields that are not named stay as they were:", "", render_table(rows), "",
+        "Other keys of a line:", "",
+        "lost: K     it stands for K lines that a repair could not save",
+        "epoch: E    the store has a new owner from here on",
+        "end: true   the store was closed cleanly here",
+        "version: V  a newer version, V, writes from here on",
+        "needs: F    a reader whose format is older than F must refuse it", "",
+        "After a compaction the first line has folded: N, tail: BYTE and folded_crc. The lines up to that byte,",
+        "numbered by fold: K, hold the state to which lines 1 to N had led; folded_crc is the checksum of line N.",
+        "Readers keep fields and keys that they do not know, and refuse changes that they do not know."])
+
+
+def exit_reference():
+    """Return the exit codes and what they mean."""
+    return "Exit codes\n\n" + "\n".join("%5d  %s" % row for row in EXIT_CODES.items()) + as_started(
+        "\n\nA loop that a signal stops ends with 128 and the signal's number: 143 for\nSIGTERM. In a script:\n\n"
+        "    labtasker task wait --name grid\n    case $? in 0) echo all right;; 4) echo some failed;; esac")
+
+
+def events_reference():
+    """Return how to hear events: from the command line, Python and any HTTP client, also those from before."""
+    return as_started("""\
+Each step of a task (created -> pending -> running -> success, ...) and of a
+worker is an event; a summary that changes while the task runs is none.
+
+Shell
+
+    labtasker event listen --compact
+    labtasker event listen --raw --after 17.0
+
+Python
+
+    import labtasker
+    with labtasker.connect_events() as listener:
+        for response in listener.iter_events():
+            event = response.event
+            print(response.id, event.entity_id, event.new_state)
+            if event.new_state == "failed":
+                print(event.entity_data["args"], event.entity_data["summary"])
+
+    listener.get_event(timeout=5) returns the next one, None after 5 s without.
+    A listener reconnects by itself, and misses nothing meanwhile.
+
+HTTP: a stream of server-sent events
+
+    curl -N -u QUEUE:PASSWORD -H 'Last-Event-ID: 17.0' \\
+        http://HOST:%d/api/v1/queues/me/events
+
+    ?last_event_id=17.0 in the URL means the same as the header.
+
+Events from before
+
+    Each event has an id: in Python response.id, with --raw "id", over HTTP the
+    line "id:". It is LINE.STEP: a line of the journal, and a step on that line.
+    connect_events(after="17.0"), --after 17.0 and Last-Event-ID first give the
+    events after that one; 0.0 gives all that are kept. Kept are those since the
+    last compaction of the journal. Where some are gone, stderr says so (over
+    HTTP the event "too_old"), and the rest follows.
+    With a server and without one it is the same. A server of Labtasker 1.0.1
+    gives no ids, and only events from now on.""" % DEFAULT_PORT)
+
 # 13. Command line ############################################################
 #
 # Commands as one table, from which parsers, help and dispatch derive; what they print; main().
@@ -13934,9 +14065,6 @@ def _in_seconds(moment):
     if isinstance(moment, str):
         return parse_time(moment)
     return moment.timestamp() if isinstance(moment, datetime.datetime) else moment
-
-
-ERRORS = ("labtasker_error", "labtasker_exception")  # keys of a summary: `finish` and a job's end write them
 
 
 def error_of(task):
@@ -15209,112 +15337,6 @@ def demo_workers(folder, words):
             worker.kill()
 
 
-# ---- References, printed from the tables
-
-
-def filter_reference():
-    """Return the filter language, from the tables of section 2, and a task's fields."""
-    fields = [["field", "kind", "meaning"]]
-    fields += [[name, row.kind, row.meaning] for name, row in visible(TASK_FIELDS).items()]
-    return "\n".join([
-        "A filter is a line of Python over a task's fields:", "",
-        "    labtasker task ls -f 'args.lr > 0.01 and \"v1\" in list(metadata.tags)'",
-        "    labtasker task ls -f 'created_at >= date(\"3 hours ago\") and regex(task_name, \"^grid-\")'", "",
-        "Compare       " + " ".join(COMPARISONS),
-        "Contain       field in [...], \"v\" in list(field), \"k\" in dict(field)",
-        "Join          and or (...)",
-        "Calculate     " + " ".join(ARITHMETIC),
-        "Call          " + " ".join(name + "(...)" for name in CALLS),
-        "Dates         " + "\n              ".join(DATE_FORMS),
-        "Nested        args.optimizer.lr, summary.acc, args.layers[0]", "",
-        "Instead of"] + ["  %-11s %s" % (word, text) for word, text in INSTEAD.items()] + [
-        "", "A query document does the same: -f '{\"args.lr\": {\"$gt\": 0.1}}'. Its operators:",
-        " ".join(tuple(OPERATORS) + tuple(LOGIC) + ("$expr",)), "", render_table(fields)])
-
-
-def settings_reference():
-    """Return the settings: their place in config.toml, and the variables that win over it."""
-    rows = [[name, variable or "", meaning] for name, (_, variable, _, meaning) in SETTINGS.items()]
-    rows += [["", variable, meaning] for variable, meaning in VARIABLES.items()]
-    return "\n".join([
-        "The configuration is %s in the nearest folder .labtasker, from here upward," % CONFIG_NAME,
-        "or in the folder that LABTASKER_ROOT names. Variables override it.", "",
-        render_table([["setting", "variable", "meaning"]] + rows)])
-
-
-def journal_reference():
-    """Return the format of the journal: its lines, and the changes that stand on them."""
-    rows = [["change", "followed by", "meaning"]] + [[name, row.fields, row.meaning] for name, row in RECORDS.items()]
-    return "\n".join([
-        "A journal is a file of JSON lines. The first names the format; every other line is a transaction:", "",
-        '    {"n":18,"durable":17,"at":1763800000.1,"queue":"ID",'
-        '"changes":[["task","ID",{"status":"running"},"pending"]],"crc":"89abcdef"}', "",
-        "n        the line's number, without gaps",
-        "durable  the last n that was known to be on disk when this line was written",
-        "at       the time, in seconds since 1970, UTC",
-        "crc      zlib.crc32 of the line's bytes before this key",
-        "changes  new values, not commands; fields that are not named stay as they were:", "", render_table(rows), "",
-        "Other keys of a line:", "",
-        "lost: K     it stands for K lines that a repair could not save",
-        "epoch: E    the store has a new owner from here on",
-        "end: true   the store was closed cleanly here",
-        "version: V  a newer version, V, writes from here on",
-        "needs: F    a reader whose format is older than F must refuse it", "",
-        "After a compaction the first line has folded: N, tail: BYTE and folded_crc. The lines up to that byte,",
-        "numbered by fold: K, hold the state to which lines 1 to N had led; folded_crc is the checksum of line N.",
-        "Readers keep fields and keys that they do not know, and refuse changes that they do not know."])
-
-
-def exit_reference():
-    """Return the exit codes and what they mean."""
-    return "Exit codes\n\n" + "\n".join("%5d  %s" % row for row in EXIT_CODES.items()) + as_started(
-        "\n\nA loop that a signal stops ends with 128 and the signal's number: 143 for\nSIGTERM. In a script:\n\n"
-        "    labtasker task wait --name grid\n    case $? in 0) echo all right;; 4) echo some failed;; esac")
-
-
-def events_reference():
-    """Return how to hear events: from the command line, Python and any HTTP client, also those from before."""
-    return as_started("""\
-Each step of a task (created -> pending -> running -> success, ...) and of a
-worker is an event; a summary that changes while the task runs is none.
-
-Shell
-
-    labtasker event listen --compact
-    labtasker event listen --raw --after 17.0
-
-Python
-
-    import labtasker
-    with labtasker.connect_events() as listener:
-        for response in listener.iter_events():
-            event = response.event
-            print(response.id, event.entity_id, event.new_state)
-            if event.new_state == "failed":
-                print(event.entity_data["args"], event.entity_data["summary"])
-
-    listener.get_event(timeout=5) returns the next one, None after 5 s without.
-    A listener reconnects by itself, and misses nothing meanwhile.
-
-HTTP: a stream of server-sent events
-
-    curl -N -u QUEUE:PASSWORD -H 'Last-Event-ID: 17.0' \\
-        http://HOST:%d/api/v1/queues/me/events
-
-    ?last_event_id=17.0 in the URL means the same as the header.
-
-Events from before
-
-    Each event has an id: in Python response.id, with --raw "id", over HTTP the
-    line "id:". It is LINE.STEP: a line of the journal, and a step on that line.
-    connect_events(after="17.0"), --after 17.0 and Last-Event-ID first give the
-    events after that one; 0.0 gives all that are kept. Kept are those since the
-    last compaction of the journal. Where some are gone, stderr says so (over
-    HTTP the event "too_old"), and the rest follows.
-    With a server and without one it is the same. A server of Labtasker 1.0.1
-    gives no ids, and only events from now on.""" % DEFAULT_PORT)
-
-
 # ---- From words to options
 Command = collections.namedtuple("Command", "run help example options rest sort")
 Command.__new__.__defaults__ = ((), None, None)  # sort(words): (those that are its own, {attribute: what it keeps})
@@ -15631,28 +15653,6 @@ def main(argv=None):
             raise
         note("labtasker: error: " + explained(error))
         return code_for(error)
-
-
-def code_for(error):
-    """Return the exit code of a command that an error has ended, a row of EXIT_CODES."""
-    status = getattr(error, "status_code", None) or getattr(error, "status", None)
-    if isinstance(error, (UsageError, SyntaxMistake, UnicodeDecodeError)) or status == 422:
-        return 2
-    is_damaged = isinstance(error, StoreDamaged) or re.search(DAMAGED, str(error))  # of it the wire has the words alone
-    is_away = isinstance(error, LabtaskerConnectError) or status in (401, 502, 503, 504)
-    return 3 if is_away and not is_damaged else 1
-
-
-DAMAGED = "is damaged, and was|is not the header of a Labtasker journal|this one, version .*, does not know"
-EXIT_CODES = {
-    0: "done",
-    1: "refused, not found, damaged",
-    2: "usage: the command line, a filter or a value is wrong",
-    3: "the server or the store can't be reached, or the login is refused",
-    4: "tasks failed: task wait, loop --fail; failures in a row stopped a loop",
-    124: "the time of task wait --timeout is up",
-    130: "Ctrl-C",
-}
 
 
 def explained(error):
