@@ -1563,7 +1563,18 @@ def compile_pattern(pattern, options=""):
         raise LabtaskerValueError("the pattern %.100r can't be used: %s" % (pattern, mistake)) from None
 
 
-def _bounded(pattern, options):
+def compile_search(pattern):
+    """Return (compiled pattern, characters that it can search in bounded time), or raise LabtaskerValueError.
+
+    Unlike that of `compile_pattern` it finds its groups."""
+    try:
+        compiled, costs = _bounded(pattern, "", is_trimmed=False)
+    except (re.error, ValueError, OverflowError, RecursionError) as mistake:
+        raise LabtaskerValueError("the pattern %.100r can't be used: %s" % (pattern, mistake)) from None
+    return compiled, 1 << len(costs) - 1
+
+
+def _bounded(pattern, options, is_trimmed=True):
     unknown = set(options) - set(REGEX_OPTIONS)
     if unknown:
         raise ValueError("the option %r of $options is not one of i, m, s, x" % min(unknown))
@@ -1571,8 +1582,8 @@ def _bounded(pattern, options):
         raise ValueError("it has over %d characters" % PATTERN_CHARS)
     tree = PARSER.parse(pattern, sum(REGEX_OPTIONS[letter] for letter in set(options)))
     flags = (tree.state if hasattr(tree, "state") else tree.pattern).flags
-    _trim(tree, 0)
-    _trim(tree, -1)
+    for end in (0, -1) * is_trimmed:
+        _trim(tree, end)
     is_anchored = tree.data and str(tree[0][1]).startswith("AT_BEGINNING") and not flags & re.MULTILINE
     row, costs = _row(tree, flags, None), []
     for size in (1 << power for power in range(18)):
@@ -7681,8 +7692,8 @@ ONCE = {
     "POST " + _WORKERS + "/{worker_id}/status": (None, "the worker may have its new status"),
 }
 
-Config = collections.namedtuple("Config", "root url queue_name password heartbeat_interval_s source ca_file")
-Config.__new__.__defaults__ = (None, DEFAULT_QUEUE, None, 10.0, None, None)
+Config = collections.namedtuple("Config", "root url queue_name password heartbeat_interval_s source ca_file metrics")
+Config.__new__.__defaults__ = (None, DEFAULT_QUEUE, None, 10.0, None, None, None)
 
 # key in the file: (attribute of Config, environment variable, kind, meaning)
 SETTINGS = {
@@ -7694,6 +7705,7 @@ SETTINGS = {
     "queue.password": ("password", "LABTASKER_PASSWORD", str, "its password; a store without a server asks none"),
     "task.heartbeat_interval": ("heartbeat_interval_s", None, float, "seconds between heartbeats; 10 unless given"),
 }
+METRICS = "metrics"  # the file's table of what every loop here looks for in output: {name, or `step`: pattern}
 VARIABLES = {  # environment variables that are no setting: their meaning
     "LABTASKER_ROOT": "the configuration folder, instead of the nearest .labtasker",
     "LABTASKER_TRUST": "folders of other users that may hold a configuration or a store, with %s between" % os.pathsep,
@@ -7964,12 +7976,15 @@ def _read_settings(path):
     The file of Labtasker 1.0.1 may hold settings that are not ours."""
     try:
         with open_plain(path) as file:
-            reader = TomlReader(decoded(file.read(), path), path, {key.split(".")[0] for key in SETTINGS})
+            reader = TomlReader(decoded(file.read(), path), path, {key.split(".")[0] for key in SETTINGS} | {METRICS})
     except OSError as error:
         raise LabtaskerValueError("%s can't be read: %s" % (path, error.strerror)) from None
     for key, line in reader.lines.items():
         is_value = reader.kinds.get(tuple(key.split(".")), "value") == "value"
-        if key in SETTINGS:
+        if key.split(".")[0] == METRICS:
+            if is_value and type(reader.found.get(key)) is not str:
+                raise LabtaskerValueError("%s line %d: %s should be a pattern, as text" % (path, line, key))
+        elif key in SETTINGS:
             kind, value = SETTINGS[key][2], reader.found.get(key)
             if not (type(value) is str if kind is str else type(value) in (int, float) and 0 < value < math.inf):
                 raise LabtaskerValueError("%s line %d: %s should be %s, not %r" % (
@@ -8057,7 +8072,8 @@ def _read_config():
             values[attribute] = for_system(value) if attribute == "ca_file" else kind(value)
     if "url" in values:
         values["url"] = checked_url(values["url"], _source_of_url(path))
-    return Config(root=root, source=path, **values)
+    given = {key[len(METRICS) + 1:]: text for key, text in settings.items() if key.startswith(METRICS + ".")}
+    return Config(root=root, source=path, metrics=given, **values)
 
 
 def _source_of_url(path):
@@ -9948,12 +9964,20 @@ def check_fields(fields):
 MARK = "\x1a"  # stands for a placeholder in the text that a reader reads; `places` has the offsets of the real ones
 
 
+BUILT_IN = collections.OrderedDict([  # placeholders that stand for facts of the run: their meaning
+    ("@task", "the task's id"), ("@run", "the run's id"), ("@name", "the task's name, if it has one"),
+    ("@slot", "the loop's slot, from 0 on"), ("@attempt", "1, 2, ...: which run of the task this is"),
+    ("@dir", "the folder that all runs of the task share"),
+])
+
+
 class Template:
-    """A text with `%(key)` placeholders, dots for nested keys; `keys` are its keys, once each, in order.
+    """A text with `%(key)` placeholders, dots for nested keys; `keys` are its keys, once each, in order. The values of
+    BUILT_IN come with the task's args.
 
     `%%(` stands for `%(` itself; any other `%` is left alone. Raises TemplateError with the column."""
 
-    TOKEN = Pattern(r"%%\(|%\([ \t]*([a-zA-Z0-9_-]+(?:\.[a-zA-Z0-9_-]+)*)[ \t]*\)|%\(")
+    TOKEN = Pattern(r"%%\(|%\([ \t]*(@[a-z]+|[a-zA-Z0-9_-]+(?:\.[a-zA-Z0-9_-]+)*)[ \t]*\)|%\(")
 
     def __init__(self, text):
         self.text, self.parts, self.keys, self.spans, end = text, [""], [], [], 0
@@ -9967,7 +9991,10 @@ class Template:
                 continue
             self.parts += [key, ""]
             self.spans.append(match.span())  # of each key that stands in parts
-            self.keys += [key] if key not in self.keys else []
+            if key.startswith("@") and key not in BUILT_IN:
+                raise TemplateError("%%(%s) is none of %s%s" % (key, ", ".join(
+                    "%%(%s)" % name for name in BUILT_IN), hint(key, BUILT_IN)), text, match.start())
+            self.keys += [key] if key not in self.keys and key not in BUILT_IN else []
         self.parts[-1] += text[end:]
 
     def plain(self, args):
@@ -10424,7 +10451,7 @@ class JobCommand:
 
     `keys` are the keys that it takes from a task's args, `cmd` is what the task keeps of it."""
 
-    def __init__(self, argv=None, shell=None, script_path=None, executable=None):
+    def __init__(self, argv=None, shell=None, script_path=None, executable=None, workdir=None):
         if sum(map(bool, (argv, shell, script_path))) != 1:
             raise UsageError("what to run? One of a command, a text for the shell, and a script is needed")
         if argv and executable:
@@ -10434,17 +10461,37 @@ class JobCommand:
         self.templates = [Template(text) for text in (argv or [self.text])]
         self.writers = None if argv else writers_for(self.program(), self.templates[0])
         self.cmd = list(argv) if argv else shell or [executable or "/bin/sh", str(script_path)]
-        self.keys = list(collections.OrderedDict.fromkeys(key for one in self.templates for key in one.keys))
+        self.workdir, self.origin = workdir and Template(workdir), os.getcwd()
+        self.keys = list(collections.OrderedDict.fromkeys(
+            key for one in self.templates + [self.workdir] * bool(workdir) for key in one.keys))
 
     def words(self, args, folder):
         """Return (argv list, path of a script to be removed later or None); LabtaskerValueError if a key is missing."""
         if self.is_argv:
-            return [template.plain(args) for template in self.templates], None
+            words = [template.plain(args) for template in self.templates]
+            is_relative = self.workdir and os.path.dirname(words[0])
+            return [os.path.join(self.origin, words[0])] + words[1:] if is_relative else words, None
         text = self.templates[0].filled(args, self.writers)
         if not self.is_script:
             return self.program() + ["-c", text], None
         path = write_script(text, folder)
         return self.program() + [os.fsencode(path) if os.name == "posix" else path], path
+
+    def folder(self, args):
+        """Return the folder that a job runs in, made where it is missing; None is the loop's own."""
+        if not self.workdir:
+            return None
+        path = self.workdir.plain(args)
+        if not path or "\0" in path:
+            raise LabtaskerValueError("--workdir: %r is no folder" % path)
+        try:
+            path = os.path.join(self.origin, for_system(path))
+            os.makedirs(path, exist_ok=True)
+        except OSError as error:
+            if error.errno in PASSING or not self.workdir.spans:
+                raise
+            raise LabtaskerValueError("--workdir: can't make %s: %s" % (from_system(path), error.strerror)) from None
+        return path
 
     def program(self):
         """Return the words that run the text: the executable asked for, else the #! line of a script, else /bin/sh."""
@@ -10473,11 +10520,12 @@ def _not_started(command, error):
     return Outcome("pending", reason=why, fatal=None if is_passing else why)
 
 
-def _start_job(words, environment, ends):
+def _start_job(words, environment, ends, folder=None):
     """Return the Popen of a job. Its words are given as UTF-8, as they were submitted, whatever the locale."""
     if os.name == "posix":
         words = [word.encode("utf-8", "surrogateescape") if isinstance(word, str) else word for word in words]
-    return start_program(words, stdout=ends[0], stderr=ends[1], env=environment)
+    environment = dict(environment, PWD=folder) if folder else environment
+    return start_program(words, stdout=ends[0], stderr=ends[1], env=environment, cwd=folder)
 
 
 # What the machine is short of at this moment, and may have again in the next: no task's fault, nor the command's.
@@ -10743,6 +10791,102 @@ class Labelled:
         return end and self.label + lines.replace(b"\n", b"\n" + self.label) + end
 
 
+# ---- Metrics: values that are read from what a job prints
+
+LINE_BYTES = 65536  # of a line that is read; what is beyond has no values
+NUMBER_TEXT = Pattern(r"(?i)[+-]?(?:(?:\d+\.?\d*|\.\d+)(?:e[+-]?\d+)?|nan|inf(?:inity)?)\Z")
+
+
+class Metric:
+    """A pattern whose group 1 is a number in a line that a job prints. Raises UsageError for one that can't be used."""
+
+    def __init__(self, pattern, option):
+        try:
+            self.pattern, self.longest = compile_search(pattern)
+        except LabtaskerValueError as error:
+            raise UsageError("%s: %s" % (option, error)) from None
+        if not self.pattern.groups:
+            raise UsageError("%s: the pattern %.100r has no group: put ( ) around the number in it" % (option, pattern))
+        self.literal = self._literal(pattern)
+
+    def _literal(self, pattern):
+        """Return the longest text that a line must have, as bytes, to match; b"" if none is known."""
+        longest = run = ""
+        for kind, value in [] if self.pattern.flags & re.IGNORECASE else PARSER.parse(pattern):
+            run = run + chr(value) if kind.name == "LITERAL" else ""
+            longest = max(longest, run, key=len)
+        return longest.encode("utf-8", "surrogatepass")
+
+    def value(self, line):
+        """Return the number that a line has, or None."""
+        found = self.pattern.search(line[:self.longest])
+        text = (found and found.group(1) or "").strip()
+        if not NUMBER_TEXT.match(text):
+            return None
+        return int(text) if re.match(r"[+-]?\d{1,15}\Z", text) else float(text)
+
+    def last(self, lines):
+        """Return the number in the last of some lines, as bytes, that has one; None without any."""
+        end = len(lines)
+        while end > 0:
+            at = lines.rfind(self.literal, 0, end) if self.literal else end - 1
+            begin = lines.rfind(b"\n", 0, max(0, at)) + 1
+            found = None if at < 0 else self.value(
+                lines[begin:lines.find(b"\n", at)][:LINE_BYTES].decode("utf-8", "replace"))
+            if at < 0 or found is not None:
+                return found
+            end = begin
+        return None
+
+
+def read_metrics(texts, step=None):
+    """Return ({key of the summary: Metric}, the step's Metric or None) of `--metric NAME=REGEX` and `--step REGEX`, and
+    of those in the configuration."""
+    usual, metrics = dict(load_config().metrics or {}), collections.OrderedDict()
+    step = step or usual.pop("step", None)
+    for text in ["%s=%s" % pair for pair in usual.items()] + list(texts):
+        name, is_told, pattern = text.partition("=")
+        if not is_told:
+            raise UsageError("--metric %s: write NAME=REGEX, like 'acc=accuracy: ([0-9.]+)'" % text)
+        try:
+            check_key(name, ["summary"])
+        except LabtaskerError as error:
+            raise UsageError("--metric %s: %s" % (text, error)) from None
+        metrics[name] = Metric(pattern, "--metric " + name)
+    return metrics, step and Metric(step, "--step")
+
+
+class Printed:
+    """The values that metrics find in the streams of one job, as they come: the latest of each in `values`. A carriage
+    return ends a line as well."""
+
+    def __init__(self, metrics, step=None, on_value=lambda: None):
+        self.metrics, self.step_metric, self.on_value = metrics, step, on_value
+        self.values, self.step = {}, None
+
+    def channel(self):
+        """Return a function that takes the bytes of one stream; None ends it."""
+        rest = bytearray()
+
+        def feed(data):
+            data = (data or b"\n").replace(b"\r", b"\n")
+            cut = data.rfind(b"\n") + 1
+            if cut:
+                self._read(bytes(rest) + data[:cut])
+                del rest[:]
+            rest.extend(data[cut:cut + max(0, LINE_BYTES - len(rest))])
+        return feed
+
+    def _read(self, lines):
+        step = self.step_metric and self.step_metric.last(lines)
+        self.step = self.step if step is None else step
+        found = {name: metric.last(lines) for name, metric in self.metrics.items()}
+        found = {name: value for name, value in found.items() if value is not None}
+        if found:
+            self.values.update(found)
+            self.on_value()
+
+
 class RunLog:
     """A run's file of output: what came, as it came, but that a line which was overwritten (a progress bar) is kept as
     a line of its own, at most once a second, and that no line has parts of two streams."""
@@ -10801,13 +10945,13 @@ class Output:
 
     DRAIN_S = 1  # what a process that outlived its job goes on to write is not waited for any longer
 
-    def __init__(self, log, use_pty, label=""):
-        self.log, self.ends = log, []
+    def __init__(self, log, use_pty, label="", printed=None):
+        self.log, self.ends, self.printed = log, [], printed
         try:
             sys.stdout.flush()  # what was printed before stands before the job's output
         except (OSError, ValueError, AttributeError):
             pass
-        self.sources = {}  # our end: (where it goes, what makes that, what feeds the log)
+        self.sources = {}  # our end: (where it goes, what makes that, [what else takes the bytes])
         try:
             self._open(use_pty, label)
             start_thread(self.thread)
@@ -10824,7 +10968,8 @@ class Output:
             place = target_identity(number) if fcntl else 1
             if place not in opened:
                 ours, opened[place] = use_pty and _open_pty() or os.pipe()
-                self.sources[ours] = (number, Labelled(label) if label else lambda data: data, self.log.channel())
+                takers = [self.log.channel()] + ([self.printed.channel()] if self.printed else [])
+                self.sources[ours] = (number, Labelled(label) if label else lambda data: data, takers)
             self.ends.append(opened[place])
         self.thread = threading.Thread(target=self._copy, daemon=True)
 
@@ -10837,13 +10982,14 @@ class Output:
     def _copy(self):
         while self.sources:
             for ours in ready(self.sources) if len(self.sources) > 1 else list(self.sources):
-                target, shown, feed = self.sources[ours]
+                target, shown, takers = self.sources[ours]
                 try:
                     data = os.read(ours, 65536)
                 except OSError:  # so Linux says of a pseudo-terminal that nobody holds any more
                     data = b""
                 _write_out(target, shown(data))
-                feed(data or None)
+                for take in takers:
+                    take(data or None)
                 if not data:
                     del self.sources[ours]
                     os.close(ours)
@@ -11396,6 +11542,18 @@ class Run:
         self.log_dir = log_dir or os.path.join(os.path.abspath(load_config().root), "logs", task_id, self.key)
         self.store_id = None  # of a store without a server that the run is of; see StoreFile.check_expected
         self.current_path = None  # of a function's run: the file that names what its loop runs now
+        self.printed = None  # Printed, where values are read from what the job prints
+        self.noted = {}  # what this process wrote into summary.json
+        self.task_dir = os.path.join(os.path.dirname(self.log_dir), TASK_FOLDER)
+
+    def attempt(self):
+        """Return the number of this run of its task, from 1 on."""
+        return (self.task.retries or 0) + (getattr(self.task, "interruptions", 0) or 0) + 1
+
+    def built_in(self, slot):
+        """Return the values of BUILT_IN."""
+        return {"@task": self.task_id, "@run": self.run_id or "", "@name": self.task.task_name or "", "@slot": slot,
+                "@attempt": str(self.attempt()), "@dir": self.task_dir}
 
     @property
     def state(self):
@@ -11415,6 +11573,8 @@ class Run:
         """Return {variable: value, None to unset it} that make labtasker work in a job's processes."""
         return {"LABTASKER_TASK_ID": self.task_id, "LABTASKER_WORKER_ID": self.worker_id or "",
                 "LABTASKER_RUN_ID": self.run_id or "", "LABTASKER_LOG_DIR": self.log_dir,
+                "LABTASKER_TASK_DIR": self.task_dir, "LABTASKER_ATTEMPT": str(self.attempt()),
+                "LABTASKER_PROCID": os.environ.get("SLURM_PROCID"), "PYTHONPATH": _python_path(),
                 "LABTASKER_CURRENT": self.current_path,
                 **(self.limit.environment() if self.limit else {}),
                 "LABTASKER_ROOT": os.path.abspath(load_config().root),
@@ -11429,6 +11589,18 @@ class Run:
         self.note_summary(summary)
         if status != "running":
             self.note_end(status)
+
+    def results(self, summary):
+        """Return what is reported when the run is over: `summary`, with the values that were printed and those of a
+        summary.json that the job has written itself."""
+        try:
+            written = load_json(self.path("summary.json"), {})
+        except OSError:
+            written = {}
+        except OddFile as error:
+            written = remark("%s: its values are not reported" % error) or {}
+        found = merge({} if written == self.noted else written, dict(self.printed.values) if self.printed else {})
+        return merge(plain_summary(found), summary or {}) if found else summary
 
     def path(self, name):
         """Return the path of a file in the run's folder."""
@@ -11461,7 +11633,8 @@ class Run:
             return
         try:
             path = self.path("summary.json")
-            write_json(path, merge(read_json(path), unflatten(summary, "summary")))
+            self.noted = merge(read_json(path), unflatten(summary, "summary"))
+            write_json(path, self.noted)
         except (OSError, LabtaskerError) as error:
             remark("can't write %s: %s" % (self.path("summary.json"), error))
 
@@ -11516,8 +11689,42 @@ class Run:
         os.makedirs(self.log_dir, mode=0o700, exist_ok=True)
         return self.log_dir
 
+    def make_task_dir(self):
+        """Make the folder that the task's attempts share; print why it can't be made."""
+        try:
+            if os.path.isdir(self.log_dir):
+                os.makedirs(self.task_dir, mode=0o700, exist_ok=True)
+        except OSError as error:
+            remark("can't make %s: %s" % (self.task_dir, error.strerror))
 
+    def leave_task_dir(self):
+        """Remove that folder where nothing was put into it."""
+        try:
+            os.rmdir(self.task_dir)
+        except OSError:  # it is in use, or was never made
+            pass
+
+
+def _python_path():
+    """Return the PYTHONPATH of jobs, in which `import labtasker` works wherever their script lies."""
+    given, folder = os.environ.get("PYTHONPATH"), os.path.dirname(THIS_FILE)
+    if os.path.basename(folder) in ("site-packages", "dist-packages"):  # its other modules are for one Python alone
+        return given
+    return folder if not given else given if folder in given.split(os.pathsep) else given + os.pathsep + folder
+
+
+JOB_VARIABLES = collections.OrderedDict([  # variable: what `help loop` says of it
+    ("LABTASKER_TASK_ID", "the task"), ("LABTASKER_RUN_ID", "this run of it"),
+    ("LABTASKER_SLOT", "the loop's slot, from 0 on"), ("LABTASKER_ATTEMPT", "1, 2, ...: which run of the task this is"),
+    ("LABTASKER_TASK_DIR", "a folder that all runs of the task share, for checkpoints"),
+    ("LABTASKER_LOG_DIR", "the run's folder: a summary.json (a dict) written there becomes part of the summary"),
+    ("LABTASKER_WORKER_ID", "the loop's worker"), ("LABTASKER_ROOT", "the configuration's folder"),
+    ("LABTASKER_PROCID", "SLURM_PROCID of the loop; in a job's ranks but the first report() does nothing"),
+    ("LABTASKER_END_TIME", "when the loop's time is up, in seconds since 1970; not set without a limit"),
+    ("PYTHONPATH", "with the folder of labtasker.py at its end, so that `import labtasker` works"),
+])
 STOP_FILE = "stop.json"
+TASK_FOLDER = "files"  # beside the runs of a task: what its attempts keep for each other
 ENDS_OF_JOBS = ("success", "failed", "cancelled", "pending")  # what a job may set its own task to
 RUNS = {}  # thread or, for a job's process, its task and run -> Run
 CURRENT_PATHS = {}  # (process, thread) that calls functions -> its file current.json, in the folder of its first run
@@ -11634,6 +11841,51 @@ def report_task_status(task_id, status, summary=None, worker_id=None):
         deliver(task_id, status, plain_summary(summary), worker_id)
     else:
         run.report(status, summary, worker_id)
+
+
+def report(step=None, **values):
+    """Merge `values` into the summary of the task that runs here; return whether the job should go on.
+
+    `step`: the number >= 0 (an epoch, an iteration) that the values belong to. While the server is away they are kept,
+    and delivered later in order. Outside of a run, and in all but the first of a job's ranks, it does nothing."""
+    return report_values(values, step)
+
+
+def report_values(values, step=None):
+    """Do what `report` does."""
+    run = find_run()
+    if run is None or not _is_first_rank(run):
+        return True
+    number = step.item() if hasattr(step, "item") else step
+    if step is not None and (type(number) not in (int, float) or not number >= 0):
+        remark("report(step=%.100r): a step is a number >= 0" % (step,))
+    try:
+        if values:
+            run.report("running", values)
+    except (LabtaskerError, OSError) as error:
+        if getattr(error, "status_code", None) in (404, 409):  # it was cancelled, deleted or given to another worker
+            return False
+        remark("the values of report() can't be kept: %s" % error)
+    return not run.lost
+
+
+def _is_first_rank(run):
+    """Return whether of a job's ranks this process reports. The loop's own rank is none of the job's."""
+    if run.task and run.pid == os.getpid():
+        return True
+    ranks = [os.environ.get(name) for name in ("RANK", "LOCAL_RANK")]
+    rank = os.environ.get("SLURM_PROCID")
+    return not any(one not in (None, "", "0") for one in ranks) and (
+        rank in (None, "", "0") or rank == os.environ.get("LABTASKER_PROCID"))
+
+
+def task_dir():
+    """Return the folder that all attempts of the task share, a Path; made if it is missing."""
+    import pathlib
+    run = current_run()
+    path = os.environ.get("LABTASKER_TASK_DIR") if run.task is None else run.task_dir
+    os.makedirs(path or run.task_dir, mode=0o700, exist_ok=True)
+    return pathlib.Path(path or run.task_dir)
 
 
 def finish(status, summary=None, skip_if_no_labtasker=True):
@@ -12246,6 +12498,9 @@ LOOP_OPTIONS = {  # each is a parameter of command_loop(), an option of the comm
     "extra_filter": Option("-f --extra-filter FILTER", "text", None, "filter text or document (labtasker help filter)"),
     "worker_id": Option("--worker-id ID", "text", None, "run as this worker (labtasker worker create)"),
     "worker_max_retries": Option("--worker-max-retries N", "count", None, "suspend this loop after N failed runs"),
+    "metrics": Option("--metric NAME=REGEX", "list", (), "report group 1 of a line of output (repeatable)"),
+    "step": Option("--step REGEX", "text", None, "the step of such values, found alike"),
+    "workdir": Option("--workdir TEMPLATE", "text", None, "run each job in this folder; made if missing"),
     "jobs": Option("-j --jobs N", "count", None, "run N at once, each in a slot (1)"),
     "gpus": Option("--gpus LIST", "text", None, "a slot for each of these: 0,1 or UUIDs, or all"),
     "per_gpu": Option("--per-gpu K", "count", None, "K slots for each of them (1)"),
@@ -12760,12 +13015,15 @@ class Slot:
             loop.fatal = None  # the latest is said
             loop.fail(outcome.fatal)
         facts = dict(outcome.facts or {})
+        if status is not None:
+            outcome = outcome._replace(summary=run.results(outcome.summary))
         if status == "failed":
             facts["reason"] = failure_text(outcome.summary or {})[:REASON_LIMIT]
         if run.ended_by_job():
             status = run.ended
             self.remark("task %s: %s, as reported by the job itself" % (run.task_id, status))
-            send_outcome(self, run, Outcome(status), facts) if facts and run.run_id else None
+            if run.run_id and (facts or outcome.summary):
+                send_outcome(self, run, Outcome(status, outcome.summary), facts)
         elif status is None:
             self.remark("task %s: stopped: %s" % (run.task_id, ENDS.get(run.lost, run.lost)))
         else:
@@ -13032,6 +13290,7 @@ def _end_process(slot):
 def _call_function(slot, run, call):
     thread, wake = threading.get_ident(), slot.wake
     run.note_begin()
+    run.make_task_dir()
     names = {name: value for name, value in slot.environment(run).items() if os.environ.get(name) != value}
     names = names if wake.in_main else {}
     before = {name: os.environ.get(name) for name in names}
@@ -13062,6 +13321,7 @@ def _call_function(slot, run, call):
         log.close()
         RUNS.pop(thread, None)
         run.note_over()
+        run.leave_task_dir()
         for name in names:
             os.environ.pop(name, None) if before[name] is None else os.environ.update({name: before[name]})
 
@@ -13100,7 +13360,7 @@ def _outcome_of_answer(run, answer):
     kind = next((kind for kind in (abc.Coroutine, abc.AsyncGenerator, abc.Generator, abc.Awaitable)
                  if issubclass(type(answer), kind)), None)
     if kind is None:
-        return Outcome("success")
+        return Outcome("success", plain_summary(answer) if issubclass(type(answer), dict) else None)
     try:
         answer.close()  # else Python complains later that it was never awaited
     except Exception:  # it has none
@@ -13147,26 +13407,62 @@ def command_loop(argv=None, **given):
     FilterError and the like before any task is fetched."""
     import signal
     options = Options(LOOP_OPTIONS, given)
-    command = JobCommand(argv, options.shell, options.script_path, options.executable)
+    command = JobCommand(argv, options.shell, options.script_path, options.executable, options.workdir)
+    metrics = read_metrics(options.metrics, options.step)
     request = fetch_request(command.keys, options.extra_filter, command.cmd, options.worker_id, options.eta_max,
                             options.heartbeat_timeout)
     worker = {} if options.worker_max_retries is None else {"max_retries": options.worker_max_retries}
     if options.worker_id and worker:
         raise UsageError("--worker-max-retries is for the loop's own worker; worker %s has its own" % options.worker_id)
-    return Loop(lambda slot, run: run_job(slot, run, command, options.use_pty), request, worker,
+    return Loop(lambda slot, run: run_job(slot, run, command, options.use_pty, *metrics), request, worker,
                 signals=[signal.SIGCHLD], slots=make_slots(options.jobs, options.gpus, options.per_gpu),
                 **vars(options)).run()
 
 
-def run_job(slot, run, command, use_pty=True):
+class Reporter:
+    """Reports what metrics find in a job's output while it runs; the last values come with its end."""
+
+    PERIOD_S = 1  # between two reports at least
+
+    def __init__(self, run, metrics, step=None):
+        self.run, self.news, self.over = run, threading.Event(), threading.Event()
+        self.printed = run.printed = Printed(metrics, step, self.news.set)
+        self.thread = threading.Thread(target=self._live, daemon=True)
+        start_thread(self.thread)
+
+    def _live(self):
+        while not self.over.is_set():
+            self.news.wait()
+            self.news.clear()
+            if self.over.is_set():
+                return
+            try:
+                post(self.run, {"status": "running", "summary": plain_summary(dict(self.printed.values)),
+                                "worker_id": self.run.worker_id})
+            except (LabtaskerError, OSError):  # the run was lost; what else it may be, the report of its end says
+                return
+            self.over.wait(self.PERIOD_S)
+
+    def end(self):
+        """Return once no report is on its way."""
+        self.over.set()
+        self.news.set()
+        self.thread.join(LEAVING_S)
+
+
+def run_job(slot, run, command, use_pty=True, metrics=None, step=None):
     """Return the Outcome of the command in a process group of its own.
 
     What keeps it from being started fails the task where that is the task's own, else hands it back."""
     output = script = None
+    reporter = Reporter(run, metrics, step) if metrics else None
     try:
-        output = Output(RunLog(run.path("run.log")), use_pty, slot.spec.label)
-        words, script = command.words(run.task.args, run.log_dir)
-        process = _start_job(words, slot.environment(run), output.ends)
+        output = Output(RunLog(run.path("run.log")), use_pty, slot.spec.label, reporter and reporter.printed)
+        run.make_task_dir()
+        args = dict(run.task.args, **run.built_in(slot.own["LABTASKER_SLOT"]))
+        folder = command.folder(args)
+        words, script = command.words(args, run.log_dir)
+        process = _start_job(words, slot.environment(run), output.ends, folder)
         output.let_go()
         is_own_end = _watched(slot, run, process)
     except NotWatched as error:
@@ -13178,8 +13474,11 @@ def run_job(slot, run, command, use_pty=True):
     finally:
         if output:
             output.finish()
+        if reporter:
+            reporter.end()
         _remove_script(script)
-    facts = exit_facts(process.returncode)
+        run.leave_task_dir()
+    facts = dict(exit_facts(process.returncode), **({"workdir": folder} if folder else {}))
     if is_own_end and not _is_of_own_signal(slot, process.returncode):
         return outcome_of_exit(process.returncode)._replace(facts=facts)
     return Outcome(None, facts=facts) if run.lost else slot.loop.handed_back(facts)
@@ -13839,11 +14138,19 @@ def filter_reference():
 def settings_reference():
     """Return the settings: their place in config.toml, and the variables that win over it."""
     rows = [[name, variable or "", meaning] for name, (_, variable, _, meaning) in SETTINGS.items()]
+    rows += [[METRICS + ".NAME", "", "a pattern: `loop --metric NAME=...` for every loop here; metrics.step: `--step`"]]
     rows += [["", variable, meaning] for variable, meaning in VARIABLES.items()]
     return "\n".join([
         "The configuration is %s in the nearest folder .labtasker, from here upward," % CONFIG_NAME,
         "or in the folder that LABTASKER_ROOT names. Variables override it.", "",
         render_table([["setting", "variable", "meaning"]] + rows)])
+
+
+def job_reference():
+    """Return the variables that a loop gives to its jobs, and the placeholders that are built in."""
+    rows = [[name, meaning] for name, meaning in JOB_VARIABLES.items()]
+    rows += [["%%(%s)" % name, meaning] for name, meaning in BUILT_IN.items()]
+    return "A job has these variables; in a template the placeholders stand for:\n\n" + render_table(rows)
 
 
 def journal_reference():
@@ -14848,6 +15155,52 @@ def print_output(data):
         sys.stdout.buffer.write(data)
 
 
+def do_task_harvest(options):
+    metrics, step = read_metrics(options.metrics or (), options.step)
+    if not metrics:
+        raise UsageError("which values? --metric 'acc=accuracy: ([0-9.]+)', repeatable")
+    is_all = not (options.ids or selectors(options))
+    tasks = ls_tasks(limit=EVERY) if is_all else chosen_tasks(options, options.ids)
+    tasks = [task for task in tasks if task.start_time]
+    found = [(task, printed_values(task, metrics, step)) for task in tasks]
+    changed = [TaskUpdateRequest(_id=task.task_id, summary=values) for task, values in found
+               if values and merge(task.summary or {}, values) != (task.summary or {})]
+    if changed and not options.dry_run:
+        update_tasks(changed)
+    without = [task for task, values in found if not values]
+    note("%s %s; %d had the values already; in the output of %d there are none%s" % (
+        "Would change" if options.dry_run else "Changed", some(changed), len(tasks) - len(changed) - len(without),
+        len(without), " (task logs %s)" % without[0].task_id[:8] if without else ""))
+
+
+def printed_values(task, metrics, step=None):
+    """Return what metrics find in the output of a task's last run, as a summary; None where it is not here."""
+    printed = Printed(metrics, step)
+    try:
+        with open_plain(log_path(task, chosen_attempt(task, None))) as file:
+            feed = printed.channel()
+            for data in iter(lambda: file.read(1 << 20), b""):
+                feed(data)
+            feed(None)
+    except OSError:
+        return None
+    return unflatten(printed.values, "summary")
+
+
+def do_report(options):
+    values = {}
+    for word in options.values:
+        name, is_told, text = word.partition("=")
+        if not is_told:
+            raise UsageError("%s: write NAME=VALUE, like acc=0.9" % word)
+        check_key(name, ["summary"])
+        values[name] = literal(text)
+    if not is_enabled():
+        return note("no task runs here: nothing is reported")
+    if not report_values(values, options.step):
+        raise LabtaskerRuntimeError("task %s is not run here any more: the job should end" % current_task_id())
+
+
 # ---- Loops and servers
 
 
@@ -15541,7 +15894,7 @@ def show_help(words):
         topics = sorted(name[5:] for name in set(COMMANDS).union(EXTRA_COMMANDS) if name.startswith("help "))
         raise UsageError("there is no help on %s%s. Topics: %s, and every command" % (
             brief(path), hint(path, topics + list(COMMANDS)), ", ".join(topics)))
-    show(help_of(path))
+    show("\n\n".join([help_of(path)] + ([job_reference()] if path == "loop" else [])))
 
 
 def help_of(path):
@@ -15758,6 +16111,17 @@ COMMANDS = {
         "labtasker task logs 3f2a -f",
         [ID, option("-f --follow", "keep printing while it runs"),
          option("--attempt N", "the Nth of the attempts that the task keeps (the last)", type=count)]),
+    "task harvest": Command(
+        do_task_harvest, "Read values from the output of tasks' last runs, as loop --metric does, into their summary.",
+        "labtasker task harvest --metric 'acc=accuracy: ([0-9.]+)' -s success",
+        [option("ID", "task ids; without any, the selectors, else all tasks", dest="ids", nargs="*", default=[]),
+         option_of("metrics", LOOP_OPTIONS["metrics"]), option_of("step", LOOP_OPTIONS["step"])]
+        + SELECT + [option("--dry-run", "change nothing")]),
+    "report": Command(
+        do_report, "In a job: merge values into the summary of its task. Exit 1 if the job should end.",
+        "labtasker report acc=0.9 --step 3",
+        [option("NAME=VALUE", "values are Python literals, else text; dots nest", dest="values", nargs="+"),
+         option("--step N", "the step that they belong to", type=literal)]),
     "loop": Command(
         do_loop, "Run a command for each pending task whose arguments it takes. Then end.",
         "labtasker loop -- python train.py --lr '%(lr)' --model '%(model)'",
@@ -15859,7 +16223,7 @@ __all__ = """
     loop Required finish task_info current_task_id current_worker_id is_enabled get_labtasker_log_dir
     time_left preempted set_prompt_on_task_failure set_loop_internal_error_handler health_check create_queue
     get_queue update_queue delete_queue submit_task submit_tasks submit_grid fetch_task get_task
-    report_task_status refresh_task_heartbeat ls_tasks update_tasks delete_task create_worker ls_workers
+    report task_dir report_task_status refresh_task_heartbeat ls_tasks update_tasks delete_task create_worker ls_workers
     report_worker_status delete_worker connect_events EventListener Task Worker Queue TaskUpdateRequest
     LabtaskerError LabtaskerRuntimeError LabtaskerValueError LabtaskerTypeError LabtaskerNetworkError
     LabtaskerHTTPStatusError LabtaskerConnectError WorkerSuspended TaskCancelled api_models
