@@ -8,7 +8,7 @@ Copy this file to wherever there is a Python 3.6 or newer and go:
     python3 labtasker.py task ls                            # look at the results
     python3 labtasker.py serve                              # let several hosts share a queue
 
-The same file is the server, the command line and `import labtasker`. The house has thirteen floors; each uses
+The same file is the server, the command line and `import labtasker`. The house has fourteen floors; each uses
 only those below it, so the file reads from here to its end.
 
     1. Values        errors, ids, names, dotted keys, times, durations, relative dates
@@ -23,7 +23,8 @@ only those below it, so the file reads from here to its end.
     10. Runs         the run under way, its reports and the outbox where they wait, its heartbeats
     11. Loops        a loop and its slots: fetch, have a function or a command run, report
     12. Text         what a person reads and types: tables, formats, values, task arguments
-    13. Command line  commands as one table, main()
+    13. Commands     what each command does
+    14. Command line  commands as one table, parsers and help made from it, main()
 
 A task goes this way from `task submit` to its stored report; the number is the section of the function:
 
@@ -14225,13 +14226,11 @@ Events from before
     With a server and without one it is the same. A server of Labtasker 1.0.1
     gives no ids, and only events from now on.""" % DEFAULT_PORT)
 
-# 13. Command line ############################################################
+# 13. Commands ################################################################
 #
-# Commands as one table, from which parsers, help and dispatch derive; what they print; main().
-# Knows nothing of the journal and of HTTP: a command calls the functions that scripts call too.
-# A command function takes the parsed options and returns its exit code (None: 0). What people like and work can do
-# without is in labtasker_cli.py, which enters its commands into the table and shows what there is in a nicer way.
-# Uses 1, 2, 3, 5 to 12. Tests: test_cli.py, test_terminal.py.
+# What each command does. Knows nothing of the journal and of HTTP: a command calls the functions that scripts call
+# too. It takes the parsed options and returns its exit code (None: 0). What people like and work can do without is in
+# labtasker_cli.py. Uses 1, 2, 3, 5 to 12. Tests: test_cli.py, test_terminal.py.
 EACH_DAY = ("task", "loop", "watch", "init", "serve", "sbatch")  # what the list of commands tells the most of
 EVERY = 10 ** 9  # the limit of a listing that leaves nothing out
 EXTRA_COMMANDS = {  # the commands of labtasker_cli.py, and what they are for
@@ -14270,6 +14269,23 @@ def extras_for(what):
         raise LabtaskerRuntimeError("%s needs labtasker_cli.py beside labtasker.py, in %s"
                                     % (what, os.path.dirname(os.path.realpath(__file__))))
     return extras()
+
+
+def explained(error):
+    """Return what an error says, and the way out where it does not say so itself."""
+    if isinstance(error, LabtaskerHTTPStatusError) and error.status_code == 401:
+        config = load_config()
+        return "%s\nNo queue named %s, or wrong password. Both come from %s or from LABTASKER_QUEUE and " \
+               "LABTASKER_PASSWORD. To create the queue: labtasker queue create-from-config" % (
+                   error, config.queue_name, config.source or "no file")
+    if isinstance(error, LabtaskerError):
+        return re.sub("(task [0-9a-f-]{36}: )?InvalidStateTransition: ", "", str(error))
+    if isinstance(error, UnicodeDecodeError):
+        return "what was typed is not UTF-8: %s" % error
+    if isinstance(error, OSError):
+        return ": ".join(str(part) for part in (error.filename, error.strerror or error) if part)
+    return "%s: %s\nThis is a bug in labtasker %s. LABTASKER_DEBUG=1 shows where it happened." % (
+        type(error).__name__, error, __version__)
 
 
 # ---- Which tasks: ids, selectors, ids on stdin
@@ -15690,6 +15706,11 @@ def demo_workers(folder, words):
             worker.kill()
 
 
+# 14. Command line ############################################################
+#
+# Commands as one table, from which parsers, help and dispatch derive; main(). labtasker_cli.py enters its commands into
+# the table. Uses 1 to 13. Tests: test_cli.py, test_terminal.py.
+
 # ---- From words to options
 Command = collections.namedtuple("Command", "run help example options rest sort")
 Command.__new__.__defaults__ = ((), None, None)  # sort(words): (those that are its own, {attribute: what it keeps})
@@ -16006,23 +16027,6 @@ def main(argv=None):
             raise
         note("labtasker: error: " + explained(error))
         return code_for(error)
-
-
-def explained(error):
-    """Return what an error says, and the way out where it does not say so itself."""
-    if isinstance(error, LabtaskerHTTPStatusError) and error.status_code == 401:
-        config = load_config()
-        return "%s\nNo queue named %s, or wrong password. Both come from %s or from LABTASKER_QUEUE and " \
-               "LABTASKER_PASSWORD. To create the queue: labtasker queue create-from-config" % (
-                   error, config.queue_name, config.source or "no file")
-    if isinstance(error, LabtaskerError):
-        return re.sub("(task [0-9a-f-]{36}: )?InvalidStateTransition: ", "", str(error))
-    if isinstance(error, UnicodeDecodeError):
-        return "what was typed is not UTF-8: %s" % error
-    if isinstance(error, OSError):
-        return ": ".join(str(part) for part in (error.filename, error.strerror or error) if part)
-    return "%s: %s\nThis is a bug in labtasker %s. LABTASKER_DEBUG=1 shows where it happened." % (
-        type(error).__name__, error, __version__)
 
 
 # ---- The table
