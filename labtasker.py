@@ -5314,30 +5314,30 @@ def repair_store(path):
 
 # 6. API ######################################################################
 #
-# The one door: every request is a row of ROUTES, whether it came over HTTP or from this process.
-# Checks what was given, runs the operation, and shapes the answer. Knows nothing of how the request
+# Every request is a row of ROUTES, whether it came over HTTP or from this process. This section checks
+# the request's fields, runs the operation, and converts the answer. Knows nothing of how the request
 # arrived. Uses 1 to 5. Tests: test_api.py.
 
-MAX_BODY_BYTES = 16 << 20  # a request's body: a thousand rich tasks are a tenth of it
-MAX_CONTAINERS = 300000  # lists and objects in a body: one takes a hundred bytes and more
+MAX_BODY_BYTES = 16 << 20  # of a request: ten times as much as a thousand large tasks
+MAX_CONTAINERS = 300000  # lists and objects in a body; each takes a hundred bytes or more in memory
 MAX_WAIT_S = 60  # a long poll
-MAX_REQUIRED, REQUIRED_BYTES = 1000, 20000  # required fields of a fetch, and their letters together
-FETCH_FILTER_BYTES = 256 << 10  # of a fetch's filter: it is remembered
-MAX_SORTS = 16  # fields that a listing is sorted by: each goes through all of it
-ATTEMPT_BYTES = 2000  # what a worker may tell of a run
-PING_S = 15.0  # between the signs of life of a stream of events
-QUICK_BYTES = 65536  # a longer body is taken only with a right password, and is for a thread to read
-LIGHT_BODY_BYTES = 2048  # a longer one may hold a filter that takes long to read
-HEADER_FIELDS = {"last-event-id": "last_event_id"}  # a header that gives a field of the URL: of browsers' event sources
-WAIT_SLICE_S = 1.0  # after which a waiting request without a server looks for time-outs again
+MAX_REQUIRED, REQUIRED_BYTES = 1000, 20000  # required fields of a fetch, and their total length
+FETCH_FILTER_BYTES = 256 << 10  # of a fetch's filter, which is kept for the next fetch
+MAX_SORTS = 16  # fields that a listing is sorted by; each of them sorts the whole list
+ATTEMPT_BYTES = 2000  # of what a worker reports about a run
+PING_S = 15.0  # between the pings in a stream of events
+QUICK_BYTES = 65536  # a longer body is read by a thread, and only after the password was checked
+LIGHT_BODY_BYTES = 2048  # a longer body may have a filter that takes long to parse
+HEADER_FIELDS = {"last-event-id": "last_event_id"}  # header: the URL's field that it sets, for browsers' event sources
+WAIT_SLICE_S = 1.0  # between two looks for time-outs by a waiting request without a server
 
 
 def parse_json(text):
-    """Return the value of JSON text (bytes or str), or raise TooLarge or InvalidFields saying what is wrong."""
+    """Return the value of JSON text (bytes or str), or raise TooLarge or InvalidFields."""
     try:
         if isinstance(text, bytes):
             text = text.decode("utf-8")
-        containers = text.count("{") + text.count("[")  # and what looks like one, in a text
+        containers = text.count("{") + text.count("[")  # brackets within texts count too
         if containers > MAX_CONTAINERS:
             raise TooLarge("a body of over %d lists and objects: send it in parts" % MAX_CONTAINERS)
         value = _decode_json(text)
@@ -5352,7 +5352,7 @@ def parse_json(text):
         depth += 1
         level = [item for each in level if type(each) in (dict, list)
                  for item in (each.values() if type(each) is dict else each)]
-        if depth > MAX_DEPTH and any(type(each) in (dict, list) for each in level):  # what walks it recurses
+        if depth > MAX_DEPTH and any(type(each) in (dict, list) for each in level):  # later functions recurse
             raise InvalidFields([(["body"], "nested more than %d deep" % MAX_DEPTH)])
     return value
 
@@ -5375,7 +5375,7 @@ def _bounded_int(text):
 _decode_json = json.JSONDecoder(object_pairs_hook=_no_duplicates, parse_int=_bounded_int).decode
 
 
-# Kinds of fields: each takes a value and returns it, or raises ValueError with words about what it should be.
+# Kinds of fields: each takes a value and returns it, or raises ValueError with what it should be.
 
 
 def _kind(words, fits, is_shown=True):
@@ -5410,7 +5410,7 @@ def _int_between(low, high):
 
 
 def _whole(value, check=_int_between(0, 2 ** 63)):
-    return min(check(value), 1 << 53)  # the sum of two is still a place in a list
+    return min(check(value), 1 << 53)  # so that the sum of two can still index a list
 
 
 def _is_texts(value):
@@ -5448,7 +5448,7 @@ def _wait(value):
 EVENT_ID = Pattern(r"[0-9]{1,15}\.[0-9]{1,6}\Z")
 KINDS = {
     "text": _type("text", str), "dict": _type("an object", dict), "bool": _bool,
-    "id": _text("an id: 1 to 100 letters, digits, '_' and '-'", NAME),  # it goes into paths, logs and listings
+    "id": _text("an id: 1 to 100 letters, digits, '_' and '-'", NAME),  # it becomes part of paths and logs
     "name": _text("1 to 100 letters, digits, '_' and '-'", NAME),
     "password": _kind("text of 1 to 100 characters", lambda value: isinstance(value, str) and 1 <= len(value) <= 100,
                       is_shown=False),
@@ -5468,8 +5468,8 @@ KINDS = {
 
 REQUIRED = object()
 
-# A field of a request: its kind, what it is when it was not given (REQUIRED: it must be), and whether it is an
-# extension, which a server that speaks the plain protocol is not sent.
+# A field of a request: its kind, its default (REQUIRED: it has none), and whether it is an extension, which is not sent
+# to a server that speaks the plain protocol.
 Arg = collections.namedtuple("Arg", "kind default is_ours")
 Arg.__new__.__defaults__ = None, False
 
@@ -5479,7 +5479,7 @@ def _ours(kind, default=None):
 
 
 class Fields(dict):
-    """The fields of a request by name, and what it has when nothing is given."""
+    """The fields of a request by name, with their defaults."""
 
     def __init__(self, fields):
         super().__init__(fields)
@@ -5488,9 +5488,9 @@ class Fields(dict):
 
 
 def checked(spec, given, where):
-    """Return the given fields that `spec` knows, checked, with defaults; InvalidFields names each that is wrong.
+    """Return the fields of `given` that `spec` knows, checked, with defaults; or raise InvalidFields with all problems.
 
-    null is the same as not given; what the spec does not know is ignored."""
+    null means not given. Fields that `spec` does not know are ignored."""
     if not isinstance(given, dict):
         raise InvalidFields([(where, "should be an object, not %s" % type(given).__name__)])
     found, problems = spec.defaults.copy(), []
@@ -5510,7 +5510,7 @@ def checked(spec, given, where):
     return found
 
 
-# What a request needs before its operation decides; outside the lock.
+# Preparations of a request before its operation decides. They run outside the lock.
 
 
 def _hash_new_password(store, request):
@@ -5547,7 +5547,7 @@ _read_task_filter = _read_filter(visible(TASK_FIELDS))
 
 def _prepare_fetch(store, request):
     if not request["start_heartbeat"] and request["eta_max"] is None:
-        raise BadRequest("a fetch needs heartbeats (start_heartbeat) or eta_max, or a dead run would never be noticed")
+        raise BadRequest("a fetch needs heartbeats (start_heartbeat) or eta_max: else a dead run is never noticed")
     required = request["required_fields"] or ()
     if len(required) > MAX_REQUIRED or sum(map(len, required)) > REQUIRED_BYTES:
         raise InvalidFields([(["body", "required_fields"], "should be at most %d fields of %d letters together" % (
@@ -5557,7 +5557,7 @@ def _prepare_fetch(store, request):
             check_key(key, ["required_fields"])
     _read_task_filter(store, request)
     if len(request.get("filter_text", "")) > FETCH_FILTER_BYTES:
-        raise TooLarge("a filter of over %d bytes for a fetch, which is kept for the next one" % FETCH_FILTER_BYTES)
+        raise TooLarge("a fetch's filter may have at most %d bytes" % FETCH_FILTER_BYTES)
 
 
 def _prepare_count(store, request):
@@ -5574,7 +5574,7 @@ def _prepare_updates(store, request):
             raise InvalidFields([(["body", at, "task_id"], "is required")])
 
 
-# How a request runs: each returns (batch, answer), and the answer may leave once the batch is on disk (None: at once).
+# How a request runs. Each returns (batch, answer); the answer is sent once the batch is on disk (None: at once).
 
 
 def _run(store, caller, request, route):
@@ -5586,7 +5586,7 @@ def _run_outside(store, caller, request, route):
     return None, route.operation(store, caller, request)
 
 
-# Without a server nobody but the loops looks for runs that are over, their own too.
+# Without a server the loops themselves look for runs that have timed out.
 
 
 def _run_fetch(store, caller, request, route):
@@ -5596,7 +5596,7 @@ def _run_fetch(store, caller, request, route):
 
 
 def _run_heartbeat(store, caller, request, route):
-    """Note that a run is alive, then look for time-outs. A store that can't be written now puts those off."""
+    """Note that a run is alive, then look for time-outs. They are left for later if the store can't be written."""
     found = _run(store, caller, request, route)
     if not store.is_server:
         try:
@@ -5607,7 +5607,7 @@ def _run_heartbeat(store, caller, request, route):
 
 
 def _run_worker(store, caller, request, route):
-    """Return a worker with `_id` for its id: a 1.0.1 server calls it so in this one answer."""
+    """Return a worker with its id as `_id`, the name that a 1.0.1 server gives it in this one answer."""
     batch, worker = _run(store, caller, request, route)
     fields = in_json(worker, False)
     return batch, dict(fields, _id=fields.pop("worker_id"))
@@ -5617,37 +5617,37 @@ Stream = collections.namedtuple("Stream", "pieces")  # an answer without an end:
 
 
 class Page(collections.namedtuple("Page", "head body etag")):
-    """An answer that a browser shows: header lines and a body. A browser whose copy has this ETag needs no body."""
+    """An answer for a browser: header lines and a body. A browser whose copy has this ETag gets no body."""
 
     __slots__ = ()
 
 
 def no_page(store, caller, request):
-    """Return what stands for the page until labtasker_cli.py enters its parts with `enter_page`."""
+    """Return the answer in place of the page until labtasker_cli.py enters its parts with `enter_page`."""
     return Page("Content-Type: text/plain\r\nCache-Control: no-store\r\n", b"The page of this Labtasker server needs "
                 b"labtasker_cli.py of the same version beside labtasker.py. Copy it, then restart the server.\n", None)
 
 
 def enter_page(route, operation):
-    """Have `operation(store, caller, request)` answer a route of ROUTES that belongs to the page."""
+    """Set the operation of a route of the page: `operation(store, caller, request)` returns its answer."""
     ROUTES[route] = ROUTES[route]._replace(operation=operation)
 
 
 def _run_events(store, caller, request, route):
-    """Return the Stream of a queue's events, from after the one whose id was given, else from this moment on."""
-    batch, _ = _run(store, caller, request, route)  # the queue is there, or one of this LocalName may be made later
+    """Return the Stream of a queue's events after the one whose id is given; without an id, of those from now on."""
+    batch, _ = _run(store, caller, request, route)  # raises if the queue is gone; a LocalName's may be made later
     after = request["last_event_id"]
     last = last_event(store)
     after = tuple(map(int, after.split("."))) if after else last
     pause_s = min(PING_S, WAIT_SLICE_S) if isinstance(caller, LocalName) else PING_S
-    unknown = None if after <= last else "there is no event %d.%d: the id is of another store, or this one was " \
+    unknown = None if after <= last else "there is no event %d.%d: the id is from another store, or this store was " \
         "replaced; events follow from now on" % after
     after = min(after, last)
     return batch, Stream(_event_pieces(follow(store, caller, after, pause_s), after, unknown))
 
 
 def _event_pieces(events, after, unknown=None):
-    """Yield each Transition as the bytes of a server-sent event; first what there is to say of an `unknown` id."""
+    """Yield each Transition as the bytes of a server-sent event; `unknown` is an initial message about the id."""
     def piece(head, value):
         return ("%s\ndata: %s\n\n" % (head, json.dumps(value))).encode()
     hello = {"status": "connected", "client_id": new_id()}
@@ -5690,10 +5690,11 @@ def _polling(store, caller, request):
             "polling_interval": LOOK_INTERVAL_S}
 
 
-# What a request with `wait_s` waits for. `until` returns the key in Store.watched_keys of what may bring another
-# answer, (queue id, what in it): "pending", "change" or the id of a task; None where this answer will do. `wish` is
-# what is asked for: while nothing is found for one request, nothing is for another with the same wish. `gives`: the
-# answer is for this one alone, so that nothing may be answered to who has left.
+# What a request with `wait_s` waits for.
+#   until  returns the key in Store.watched_keys whose change may bring another answer: (queue id, "pending", "change"
+#          or a task's id); None if the answer is final
+#   wish   returns what is asked for: if nothing is found for one request, nothing is found for others with the same
+#   gives  the answer hands something out, so it must not be computed for a client that has left
 Wait = collections.namedtuple("Wait", "until wish gives")
 
 
@@ -5729,7 +5730,7 @@ _FOR_A_CHANGE = Wait(_until_changed, _no_wish, False)
 _FOR_THE_END = Wait(_until_over, _no_wish, False)
 
 
-# Which requests are answered so quickly that a server needs no thread for them.
+# Requests that are answered so quickly that a server needs no thread for them.
 
 
 def _always(store, call):
@@ -5740,9 +5741,9 @@ def _unless_new_request(store, call):
     return store.is_quick(call.caller, call.request)
 
 
-# How a request is answered. `fields` are the body's, `query` the URL's; `open` asks no password; `body` is
-# "object", "list", or "either" for one or a list; `waits` is a Wait, or None; `gate` is the one of a server's GATES by
-# which it goes to a thread where it is not quick.
+# How a request is answered. `fields` are the body's, `query` the URL's; `open`: without a password; `body` is "object",
+# "list", or "either"; `waits` is a Wait or None; a request that is not quick gets a thread through `gate`, one of a
+# server's GATES.
 Route = collections.namedtuple(
     "Route", "operation meaning fields query status writes open body prepare run waits quick gate")
 
@@ -5848,7 +5849,7 @@ ROUTES = {
 
 
 def _readings(path):
-    """Yield (path template, ids) for each way to read a path: as it stands, or with an id in it."""
+    """Yield (path template, ids) for each reading of a path: as it is, and with a part of it as an id."""
     yield path, {}
     parts = path.split("/")
     if len(parts) > 6 and parts[6]:
@@ -5866,16 +5867,17 @@ def find_route(method, path):
     allowed = sorted(key.split(" ")[0] for key in ROUTES if key.split(" ")[1] in templates)
     if allowed:
         raise MethodNotAllowed("%.20s is not allowed on %.200s (allowed: %s)" % (method, path, ", ".join(allowed)))
-    raise NotFound("there is nothing at %.200s; 'labtasker help api' lists what there is" % path)
+    raise NotFound("there is nothing at %.200s; 'labtasker help api' lists the routes" % path)
 
 
-# A request that was read and checked, and who sent it: a queue's id, a LocalName, or None.
+# A request that was read and checked; `caller` is a queue's id, a LocalName, or None.
 Call = collections.namedtuple("Call", "route caller request")
 
 
 def read_call(store, caller, route, ids, body, query):
-    """Return the Call of a request whose route was found: the decoded body and the URL's fields, checked; or raise
-    what is wrong with it."""
+    """Return the Call of a request whose route was found, with its decoded body and the URL's fields checked.
+
+    Raises InvalidFields, TooLarge and what the route's `prepare` raises."""
     request = checked(route.query, query or {}, ["query"])
     if route.body == "object":
         request.update(checked(route.fields, {} if body is None else body, ["body"]))
@@ -5896,7 +5898,7 @@ def read_call(store, caller, route, ids, body, query):
 
 
 def run_call(store, call):
-    """Return what the operation answers; when the request may wait, once there is something to answer."""
+    """Return the operation's answer; a request that may wait is answered once there is something to answer."""
     give_up_at = monotonic() + wait_of(call)
     while True:
         seen = store.journal.file.n
@@ -5909,16 +5911,17 @@ def run_call(store, call):
 
 
 def begin_call(store, call):
-    """Return (batch, answer, key): the answer may leave once the batch is on disk, and another answer may come once
-    what has this key changes; each is None where there is none."""
+    """Return (batch, answer, key), each of which may be None.
+
+    The answer may be sent once the batch is on disk. Another answer is possible once the key changes."""
     route, caller, request = call
     batch, answer = route.run(store, caller, request, route)
     return batch, answer, route.waits and route.waits.until(store, caller, request, answer)
 
 
 def retry_call(store, call, key):
-    """Return what `begin_call` does of a request that waited for a key; raise Unauthorized where its queue is gone."""
-    if key[0] and key[0] not in store.state.queues:  # the default queue would be made anew
+    """Return as `begin_call` does, for a request that waited for a key; raise Unauthorized if its queue is gone."""
+    if key[0] and key[0] not in store.state.queues:  # `begin_call` would create the default queue again
         raise Unauthorized("the queue was deleted")
     return begin_call(store, call)
 
@@ -5929,30 +5932,30 @@ def wait_of(call):
 
 
 def wish_of(store, call):
-    """Return what a request that waits asks for; None where no other can ask for the same."""
+    """Return what a waiting request asks for; None if no other request can ask for the same."""
     return call.route.waits.wish(store, call.caller, call.request)
 
 
 def is_quick(store, call):
-    """Return whether a request is answered in next to no time."""
+    """Return whether a request is answered so quickly that it needs no thread."""
     return call.route.quick is not None and call.route.quick(store, call)
 
 
 def make_quick(store, call):
-    """Return when what a request asks for has been looked through, so that it will be quick; others have that run."""
+    """Do the slow part of a request in advance, so that it becomes quick."""
     if call.route.quick is _unless_new_request:
         store.stand(call.caller, call.request)
 
 
 def is_light(body):
-    """Return whether reading a body takes next to no time; it is short, or is not so long and has no filter."""
+    """Return whether a body is quickly read: it is short, or it is not too long and has no filter."""
     return len(body) <= LIGHT_BODY_BYTES or len(body) <= QUICK_BYTES and b'"extra_filter"' not in body
 
 
 def answer_call(store, login, method, path, body=None, query=None, extensions=True):
-    """Return (HTTP status, answer in JSON types) of a request; every error of the system becomes an answer.
+    """Return (HTTP status, answer in JSON types) of a request; a LabtaskerError becomes an answer too.
 
-    `login` is called, where the route is not open, and returns the caller's queue."""
+    `login()` returns the caller's queue; it is not called for an open route."""
     try:
         route, ids = find_route(method, path)
         call = read_call(store, None if route.open else login(), route, ids, body, query)
@@ -5962,7 +5965,7 @@ def answer_call(store, login, method, path, body=None, query=None, extensions=Tr
 
 
 def shown(route, answer, extensions):
-    """Return (HTTP status, answer in JSON types) of what an operation answered."""
+    """Return (HTTP status, answer in JSON types) of an operation's answer."""
     if isinstance(answer, (Stream, Page)):
         return route.status, answer
     if answer is None:
@@ -5976,7 +5979,7 @@ def shown_error(error):
 
 
 def in_json(answer, extensions):
-    """Return an operation's answer with each record in it as a plain dict."""
+    """Return an operation's answer with its records as plain dicts."""
     if isinstance(answer, tuple):
         return {name: format_time(answer[at]) if is_time and answer[at] is not None else answer[at]
                 for at, name, is_time in _SHOWN[type(answer), extensions]}
