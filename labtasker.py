@@ -7670,27 +7670,26 @@ def stop_process(owner, timeout_s):
 
 # 8. Client ###################################################################
 #
-# Where the store is (configuration), how to reach it (the two transports), and the public functions.
-# Without a server the request goes through the same door in this process. Reads no configuration and
+# Where the store is (configuration), how to reach it (two transports), and the public functions.
+# Without a server a request takes the same way, within this process. Reads no configuration and
 # opens nothing before the first call. Uses 1 to 7. Tests: test_client.py, test_network.py, test_skill.py.
 
 EXTENSIONS = "Labtasker-Extensions"
 CONFIG_NAME, OLD_CONFIG_NAME = "config.toml", "client.toml"  # the second is that of Labtasker 1.0.1
-REQUEST_TIMEOUT_S = 60.0  # silence after which a server counts as away; long polls add theirs
+REQUEST_TIMEOUT_S = 60.0  # after which a silent server counts as away; long polls add their own time
 CHUNK_TASKS = 5000  # tasks that submit_tasks sends in one transaction
-PLAIN_LIMIT = 1000  # tasks that a server without the extensions shows, or updates, at a time
-REPEAT_AFTER_S = (0.05, 0.1, 0.2, 0.5, 1.0, 2.0)  # pauses before asking again when a connection broke
+PLAIN_LIMIT = 1000  # tasks that a server without the extensions lists, or updates, at a time
+REPEAT_AFTER_S = (0.05, 0.1, 0.2, 0.5, 1.0, 2.0)  # pauses before repeating a request whose connection broke
 
-# What must not be done twice -> (the field of the request whose id makes asking again harmless where the server has
-# the extensions, or None; what a user is told where that isn't so and the answer was lost). Anything else may be asked
-# again.
+# Requests that must not be carried out twice: (the field with the id by which a server with the extensions recognizes
+# a repeat, or None; the message if the answer was lost and a repeat is not safe). All others may be repeated.
 ONCE = {
     "POST /api/v1/queues": (None, "the queue may have been created"),
     "PUT " + _QUEUE: (None, "the queue may have been changed"),
     "DELETE " + _QUEUE: (None, "the queue may be gone"),
     "POST " + _TASKS: ("task_id", "the task may have been submitted"),
     "PUT " + _TASKS: (None, "the tasks may have been updated"),
-    "POST " + _TASKS + "/next": ("fetch_id", "a task may have been given out, and will fail with its timeout"),
+    "POST " + _TASKS + "/next": ("fetch_id", "a task may have been fetched, and will fail when it times out"),
     "POST " + _TASKS + "/{task_id}/status": ("run_id", "the report may have been taken"),
     "POST " + _WORKERS: ("worker_id", "a worker may have been registered"),
     "POST " + _WORKERS + "/{worker_id}/status": (None, "the worker may have its new status"),
@@ -7729,7 +7728,7 @@ heartbeat_interval = 10  # seconds
 
 
 def _nearest_with(name, is_there):
-    """Return the nearest folder, from the working folder upward, where `is_there(path)` of this name; None if none."""
+    """Return the nearest folder, from the working folder upward, for whose entry `name` `is_there(path)`; or None."""
     folder, inner = os.getcwd(), None
     while folder != inner:
         if is_there(os.path.join(folder, name)):
@@ -7739,8 +7738,9 @@ def _nearest_with(name, is_there):
 
 
 def find_root():
-    """Return the configuration folder: LABTASKER_ROOT, or the nearest .labtasker upward, or the one to be made here;
-    raise LabtaskerValueError where the one that was found is another user's."""
+    """Return the configuration folder: LABTASKER_ROOT, else the nearest .labtasker upward, else the one to make here.
+
+    Raises LabtaskerValueError if the one that was found belongs to another user."""
     if os.environ.get("LABTASKER_ROOT"):
         return os.path.abspath(os.environ["LABTASKER_ROOT"])
     found = _nearest_with(".labtasker", os.path.isdir)
@@ -7751,10 +7751,9 @@ def find_root():
 
 
 def check_owner(path, folder):
-    """Raise LabtaskerValueError where a file or folder that decides for us is another user's: what stands there says
-    where tasks and passwords go.
+    """Raise LabtaskerValueError if a file or folder that says where tasks and passwords go belongs to another user.
 
-    The owner may be this user, root or, of what is in `folder`, the owner of that; LABTASKER_TRUST allows any."""
+    The owner may be this user, root or, for a file in `folder`, the folder's owner; LABTASKER_TRUST allows any."""
     if not hasattr(os, "geteuid"):
         return
     allowed = {os.geteuid(), 0}
@@ -7762,7 +7761,7 @@ def check_owner(path, folder):
         owners = {os.lstat(path).st_uid, os.stat(path).st_uid}
         if path != folder:
             allowed.add(os.stat(folder).st_uid)
-    except OSError:  # it is gone, or can't be reached: who reads it hears why
+    except OSError:  # it is gone or unreachable; reading it will raise why
         return
     if owners <= allowed or _is_trusted(folder):
         return
@@ -7773,13 +7772,13 @@ def check_owner(path, folder):
 
 
 def _is_trusted(folder):
-    """Return whether LABTASKER_TRUST names a folder, or the one that it lies in."""
+    """Return whether LABTASKER_TRUST names a folder or its parent."""
     trusted = [os.path.realpath(one) for one in os.environ.get("LABTASKER_TRUST", "").split(os.pathsep) if one]
     return not {os.path.realpath(folder), os.path.realpath(os.path.dirname(folder))}.isdisjoint(trusted)
 
 
 def user_name(uid):
-    """Return a user's name and number, as far as the system knows them."""
+    """Return a user's name and number, or the number alone if the system knows no name."""
     try:
         import pwd
         return "%s (%d)" % (pwd.getpwuid(uid).pw_name, uid)
@@ -7792,8 +7791,9 @@ BYTE_ORDER_MARKS = ((b"\xef\xbb\xbf", "utf-8"), (b"\xff\xfe\0\0", "utf-32-le"), 
 
 
 def decoded(data, name, kind=LabtaskerValueError):
-    """Return the text of a file's bytes: UTF-8, or what its byte order mark says; raises a `kind` of error that has its
-    `name` and the line that is none."""
+    """Return the text of a file's bytes, which are UTF-8 unless a byte order mark says otherwise.
+
+    Raises an error of the class `kind` with the file's `name` and the line that can't be decoded."""
     mark, encoding = next((pair for pair in BYTE_ORDER_MARKS if data.startswith(pair[0])), (b"", "utf-8"))
     if encoding == "utf-8" and b"\0" in data:
         raise kind("%s line %d has a null character: if the file is UTF-16, save it as UTF-8" % (
@@ -7807,10 +7807,10 @@ def decoded(data, name, kind=LabtaskerValueError):
 
 
 class TomlReader:
-    """A TOML text as {dotted key: value}, in `found`, the same on every Python, which has a reader only since 3.11.
+    """Reads TOML text into `found`, {dotted key: value}, alike on all Pythons (only 3.11 and newer have a reader).
 
-    Values are texts, numbers and booleans. Lists, dates and tables in a line are skipped in tables that are not ours;
-    in ours they are refused. Every mistake raises LabtaskerValueError with its line."""
+    Values are texts, numbers and booleans. Lists, dates and inline tables are refused in our own tables and skipped in
+    all others. A mistake raises LabtaskerValueError with its line."""
 
     GAP, BLANK = Pattern(r"[ \t]*(?:#[^\n]*)?"), Pattern(r"(?:[ \t\n]|#[^\n]*)*")
     KEY = Pattern(r"""(?x) [ \t]* (?: ([A-Za-z0-9_-]+) | "([^"\\\n]*)" | '([^'\n]*)' ) [ \t]*""")
@@ -7825,7 +7825,7 @@ class TomlReader:
     ESCAPE = Pattern(r"(?s)\\(?:u([dD][89abAB][0-9a-fA-F]{2})\\u([dD][c-fC-F][0-9a-fA-F]{2})|u([0-9a-fA-F]{4})"
                      r"|U([0-9a-fA-F]{8})|([ \t]*\n[ \t\n]*)|(.))")
     LETTERS = {"b": "\b", "t": "\t", "n": "\n", "f": "\f", "r": "\r", '"': '"', "\\": "\\"}
-    OTHER = object()  # a list, a date, a table in a line
+    OTHER = object()  # a list, a date or an inline table
 
     def __init__(self, text, path, tables=()):
         self.text, self.path, self.tables = text.replace("\r\n", "\n") + "\n", path, tables  # the tables that are ours
@@ -7839,19 +7839,19 @@ class TomlReader:
             self.fail()
 
     def fail(self, why="a line is [table], key = \"text\", key = 10, or a # comment", i=None):
-        """Raise the error of the line of an offset, else of where the reader is."""
+        """Raise LabtaskerValueError for the line at offset `i`; without it, for the current line."""
         i = min(self.i if i is None else i, len(self.text) - 1)
         begin = self.text.rfind("\n", 0, i) + 1
         raise LabtaskerValueError("%s line %d can't be read: %r; %s" % (
             self.path, self.text.count("\n", 0, i) + 1, self.text[begin:self.text.index("\n", i)][:80], why))
 
     def skip(self, pattern):
-        """Return the offset after what a pattern matches here."""
+        """Advance behind the match of a pattern here and return the offset."""
         self.i = pattern.match(self.text, self.i).end()
         return self.i
 
     def take(self, word):
-        """Return whether a word stands here, and go behind it."""
+        """Return whether the text has this word here; if so, advance behind it."""
         is_there = self.text.startswith(word, self.i)
         self.i += len(word) * is_there
         return is_there
@@ -7882,7 +7882,7 @@ class TomlReader:
         self.table = path
 
     def note(self, path, kind, begin):
-        """Remember what a path is, and fail where it stands twice or below a value."""
+        """Remember the kind of a path; fail if the path is there twice or lies below a value."""
         above = [path[:size] for size in range(1, len(path))]
         if self.kinds.get(path) in ("value", kind) or kind == "value" and path in self.kinds or any(
                 self.kinds.get(one) == "value" for one in above):
@@ -7924,7 +7924,7 @@ class TomlReader:
         return self.OTHER
 
     def items(self, end, read):
-        """Return OTHER after a list or a table in a line."""
+        """Skip a list or an inline table and return OTHER."""
         while self.skip(self.BLANK) < len(self.text) and not self.take(end):
             read()
             self.skip(self.BLANK)
@@ -7949,7 +7949,7 @@ class TomlReader:
         return found
 
     def character(self, match):
-        """Return what an escape in a text stands for."""
+        """Return the character of an escape."""
         high, low, short, long, gap, letter = match.groups()
         if high:
             return json.loads('"\\u%s\\u%s"' % (high, low))
@@ -7962,7 +7962,7 @@ class TomlReader:
 
 
 def read_toml(text, path):
-    """Return {dotted key: value} of a TOML text, read as TomlReader says; raises LabtaskerValueError with the line."""
+    """Return {dotted key: value} of a TOML text as TomlReader reads it, or raise LabtaskerValueError with the line."""
     return TomlReader(text, path, {key.split(".")[0] for key in SETTINGS}).found
 
 
@@ -7975,9 +7975,9 @@ def toml_text(text):
 
 
 def _read_settings(path):
-    """Return {key: value} of a configuration file, or raise LabtaskerValueError naming what is wrong in it, and where.
+    """Return {key: value} of a configuration file, or raise LabtaskerValueError with the line and the mistake.
 
-    The file of Labtasker 1.0.1 may hold settings that are not ours."""
+    Settings that we do not know are allowed in the file of Labtasker 1.0.1 only."""
     try:
         with open_plain(path) as file:
             reader = TomlReader(decoded(file.read(), path), path, {key.split(".")[0] for key in SETTINGS} | {METRICS})
@@ -8010,8 +8010,7 @@ def flatten(mapping, prefix=""):
 
 
 def load_config():
-    """Return the Config in force: that with which a loop began in this process, else environment, then the file, then
-    what holds where nothing is configured."""
+    """Return the Config in force: that of a loop in this process, else environment over file over defaults."""
     return PINNED[-1].config if PINNED else _read_config()
 
 
@@ -8019,17 +8018,17 @@ PINNED = []  # a PinnedConfig for each loop under way in this process
 
 
 class PinnedConfig:
-    """A context in which the configuration and the environment of its beginning hold for the loop, whatever a function
-    does to os.environ or the working folder.
+    """A context that keeps the configuration and environment of its beginning for a loop, whatever a function does to
+    os.environ or the working folder.
 
-    `environ` is for the loop's own processes: with all settings, as the file that they come from may be away later.
-    `told` has the settings that came from the environment, for its jobs."""
+    `environ` is for the loop's own processes and has all settings, as the configuration file may be away later. `told`
+    has the settings that came from the environment, for the jobs."""
 
     def __enter__(self):
         config = _read_config()
         files = {name: value and os.path.abspath(value) for name, value in (
             ("root", config.root), ("ca_file", config.ca_file))}
-        if config.url and store_folder(config):  # as a URL a folder may be away for a while
+        if config.url and store_folder(config):  # a folder that is given as a URL may be away for a while
             files["url"] = "file:" + from_system(store_folder(config))
         self.config = config._replace(**files)
         self.told = {variable: os.environ[variable] for _, variable, _, _ in SETTINGS.values()
@@ -8049,17 +8048,17 @@ class PinnedConfig:
         PINNED.remove(self)
 
 
-# Text is UTF-8 wherever it comes from, as it has to mean the same on all hosts. The system's own functions, in an
-# interpreter that takes the locale for ASCII (C, before Python 3.7), want it spelled in another way.
+# All text is UTF-8, so that it means the same on all hosts. Under an ASCII locale (C, before Python 3.7) the functions
+# of `os` use surrogate escapes instead; the two below convert.
 
 
 def from_system(text):
-    """Return text that the system gave (a variable, a path) as the UTF-8 that its bytes are."""
+    """Return text from `os` (a variable, a path), with its bytes read as UTF-8."""
     return os.fsencode(text).decode("utf-8", "surrogateescape")
 
 
 def for_system(text):
-    """Return text as the system's functions take it for its UTF-8 bytes: a path that was typed, or read."""
+    """Return text (a path that was typed or read) in the form by which `os` gets its UTF-8 bytes."""
     return os.fsdecode(text.encode("utf-8", "surrogateescape"))
 
 
@@ -8093,8 +8092,9 @@ _OF_WINDOWS = Pattern(r"[A-Za-z]:[\\/]" if os.name == "nt" else r"(?!)")  # a pa
 
 
 def checked_url(url, where):
-    """Return the URL of a server or of a folder, or the path of a folder, as it is used; raise LabtaskerValueError
-    where it is none of these, naming `where` it comes from."""
+    """Return the URL of a server or folder, or the path of a folder, in the form in which it is used.
+
+    Raises LabtaskerValueError for anything else; the message names `where` it comes from."""
     server, folder, wrong = _SERVER_URL.match(url), _FILE_URL.match(url), None
     if server and 0 < int(server.group(3) or 80) < 65536:
         return server.group(1).lower() + url[len(server.group(1)):]
@@ -8118,20 +8118,20 @@ NO_URL = "is neither a URL (http://HOST:PORT, https://, file:FOLDER) nor a folde
 
 
 def write_config(root, url, queue_name, password):
-    """Return the path of the configuration file, written anew; a new one is readable by its owner alone."""
+    """Write the configuration file and return its path; only its owner can read a new one."""
     Disk.make_folder(root)
     path, values = os.path.join(root, CONFIG_NAME), (url, queue_name, password)
     text = (CONFIG_TEXT % tuple(toml_text(value or "") for value in values)).encode("utf-8")
-    Disk.create(path, [text], keep=0o770)  # never for everybody: a password is in it
+    Disk.create(path, [text], keep=0o770)  # never readable for everybody: it has a password
     return path
 
 
-# Transports: each has call(method, path, query, body) -> (status, answer), `where` and `extensions`, and
-# listen(after, timeout_s) -> (status, answer), where the answer to a listener who is let in is its Lines.
+# Transports. Each has `where`, `extensions`, call(method, path, query, body) -> (status, answer), and
+# listen(after, timeout_s) -> (status, Lines of events, or the answer of a refusal).
 
 
 class Lines:
-    """The lines of a stream of events as they come, from pieces of bytes; `close`, from any thread, has them end."""
+    """The lines of a stream of events, made from pieces of bytes as they come; `close`, from any thread, ends them."""
 
     def __init__(self, pieces, close):
         self.pieces, self.close = pieces, close
@@ -8144,7 +8144,7 @@ class Lines:
 
 
 class StoreTransport:
-    """The store in a folder, opened by this very process for one operation at a time."""
+    """The store in a folder, which this process opens for one operation at a time."""
 
     extensions = True
 
@@ -8153,14 +8153,14 @@ class StoreTransport:
         self.where, self.queue_name = self.store.path, LocalName(queue_name)
 
     def call(self, method, path, query, body):
-        """Return (status, answer) of a request; it is read back from JSON, as if it had come over a wire."""
+        """Return (status, answer) of a request, whose body is parsed from JSON as if it had come over HTTP."""
         body = None if body is None else parse_json(body)
         return answer_call(self.store, lambda: self.queue_name, method, path, body, query)
 
     def listen(self, after, timeout_s):
         """Return (status, Lines of the queue's events after the one with the id `after`).
 
-        The lines end soon where a server takes the store, so that the listener goes to it."""
+        The lines end soon after a server takes the store, so that the listener connects to the server."""
         self.store.file.LOCK_TIMEOUT_S = 1.0
         status, answer = self.call("GET", _QUEUE + "/events", {"last_event_id": after}, None)
         if isinstance(answer, Stream):
@@ -8168,25 +8168,25 @@ class StoreTransport:
         return status, answer
 
     def is_intact(self):
-        """Return whether the store's descriptors lead to its files, as far as they are open."""
+        """Return whether the store's open descriptors still refer to its files."""
         for one in (self.store.file.file_lock, self.store.journal.file):
             try:
                 if one.fd is not None and os.path.exists(one.path) and not os.path.samestat(
-                        os.fstat(one.fd), os.stat(one.path)):  # where it does not exist it is away
+                        os.fstat(one.fd), os.stat(one.path)):  # a path that does not exist is away, not lost
                     return False
             except OSError:
                 return False
         return True
 
     def close(self):
-        """Give the store up."""
+        """Close the store."""
         self.store.file.close()
 
 
 class Exchange:
-    """One request to a server, and whether all of it was handed to the system: before that nothing is done.
+    """One request to a server. `is_sent`: all of it was handed to the system, so the server may have acted.
 
-    `sock`: what it went over."""
+    `sock`: the socket on which it was sent."""
 
     def __init__(self, method, target, body, timeout_s):
         self.method, self.target, self.timeout_s = method, target, timeout_s
@@ -8194,9 +8194,9 @@ class Exchange:
 
 
 def _is_of_protocol(method, path, status, answer):
-    """Return whether an answer that is no error can be a Labtasker server's: something between may have sent it."""
+    """Return whether a Labtasker server can have sent this answer; a proxy may have sent it instead."""
     if status != 204:
-        is_null = answer == "null" and method == "POST" and path.endswith("/status")  # so a 1.0.1 server takes a report
+        is_null = answer == "null" and method == "POST" and path.endswith("/status")  # as a 1.0.1 server answers it
         return 200 <= status < 300 and (isinstance(answer, dict) or is_null) and method != "DELETE"
     return find_route(method, path)[0].status == 204
 
@@ -8209,24 +8209,24 @@ def _basic(name, password):
 
 
 def _is_of_http(error):
-    """Return whether an error is one of http.client's, without importing that."""
+    """Return whether an error is one of http.client's, without importing http.client."""
     return type(error).__module__ == "http.client"
 
 
 def _is_of_connection(error):
-    """Return whether an error is one that a connection met."""
-    return isinstance(error, (OSError, UnicodeError)) or _is_of_http(error)  # UnicodeError: an odd host
+    """Return whether an error comes from a connection."""
+    return isinstance(error, (OSError, UnicodeError)) or _is_of_http(error)  # UnicodeError: an invalid host name
 
 
 class _PlainConnection:
-    """A connection for one request. It needs no import: to a short command that of http.client costs more than all
-    else that it does. Speaks HTTP/1.0, so that the answer ends with the connection."""
+    """A connection for one request. It needs no import: importing http.client takes longer than a short command does
+    otherwise. Speaks HTTP/1.0, so that the answer ends with the connection."""
 
     def __init__(self, url, ca_file, timeout_s):
         import socket
         host, port, self.prefix = URL_OF_HTTP.match(url).groups("")
         self.url = url
-        address = host.strip("[]").encode(), int(port or 80)  # a host as text costs the import of encodings.idna
+        address = host.strip("[]").encode(), int(port or 80)  # a host given as str would import encodings.idna
         self.sock = socket.create_connection(address, timeout_s)
 
     def is_usable(self):
@@ -8234,7 +8234,7 @@ class _PlainConnection:
         return not ready([self.sock], 0)
 
     def send(self, method, target, headers, data, timeout_s, is_last=True):
-        """Send a request; raise OSError where not all of it could be handed to the system."""
+        """Send a request; raise OSError if the system did not take all of it."""
         lines = ["%s %s%s HTTP/1.%d" % (method, self.prefix, target, not is_last),
                  "Host: " + self.url[7:].partition("/")[0], "Content-Length: %d" % len(data or b"")]
         lines += ["%s: %s" % pair for pair in headers.items()]
@@ -8242,9 +8242,9 @@ class _PlainConnection:
         self.sock.sendall("\r\n".join(lines + ["", ""]).encode() + (data or b""))
 
     def answer(self, limit=None):
-        """Return (status, the header that tells of extensions, content); raise ConnectionError where it is cut off.
+        """Return (status, the header of extensions, content), or raise ConnectionError if the answer is cut off.
 
-        With a `limit` in bytes the whole answer has the time that one silence has else."""
+        With a `limit` in bytes the time-out is for the whole answer; without, it is for each wait."""
         got, give_up_at = bytearray(), monotonic() + self.sock.gettimeout()
         while limit is None or len(got) < limit:
             if limit:
@@ -8256,10 +8256,10 @@ class _PlainConnection:
                 return found
             if not piece:
                 raise ConnectionError("the answer was cut off" if got else "the connection was closed")
-        raise NotOurServer("what %s answered is no welcome of a Labtasker server" % self.url)
+        raise NotOurServer("the answer of %s is not that of a Labtasker server" % self.url)
 
     def _whole(self, got, default_length):
-        """Return what `answer` does once all of it is in `got`, else None."""
+        """Return the result of `answer` once `got` has all of it; None before."""
         end = got.find(b"\r\n\r\n")
         first, *lines = got[:max(0, end)].decode("latin-1").split("\r\n")
         headers = {name.lower(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
@@ -8288,7 +8288,7 @@ class _KeptConnection:
             self.http = http.client.HTTPConnection(host, timeout=timeout_s)
         else:
             self.http = http.client.HTTPSConnection(host, timeout=timeout_s, context=_tls_context(ca_file))
-        self.http.auto_open = False  # one that was closed is never opened again without a proof
+        self.http.auto_open = False  # a closed connection must not be opened again without a proof
         self.http.connect()
 
     @property
@@ -8307,7 +8307,7 @@ class _KeptConnection:
         response = self.http.getresponse()
         is_whole = response.chunked or response.length is not None
         content = response.read(limit)
-        if not (content or is_whole):  # its head was cut off, which http.client does not notice
+        if not (content or is_whole):  # the headers were cut off, which http.client does not notice
             raise ConnectionError("the answer was cut off")
         return response.status, response.headers.get(EXTENSIONS), content
 
@@ -8316,7 +8316,7 @@ class _KeptConnection:
 
 
 def _tls_context(ca_file):
-    """Return what to check a server's certificate by; raise LabtaskerValueError where `ca_file` can't be used."""
+    """Return the context that checks a server's certificate; raise LabtaskerValueError if `ca_file` can't be used."""
     import ssl
     context = ssl.create_default_context()
     try:
@@ -8328,30 +8328,29 @@ def _tls_context(ca_file):
 
 
 class HttpTransport:
-    """A server over HTTP. The first requests of a process to an http:// URL take a _PlainConnection each; those after
-    them share a _KeptConnection, one a thread."""
+    """A server over HTTP. The first requests of a process to an http:// URL use a _PlainConnection each; later ones use
+    a _KeptConnection, one for each thread."""
 
     SINGLE = 2  # requests before http.client is imported
-    INTRODUCTION_S = 15.0  # for a server to prove that it has the key
-    MAX_WELCOME_BYTES = 65536  # of one who has not
+    INTRODUCTION_S = 15.0  # in which a server must prove that it has the key
+    MAX_WELCOME_BYTES = 65536  # read from a server that has not proved it
 
     def __init__(self, url, queue_name, password, ca_file=None, key=None):
         self.url = self.where = url.rstrip("/")
         self.ca_file, self.queue_name, self.key = ca_file, queue_name, key
         self.headers = {"Content-Type": "application/json", EXTENSIONS: "1"}
-        if not key:  # else each connection has a login of its own, after a proof
+        if not key:  # with a key each connection gets its own login, after a proof
             self.headers["Authorization"] = _basic(queue_name, password)
-        self.extensions = None  # not known before the first answer
-        self.plain = URL_OF_HTTP.match(self.url)  # None: https, or what only http.client can read
+        self.extensions = None  # unknown before the first answer
+        self.plain = URL_OF_HTTP.match(self.url)  # None: https, or a URL that only http.client can read
         self.asked, self.kept = 0, threading.local()
         self.reached = []  # plain connections that wait for their request
         self.under_way = {}  # thread: its Exchange
 
     def call(self, method, path, query, body):
-        """Return (status, answer), or raise LabtaskerConnectError when the server can't be reached.
+        """Return (status, answer), or raise LabtaskerConnectError if the server can't be reached.
 
-        A request is sent again where a broken connection kept it from arriving. One that may have arrived is sent again
-        too, unless ONCE forbids it."""
+        A request whose connection broke is repeated. If it may have arrived, it is repeated only if ONCE allows it."""
         given, lost = {name: str(value).lower() if value is True or value is False else value
                        for name, value in (query or {}).items() if value is not None}, False
         target = path
@@ -8378,11 +8377,11 @@ class HttpTransport:
                     raise
                 time.sleep(pause_s)
             else:
-                gone = lost and method == "DELETE" and status == 404  # by the request whose answer was lost
+                gone = lost and method == "DELETE" and status == 404  # deleted by the request whose answer was lost
                 return (204, None) if gone else (status, answer)
 
     def _ask(self, asked):
-        """Return (status, answer) of an Exchange, or raise what went wrong, also with an answer that is cut off."""
+        """Return (status, answer) of an Exchange, or raise the connection's error, also if the answer is cut off."""
         self.asked += 1
         is_plain = self.plain and self.asked <= self.SINGLE
         connection = self._plain_connection(asked.timeout_s) if is_plain else self._kept_connection(asked.timeout_s)
@@ -8394,12 +8393,12 @@ class HttpTransport:
         finally:
             if is_plain:
                 connection.close()
-        if extensions or (status != 204 and status < 500):  # of an empty answer the head may be cut off
+        if extensions or (status != 204 and status < 500):  # the headers of an empty answer may be cut off
             self.extensions = extensions == "1"
         return status, self._checked(asked, status, content)
 
     def _checked(self, asked, status, content):
-        """Return the answer that some content is; raise LabtaskerConnectError where no Labtasker server sent it."""
+        """Return the answer in `content`; raise LabtaskerConnectError if no Labtasker server can have sent it."""
         try:
             answer = json.loads(content.decode()) if content else None
         except ValueError:
@@ -8414,7 +8413,7 @@ class HttpTransport:
         return answer
 
     def _plain_connection(self, timeout_s):
-        """Return a plain connection: one that waits for its request, or a new one."""
+        """Return a plain connection: one that is open and unused, or a new one."""
         while self.reached:
             connection = self.reached.pop()
             if connection.is_usable():
@@ -8423,14 +8422,14 @@ class HttpTransport:
         return self._connect(_PlainConnection, timeout_s)
 
     def _kept_connection(self, timeout_s):
-        """Return the connection that this thread keeps, a new one where that was closed."""
+        """Return this thread's connection, which is a new one if the last was closed."""
         connection = getattr(self.kept, "connection", None)
         if connection is None or not connection.is_usable():
             connection = self.kept.connection = self._connect(_KeptConnection, timeout_s)
         return connection
 
     def _connect(self, kind, timeout_s):
-        """Return a new connection, its server's proof checked; `login`: its own Authorization header, {} without."""
+        """Return a new connection, with the server's proof checked. `login` is its own Authorization header, or {}."""
         connection = kind(self.url, self.ca_file, self.INTRODUCTION_S if self.key else timeout_s)
         try:
             connection.login = {"Authorization": self._introduce(connection)} if self.key else {}
@@ -8440,8 +8439,9 @@ class HttpTransport:
         return connection
 
     def _introduce(self, connection):
-        """Return the Authorization for a connection once its other end has proved that it has the key. Else raise
-        NotOurServer: then nothing but a number was sent."""
+        """Return the Authorization for a connection, once the server has proved that it has the key.
+
+        Else raise NotOurServer; by then only a random number was sent."""
         nonce, address = new_nonce(), connection.sock.getpeername()
         connection.send("GET", "/?nonce=" + nonce, self.headers, None, self.INTRODUCTION_S, is_last=False)
         _, extensions, content = connection.answer(self.MAX_WELCOME_BYTES)
@@ -8451,15 +8451,16 @@ class HttpTransport:
             told = None
         told = told if isinstance(told, dict) else {}
         nonces = nonce, str(told.get("nonce"))
-        if told.get("proof") != prove(self.key, "server", nonces, address):  # new each time: its timing tells nothing
+        if told.get("proof") != prove(self.key, "server", nonces, address):  # new each time, so timing reveals nothing
             raise NotOurServer("%s answers, but does not prove that it is the server of the store: it may have the "
                                "port of one that was killed, or the address leads elsewhere" % self.url)
         self.extensions = extensions == "1"
         return _basic(self.queue_name, prove(self.key, "client", nonces, address))
 
     def is_of_store(self):
-        """Return whether a server answers and proves that it has the key; raise NotOurServer where it does not. Its
-        connection is kept for the first request."""
+        """Return whether a server answers; raise NotOurServer if it does not prove that it has the key.
+
+        The connection is kept for the first request."""
         try:
             if self.plain:
                 self.reached.append(self._connect(_PlainConnection, self.INTRODUCTION_S))
@@ -8474,17 +8475,17 @@ class HttpTransport:
             return False
 
     def _check_repeat(self, method, path, body, error, lost, pause_s):
-        """Raise LabtaskerConnectError where a request that failed with `error` must not be sent again."""
+        """Raise LabtaskerConnectError if a request that failed with `error` must not be repeated."""
         risk = lost and self._risk(method, path, body)
         if risk:
-            raise LabtaskerConnectError("the connection to %s broke before the answer came (%s): %s; look before you "
-                                        "ask again" % (self.url, str(error) or type(error).__name__, risk)) from None
+            raise LabtaskerConnectError("the connection to %s broke before the answer came (%s): %s; check before you "
+                                        "repeat it" % (self.url, str(error) or type(error).__name__, risk)) from None
         broken = isinstance(error, ConnectionError) or _is_of_http(error) or type(error).__name__ == "SSLEOFError"
         if pause_s is None or not broken or isinstance(error, ConnectionRefusedError):
             raise self.away(error) from None
 
     def _risk(self, method, path, body):
-        """Return what may have been done that must not be done twice, or None."""
+        """Return what the server may have done and must not do twice, as a message; or None."""
         field, words = next((ONCE[method + " " + template] for template, _ in _readings(path)
                              if method + " " + template in ONCE), (None, None))
         if not field:
@@ -8499,14 +8500,15 @@ class HttpTransport:
         return None if self.extensions and has_ids else words
 
     def away(self, error):
-        """Return the LabtaskerConnectError of an error that a connection met."""
+        """Return the LabtaskerConnectError for an error of a connection."""
         return LabtaskerConnectError(
             "no answer from %s (%s): is the server running? Start it with 'labtasker serve', or fix the URL with "
             "'labtasker init'" % (self.url, str(error) or type(error).__name__))
 
     def listen(self, after, timeout_s):
-        """Return (status, RemoteLines of the queue's events after the one with the id `after`), or raise
-        LabtaskerConnectError where there is no answer within so many seconds."""
+        """Return (status, RemoteLines of the queue's events after the one with the id `after`).
+
+        Raises LabtaskerConnectError if there is no answer within `timeout_s`."""
         headers = dict(self.headers, Accept="text/event-stream", **({"Last-Event-ID": after} if after else {}))
         try:
             connection = self._connect(_KeptConnection, timeout_s)
@@ -8527,7 +8529,7 @@ class HttpTransport:
 
     @staticmethod
     def is_intact():
-        """Return that nothing is lost with its descriptors but connections, which `client_held` looks at."""
+        """Return True: its only descriptors are connections, which `client_held` checks."""
         return True
 
     def close(self):
@@ -8538,7 +8540,7 @@ class HttpTransport:
 
 
 URL_OF_HTTP = Pattern(r"http://([\w.-]+|\[[0-9a-fA-F:.]+\])(?::([0-9]{1,5}))?(/[\w./~-]*)?\Z", re.ASCII)
-TARGET = Pattern(r"[!-~]+\Z")  # no character that could end a request's line
+TARGET = Pattern(r"[!-~]+\Z")  # no character that could end the request line
 
 
 class RemoteLines:
@@ -8552,14 +8554,14 @@ class RemoteLines:
         try:
             for line in self.response:
                 yield line
-        except (OSError, HTTPException, ValueError):  # the server went away, or was silent too long
+        except (OSError, HTTPException, ValueError):  # the server is gone, or was silent for too long
             pass
         finally:
             self.response.close()
             self.sock.close()
 
     def close(self):
-        """Have the lines end; from any thread."""
+        """End the lines; from any thread."""
         try:
             self.sock.shutdown(2)
         except OSError:  # it is closed already
@@ -8567,8 +8569,9 @@ class RemoteLines:
 
 
 def ready(files, timeout_s=None, is_output=False):
-    """Return those of the files that can be read, or written, as soon as there is one or after so many seconds; None
-    waits without end. A descriptor may have any number: select() refuses those over 1,023."""
+    """Return the files that can be read (or written), as soon as there is one, or [] after `timeout_s` (None: never).
+
+    Unlike select(), which refuses descriptors over 1,023, it takes any descriptor."""
     import select
     if not hasattr(select, "poll"):  # Windows
         found = select.select([] if is_output else files, files if is_output else [], [], timeout_s)
@@ -8581,10 +8584,10 @@ def ready(files, timeout_s=None, is_output=False):
 
 
 def _as_json(value):
-    """Return JSON text of what a request sends, or raise LabtaskerTypeError naming what can't be sent."""
+    """Return the JSON text of a request's body, or raise LabtaskerTypeError naming the value that can't be sent."""
     try:
         text = json.dumps(value)
-        if not LONG_NUMBER.search(text):  # those that a store can't keep are told of by their place
+        if not LONG_NUMBER.search(text):  # Plain finds the numbers that a store can't keep, and where they are
             return text
     except (TypeError, ValueError, RecursionError):
         pass
@@ -8595,10 +8598,10 @@ LONG_NUMBER = Pattern(r"[0-9]{19}")
 
 
 def plain_summary(summary):
-    """Return a summary in JSON types with keys that a store takes.
+    """Return a summary in JSON types with valid keys.
 
-    Never raises, as a run that is done must not fail for its numbers: what can't be kept as it is becomes its repr, a
-    key that can't be kept another one, and stderr says so."""
+    It never raises, so that no finished run fails for its numbers: a value that can't be JSON becomes its repr, an
+    invalid key is changed, and stderr says so."""
     if summary is None:
         return None
     told = []
@@ -8622,7 +8625,7 @@ def plain_summary(summary):
 
 
 def _fitting(summary, told):
-    """Return a summary that a request can hold: the largest values of one that can't become text."""
+    """Return a summary that fits into a request; the largest values of a larger one become text."""
     texts = {key: json.dumps(value) for key, value in summary.items()}
     while sum(map(len, texts.values())) > MAX_BODY_BYTES // 2 or sum(
             text.count("[") + text.count("{") for text in texts.values()) > MAX_CONTAINERS // 2:
@@ -8636,7 +8639,7 @@ def _fitting(summary, told):
 
 
 def _with_keys(value, told):
-    """Return a value of a summary with keys that a store takes, each path set once."""
+    """Return a value of a summary with valid keys, each path set once."""
     if isinstance(value, list):
         return [_with_keys(item, told) for item in value]
     if not isinstance(value, dict):
@@ -8654,7 +8657,7 @@ def _with_keys(value, told):
 
 
 def _put(tree, path, item):
-    """Return whether `item` could be put at a path of nested dicts, where nothing else was set."""
+    """Put `item` at a path of nested dicts; return whether that was possible without overwriting anything."""
     if len(path) > MAX_DEPTH // 3:
         return False
     node, last = tree, path[-1]
@@ -8672,7 +8675,7 @@ def _put(tree, path, item):
     return True
 
 
-UNKEPT = Pattern("[\x00-\x1f\x7f-\x9f\ud800-\udfff]")  # in a key
+UNKEPT = Pattern("[\x00-\x1f\x7f-\x9f\ud800-\udfff]")  # characters that a key can't have
 
 
 class Client:
@@ -8683,19 +8686,20 @@ class Client:
 
     @property
     def where(self):
-        """The URL or the file, for messages."""
+        """The server's URL or the journal's path, for messages."""
         return self.transport.where
 
     @property
     def extensions(self):
-        """Whether the peer speaks more than the plain protocol."""
+        """Whether the server has the extensions of the plain protocol."""
         if self.transport.extensions is None:
             self.call("GET", "/health")
         return self.transport.extensions
 
     def call(self, method, path, body=None, query=None):
-        """Return the decoded answer (None where there is none), or raise LabtaskerHTTPStatusError or
-        LabtaskerConnectError. A server that speaks the plain protocol is sent nothing else."""
+        """Return the decoded answer (None if it is empty), or raise LabtaskerHTTPStatusError or LabtaskerConnectError.
+
+        A server of the plain protocol is sent no extensions."""
         sent, query = self._plain(method, path, body, query)
         sent = None if sent is None else _as_json(sent)
         try:
@@ -8708,18 +8712,18 @@ class Client:
         return self._checked(status, answer, path)
 
     def listen(self, after, timeout_s):
-        """Return the Lines of the queue's events after the one with the id `after`; raises as `call` does."""
+        """Return the Lines of the queue's events after the one with the id `after`; raise as `call` does."""
         return self._checked(*self.transport.listen(after, timeout_s), path=_QUEUE + "/events")
 
     def _plain(self, method, path, body, query):
-        """Return body and query, without the extensions in them where the server has none."""
+        """Return body and query, without the fields that are extensions if the server has none."""
         ours = () if self.transport.extensions else OUR_FIELDS.get((method, path.rsplit("/", 1)[-1]), ())
         if not any(name in (one or ()) for name in ours for one in (body, query)) or self.extensions:
             return body, query
         return [one and {name: value for name, value in one.items() if name not in ours} for one in (body, query)]
 
     def _checked(self, status, answer, path):
-        """Return the answer, once what a server wants its users to know is printed, or raise why it was refused."""
+        """Print the notifications of an answer and return it, or raise the error of a refusal."""
         fields = answer if isinstance(answer, dict) else {}
         if status < 400:
             for note in fields.get("notification") or ():
@@ -8731,7 +8735,7 @@ class Client:
         raise LabtaskerHTTPStatusError(status, detail, getattr(self.transport, "url", None))
 
     def go_to_server(self, folder, queue_name):
-        """Return whether a server holds the store in `folder`, and go to it from now on."""
+        """Use the server that holds the store in `folder` from now on; return whether there is one."""
         found = _living_server(folder, queue_name)
         if found:
             self.transport.close()
@@ -8743,7 +8747,7 @@ def _our_fields(route):
     return frozenset(name for fields in (route.fields, route.query) for name, arg in fields.items() if arg.is_ours)
 
 
-# (method, last word of a route's path): the fields that only a server with the extensions is sent
+# (method, last word of a route's path): the fields that are sent only to a server with the extensions
 OUR_FIELDS = {(key.split(" ")[0], key.rsplit("/", 1)[-1]): _our_fields(route)
               for key, route in ROUTES.items() if _our_fields(route)}
 
@@ -8751,7 +8755,7 @@ _client = None
 
 
 def client():
-    """Return this process' Client, made from the configuration at its first use, and anew after a fork."""
+    """Return this process's Client. It is made from the configuration at the first use, and again after a fork."""
     global _client
     if _client is None or _client.pid != os.getpid():
         hold_standard_streams()
@@ -8765,19 +8769,19 @@ def client():
 
 
 def hold_standard_streams():
-    """Open what of stdin, stdout and stderr is closed: else a file of ours got its number, and what is printed."""
+    """Open those of stdin, stdout and stderr that are closed, so that no file of ours gets their number and output."""
     for number in range(3):
         try:
             os.fstat(number)
         except OSError:
-            os.open(os.devnull, os.O_RDWR)  # the lowest number that is free is this one
+            os.open(os.devnull, os.O_RDWR)  # gets this number, the lowest that is free
 
 
 class Held:
-    """Descriptors of ours, with what tells whether they are that still: a job's function can close them all, and others
+    """Descriptors of ours, and what identifies their files: a job's function may close all descriptors, and other files
     then get their numbers."""
 
-    LOST = []  # whose descriptors are not theirs any more: kept for ever, as closing them would close another's
+    LOST = []  # objects that lost their descriptors; never freed, as closing them would close another file
 
     def __init__(self, *numbers):
         self.places = {number: self._place(number) for number in numbers}
@@ -8791,13 +8795,13 @@ class Held:
             return None
 
     def is_intact(self):
-        """Return whether all are open and lead to where they did."""
+        """Return whether all are open and refer to the same files as before."""
         return all(place and place == self._place(number) for number, place in self.places.items())
 
 
 def drop_lost_client(held):
-    """Have this process make a new Client where descriptors of the old one, of its store or those in `held` (of
-    `client_held`), were closed by others."""
+    """Have this process make a new Client if others closed descriptors of the old one: its store's, or those in `held`
+    (of `client_held`)."""
     global _client
     if _client and not (held.is_intact() and _client.transport.is_intact()):
         Held.LOST.append(_client)
@@ -8805,21 +8809,21 @@ def drop_lost_client(held):
 
 
 def client_held():
-    """Return the Held of the connections that threads of this process keep."""
+    """Return the Held of the connections that the threads of this process use."""
     under_way = getattr(_client.transport, "under_way", {}) if _client else {}
     numbers = [asked.sock.fileno() for asked in list(under_way.values()) if asked.sock]
     return Held(*[number for number in numbers if number >= 0])
 
 
 def _check_root():
-    """Raise StoreUnavailable in a job whose configuration is not there: a loop that had it started the job."""
+    """Raise StoreUnavailable in a job whose configuration folder is gone; it was there when the loop began the job."""
     root = os.environ.get("LABTASKER_ROOT")
     if root and os.environ.get("LABTASKER_RUN_ID") and not os.path.isdir(root):
         raise StoreUnavailable(AWAY % root)
 
 
 def _rely_on_loops_store(transport):
-    """Have the store without a server that a job's loop uses be taken for away where it is not there."""
+    """In a job, treat the loop's store (without a server) as away, not as new, if it is not there."""
     store_id, _, folder = os.environ.get("LABTASKER_STORE", "").partition(" ")
     if store_id and isinstance(transport, StoreTransport) and transport.store.folder == folder:
         transport.store.file.expected = store_id
@@ -8829,20 +8833,20 @@ _at_exit = []
 
 
 def give_up_store():
-    """Let another host have the store that this process has written to without a server; it may go on with it."""
+    """Allow other hosts to take the store that this process used without a server; this process may still use it."""
     transport = _client and _client.transport
     if isinstance(transport, StoreTransport):
         transport.store.file.let_go()
 
 
 def use_client(other):
-    """Have this process use another Client, or with None one made from the configuration as it is now."""
+    """Have this process use another Client; with None, one made from the current configuration."""
     global _client
     _client = other
 
 
 def store_folder(config):
-    """Return the folder of the store that is configured, or None where that is a server's URL."""
+    """Return the folder of the configured store, or None if a server's URL is configured."""
     if re.match(r"https?://", config.url or ""):
         return None
     folder = for_system(re.sub(r"^file:", "", config.url)) if config.url else config.root
@@ -8850,8 +8854,9 @@ def store_folder(config):
 
 
 def missing_store(config):
-    """Return a sentence where the configuration names the folder of a store and there is no such folder, else None. A
-    folder that nothing names, the .labtasker of this place, is made when the first task is submitted."""
+    """Return a message if the configuration names a store's folder that does not exist, else None.
+
+    The default folder, .labtasker here, may be missing: the first submission makes it."""
     folder, source = store_folder(config), config.url and _source_of_url(config.source)
     if not folder or os.path.isdir(folder) or not (config.url or os.environ.get("LABTASKER_ROOT")):
         return None
@@ -8861,7 +8866,7 @@ def missing_store(config):
 
 
 def _transport(config):
-    """Return how to reach the queue: the URL that is configured, or a living server of the folder, or its file."""
+    """Return the transport to the queue: to the configured URL, to the folder's running server, or to its file."""
     folder = store_folder(config)
     if folder:
         if config.url and not config.url.startswith("file:") and missing_store(config):
@@ -8876,8 +8881,8 @@ def _transport(config):
 def _living_server(folder, queue_name):
     """Return the HttpTransport of the server that holds the store in `folder`, or None.
 
-    A server.json can be left over from a server that was killed, and its port be another's: what listens has to prove
-    that it has the key. One that can't is spoken of once, where no other address leads to the server."""
+    A killed server leaves its server.json, and another program may get its port, so whoever listens has to prove that
+    it has the key. If none of the addresses does, one message says so."""
     check_owner(os.path.join(folder, "server.json"), folder)
     told, strange = read_server_file(folder) or {}, None
     if not told.get("key"):
@@ -8895,19 +8900,19 @@ def _living_server(folder, queue_name):
     return None
 
 
-_SPOKEN_OF = set()  # what this process has said of such servers
+_SPOKEN_OF = set()  # messages about such servers that this process has printed
 
 
 def rediscover_server():
-    """Have this process go to the server that the configured folder names now: it may have moved.
+    """Have this process use the server that the configured folder names now, as the server may have moved.
 
-    A store is never opened instead of a server that is away: that would keep it from coming back elsewhere."""
+    The store itself is never opened while its server is away: that would keep the server from returning elsewhere."""
     config = load_config()
     folder = store_folder(config)
     if folder:
         try:
             client().go_to_server(folder, config.queue_name)
-        except StoreUnavailable:  # the configuration of a job's loop is away
+        except StoreUnavailable:  # the configuration folder of a job's loop is away
             pass
 
 
@@ -8915,7 +8920,7 @@ def rediscover_server():
 
 
 class Response:
-    """An answer: what it is made with are its attributes. It prints well."""
+    """An answer, with its values as attributes."""
 
     def __init__(self, **values):
         vars(self).update(values)
@@ -8936,7 +8941,7 @@ def _to_json(value):
 
 
 class Answer(Response):
-    """A thing that a server keeps, its fields as attributes; `to_dict()` gives them as they came: JSON types."""
+    """A task, worker, queue or event, with its fields as attributes. `to_dict()` has them in JSON types."""
 
     FIELDS = {}
 
@@ -8946,7 +8951,7 @@ class Answer(Response):
             for name, field in self.FIELDS.items()})
 
     def to_dict(self):
-        """Return the fields as they came, times as ISO text."""
+        """Return the fields in JSON types, times as ISO 8601 text."""
         return dict(self._values)
 
     def __eq__(self, other):
@@ -8983,8 +8988,8 @@ class Queue(Answer):
 
 
 class StateTransitionEvent(Answer):
-    """A step of a state machine: entity_type ("task" or "worker"), entity_id, old_state, new_state, timestamp,
-    entity_data (the task or worker then, as a dict, its id under "_id"), queue_id, type, metadata."""
+    """A change of state: entity_type ("task" or "worker"), entity_id, old_state, new_state, timestamp, entity_data (the
+    task or worker after it, as a dict, with its id under "_id"), queue_id, type, metadata."""
 
     FIELDS = {name: Field(kind, None, False, "") for name, kind in (
         ("type", "text"), ("queue_id", "id"), ("timestamp", "time"), ("metadata", "dict"), ("entity_type", "text"),
@@ -8992,8 +8997,8 @@ class StateTransitionEvent(Answer):
 
 
 class EventResponse(Answer):
-    """What an EventListener gives: `.event` (a StateTransitionEvent), `.timestamp`, `.sequence` (a count), `.id`, after
-    which `connect_events(after=...)` goes on (None from a server that gives none)."""
+    """An event: `.event` (a StateTransitionEvent), `.timestamp`, `.sequence` (a count), and `.id`, with which
+    `connect_events(after=...)` continues (None from a server without ids)."""
 
     FIELDS = {"sequence": Field("int", None, False, ""), "timestamp": Field("time", None, False, ""),
               "id": Field("text", None, True, "")}
@@ -9008,7 +9013,7 @@ class TaskSubmitResponse(Response):
 
 
 class TaskFetchResponse(Response):
-    """`.found`, `.task` (a Task or None), `.retry_in_s`: when a task that is there may be fetched, or None"""
+    """`.found`, `.task` (a Task or None), `.retry_in_s` (seconds until a task that waits may be fetched, or None)"""
 
 
 class HealthCheckResponse(Response):
@@ -9018,13 +9023,13 @@ class HealthCheckResponse(Response):
 class Listing(Response):
     """A sequence of Tasks or Workers: `len()`, `listing[0]`, `listing[-3:]` (a Listing again), `for task in listing`.
 
-    Without a limit it goes on after `.content` to all that match, which are asked for once, when they are needed.
-    A notebook shows the first of it as a table."""
+    Without a limit it continues after `.content` with all others that match; they are fetched once, when needed.
+    A notebook shows the first ones as a table."""
 
-    _rest = ()  # those which are not in `.content`, or the function that asks for them
+    _rest = ()  # the items after `.content`, or the function that fetches them
 
     def _later(self):
-        """Return those which are not in `.content`."""
+        """Return the items after `.content`."""
         if callable(self._rest):
             self._rest = tuple(self._rest())
         return self._rest
@@ -9057,7 +9062,7 @@ class Listing(Response):
             TASK_STATES + WORKER_STATES) if counts[status]) or "nothing", " and more" if self._rest != () else "")
 
     def _repr_html_(self):
-        """Return the first of `.content` as an HTML table, a row a task or worker, for a notebook."""
+        """Return the first items of `.content` as an HTML table for a notebook, one row for each."""
         import html
         shown = self.content[:SHOWN_ROWS]
         rows = [{name: value for name, value in flatten({top: getattr(item, top) for top in item.SHOWN})
@@ -9070,7 +9075,7 @@ class Listing(Response):
             line) for line in lines))
 
     def to_records(self):
-        """Return all of it as flat dicts, as `pandas.DataFrame` takes them: `args.lr`, `summary.acc` and the like."""
+        """Return all items as flat dicts with keys such as `args.lr` and `summary.acc`, for `pandas.DataFrame`."""
         return [{key: value for key, value in flatten({name: getattr(item, name) for name in item.FIELDS})
                  if value != {}}
                 for item in self]
@@ -9121,19 +9126,19 @@ class TaskUpdateRequest(Response):
         super().__init__(task_id=task_id, _given=given, **dict(dict.fromkeys(self.FIELDS), **given))
 
     def to_dict(self):
-        """Return what is sent."""
+        """Return the fields that are sent."""
         return dict(self._given, task_id=self.task_id)
 
 
-# `from labtasker.api_models import TaskUpdateRequest` works with nothing but this file.
+# `from labtasker.api_models import TaskUpdateRequest` works although there is no such file.
 api_models = sys.modules["labtasker.api_models"] = type(sys)("labtasker.api_models", "Classes of requests and answers")
 vars(api_models).update((kind.__name__, kind) for kind in (
     Task, Worker, Queue, TaskUpdateRequest, TaskSubmitResponse, TaskFetchResponse, TaskLsResponse, WorkerLsResponse,
     HealthCheckResponse, EventResponse, StateTransitionEvent))
 
-# Public functions. Each raises LabtaskerHTTPStatusError when it is refused, LabtaskerConnectError when nobody answers,
-# or when the answer was lost and asking again could do it twice (ONCE). Where one hands on `**locals()`, its parameters
-# are the fields that its route has.
+# Public functions. Each raises LabtaskerHTTPStatusError if it is refused, and LabtaskerConnectError if there is no
+# answer, or if the answer was lost and repeating the request could do it twice (ONCE). Where one passes `**locals()`,
+# its parameters are the fields of its route.
 
 
 def _given(**values):
@@ -9141,8 +9146,8 @@ def _given(**values):
 
 
 def _ask(route, **fields):
-    """Return the answer to a route of ROUTES. Each field goes where the route has it: into the path, the URL's query
-    or the body. None is not sent."""
+    """Return the answer to a route of ROUTES. Its row says whether a field goes into the path, the URL's query or the
+    body. None is not sent."""
     (method, path), fields = route.split(" "), _given(**fields)
     for name, value in fields.items():
         if isinstance(value, (Answer, TaskSubmitResponse)) and name.endswith("_id"):
@@ -9154,20 +9159,21 @@ def _ask(route, **fields):
 
 
 def _query(extra_filter, kind=Task):
-    """Return the query document of a filter: text, a document, or None."""
+    """Return the query document of a filter, which is text, a document or None."""
     if isinstance(extra_filter, str):
         return parse_filter(extra_filter, kind.FIELDS, now())
     return extra_filter
 
 
 def code_version():
-    """Return the commit of the git repository that the working folder is in, with "-dirty" where files that git knows
-    were changed since; None without one. Asked once a process and folder."""
+    """Return the commit of the working folder's git repository, with "-dirty" if tracked files were changed; or None.
+
+    Git is asked once for each process and folder."""
     try:
         here = os.getcwd()
         if here not in VERSIONS:
             VERSIONS[here] = _ask_git(here) if _nearest_with(".git", os.path.exists) else None
-    except OSError:  # somebody removed the folder
+    except OSError:  # the folder was removed
         return None
     return VERSIONS[here]
 
@@ -9185,11 +9191,11 @@ def _ask_git(folder):
 
 
 VERSIONS = {}  # folder: its code_version
-GIT_TIMEOUT_S = 5  # a large repository on a slow disk is not waited for
+GIT_TIMEOUT_S = 5  # do not wait for a large repository on a slow disk
 
 
 def health_check():
-    """Return `.status` "healthy" or "unhealthy", and `.database`: "connected" or why not."""
+    """Return `.status` ("healthy" or "unhealthy") and `.database` ("connected" or the problem)."""
     missing = missing_store(load_config())
     return HealthCheckResponse(**{"status": "unhealthy", "database": missing} if missing else _ask("GET /health/full"))
 
@@ -9200,27 +9206,27 @@ def create_queue(queue_name, password, metadata=None):
 
 
 def get_queue():
-    """Return the Queue that is configured."""
+    """Return the configured Queue."""
     return Queue(_ask("GET " + _QUEUE))
 
 
 def update_queue(new_queue_name=None, new_password=None, metadata_update=None):
-    """Return the Queue under its new name, password or metadata (merged; {} clears). The configuration stays."""
+    """Change the queue's name, password or metadata (merged; {} clears) and return it. The configuration stays."""
     return Queue(_ask("PUT " + _QUEUE, **locals()))
 
 
 def delete_queue(cascade_delete=True):
-    """Delete the queue that is configured, with its tasks and workers."""
+    """Delete the configured queue, with its tasks and workers."""
     _ask("DELETE " + _QUEUE, cascade_delete=bool(cascade_delete))
 
 
 def submit_task(task_name=None, args=None, metadata=None, cmd=None, heartbeat_timeout=None, task_timeout=None,
                 max_retries=3, priority=0, **ours):
-    """Return `.task_id` of a new pending task. `ours` are the fields of a submission that Labtasker 1.0.1 lacks; one
-    that there is not raises LabtaskerTypeError.
+    """Submit a task and return its `.task_id`.
 
-    `args` is what the job is run with: its keys must be exactly what the job requires. The timeouts are seconds;
-    a higher priority is fetched first. Asking again after a lost answer is safe: the id is made here."""
+    The keys of `args` must be exactly those that the job requires. The timeouts are in seconds; a higher priority is
+    fetched first. `ours` are further fields of a submission, such as `retry_delay`; an unknown one raises
+    LabtaskerTypeError. The id is made here, so that the request can be repeated when its answer is lost."""
     fields = locals()
     fields.update(fields.pop("ours"))
     if isinstance(task_name, dict):
@@ -9236,7 +9242,7 @@ def as_argument(name, value, like=None):
 
 
 def _submitted(task):
-    """Return the fields that are sent of a submission, with its id; raises LabtaskerTypeError for an unknown one."""
+    """Return the fields of a submission to send, with its id; raise LabtaskerTypeError for an unknown one."""
     if not isinstance(task, dict):
         raise LabtaskerTypeError("submit_tasks takes a list of dicts such as {'args': {'lr': 0.1}}, not of %s"
                                  % cut(repr(task)))
@@ -9249,18 +9255,18 @@ def _submitted(task):
 
 
 def _parts(items, size, doing):
-    """Yield the items in parts of that size; where they are more than one, a message on stderr says so."""
+    """Yield the items in parts of at most `size`; a message on stderr says so if there are several."""
     if len(items) > size:
         tell("labtasker: %s %d tasks, %d at a time" % (doing, len(items), size))
     return (items[at:at + size] for at in range(0, len(items), size))
 
 
 def submit_tasks(tasks, unique=False):
-    """Return the ids of many new tasks, given as dicts of submit_task's arguments.
+    """Submit tasks, given as dicts of submit_task's arguments, and return their ids.
 
-    `unique`: one whose args a task of the queue has already is not submitted again; the id is then that task's. Up to
-    5,000 are one transaction; of more, a message on stderr says so, since part of them may be there after a failure.
-    A server without the extension gets them one by one."""
+    `unique`: a task with the args of an existing task is not submitted; its id is that of the existing task. Up to
+    5,000 tasks are one transaction. More are sent in parts, of which a failure may leave some submitted, and a message
+    on stderr says so. A server without the extensions gets them one by one."""
     if unique:
         tasks = [dict(task, args=Plain(refuse_odd).value(task.get("args"), ["args"])) for task in tasks]
         new, ids = unseen(tasks)
@@ -9275,9 +9281,9 @@ def submit_tasks(tasks, unique=False):
 
 
 def submit_grid(grid, unique=False, **fields):
-    """Return the ids of new tasks, one for each combination: submit_grid({"lr": [0.1, 0.01], "seed": range(3)}).
+    """Submit a task for each combination, as in submit_grid({"lr": [0.1, 0.01], "seed": range(3)}), and return the ids.
 
-    `fields` are submit_task's arguments; `args` among them are what all the tasks have besides."""
+    `fields` are submit_task's arguments; `args` among them are further args that all tasks have."""
     if not isinstance(grid, dict):
         raise LabtaskerTypeError("submit_grid takes a dict of lists, such as {'lr': [0.1, 0.01]}, not %s"
                                  % cut(repr(grid)))
@@ -9312,11 +9318,11 @@ def unseen(tasks):
 
 def fetch_task(worker_id=None, eta_max=None, heartbeat_timeout=None, start_heartbeat=True, required_fields=None,
                extra_filter=None, cmd=None, fetch_id=None, wait_s=None, attempt=None, heartbeat_default=None):
-    """Return `.found` and `.task`: the next task that matches, which is running now.
+    """Fetch the next task that matches and return `.found` and `.task`, which is running from now on.
 
-    `eta_max` is a duration ("1h30m"), `heartbeat_timeout` seconds. `required_fields`: the keys that the task's
-    args must have, no more, no less; with "*" more are taken. `attempt` is what the task keeps of this run: a dict of
-    texts and numbers. `heartbeat_default`: a task's own heartbeat_timeout stays. Raises WorkerSuspended."""
+    `eta_max` is a duration ("1h30m"), `heartbeat_timeout` is in seconds. `required_fields`: the keys that the task's
+    args must have, no more, no less; "*" allows others. `attempt` is a dict of texts and numbers that the task keeps
+    about this run. `heartbeat_default`: a task's own heartbeat_timeout stays. Raises WorkerSuspended."""
     body = _given(**dict(locals(), extra_filter=_query(extra_filter), fetch_id=fetch_id or new_id()))
     answer = client().call("POST", _TASKS + "/next", body, _given(wait_s=wait_s))  # the transport waits so much longer
     return TaskFetchResponse(found=answer["found"], task=answer.get("task") and Task(answer["task"]),
@@ -9324,43 +9330,45 @@ def fetch_task(worker_id=None, eta_max=None, heartbeat_timeout=None, start_heart
 
 
 def end_fetch(fetch_id, hand_back=None):
-    """Have a fetch answered now if it waits, and given no task from now on; with `hand_back`, the task that it was
-    given, if that still runs, goes back to pending uncharged. Without the extensions it does nothing: no fetch waits
-    there, and none is known by its id."""
+    """End a fetch: it is answered now if it waits, and gets no task from now on.
+
+    With `hand_back` the task that it got becomes pending again if it still runs, and no retry is charged. Does nothing
+    without the extensions, with which alone a fetch waits and has an id."""
     if client().extensions:
         _ask("DELETE " + _TASKS + "/next", **locals())
 
 
 def send_report(task_id, status, summary=None, worker_id=None, run_id=None, reason=None, attempt=None, delay_s=None,
                 final=None):
-    """Report on a task as report_task_status does, for a run and a worker that are named; a task that is handed back is
-    given to nobody for `delay_s`, one that failed with `final` is not retried."""
+    """Report on a task as report_task_status does, for the given run and worker.
+
+    A task that is handed back is not fetched for `delay_s`; one that failed with `final` is not retried."""
     _ask("POST " + _TASKS + "/{task_id}/status", **locals())
 
 
 def send_heartbeat(task_id, worker_id=None, run_id=None, wait_s=None):
-    """Return the task's status ("running", else what became of it), or None from a server without the extension.
+    """Send a heartbeat and return the task's status, or None from a server without the extensions.
 
-    With `wait_s` the answer comes when the run is over, or after so many seconds."""
+    With `wait_s` the answer comes when the run is over, or after that time."""
     answer = _ask("POST " + _TASKS + "/{task_id}/heartbeat", answer="status", **locals())
     return answer and answer.get("status")
 
 
 def refresh_task_heartbeat(task_id, worker_id=None):
-    """Say that a running task is alive."""
+    """Send a heartbeat of a running task."""
     _ask("POST " + _TASKS + "/{task_id}/heartbeat", **locals())
 
 
 def get_task(task_id):
-    """Return the Task of this id."""
+    """Return the Task with this id."""
     return Task(_ask("GET " + _TASKS + "/{task_id}", task_id=task_id))
 
 
-LIMIT = type("Limit", (int,), {})(100)  # the limit where none is given
+LIMIT = type("Limit", (int,), {})(100)  # the default limit, told from a given 100 by its identity
 
 
 def _listing(answer, kind, fields):
-    """Return the Listing of a search; without a limit it can be iterated to its end."""
+    """Return the Listing of a search; if no limit was given, it continues to the last match."""
     body = _given(**dict(fields, extra_filter=_query(fields["extra_filter"], kind)))
     if not (isinstance(body.get(kind.ID), Answer) or NAME.match(str(body.get(kind.ID, "-")))):
         raise LabtaskerValueError("%s=%s is no id; did you mean extra_filter=%s?" % (
@@ -9368,7 +9376,7 @@ def _listing(answer, kind, fields):
     found = _found(kind, body)
     listing = answer(found=bool(found), content=[kind(item) for item in found])
 
-    def rest():  # all at once and from the start: by offset, what changes meanwhile would be left out or come twice
+    def rest():  # all at once and from the start: by offset, tasks that change meanwhile would be missed or come twice
         seen = {item[kind.ID] for item in found}
         return [kind(item) for item in _found(kind, dict(body, limit=10 ** 9)) if item[kind.ID] not in seen]
     if fields["limit"] is LIMIT and len(found) == LIMIT:
@@ -9377,7 +9385,7 @@ def _listing(answer, kind, fields):
 
 
 def _found(kind, body):
-    """Return what a search finds, as dicts."""
+    """Return the matches of a search as dicts."""
     document, limit = body.get("extra_filter"), body.get("limit")
     if isinstance(document, dict) and not {"status", "task_name", "worker_name", "_id"}.isdisjoint(document):
         body = dict(body, extra_filter={"$and": [document]})  # a 1.0.1 server lets other fields replace these
@@ -9387,9 +9395,9 @@ def _found(kind, body):
 
 
 def _found_by_pages(kind, body):
-    """Return what a search finds where the server shows PLAIN_LIMIT at most, sorted here.
+    """Return the matches of a search on a server that lists at most PLAIN_LIMIT, sorted here.
 
-    The pages go by id: by offset, what changes meanwhile would be left out or come twice."""
+    The pages go by id: by offset, tasks that change meanwhile would be missed or come twice."""
     found, page, wished = [], None, [body["extra_filter"]] if body.get("extra_filter") else []
     while page is None or len(page) == PLAIN_LIMIT:
         parts = wished + ([{"_id": {"$gt": found[-1][kind.ID]}}] if found else [])
@@ -9404,19 +9412,19 @@ def _found_by_pages(kind, body):
 
 
 def ls_tasks(task_id=None, task_name=None, status=None, extra_filter=None, limit=LIMIT, offset=0, sort=None):
-    """Return `.content`, the Tasks that match all that is given, the longest unchanged first.
+    """Return a Listing of the Tasks that match all conditions, the least recently changed first.
 
-    `extra_filter` is filter text ('args.lr > 0.01 and summary.acc > 0.9') or a query document; `sort` a list of
-    [field, 1 or -1]. Only `limit` tasks are in `.content`; where none is given, `for task in ls_tasks():` and
-    `.to_records()`, which pandas.DataFrame takes, go on to all."""
+    `extra_filter` is filter text ('args.lr > 0.01 and summary.acc > 0.9') or a query document; `sort` is a list of
+    [field, 1 or -1]. `.content` has at most `limit` tasks. Without a limit, `for task in ls_tasks():` and
+    `.to_records()`, which pandas.DataFrame takes, continue to all tasks."""
     return _listing(TaskLsResponse, Task, locals())
 
 
 def update_tasks(task_updates, reset_pending=False):
-    """Return `.content`, the Tasks as they are after these TaskUpdateRequests: all are done, or none.
+    """Carry out all of these TaskUpdateRequests, or none, and return a Listing of the Tasks after it.
 
-    Of more than a server takes at once (10,000; 1,000 at a 1.0.1 server) a message on stderr says that they go
-    in parts; and a 1.0.1 server may do some of a part. `reset_pending`: they become pending again with retries at 0."""
+    More than a server takes at once (10,000; a 1.0.1 server 1,000) are sent in parts, and a message on stderr says so;
+    a 1.0.1 server may carry out some of a part. `reset_pending`: they become pending again with retries at 0."""
     if isinstance(task_updates, (TaskUpdateRequest, dict)):
         raise LabtaskerTypeError("update_tasks takes a list; did you mean update_tasks([%s])?"
                                  % cut(repr(task_updates)))
@@ -9435,7 +9443,7 @@ def update_tasks(task_updates, reset_pending=False):
 
 
 def _by_dotted_keys(update):
-    """Return an update with the dicts that it merges written by dotted keys: a 1.0.1 server merges no deeper ones."""
+    """Return an update with dotted keys for the dicts to merge: a 1.0.1 server does not merge nested dicts."""
     kept = update.get("replace_fields") or ()
     return {name: dict(flatten(value)) if isinstance(value, dict) and name not in kept else value
             for name, value in update.items()}
@@ -9447,22 +9455,22 @@ def delete_task(task_id):
 
 
 def create_worker(worker_name=None, metadata=None, max_retries=3):
-    """Return the id of a new worker; it gets no more tasks after `max_retries` failed runs."""
+    """Register a worker and return its id. It gets no more tasks after `max_retries` failed runs."""
     return _ask("POST " + _WORKERS, worker_id=new_id(), **locals())["worker_id"]
 
 
 def ls_workers(worker_id=None, worker_name=None, status=None, extra_filter=None, limit=LIMIT, offset=0, sort=None):
-    """Return `.content`, the Workers that match all that is given; iterating goes on as with ls_tasks."""
+    """Return a Listing of the Workers that match all conditions; see ls_tasks."""
     return _listing(WorkerLsResponse, Worker, locals())
 
 
 def report_worker_status(worker_id, status):
-    """Set a worker active (its retries start at 0 again), suspended or crashed."""
+    """Set a worker active (which sets its retries to 0), suspended or crashed."""
     _ask("POST " + _WORKERS + "/{worker_id}/status", worker_id=worker_id, status=status)
 
 
 def delete_worker(worker_id, cascade_update=True):
-    """Delete a worker; with `cascade_update` its tasks name no worker any more."""
+    """Delete a worker; with `cascade_update` its tasks no longer name it."""
     _ask("DELETE " + _WORKERS + "/{worker_id}", worker_id=worker_id, cascade_update=bool(cascade_update))
 
 
@@ -9470,21 +9478,21 @@ def delete_worker(worker_id, cascade_update=True):
 
 
 def is_away(error):
-    """Return whether the error says that the server, or the store's disk, may be back later.
+    """Return whether an error means that the server, or the store's disk, may be back later.
 
-    A server that was found through its folder knows no password of before its restart, only the folder has the new."""
+    A 401 does too if the server was found through its folder: it has a new key after a restart."""
     status = getattr(error, "status", None)
     return isinstance(error, LabtaskerConnectError) or status in (502, 503, 504, 507) or (
         status == 401 and store_folder(load_config()) is not None)
 
 
 def parse_events(lines):
-    """Yield {"event", "data", "id", ...} for each server-sent event in lines of bytes; one that is cut off is none."""
+    """Yield {"event", "data", "id", ...} for each server-sent event in lines of bytes, ignoring one that is cut off."""
     found = {}
     for line in lines:
         line = line.decode("utf-8", "replace").rstrip("\r\n")
         name, _, value = line.partition(":")
-        if name:  # else a comment, or the end of an event
+        if name:  # without one it is a comment or the end of an event
             value = value[1:] if value.startswith(" ") else value
             found[name] = found[name] + "\n" + value if name == "data" and name in found else value
         elif not line:
@@ -9494,11 +9502,11 @@ def parse_events(lines):
 
 
 class EventListener:
-    """Hears the steps of the queue's tasks and workers from `start` on, in a thread that reconnects for ever.
+    """Receives the state changes of the queue's tasks and workers from `start` on, in a thread that reconnects forever.
 
-    Where the store or the server gives events ids, none is lost meanwhile; else stderr says that some may be. `after`:
-    the id of an event, whose successors come first ("0.0": all that the store still has); `help events` says how many.
-    `with EventListener() as listener:` starts it and stops it at the end."""
+    If events have ids, none is lost between two connections; else a message on stderr says that some may be. `after`:
+    begin after the event with this id ("0.0": with all that the store still has; `help events` says how many).
+    `with EventListener() as listener:` starts it, and stops it at the end."""
 
     def __init__(self, after=None):
         if after is not None and not (isinstance(after, str) and EVENT_ID.match(after)):
@@ -9515,14 +9523,14 @@ class EventListener:
         self.stop()
 
     def start(self, timeout=10):
-        """Return this listener once it is connected; raises what any call does where it can't be within `timeout` s."""
+        """Return this listener once it is connected; raise as any call does if that takes over `timeout` seconds."""
         self.config, self.timeout_s = load_config(), timeout
         events = self._connect()
         threading.Thread(target=self._listen, args=(events,), name="labtasker events", daemon=True).start()
         return self
 
     def stop(self):
-        """Listen no more; who waits for an event gets None."""
+        """Stop listening; a thread that waits for an event gets None."""
         with self.lock:
             self.stopped, self.client_id = True, None
             if self.lines:
@@ -9530,17 +9538,17 @@ class EventListener:
             self.lock.notify_all()
 
     def is_connected(self):
-        """Return whether the stream is open at this moment."""
+        """Return whether the listener is connected now."""
         return self.client_id is not None
 
     def get_client_id(self):
-        """Return the id that the server gave this listener, None while there is no connection."""
+        """Return the id that the server gave this listener, or None while it is not connected."""
         return self.client_id
 
     def get_event(self, timeout=None):
-        """Return the next EventResponse, waited for; None after `timeout` seconds, or when the listener was stopped.
+        """Wait for the next EventResponse and return it; None after `timeout` seconds, or once the listener is stopped.
 
-        Raises LabtaskerRuntimeError where it was not started, or why it can't go on."""
+        Raises LabtaskerRuntimeError if it was not started, or the error because of which it can't continue."""
         with self.lock:
             if self.client is None:
                 raise LabtaskerRuntimeError("this listener was not started: call its start(), or connect_events()")
@@ -9554,11 +9562,11 @@ class EventListener:
             return None
 
     def iter_events(self):
-        """Yield each event as it comes, until the listener is stopped."""
+        """Yield the events as they come, until the listener is stopped."""
         return iter(self.get_event, None)
 
     def _connect(self):
-        """Return the events of a new connection, the first of which said who we are."""
+        """Return the events of a new connection, after the first, which has our id."""
         client = Client(_transport(self.config))
         lines = client.listen(self.last_id, self.timeout_s)
         events = parse_events(lines)
@@ -9577,14 +9585,14 @@ class EventListener:
         return events
 
     def _listen(self, events):
-        """Take events, from a new connection when one ends, until the listener is stopped or not wanted any more."""
+        """Take events, reconnecting when a connection ends, until the listener is stopped or refused."""
         delay_s = 0.1
         while events or not self.stopped:
             try:
                 for event in events or self._connect():
                     self._take(event)
                     delay_s = 0.1
-            except Exception as error:  # raised where the events are asked for
+            except Exception as error:  # `get_event` raises it
                 if not is_away(error):
                     self.error, self.stopped = error, True
             events = None
@@ -9592,7 +9600,7 @@ class EventListener:
             delay_s = min(delay_s * 2, 3.0)
 
     def _pause(self, seconds):
-        """Note that the stream has ended, and wait so long, or until the listener is stopped."""
+        """Note that the connection has ended, and wait for `seconds`, or until the listener is stopped."""
         with self.lock:
             is_lossy = self.client_id and self.last_id is None and not self.stopped
             self.client_id = None
@@ -9604,7 +9612,7 @@ class EventListener:
                  % self.client.where)
 
     def _take(self, event):
-        """Keep an event for who asks; a listener that nobody asks lets the server wait."""
+        """Keep an event for `get_event`. If too many are kept, the server has to wait."""
         if event.get("event") == "too_old":
             tell("labtasker: %s" % json.loads(event["data"]).get("detail"))
         if event.get("event") == "event":
@@ -9616,8 +9624,9 @@ class EventListener:
 
 
 def connect_events(timeout=10, after=None):
-    """Return an EventListener that hears the queue's events from now on, or from `after` an event's id on; raises where
-    it can't within `timeout` s. `with connect_events() as listener:` stops it at the end."""
+    """Return an EventListener, connected, of the queue's events from now on, or of those after the event id `after`.
+
+    Raises if it can't connect within `timeout` seconds. `with connect_events() as listener:` stops it at the end."""
     return EventListener(after).start(timeout)
 
 

@@ -249,7 +249,7 @@ def check_told(server, cutter, route, call):
     before = len(lines(server))
     told = lose(cutter, call, "no answer")
     assert isinstance(told, L.LabtaskerConnectError), route
-    assert re.search("broke before the answer came .*: %s; look before you ask again" % L.ONCE[route][1], str(told)), route
+    assert re.search("broke before the answer came .*: %s; check before you repeat it" % L.ONCE[route][1], str(told)), route
     assert len(lines(server)) - before == 1, route
 
 
