@@ -2568,11 +2568,16 @@ class JournalFile:
         self.header, self.notices = {}, []
 
     def exists(self):
-        """Return whether there is a journal to read."""
+        """Return whether there is a journal to read; raises StoreDamaged where it is a folder, a pipe or a device: its
+        name must not be taken for the journal's, and reading it may never end."""
+        import stat
         try:
-            return os.stat(self.path).st_size > 0
+            there = os.stat(self.path)
         except FileNotFoundError:
             return False
+        if not stat.S_ISREG(there.st_mode):
+            raise StoreDamaged("%s is not a plain file, as a journal is" % self.path)
+        return there.st_size > 0
 
     def open(self):
         """Open the file and read its header, or raise StoreDamaged; a missing or empty one is made."""
@@ -3109,7 +3114,7 @@ Piece = collections.namedtuple("Piece", "offset data value problem due lost")
 def walk(path):
     """Yield a Piece for each line of a journal file and its header. Only reads; others may write meanwhile."""
     folds = n = offset = tail = 0  # n None: the header is lost, and with it where the numbers begin
-    with open(path, "rb") as file:
+    with open_plain(path) as file:
         for data in file:
             value = unseal(data)
             is_fold = 0 < offset < tail or n is None and "fold" in (value or {})
@@ -3977,6 +3982,8 @@ def refusal(path):
     there = path
     while not os.path.exists(there):
         there = os.path.dirname(there)
+    if there == path and not os.path.isfile(path):
+        return "%s is not a plain file, as a journal is" % path
     asked = {there, os.path.dirname(os.path.realpath(there)) if os.path.isfile(there) else there}
     if all(os.access(one, os.W_OK) for one in asked):
         return None
@@ -4178,6 +4185,7 @@ class StoreFile:
         A server of this host holds the lock for life, so it is not waited for."""
         try:
             if self.file_lock.fd is None and not self.expected:
+                self.file.exists()
                 Disk.make_folder(self.folder)
             if self.file_lock.acquire(min(timeout_s, SERVER_LOCK_S)):
                 return None if self.file_lock.is_in_place() else self._lock_anew(timeout_s)
@@ -5275,11 +5283,12 @@ def fold(path, draft):
 
 def compact(path):
     """Return (bytes before, bytes after) of a store that no server holds."""
+    JournalFile(path).exists()  # else something that is no journal's gets a neighbour
+    before = os.stat(path).st_size
     guard = FileLock(real_path(path) + ".compact")
     if not guard.acquire(0):
         raise StoreUnavailable("%s is being compacted already" % path)
     try:
-        before = os.stat(path).st_size
         StoreFile(path).compact()
         return before, os.stat(path).st_size
     finally:

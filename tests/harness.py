@@ -156,7 +156,7 @@ class Server:
         self.process = start_cli(["serve", "--host", "127.0.0.1", "--port", str(port), "--db-path", self.journal]
                                  + self.args, self.folder, self.log, python=self.python)
         text = wait_until(lambda: re.search(r"listening on (https?://[\w.]+:\d+)", self.output(begin)),
-                          "the server listens", never=lambda _: self.ended(begin))
+                          "the server listens", 120, never=lambda _: self.ended(begin))
         self.url = text.group(1)
 
     def ended(self, begin):

@@ -398,6 +398,19 @@ ODD = ["folder", "pipe", "device", "socket", "huge", b"", b"\0" * 100, b"{", b"[
        b'{"n": ' + b"[" * 100000, b"7" * 10000]
 
 
+@pytest.mark.parametrize("kind", ["folder", "pipe", "device", "socket"])
+def test_what_is_no_plain_file_is_never_read_locked_or_replaced_as_a_journal(tmp_path, monkeypatch, kind):
+    monkeypatch.chdir(tmp_path)
+    path = str(odd(tmp_path / "journal.jsonl", kind))
+    before = os.lstat(path)
+    for use in (L.Survey, L.compact, L.repair_store, L.check_known, lambda path: L.Store(path, is_server=True).file.open(),
+                lambda path: put(L.Store(path), 1), lambda path: held(L.Store(path))):
+        with pytest.raises((L.LabtaskerError, AssertionError), match="plain file"):
+            use(path)
+    assert "plain file" in L.answer_call(L.Store(path), None, "GET", "/health/full")[1]["database"]
+    assert os.lstat(path) == before and os.listdir(str(tmp_path)) == ["journal.jsonl"]
+
+
 @pytest.mark.parametrize("kind", ODD, ids=repr)
 def test_a_file_of_ours_that_is_no_plain_small_json_object_is_named_and_never_waited_for(tmp_path, monkeypatch, kind):
     monkeypatch.chdir(tmp_path)
