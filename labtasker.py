@@ -3977,13 +3977,10 @@ def in_other_process(function, *words):
 
 
 def refusal(path):
-    """Return why this process may not write to the store at `path`, or None. For a store that does not exist yet, the
-    folder in which it would be made is checked."""
+    """Return why this process may not write to the store at `path`, or make it where there is none, or None."""
     there = path
     while not os.path.exists(there):
         there = os.path.dirname(there)
-    if there == path and not os.path.isfile(path):
-        return "%s is not a plain file, as a journal is" % path
     asked = {there, os.path.dirname(os.path.realpath(there)) if os.path.isfile(there) else there}
     if all(os.access(one, os.W_OK) for one in asked):
         return None
@@ -5689,7 +5686,11 @@ def _connection_health(store, caller, request):
 
 
 def _store_health(store, caller, request):
-    problem = store.file.problem() or store.journal.writer.broken or refusal(store.path)
+    try:
+        store.journal.file.exists()
+        problem = store.file.problem() or store.journal.writer.broken or refusal(store.path)
+    except StoreDamaged as error:  # it is no plain file
+        problem = str(error)
     return {"status": "unhealthy" if problem else "healthy", "database": problem or "connected"}
 
 
