@@ -1400,12 +1400,12 @@ def _is_index(key, array):
 
 def _equal_test(operand):
     operand = _constant(operand)
-    kinds, order = _kinds(operand), _order(operand, sorted)
+    kinds, order = _kinds(operand), order_key(operand, sorted)
     if kinds:
         return lambda value: value == operand and type(value) in kinds
     if operand is None:
         return lambda value: value is None or value is MISSING
-    return lambda value: _order(value, sorted) == order
+    return lambda value: order_key(value, sorted) == order
 
 
 def _in_test(operands):
@@ -1458,14 +1458,15 @@ def _ordered(compare):
     def calculate(one, other):
         if type(one) in NUMBERS and type(other) in NUMBERS:
             return compare(one, other)
-        first, second = _order(one), _order(other)
+        first, second = order_key(one), order_key(other)
         return one is not MISSING and first[0] == second[0] and compare(first, second)
     return calculate
 
 
 def _equality(is_equal):
     """Return a function of two values: whether both are there and are equal (or, without `is_equal`, differ)."""
-    return lambda one, other: MISSING not in (one, other) and (_order(one, sorted) == _order(other, sorted)) is is_equal
+    return lambda one, other: MISSING not in (one, other) and (
+        order_key(one, sorted) == order_key(other, sorted)) is is_equal
 
 
 def _numbers(calculate):
@@ -1509,7 +1510,7 @@ def sort_records(records, sort, ties):
         first.setdefault(field, direction)  # the same field again changes nothing
     for field, direction in reversed(list(first.items())):
         keys, last = field.split("."), NAN_LAST[direction]
-        found = in_order(found, lambda record: _order(get_path(getattr(record, keys[0], None), keys[1:]), nan=last),
+        found = in_order(found, lambda record: order_key(get_path(getattr(record, keys[0], None), keys[1:]), nan=last),
                          direction < 0)
     return found
 
@@ -1522,16 +1523,16 @@ def in_order(records, key, reverse=False):
     return list(heapq.merge(*parts, key=key, reverse=reverse)) if len(parts) > 1 else parts[0] if parts else []
 
 
-def _order(value, arranged=iter, nan=(2, 0)):
+def order_key(value, arranged=iter, nan=(2, 0)):
     """Return the key that sorts values of all kinds, in the order of BRACKETS; `nan` is the key of NaN.
 
     Dicts compare pair by pair, as in MongoDB: by the kind of the value, then by the key, then by the value. Where only
     equality counts, `arranged` puts the pairs into one order."""
     kind = type(value)
     if kind is list:
-        return BRACKETS[kind], tuple(_order(each, arranged, nan) for each in value)
+        return BRACKETS[kind], tuple(order_key(each, arranged, nan) for each in value)
     if kind is dict:
-        return BRACKETS[kind], tuple((BRACKETS[type(each)], key, _order(each, arranged, nan))
+        return BRACKETS[kind], tuple((BRACKETS[type(each)], key, order_key(each, arranged, nan))
                                      for key, each in arranged(value.items()))
     if value is None or value is MISSING:
         return NULL_ORDER
@@ -2455,7 +2456,7 @@ def unseal(line):
 _read_json = json.JSONDecoder().raw_decode  # faster than json.loads: it looks for no white space around
 
 
-def unseal_all(lines):
+def _unseal_all(lines):
     """Return the JSON value of each of these lines, given without newlines, or None for a damaged one.
 
     When all are whole they are parsed as one text, which is faster."""
@@ -2537,7 +2538,7 @@ def mark_text(mark):
     return mark[:8].decode("latin-1") or None
 
 
-class Batch:
+class _Batch:
     """Lines that go to disk together. They are there once it is `done`, unless `error` says why they are not."""
 
     __slots__ = ("lines", "done", "error")
@@ -2546,7 +2547,7 @@ class Batch:
         self.lines, self.done, self.error = [], False, None  # lines: (body, on_failed, on_written), see Journal
 
 
-def header_line(fd):
+def _header_line(fd):
     """Return the first line of an open journal, whatever it is."""
     return os.pread(fd, HEADER_BYTES, 0).partition(b"\n")[0] + b"\n"
 
@@ -2586,7 +2587,7 @@ class JournalFile:
             self._make()
         fd = self._open()
         try:
-            line = header_line(fd)
+            line = _header_line(fd)
             header = unseal(line) or {}
             if header.get("journal") != "labtasker":
                 raise StoreDamaged("%s: byte 0: its first line is not the header of a Labtasker journal; nothing was "
@@ -2652,7 +2653,7 @@ class JournalFile:
                 break
             last = chunk.rfind(b"\n") + 1
             lines = (os.pread(self.fd, offset - start, start) + chunk[:last]).split(b"\n")[:-1] if last else []
-            for line, value in zip(lines, unseal_all(lines)):
+            for line, value in zip(lines, _unseal_all(lines)):
                 if value is None or not self._is_next(value):
                     return self._heal()
                 self.size += len(line) + 1
@@ -2757,7 +2758,7 @@ class JournalFile:
             "them); they are kept in %s" % (self.path, end - self.size, self.size, aside))
 
 
-class JournalWriter:
+class _JournalWriter:
     """What changes a journal's file: it writes, syncs, cuts back, and puts another file in its place.
 
     Nothing is written unless this process owns the store and the file is the one that was read."""
@@ -2784,7 +2785,7 @@ class JournalWriter:
         try:
             is_there = os.stat(file.path).st_ino == file.inode
         except OSError:
-            raise StoreAway(AWAY % file.path) from None
+            raise _StoreAway(AWAY % file.path) from None
         found = os.pread(file.fd, MARK_BYTES + 2 + len(file.remains), file.size - 1 - MARK_BYTES)
         mark, rest = found[:MARK_BYTES], found[MARK_BYTES + 1:]
         if end != file.size:
@@ -2857,7 +2858,7 @@ class JournalWriter:
         fd = file.disk.open(draft, os.O_RDWR | os.O_APPEND | os.O_CLOEXEC)
         try:
             mark = os.pread(file.fd, MARK_BYTES, offset - 1 - MARK_BYTES)
-            if mark_text(mark) != unseal(header_line(fd))["read_crc"]:
+            if mark_text(mark) != unseal(_header_line(fd))["read_crc"]:
                 raise StoreUnavailable("another file was put in the place of %s while it was compacted" % file.path)
             while file.size - offset > ADOPT_BYTES:
                 offset = self._append_to(fd, offset)
@@ -2889,7 +2890,7 @@ class JournalWriter:
         is_late = length > known[0]
         if is_late:  # this process was stopped just then, and another owner wrote: its lines are in no other file
             self._copy(fd, end, length)
-        header = unseal(header_line(fd))
+        header = unseal(_header_line(fd))
         with self.lock:
             file.use(os.dup(fd), header)
             file.size, file.mark = size, os.pread(fd, MARK_BYTES, size - 1 - MARK_BYTES)
@@ -2916,8 +2917,8 @@ class Journal:
     def __init__(self, path, lock, fsync="always", disk=Disk, shared=None):
         self.path, self.lock, self.fsync, self.shared = os.path.abspath(path), lock, fsync, shared
         self.file = JournalFile(path, lock, disk)
-        self.writer = JournalWriter(self.file, stops=not shared)  # shared: the next operation reads what is there
-        self.batch = Batch()  # what is added goes to disk with this one
+        self.writer = _JournalWriter(self.file, stops=not shared)  # shared: the next operation reads what is there
+        self.batch = _Batch()  # what is added goes to disk with this one
         self.writing = None  # the batch that is being written now
 
     @property
@@ -2963,7 +2964,7 @@ class Journal:
         with self.lock:
             if not self.batch.lines:
                 return self._sync_read() if self.shared else None
-            batch, self.batch = self.batch, Batch()
+            batch, self.batch = self.batch, _Batch()
             self.writing = batch
             first = file.n - len(batch.lines) + 1
         is_synced, data = False, b""
@@ -3025,7 +3026,7 @@ class Journal:
                 return self._stands(data)
             added = os.pread(file.fd, os.fstat(file.fd).st_size - file.size, file.size).split(b"\n")[:-1]
             end = file.size + sum(len(line) + 1 for line in added)
-            if end <= file.size + len(data) or None in unseal_all(added):
+            if end <= file.size + len(data) or None in _unseal_all(added):
                 return False
             self.writer.write_anew(end)
         except (OSError, StoreUnavailable):
@@ -3044,7 +3045,7 @@ class Journal:
 
     def _take_back(self, batch, first, error):
         """Remove the lines of `batch`, and what was added since, from memory and from the file."""
-        newer, self.batch = self.batch, Batch()
+        newer, self.batch = self.batch, _Batch()
         for _, on_failed, _ in reversed(batch.lines + newer.lines):
             if on_failed:
                 on_failed()
@@ -3055,7 +3056,7 @@ class Journal:
             error = StoreUnavailable("%s can't be written: %s: %s" % (self.path, type(error).__name__, error))
         batch.error = newer.error = error
         newer.done = True
-        if not (self.writer.fenced or isinstance(error, StoreAway)):
+        if not (self.writer.fenced or isinstance(error, _StoreAway)):
             self.writer.cut_back()
 
     def settle(self):
@@ -3080,7 +3081,7 @@ class Journal:
         self.file.close()
 
 
-class StoreAway(StoreUnavailable):
+class _StoreAway(StoreUnavailable):
     """The journal's file is not there; nothing was written."""
 
 
@@ -3257,7 +3258,7 @@ LOOK_INTERVAL_S = 1.0  # time-outs are not looked for more often
 dump_json = json.JSONEncoder(separators=(",", ":"), check_circular=False).encode  # what came as JSON has no circles
 
 
-class Beats:
+class _Beats:
     """When each run began and was last heard of, on the monotonic clock. `runs` is {run id: (began, last heard of)}.
 
     A run that is not known (a server has just started) has its full time before it."""
@@ -3372,7 +3373,7 @@ class BeatFiles:
             self.pop(name)
 
 
-class Remembered(dict):
+class _Remembered(dict):
     """A cache: a dict that is emptied when its values take too many bytes."""
 
     def __init__(self, most_bytes):
@@ -3395,11 +3396,11 @@ def _weight_bytes(texts):
     return sum(map(len, texts)) + 100 * len(texts) + 100
 
 
-_SHAPES = Remembered(4 << 20)  # keys of args whose values are no dicts: shape
-_TAKEN = Remembered(4 << 20)  # (required fields, shape): whether they take it
+_SHAPES = _Remembered(4 << 20)  # keys of args whose values are no dicts: shape
+_TAKEN = _Remembered(4 << 20)  # (required fields, shape): whether they take it
 
 
-def shape_of(args):
+def _shape_of(args):
     """Return the set of paths in `args`."""
     for value in args.values():
         if type(value) is dict and value:
@@ -3408,7 +3409,7 @@ def shape_of(args):
     return _SHAPES.get(keys) or _SHAPES.keep(keys, paths_of(args), 3 * _weight_bytes(keys))
 
 
-def takes(required, shape):
+def _takes(required, shape):
     """Return whether a fetch with these required fields takes tasks of this shape."""
     known = _TAKEN.get((required, shape))
     if known is None:
@@ -3417,7 +3418,7 @@ def takes(required, shape):
     return known
 
 
-class Standing:
+class _Standing:
     """A request that fetches repeat: its matches in order, and how far it has read the log.
 
     With `predicate` None all tasks with the required fields match."""
@@ -3446,7 +3447,7 @@ class Pending:
         self.heaps = {}  # shape: heap of (-priority, last_modified, created_at, task id)
         self.counts = {}  # shape: how many tasks are pending
         self.paths = 0  # in all shapes together: searching the shapes costs as much
-        self.taking = Remembered(TAKING_BYTES)  # required fields: the heaps of the shapes that they take
+        self.taking = _Remembered(TAKING_BYTES)  # required fields: the heaps of the shapes that they take
         self.standing = collections.OrderedDict()  # (required fields, filter): Standing, the latest asked for last
         self.log, self.log_start = [], 0  # entries that became pending, for the standing requests
         # {task id: entry} of the tasks that nobody gets before their not_before; a heap of (not_before, entry) of them
@@ -3495,11 +3496,11 @@ class Pending:
         if len(self.resting) > MOST_LOOKED_AT:
             return self.next_release()
         found = map(self.tasks.get, self.resting)
-        return min((task.not_before for task in found if (predicate is None or predicate(task)) and takes(
-            required, shape_of(task.args))), default=None)
+        return min((task.not_before for task in found if (predicate is None or predicate(task)) and _takes(
+            required, _shape_of(task.args))), default=None)
 
     def _place(self, entry, task):
-        shape = shape_of(task.args)
+        shape = _shape_of(task.args)
         heap = self.heaps.get(shape)
         if heap is None:
             heap = self.heaps[shape] = []
@@ -3515,7 +3516,7 @@ class Pending:
 
     def retire(self, task):
         """Remove a record that is no longer pending, or that another one replaces."""
-        shape = shape_of(task.args)
+        shape = _shape_of(task.args)
         count = self.counts[shape] = self.counts[shape] - 1
         heap = self.heaps[shape]
         if not count:
@@ -3563,7 +3564,7 @@ class Pending:
             return self.first_matching(required, None, None)
         heaps = self.taking.get(required)
         if heaps is None:
-            heaps = [heap for shape, heap in self.heaps.items() if takes(required, shape)]
+            heaps = [heap for shape, heap in self.heaps.items() if _takes(required, shape)]
             self.taking.keep(required, heaps, _weight_bytes(required) + 8 * len(heaps))
         tops = [top for top in map(self._top, heaps) if top]
         return self.tasks[min(tops)[3]] if tops else None
@@ -3586,19 +3587,19 @@ class Pending:
                 return asked, False, [(None, self.log[asked.cursor - self.log_start:])], end
         if len(self.standing) >= MAX_STANDING:
             self.standing.popitem(last=False)
-        asked = self.standing[required, text] = Standing(required, text, predicate, end)
+        asked = self.standing[required, text] = _Standing(required, text, predicate, end)
         return asked, True, [(shape, list(heap)) for shape, heap in self.heaps.items()], end
 
     def matches(self, asked, lists):
         """Return the entries in `lists` that match. Needs no lock: what changes meanwhile is in the log."""
         found = []
         for shape, entries in lists:
-            if shape is not None and not takes(asked.required, shape):
+            if shape is not None and not _takes(asked.required, shape):
                 continue
             for entry in entries:
                 task = self.alive(entry)
                 if task and (asked.predicate is None or asked.predicate(task)) and (
-                        shape is not None or takes(asked.required, shape_of(task.args))):
+                        shape is not None or _takes(asked.required, _shape_of(task.args))):
                     found.append(entry)
         return found
 
@@ -3621,7 +3622,7 @@ class LocalName(str):
     """The name of a queue, from a caller who may read the store's file and so needs no password."""
 
 
-class QueueId(str):
+class _QueueId(str):
     """The id of a queue, from a caller who gave its password; `stored` is the hash that the password matched.
 
     It is of no use once the queue has another password."""
@@ -3632,7 +3633,7 @@ class QueueId(str):
         return made
 
 
-class QueueState:
+class _QueueState:
     """A queue in memory: its record, its tasks in the order of their last change, its workers, the indexes.
 
     Only `put_task` and `put_worker` change it: they keep the indexes and return what was there."""
@@ -3673,12 +3674,12 @@ class QueueState:
 
     def with_record(self, record):
         """Return the same queue with another record."""
-        other = QueueState(record)
+        other = _QueueState(record)
         other.__dict__.update(self.__dict__, record=record)
         return other
 
 
-def revised(record, fields):
+def _revised(record, fields):
     """Return a new record with these fields changed; numbers become Instants where the field is a time.
 
     It is faster than namedtuple's `_replace`."""
@@ -3693,7 +3694,7 @@ def revised(record, fields):
 
 
 def new_task(queue_id, task_id, fields):
-    """Return the record of a new task with these fields; faster than `revised`."""
+    """Return the record of a new task with these fields; faster than `_revised`."""
     values = {**_BLANK_VALUES, **fields}  # in the order of TASK_FIELDS
     values["task_id"], values["queue_id"] = task_id, queue_id
     for name in _TASK_TIMES:
@@ -3714,7 +3715,7 @@ class State:
     """All queues. `apply` is the only thing that changes them, live and at replay: the fold over the journal."""
 
     def __init__(self):
-        self.queues, self.names = {}, {}  # {queue id: QueueState}, {queue name: queue id}
+        self.queues, self.names = {}, {}  # {queue id: _QueueState}, {queue name: queue id}
 
     def clear(self):
         """Forget all queues."""
@@ -3761,15 +3762,15 @@ class State:
 def _apply_queue(state, queue_id, fields):
     there = state.queues.get(queue_id)
     if there is None:
-        return state.put_queue, queue_id, QueueState(revised(QueueRecord(queue_id=queue_id), fields))
-    return state.put_queue, queue_id, there.with_record(revised(there.record, fields))
+        return state.put_queue, queue_id, _QueueState(_revised(QueueRecord(queue_id=queue_id), fields))
+    return state.put_queue, queue_id, there.with_record(_revised(there.record, fields))
 
 
 def _queue_of(state, queue_id):
     """Return the queue of a line. One whose creation a repair could not save gets a name, so that it can be found."""
     queue = state.queues.get(queue_id)
     if queue is None:
-        queue = QueueState(QueueRecord(queue_id=queue_id, queue_name="recovered-" + queue_id))
+        queue = _QueueState(QueueRecord(queue_id=queue_id, queue_name="recovered-" + queue_id))
         state.put_queue(queue_id, queue)
     return queue
 
@@ -3780,7 +3781,7 @@ def _apply_task(state, queue_id, task_id, fields, old_state=None):
     if fields.get("status", "pending") not in TASK_MOVES:
         raise ValueError("the status %s of a task" % fields["status"])
     if record is not None:
-        record = revised(record, fields)
+        record = _revised(record, fields)
     elif "created_at" in fields:
         record = new_task(queue_id, task_id, fields)
     return queue.put_task, task_id, record  # None: a repair could not save its creation
@@ -3793,7 +3794,7 @@ def _apply_worker(state, queue_id, worker_id, fields, old_state=None):
         raise ValueError("the status %s of a worker" % fields["status"])
     if record is None and "created_at" in fields:
         record = WorkerRecord(worker_id, queue_id)
-    return queue.put_worker, worker_id, record and revised(record, fields)
+    return queue.put_worker, worker_id, record and _revised(record, fields)
 
 
 # The changes that a line may hold. `apply`: (state, queue id, the rest of the change) -> (put, id, new record or None).
@@ -3820,7 +3821,7 @@ LINE_KEYS = {"n", "durable", "at", "queue", "changes", "crc", "fold", "lost", "e
              "needs"}
 
 
-def replay(state, line, path, version):
+def _replay(state, line, path, version):
     """Apply the changes of a journal's line and return what State.apply does. Raise StoreDamaged where this version
     does not know what the line says; the state is then of no use. `version`: the newest that wrote to the file."""
     if type(line.get("needs", 0)) is int and line.get("needs", 0) <= FORMAT:
@@ -3839,7 +3840,7 @@ def check_known(path):
     source.open()
     for line, version in _with_versions(source):
         if "changes" in line:
-            replay(state, line, path, version)
+            _replay(state, line, path, version)
 
 
 def _with_versions(source):
@@ -3854,7 +3855,7 @@ def _with_versions(source):
 Transition = collections.namedtuple("Transition", "n k at queue_id kind old_state record")
 
 
-def transitions(n, at, queue_id, changes, done):
+def _transitions(n, at, queue_id, changes, done):
     """Return the Transitions on a line, from its changes and what applying them did."""
     if n is None:  # a folded line: its steps are gone
         return []
@@ -3870,7 +3871,7 @@ def follow(store, queue_id, after, pause_s):
     quiet_since, there = monotonic(), store.state.id_of(queue_id)
 
     def is_over():
-        has_login = isinstance(queue_id, (QueueId, LocalName)) and there is not None
+        has_login = isinstance(queue_id, (_QueueId, LocalName)) and there is not None
         return store.closing or has_login and not store.is_open_to(queue_id, there)
     while not is_over():
         gap, news, last = _news(store, after)
@@ -3921,8 +3922,8 @@ def _older_events(path, after, last):
         yield Transition(folded, math.inf, now(), None, "too old", None, text)
     for line, version in _with_versions(source):
         if "changes" in line:
-            done = replay(state, line, path, version)
-            for event in transitions(line.get("n"), line.get("at"), line["queue"], line["changes"], done):
+            done = _replay(state, line, path, version)
+            for event in _transitions(line.get("n"), line.get("at"), line["queue"], line["changes"], done):
                 if after < (event.n, event.k) <= last:
                     yield event
         if line.get("n", 0) > last[0]:
@@ -3989,7 +3990,7 @@ def refusal(path):
                                         else "this user may only read it")
 
 
-class Replica:
+class _Replica:
     """What a process has read of a journal: the state, the latest events, the newest version and epoch named there."""
 
     def __init__(self):
@@ -4007,7 +4008,7 @@ class Replica:
         latest, count = collections.deque(), 0  # the lines of the last MAX_EVENTS events
         for line in file.read_new():
             if "changes" in line:
-                done = replay(self.state, line, file.path, self.version_seen)
+                done = _replay(self.state, line, file.path, self.version_seen)
                 latest.append((line, done))
                 count += len(done)
                 if count > 3 * MAX_EVENTS:
@@ -4017,7 +4018,7 @@ class Replica:
                 self.epoch_seen = max(self.epoch_seen, line.get("epoch", 0))
                 self.version_seen = newest(line.get("version"), self.version_seen)
         for line, done in latest:
-            self.events.extend(transitions(line.get("n"), line.get("at"), line["queue"], line["changes"], done))
+            self.events.extend(_transitions(line.get("n"), line.get("at"), line["queue"], line["changes"], done))
 
 
 class StoreFile:
@@ -4038,7 +4039,7 @@ class StoreFile:
         self.file = self.journal.file
         self.owner = Owner(self.real_path, is_server)
         self.owner.unlock = self.file_lock.release
-        self.replica, self.look_again_bytes = Replica(), SPARE_BYTES
+        self.replica, self.look_again_bytes = _Replica(), SPARE_BYTES
         self.expected = None  # the id of the store that has to be here; see check_expected
 
     def open(self, takeover=False):
@@ -4311,14 +4312,14 @@ class Store:
         self.journal, self.owner, self.state = file.journal, file.owner, file.replica.state
         self.server_id = None  # of the server that holds it
         self.changed, self.closing = threading.Condition(self.lock), False
-        self.beats = Beats({} if is_server else BeatFiles(os.path.dirname(file.real_path), self.owner.stood_still))
+        self.beats = _Beats({} if is_server else BeatFiles(os.path.dirname(file.real_path), self.owner.stood_still))
         # Instants on the monotonic clock:
         self.looked_at = -math.inf  # when time-outs were last looked for
         self.timeouts_at, self.next_timeout_at = {}, -math.inf  # {queue id: its earliest time-out}; the earliest of all
         self.next_release_at = -math.inf  # the earliest end of a task's pause
         self.awake_until = math.inf  # when this process meant to wake at the latest; a server sets it before it waits
-        self.filters = Remembered(FILTERS_BYTES)  # (document as text, names of fields): predicate
-        self.logins = {}  # (name or id of a queue, a right password): the QueueId of the queue
+        self.filters = _Remembered(FILTERS_BYTES)  # (document as text, names of fields): predicate
+        self.logins = {}  # (name or id of a queue, a right password): the _QueueId of the queue
         self.watched_keys, self.changed_keys = set(), set()  # keys that parked requests wait for; those changed since
         self.on_wake = lambda: None
         self.collecting = threading.Lock()  # held while the tasks are searched for a new filter
@@ -4370,7 +4371,7 @@ class Store:
             raise Unauthorized("no queue %r in %s: make it with 'labtasker queue create-from-config'"
                                % (str(queue_id), self.path))
         elif not writes:
-            queue = QueueState(QueueRecord(queue_name=str(queue_id)))
+            queue = _QueueState(QueueRecord(queue_name=str(queue_id)))
         else:
             at = now()
             changes, answer = create_queue_op(self, None, {"queue_name": str(queue_id)}, at)
@@ -4395,7 +4396,7 @@ class Store:
         done = self.state.apply(queue_id, changes)
 
         def on_written(n):
-            self.file.replica.events.extend(transitions(n, at, queue_id, changes, done))
+            self.file.replica.events.extend(_transitions(n, at, queue_id, changes, done))
             self.changed.notify_all()
             if self.watched_keys:
                 self._wake(queue_id, done)
@@ -4405,7 +4406,7 @@ class Store:
             self.state.put_back(done)
             raise
         for put, _, old, new in done:
-            if put.__func__ is QueueState.put_task:
+            if put.__func__ is _QueueState.put_task:
                 self._note_run(old, new)
             elif put.__func__ is State.put_queue and new is None and old is not None:
                 self._forget_runs(queue_id, old)
@@ -4491,7 +4492,7 @@ class Store:
             self.timeouts_at.update((one, self.looked_at + LOOK_INTERVAL_S) for one in wanted)
         for one in wanted:
             try:
-                next_in_s = self.transact(expire_runs, one, None)
+                next_in_s = self.transact(_expire_runs, one, None)
             except Unauthorized:  # the queue was deleted in between
                 continue
             with self.lock:
@@ -4567,7 +4568,7 @@ class Store:
         return known, text
 
     def login(self, name, password):
-        """Return the QueueId of the queue, or raise Unauthorized.
+        """Return the _QueueId of the queue, or raise Unauthorized.
 
         A right pair is remembered, so that it is hashed once, and holds while the queue has that password. A name may
         be another queue's id: the password then tells which of the two is meant."""
@@ -4580,12 +4581,12 @@ class Store:
             if is_password(password, stored):
                 if len(self.logins) > MAX_STANDING:
                     self.logins.clear()
-                self.logins[name, password] = known = QueueId(queue.record.queue_id, stored)
+                self.logins[name, password] = known = _QueueId(queue.record.queue_id, stored)
                 return known
         raise Unauthorized("Invalid credentials")
 
     def known_login(self, name, password):
-        """Return the QueueId of a remembered login that still holds, or None."""
+        """Return the _QueueId of a remembered login that still holds, or None."""
         known = self.logins.get((name, password))
         if known is not None and self.is_open_to(known, known):
             if name == known or name == self.state.queues[known].record.queue_name:
@@ -4594,11 +4595,11 @@ class Store:
 
     def is_open_to(self, caller, queue_id):
         """Return whether the queue exists and its caller may use it: a LocalName still names it, or it still has the
-        password that a QueueId was given for."""
+        password that a _QueueId was given for."""
         queue = self.state.queues.get(queue_id)
         if queue is None or isinstance(caller, LocalName):
             return queue is not None and queue.record.queue_name == caller
-        return not isinstance(caller, QueueId) or queue.record.password == caller.stored
+        return not isinstance(caller, _QueueId) or queue.record.password == caller.stored
 
 
 def same_secret(one, other):
@@ -4629,7 +4630,7 @@ def _overdue(store, queue):
     return found, next_in_s
 
 
-def expire_runs(store, queue, request, at):
+def _expire_runs(store, queue, request, at):
     """Decide that the overdue runs failed. Answer in how many seconds the next run can time out."""
     changes, strikes, (overdue, next_in_s) = [], collections.Counter(), _overdue(store, queue)
     for task, words in sorted(overdue, key=lambda row: row[0].created_at):
@@ -4729,7 +4730,7 @@ def update_queue_op(store, queue, request, at):
     update = request.get("metadata_update")
     if update is not None:
         fields["metadata"] = merge(queue.record.metadata, unflatten(update, "metadata_update")) if update else {}
-    return [["queue", fields]], revised(queue.record, dict(fields))
+    return [["queue", fields]], _revised(queue.record, dict(fields))
 
 
 def delete_queue_op(store, queue, request, at):
@@ -4792,7 +4793,7 @@ def _tests(request, id_field, name_field):
 
 def _matching(store, records, tests):
     """Return an iterator of the records that pass all tests; running tasks show when they were last heard of."""
-    found = map(lambda record: _seen(store, record) if record.status == "running" else record, records)
+    found = map(lambda record: last_seen(store, record) if record.status == "running" else record, records)
     for test in tests:
         found = filter(test, found)
     return found
@@ -4863,7 +4864,7 @@ def get_mark_op(store, queue, request, at):
     return [], {"mark": _mark(store)}
 
 
-def _seen(store, task):
+def last_seen(store, task):
     """Return the record of a running task with the time it was last heard of."""
     if task.last_heartbeat is None:
         return task
@@ -4883,7 +4884,7 @@ def _task(queue, task_id):
 def get_task_op(store, queue, request, at):
     """Decide nothing; answer the task."""
     task = _task(queue, request["task_id"])
-    return [], _seen(store, task) if task.status == "running" else task
+    return [], last_seen(store, task) if task.status == "running" else task
 
 
 def _required(request):
@@ -4928,7 +4929,7 @@ def fetch_task_op(store, queue, request, at):
         fields["task_timeout"] = request["eta_max"]
     if request.get("attempt"):
         fields["attempts"] = _attempts_begun(task, request["attempt"], fields)
-    return [["task", task.task_id, fields, task.status]], {"found": True, "task": revised(task, dict(fields))}
+    return [["task", task.task_id, fields, task.status]], {"found": True, "task": _revised(task, dict(fields))}
 
 
 def _nothing_found(queue, request, at):
@@ -5152,7 +5153,7 @@ def update_tasks_op(store, queue, request, at):
             fields.update(_attempt_over(task, at, "reset" if request["reset_pending"] else fields["status"]))
         fields["last_modified"] = after(at, len(changes))  # also where nothing else changes, as 1.0.1 has it
         changes.append(["task", task_id, fields, old_state])
-        now_are[task_id] = revised(task, dict(fields))
+        now_are[task_id] = _revised(task, dict(fields))
     if problems:
         raise BadRequest("; ".join(problems) + (" (nothing was updated)" if len(request["updates"]) > 1 else ""))
     return changes, {"found": bool(now_are), "content": list(now_are.values())}
@@ -5270,7 +5271,7 @@ def fold(path, draft):
             if not LINE_KEYS.issuperset(value):
                 raise newer(path, newest, "a compaction would lose %s" % ", ".join(sorted(set(value) - LINE_KEYS)))
             if "changes" in value:
-                replay(state, value, path, newest)
+                _replay(state, value, path, newest)
     body = sum(map(len, _fold_lines(state)))
     added = dict(folded=n, folded_crc=last_crc, read_crc=mark_text(mark), folded_at=time.time())
     header = journal_header(dict(source.header, **dict(added, **({"version": newest} if newest else {}))), body)
@@ -5363,7 +5364,8 @@ def parse_json(text):
     return value
 
 
-def _no_duplicates(pairs):
+def no_duplicates(pairs):
+    """Return the dict of these pairs; raises InvalidFields for a key that is there twice."""
     found = dict(pairs)
     if len(found) != len(pairs):
         twice = collections.Counter(key for key, _ in pairs).most_common(1)[0][0][:100]
@@ -5378,7 +5380,7 @@ def _bounded_int(text):
     return value
 
 
-_decode_json = json.JSONDecoder(object_pairs_hook=_no_duplicates, parse_int=_bounded_int).decode
+_decode_json = json.JSONDecoder(object_pairs_hook=no_duplicates, parse_int=_bounded_int).decode
 
 
 # Kinds of fields: each takes a value and returns it, or raises ValueError with what it should be.
@@ -5628,7 +5630,7 @@ class Page(collections.namedtuple("Page", "head body etag")):
     __slots__ = ()
 
 
-def no_page(store, caller, request):
+def _no_page(store, caller, request):
     """Return the answer in place of the page until labtasker_cli.py enters its parts with `enter_page`."""
     return Page("Content-Type: text/plain\r\nCache-Control: no-store\r\n", b"The page of this Labtasker server needs "
                 b"labtasker_cli.py of the same version beside labtasker.py. Copy it, then restart the server.\n", None)
@@ -5768,13 +5770,13 @@ _SUBMISSION = {name: Arg(field.kind, field.default if isinstance(field.default, 
                          field.extension or field.submitted == "id") for name, field in SUBMITTED.items()}
 _UPDATE = {name: Arg(field.kind, None, field.extension) for name, field in UPDATED.items()}
 _PAGE = {"offset": Arg("whole", 0), "limit": Arg("whole", 100), "extra_filter": Arg("filter"), "sort": Arg("sort")}
-_QUEUE, _TASKS, _WORKERS = "/api/v1/queues/me", "/api/v1/queues/me/tasks", "/api/v1/queues/me/workers"
+QUEUE_PATH, TASKS_PATH, WORKERS_PATH = "/api/v1/queues/me", "/api/v1/queues/me/tasks", "/api/v1/queues/me/workers"
 
 ROUTES = {
     "GET /": _route(_welcome, "a welcome; to a browser, /page", open=True, run=_run_outside, quick=_always),
-    "GET /page": _route(no_page, "the page for a browser", open=True, run=_run_outside, quick=_always),
-    "GET /page.css": _route(no_page, "the page's style sheet", open=True, run=_run_outside, quick=_always),
-    "GET /page.js": _route(no_page, "the page's script", open=True, run=_run_outside, quick=_always),
+    "GET /page": _route(_no_page, "the page for a browser", open=True, run=_run_outside, quick=_always),
+    "GET /page.css": _route(_no_page, "the page's style sheet", open=True, run=_run_outside, quick=_always),
+    "GET /page.js": _route(_no_page, "the page's script", open=True, run=_run_outside, quick=_always),
     "GET /health": _route(_connection_health, "whether the server answers", open=True, run=_run_outside, quick=_always),
     "GET /health/full": _route(_store_health, "whether the store can be written", open=True, run=_run_outside,
                                quick=_always),
@@ -5784,81 +5786,81 @@ ROUTES = {
         create_queue_op, "create a queue", status=201, open=True, prepare=_hash_new_password, gate="strangers",
         fields={"queue_name": Arg("name", REQUIRED), "password": Arg("password", REQUIRED),
                 "metadata": Arg("dict")}),
-    "GET " + _QUEUE: _route(get_queue_op, "the queue", writes=False, quick=_always),
-    "PUT " + _QUEUE: _route(
+    "GET " + QUEUE_PATH: _route(get_queue_op, "the queue", writes=False, quick=_always),
+    "PUT " + QUEUE_PATH: _route(
         update_queue_op, "rename a queue, change its password or metadata", prepare=_hash_new_password,
         fields={"new_queue_name": Arg("name"), "new_password": Arg("password"), "metadata_update": Arg("dict")}),
-    "DELETE " + _QUEUE: _route(
+    "DELETE " + QUEUE_PATH: _route(
         delete_queue_op, "delete a queue, its tasks and workers", status=204,
         query={"cascade_delete": Arg("bool", False)}),
-    "POST " + _TASKS: _route(
+    "POST " + TASKS_PATH: _route(
         submit_tasks_op, "submit a task, or a list of them in one transaction", status=201,
         fields=_SUBMISSION, body="either", quick=_always),
-    "PUT " + _TASKS: _route(
+    "PUT " + TASKS_PATH: _route(
         update_tasks_op, "update tasks, all or none", body="list", prepare=_prepare_updates,
         query={"reset_pending": Arg("bool", True)},
         fields=dict(_UPDATE, task_id=Arg("id"), _id=Arg("id"), replace_fields=Arg("texts"))),
-    "POST " + _TASKS + "/search": _route(
+    "POST " + TASKS_PATH + "/search": _route(
         search_tasks_op, "the tasks that match", writes=False, prepare=_prepare_search(visible(TASK_FIELDS)),
         fields=dict(_PAGE, task_id=Arg("id"), task_name=Arg("text"), status=Arg("status"))),
-    "POST " + _TASKS + "/count": _route(
+    "POST " + TASKS_PATH + "/count": _route(
         count_tasks_op, "count the tasks that match, by a field; and how fast they end", writes=False,
         prepare=_prepare_count,
         fields={"task_id": Arg("id"), "task_name": Arg("text"), "status": Arg("status"),
                 "extra_filter": Arg("filter"), "by": Arg("text", "status")}),
-    "POST " + _TASKS + "/view": _route(
-        no_page, "chosen columns of the tasks that match, long values cut; and counts by status",
+    "POST " + TASKS_PATH + "/view": _route(
+        _no_page, "chosen columns of the tasks that match, long values cut; and counts by status",
         prepare=_read_task_filter, run=_run_outside,
         fields=dict(_PAGE, status=Arg("status"), columns=Arg("texts"), spread=Arg("bool", False))),
-    "POST " + _TASKS + "/next": _route(
+    "POST " + TASKS_PATH + "/next": _route(
         fetch_task_op, "fetch the next task that matches, and run it", prepare=_prepare_fetch, run=_run_fetch,
         waits=_FOR_A_TASK, quick=_unless_new_request,
         fields={"worker_id": Arg("id"), "eta_max": Arg("duration"), "heartbeat_timeout": Arg("seconds"),
                 "start_heartbeat": Arg("bool", True), "required_fields": Arg("texts"), "extra_filter": Arg("filter"),
                 "cmd": Arg("cmd"), "fetch_id": _ours("id"), "wait_s": _ours("wait", 0.0),
                 "attempt": _ours("attempt"), "heartbeat_default": _ours("bool", False)}),
-    "DELETE " + _TASKS + "/next": _route(
+    "DELETE " + TASKS_PATH + "/next": _route(
         end_fetch_op, "end a fetch that waits, or whose answer was lost; hand_back: return its task",
         status=204, quick=_always, query={"fetch_id": _ours("id", REQUIRED), "hand_back": _ours("bool", False)}),
-    "GET " + _TASKS + "/{task_id}": _route(get_task_op, "one task", writes=False, quick=_always),
-    "DELETE " + _TASKS + "/{task_id}": _route(delete_task_op, "delete a task", status=204, quick=_always),
-    "GET " + _TASKS + "/{task_id}/log": _route(
-        no_page, "the end of what a run wrote, where its log lies beside the store, else where it lies",
+    "GET " + TASKS_PATH + "/{task_id}": _route(get_task_op, "one task", writes=False, quick=_always),
+    "DELETE " + TASKS_PATH + "/{task_id}": _route(delete_task_op, "delete a task", status=204, quick=_always),
+    "GET " + TASKS_PATH + "/{task_id}/log": _route(
+        _no_page, "the end of what a run wrote, where its log lies beside the store, else where it lies",
         run=_run_outside, query={"run_id": Arg("id")}),
-    "POST " + _TASKS + "/{task_id}/status": _route(
+    "POST " + TASKS_PATH + "/{task_id}/status": _route(
         report_task_op, "report on a run, or on a task", quick=_always,
         fields={"status": Arg("status", REQUIRED), "worker_id": Arg("id"), "summary": Arg("dict"),
                 "run_id": _ours("id"), "reason": _ours("text"), "attempt": _ours("attempt"),
                 "delay_s": _ours("seconds"), "final": _ours("bool")}),
-    "POST " + _TASKS + "/{task_id}/heartbeat": _route(
+    "POST " + TASKS_PATH + "/{task_id}/heartbeat": _route(
         heartbeat_op, "say that a run is alive", status=204, writes=False, run=_run_heartbeat, waits=_FOR_THE_END,
         quick=_always,
         query={"worker_id": Arg("id"), "run_id": _ours("id"), "answer": _ours("answer"),
                "wait_s": _ours("wait", 0.0)}),
-    "GET " + _QUEUE + "/mark": _route(
+    "GET " + QUEUE_PATH + "/mark": _route(
         get_mark_op, "a mark, new after each change; with wait_s, wait until it differs from seen",
         writes=False, waits=_FOR_A_CHANGE, quick=_always, query={"seen": Arg("text"), "wait_s": Arg("wait", 0.0)}),
-    "GET " + _QUEUE + "/events": _route(
+    "GET " + QUEUE_PATH + "/events": _route(
         get_queue_op, "a stream of server-sent events: one for each new state of a task or worker", writes=False,
         run=_run_events, gate="streams", query={"last_event_id": _ours("event_id")}),
-    "POST " + _WORKERS: _route(
+    "POST " + WORKERS_PATH: _route(
         create_worker_op, "register a worker", status=201, quick=_always,
         fields={"worker_id": _ours("id"), "worker_name": Arg("name"), "metadata": Arg("dict"),
                 "max_retries": Arg("count", 3)}),
-    "POST " + _WORKERS + "/search": _route(
+    "POST " + WORKERS_PATH + "/search": _route(
         search_workers_op, "workers that match", writes=False, prepare=_prepare_search(visible(WORKER_FIELDS)),
         fields=dict(_PAGE, worker_id=Arg("id"), worker_name=Arg("text"), status=Arg("worker_status"))),
-    "GET " + _WORKERS + "/{worker_id}": _route(
+    "GET " + WORKERS_PATH + "/{worker_id}": _route(
         get_worker_op, "one worker, its id as _id", writes=False, run=_run_worker),
-    "DELETE " + _WORKERS + "/{worker_id}": _route(
+    "DELETE " + WORKERS_PATH + "/{worker_id}": _route(
         delete_worker_op, "delete a worker", status=204, query={"cascade_update": Arg("bool", True)}),
-    "POST " + _WORKERS + "/{worker_id}/status": _route(
+    "POST " + WORKERS_PATH + "/{worker_id}/status": _route(
         report_worker_op, "suspend a worker, or set it active again", quick=_always,
         fields={"status": Arg("worker_status", REQUIRED)}),
 }
 
 
-def _readings(path):
+def path_readings(path):
     """Yield (path template, ids) for each reading of a path: as it is, and with a part of it as an id."""
     yield path, {}
     parts = path.split("/")
@@ -5869,11 +5871,11 @@ def _readings(path):
 
 def find_route(method, path):
     """Return (route, {name: value} of the ids in the path), or raise NotFound or MethodNotAllowed."""
-    for template, ids in _readings(path):
+    for template, ids in path_readings(path):
         route = ROUTES.get(method + " " + template)
         if route:
             return route, ids
-    templates = {template for template, _ in _readings(path)}
+    templates = {template for template, _ in path_readings(path)}
     allowed = sorted(key.split(" ")[0] for key in ROUTES if key.split(" ")[1] in templates)
     if allowed:
         raise MethodNotAllowed("%.20s is not allowed on %.200s (allowed: %s)" % (method, path, ", ".join(allowed)))
@@ -6112,13 +6114,13 @@ def _whereabouts(address):
     return place
 
 
-class BadHead(LabtaskerError):
+class _BadHead(LabtaskerError):
     """A request that can't be read; the connection is closed after the answer."""
 
     status = 400
 
 
-class HeadTooLarge(BadHead):
+class _HeadTooLarge(_BadHead):
     status = 431
 
 
@@ -6137,27 +6139,27 @@ class RequestHead(collections.namedtuple("RequestHead", "fields length login ext
 
 
 def read_head(block, own_names=()):
-    """Return the RequestHead of a request's header lines, as bytes; raise BadHead or TooLarge.
+    """Return the RequestHead of a request's header lines, as bytes; raise _BadHead or TooLarge.
 
     Strict, and without email.parser, which costs more than all the rest of a request."""
     fields = {}
     lines = block.decode("latin-1").split("\r\n") if block else []
     if len(lines) > MAX_HEADERS:
-        raise HeadTooLarge("more than %d headers" % MAX_HEADERS)
+        raise _HeadTooLarge("more than %d headers" % MAX_HEADERS)
     for line in lines:
         name, colon, value = line.partition(":")
         name = name.lower()
         if not colon or not name or name != name.strip() or "\n" in line or "\r" in line or "\0" in line:
-            raise BadHead("a header that is none")
+            raise _BadHead("a header that is none")
         if name in fields and name in ("content-length", "host", "authorization"):
-            raise BadHead("two %s headers" % name)
+            raise _BadHead("two %s headers" % name)
         value = value.strip()
         fields[name] = fields[name] + "," + value if name == "connection" and name in fields else value
     if "transfer-encoding" in fields:
-        raise BadHead("Transfer-Encoding is not taken here: send a Content-Length")
+        raise _BadHead("Transfer-Encoding is not taken here: send a Content-Length")
     length = fields.get("content-length", "0")
     if not re.match(r"[0-9]+\Z", length):
-        raise BadHead("a Content-Length that is no number")
+        raise _BadHead("a Content-Length that is no number")
     if len(length) > 18 or int(length) > MAX_BODY_BYTES:
         raise TooLarge("a body of over %d bytes" % MAX_BODY_BYTES)
     options = [option.strip() for option in fields.get("connection", "").lower().split(",")]
@@ -6199,7 +6201,7 @@ def _basic_login(header):
     return (name, password) if colon and scheme.lower() == "basic" else None
 
 
-class HeaderCache:
+class _HeaderCache:
     """The RequestHeads of the latest header blocks: a client sends the same ones again and again."""
 
     def __init__(self, own_names=()):
@@ -6306,11 +6308,11 @@ class Connection:
         self.state, self.entered_at = moves[event], monotonic()
 
     def next_request(self, heads):
-        """Return the next whole HttpRequest, or None when more bytes must come first; raise BadHead or TooLarge."""
+        """Return the next whole HttpRequest, or None when more bytes must come first; raise _BadHead or TooLarge."""
         if self.head is None:
             end = self.inbox.find(b"\r\n\r\n")
             if end > MAX_HEAD_BYTES or end < 0 and len(self.inbox) > MAX_HEAD_BYTES:
-                raise HeadTooLarge("a request line and headers of more than %d bytes" % MAX_HEAD_BYTES)
+                raise _HeadTooLarge("a request line and headers of more than %d bytes" % MAX_HEAD_BYTES)
             if end < 0:
                 if self.inbox and self.state == "idle":
                     self.move("bytes")
@@ -6319,7 +6321,7 @@ class Connection:
             del self.inbox[:end + 4]
             self.line = line.decode("latin-1").split(" ")
             if len(self.line) != 3 or not self.line[2].startswith("HTTP/1.") or not self.line[1]:
-                raise BadHead("not an HTTP/1.1 request line")
+                raise _BadHead("not an HTTP/1.1 request line")
             self.head = heads.read(block)
             if self.proof:
                 self.head = self._without_proof(self.head)
@@ -6357,7 +6359,7 @@ def _json_in_pieces(answer):
     return '%s,"content":[%s]}' % (dump_json(rest)[:-1], ",".join([dump_json(item) for item in answer["content"]]))
 
 
-def http_answer(status, answer, request, keep):
+def _http_answer(status, answer, request, keep):
     """Return the bytes of an answer in JSON types, or of a Page; of a stream, its head."""
     is_page = isinstance(answer, Page)
     if is_page and answer.etag and request.head.fields.get("if-none-match") == answer.etag:
@@ -6450,7 +6452,7 @@ class Log:
         took_s, changes_queue, words = 0, False, "a request that was not read"
         if request is not None:
             took_s, path = monotonic() - request.started, request.target.partition("?")[0]
-            changes_queue = request.method not in SAFE_METHODS and path in ("/api/v1/queues", _QUEUE)
+            changes_queue = request.method not in SAFE_METHODS and path in ("/api/v1/queues", QUEUE_PATH)
         is_noted = status >= 500 or status in (401, 403) or took_s > SLOW_ANSWER_S or changes_queue
         if not is_noted and self.level != "debug":
             return
@@ -6467,7 +6469,7 @@ class Log:
         return {"detail": "a bug in labtasker %s: %s" % (__version__, type(error).__name__)}
 
 
-class Waker:
+class _Waker:
     """Ends the wait of a loop in `select`; used from other threads and signal handlers."""
 
     def __init__(self):
@@ -6501,7 +6503,7 @@ class Waker:
 Waiting = collections.namedtuple("Waiting", "give_up_at key call request row")
 
 
-class Parked:
+class _Parked:
     """The connections whose requests wait, by the key of what they wait for. For the loop's thread alone."""
 
     def __init__(self, watched_keys):
@@ -6568,7 +6570,7 @@ def _listener(host, port):
             is_busy and _port_owner(port) + "; try --port 0" or ""))
 
 
-class Connections:
+class _Connections:
     """The connections that the loop listens to. Bounds on bytes, connections and time keep a peer that sends much,
     slowly or never from the others. For the loop's thread alone."""
 
@@ -6821,7 +6823,7 @@ def _start_thread(work, name):
         return False
 
 
-class Threads:
+class _Threads:
     """Gives requests that take long to threads, with their connections, and has them back.
 
     A thread's work is a function (connection, request, ...). It returns what the loop does next with the connection:
@@ -6891,7 +6893,7 @@ class Threads:
                 self.connections.drop(conn)
 
 
-class Writer:
+class _Writer:
     """The thread that writes the journal while the loop takes in more; where there is none, the loop writes."""
 
     def __init__(self, journal, wake):
@@ -6932,7 +6934,7 @@ class Writer:
                 self.wake()
 
 
-class Logins:
+class _Logins:
     """Who a request is from, as far as that is known without hashing a password."""
 
     def __init__(self, store, key):
@@ -6965,7 +6967,7 @@ class Logins:
 Outgoing = collections.namedtuple("Outgoing", "conn request keep batch status answer")
 
 
-class Answers:
+class _Answers:
     """The answers of a turn: written down, logged and sent at its end."""
 
     def __init__(self, store, log, logins, connections, threads, writer):
@@ -7017,7 +7019,7 @@ class Answers:
         """Make the bytes of an answer; may be a thread's work."""
         keep = keep and not (self.store.closing or conn.has_ended)
         self.log.note(conn, request, status)
-        return self.reply, http_answer(status, answer, request, keep), keep
+        return self.reply, _http_answer(status, answer, request, keep), keep
 
     def reply(self, conn, data, keep):
         """Send the bytes of an answer; the next request has its turn then."""
@@ -7028,7 +7030,7 @@ class Answers:
         self.connections.send(conn, data)
 
 
-class Requests:
+class _Requests:
     """What the loop does with requests: answers them, parks those that wait for something to change, gives those that
     take long to threads. What leads to an answer may raise; that is one too."""
 
@@ -7239,7 +7241,7 @@ class Requests:
                 self.answers.log.bug(error)
 
 
-class Upkeep:
+class _Upkeep:
     """What a server does for its store from time to time."""
 
     def __init__(self, store, log):
@@ -7302,23 +7304,23 @@ class Server:
         import selectors
         import socket
         own = socket.gethostname().lower()
-        heads = HeaderCache({own, own.partition(".")[0]} | {name.lower() for name in allow_hosts})
+        heads = _HeaderCache({own, own.partition(".")[0]} | {name.lower() for name in allow_hosts})
         self.store, self.log, self.stopping = store, Log(level), False
         self.id = store.server_id = new_id()
         self.key = os.urandom(24).hex()  # it stands in server.json, for who may read that
-        self.parked = Parked(store.watched_keys)
+        self.parked = _Parked(store.watched_keys)
         self.listener = _listener(host, port)
-        self.connections = Connections(self.listener, tls, self.log, self.parked,
+        self.connections = _Connections(self.listener, tls, self.log, self.parked,
                                        min(most, _raise_file_limit() - SPARE_FILES))
-        self.waker = Waker()
+        self.waker = _Waker()
         self.connections.selector.register(self.waker.receiver, selectors.EVENT_READ, self.take_back)
         self.wake = store.on_wake = self.waker.wake
-        self.threads = Threads(self.listener, self.connections, self.wake, lambda *given: self.answers.refuse(*given))
-        self.writer = Writer(store.journal, self.wake)
-        logins = Logins(store, self.key)
-        self.answers = Answers(store, self.log, logins, self.connections, self.threads, self.writer)
-        self.requests = Requests(store, heads, logins, self.connections, self.parked, self.threads, self.answers)
-        self.upkeep = Upkeep(store, self.log)
+        self.threads = _Threads(self.listener, self.connections, self.wake, lambda *given: self.answers.refuse(*given))
+        self.writer = _Writer(store.journal, self.wake)
+        logins = _Logins(store, self.key)
+        self.answers = _Answers(store, self.log, logins, self.connections, self.threads, self.writer)
+        self.requests = _Requests(store, heads, logins, self.connections, self.parked, self.threads, self.answers)
+        self.upkeep = _Upkeep(store, self.log)
 
     def close(self):
         """Close what the loop works with."""
@@ -7695,14 +7697,14 @@ REPEAT_AFTER_S = (0.05, 0.1, 0.2, 0.5, 1.0, 2.0)  # pauses before repeating a re
 # a repeat, or None; the message if the answer was lost and a repeat is not safe). All others may be repeated.
 ONCE = {
     "POST /api/v1/queues": (None, "the queue may have been created"),
-    "PUT " + _QUEUE: (None, "the queue may have been changed"),
-    "DELETE " + _QUEUE: (None, "the queue may be gone"),
-    "POST " + _TASKS: ("task_id", "the task may have been submitted"),
-    "PUT " + _TASKS: (None, "the tasks may have been updated"),
-    "POST " + _TASKS + "/next": ("fetch_id", "a task may have been fetched, and will fail when it times out"),
-    "POST " + _TASKS + "/{task_id}/status": ("run_id", "the report may have been taken"),
-    "POST " + _WORKERS: ("worker_id", "a worker may have been registered"),
-    "POST " + _WORKERS + "/{worker_id}/status": (None, "the worker may have its new status"),
+    "PUT " + QUEUE_PATH: (None, "the queue may have been changed"),
+    "DELETE " + QUEUE_PATH: (None, "the queue may be gone"),
+    "POST " + TASKS_PATH: ("task_id", "the task may have been submitted"),
+    "PUT " + TASKS_PATH: (None, "the tasks may have been updated"),
+    "POST " + TASKS_PATH + "/next": ("fetch_id", "a task may have been fetched, and will fail when it times out"),
+    "POST " + TASKS_PATH + "/{task_id}/status": ("run_id", "the report may have been taken"),
+    "POST " + WORKERS_PATH: ("worker_id", "a worker may have been registered"),
+    "POST " + WORKERS_PATH + "/{worker_id}/status": (None, "the worker may have its new status"),
 }
 
 Config = collections.namedtuple("Config", "root url queue_name password heartbeat_interval_s source ca_file metrics")
@@ -7778,7 +7780,7 @@ def check_owner(path, folder):
     raise LabtaskerValueError(
         "%s belongs to another user, %s: it is not used, since it would say where your tasks and passwords go. If you "
         "trust that user: export LABTASKER_TRUST=%s; or make a store of your own: labtasker init" % (
-            path, user_name(min(owners - allowed)), folder))
+            path, _user_name(min(owners - allowed)), folder))
 
 
 def _is_trusted(folder):
@@ -7787,7 +7789,7 @@ def _is_trusted(folder):
     return not {os.path.realpath(folder), os.path.realpath(os.path.dirname(folder))}.isdisjoint(trusted)
 
 
-def user_name(uid):
+def _user_name(uid):
     """Return a user's name and number, or the number alone if the system knows no name."""
     try:
         import pwd
@@ -7816,7 +7818,7 @@ def decoded(data, name, kind=LabtaskerValueError):
             name, line, encoding.upper()[:6].rstrip("-"), data[len(mark):][error.start])) from None
 
 
-class TomlReader:
+class _TomlReader:
     """Reads TOML text into `found`, {dotted key: value}, alike on all Pythons (only 3.11 and newer have a reader).
 
     Values are texts, numbers and booleans. Lists, dates and inline tables are refused in our own tables and skipped in
@@ -7972,11 +7974,11 @@ class TomlReader:
 
 
 def read_toml(text, path):
-    """Return {dotted key: value} of a TOML text as TomlReader reads it, or raise LabtaskerValueError with the line."""
-    return TomlReader(text, path, {key.split(".")[0] for key in SETTINGS}).found
+    """Return {dotted key: value} of a TOML text as _TomlReader reads it, or raise LabtaskerValueError with the line."""
+    return _TomlReader(text, path, {key.split(".")[0] for key in SETTINGS}).found
 
 
-def toml_text(text):
+def _toml_text(text):
     """Return a text as TOML writes it, in one line; raises LabtaskerValueError where it is not Unicode."""
     if re.search("[\ud800-\udfff]", text):
         raise LabtaskerValueError("%r can't be written into the configuration, as it is not UTF-8 text" % text)
@@ -7990,7 +7992,7 @@ def _read_settings(path):
     Settings that we do not know are allowed in the file of Labtasker 1.0.1 only."""
     try:
         with open_plain(path) as file:
-            reader = TomlReader(decoded(file.read(), path), path, {key.split(".")[0] for key in SETTINGS} | {METRICS})
+            reader = _TomlReader(decoded(file.read(), path), path, {key.split(".")[0] for key in SETTINGS} | {METRICS})
     except OSError as error:
         raise LabtaskerValueError("%s can't be read: %s" % (path, error.strerror)) from None
     for key, line in reader.lines.items():
@@ -8131,7 +8133,7 @@ def write_config(root, url, queue_name, password):
     """Write the configuration file and return its path; only its owner can read a new one."""
     Disk.make_folder(root)
     path, values = os.path.join(root, CONFIG_NAME), (url, queue_name, password)
-    text = (CONFIG_TEXT % tuple(toml_text(value or "") for value in values)).encode("utf-8")
+    text = (CONFIG_TEXT % tuple(_toml_text(value or "") for value in values)).encode("utf-8")
     Disk.create(path, [text], keep=0o770)  # never readable for everybody: it has a password
     return path
 
@@ -8172,7 +8174,7 @@ class StoreTransport:
 
         The lines end soon after a server takes the store, so that the listener connects to the server."""
         self.store.file.LOCK_TIMEOUT_S = 1.0
-        status, answer = self.call("GET", _QUEUE + "/events", {"last_event_id": after}, None)
+        status, answer = self.call("GET", QUEUE_PATH + "/events", {"last_event_id": after}, None)
         if isinstance(answer, Stream):
             answer = Lines(answer.pieces, lambda: setattr(self.store, "closing", True))
         return status, answer
@@ -8193,7 +8195,7 @@ class StoreTransport:
         self.store.file.close()
 
 
-class Exchange:
+class _Exchange:
     """One request to a server. `is_sent`: all of it was handed to the system, so the server may have acted.
 
     `sock`: the socket on which it was sent."""
@@ -8371,7 +8373,7 @@ class HttpTransport:
             raise LabtaskerConnectError("can't ask %s for %s: a URL has no spaces, no control characters, and nothing "
                                         "but ASCII" % (self.url, ascii(target)))
         for pause_s in REPEAT_AFTER_S + (None,):
-            asked = Exchange(method, target, body, REQUEST_TIMEOUT_S + float(given.get("wait_s", 0)))
+            asked = _Exchange(method, target, body, REQUEST_TIMEOUT_S + float(given.get("wait_s", 0)))
             self.under_way[threading.get_ident()] = asked
             try:
                 status, answer = self._ask(asked)
@@ -8496,7 +8498,7 @@ class HttpTransport:
 
     def _risk(self, method, path, body):
         """Return what the server may have done and must not do twice, as a message; or None."""
-        field, words = next((ONCE[method + " " + template] for template, _ in _readings(path)
+        field, words = next((ONCE[method + " " + template] for template, _ in path_readings(path)
                              if method + " " + template in ONCE), (None, None))
         if not field:
             return words
@@ -8516,14 +8518,14 @@ class HttpTransport:
             "'labtasker init'" % (self.url, str(error) or type(error).__name__))
 
     def listen(self, after, timeout_s):
-        """Return (status, RemoteLines of the queue's events after the one with the id `after`).
+        """Return (status, _RemoteLines of the queue's events after the one with the id `after`).
 
         Raises LabtaskerConnectError if there is no answer within `timeout_s`."""
         headers = dict(self.headers, Accept="text/event-stream", **({"Last-Event-ID": after} if after else {}))
         try:
             connection = self._connect(_KeptConnection, timeout_s)
             sock = connection.sock
-            connection.send("GET", _QUEUE + "/events", dict(headers, **connection.login), None, timeout_s)
+            connection.send("GET", QUEUE_PATH + "/events", dict(headers, **connection.login), None, timeout_s)
             response = connection.http.getresponse()
             if response.status >= 400:
                 return response.status, json.loads(response.read().decode())
@@ -8535,7 +8537,7 @@ class HttpTransport:
                 raise
             raise self.away(error) from None
         self.extensions = response.getheader(EXTENSIONS) == "1"
-        return 200, RemoteLines(sock, response)
+        return 200, _RemoteLines(sock, response)
 
     @staticmethod
     def is_intact():
@@ -8553,7 +8555,7 @@ URL_OF_HTTP = Pattern(r"http://([\w.-]+|\[[0-9a-fA-F:.]+\])(?::([0-9]{1,5}))?(/[
 TARGET = Pattern(r"[!-~]+\Z")  # no character that could end the request line
 
 
-class RemoteLines:
+class _RemoteLines:
     """The lines of a server's stream of events; they end with the connection."""
 
     def __init__(self, sock, response):
@@ -8723,7 +8725,7 @@ class Client:
 
     def listen(self, after, timeout_s):
         """Return the Lines of the queue's events after the one with the id `after`; raise as `call` does."""
-        return self._checked(*self.transport.listen(after, timeout_s), path=_QUEUE + "/events")
+        return self._checked(*self.transport.listen(after, timeout_s), path=QUEUE_PATH + "/events")
 
     def _plain(self, method, path, body, query):
         """Return body and query, without the fields that are extensions if the server has none."""
@@ -8746,7 +8748,7 @@ class Client:
 
     def go_to_server(self, folder, queue_name):
         """Use the server that holds the store in `folder` from now on; return whether there is one."""
-        found = _living_server(folder, queue_name)
+        found = living_server(folder, queue_name)
         if found:
             self.transport.close()
             self.transport = found
@@ -8770,11 +8772,11 @@ def client():
     if _client is None or _client.pid != os.getpid():
         hold_standard_streams()
         _check_root()
-        _client = Client(_transport(load_config()))
+        _client = Client(transport_for(load_config()))
         _rely_on_loops_store(_client.transport)
         if not _at_exit:
             import atexit
-            _at_exit.append(atexit.register(give_up_store))
+            _at_exit.append(atexit.register(_give_up_store))
     return _client
 
 
@@ -8842,7 +8844,7 @@ def _rely_on_loops_store(transport):
 _at_exit = []
 
 
-def give_up_store():
+def _give_up_store():
     """Allow other hosts to take the store that this process used without a server; this process may still use it."""
     transport = _client and _client.transport
     if isinstance(transport, StoreTransport):
@@ -8875,20 +8877,20 @@ def missing_store(config):
     return "%s: there is no folder %s; a task that is submitted makes it anew" % (source or "LABTASKER_ROOT", folder)
 
 
-def _transport(config):
+def transport_for(config):
     """Return the transport to the queue: to the configured URL, to the folder's running server, or to its file."""
     folder = store_folder(config)
     if folder:
         if config.url and not config.url.startswith("file:") and missing_store(config):
             raise LabtaskerValueError(missing_store(config))
-        return _living_server(folder, config.queue_name) or StoreTransport(folder, config.queue_name)
+        return living_server(folder, config.queue_name) or StoreTransport(folder, config.queue_name)
     if not config.password:
         raise LabtaskerValueError("no password for queue %r on %s: set LABTASKER_PASSWORD, or run 'labtasker init'"
                                   % (config.queue_name, config.url))
     return HttpTransport(config.url, config.queue_name, config.password, config.ca_file)
 
 
-def _living_server(folder, queue_name):
+def living_server(folder, queue_name):
     """Return the HttpTransport of the server that holds the store in `folder`, or None.
 
     A killed server leaves its server.json, and another program may get its port, so whoever listens has to prove that
@@ -8929,7 +8931,7 @@ def rediscover_server():
 # Answers
 
 
-class Response:
+class _Response:
     """An answer, with its values as attributes."""
 
     def __init__(self, **values):
@@ -8947,10 +8949,10 @@ class Response:
 def _to_json(value):
     if isinstance(value, list):
         return [_to_json(item) for item in value]
-    return value.to_dict() if isinstance(value, Response) else value
+    return value.to_dict() if isinstance(value, _Response) else value
 
 
-class Answer(Response):
+class _Answer(_Response):
     """A task, worker, queue or event, with its fields as attributes. `to_dict()` has them in JSON types."""
 
     FIELDS = {}
@@ -8976,28 +8978,28 @@ def _in_python(field, value):
     return {} if field.kind == "dict" and value is None else value
 
 
-class Task(Answer):
+class Task(_Answer):
     """A task: task_id, task_name, status, args, metadata, summary (always dicts), priority, retries,
     max_retries, created_at, last_modified, start_time (aware datetimes or None), worker_id, ..."""
 
-    FIELDS, PATH, ID = visible(TASK_FIELDS), _TASKS, "task_id"
+    FIELDS, PATH, ID = visible(TASK_FIELDS), TASKS_PATH, "task_id"
     SHOWN = "task_id", "status", "task_name", "args", "summary"
 
 
-class Worker(Answer):
+class Worker(_Answer):
     """A worker: worker_id, worker_name, status, metadata, retries, max_retries, created_at, last_modified."""
 
-    FIELDS, PATH, ID = visible(WORKER_FIELDS), _WORKERS, "worker_id"
+    FIELDS, PATH, ID = visible(WORKER_FIELDS), WORKERS_PATH, "worker_id"
     SHOWN = "worker_id", "status", "worker_name", "metadata"
 
 
-class Queue(Answer):
+class Queue(_Answer):
     """A queue: queue_id, queue_name, metadata, created_at, last_modified."""
 
     FIELDS = visible(QUEUE_FIELDS)
 
 
-class StateTransitionEvent(Answer):
+class StateTransitionEvent(_Answer):
     """A change of state: entity_type ("task" or "worker"), entity_id, old_state, new_state, timestamp, entity_data (the
     task or worker after it, as a dict, with its id under "_id"), queue_id, type, metadata."""
 
@@ -9006,7 +9008,7 @@ class StateTransitionEvent(Answer):
         ("entity_id", "id"), ("old_state", "text"), ("new_state", "text"), ("entity_data", "dict"))}
 
 
-class EventResponse(Answer):
+class EventResponse(_Answer):
     """An event: `.event` (a StateTransitionEvent), `.timestamp`, `.sequence` (a count), and `.id`, with which
     `connect_events(after=...)` continues (None from a server without ids)."""
 
@@ -9018,19 +9020,19 @@ class EventResponse(Answer):
         self.event = StateTransitionEvent(values["event"])
 
 
-class TaskSubmitResponse(Response):
+class TaskSubmitResponse(_Response):
     """`.task_id`"""
 
 
-class TaskFetchResponse(Response):
+class TaskFetchResponse(_Response):
     """`.found`, `.task` (a Task or None), `.retry_in_s` (seconds until a task that waits may be fetched, or None)"""
 
 
-class HealthCheckResponse(Response):
+class HealthCheckResponse(_Response):
     """`.status` ("healthy" or "unhealthy"), `.database`"""
 
 
-class Listing(Response):
+class _Listing(_Response):
     """A sequence of Tasks or Workers: `len()`, `listing[0]`, `listing[-3:]` (a Listing again), `for task in listing`.
 
     Without a limit it continues after `.content` with all others that match; they are fetched once, when needed.
@@ -9062,7 +9064,7 @@ class Listing(Response):
         return self.content[place] if is_there else list(self)[place]
 
     def __eq__(self, other):
-        return isinstance(other, (list, Listing)) and list(self) == list(other)
+        return isinstance(other, (list, _Listing)) and list(self) == list(other)
 
     __hash__ = None
 
@@ -9100,21 +9102,21 @@ def _cell(value):
     return clean(text if len(text) <= SHOWN_CHARS else text[:SHOWN_CHARS] + "...")
 
 
-class TaskLsResponse(Listing):
+class TaskLsResponse(_Listing):
     """`.found`, `.content` (a list of Task)"""
 
 
-class WorkerLsResponse(Listing):
+class WorkerLsResponse(_Listing):
     """`.found`, `.content` (a list of Worker)"""
 
 
-class TaskUpdateRequest(Response):
+class TaskUpdateRequest(_Response):
     """New values for one task: `TaskUpdateRequest(**{"_id": task_id, "args": {"lr": 0.1}})`, or `task_id=...`.
 
     Only what is given is sent. `args`, `metadata` and `summary` are merged, unless `replace_fields` names them.
     An unknown field raises LabtaskerTypeError, a bad value LabtaskerValueError."""
 
-    FIELDS = Fields({name: arg for name, arg in ROUTES["PUT " + _TASKS].fields.items()
+    FIELDS = Fields({name: arg for name, arg in ROUTES["PUT " + TASKS_PATH].fields.items()
                      if name not in ("task_id", "_id")})
 
     def __init__(self, **given):
@@ -9126,7 +9128,7 @@ class TaskUpdateRequest(Response):
         for name in given:
             if name not in self.FIELDS:
                 raise LabtaskerTypeError("TaskUpdateRequest has no field %r; did you mean %s? It has %s" % (
-                    name, as_argument(name, given[name], nearest(name, self.FIELDS)), ", ".join(self.FIELDS)))
+                    name, _as_argument(name, given[name], nearest(name, self.FIELDS)), ", ".join(self.FIELDS)))
         for name in ("args", "metadata"):
             if given.get(name) is not None:
                 given[name] = Plain(refuse_odd).value(given[name], [name])
@@ -9151,16 +9153,17 @@ vars(api_models).update((kind.__name__, kind) for kind in (
 # its parameters are the fields of its route.
 
 
-def _given(**values):
+def without_none(**values):
+    """Return the values that are not None."""
     return {name: value for name, value in values.items() if value is not None}
 
 
-def _ask(route, **fields):
+def ask_route(route, **fields):
     """Return the answer to a route of ROUTES. Its row says whether a field goes into the path, the URL's query or the
     body. None is not sent."""
-    (method, path), fields = route.split(" "), _given(**fields)
+    (method, path), fields = route.split(" "), without_none(**fields)
     for name, value in fields.items():
-        if isinstance(value, (Answer, TaskSubmitResponse)) and name.endswith("_id"):
+        if isinstance(value, (_Answer, TaskSubmitResponse)) and name.endswith("_id"):
             raise LabtaskerTypeError("%s is the text of an id, not a %s; did you mean its .%s?" % (
                 name, type(value).__name__, name))
     path = re.sub(r"{(\w+)}", lambda match: str(fields.pop(match.group(1))), path)
@@ -9168,7 +9171,7 @@ def _ask(route, **fields):
     return client().call(method, path, fields if ROUTES[route].fields else None, query)
 
 
-def _query(extra_filter, kind=Task):
+def query_of(extra_filter, kind=Task):
     """Return the query document of a filter, which is text, a document or None."""
     if isinstance(extra_filter, str):
         return parse_filter(extra_filter, kind.FIELDS, now())
@@ -9207,27 +9210,28 @@ GIT_TIMEOUT_S = 5  # do not wait for a large repository on a slow disk
 def health_check():
     """Return `.status` ("healthy" or "unhealthy") and `.database` ("connected" or the problem)."""
     missing = missing_store(load_config())
-    return HealthCheckResponse(**{"status": "unhealthy", "database": missing} if missing else _ask("GET /health/full"))
+    return HealthCheckResponse(**{"status": "unhealthy", "database": missing} if missing
+                               else ask_route("GET /health/full"))
 
 
 def create_queue(queue_name, password, metadata=None):
     """Return `.queue_id` of a new queue."""
-    return Response(queue_id=_ask("POST /api/v1/queues", **locals())["queue_id"])
+    return _Response(queue_id=ask_route("POST /api/v1/queues", **locals())["queue_id"])
 
 
 def get_queue():
     """Return the configured Queue."""
-    return Queue(_ask("GET " + _QUEUE))
+    return Queue(ask_route("GET " + QUEUE_PATH))
 
 
 def update_queue(new_queue_name=None, new_password=None, metadata_update=None):
     """Change the queue's name, password or metadata (merged; {} clears) and return it. The configuration stays."""
-    return Queue(_ask("PUT " + _QUEUE, **locals()))
+    return Queue(ask_route("PUT " + QUEUE_PATH, **locals()))
 
 
 def delete_queue(cascade_delete=True):
     """Delete the configured queue, with its tasks and workers."""
-    _ask("DELETE " + _QUEUE, cascade_delete=bool(cascade_delete))
+    ask_route("DELETE " + QUEUE_PATH, cascade_delete=bool(cascade_delete))
 
 
 def submit_task(task_name=None, args=None, metadata=None, cmd=None, heartbeat_timeout=None, task_timeout=None,
@@ -9242,10 +9246,10 @@ def submit_task(task_name=None, args=None, metadata=None, cmd=None, heartbeat_ti
     if isinstance(task_name, dict):
         raise LabtaskerTypeError("submit_task: task_name is text, not a dict; did you mean submit_task(args=%s)?"
                                  % cut(repr(task_name)))
-    return TaskSubmitResponse(task_id=_ask("POST " + _TASKS, **_submitted(fields))["task_id"])
+    return TaskSubmitResponse(task_id=ask_route("POST " + TASKS_PATH, **_submitted(fields))["task_id"])
 
 
-def as_argument(name, value, like=None):
+def _as_argument(name, value, like=None):
     """Return how a value is given that was meant for a task's args, after a parameter that is spelled alike, if any."""
     meant = "args={%r: %s}" % (name, cut(repr(value)))
     return "%s=..., or %s" % (like, meant) if like else meant
@@ -9259,9 +9263,9 @@ def _submitted(task):
     for name in task:
         if name not in SUBMITTED:
             raise LabtaskerTypeError("a submission has no field %r; did you mean %s? It has %s" % (
-                name, as_argument(name, task[name], nearest(name, SUBMITTED)),
+                name, _as_argument(name, task[name], nearest(name, SUBMITTED)),
                 ", ".join(each for each, field in SUBMITTED.items() if field.flag)))
-    return _given(**dict({"task_id": new_id(), "git": code_version()}, **task))
+    return without_none(**dict({"task_id": new_id(), "git": code_version()}, **task))
 
 
 def _parts(items, size, doing):
@@ -9284,9 +9288,10 @@ def submit_tasks(tasks, unique=False):
     tasks, ids = [_submitted(task) for task in tasks], []
     if not client().extensions:
         plain = {name: field.default for name, field in SUBMITTED.items() if field.kind in ("count", "int")}
-        return [_ask("POST " + _TASKS, **dict(plain, **task))["task_id"] for task, in _parts(tasks, 1, "submitting")]
+        return [ask_route("POST " + TASKS_PATH, **dict(plain, **task))["task_id"]
+                for task, in _parts(tasks, 1, "submitting")]
     for part in _parts(tasks, CHUNK_TASKS, "submitting"):
-        ids += client().call("POST", _TASKS, part)["task_ids"]
+        ids += client().call("POST", TASKS_PATH, part)["task_ids"]
     return ids
 
 
@@ -9333,8 +9338,9 @@ def fetch_task(worker_id=None, eta_max=None, heartbeat_timeout=None, start_heart
     `eta_max` is a duration ("1h30m"), `heartbeat_timeout` is in seconds. `required_fields`: the keys that the task's
     args must have, no more, no less; "*" allows others. `attempt` is a dict of texts and numbers that the task keeps
     about this run. `heartbeat_default`: a task's own heartbeat_timeout stays. Raises WorkerSuspended."""
-    body = _given(**dict(locals(), extra_filter=_query(extra_filter), fetch_id=fetch_id or new_id()))
-    answer = client().call("POST", _TASKS + "/next", body, _given(wait_s=wait_s))  # the transport waits so much longer
+    body = without_none(**dict(locals(), extra_filter=query_of(extra_filter), fetch_id=fetch_id or new_id()))
+    # The transport waits so much longer.
+    answer = client().call("POST", TASKS_PATH + "/next", body, without_none(wait_s=wait_s))
     return TaskFetchResponse(found=answer["found"], task=answer.get("task") and Task(answer["task"]),
                              retry_in_s=answer.get("retry_in_s"))
 
@@ -9345,7 +9351,7 @@ def end_fetch(fetch_id, hand_back=None):
     With `hand_back` the task that it got becomes pending again if it still runs, and no retry is charged. Does nothing
     without the extensions, with which alone a fetch waits and has an id."""
     if client().extensions:
-        _ask("DELETE " + _TASKS + "/next", **locals())
+        ask_route("DELETE " + TASKS_PATH + "/next", **locals())
 
 
 def send_report(task_id, status, summary=None, worker_id=None, run_id=None, reason=None, attempt=None, delay_s=None,
@@ -9353,25 +9359,25 @@ def send_report(task_id, status, summary=None, worker_id=None, run_id=None, reas
     """Report on a task as report_task_status does, for the given run and worker.
 
     A task that is handed back is not fetched for `delay_s`; one that failed with `final` is not retried."""
-    _ask("POST " + _TASKS + "/{task_id}/status", **locals())
+    ask_route("POST " + TASKS_PATH + "/{task_id}/status", **locals())
 
 
 def send_heartbeat(task_id, worker_id=None, run_id=None, wait_s=None):
     """Send a heartbeat and return the task's status, or None from a server without the extensions.
 
     With `wait_s` the answer comes when the run is over, or after that time."""
-    answer = _ask("POST " + _TASKS + "/{task_id}/heartbeat", answer="status", **locals())
+    answer = ask_route("POST " + TASKS_PATH + "/{task_id}/heartbeat", answer="status", **locals())
     return answer and answer.get("status")
 
 
 def refresh_task_heartbeat(task_id, worker_id=None):
     """Send a heartbeat of a running task."""
-    _ask("POST " + _TASKS + "/{task_id}/heartbeat", **locals())
+    ask_route("POST " + TASKS_PATH + "/{task_id}/heartbeat", **locals())
 
 
 def get_task(task_id):
     """Return the Task with this id."""
-    return Task(_ask("GET " + _TASKS + "/{task_id}", task_id=task_id))
+    return Task(ask_route("GET " + TASKS_PATH + "/{task_id}", task_id=task_id))
 
 
 LIMIT = type("Limit", (int,), {})(100)  # the default limit, told from a given 100 by its identity
@@ -9379,8 +9385,8 @@ LIMIT = type("Limit", (int,), {})(100)  # the default limit, told from a given 1
 
 def _listing(answer, kind, fields):
     """Return the Listing of a search; if no limit was given, it continues to the last match."""
-    body = _given(**dict(fields, extra_filter=_query(fields["extra_filter"], kind)))
-    if not (isinstance(body.get(kind.ID), Answer) or NAME.match(str(body.get(kind.ID, "-")))):
+    body = without_none(**dict(fields, extra_filter=query_of(fields["extra_filter"], kind)))
+    if not (isinstance(body.get(kind.ID), _Answer) or NAME.match(str(body.get(kind.ID, "-")))):
         raise LabtaskerValueError("%s=%s is no id; did you mean extra_filter=%s?" % (
             kind.ID, cut(repr(body[kind.ID])), cut(repr(body[kind.ID]))))
     found = _found(kind, body)
@@ -9416,7 +9422,7 @@ def _found_by_pages(kind, body):
         page = page["content"]
         found += page
     sort = [[kind.ID if field == "_id" else field, way] for field, way in body.get("sort") or [["last_modified", 1]]]
-    rows = sort_records([Response(**row) for row in found], sort, lambda row: (row.created_at, getattr(row, kind.ID)))
+    rows = sort_records([_Response(**row) for row in found], sort, lambda row: (row.created_at, getattr(row, kind.ID)))
     begin = body.get("offset") or 0
     return [vars(row) for row in rows[begin:begin + body["limit"]]]
 
@@ -9448,7 +9454,7 @@ def update_tasks(task_updates, reset_pending=False):
     if not client().extensions:
         bodies, size = [_by_dotted_keys(body) for body in bodies], PLAIN_LIMIT
     for part in _parts(bodies, size, "updating"):
-        content += client().call("PUT", _TASKS, part, {"reset_pending": bool(reset_pending)})["content"]
+        content += client().call("PUT", TASKS_PATH, part, {"reset_pending": bool(reset_pending)})["content"]
     return TaskLsResponse(found=bool(content), content=[Task(task) for task in content])
 
 
@@ -9461,12 +9467,12 @@ def _by_dotted_keys(update):
 
 def delete_task(task_id):
     """Delete a task."""
-    _ask("DELETE " + _TASKS + "/{task_id}", task_id=task_id)
+    ask_route("DELETE " + TASKS_PATH + "/{task_id}", task_id=task_id)
 
 
 def create_worker(worker_name=None, metadata=None, max_retries=3):
     """Register a worker and return its id. It gets no more tasks after `max_retries` failed runs."""
-    return _ask("POST " + _WORKERS, worker_id=new_id(), **locals())["worker_id"]
+    return ask_route("POST " + WORKERS_PATH, worker_id=new_id(), **locals())["worker_id"]
 
 
 def ls_workers(worker_id=None, worker_name=None, status=None, extra_filter=None, limit=LIMIT, offset=0, sort=None):
@@ -9476,12 +9482,12 @@ def ls_workers(worker_id=None, worker_name=None, status=None, extra_filter=None,
 
 def report_worker_status(worker_id, status):
     """Set a worker active (which sets its retries to 0), suspended or crashed."""
-    _ask("POST " + _WORKERS + "/{worker_id}/status", worker_id=worker_id, status=status)
+    ask_route("POST " + WORKERS_PATH + "/{worker_id}/status", worker_id=worker_id, status=status)
 
 
 def delete_worker(worker_id, cascade_update=True):
     """Delete a worker; with `cascade_update` its tasks no longer name it."""
-    _ask("DELETE " + _WORKERS + "/{worker_id}", worker_id=worker_id, cascade_update=bool(cascade_update))
+    ask_route("DELETE " + WORKERS_PATH + "/{worker_id}", worker_id=worker_id, cascade_update=bool(cascade_update))
 
 
 # Events
@@ -9566,7 +9572,7 @@ class EventListener:
             if self.waiting:
                 self.lock.notify_all()
                 data, event_id = self.waiting.popleft()
-                return EventResponse(dict(json.loads(data), **_given(id=event_id)))
+                return EventResponse(dict(json.loads(data), **without_none(id=event_id)))
             if self.error:
                 raise self.error
             return None
@@ -9577,7 +9583,7 @@ class EventListener:
 
     def _connect(self):
         """Return the events of a new connection, after the first, which has our id."""
-        client = Client(_transport(self.config))
+        client = Client(transport_for(self.config))
         lines = client.listen(self.last_id, self.timeout_s)
         events = parse_events(lines)
         hello = next(events, None)
@@ -9811,7 +9817,7 @@ def _build(cls, value, names, where):
     unknown = [key for key in value if key not in names]
     if unknown:
         _refuse("no field %r, there are %s" % (unknown[0], ", ".join(names)))
-    hints = type_hints(cls)
+    hints = _type_hints(cls)
     given = {key: cast(item, hints[key], "%s, field %r" % (where, key)) if key in hints else item
              for key, item in value.items()}
     try:
@@ -9820,7 +9826,7 @@ def _build(cls, value, names, where):
         raise _Refused(str(error)) from None
 
 
-def type_hints(owner):
+def _type_hints(owner):
     """Return {name: annotation} of a function or class; each annotation that is text is resolved where possible."""
     if isinstance(owner, type):
         hints = {}
@@ -9903,7 +9909,7 @@ class BoundFunction:
         if not callable(function) or inspect.isclass(function):
             raise LabtaskerTypeError("loop() decorates plain functions, not %r" % (function,))
         self._check_runs(function)
-        self.signature, self.hints = inspect.signature(function), type_hints(function)
+        self.signature, self.hints = inspect.signature(function), _type_hints(function)
         self.required = {}
         for parameter in self.signature.parameters.values():
             self._note(parameter)
@@ -9941,7 +9947,7 @@ class BoundFunction:
 
     def _fields(self, required_fields):
         """Return the fields asked for and those of Required(), each once; "*" allows further keys."""
-        fields = check_fields(required_fields or [])
+        fields = _check_fields(required_fields or [])
         for name, mark in self.required.items():
             fields += [mark.alias or name] if (mark.alias or name) not in fields else []
         return fields + ["*"] if self.pass_args_dict and "*" not in fields else fields
@@ -9974,7 +9980,7 @@ class BoundFunction:
         return dict(bound.arguments)
 
 
-def check_fields(fields):
+def _check_fields(fields):
     """Return a new list of `fields`, each a key or "*"; raises LabtaskerTypeError if it is anything else."""
     if isinstance(fields, str) or not isinstance(fields, (list, tuple, set)):
         raise LabtaskerTypeError('required_fields: a list of keys is needed, like ["lr", "model"], not %r' % (fields,))
@@ -10032,7 +10038,7 @@ class Template:
         """Return the text with each value written by its writer; raises LabtaskerValueError if one is missing."""
         parts = list(self.parts)
         for number, write in enumerate(writers):
-            parts[2 * number + 1] = write(value_at(args, parts[2 * number + 1]))
+            parts[2 * number + 1] = write(_value_at(args, parts[2 * number + 1]))
         return "".join(parts)
 
     def marked(self):
@@ -10059,7 +10065,7 @@ def _template_mistake(text, begin):
             "write %%%%( for the characters %%( themselves" % inside)
 
 
-def value_at(args, key):
+def _value_at(args, key):
     """Return the value at the dotted `key`; LabtaskerValueError if there is none."""
     value = get_path(args, key.split("."), args)
     if value is args:
@@ -10073,7 +10079,7 @@ def value_text(value):
 
 
 # How a value is quoted depends on where its placeholder stands: outside quotes, or inside single or double ones.
-# ShellReader finds that out. Where it can't tell how a shell reads the text, it refuses every later placeholder:
+# _ShellReader finds that out. Where it can't tell how a shell reads the text, it refuses every later placeholder:
 # a wrong guess would let a task's value run as code.
 
 WAY_OUT = "set a variable before it, in a line V=%%(%s), and write \"$V\" here"
@@ -10096,7 +10102,7 @@ class _AllRead(Exception):
     """No placeholder follows, so how a shell reads the rest does not matter."""
 
 
-class ShellReader:
+class _ShellReader:
     """Reads a template as a shell does; `ways` maps each placeholder's number to the key of its SHELL_WRITERS entry."""
 
     def __init__(self, template, is_zsh=False):
@@ -10164,10 +10170,10 @@ class ShellReader:
             elif char == "#" and is_fresh:
                 i = self.comment(i, is_inner)
             elif char == "\n":
-                i = here_documents(self, i + 1, documents, is_inner)
+                i = _here_documents(self, i + 1, documents, is_inner)
                 documents = []
             elif text.startswith("<<", i) and not text.startswith("<<<", i):
-                i = document_word(self, i + 2, documents)
+                i = _document_word(self, i + 2, documents)
             elif text.startswith("((", i):
                 i = self.arithmetic(i)
             elif char in "()":
@@ -10297,13 +10303,13 @@ class ShellReader:
         return end
 
 
-def is_flat(body):
+def _is_flat(body):
     """Return whether every expansion in a here document ends on its own line, so that none can hide its end."""
     return all(not re.search(r"`|\$[({]", line) or line.count("(") == line.count(")") and line.count("{") ==
                line.count("}") and not any(line.count(quote) % 2 for quote in "`'\"") for line in body.split("\n"))
 
 
-def document_word(reader, i, documents):
+def _document_word(reader, i, documents):
     """Return the offset after the word that will end a here document; adds the document to `documents`."""
     has_tabs = reader.text.startswith("-", i)
     begin = re.compile(r"-?[ \t]*").match(reader.text, i).end()
@@ -10319,7 +10325,7 @@ def document_word(reader, i, documents):
     return match.end()
 
 
-def here_documents(reader, i, documents, is_inner):
+def _here_documents(reader, i, documents, is_inner):
     """Return the offset after the here documents whose bodies start at offset `i`, the start of a line."""
     for word, has_tabs, is_expanded in documents:
         begin, end = i, None
@@ -10334,13 +10340,13 @@ def here_documents(reader, i, documents, is_inner):
         body_end = len(reader.text) if end is None else end
         reader.check_free(begin, body_end, "in a here document")
         body = reader.text[begin:body_end]
-        if is_inner and re.search("['\"`()]", body) or is_expanded and not is_flat(body):
+        if is_inner and re.search("['\"`()]", body) or is_expanded and not _is_flat(body):
             reader.give_up(begin, "a here document with commands or quotes in it")
         i = body_end
     return i
 
 
-QUOTING = {"'": ShellReader.single, '"': ShellReader.double, "`": ShellReader.backticks, "$": ShellReader.dollar}
+QUOTING = {"'": _ShellReader.single, '"': _ShellReader.double, "`": _ShellReader.backticks, "$": _ShellReader.dollar}
 
 # How values are written, by how their placeholders are read. A Spot is a placeholder: its key, the characters beside
 # it, and its own text.
@@ -10396,7 +10402,7 @@ SHELL_WRITERS = {
 
 def shell_writers(template, is_zsh=False):
     """Return the writer of each placeholder in a shell text; raises TemplateError where no value can be put safely."""
-    reader, writers = ShellReader(template, is_zsh), []
+    reader, writers = _ShellReader(template, is_zsh), []
     for number, (begin, end) in enumerate(template.spans):
         text, place, way = reader.text, reader.places[number], reader.ways[number]
         spot = Spot(template.parts[2 * number + 1], text[max(0, place - 2):place], text[place + 1:place + 2],
@@ -10480,7 +10486,7 @@ class JobCommand:
         if argv and executable:
             raise UsageError("an executable goes with a text for the shell or a script, not with a list of words")
         self.is_argv, self.is_script, self.executable = bool(argv), bool(script_path), executable
-        self.text = read_script(script_path) if script_path else shell
+        self.text = _read_script(script_path) if script_path else shell
         self.templates = [Template(text) for text in (argv or [self.text])]
         self.writers = None if argv else writers_for(self.program(), self.templates[0])
         self.cmd = list(argv) if argv else shell or [executable or "/bin/sh", str(script_path)]
@@ -10497,7 +10503,7 @@ class JobCommand:
         text = self.templates[0].filled(args, self.writers)
         if not self.is_script:
             return self.program() + ["-c", text], None
-        path = write_script(text, folder)
+        path = _write_script(text, folder)
         return self.program() + [os.fsencode(path) if os.name == "posix" else path], path
 
     def folder(self, args):
@@ -10531,7 +10537,7 @@ class JobCommand:
         return own_program and error.errno not in PASSING or error.errno == errno.E2BIG
 
 
-def _not_started(command, error):
+def outcome_not_started(command, error):
     """Return the Outcome of a run whose job could not be started."""
     name, why = getattr(error, "filename", None), str(error) or type(error).__name__
     if isinstance(name, bytes):
@@ -10543,7 +10549,7 @@ def _not_started(command, error):
     return Outcome("pending", reason=why, fatal=None if is_passing else why)
 
 
-def _start_job(words, environment, ends, folder=None):
+def start_job(words, environment, ends, folder=None):
     """Return the Popen of a job. Its words are given as UTF-8, as they were submitted, whatever the locale."""
     if os.name == "posix":
         words = [word.encode("utf-8", "surrogateescape") if isinstance(word, str) else word for word in words]
@@ -10557,7 +10563,7 @@ PASSING = frozenset(getattr(errno, name) for name in (
     if hasattr(errno, name))
 
 
-def read_script(path):
+def _read_script(path):
     """Return a script's text, also where it is not all UTF-8; LabtaskerValueError where it can't be read."""
     try:
         with open(for_system(str(path)), "rb") as file:
@@ -10568,7 +10574,7 @@ def read_script(path):
     return (decoded(data, path) if is_marked else data.decode("utf-8", "surrogateescape")).replace("\r\n", "\n")
 
 
-def write_script(text, folder):
+def _write_script(text, folder):
     """Return the path of a new file that only its owner can read and run: in `folder`, or where that can't take it
     among the temporary ones."""
     import tempfile
@@ -10611,15 +10617,15 @@ def exception_summary(error):
     trace = error.__traceback__
     while trace and trace.tb_frame.f_code.co_filename == exception_summary.__code__.co_filename:
         trace = trace.tb_next
-    kind = text_of(lambda: type(error).__name__, "exception")
-    message = text_of(lambda: str(error), "(its text can't be made)")
+    kind = _readable(lambda: type(error).__name__, "exception")
+    message = _readable(lambda: str(error), "(its text can't be made)")
     short = "%s: %s\n" % (kind, message)
-    text = text_of(lambda: "".join(traceback.format_exception(type(error), error, trace)), "") or text_of(
+    text = _readable(lambda: "".join(traceback.format_exception(type(error), error, trace)), "") or _readable(
         lambda: "".join(traceback.format_tb(trace)) + short, short)
     return {"type": kind[:TEXT_LIMIT], "message": message[:TEXT_LIMIT], "traceback": text[-TEXT_LIMIT:]}
 
 
-def _made(make, otherwise):
+def result_or(make, otherwise):
     """Return make(), which is a user's code, or `otherwise` where it raises anything."""
     try:
         return make()
@@ -10627,9 +10633,9 @@ def _made(make, otherwise):
         return otherwise
 
 
-def text_of(make, otherwise):
+def _readable(make, otherwise):
     """Return the text that make() returns, without lone surrogates, or `otherwise` where it raises or is no text."""
-    text = _made(lambda: str.encode(make(), "utf-8", "backslashreplace").decode("utf-8"), None)
+    text = result_or(lambda: str.encode(make(), "utf-8", "backslashreplace").decode("utf-8"), None)
     return otherwise if text is None else text
 
 
@@ -10692,7 +10698,7 @@ def signal_group(group, signum):
         return signum != 0
 
 
-def is_group_alive(group):
+def _is_group_alive(group):
     """Return whether a process of the group runs. Zombies don't count: in a container they may stay."""
     if not signal_group(group, 0):
         return False
@@ -10725,7 +10731,7 @@ def end_groups(groups, give_up_at, pause):
     import signal
     for group in groups:
         signal_group(group, signal.SIGTERM)
-    while any(map(is_group_alive, groups)) and monotonic() < give_up_at:
+    while any(map(_is_group_alive, groups)) and monotonic() < give_up_at:
         pause(0.02)
     for group in groups:
         signal_group(group, signal.SIGKILL)
@@ -10988,7 +10994,7 @@ class Output:
     def _open(self, use_pty, label):
         opened = {}
         for number in (1, 2):
-            place = target_identity(number) if fcntl else 1
+            place = _target_identity(number) if fcntl else 1
             if place not in opened:
                 ours, opened[place] = use_pty and _open_pty() or os.pipe()
                 takers = [self.log.channel()] + ([self.printed.channel()] if self.printed else [])
@@ -11024,7 +11030,7 @@ class Output:
         self.thread.join(self.DRAIN_S)
 
 
-def target_identity(number):
+def _target_identity(number):
     """Return what identifies the file behind a descriptor; the number itself if it is closed."""
     try:
         found = os.fstat(number)
@@ -11068,7 +11074,7 @@ def _write_out(number, data):
 WRITING = threading.Lock()  # who has it writes output of a job
 
 
-class Tee:
+class _Tee:
     """A text stream that a run's log gets a copy of; for anything but writing it is the stream itself.
 
     A stream that takes nothing any more (a pipe that nobody reads, a full disk, none at all) is no error of the
@@ -11123,16 +11129,17 @@ def _discard(stream, for_good):
         pass
 
 
-def _listen_in(log):
+def listen_in(log):
     """Have what the function prints copied to its log; return {name in sys: Tee}.
 
     What it writes past Python's own streams isn't seen: to take that too would lose the last words of a crash."""
-    tees = {name: Tee(getattr(sys, name) or open(os.devnull, "w"), log.channel()) for name in ("stdout", "stderr")}
+    tees = {name: _Tee(getattr(sys, name) or open(os.devnull, "w"), log.channel()) for name in ("stdout", "stderr")}
     vars(sys).update(tees)
     return tees
 
 
-def _listen_no_more(tees):
+def listen_no_more(tees):
+    """Put the streams back that `listen_in` has replaced."""
     for name in tees:
         tees[name].flush()  # what stays in the buffer would fail at the interpreter's end, where nobody can mend it
         if getattr(sys, name) is tees[name]:  # else the function has put something else there
@@ -11212,8 +11219,8 @@ def make_slots(jobs=None, gpus=None, per_gpu=None):
         raise UsageError("--per-gpu K goes with --gpus, and without --jobs: each GPU has K slots")
     sets, variable = [[]], None
     if gpus:
-        variable = gpu_variable()
-        chosen = chosen_gpus(gpus, variable)
+        variable = _gpu_variable()
+        chosen = _chosen_gpus(gpus, variable)
         jobs = len(chosen) * (1 if per_gpu is None else per_gpu) if jobs is None else jobs
         if jobs < 1 or jobs % len(chosen) and len(chosen) % jobs:
             raise UsageError("%d jobs can't share %d GPUs evenly: %s" % (jobs, len(chosen), ",".join(chosen)))
@@ -11238,7 +11245,7 @@ def _slot_spec(number, jobs, variable, gpus):
 GPU_VARIABLES = ("ROCR_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "CUDA_VISIBLE_DEVICES")
 
 
-def gpu_variable():
+def _gpu_variable():
     """Return the name of the variable that says which GPUs a job sees: the one that is set, else that of the machine's
     make."""
     given = [name for name in GPU_VARIABLES if name in os.environ]
@@ -11250,7 +11257,7 @@ def gpu_variable():
     return given[0]
 
 
-def given_gpus(variable):
+def _given_gpus(variable):
     """Return the names of the GPUs that this process was given: by the variable, else by Slurm, whose indices are the
     machine's, which hold unless the system shows no more than so many; None where it has all there are."""
     if variable in os.environ:
@@ -11279,9 +11286,9 @@ def _gpu_files():
     return sorted((name[6:] for name in names if re.match(r"nvidia\d+\Z", name)), key=int)
 
 
-def chosen_gpus(text, variable):
+def _chosen_gpus(text, variable):
     """Return the names of the GPUs that are meant by "all", by names among those given, or by their places there."""
-    given, words = given_gpus(variable), [word.strip() for word in text.split(",")]
+    given, words = _given_gpus(variable), [word.strip() for word in text.split(",")]
     if words == ["all"]:
         found = listed_gpus() if given is None else given
         if not found:
@@ -11427,7 +11434,7 @@ def deliver_kept(run=None):
     config, count, staying = load_config(), 0, set()
     for path in outbox_reports(run):
         try:
-            report = read_saved_report(path)
+            report = _read_saved_report(path)
             is_ours = report and report.pop("queue") == config.queue_name
             if not is_ours or report.get("run_id") in staying:
                 continue
@@ -11437,7 +11444,7 @@ def deliver_kept(run=None):
             else:
                 staying.add(report.get("run_id") or path)
         except OddFile as error:
-            set_aside(path, error)
+            _set_aside(path, error)
     return count
 
 
@@ -11445,7 +11452,7 @@ REPORT_KINDS = {"task_id": str, "run_id": str, "worker_id": str, "status": str, 
               "attempt": dict, "delay_s": float, "final": bool, "queue": str, "store": str}
 
 
-def read_saved_report(path):
+def _read_saved_report(path):
     """Return the report in a file of the outbox, None if it is gone; raise OddFile if it is not a report."""
     try:
         report = load_json(path, REPORT_KINDS, ("task_id", "status", "queue"))
@@ -11465,7 +11472,7 @@ def read_saved_report(path):
     return report
 
 
-def set_aside(path, why):
+def _set_aside(path, why):
     """Rename a file of the outbox so that nothing reads it again, and say so."""
     names = itertools.chain([path + ".aside"], ("%s.aside-%d" % (path, n) for n in itertools.count(2)))
     aside = next(name for name in names if not os.path.lexists(name))
@@ -11771,7 +11778,7 @@ def rely_on(store_id):
         transport.store.file.expected = store_id
 
 
-def show_life(run_ids):
+def _show_runs(run_ids):
     """Show other hosts, if the store has no server, that these runs and this host's use of the store go on."""
     try:
         transport = client().transport
@@ -11783,7 +11790,7 @@ def show_life(run_ids):
         transport.store.owner.show()
 
 
-def find_run():
+def _find_run():
     """Return the Run of this thread, of this process, or of the job that this process belongs to, else None."""
     running = [run for key, run in list(RUNS.items()) if isinstance(key, int)]
     run = RUNS.get(threading.get_ident()) or (running[0] if len(running) == 1 else None)
@@ -11817,9 +11824,9 @@ def _job_run(task_id, run_id, worker_id, log_dir):
     return RUNS[key]
 
 
-def current_run():
+def _current_run():
     """Return the Run under way here, or raise LabtaskerRuntimeError."""
-    run = find_run()
+    run = _find_run()
     if run is None:
         raise LabtaskerRuntimeError("no task is running here: this works inside a function that labtasker.loop() "
                                     "runs, or in a command that `labtasker loop` started")
@@ -11828,38 +11835,38 @@ def current_run():
 
 def is_enabled():
     """Return whether this code runs as part of a task."""
-    return find_run() is not None
+    return _find_run() is not None
 
 
 def current_task_id():
     """Return the id of the task that runs here, or raise LabtaskerRuntimeError."""
-    return current_run().task_id
+    return _current_run().task_id
 
 
 def current_worker_id():
     """Return the id of the worker that runs here, or raise LabtaskerRuntimeError."""
-    return current_run().worker_id
+    return _current_run().worker_id
 
 
 def task_info():
     """Return the Task that runs here, as it was when its run started, or raise LabtaskerRuntimeError.
 
     It is read from the run's folder, so that a job can start while the server is away; else the server is asked."""
-    run = current_run()
+    run = _current_run()
     return run.task or run.written_task() or get_task(run.task_id)
 
 
 def get_labtasker_log_dir():
     """Return the folder of the run, a Path, for files that it wants to keep; made if it is missing."""
     import pathlib
-    return pathlib.Path(current_run().make_log_dir())
+    return pathlib.Path(_current_run().make_log_dir())
 
 
 def report_task_status(task_id, status, summary=None, worker_id=None):
     """Set a task's status (success, failed, cancelled; "running" only merges) and merge `summary` into its summary.
 
     For the task that runs here the report also names the run; the loop then leaves a final status as it is."""
-    run = find_run()
+    run = _find_run()
     if run is None or run.task_id != task_id:
         deliver(task_id, status, plain_summary(summary), worker_id)
     else:
@@ -11876,7 +11883,7 @@ def report(step=None, **values):
 
 def report_values(values, step=None):
     """Do what `report` does."""
-    run = find_run()
+    run = _find_run()
     if run is None or not _is_first_rank(run):
         return True
     number = step.item() if hasattr(step, "item") else step
@@ -11905,7 +11912,7 @@ def _is_first_rank(run):
 def task_dir():
     """Return the folder that all attempts of the task share, a Path; made if it is missing."""
     import pathlib
-    run = current_run()
+    run = _current_run()
     path = os.environ.get("LABTASKER_TASK_DIR") if run.task is None else run.task_dir
     os.makedirs(path or run.task_dir, mode=0o700, exist_ok=True)
     return pathlib.Path(path or run.task_dir)
@@ -11917,7 +11924,7 @@ def finish(status, summary=None, skip_if_no_labtasker=True):
     Outside of any run it does nothing, or raises LabtaskerRuntimeError where `skip_if_no_labtasker` is False."""
     if status not in ("success", "failed"):
         raise LabtaskerValueError('finish(%r): the status is "success" or "failed"' % (status,))
-    run = find_run() if skip_if_no_labtasker else current_run()
+    run = _find_run() if skip_if_no_labtasker else _current_run()
     if run is None or run.ended_by_job():
         return
     try:
@@ -11932,7 +11939,7 @@ def time_left():
     """Return the seconds until the loop's time is up (its Slurm or PBS job's, or --time-limit); None if unlimited.
 
     A job that still runs is told to stop earlier, by its grace and some seconds to hand its task back."""
-    run = find_run()
+    run = _find_run()
     left_s = run.limit.end_at - monotonic() if run and run.limit else told_left_s()
     return None if left_s is None or left_s == math.inf else max(0.0, float(left_s))
 
@@ -11952,7 +11959,7 @@ def preempted():
 
     Call it early: after the first call, stop signals (but Ctrl-C) no longer end this process nor raise into the
     function until half the grace is over."""
-    run = find_run()
+    run = _find_run()
     if run and run.task and run.pid == os.getpid():
         run.move("ask")
         return "stop" in run.events
@@ -11971,14 +11978,14 @@ def _hear_of_stops():
 
     def note_stop(signum, frame):
         if os.getpid() != own_pid:
-            die_of(signum)
+            _die_of(signum)
         STOPS.append(signum)
     for signum in loop_signals():
         if signal.getsignal(signum) == signal.SIG_DFL:
             signal.signal(signum, note_stop)
 
 
-def die_of(signum):
+def _die_of(signum):
     """Do what the signal does without labtasker, in a process that a job forked, such as a data loader."""
     import signal
     if signum == signal.SIGINT:
@@ -12083,7 +12090,7 @@ class Wake:
     def on_signal(self, signum, frame):
         """Handle a signal from a person, the system or `nudge`; may raise into the function that runs."""
         if os.getpid() != self.pid:
-            return die_of(signum)
+            return _die_of(signum)
         if self.nudged:
             self.nudged, signum = False, None
         elif signum in self.ignored:
@@ -12133,7 +12140,7 @@ class HeartbeatProcess:
     def __init__(self, on_lost):
         self.on_lost, self.runs, self.process, self.reader = on_lost, {}, None, None
         self.environ = None  # the environment at the start of the loop
-        self.guard = Guard()
+        self.guard = _Guard()
         self.lock = threading.Lock()  # guards runs, process and what is written to it
 
     def add(self, run, interval_s, group=None):
@@ -12228,7 +12235,7 @@ class HeartbeatProcess:
             process.stdout.close()
 
 
-class Guard:
+class _Guard:
     """A shell that ends the process groups of jobs once its stdin is closed, as it is however the loop dies.
 
     The heartbeat process does the same; this one helps when both are killed at once. It is not a child of the loop.
@@ -12383,7 +12390,7 @@ def _show_life(parent, beaters):
     """Touch the beat files of the runs and the owner's counter, even while heartbeats are held up."""
     while True:
         if beaters and not is_stopped(parent):
-            show_life([heart.message["run_id"] for heart in list(beaters.values())])
+            _show_runs([heart.message["run_id"] for heart in list(beaters.values())])
         time.sleep(1)
 
 
@@ -12446,11 +12453,11 @@ def seconds_left(given_s=None):
     told = [pair for pair in told + [(given_s, "--time-limit")] if pair[0] is not None]
     left_s, name = min(told, default=(math.inf, None))
     if name:
-        remark("the time is up in %s (%s)" % (in_words(left_s), name))
+        remark("the time is up in %s (%s)" % (_in_words(left_s), name))
     return left_s
 
 
-def in_words(seconds):
+def _in_words(seconds):
     """Return a length of time as text: "1 day, 2:03:04"."""
     return str(datetime.timedelta(seconds=min(max(0, round(seconds)), 86400 * 999999999)))
 
@@ -12662,7 +12669,7 @@ class Loop:
                 remark(error)
 
     def _why(self):
-        left = in_words(self.limit.end_at - monotonic()) if self.limit and self.limit.end_at < math.inf else ""
+        left = _in_words(self.limit.end_at - monotonic()) if self.limit and self.limit.end_at < math.inf else ""
         if self.wake.stop:
             return "the time is up in " + left if self.state == "timed_out" else (
                 "stopped by " + signal_name(self.wake.stop))
@@ -12697,8 +12704,8 @@ class Loop:
         if not self.request.get("required_fields"):
             remark("no field of args is required: every task matches, whatever its args")
         if not self.request.get("worker_id"):
-            self.request["worker_id"] = create_worker(**dict(default_worker(), **(self.worker or {})))
-        self.request["attempt"] = attempt_facts()
+            self.request["worker_id"] = create_worker(**dict(_default_worker(), **(self.worker or {})))
+        self.request["attempt"] = _attempt_facts()
         self.limit = Limit(seconds_left(self.options.time_limit_s), self.options.grace_s, self.options.drain_before_s,
                            parse_duration(self.request.get("eta_max") or 0))
         self.idle_since = monotonic()
@@ -12804,7 +12811,7 @@ class Loop:
         return Outcome("pending", reason=why, facts=facts)
 
 
-class Fetch:
+class _Fetch:
     """A request for a task that was sent and is not answered yet."""
 
     def __init__(self, fetch_id):
@@ -12867,7 +12874,7 @@ class Slot:
                 self._guarded_pass()
         except WorkerSuspended as error:
             loop.fatal = None  # whatever another slot met, this says what to do
-            loop.fail("no more tasks are run on %s: %s" % (host_name(), error))
+            loop.fail("no more tasks are run on %s: %s" % (_host_name(), error))
         except (LabtaskerError, OSError, MemoryError) as error:
             loop.fail(str(error) or type(error).__name__)
         except BaseException as error:
@@ -12974,7 +12981,7 @@ class Slot:
 
         A fetch that was sent may have been given a task. So it is repeated with the same id until it is answered, and
         the id is kept in `unanswered` if it never is."""
-        loop, fetch = self.loop, Fetch(new_id())
+        loop, fetch = self.loop, _Fetch(new_id())
         request = dict(loop.request, fetch_id=fetch.id, wait_s=wait_s or None, extra_filter=loop.without_resting(
             loop.limit.filtered(loop.request, monotonic())), attempt=dict(loop.request["attempt"], **self.spec.facts))
 
@@ -13046,11 +13053,11 @@ class Slot:
             status = run.ended
             self.remark("task %s: %s, as reported by the job itself" % (run.task_id, status))
             if run.run_id and (facts or outcome.summary):
-                send_outcome(self, run, Outcome(status, outcome.summary), facts)
+                _send_outcome(self, run, Outcome(status, outcome.summary), facts)
         elif status is None:
             self.remark("task %s: stopped: %s" % (run.task_id, ENDS.get(run.lost, run.lost)))
         else:
-            status = send_outcome(self, run, outcome, facts)
+            status = _send_outcome(self, run, outcome, facts)
             run.note_summary(outcome.summary)
         run.note_end(status or run.lost or "lost", **dict(facts, reason=outcome.reason or facts.get("reason")))
         with loop.lock:
@@ -13084,7 +13091,7 @@ ENDS = {"pending": "requeued", "taken": "taken over by another worker"}  # how t
 UNTAKEN = (400, 413, 422)  # a server may refuse the summary: then the end is reported without it
 
 
-def send_outcome(slot, run, outcome, facts):
+def _send_outcome(slot, run, outcome, facts):
     """Return the status once it is delivered or saved; None if someone else has ended the run."""
     try:
         delivered = slot.post(run, {
@@ -13100,7 +13107,7 @@ def send_outcome(slot, run, outcome, facts):
             return None
         told = {"labtasker_error": "%s (its summary was refused: %s)" % (
             failure_text(outcome.summary or {})[:REASON_LIMIT], error)} if outcome.status == "failed" else None
-        return send_outcome(slot, run, outcome._replace(summary=told), None)
+        return _send_outcome(slot, run, outcome._replace(summary=told), None)
     words = {"pending": "requeued (does not count as a retry): %s" % outcome.reason,
              "failed": "failed%s, attempt %d of %d: %s" % (
                  " for good (another run would fail alike)" if outcome.is_final else "",
@@ -13139,20 +13146,20 @@ WORKER_MAX_RETRIES = 1000000  # a loop's own worker: tasks fail for their own re
 LOOP_SETTINGS = {"on_internal_error": None, "prompt_on_failure": False}
 
 
-def host_name():
+def _host_name():
     """Return this machine's name."""
     return os.uname().nodename if hasattr(os, "uname") else os.environ.get("COMPUTERNAME", "host")
 
 
-def attempt_facts():
+def _attempt_facts():
     """Return what each task that a loop runs keeps of that: who runs what, and where its output is."""
     log = os.path.join(os.path.abspath(load_config().root), "logs", "{task_id}", "{run_id}", "run.log")
-    return _given(host=host_name(), pid=os.getpid(), git=code_version(), log=from_system(log))
+    return without_none(host=_host_name(), pid=os.getpid(), git=code_version(), log=from_system(log))
 
 
-def default_worker():
+def _default_worker():
     """Return what a loop registers its worker with."""
-    host = host_name()
+    host = _host_name()
     return {"worker_name": "%s-%d" % (re.sub(r"[^a-zA-Z0-9_-]", "-", host)[:80], os.getpid()),
             "metadata": {"host": host, "pid": os.getpid()}, "max_retries": WORKER_MAX_RETRIES}
 
@@ -13190,7 +13197,8 @@ def set_prompt_on_task_failure(enabled):
 
 def ask_to_go_on():
     """Return whether to go on after a failure; no answer in ten seconds, or nobody to ask, means yes."""
-    if not (LOOP_SETTINGS["prompt_on_failure"] and _made(lambda: sys.stdin.isatty() and sys.stderr.isatty(), False)):
+    is_asked = LOOP_SETTINGS["prompt_on_failure"]
+    if not (is_asked and result_or(lambda: sys.stdin.isatty() and sys.stderr.isatty(), False)):
         return True
     sys.stderr.write("labtasker: the task failed. Go on with the next one? [Y/n] (yes in 10 s) ")
     sys.stderr.flush()
@@ -13212,7 +13220,7 @@ def loop(required_fields=None, extra_filter=None, cmd=None, worker_id=None, crea
     that the function itself waits for. Give the container an init there: `docker run --init`."""
     if callable(required_fields):
         raise LabtaskerTypeError("write @labtasker.loop(), with parentheses")
-    check_worker_choice(worker_id, create_worker_kwargs)
+    _check_worker_choice(worker_id, create_worker_kwargs)
     times = {name: value if value is None else parse_duration(value) for name, value in (
         ("grace_s", grace), ("time_limit_s", time_limit), ("drain_before_s", drain_before))}
 
@@ -13224,7 +13232,7 @@ def loop(required_fields=None, extra_filter=None, cmd=None, worker_id=None, crea
         def run_loop(*given, **named):
             wanted.check_call(given, named)
             request = fetch_request(wanted.fields, extra_filter, cmd, worker_id, eta_max, heartbeat_timeout)
-            code = Loop(lambda slot, run: run_function(slot, run, lambda args: wanted.call(args, given, named)),
+            code = Loop(lambda slot, run: _run_function(slot, run, lambda args: wanted.call(args, given, named)),
                         request, create_worker_kwargs, **times).run()
             if code:
                 sys.exit(code)
@@ -13232,7 +13240,7 @@ def loop(required_fields=None, extra_filter=None, cmd=None, worker_id=None, crea
     return decorate
 
 
-def check_worker_choice(worker_id, create_worker_kwargs):
+def _check_worker_choice(worker_id, create_worker_kwargs):
     """Raise LabtaskerTypeError where a worker is both named and described, or described in other words than it has."""
     unknown = set(create_worker_kwargs or {}) - {"worker_name", "metadata", "max_retries"}
     if unknown:
@@ -13252,7 +13260,7 @@ def fetch_request(fields, extra_filter, cmd, worker_id, eta_max, heartbeat_timeo
             "eta_max": eta_max, "heartbeat_timeout": heartbeat_timeout}
 
 
-def run_function(slot, run, call):
+def _run_function(slot, run, call):
     """Return the Outcome of call(args) in the thread that runs the loop; whatever it raises ends the task alone."""
     wake, limit, told_at = slot.wake, slot.loop.limit, None
     slot.start_beats(run)
@@ -13320,7 +13328,7 @@ def _call_function(slot, run, call):
     os.environ.update(names)
     RUNS[thread] = run
     log = RunLog(run.path("run.log"))
-    tees, held = _listen_in(log) if wake.in_main else (), client_held()
+    tees, held = listen_in(log) if wake.in_main else (), client_held()
     try:
         try:
             wake.interrupt = lambda signum: _interrupt(wake, run, signum)
@@ -13340,7 +13348,7 @@ def _call_function(slot, run, call):
             _end_child(error)
         return _outcome_of_error(slot.loop, run, error)
     finally:
-        _listen_no_more(tees)
+        listen_no_more(tees)
         log.close()
         RUNS.pop(thread, None)
         run.note_over()
@@ -13417,7 +13425,7 @@ def _code_of_exit(error):
     """Return the exit code that a SystemExit stands for, None where it is another error or has a text."""
     if not issubclass(type(error), SystemExit):
         return None
-    code = _made(lambda: error.code, "?")
+    code = result_or(lambda: error.code, "?")
     if code is None or isinstance(code, int):
         return (code or 0) & 255 if -2 ** 31 <= (code or 0) < 2 ** 31 else 255
     return None
@@ -13437,12 +13445,12 @@ def command_loop(argv=None, **given):
     worker = {} if options.worker_max_retries is None else {"max_retries": options.worker_max_retries}
     if options.worker_id and worker:
         raise UsageError("--worker-max-retries is for the loop's own worker; worker %s has its own" % options.worker_id)
-    return Loop(lambda slot, run: run_job(slot, run, command, options.use_pty, *metrics), request, worker,
+    return Loop(lambda slot, run: _run_job(slot, run, command, options.use_pty, *metrics), request, worker,
                 signals=[signal.SIGCHLD], slots=make_slots(options.jobs, options.gpus, options.per_gpu),
                 **vars(options)).run()
 
 
-class Reporter:
+class _Reporter:
     """Reports what metrics find in a job's output while it runs; the last values come with its end."""
 
     PERIOD_S = 1  # between two reports at least
@@ -13473,27 +13481,27 @@ class Reporter:
         self.thread.join(LEAVING_S)
 
 
-def run_job(slot, run, command, use_pty=True, metrics=None, step=None):
+def _run_job(slot, run, command, use_pty=True, metrics=None, step=None):
     """Return the Outcome of the command in a process group of its own.
 
     What keeps it from being started fails the task where that is the task's own, else hands it back."""
     output = script = None
-    reporter = Reporter(run, metrics, step) if metrics else None
+    reporter = _Reporter(run, metrics, step) if metrics else None
     try:
         output = Output(RunLog(run.path("run.log")), use_pty, slot.spec.label, reporter and reporter.printed)
         run.make_task_dir()
         args = dict(run.task.args, **run.built_in(slot.own["LABTASKER_SLOT"]))
         folder = command.folder(args)
         words, script = command.words(args, run.log_dir)
-        process = _start_job(words, slot.environment(run), output.ends, folder)
+        process = start_job(words, slot.environment(run), output.ends, folder)
         output.let_go()
         is_own_end = _watched(slot, run, process)
-    except NotWatched as error:
+    except _NotWatched as error:
         return Outcome("pending", reason=str(error))
     except LabtaskerRuntimeError:  # there are no threads: the loop, which needs more of them, ends with that
         raise
     except (OSError, ValueError, RuntimeError, MemoryError) as error:
-        return _not_started(command, error)
+        return outcome_not_started(command, error)
     finally:
         if output:
             output.finish()
@@ -13507,12 +13515,12 @@ def run_job(slot, run, command, use_pty=True, metrics=None, step=None):
     return Outcome(None, facts=facts) if run.lost else slot.loop.handed_back(facts)
 
 
-class NotWatched(Exception):
+class _NotWatched(Exception):
     """The loop could not wait for a job that it had started, and has ended it."""
 
 
 def _watched(slot, run, process):
-    """Return what `watch` does; raises NotWatched, the job ended, where that fails."""
+    """Return what `watch` does; raises _NotWatched, the job ended, where that fails."""
     try:
         return watch(slot, run, process)
     except Exception as error:
@@ -13520,7 +13528,7 @@ def _watched(slot, run, process):
         process.wait()
         if isinstance(error, LabtaskerRuntimeError):
             raise
-        raise NotWatched("the loop could not watch the job: %s: %s" % (type(error).__name__, error)) from error
+        raise _NotWatched("the loop could not watch the job: %s: %s" % (type(error).__name__, error)) from error
 
 
 def _remove_script(path):
@@ -13612,7 +13620,7 @@ def age(moment):
     return span(now() - moment.timestamp())
 
 
-def narrowed(widths, room):
+def _narrowed(widths, room):
     """Return the widths of columns, the widest made narrower until all fit in `room`, or all are narrow."""
     widths = list(widths)
     while sum(widths) + 2 * len(widths) - 2 > room and max(widths) > 8:
@@ -13627,7 +13635,7 @@ def render_table(rows, room=10 ** 9, painted=None):
     `painted(cell, padded)` returns the padded cell with its colour."""
     kept = [i for i in range(len(rows[0])) if any(row[i] for row in rows[1:])]
     rows = [[clean(row[i], "") for i in kept] for row in rows]
-    widths = narrowed([min(room, max(map(cells_wide, column))) for column in zip(*rows)], room)
+    widths = _narrowed([min(room, max(map(cells_wide, column))) for column in zip(*rows)], room)
     return "\n".join(_table_line(row, widths, painted) for row in rows)
 
 
@@ -13713,7 +13721,7 @@ def fit_columns(telling, wants, room, kept=()):
     for field in cells:
         more = max(0, min(left, wants[field][1] - cells[field]))
         cells[field], left = cells[field] + more, left - more
-    return dict(zip(cells, narrowed(cells.values(), room))) if cells else cells
+    return dict(zip(cells, _narrowed(cells.values(), room))) if cells else cells
 
 
 def shortened(names, pattern, taken):
@@ -13761,7 +13769,7 @@ def as_jsonl(rows):
 YAML_PLAIN = r"(?ai)(?!(?:true|false|yes|no|on|off|null|y|n)\Z)[a-z_/][\w./@+-]*(?: [\w./@+-]+)*\Z"
 
 
-def yaml_scalar(value, indent=""):
+def _yaml_scalar(value, indent=""):
     """Return a JSON value that is no filled dict or list as YAML 1.1 and 1.2 both read it."""
     if isinstance(value, str) and re.match(YAML_PLAIN, value):
         return value
@@ -13781,25 +13789,25 @@ def _yaml_block(text, indent):
     return "\n".join([("|" if text.endswith("\n") else "|-")] + [line and indent + "  " + line for line in lines])
 
 
-def yaml_lines(value, indent=""):
+def _yaml_lines(value, indent=""):
     """Yield a dict or a list as the lines of a YAML block; nothing where it is empty."""
     is_dict = isinstance(value, dict)
     for key, item in value.items() if is_dict else enumerate(value):
-        head = indent + (yaml_scalar(key) + ":" if is_dict else "-")
+        head = indent + (_yaml_scalar(key) + ":" if is_dict else "-")
         if not isinstance(item, (dict, list)) or not item:
-            yield "%s %s" % (head, yaml_scalar(item, indent))
+            yield "%s %s" % (head, _yaml_scalar(item, indent))
             continue
-        lines = yaml_lines(item, indent + ("" if is_dict and isinstance(item, list) else "  "))
+        lines = _yaml_lines(item, indent + ("" if is_dict and isinstance(item, list) else "  "))
         yield head if is_dict else "%s %s" % (head, next(lines).lstrip(" "))
         yield from lines
 
 
 def as_yaml(rows):
     """Return dicts as a YAML list."""
-    return "\n".join(yaml_lines(rows)) or "[]"
+    return "\n".join(_yaml_lines(rows)) or "[]"
 
 
-def csv_cell(value):
+def _csv_cell(value):
     """Return a value as a cell of CSV, in quotes where a reader of any Python needs them; None is an empty one."""
     text = "" if value is None else str(value)
     return '"%s"' % text.replace('"', '""') if re.search('[",\r\n]|\\A\\s|\\s\\Z', text) else text
@@ -13812,12 +13820,13 @@ def as_csv(rows, columns=()):
         rows = [{key: value for key, value in flatten(row) if value != {}} for row in rows]
         columns = sorted({key for row in rows for key in row}, key=lambda key: (fields.index(key.split(".")[0]), key))
     lines = [columns] + [[row.get(column) for column in columns] for row in rows]
-    text = "\n".join(",".join(map(csv_cell, line)) if line[1:] else csv_cell(line[0]) or '""' for line in lines if line)
+    text = "\n".join(",".join(map(_csv_cell, line)) if line[1:] else _csv_cell(line[0]) or '""'
+                     for line in lines if line)
     return clean(text) if is_terminal(sys.stdout) else text
 
 
 WRITERS = {"jsonl": lambda rows, columns: as_jsonl(rows), "yaml": lambda rows, columns: as_yaml(rows), "csv": as_csv}
-RECORD_WRITERS = {"jsonl": lambda row: as_jsonl([row]), "yaml": lambda row: "\n".join(yaml_lines(row)),
+RECORD_WRITERS = {"jsonl": lambda row: as_jsonl([row]), "yaml": lambda row: "\n".join(_yaml_lines(row)),
                   "csv": lambda row: as_csv([row])}
 FORMATS = ("yaml", "jsonl", "csv")
 
@@ -13835,7 +13844,7 @@ NUMBERS_OF_LITERAL = Pattern(r"""(?s)('(?:\\.|[^'\\])*'|"(?:\\.|[^"\\])*")"""
                              r"""|(?<![\w.)\]'"])[-+]?\.?[0-9](?:[eE][-+](?=[0-9])|[\w.])*""")
 
 
-def number_or_text(text, read=float):
+def _number_or_text(text, read=float):
     """Return the number that `text` is, or the text itself where the number would be written as another one."""
     if SHORT_NUMBER.match(text):
         return json.loads(text)
@@ -13854,7 +13863,7 @@ def _kept_numbers(text):
         word = match.group()
         if match.group(1) or word[-1] in "jJ":
             return word
-        is_kept = DECIMAL.match(word) and number_or_text(word, int if word.strip("+-").isdigit() else float) != word
+        is_kept = DECIMAL.match(word) and _number_or_text(word, int if word.strip("+-").isdigit() else float) != word
         return word if is_kept else json.dumps(word)
     return NUMBERS_OF_LITERAL.sub(kept, text)
 
@@ -13875,7 +13884,7 @@ def literal(text):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             found = json.dumps(ast.literal_eval(kept.lstrip(" \t")))
-        found = json.loads(found, object_pairs_hook=_no_duplicates)
+        found = json.loads(found, object_pairs_hook=no_duplicates)
     except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
         return text
     return text if kept != text and isinstance(found, str) else found
@@ -13885,8 +13894,8 @@ def typed_value(text, what, strict=False):
     """Return `text` as JSON, else as a Python literal, else as it stands; raises UsageError for a key that is there
     twice, and where it is `strict` instead of returning text as it stands. Numbers are kept as by `literal`."""
     try:
-        return json.loads(text, object_pairs_hook=_no_duplicates, parse_float=number_or_text,
-                          parse_int=functools.partial(number_or_text, read=int))
+        return json.loads(text, object_pairs_hook=no_duplicates, parse_float=_number_or_text,
+                          parse_int=functools.partial(_number_or_text, read=int))
     except InvalidFields as error:
         raise UsageError("%s: %s" % (what, error)) from None
     except (ValueError, RecursionError) as error:
@@ -13913,13 +13922,13 @@ def read_text(path, what="what to do"):
 
     Where nothing comes from stdin, a note says that `what` is waited for."""
     if path == "-":
-        tell_silence(what)
+        _tell_silence(what)
         return decoded(sys.stdin.buffer.read(), "stdin", UsageError) if sys.stdin else ""
     with open(path, "rb") as file:
         return decoded(file.read(), path, UsageError)
 
 
-def tell_silence(what):
+def _tell_silence(what):
     """Write a note where stdin is a pipe or the like from which nothing comes within a second."""
     import select
     try:
@@ -13996,13 +14005,13 @@ def grid_values(key, text):
     if text is True:
         return [True]
     values = []
-    for part in split_commas(text):
+    for part in _split_commas(text):
         bounds = re.match(RANGE, part)
-        values += range_values(key, bounds) if bounds else [literal(part)]
+        values += _range_values(key, bounds) if bounds else [literal(part)]
     return values
 
 
-def range_values(key, match):
+def _range_values(key, match):
     """Return start, start + step ... up to stop, which is included; in decimals, so that 0.1:0.3:0.1 has 0.3."""
     import decimal
     try:
@@ -14018,7 +14027,7 @@ def range_values(key, match):
     return [number(start + i * step) for i in range(int(steps) + 1)]
 
 
-def split_commas(text):
+def _split_commas(text):
     """Return the parts between the commas that stand outside brackets and quotes."""
     parts, depth = [""], 0
     for piece in re.findall(r"""(?s)'[^']*'|"[^"]*"|.""", text):
@@ -14035,7 +14044,7 @@ def tasks_of_json(path, text):
 
     A line is the arguments, or, where it has a dict `args`, a whole submission, as `task ls` and --dry-run print."""
     lines = enumerate(re.split("\r\n?|\n", text), 1)
-    return [submission_in(dict_of(line, where), where) for where, line in (
+    return [_submission_in(dict_of(line, where), where) for where, line in (
         ("%s line %d" % (path, number), line) for number, line in lines) if line.strip()]
 
 
@@ -14048,10 +14057,10 @@ def tasks_of_list(path, text):
     for number, row in enumerate(rows, 1):
         if not isinstance(row, dict):
             raise UsageError("%s: item %d of the list is %s, not a dict" % (path, number, brief(row)))
-    return [submission_in(row, "%s: item %d" % (path, number)) for number, row in enumerate(rows, 1)]
+    return [_submission_in(row, "%s: item %d" % (path, number)) for number, row in enumerate(rows, 1)]
 
 
-def submission_in(row, where):
+def _submission_in(row, where):
     """Return the submission that a dict is: the arguments, or a task with a dict `args`; UsageError names `where`."""
     if not isinstance(row.get("args"), dict):
         return {"args": row}
@@ -14061,7 +14070,7 @@ def submission_in(row, where):
     return {key: row[key] for key in SUBMISSION_FIELDS if key in row}
 
 
-def csv_rows(path, text):
+def _csv_rows(path, text):
     """Yield (number of the line where it begins, cells) for each row of CSV; raises UsageError with the line."""
     import csv
     import io
@@ -14081,7 +14090,7 @@ def csv_rows(path, text):
 def tasks_of_csv(path, text):
     """Return the submissions in CSV, a column an argument, or, in what `task ls --fmt csv` prints, a field; empty cells
     are left out. Raises UsageError with the line."""
-    rows, found = csv_rows(path, text), []
+    rows, found = _csv_rows(path, text), []
     header = next(rows, (1, []))[1]
     if len(set(header)) < len(header):
         raise UsageError("%s: a column is there twice: %s" % (path, ", ".join(header)))
@@ -14092,12 +14101,12 @@ def tasks_of_csv(path, text):
             raise UsageError("%s line %d has %d cells, the header %d" % (path, line, len(row), len(header)))
         cells = {key: cell for key, cell in zip(header, row) if cell}
         if cells:
-            found.append(listed_submission(cells) if is_listing else {
+            found.append(_listed_submission(cells) if is_listing else {
                 "args": {key: literal(cell) for key, cell in cells.items()}})
     return found
 
 
-def listed_submission(cells):
+def _listed_submission(cells):
     """Return the submission of a row of `task ls --fmt csv`."""
     task = {"args": {}}
     for key, cell in cells.items():
@@ -14325,7 +14334,7 @@ def typed_filter(text):
 
 def selectors(options):
     """Return what --id, --name, --status and --extra-filter ask `ls_tasks` for: only what was given."""
-    return _given(task_id=full_id(options.task_id), task_name=options.task_name, status=options.status,
+    return without_none(task_id=_full_id(options.task_id), task_name=options.task_name, status=options.status,
                   extra_filter=filter_of(options))
 
 
@@ -14334,7 +14343,7 @@ def ids_of(items):
     return [getattr(item, item.ID) for item in items]
 
 
-def id_that_starts(word, find):
+def _id_that_starts(word, find):
     """Return the id of the one thing that `find` lists whose id starts with `word`; raises NotFound, UsageError."""
     is_hex, what = re.match("[0-9a-f][0-9a-f-]*\\Z", word), "task" if find is ls_tasks else "worker"
     found = find(extra_filter={"_id": {"$regex": "^" + word}}, limit=2).content if is_hex else []
@@ -14345,12 +14354,12 @@ def id_that_starts(word, find):
     return ids_of(found)[0]
 
 
-def full_id(word, find=ls_tasks):
+def _full_id(word, find=ls_tasks):
     """Return the id of the one task (or what `find` lists) whose id starts with `word`; NotFound, UsageError."""
-    return word if word is None or len(word) == 36 else id_that_starts(word, find)
+    return word if word is None or len(word) == 36 else _id_that_starts(word, find)
 
 
-def read_ids():
+def _read_ids():
     """Return the ids on stdin; raises UsageError where a person sits there, or where they are none."""
     if sys.stdin is None or is_terminal(sys.stdin):
         raise UsageError("which tasks? Give ids (also on stdin), or select them with --id, --name, -s or -f")
@@ -14363,9 +14372,9 @@ def read_ids():
     return words
 
 
-def tasks_named(words):
+def _tasks_named(words):
     """Return the tasks with these ids in that order; raises NotFound that names those that are not there."""
-    ids = [full_id(word) for word in words]
+    ids = [_full_id(word) for word in words]
     tasks = {t.task_id: t for t in ls_tasks(extra_filter={"_id": {"$in": ids}}, limit=EVERY).content} if ids else {}
     missing = [task_id for task_id in ids if task_id not in tasks]
     if missing:
@@ -14374,14 +14383,14 @@ def tasks_named(words):
     return [tasks[task_id] for task_id in dict.fromkeys(ids)]
 
 
-def chosen_tasks(options, ids=(), limit=EVERY):
+def _chosen_tasks(options, ids=(), limit=EVERY):
     """Return the tasks that ids, selectors or ids on stdin mean. Only where none is given is stdin read."""
     query = selectors(options)
     if ids and query:
         raise UsageError("give ids or selectors, not both")
     if query and set(query) != {"task_id"}:
         return ls_tasks(limit=limit, **query).content
-    return tasks_named(list(query.values()) or ids or read_ids())
+    return _tasks_named(list(query.values()) or ids or _read_ids())
 
 
 # ---- Listings: columns, formats, pages
@@ -14416,11 +14425,11 @@ def error_of(task):
     """Return the last line of the error that a task's summary tells of, after the exception's type, or nothing."""
     raised = task.summary.get("labtasker_exception")
     if isinstance(raised, dict):
-        return "%s: %s" % (raised.get("type"), last_line(str(raised.get("message"))))
-    return last_line(str(task.summary.get("labtasker_error") or ""))
+        return "%s: %s" % (raised.get("type"), _last_line(str(raised.get("message"))))
+    return _last_line(str(task.summary.get("labtasker_error") or ""))
 
 
-def last_line(text):
+def _last_line(text):
     """Return the last line of a text that has anything in it, or nothing."""
     return text.strip().split("\n")[-1].strip()
 
@@ -14462,24 +14471,24 @@ CELLS = {  # field of a row: its text; those of other fields are `brief`
     "duration": lambda task: span(spent_s(task)), "worker_id": lambda value: value[:8]}
 
 
-def sorting(word):
+def _sorting(word):
     """Return [field, 1 or -1] of `FIELD:asc|desc`; raises UsageError for an unknown field."""
     field, _, direction = word.partition(":")
-    check_field(field, "--sort")
+    _check_field(field, "--sort")
     if direction not in ("", "asc", "desc"):
         raise UsageError("--sort %s: a direction is asc or desc, not %r" % (word, direction))
     return [field, -1 if direction == "desc" else 1]
 
 
-def check_field(field, option, more=()):
+def _check_field(field, option, more=()):
     """Raise UsageError unless the first part of a dotted `field` is one that a task has, or one of `more`."""
     top, known = field.split(".")[0], list(visible(TASK_FIELDS)) + list(more)
     if top not in known:
         raise UsageError("%s: there is no field %s%s The fields are %s" % (
-            option, brief(field), meant_field(field, known) or ".", ", ".join(known)))
+            option, brief(field), _meant_field(field, known) or ".", ", ".join(known)))
 
 
-def meant_field(name, known):
+def _meant_field(name, known):
     """Return as `field_hint` does; where tasks have a key of this name in just some of their fields, these alone."""
     homes = [home + "." + name for home in ("args", "summary", "metadata") if FREE_KEY.match(name)]
     try:
@@ -14489,33 +14498,33 @@ def meant_field(name, known):
     return "; did you mean %s?" % " or ".join(homes) if homes else field_hint(name, known)
 
 
-def column_names(options):
+def _column_names(options):
     """Return the words of --columns, or []; raises UsageError for one that is no field of a task."""
     words = [word.strip() for word in (options.columns or "").split(",") if word.strip()]
     for word in words:
         if word not in SHORT and word not in TASK_COLUMNS:
-            check_field(word, "--columns", list(SHORT) + ["age", "duration"])
+            _check_field(word, "--columns", list(SHORT) + ["age", "duration"])
     return words
 
 
-def chosen_columns(words):
+def _chosen_columns(words):
     """Return {word: function of a task} of the columns that --columns names."""
-    return {word: TASK_COLUMNS.get(word) or (lambda task, word=word: brief_cell(field_of(task, word)))
+    return {word: TASK_COLUMNS.get(word) or (lambda task, word=word: _brief_cell(_field_of(task, word)))
             for word in words if word != "id"}
 
 
-def brief_cell(value):
+def _brief_cell(value):
     """Return a value for a table; what is not there is a dash."""
     return "-" if value is None else pairs(value) if isinstance(value, dict) else brief(value)
 
 
-def field_of(task, word):
+def _field_of(task, word):
     """Return what a task has at a field, a dotted one too, or by one of the names in its table; JSON types."""
     computed = {"age": lambda: round(now() - task.created_at.timestamp(), 3), "duration": lambda: spent_s(task)}
     return computed[word]() if word in computed else get_path(task.to_dict(), SHORT.get(word, word).split("."))
 
 
-def painter(options):
+def _painter(options):
     """Return labtasker_cli's function that colours a cell, or None where it is not there or no colour is wanted."""
     return extras().painted if extras() and extras().wants_colour(options) else None
 
@@ -14533,7 +14542,7 @@ def row_of(task):
     return row
 
 
-def heads_of(chosen):
+def _heads_of(chosen):
     """Return {field: what stands above its column}: of args.lr, lr, where that is no other's."""
     names = {field: TITLES.get(field, field) for field in chosen.columns + list(chosen.same)}
     return shortened(names, r"\A(args|summary)\.", HEADS)
@@ -14543,7 +14552,7 @@ def lay_out(rows, chosen, room, kept=()):
     """Return {field: [head, cell, ...]} of those of the Chosen columns that fit in `room`, each cut to its width.
 
     Numbers get fewer digits before a column goes without a place; those of `kept` stay whole."""
-    heads, wants, columns = heads_of(chosen), {}, {}
+    heads, wants, columns = _heads_of(chosen), {}, {}
     tails = shortened(heads, r".*\.", HEADS)
     for field in chosen.columns:
         least, most = columns[field] = [_column(rows, field, digits) for digits in (6 if field in kept else 4, 6)]
@@ -14567,7 +14576,7 @@ def _column(rows, field, digits):
 
 def alike_lines(chosen, shown, room):
     """Return lines that tell what all rows have alike, and which arguments and results have no place."""
-    heads = heads_of(chosen)
+    heads = _heads_of(chosen)
     words = [clean("%s=%s" % (heads[field], CELLS.get(field, brief)(value)), "")
              for field, value in chosen.same.items()]
     words = [fitted(word, min(cells_wide(word), 60)) for word in words]
@@ -14580,16 +14589,16 @@ def alike_lines(chosen, shown, room):
 
 def telling_table(tasks, ids, options, room):
     """Return Tasks as a table with the columns that tell them apart, below what all have alike."""
-    kept = [sorting(word)[0] for word in getattr(options, "sort", None) or () if not word.startswith("task_id")]
+    kept = [_sorting(word)[0] for word in getattr(options, "sort", None) or () if not word.startswith("task_id")]
     rows = [row_of(task) for task in tasks]
     for field in kept:
         for row, task in zip(rows, tasks):
-            value = field_of(task, field)
+            value = _field_of(task, field)
             if value is not None and not isinstance(value, dict):
                 row.setdefault(field, value)
     chosen = choose_columns(rows, kept)
     columns = lay_out(rows, chosen, room - cells_wide(ids[0]) - 2, kept)
-    above, paint = alike_lines(chosen, columns, room), painter(options)
+    above, paint = alike_lines(chosen, columns, room), _painter(options)
     if paint and "status" in chosen.same:  # it stands first
         status = chosen.same["status"]
         above[0] = above[0].replace("=" + status, "=" + paint(status, status), 1)
@@ -14601,7 +14610,7 @@ def _width(columns):
     return sum(2 + min(WIDEST, max(map(len, column))) for column in columns if any(column)) - 2
 
 
-def apart(tasks):
+def _apart(tasks):
     """Return the TASK_COLUMNS in two ways: each argument in which tasks differ in a column, or these in one column,
     the shortest first.
 
@@ -14620,14 +14629,14 @@ def apart(tasks):
         "%s=%s" % (key, cells[id(task)][key]) for key in short if key in cells[id(task)]))]
 
 
-def item_table(items, options):
+def _item_table(items, options):
     """Return tasks or workers as a table that fits the terminal; --verbose cuts nothing."""
     is_task, size, ids = isinstance(items[0], Task), 36, ids_of(items)
     room = 10 ** 9 if options.verbose else screen_size()[0] if is_terminal(sys.stdout) else 1000
     columns = WORKER_COLUMNS
     if is_task:
         size = 36 if options.verbose else 8
-        columns = chosen_columns(column_names(options)) if options.columns else dict(
+        columns = _chosen_columns(_column_names(options)) if options.columns else dict(
             TASK_COLUMNS, **TASK_COLUMNS_MORE) if options.verbose else TASK_COLUMNS
     while len({text[:size] for text in ids}) < len(ids):
         size += 1
@@ -14635,29 +14644,29 @@ def item_table(items, options):
     if columns is TASK_COLUMNS and is_terminal(sys.stdout):
         return telling_table(items, heads, options, room)
     if columns is TASK_COLUMNS:
-        for columns in apart(items):
+        for columns in _apart(items):
             if _width([heads] + [list(map(cell, items)) for cell in columns.values()]) <= room:
                 break
     rows = [["id"] + list(columns)]
     rows += [[head] + [cell(item) for cell in columns.values()] for head, item in zip(heads, items)]
-    return render_table(rows, room, painter(options))
+    return render_table(rows, room, _painter(options))
 
 
-def listing_text(items, options):
+def _listing_text(items, options):
     """Return tasks or workers as a table, or in another format, with the columns that were chosen; UsageError where a
     column is no field."""
-    columns = column_names(options)
+    columns = _column_names(options)
     if options.quiet:
         return "\n".join(ids_of(items))
     if options.fmt == "table":
-        return item_table(items, options) if items else ""
-    rows = [{word: field_of(item, word) for word in columns} if columns else item.to_dict() for item in items]
+        return _item_table(items, options) if items else ""
+    rows = [{word: _field_of(item, word) for word in columns} if columns else item.to_dict() for item in items]
     return WRITERS[options.fmt](rows, columns)
 
 
-def show_listing(items, options, nothing="Nothing matches."):
+def _show_listing(items, options, nothing="Nothing matches."):
     """Print the first --limit of tasks or workers; what else there is to say goes to stderr."""
-    text = listing_text(items[:options.limit], options)
+    text = _listing_text(items[:options.limit], options)
     if text:
         show(text, options.no_pager)
     elif not options.quiet:
@@ -14674,7 +14683,7 @@ def metadata_of(options):
     return None if options.metadata is None else joined(dict_of(options.metadata, "--metadata"), {}, "metadata")
 
 
-def submissions(options):
+def _submissions(options):
     """Return what `task submit` was asked to submit, as a list of dicts; raises UsageError where that is nothing."""
     given = typed_arguments(options.rest or [])
     fixed = {} if options.args is None else dict_of(options.args, "--args")
@@ -14688,8 +14697,8 @@ def submissions(options):
         text = read_text(options.from_file, "tasks")
         read = {"{": tasks_of_json, "[": tasks_of_list}.get(text.lstrip()[:1], tasks_of_csv)
         rows = read("stdin" if options.from_file == "-" else options.from_file, text)
-    fields = _given(**{name: getattr(options, name) for name in SUBMISSION_FIELDS})
-    fields.update(_given(metadata=metadata_of(options)))
+    fields = without_none(**{name: getattr(options, name) for name in SUBMISSION_FIELDS})
+    fields.update(without_none(metadata=metadata_of(options)))
     tasks = [dict(row, **dict(fields, args=joined(row["args"], fixed))) for row in rows]
     if not tasks:
         raise UsageError("%s contains no task" % options.from_file)
@@ -14701,7 +14710,7 @@ def submissions(options):
 def do_task_submit(options):
     if options.grid and options.from_file:
         raise UsageError("--grid and --from exclude each other")
-    tasks = submissions(options)
+    tasks = _submissions(options)
     new, ids = unseen(tasks) if options.unique else (tasks, None)
     there = "; %d already there" % (len(tasks) - len(new)) if options.unique else ""
     if options.dry_run:
@@ -14721,16 +14730,16 @@ def do_task_submit(options):
 def do_task_ls(options):
     query = selectors(options)
     if options.piped_in:
-        ids = {"_id": {"$in": [full_id(word) for word in read_ids()]}}
-        query["extra_filter"] = {"$and": [_query(query["extra_filter"]), ids]} if "extra_filter" in query else ids
-    order = [sorting(word) for word in options.sort] or None
+        ids = {"_id": {"$in": [_full_id(word) for word in _read_ids()]}}
+        query["extra_filter"] = {"$and": [query_of(query["extra_filter"]), ids]} if "extra_filter" in query else ids
+    order = [_sorting(word) for word in options.sort] or None
     nothing = "Nothing matches." if query or options.offset else "No tasks yet: labtasker task submit -- --lr=0.1"
     found = ls_tasks(limit=options.limit + 1, offset=options.offset, sort=order, **query)
-    show_listing(found.content, options, nothing)
+    _show_listing(found.content, options, nothing)
 
 
 def do_task_get(options):
-    task, = tasks_named([options.task_id])
+    task, = _tasks_named([options.task_id])
     show(record_text(task.to_dict(), options.fmt), options.no_pager)
 
 
@@ -14741,18 +14750,18 @@ Count = collections.namedtuple("Count", "counts ended took_s mark at")
 
 def counted(query, field="status"):
     """Return the Count of the tasks that match. Who has the extensions counts; from another all have to be fetched."""
-    query, at = dict(query, extra_filter=_query(query.get("extra_filter"))), monotonic()
+    query, at = dict(query, extra_filter=query_of(query.get("extra_filter"))), monotonic()
     if not client().extensions:
         tasks = ls_tasks(limit=EVERY, **query).content
         values = (get_path(task.to_dict(), field.split(".")) for task in tasks)
         return Count(collections.Counter(map(brief, values)), 0, 0, None, at)
-    answer, counts = _ask("POST " + _TASKS + "/count", by=field, **query), collections.Counter()
+    answer, counts = ask_route("POST " + TASKS_PATH + "/count", by=field, **query), collections.Counter()
     for value, number in answer["counts"]:
         counts[brief(value)] += number
     return Count(counts, answer["ended"], answer["took_s"], answer["mark"], at)
 
 
-def counted_in(query):
+def _counted_in(query):
     """Return (what `counted` does, the seconds to pause after that)."""
     found = counted(query)
     return found, min(30, max(0.5, 10 * (monotonic() - found.at)))
@@ -14763,10 +14772,11 @@ def poll_counts(query, wait_s):
     latest. Counting takes a tenth of the time at most; where the mark is the same nothing is counted. A server that
     goes away meanwhile is waited for."""
     def look():
-        is_same = found.mark and found.mark == _ask("GET " + _QUEUE + "/mark", seen=found.mark, wait_s=wait_s)["mark"]
-        return (found, pause_s) if is_same else counted_in(query)
+        is_same = found.mark and found.mark == ask_route(
+            "GET " + QUEUE_PATH + "/mark", seen=found.mark, wait_s=wait_s)["mark"]
+        return (found, pause_s) if is_same else _counted_in(query)
 
-    found, pause_s = counted_in(query)
+    found, pause_s = _counted_in(query)
     while True:
         yield found
         time.sleep(pause_s)
@@ -14775,14 +14785,14 @@ def poll_counts(query, wait_s):
 
 def do_task_count(options):
     field = options.by or "status"
-    check_field(field, "--by")
+    _check_field(field, "--by")
     counts = collections.Counter({} if options.by or options.status else dict.fromkeys(TASK_STATES, 0))
     counts.update(counted(selectors(options), field).counts)
     total = sum(counts.values())
     if options.quiet:
         return say(str(total))
     rows = [(field, "tasks")] + [(name, str(number)) for name, number in counts.items()] + [("total", str(total))]
-    say(render_table(rows, painted=painter(options)))
+    say(render_table(rows, painted=_painter(options)))
 
 
 # ---- Changing tasks: update, delete, retry
@@ -14796,7 +14806,7 @@ def updates_of(words):
         field, equals, text = word.partition("=")
         top = field.split(".")[0]
         if not equals or top not in UPDATABLE or ("." in field and TASK_FIELDS[top].kind != "dict"):
-            raise UsageError(not_updatable(field, text if equals else None))
+            raise UsageError(_not_updatable(field, text if equals else None))
         if field in found:
             raise UsageError("the field %s is updated twice" % field)
         is_name = TASK_FIELDS[top].kind in ("name", "status") and text not in ("null", "None")
@@ -14805,7 +14815,7 @@ def updates_of(words):
     return found
 
 
-def not_updatable(field, text):
+def _not_updatable(field, text):
     """Return what is wrong with a word of an update that is no `field=value`, and what was perhaps meant."""
     known = ", ".join(UPDATABLE)
     if field.startswith("-"):
@@ -14816,7 +14826,7 @@ def not_updatable(field, text):
     if top in TASK_FIELDS:
         why = "; it holds one value, with no keys in it" if top in UPDATABLE else "; labtasker alone sets it"
     else:
-        why = meant_field(field, UPDATABLE)
+        why = _meant_field(field, UPDATABLE)
     return "can't update %s%s The fields are %s" % (brief(field), why if why.endswith("?") else why + ".", known)
 
 
@@ -14833,14 +14843,14 @@ def change_of(task, updates):
             is_replaced = True
         if is_replaced:
             change["replace_fields"] = sorted({top}.union(change.get("replace_fields", ())))
-        set_path(change, [top] + path, value)
+        _set_path(change, [top] + path, value)
     try:
         return TaskUpdateRequest(**change)
     except (LabtaskerError, ValueError, TypeError) as error:
         raise UsageError(error) from None
 
 
-def set_path(tree, path, value):
+def _set_path(tree, path, value):
     """Set what stands at `path` in nested dicts."""
     for key in path[:-1]:
         if not isinstance(tree.get(key), dict):
@@ -14857,7 +14867,7 @@ def do_task_update(options):
     if by_hand and not (options.editor or is_terminal(sys.stdin)):
         raise UsageError("what to change? Give -u field=value or --reset-pending; --editor opens them in $EDITOR")
     edit_tasks = by_hand and extras_for("--editor").edit_tasks
-    tasks = chosen_tasks(options, limit=options.limit)
+    tasks = _chosen_tasks(options, limit=options.limit)
     if not tasks:
         return note("Nothing matches: nothing was updated.")
     if by_hand:
@@ -14870,7 +14880,7 @@ def do_task_update(options):
 
 
 def do_task_delete(options):
-    tasks = chosen_tasks(options, options.ids)
+    tasks = _chosen_tasks(options, options.ids)
     if not tasks:
         return note("Nothing matches: nothing was deleted.")
     confirm("Delete %s for good?" % some(tasks), "--yes", options.yes)
@@ -14886,9 +14896,9 @@ def do_task_delete(options):
 def do_task_retry(options):
     if not options.ids and options.task_id is None and options.status is None:
         options.status = "failed"
-    tasks = chosen_tasks(options, options.ids)
+    tasks = _chosen_tasks(options, options.ids)
     if options.dry_run:
-        show_listing(tasks, options)
+        _show_listing(tasks, options)
         return note("Would retry %s." % some(tasks))
     if not tasks:
         return note("Nothing matches: nothing was retried.")
@@ -14935,7 +14945,7 @@ def pace_of(counts, ended, took_s):
     return Pace(counts, per_s, left / per_s if left and per_s and counts["running"] else None)
 
 
-def per_time(per_s):
+def _per_time(per_s):
     """Return a rate in a unit in which it is a number to read."""
     for size, unit in ((1, "s"), (60, "min"), (3600, "h")):
         if per_s * size >= 1 or unit == "h":
@@ -14951,7 +14961,7 @@ def progress(found, width):
     if found.counts["pending"] and not found.counts["running"]:
         words.append("none running")
     if found.per_s:
-        words.append(per_time(found.per_s))
+        words.append(_per_time(found.per_s))
     if found.eta_s is not None:
         words.append("ETA " + span(found.eta_s))
     text = ", ".join(words)
@@ -14960,7 +14970,7 @@ def progress(found, width):
     return "[%s%s] %s" % ("#" * full, "." * (room - full), text) if room >= 5 else text[:width]
 
 
-def paces(query):
+def _paces(query):
     """Yield the Pace of the tasks that match, every REFRESH_S at the latest."""
     if client().extensions:
         for found in poll_counts(query, REFRESH_S):
@@ -14973,9 +14983,9 @@ def paces(query):
         time.sleep(min(30, max(REFRESH_S, 10 * (monotonic() - began))))
 
 
-def wait_with_bar(query):
+def _wait_with_bar(query):
     """Return the exit code of `task wait`, with a bar that moves on the terminal at stderr."""
-    for found in paces(query):
+    for found in _paces(query):
         if not sum(found.counts.values()):
             note("Nothing matches.")
             return 0
@@ -14990,7 +15000,7 @@ def do_task_wait(options):
     """Look until nothing is pending or running; 1 where something failed."""
     query, last = selectors(options), None
     if is_terminal(sys.stderr) and not options.quiet:
-        return wait_with_bar(query)
+        return _wait_with_bar(query)
     for counts in (found.counts for found in poll_counts(query, IDLE_WAIT_S)):
         if counts != last and not options.quiet:
             note(", ".join("%d %s" % (counts[state], state) for state in TASK_STATES if counts[state])
@@ -15004,13 +15014,13 @@ def do_task_wait(options):
 
 
 def do_task_why(options):
-    task, = tasks_named([options.task_id])
-    lines = in_the_way(task, options) if task.status == "pending" else [what_became(task)]
+    task, = _tasks_named([options.task_id])
+    lines = _in_the_way(task, options) if task.status == "pending" else [_what_became(task)]
     for line in lines:
         say(as_started(clean(line)))
 
 
-def what_became(task):
+def _what_became(task):
     """Return what there is to say of a task that does not wait to be run."""
     if task.status == "running":
         return "It has been running for %s on worker %s%s." % (
@@ -15019,25 +15029,25 @@ def what_became(task):
     again = "labtasker task retry %s makes it pending again." % task.task_id[:8]
     if task.status == "failed":
         return "It failed for good, after %d of %d runs%s. %s" % (
-            task.retries, task.max_retries, with_error(task), again)
+            task.retries, task.max_retries, _with_error(task), again)
     return "It is over: %s. %s" % (task.status, again)
 
 
-def with_error(task):
+def _with_error(task):
     """Return ": why" of a task that failed, or nothing."""
     error = error_of(task)
     return ": " + error if error else ""
 
 
-def in_the_way(task, options):
+def _in_the_way(task, options):
     """Yield what keeps a pending task from being run: its place, the loops that run now, workers, the one asked for."""
     queued = sorted(ls_tasks(status="pending", limit=EVERY).content,
                     key=lambda one: (-one.priority, one.last_modified, one.created_at))
     ahead = next((at for at, one in enumerate(queued) if one.task_id == task.task_id), 0)
     yield "Pending for %s, %s of %d in line (higher priority first, then the longest unchanged)." % (
-        age(task.last_modified), ordinal(ahead + 1), len(queued))
+        age(task.last_modified), _ordinal(ahead + 1), len(queued))
     if task.retries:
-        yield "It failed %d of %d times%s." % (task.retries, task.max_retries, with_error(task))
+        yield "It failed %d of %d times%s." % (task.retries, task.max_retries, _with_error(task))
     if vars(task).get("reason"):
         yield "Its last run was requeued: %s." % task.reason
     not_before = vars(task).get("not_before")
@@ -15046,23 +15056,23 @@ def in_the_way(task, options):
             not_before.timestamp() - now())
     running = ls_tasks(status="running", limit=EVERY).content
     if not running:
-        yield "Nothing runs in this queue: start a loop, such as labtasker loop -- %s" % example_command(task)
+        yield "Nothing runs in this queue: start a loop, such as labtasker loop -- %s" % _example_command(task)
     shown = set()
     for one in running:
         text = as_typed(one.cmd)
         if text and text not in shown:
             shown.add(text)
-            yield "A loop runs %s now: %s." % (text, "; ".join(mismatches(one.cmd, task)) or "it would take the task")
+            yield "A loop runs %s now: %s." % (text, "; ".join(_mismatches(one.cmd, task)) or "it would take the task")
     for worker in ls_workers(limit=EVERY).content:
         if worker.status != "active":
             yield "Worker %s is %s, so it gets no tasks. To activate it: labtasker worker report %s active" % (
                 worker.worker_name or worker.worker_id[:8], worker.status, worker.worker_id[:8])
     if options.rest or options.extra_filter:
-        found = mismatches(options.rest, task) + unmet(task, filter_of(options))
+        found = _mismatches(options.rest, task) + _unmet(task, filter_of(options))
         yield "The loop that you describe: %s." % ("; ".join(found) or "it would take the task")
 
 
-def ordinal(number):
+def _ordinal(number):
     """Return "1st", "2nd", "11th"."""
     is_th = number % 100 in (11, 12, 13) or number % 10 not in (1, 2, 3)
     return "%d%s" % (number, "th" if is_th else ("st", "nd", "rd")[number % 10 - 1])
@@ -15074,12 +15084,12 @@ def as_typed(cmd):
     return cmd if isinstance(cmd, str) else " ".join(map(shlex.quote, cmd or ()))
 
 
-def example_command(task):
+def _example_command(task):
     """Return a command that takes just the task's arguments."""
     return "python train.py " + " ".join("--%s '%%(%s)'" % (key, key) for key, _ in flatten(task.args))
 
 
-def mismatches(cmd, task):
+def _mismatches(cmd, task):
     """Return what keeps a command with placeholders from taking the task: no more, no less."""
     try:
         keys = [key for text in ([cmd] if isinstance(cmd, str) else cmd or ()) for key in Template(text).keys]
@@ -15096,7 +15106,7 @@ def mismatches(cmd, task):
     return ["the task lacks %s" % key for key in missing] + ["the command lacks %%(%s)" % path for path in extra]
 
 
-def unmet(task, query):
+def _unmet(task, query):
     """Return the parts of a filter, text or document, that the task does not match."""
     if not query:
         return []
@@ -15111,8 +15121,8 @@ def unmet(task, query):
 
 
 def do_task_logs(options):
-    task = get_task(full_id(options.task_id))
-    attempt = chosen_attempt(task, options.attempt)
+    task = get_task(_full_id(options.task_id))
+    attempt = _chosen_attempt(task, options.attempt)
     path = log_path(task, attempt)
     is_there = os.path.exists(path)
     if not is_there and not (options.follow and attempt and "end" not in attempt):
@@ -15122,10 +15132,10 @@ def do_task_logs(options):
         note("task %s, attempt %d of %d on %s: %s" % (
             task.task_id, task.attempts.index(attempt) + 1, len(task.attempts), attempt.get("host"),
             attempt.get("status", "running")))
-    follow_log(path, lambda: options.follow and is_under_way(task.task_id, attempt.get("run_id")))
+    _follow_log(path, lambda: options.follow and _is_under_way(task.task_id, attempt.get("run_id")))
 
 
-def chosen_attempt(task, number):
+def _chosen_attempt(task, number):
     """Return a task's last attempt or the `number`th that it keeps, {} where none is kept; raises where it has none."""
     if number is not None and not 1 <= number <= len(task.attempts):
         raise LabtaskerValueError("task %s has %d attempts, and no %d" % (task.task_id, len(task.attempts), number))
@@ -15146,7 +15156,7 @@ def log_path(task, attempt):
     return told if told and (os.path.exists(told) or not os.path.exists(here)) else here
 
 
-def is_under_way(task_id, run_id):
+def _is_under_way(task_id, run_id):
     """Return whether the run goes on."""
     task = get_task(task_id)
     return task.status == "running" and task.run_id == run_id
@@ -15155,23 +15165,23 @@ def is_under_way(task_id, run_id):
 POLL_S, LOOK_S = 0.2, 1.0  # between two looks at a file that grows, and at the task whose output it is
 
 
-def follow_log(path, goes_on):
+def _follow_log(path, goes_on):
     """Print a file, and what is added to it while `goes_on()`; a person gets no control characters but colours."""
     position, look_at, is_going = 0, 0, True
     while is_going:
         if time.monotonic() >= look_at:  # before the reading: what came until the end is printed too
             is_going, look_at = goes_on(), time.monotonic() + LOOK_S
-        position = print_from(path, position)
+        position = _print_from(path, position)
         time.sleep(POLL_S if is_going else 0)
 
 
-def print_from(path, position):
+def _print_from(path, position):
     """Return the new position after printing what is in the file from there on."""
     try:
         with open_plain(path) as file:
             file.seek(position)
             for data in iter(lambda: file.read(1 << 20), b""):
-                print_output(data)
+                _print_output(data)
             position = file.tell()
     except FileNotFoundError:  # not yet
         pass
@@ -15182,7 +15192,7 @@ def print_from(path, position):
 COLOURS = re.compile("\x1b\\[[0-9;]*m")
 
 
-def print_output(data):
+def _print_output(data):
     """Write a job's bytes to stdout: as they are, but to a terminal without what could play with it."""
     if is_terminal(sys.stdout):
         text = data.decode("utf-8", "replace")
@@ -15198,9 +15208,9 @@ def do_task_harvest(options):
     if not metrics:
         raise UsageError("which values? --metric 'acc=accuracy: ([0-9.]+)', repeatable")
     is_all = not (options.ids or selectors(options))
-    tasks = ls_tasks(limit=EVERY) if is_all else chosen_tasks(options, options.ids)
+    tasks = ls_tasks(limit=EVERY) if is_all else _chosen_tasks(options, options.ids)
     tasks = [task for task in tasks if task.start_time]
-    found = [(task, printed_values(task, metrics, step)) for task in tasks]
+    found = [(task, _printed_values(task, metrics, step)) for task in tasks]
     changed = [TaskUpdateRequest(_id=task.task_id, summary=values) for task, values in found
                if values and merge(task.summary or {}, values) != (task.summary or {})]
     if changed and not options.dry_run:
@@ -15211,11 +15221,11 @@ def do_task_harvest(options):
         len(without), " (task logs %s)" % without[0].task_id[:8] if without else ""))
 
 
-def printed_values(task, metrics, step=None):
+def _printed_values(task, metrics, step=None):
     """Return what metrics find in the output of a task's last run, as a summary; None where it is not here."""
     printed = Printed(metrics, step)
     try:
-        with open_plain(log_path(task, chosen_attempt(task, None))) as file:
+        with open_plain(log_path(task, _chosen_attempt(task, None))) as file:
             feed = printed.channel()
             for data in iter(lambda: file.read(1 << 20), b""):
                 feed(data)
@@ -15252,22 +15262,22 @@ def do_loop(options):
             raise UsageError("what to run? labtasker loop -- python train.py --lr '%(lr)' (or --cmd, --script-path, "
                              "or a script on stdin)")
     given = {name: getattr(options, name) for name in LOOP_OPTIONS}
-    given.update(extra_filter=filter_of(options), worker_id=full_id(options.worker_id, ls_workers))
+    given.update(extra_filter=filter_of(options), worker_id=_full_id(options.worker_id, ls_workers))
     return command_loop(options.rest, **given)
 
 
-def journal_path(options):
+def _journal_path(options):
     """Return the journal that is meant: --db-path, else that of the store that is configured."""
     return options.db_path or os.path.join(store_folder(load_config()) or find_root(), "journal.jsonl")
 
 
 def do_serve(options):
     extras()  # which enters the page
-    return serve(advise=way_in, **dict({name: getattr(options, name) for name in SERVE_OPTIONS},
-                                       db_path=journal_path(options)))
+    return serve(advise=_way_in, **dict({name: getattr(options, name) for name in SERVE_OPTIONS},
+                                       db_path=_journal_path(options)))
 
 
-def way_in(store, urls):
+def _way_in(store, urls):
     """Return the lines that tell who started a server how to use it: from the page, and from other hosts."""
     import shlex
     config, queues = load_config(), {queue.record.queue_name: queue.record for queue in store.state.queues.values()}
@@ -15291,12 +15301,12 @@ def way_in(store, urls):
 
 
 def do_server_status(options):
-    path, url = journal_path(options), None if options.db_path else load_config().url
+    path, url = _journal_path(options), None if options.db_path else load_config().url
     found = serving(path)
     if not (found.told or found.place) and re.match("https?:", url or ""):
         return do_health(options)
-    peer = _living_server(os.path.dirname(path), DEFAULT_QUEUE) if found.told else None
-    status, remark = ("running", None) if peer else state_of_server(path, found)
+    peer = living_server(os.path.dirname(path), DEFAULT_QUEUE) if found.told else None
+    status, remark = ("running", None) if peer else _state_of_server(path, found)
     is_its = peer or found.place and found.told.get("pid") == found.owner.get("pid")  # its server.json
     told = found.told if is_its else found.owner if found.place else {}
     shown = {"status": status, "url": "".join(told.get("addresses", ())[:1]), "store": path, "pid": told.get("pid"),
@@ -15306,7 +15316,7 @@ def do_server_status(options):
     return 0 if peer else 3
 
 
-def state_of_server(path, found):
+def _state_of_server(path, found):
     """Return (a word, what to know besides or None) for a journal's server that does not answer here."""
     told, owner, place = found
     who, urls = "process %s on host %s" % (owner.get("pid"), owner.get("host")), " ".join(told.get("addresses", ()))
@@ -15323,7 +15333,7 @@ def state_of_server(path, found):
 
 
 def do_server_stop(options):
-    path = journal_path(options)
+    path = _journal_path(options)
     told, owner, place = found = serving(path)
     who = "process %s on host %s" % (owner.get("pid"), owner.get("host"))
     if place == "elsewhere":
@@ -15331,7 +15341,7 @@ def do_server_stop(options):
     if not place:
         url = None if options.db_path else load_config().url
         note("labtasker: no server runs on %s%s" % (path, "; the one that is configured, %s, is stopped on its host" % (
-            url) if re.match("https?:", url or "") else ": " + state_of_server(path, found)[1] if told else ""))
+            url) if re.match("https?:", url or "") else ": " + _state_of_server(path, found)[1] if told else ""))
         return 1
     try:
         if not stop_process(owner, options.timeout):
@@ -15363,7 +15373,7 @@ def do_health(options):
 # ---- Queues
 
 
-def secret_of(options):
+def _secret_of(options):
     """Return a password: --password's, LABTASKER_PASSWORD's, or one typed unseen."""
     return options.password or os.environ.get("LABTASKER_PASSWORD") or ask(
         "Password of the queue:", "--password", secret=True)
@@ -15371,7 +15381,7 @@ def secret_of(options):
 
 def do_queue_create(options):
     name = options.queue_name or ask("Queue name:", "--queue-name")
-    answer = create_queue(name, secret_of(options), metadata_of(options))
+    answer = create_queue(name, _secret_of(options), metadata_of(options))
     say(answer.queue_id if options.quiet else "Created queue %s (%s)" % (name, answer.queue_id))
 
 
@@ -15433,19 +15443,19 @@ def do_worker_create(options):
 
 
 def do_worker_ls(options):
-    show_listing(ls_workers(
-        worker_id=full_id(options.worker_id, ls_workers), worker_name=options.worker_name, status=options.status,
+    _show_listing(ls_workers(
+        worker_id=_full_id(options.worker_id, ls_workers), worker_name=options.worker_name, status=options.status,
         extra_filter=filter_of(options), limit=options.limit + 1, offset=options.offset).content, options)
 
 
 def do_worker_report(options):
-    worker_id = full_id(options.worker_id, ls_workers)
+    worker_id = _full_id(options.worker_id, ls_workers)
     report_worker_status(worker_id, options.status)
     say("Worker %s is %s" % (worker_id, options.status))
 
 
 def do_worker_delete(options):
-    worker_id = full_id(options.worker_id, ls_workers)
+    worker_id = _full_id(options.worker_id, ls_workers)
     confirm("Delete worker %s?" % worker_id, "--yes", options.yes)
     delete_worker(worker_id, cascade_update=options.cascade_update)
     say("Deleted worker %s" % worker_id)
@@ -15461,30 +15471,30 @@ def do_event_listen(options):
         if options.raw:
             say(json.dumps(event.to_dict()))
         else:
-            say(clean(event_line(event) if options.compact else event_text(event)))
+            say(clean(_event_line(event) if options.compact else _event_text(event)))
         sys.stdout.flush()
 
 
-def event_line(response):
+def _event_line(response):
     """Return an event as one line: when, what, its id, and the step."""
     event = response.event
     return "%s  %-6s  %s  %s -> %s" % (format_time(event.timestamp.timestamp())[:19].replace("T", " "),
                                        event.entity_type, event.entity_id, event.old_state, event.new_state)
 
 
-def event_text(response):
+def _event_text(response):
     """Return an event with what there is to know of its task or worker."""
     data = response.event.entity_data
     known = [data.get("task_name") or data.get("worker_name"), pairs(data.get("args") or {}),
              pairs(data.get("summary") or {})]
-    return event_line(response) + "\n    " + "  ".join(text for text in known if text)
+    return _event_line(response) + "\n    " + "  ".join(text for text in known if text)
 
 
 # ---- Journals
 
 
 def do_journal_verify(options):
-    found = Survey(journal_path(options))
+    found = Survey(_journal_path(options))
     for piece in found.bad:
         say("byte %d: %d bytes are %s" % (piece.offset, len(piece.data), piece.problem))
     for first, last in found.lost:
@@ -15499,7 +15509,7 @@ def do_journal_verify(options):
 
 
 def do_journal_repair(options):
-    path = journal_path(options)
+    path = _journal_path(options)
     if not (Survey(path).bad or Survey(path).lost):
         return say("%s: fine, nothing was changed" % path)
     confirm("Replace %s by a file of its good lines? The damaged file is kept." % path, "--yes", options.yes)
@@ -15513,12 +15523,12 @@ def do_journal_repair(options):
 
 
 def do_journal_compact(options):
-    path = journal_path(options)
+    path = _journal_path(options)
     say("%s: %d bytes, now %d" % ((path,) + compact(path)))
 
 
 def do_journal_stats(options):
-    found = Survey(journal_path(options))
+    found = Survey(_journal_path(options))
     rows = [["file", found.path], ["bytes", found.size], ["bytes of folded lines", found.header.get("tail", 0)],
             ["lines since", found.lines], ["last line", found.n], ["known to be on disk", found.durable],
             ["closed cleanly", "yes" if found.ended else "no"], ["bad pieces", len(found.bad)]]
@@ -15535,9 +15545,9 @@ def do_init(options):
     path, then = os.path.join(root, CONFIG_NAME), "labtasker task submit -- --lr=0.1"
     confirm("%s exists already. Overwrite it?" % path, "--yes", options.yes or not os.path.exists(path))
     is_asking = is_terminal(sys.stdin) and not options.yes
-    config = Config(root, *(asked_settings if is_asking else given_settings)(options))
+    config = Config(root, *(_asked_settings if is_asking else _given_settings)(options))
     try:
-        config, said = (asked_queue if is_asking else opened_queue)(config, options)
+        config, said = (_asked_queue if is_asking else _opened_queue)(config, options)
         say(said)
     except LabtaskerConnectError as error:
         note(error)
@@ -15552,22 +15562,22 @@ def do_init(options):
     say(as_started("Next: " + then))
 
 
-def asked_settings(options):
+def _asked_settings(options):
     """Return (url, queue name, password) from the options and, for what they lack, from a person, tested at once."""
     while options.url is None:
-        url = base_url(ask("Server's URL, or nothing for a store in this folder [none]", "--url"))
-        options.url = url if is_reached(url) else None
+        url = _base_url(ask("Server's URL, or nothing for a store in this folder [none]", "--url"))
+        options.url = url if _is_reached(url) else None
     while options.queue_name is None:
         options.queue_name = ask("Queue name [%s]" % DEFAULT_QUEUE, "--queue-name", default=DEFAULT_QUEUE)
         try:
-            check_queue_name(options.queue_name)
+            _check_queue_name(options.queue_name)
         except UsageError as error:
             note(error)
             options.queue_name = None
-    return given_settings(options)
+    return _given_settings(options)
 
 
-def is_reached(url):
+def _is_reached(url):
     """Return whether a server answers at a URL that a person typed, or is wanted although none does."""
     if not re.match("https?:", url):
         return True
@@ -15581,11 +15591,11 @@ def is_reached(url):
         return ask("Use this URL anyway? [y/N]", "--yes").lower() in ("y", "yes")
 
 
-def asked_queue(config, options):
-    """Return as `opened_queue` does, with another password where a person had to be asked for it again."""
+def _asked_queue(config, options):
+    """Return as `_opened_queue` does, with another password where a person had to be asked for it again."""
     while True:
         try:
-            return opened_queue(config, options)
+            return _opened_queue(config, options)
         except LabtaskerRuntimeError as error:  # it is there, with another password
             if options.password or os.environ.get("LABTASKER_PASSWORD"):
                 raise
@@ -15593,23 +15603,23 @@ def asked_queue(config, options):
         config = config._replace(password=ask("Its own password:", "--password", secret=True))
 
 
-def given_settings(options):
+def _given_settings(options):
     """Return (url, queue name, password) from the options; raises UsageError that names what lacks or is wrong."""
     for value, option in ((options.url, "--url"), (options.queue_name, "--queue-name")):
         if value is None and not options.yes:
             raise UsageError("not interactive: pass %s, or --yes for the defaults" % option)
-    url, name = base_url(options.url or ""), options.queue_name or DEFAULT_QUEUE
-    check_queue_name(name)
-    return url, name, secret_of(options) if re.match("https?:", url) else options.password
+    url, name = _base_url(options.url or ""), options.queue_name or DEFAULT_QUEUE
+    _check_queue_name(name)
+    return url, name, _secret_of(options) if re.match("https?:", url) else options.password
 
 
-def check_queue_name(name):
+def _check_queue_name(name):
     """Raise UsageError unless a queue can have this name."""
     if not NAME.match(name):
         raise UsageError("a queue's name is 1 to 100 letters, digits, _ and -, not %s" % brief(name))
 
 
-def base_url(text):
+def _base_url(text):
     """Return what a person typed as URL or folder, `http://` added to a bare host:port; raises UsageError."""
     text = text.strip()
     if re.match(r"[\w.-]+:\d+\Z", text):
@@ -15621,9 +15631,9 @@ def base_url(text):
     return text.rstrip("/") if re.match("https?:", text) else text
 
 
-def opened_queue(config, options):
+def _opened_queue(config, options):
     """Return the Config and what was done: its queue is there after this, and open to it."""
-    use_client(Client(_transport(config)))
+    use_client(Client(transport_for(config)))
     return config, create_configured_queue(config)
 
 
@@ -15662,12 +15672,12 @@ def do_demo(options):
     folder = tempfile.mkdtemp(prefix="labtasker-demo-")
     try:
         shutil.copy(THIS_FILE, os.path.join(folder, "labtasker.py"))
-        run_demo(folder)
+        _run_demo(folder)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def run_demo(folder):
+def _run_demo(folder):
     """Run a sweep in `folder`: two workers, one failure, one ranking; raises LabtaskerRuntimeError where it fails."""
     began = monotonic()
     with open(os.path.join(folder, "train.py"), "w") as file:
@@ -15676,7 +15686,7 @@ def run_demo(folder):
         folder, re.sub("(?m)^", "    ", DEMO_SCRIPT.rstrip())))
     codes = []
     for words in DEMO_STEPS:
-        codes += demo_workers(folder, words) if words[0] == "loop" else [demo_start(folder, words).wait()]
+        codes += _demo_workers(folder, words) if words[0] == "loop" else [_demo_start(folder, words).wait()]
     store = StoreTransport(os.path.join(folder, ".labtasker"), DEFAULT_QUEUE)
     tasks = Client(store).call("POST", "/api/v1/queues/me/tasks/search", {})["content"]
     store.close()
@@ -15688,7 +15698,7 @@ def run_demo(folder):
         raise LabtaskerRuntimeError("the demo failed; exit codes: %s" % codes)
 
 
-def demo_start(folder, words, suffix="", **streams):
+def _demo_start(folder, words, suffix="", **streams):
     """Return the process of a command of this program, shown first as one would type it."""
     import shlex
     import subprocess
@@ -15701,7 +15711,7 @@ def demo_start(folder, words, suffix="", **streams):
                             stdin=subprocess.DEVNULL, **streams)
 
 
-def demo_workers(folder, words):
+def _demo_workers(folder, words):
     """Return the exit codes of two workers that run at once, their lines shown as they come."""
     import subprocess
     workers = []
@@ -15715,7 +15725,7 @@ def demo_workers(folder, words):
             pass
     try:
         for _ in (1, 2):
-            workers.append(demo_start(folder, words, " &", stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            workers.append(_demo_start(folder, words, " &", stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
                                       universal_newlines=True))
         readers = [threading.Thread(target=echo, args=pair) for pair in enumerate(workers, 1)]
         for reader in readers:
@@ -15808,7 +15818,7 @@ OPTION_KINDS = {  # of a row of LOOP_OPTIONS or SERVE_OPTIONS: what argparse is 
 }
 
 
-def option_of(name, row):
+def _option_of(name, row):
     """Return the row of a command's option that a parameter of LOOP_OPTIONS or SERVE_OPTIONS is given by."""
     if row.kind == "switch":
         return switch(row.spelling, row.help)
@@ -15817,9 +15827,9 @@ def option_of(name, row):
     return option(row.spelling, row.help, dest=name, **OPTION_KINDS[row.kind])
 
 
-def options_of(table):
+def _options_of(table):
     """Return the rows of the options of a command that a table of parameters has."""
-    return [option_of(name, row) for name, row in table.items()]
+    return [_option_of(name, row) for name, row in table.items()]
 
 
 
@@ -15832,7 +15842,7 @@ def make_parser(path):
             raise UsageError("%s: %s (labtasker %s --help)" % (path, message, path))
 
         def format_help(self):
-            return command_help(path) + "\n"
+            return _command_help(path) + "\n"
 
     class Switch(argparse.Action):
         def __init__(self, **settings):
@@ -15858,7 +15868,7 @@ def spelled(flags, settings):
     return (", ".join(names) + " " + settings.get("metavar", "")).strip()
 
 
-def command_help(path):
+def _command_help(path):
     """Return the help of a command: how it is typed, what it does, its options, an example. All of it, and the prompt
     after it, is to fit a screen of 24 lines."""
     import textwrap
@@ -15889,12 +15899,12 @@ def parse(path, words):
     if extra and hasattr(options, "ids") and not any(word.startswith("-") for word in extra):
         options.ids, extra = options.ids + extra, []  # argparse gives up on ids that stand on both sides of an option
     if extra:
-        parser.error(unexpected(extra[0].split("=")[0], row, rest))
+        parser.error(_unexpected(extra[0].split("=")[0], row, rest))
     vars(options).update(others, rest=rest)
     return options
 
 
-def unexpected(word, row, rest):
+def _unexpected(word, row, rest):
     """Return what is wrong with a word that a command does not take, and what was perhaps meant."""
     if row.rest and rest is None:
         return "unexpected %s: what is not for labtasker itself goes after --, as in: %s" % (
@@ -15929,7 +15939,7 @@ def find_command(words):
         " ".join(words[:2]), best, "there are " + ", ".join(inner) if inner else "labtasker --help lists them"))
 
 
-def show_help(words):
+def _show_help(words):
     """Show the help of the command that `words` spell, or the list of those that start so; UsageError for none."""
     path = " ".join(words)
     extras()
@@ -15943,16 +15953,16 @@ def show_help(words):
 def help_of(path):
     """Return the help of a command, or the list of the commands whose path starts with `path`."""
     if path in COMMANDS:
-        return command_help(path)
+        return _command_help(path)
     listed = group(path) if path else [name for word in EACH_DAY for name in group("") if name.split()[0] == word]
     wide = max(map(len, listed))
     lines = ["usage: %s %sCOMMAND ...; COMMAND --help explains it" % (program(), path and path + " "), ""]
     lines += ["  %-*s  %s" % (wide, name, COMMANDS[name].help.split(". ")[0].rstrip(".")) for name in listed]
-    lines += ["  " + line for line in the_rest()] if not path else []
+    lines += ["  " + line for line in _the_rest()] if not path else []
     return "\n".join(lines + ["example: " + COMMANDS[listed[0]].example.split("\n")[0]])
 
 
-def the_rest():
+def _the_rest():
     """Return the lines of the list of commands for those that are not EACH_DAY's: one a noun that has several."""
     nouns = {}
     for path in group(""):
@@ -15968,7 +15978,7 @@ def the_rest():
         ["With labtasker_cli.py beside labtasker.py also: " + missing] if missing else [])
 
 
-def leave_to_init():
+def _leave_to_init():
     """Return in a child, where this is process 1 of a container; process 1 stays to reap whatever becomes an orphan.
 
     A child of its own can't be told from an orphan by the one who waits for any. It passes signals on, but for those
@@ -15998,7 +16008,7 @@ def _reaped():
         return None
 
 
-def run_command(words):
+def _run_command(words):
     """Return the exit code of the command that `words` spell, in UTF-8 whatever the locale."""
     words = [os.fsencode(word).decode("utf-8") for word in words]
     if words[:1] in (["--version"], ["-V"]):
@@ -16008,11 +16018,11 @@ def run_command(words):
         return note(help_of("")) or 2
     asks = [word in ("-h", "--help") for word in words[:2]]
     if asks[0] or any(asks) and words[0] not in COMMANDS and words[0] not in EXTRA_COMMANDS:
-        return show_help(words[:asks.index(True)])
+        return _show_help(words[:asks.index(True)])
     path, words = find_command(words)
     options = parse(path, words)
     if os.getpid() == 1 and path in ("loop", "serve"):
-        leave_to_init()
+        _leave_to_init()
     if path.split()[0] in ("task", "worker", "health", "loop"):
         bring_what_waits()
     return COMMANDS[path].run(options)
@@ -16033,7 +16043,7 @@ def main(argv=None):
         if getattr(sys, name) is None:  # closed by whoever started us
             setattr(sys, name, open(os.devnull, "w"))
     try:
-        code = run_command(sys.argv[1:] if argv is None else argv) or 0
+        code = _run_command(sys.argv[1:] if argv is None else argv) or 0
         sys.stdout.flush()
         return code
     except SystemExit as error:  # argparse after --help, or a person who said no
@@ -16061,7 +16071,7 @@ YES = option("-y --yes", "ask nothing")
 NO_PAGER = option("--no-pager", "do not use $PAGER")
 METADATA = option("--metadata DICT", "JSON or Python literal: '{\"tags\": [\"v1\"]}'")
 COLOUR = [switch("ansi", "always use colour, or never (default: on a terminal)")]
-FILTER = option_of("extra_filter", LOOP_OPTIONS["extra_filter"])
+FILTER = _option_of("extra_filter", LOOP_OPTIONS["extra_filter"])
 SELECT = [option("--id --task-id ID", "the task with this id", dest="task_id"),
           option("--name --task-name NAME", "tasks with this name", dest="task_name"),
           choice("-s --status STATUS", TASK_STATES), FILTER]
@@ -16072,10 +16082,10 @@ LIST = [option("--limit N", "show at most N (100)", type=count, default=100),
 QUEUE = [option("--queue-name NAME", "letters, digits, _ and -"),
          option("--password PASSWORD", "default: LABTASKER_PASSWORD, else it is asked for")]
 JOURNAL = option("--db-path FILE", "the journal (that of the configured store)", type=for_system)
-SILENCE = option_of("heartbeat_timeout", LOOP_OPTIONS["heartbeat_timeout"])
+SILENCE = _option_of("heartbeat_timeout", LOOP_OPTIONS["heartbeat_timeout"])
 
 
-def field_option(name, field):
+def _field_option(name, field):
     """Return the option of `task submit` that sets a field of the task."""
     words = field.meaning.split(";")[0] + {"dict": ", as JSON or Python literal"}.get(field.kind, "")
     words += " (%d)" % field.default if field.kind in ("count", "int") else ""
@@ -16087,7 +16097,7 @@ COMMANDS = {
         do_task_submit, "Queue a task, or many. Values are Python literals, else text; dots nest.",
         "labtasker task submit --name grid -- --lr=0.001 --opt.momentum=0.9\n"
         "labtasker task submit --grid -- --lr=0.1,0.01 --seed=1:5:1", [
-            *[field_option(name, field) for name, field in SUBMITTED.items() if field.flag],
+            *[_field_option(name, field) for name, field in SUBMITTED.items() if field.flag],
             option("--grid", "one task for each combination of comma-separated values and start:stop:step ranges, "
                    "stop included"),
             option("--from FILE", "a task for each JSON line or CSV row; - is stdin", dest="from_file",
@@ -16141,7 +16151,7 @@ COMMANDS = {
         do_task_harvest, "Read values from the output of tasks' last runs, as loop --metric does, into their summary.",
         "labtasker task harvest --metric 'acc=accuracy: ([0-9.]+)' -s success",
         [option("ID", "task ids; without any, the selectors, else all tasks", dest="ids", nargs="*", default=[]),
-         option_of("metrics", LOOP_OPTIONS["metrics"]), option_of("step", LOOP_OPTIONS["step"])]
+         _option_of("metrics", LOOP_OPTIONS["metrics"]), _option_of("step", LOOP_OPTIONS["step"])]
         + SELECT + [option("--dry-run", "change nothing")]),
     "report": Command(
         do_report, "In a job: merge values into the summary of its task. Exit 1 if the job should end.",
@@ -16151,10 +16161,10 @@ COMMANDS = {
     "loop": Command(
         do_loop, "Run a command for each pending task whose arguments it takes. Then end.",
         "labtasker loop -- python train.py --lr '%(lr)' --model '%(model)'",
-        options_of(LOOP_OPTIONS), "[-- COMMAND ...]"),
+        _options_of(LOOP_OPTIONS), "[-- COMMAND ...]"),
     "serve": Command(
         do_serve, "Run a server, so that several hosts share a store.", "labtasker serve --host 0.0.0.0 --port 9321",
-        options_of(SERVE_OPTIONS)),
+        _options_of(SERVE_OPTIONS)),
     "server status": Command(
         do_server_status, "Say whether the store's server runs, and where. Exit 3 if none answers.",
         "labtasker server status", [JOURNAL, choice("--fmt FORMAT", FORMATS, default="yaml")]),
@@ -16239,7 +16249,7 @@ COMMANDS = {
     "help journal": Command(
         lambda options: show(journal_reference()), "Print the format of the journal.",
         "labtasker help journal"),
-    "help": Command(lambda options: show_help(options.topic), "List the commands, or print the help of one.",
+    "help": Command(lambda options: _show_help(options.topic), "List the commands, or print the help of one.",
                     "labtasker help task submit",
                     [option("COMMAND", "words of a command, or a topic", dest="topic", nargs="*")]),
 }

@@ -20,7 +20,7 @@ from labtasker import (
     COMMANDS, CONFIG_NAME, CONTROL, EVERY, EXTRA_COMMANDS, NAME, REFRESH_S, REQUIRED, ROUTES, SELECT,
     SETTINGS, TASK_FIELDS, TASK_STATES, UPDATABLE, Command, Disk, Instant, JobCommand, LabtaskerError,
     LabtaskerHTTPStatusError, LabtaskerRuntimeError, LabtaskerValueError, NotFound, OddFile, Page, Sweep,
-    SyntaxMistake, TaskUpdateRequest, UsageError, _order, _seen, alike_lines, as_typed, ask, brief,
+    SyntaxMistake, TaskUpdateRequest, UsageError, order_key, last_seen, alike_lines, as_typed, ask, brief,
     cells_wide, change_of, choice, choose_columns, clean, client, compile_query, duration, enter_page,
     error_of, filter_of, find_root, fitted, flatten, format_time, get_path, get_task_op, group, health_check,
     ids_of, in_order, is_away, is_terminal, joined, lay_out, load_config, log_path, ls_tasks, ls_workers,
@@ -1180,7 +1180,7 @@ def viewed(store, records, request, at):
     everything = collections.Counter(record.status for record in records)
     chosen, counts, fields = records, everything, fields_of(records)
     if request["extra_filter"] is not None:
-        seen = (_seen(store, record) if record.status == "running" else record for record in records)
+        seen = (last_seen(store, record) if record.status == "running" else record for record in records)
         chosen = list(filter(request["predicate"], seen))
         counts = collections.Counter(record.status for record in chosen)
         fields = dict(fields_of(chosen), **fields)  # what is asked for stands first
@@ -1209,7 +1209,7 @@ def rows_of(store, records, request):
         found = records[::-1][offset:offset + limit]
     else:
         found = sorted_page(records, request["sort"], offset, limit)
-    return [_seen(store, record) if record.status == "running" else record for record in found]
+    return [last_seen(store, record) if record.status == "running" else record for record in found]
 
 
 def sorted_page(records, sort, offset, limit):
@@ -1219,7 +1219,7 @@ def sorted_page(records, sort, offset, limit):
 
     def key(record):
         value = get(record)
-        return (value is None or value != value) == is_last, _order(value), record.created_at, record.task_id
+        return (value is None or value != value) == is_last, order_key(value), record.created_at, record.task_id
     if end > MOST_ROWS // 10:  # then sorting all is faster
         return in_order(records, key, way < 0)[offset:end]
     import heapq

@@ -283,7 +283,7 @@ def test_what_belongs_to_another_user_does_not_decide_for_us(folder, monkeypatch
                               ("/x:%s" % folder, True), ("%s/:" % (folder / ".labtasker"), True)):
         monkeypatch.setenv("LABTASKER_TRUST", trust)
         if is_trusted:
-            assert L.load_config().root == str(folder / ".labtasker") and L._living_server(str(folder / ".labtasker"), "q") is None
+            assert L.load_config().root == str(folder / ".labtasker") and L.living_server(str(folder / ".labtasker"), "q") is None
         else:
             with pytest.raises(L.LabtaskerValueError, match="belongs to another user"):
                 L.client()

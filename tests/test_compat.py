@@ -471,7 +471,7 @@ def test_nothing_of_ours_is_sent_to_their_server(our_side, monkeypatch):
     monkeypatch.chdir(our_side.folder)
     monkeypatch.setattr(L, "PLAIN_LIMIT", 3)
     monkeypatch.setattr(L, "_client", None)
-    transport = Recorded(L._transport(L.load_config()))
+    transport = Recorded(L.transport_for(L.load_config()))
     L.use_client(L.Client(transport))
     ids = [L.submit_task(args={"i": 0}).task_id] + L.submit_tasks([{"args": {"i": i}} for i in range(1, 8)])
     assert {task["priority"] for task in our_side.tasks()} == {0}

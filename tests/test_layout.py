@@ -1,5 +1,6 @@
 """The wall that imports are elsewhere: the map, the reading order, the size of functions, the imports."""
 import ast
+import collections
 import functools
 import re
 import statistics
@@ -114,6 +115,55 @@ def test_no_section_uses_a_name_that_a_later_one_defines():
                         scope.get_name(), scope.get_lineno(), here, name, defined[name]))
     assert uses > 500
     assert not backward, "\n".join(backward)
+
+
+def named_outside():
+    """Return the names that labtasker_cli.py and the tests use of labtasker, also in programs and as texts."""
+    found = set()
+    for path in [ROOT / "labtasker_cli.py"] + sorted(TESTS.rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and node.module == "labtasker":
+                found.update(alias.name for alias in node.names)
+            elif isinstance(node, ast.Attribute):
+                found.add(node.attr)
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                found.update([node.value] if node.value.isidentifier() else re.findall(r"\b(?:L|labtasker)\.(\w+)", node.value))
+    return found
+
+
+def underscores(source, exempt):
+    """Return (functions and classes that lack an underscore though only their own section uses them, names that have
+    one though another section uses them)."""
+    lines, tree = source.splitlines(), ast.parse(source)
+    starts = [(at, int(BANNER.match(line).group(1))) for at, line in enumerate(lines, 1) if BANNER.match(line)]
+
+    def section(line):
+        return max([number for begin, number in starts if begin <= line], default=0)
+    defined = {node.name: section(node.lineno) for node in tree.body if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
+    tables = {node.id: section(node.lineno) for item in tree.body if isinstance(item, ast.Assign) for node in ast.walk(item)
+              if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
+    uses, texts = collections.defaultdict(set), {node.value for node in ast.walk(tree) if isinstance(node, ast.Constant)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Name):
+            uses[node.id].add(section(node.lineno))
+    lacking = ["%s (section %d): name it _%s" % (name, here, name) for name, here in defined.items()
+               if not name.startswith(("_", "do_")) and uses[name] <= {here} and name not in exempt | texts]
+    crossing = ["%s of section %d is used in %s: no underscore" % (name, here, sorted(uses[name] - {here}))
+                for name, here in dict(tables, **defined).items() if re.match(r"_[^_]", name) and uses[name] - {here}]
+    return lacking, crossing
+
+
+def test_an_underscore_marks_what_a_section_keeps_to_itself():
+    """Those without one are public, cross sections, or are used by the other file or a test; a command is do_..."""
+    import labtasker
+    text = "# 1. One %s\ndef f(): pass\nclass A: pass\ndef _g(): f()\n# 2. Two %s\ndef h(): return _g()\n" % ("#" * 68, "#" * 68)
+    assert underscores(text, {"A"}) == (["f (section 1): name it _f", "h (section 2): name it _h"],
+                                        ["_g of section 1 is used in [2]: no underscore"])
+    exempt = named_outside() | set(labtasker.__all__) | set(vars(labtasker.api_models))
+    assert len(exempt) > 500
+    lacking, crossing = underscores(SOURCE, exempt)
+    assert not lacking, "\n".join(lacking)
+    assert not crossing, "\n".join(crossing)
 
 
 def own_names(cls):

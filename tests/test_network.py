@@ -193,7 +193,7 @@ SAFE = {  # route: a function that prepares and returns a call whose lost answer
     "DELETE /api/v1/queues/me/tasks/{task_id}": a_deletion,
     "POST /api/v1/queues/me/workers": lambda: lambda: L.create_worker("w"),
     "POST /api/v1/queues/me/workers/search": lambda: L.ls_workers,
-    "GET /api/v1/queues/me/workers/{worker_id}": lambda: with_worker(lambda one: L.client().call("GET", L._WORKERS + "/" + one)),
+    "GET /api/v1/queues/me/workers/{worker_id}": lambda: with_worker(lambda one: L.client().call("GET", L.WORKERS_PATH + "/" + one)),
     "DELETE /api/v1/queues/me/workers/{worker_id}": lambda: with_worker(L.delete_worker),
 }
 UNSAFE = {  # the same for calls whose lost answer is told
@@ -208,8 +208,8 @@ UNSAFE = {  # the same for calls whose lost answer is told
 
 def test_every_route_is_tried():
     tried = {route.partition(" (")[0] for route in list(SAFE) + list(UNSAFE)}
-    of_the_page = {"GET /page", "GET /page.css", "GET /page.js", "POST " + L._TASKS + "/view",
-                   "GET " + L._TASKS + "/{task_id}/log"}  # which asks again by itself
+    of_the_page = {"GET /page", "GET /page.css", "GET /page.js", "POST " + L.TASKS_PATH + "/view",
+                   "GET " + L.TASKS_PATH + "/{task_id}/log"}  # which asks again by itself
     assert set(L.ROUTES) - tried == of_the_page | {"GET /api/v1/queues/me/events"} and tried <= set(L.ROUTES)
     assert set(UNSAFE) == {route for route, (field, _) in L.ONCE.items() if route not in SAFE} | {
         "POST /api/v1/queues/me/tasks/{task_id}/status"}

@@ -447,7 +447,7 @@ def test_who_has_not_the_key_of_a_store_gets_neither_a_task_nor_a_login(server, 
 @pytest.mark.slow
 @pytest.mark.parametrize("asked", [0, 1, 5])
 def test_a_client_that_was_let_in_asks_for_a_proof_on_each_new_connection(server, asked):
-    transport = L._living_server(str(server.folder), server.queue)
+    transport = L.living_server(str(server.folder), server.queue)
     for _ in range(asked):
         assert transport.call("GET", ME, None, None)[0] == 200
     old = http("GET", server.url + "/?nonce=" + "0" * 32)[1]
@@ -476,7 +476,7 @@ def test_the_key_of_a_store_is_never_sent_and_a_login_holds_on_one_connection(se
         return again
     monkeypatch.setattr(socket, "create_connection", recorded)
     key = json.loads((server.folder / "server.json").read_text())["key"]
-    transport = L._living_server(str(server.folder), server.queue)
+    transport = L.living_server(str(server.folder), server.queue)
     for _ in range(4):  # two of a connection each, and two over one that is kept
         assert transport.call("GET", ME, None, None)[1]["queue_name"] == server.queue and transport.extensions
     status, lines = transport.listen(None, 5)
@@ -506,7 +506,7 @@ def test_an_empty_key_or_none_lets_nobody_be_the_server(tmp_path):
     impostor = Impostor(answer=lambda data: in_http({}))
     for told in ({}, {"key": ""}, {"key": None}):
         (tmp_path / "server.json").write_text(json.dumps(dict(told, addresses=["http://127.0.0.1:%d" % impostor.port])))
-        assert L._living_server(str(tmp_path), "q") is None
+        assert L.living_server(str(tmp_path), "q") is None
     impostor.close()
     assert not impostor.heard
 

@@ -962,8 +962,8 @@ def fails_once(monkeypatch, owner, name, error):
 
 
 @pytest.mark.parametrize("name, error", [
-    ("_start_job", OSError(errno.EAGAIN, "no process is left")), ("_start_job", OSError(errno.EMFILE, "no descriptor is left")),
-    ("_start_job", MemoryError()), ("_start_job", OSError(errno.ENOSPC, "the disk is full")), ("_open_pty", OSError(errno.EMFILE, "none")),
+    ("start_job", OSError(errno.EAGAIN, "no process is left")), ("start_job", OSError(errno.EMFILE, "no descriptor is left")),
+    ("start_job", MemoryError()), ("start_job", OSError(errno.ENOSPC, "the disk is full")), ("_open_pty", OSError(errno.EMFILE, "none")),
     ("Labelled", RuntimeError("can't start new thread")), ("watch", RuntimeError("can't start new thread"))])
 def test_what_the_machine_is_short_of_for_a_moment_hands_the_task_back(home, monkeypatch, name, error):
     one, = submit()
