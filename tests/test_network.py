@@ -362,7 +362,7 @@ class User(threading.Thread):
         try:
             L.update_tasks([L.TaskUpdateRequest(task_id=task_id, metadata={"k": value})])
         except L.LabtaskerConnectError as error:
-            assert "the tasks may have been updated; look" in str(error)
+            assert "the tasks may have been updated; check" in str(error)
             self.done["not repeated"] += 1
             found = L.get_task(task_id).metadata.get("k")
             assert found in (value, self.updated.get(task_id))
