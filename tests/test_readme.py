@@ -81,7 +81,7 @@ def test_the_readme_takes_five_minutes():
     assert "$ python3 -m labtasker demo\n" in head and "not for" in head and "No dependencies" in head
     script, sweep = [text for language, name, text in blocks(["README.rst"])][1:3]
     assert "@labtasker.loop()" in script
-    assert len(re.findall(r"^\S|^ +\S", script, re.M)) + len(commands(sweep)) == 10
+    assert len(re.findall(r"^\S|^ +\S", script, re.M)) + len(commands(sweep)) <= 10
     order = ["demo", "**A task's arguments must be exactly", "Optuna", "--gpus all", "python3 -m tox", "Licence"]
     assert order == sorted(order, key=README.index)
 
@@ -186,9 +186,12 @@ def test_agreement_is_strict_but_for_what_varies():
 
 
 def rewrite(page, place):
-    """Write into a page what its commands print now, all of one run, so that an id shown twice is the same; outputs
-    that have `...` are left for a person."""
-    results = iter(list(played(page, place)))
+    """Write into a page what its commands print now, if that differs; all of one run, so that an id shown twice is the
+    same. Outputs that have `...` are left for a person."""
+    results = list(played(page, place))
+    if all(agrees(expected, shown) for _, expected, shown in results):
+        return
+    results = iter(results)
 
     def anew(match):
         if match.group(1) != "console":
