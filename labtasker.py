@@ -5811,7 +5811,8 @@ ROUTES = {
     "POST " + TASKS_PATH + "/view": _route(
         _no_page, "chosen columns of the tasks that match, long values cut; and counts by status",
         prepare=_read_task_filter, run=_run_outside,
-        fields=dict(_PAGE, status=Arg("status"), columns=Arg("texts"), spread=Arg("bool", False))),
+        fields=dict(_PAGE, status=Arg("status"), columns=Arg("texts"), spread=Arg("bool", False),
+                    choose=Arg("bool", False))),
     "POST " + TASKS_PATH + "/next": _route(
         fetch_task_op, "fetch the next task that matches, and run it", prepare=_prepare_fetch, run=_run_fetch,
         waits=_FOR_A_TASK, quick=_unless_new_request,
@@ -14529,16 +14530,18 @@ def _painter(options):
     return extras().painted if extras() and extras().wants_colour(options) else None
 
 
-def row_of(task):
-    """Return {field: value} of what may tell a Task, or a task's record, apart, as `choose_columns` takes it."""
+def row_of(task, most=None):
+    """Return {field: value} of what may tell a Task, or a task's record, apart, as `choose_columns` takes it: `most`
+    arguments and results."""
     row = {"status": task.status, "created_at": task.created_at}
     more = (("task_name", task.task_name), ("worker_id", task.worker_id), ("cmd", None if task.args else task.cmd),
             ("retries", "%d/%d" % (task.retries, task.max_retries) if task.retries else None),
             ("duration", None if task.start_time is None or task.status == "pending" else task),  # told where shown
             ("error", task.summary and error_of(task) or None))
     row.update(item for item in more if item[1] is not None)
-    row.update(("args." + key, value) for key, value in flatten(task.args))
-    row.update(("summary." + key, value) for key, value in flatten(task.summary) if not key.startswith(ERRORS))
+    row.update(("args." + key, value) for key, value in itertools.islice(flatten(task.args), most))
+    row.update(("summary." + key, value) for key, value in itertools.islice(flatten(task.summary), most)
+               if not key.startswith(ERRORS))
     return row
 
 
@@ -14579,7 +14582,6 @@ def alike_lines(chosen, shown, room):
     heads = _heads_of(chosen)
     words = [clean("%s=%s" % (heads[field], CELLS.get(field, brief)(value)), "")
              for field, value in chosen.same.items()]
-    words = [fitted(word, min(cells_wide(word), 60)) for word in words]
     lines = wrapped(["same in all:"] + words, room) if words else []
     missing = [heads[field] for field in chosen.telling
                if field not in shown and (field not in CELLS or field == "task_name")]

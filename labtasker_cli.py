@@ -88,6 +88,11 @@ def last_lines(path, limit, tail_bytes=65536):
             text = file.read(tail_bytes).decode("utf-8", "replace")
     except (OSError, OddFile):
         return []
+    return shown_lines(text, limit)
+
+
+def shown_lines(text, limit):
+    """Return the last lines of a terminal's output as it would show them."""
     lines = [line.rstrip("\r").split("\r")[-1] for line in text.rstrip("\n").split("\n")]  # bars go back to the start
     return [clean(re.sub("\x1b\\[[0-9;?]*[A-Za-z]", "", line), "").expandtabs(4) for line in lines[-limit:]]
 
@@ -1134,6 +1139,8 @@ def api_reference():
 # ---- The page: what the server answers a browser
 
 SAMPLE, MOST_PATHS = 300, 400  # tasks that are looked at for what fields there are; fields that are told
+MOST_ALIKE = 60  # fields of which it is told that they are the same in all tasks
+MOST_CHOSEN_OF = 100  # tasks, beside those shown, that are looked at for which columns tell them apart
 CELL, MOST_ROWS, MOST_COLUMNS = 300, 20000, 200  # letters of a cell; rows, columns of a view
 TAIL_BYTES = 1 << 17  # of a log
 
@@ -1170,7 +1177,8 @@ def view_tasks(store, caller, request):
     {counts, per_s, eta_s}, fields: {dotted path: whether of numbers}, found: number}.
 
     A cell is null, true, false, a number or text of bounded length. `counts` are those that the filter matches,
-    whatever their status. With `spread` the rows are a sample of those with values in the first two columns."""
+    whatever their status. With `spread` the rows are a sample of those with values in the first two columns. With
+    `choose` there is {chosen: {columns, telling, same, letters}} of the rows and others, as `chosen_of` returns it."""
     return store.transact(lambda store, queue, request, at: (
         [], lambda records=list(queue.tasks.values()): viewed(store, records, request, at)), caller, request, False)
 
@@ -1192,11 +1200,37 @@ def viewed(store, records, request, at):
     if request["spread"]:
         both = [value_of(name) for name in names[:2]]
         chosen = [record for record in chosen if all(get(record) is not None for get in both)]
-    getters = [column_of(name) for name in names]
-    return {"rows": [[record.task_id, record.status] + [get(record) for get in getters]
-                     for record in rows_of(store, chosen, request)],
-            "found": len(chosen), "counts": counts, "queue": pace_of(everything, *recent_ends(records, at))._asdict(),
-            "fields": fields, "at": at}
+    getters, shown = [column_of(name, store) for name in names], rows_of(store, chosen, request)
+    answer = {"rows": [[record.task_id, record.status] + [get(record) for get in getters] for record in shown],
+              "found": len(chosen), "counts": counts, "queue": pace_of(everything, *recent_ends(records, at))._asdict(),
+              "fields": fields, "at": at}
+    if request["choose"]:
+        others = chosen[::len(chosen) // MOST_CHOSEN_OF + 1]
+        answer["chosen"] = chosen_of(store, shown + others, request["sort"] or ())
+    return answer
+
+
+def chosen_of(store, records, sort):
+    """Return which columns tell records apart, by `choose_columns` as `task ls` has them: {columns, telling: [field],
+    same: {field: cell}, letters: {field: the most that a cell has}}."""
+    kept, rows = [field for field, _ in sort if field not in ("task_id", "created_at")], []
+    for record in records:
+        row = row_of(record, MOST_PATHS)
+        if "error" in row:
+            row["error"] = failure_of(store, record)
+        for field in kept:
+            value = value_of(field)(record)
+            if value is not None and not isinstance(value, dict):
+                row.setdefault(field, value)
+        rows.append({field: value[:CELL] + [len(value)] if isinstance(value, list) and len(value) > CELL else value
+                     for field, value in row.items()})
+    chosen = choose_columns(rows, kept)
+    telling = [field for field in chosen.telling if len(field) <= CELL][:MOST_COLUMNS]
+    same = [(field, cell(value)) for field, value in chosen.same.items() if len(field) <= CELL]
+    return {"columns": [field for field in chosen.columns if field in telling], "telling": telling,
+            "same": dict(same[:MOST_ALIKE]), "letters": {
+                field: min(CELL, max(letters_of(row[field]) for row in rows if field in row))
+                for field in telling if field.startswith(("args.", "summary.", "metadata."))}}
 
 
 def rows_of(store, records, request):
@@ -1239,10 +1273,35 @@ def value_of(field):
     return (lambda record: get_path(get(record), path)) if path else get
 
 
-def column_of(field):
+def letters_of(value):
+    """Return how many letters the page shows of a value, or more."""
+    return len(value if isinstance(value, str) else brief(value, 5))
+
+
+def column_of(field, store):
     """Return the function that makes a column's cell from a record."""
-    get = value_of(field)
+    get = (lambda record: failure_of(store, record)) if field == "error" else value_of(field)
     return lambda record: cell(get(record))
+
+
+def failure_of(store, record):
+    """Return the last line of what a record's last run raised, else wrote, else of its error; None without an error."""
+    said = error_of(record) or None
+    if not said or isinstance(record.summary.get("labtasker_exception"), dict):
+        return said
+    key = (store.folder, record.task_id, record.run_id)
+    if key not in LAST_WORDS and record.run_id and NAME.match(record.run_id) and NAME.match(record.task_id):
+        text, _ = tail_of(store.folder, ("logs", record.task_id, record.run_id, "run.log"), 4096)
+        lines = [line.strip() for line in shown_lines(text or "", 20) if line.strip()]
+        if not lines:
+            return said
+        if len(LAST_WORDS) >= MOST_ROWS:
+            LAST_WORDS.clear()
+        LAST_WORDS[key] = lines[-1]
+    return LAST_WORDS.get(key, said)
+
+
+LAST_WORDS = {}  # (folder, task id, run id): the last line of a failed run's log, which is looked at once
 
 
 def cell(value):
@@ -1290,7 +1349,7 @@ def log_of_run(store, caller, request):
     return found
 
 
-def tail_of(folder, names):
+def tail_of(folder, names, tail_bytes=TAIL_BYTES):
     """Return (the last text, the size) of a file that lies below a folder by these names, (None, None) where it does
     not, or where any of them is a link or no plain file: a worker's folder may be another user's to write to."""
     fds = []
@@ -1302,7 +1361,7 @@ def tail_of(folder, names):
         status = os.fstat(fds[-1])
         if not stat.S_ISREG(status.st_mode):
             return None, None
-        data = os.pread(fds[-1], TAIL_BYTES, max(0, status.st_size - TAIL_BYTES))
+        data = os.pread(fds[-1], tail_bytes, max(0, status.st_size - tail_bytes))
         return data.decode("utf-8", "replace"), status.st_size
     except (OSError, ValueError):
         return None, None
@@ -1437,6 +1496,7 @@ PAGE_HTML = r"""<!DOCTYPE html>
           <button id="next" type="button" aria-label="Next page" title="Next page (n)">›</button>
         </div>
       </div>
+      <p id="same" class="quiet"></p>
       <div class="split">
         <div class="scroll" tabindex="0" role="region" aria-label="Table of tasks">
           <table id="table">
@@ -1629,6 +1689,8 @@ form.tools select { width: 12rem; }  /* whatever fields come and go */
 #range { min-width: 12rem; text-align: right; padding-right: 0.286rem; color: var(--quiet); }
 #previous, #next { width: 2rem; padding: 0; font-size: 1.143rem; line-height: 1; }
 .note { min-height: 1.45em; padding-bottom: 0.5rem; }
+#same { min-height: 1.45em; max-height: 4.35em; margin-bottom: 0.5rem; overflow: auto; }
+#same span { margin-right: 0.643rem; overflow-wrap: anywhere; } #same b { font-weight: inherit; color: var(--text); }
 
 /* Tables */
 .split { flex: 1; display: flex; gap: 1rem; min-height: 0; }
@@ -1765,6 +1827,8 @@ dialog kbd { font-family: var(--mono); border: 1px solid var(--line); border-rad
   form.tools label.tick { flex: 0 0 auto; }
   select { max-width: 60vw; }
   .scroll { min-height: 24rem; }
+  #table th, #table td { padding: 0 0.393rem; }
+  #table th.pick, #table td.pick { padding: 0; }
   #tasks:has(.with-task) .tools { display: none; }
   .with-task { padding-top: 0.714rem; }
   article { padding: 0 0.75rem 0.75rem; }
@@ -2597,36 +2661,71 @@ const nameOf = (task) => task.name || task.id.slice(0, 8);
 // 8. Tasks ####################################################################
 
 const PAGE_SIZE = 100;
-const WIDTHS = {status: 7.4, task_name: innerWidth < 800 ? 9 : 12, error: 22, created_at: 8.2, last_modified: 8.2,
+const WIDTHS = {status: 7.4, task_name: 12, error: 22, created_at: 8.2, last_modified: 8.2,
   start_time: 8.2, last_heartbeat: 8.2, duration: 6.5, priority: 5.2, retries: 5.2, task_id: 20, worker_id: 20,
   host: 9, cmd: 18};
+const NARROW = {...WIDTHS, task_name: 8.5, error: 12};  // on a phone
+const SHORT_ID = 7;  // the width of eight letters of an id
+const PICK = 2.6;
 const TIMES = new Set(["created_at", "last_modified", "start_time", "last_heartbeat"]);
-const FEW = {args: 4, summary: 2};  // columns that are shown before anybody chose some
 
-let firstColumns = null;
+let choice = null;  // the server's: columns, the most telling first, what is the same in all, and for what it was made
 let announceFound = false;  // after a filter, how many tasks it found
 
-/** The columns that are shown: those chosen, else the first few of what tasks have. They stay while one looks. */
-function columnsShown() {
-  if (at.columns) return at.columns.split(",");
-  const isComplete = firstColumns && Object.keys(FEW).every((top) =>
-      firstColumns.some((name) => name.startsWith(`${top}.`)));
-  if (!isComplete && fields.length) {
-    const some = (top) => fields.filter((name) => name.startsWith(`${top}.`) && !name.includes("labtasker_"))
-        .slice(0, FEW[top]);
-    firstColumns = ["task_name", "status", ...some("args"), ...some("summary"), "duration", "created_at"];
-  }
-  return firstColumns || ["task_name", "status", "duration", "created_at"];
+const isNarrow = () => matchMedia("(max-width: 50rem)").matches;
+
+/** Takes the server's choice of columns. One that only lacks some of those before changes nothing: columns stay while
+    one looks. */
+function settle(found) {
+  const key = JSON.stringify([at.filter, at.status, at.sort]);
+  const isOther = !choice || choice.key !== key || found.columns.some((name) => !choice.columns.includes(name));
+  choice = isOther ? {...found, key} : {...choice, same: found.same};
 }
 
+/** The columns that have a place: the most telling first, and those of `kept` in any case. The rule of `task ls`. */
+function fitting(telling, widthIn, room, kept) {
+  const found = [];
+  for (const name of telling) {
+    const width = widthIn(name);
+    if (width > room && !kept.includes(name) && found.length) continue;
+    found.push(name);
+    room -= width;
+  }
+  return found;
+}
+
+/** How many rem of columns have a place in the table. */
+function roomForColumns() {
+  const style = getComputedStyle(document.documentElement), main = getComputedStyle($("main"));
+  const width = $("main").clientWidth - parseFloat(main.paddingLeft) - parseFloat(main.paddingRight) - 20;
+  return width / parseFloat(style.fontSize) / parseFloat(style.getPropertyValue("--stretch")) - PICK;
+}
+
+/** The columns that are shown: those chosen, else what tells tasks apart, as many as have a place. On a phone the
+    result stands first. */
+function columnsShown() {
+  if (at.columns) return at.columns.split(",");
+  if (!choice) return [];
+  const link = choice.columns.includes("task_name") ? "task_name" : "task_id";
+  const results = choice.columns.filter((name) => name.startsWith("summary.") || name === "error");
+  const first = isNarrow() ? results.slice(0, 1) : [];
+  const isSorted = choice.columns.includes(at.sort) && at.sort !== "created_at" && at.sort !== link;
+  const kept = [...new Set([...first, ...(isSorted ? [at.sort] : [])])];
+  const found = fitting([...kept, ...choice.telling.filter((name) => name !== link && !kept.includes(name))],
+      (name) => widthOf(name, false), roomForColumns() - widthOf(link, false), kept);
+  return [...first, link, ...choice.columns.filter((name) => found.includes(name) && !first.includes(name))];
+}
+
+/** Which column leads to the task. */
+const linkIn = (columns) => ["task_name", "task_id", columns[0]].find((name) => columns.includes(name));
+
 async function loadTasks(signal) {
-  await knowFields(signal);
-  const columns = columnsShown(), page = Number(at.page);
-  const [answer] = await Promise.all([
-    view({columns: [...columns, "task_name"], limit: PAGE_SIZE, offset: (page - 1) * PAGE_SIZE,
-        sort: [[at.sort, Number(at.way)]],
-      ...matching()}, {signal}),
-    at.task ? loadTask(signal) : null]);
+  const page = Number(at.page), look = (columns) => view({columns: [...columns, "task_name"], limit: PAGE_SIZE,
+    offset: (page - 1) * PAGE_SIZE, sort: [[at.sort, Number(at.way)]], choose: true, ...matching()}, {signal});
+  let columns = columnsShown();
+  let [answer] = await Promise.all([look(columns), at.task ? loadTask(signal) : null]);
+  settle(answer.chosen);
+  if (columns.join() !== columnsShown().join()) answer = await look(columns = columnsShown());
   showOverview(answer);
   const pages = Math.max(1, Math.ceil(answer.found / PAGE_SIZE));
   if (page > pages) return go({page: String(pages)}, {replace: true});
@@ -2640,13 +2739,35 @@ function areNumbers(values) {
   return numbers.length > there.length / 2;
 }
 
-const widthOf = (name, isNumber) => own(WIDTHS, name) || (isNumber ? 7 : 9.5);
+/** A column's width in rem: by what it is, else by the letters of its head and its cells. */
+function widthOf(name, isNumber) {
+  const letters = choice && own(choice.letters, name), less = isNarrow() ? 0.5 : 0;
+  if (name.endsWith("_id") && !at.columns) return SHORT_ID - 2 * less;
+  if (own(WIDTHS, name)) return (isNarrow() ? NARROW : WIDTHS)[name] - less;
+  if (!letters) return isNumber ? 7 : 9.5;
+  const head = titleOf(name).length + (name === at.sort ? 2 : 0);
+  return Math.min(20, Math.max(4, 1.5 + Math.max(0.57 * letters, 0.62 * head))) - less;
+}
+
+/** Shows what is the same in all tasks, but for what has a column. */
+function showSame(columns) {
+  const pairs = Object.entries(choice.same).filter(([name]) => !columns.includes(name));
+  const text = JSON.stringify(pairs);
+  if ($("same").dataset.text === text) return;
+  $("same").dataset.text = text;
+  fill($("same"), pairs.length ? "Same in all: " : "", pairs.map(([name, value]) => [" ", el("span", {},
+    `${(own(NAMES, name) || "").toLowerCase() || titleOf(name)}=`,
+    el("b", {}, el("bdi", {}, shortValue(value))))]));
+}
 
 function showTable(columns, answer) {
   const isNumber = columns.map((name, index) => name === "duration" || numeric.has(name)
     || areNumbers(answer.rows.map((row) => row[index + 2])));
   const heads = columns.map((name, index) => [name, isNumber[index] ? "number" : "", widthOf(name, isNumber[index])]);
-  setHead($("table"), [["", "pick", 2.6], ...heads, ["rest", "rest", null]], headCell);
+  const takesRest = !at.columns && heads.find(([name]) => name === "error");  // its lines are long
+  if (takesRest) takesRest[2] = null;
+  setHead($("table"), [["", "pick", PICK], ...heads, ["rest", "rest", takesRest ? 0.01 : null]], headCell);
+  showSame(columns);
   for (const cell of $("table").tHead.rows[0].cells) {
     if (cell.dataset.field === at.sort) cell.setAttribute("aria-sort", at.way === "1" ? "ascending" : "descending");
     else cell.removeAttribute("aria-sort");
@@ -2692,20 +2813,22 @@ function fillRow(node, row, columns, isNumber) {
   node.classList.toggle("chosen", id === at.task);
   while (node.cells.length < columns.length + 2) node.insertCell();  // the last one takes what room is left
   while (node.cells.length > columns.length + 2) node.deleteCell(node.cells.length - 2);
+  const link = linkIn(columns);
   columns.forEach((column, index) => {
-    const cell = node.cells[index + 1];
-    fillCell(cell, column, row[index + 2], {id, status, name, isNumber: isNumber[index]});
+    const cell = node.cells[index + 1], isLink = column === link;
+    fillCell(cell, column, row[index + 2], {id, status, name, isLink, isNumber: isNumber[index]});
   });
 }
 
-function fillCell(cell, column, value, {id, status, name, isNumber}) {
-  const isLink = column === "task_name" || column === "task_id";
-  const text = column === "task_name" ? oneLine(name) : TIMES.has(column) ? moment(value)
-    : column === "duration" ? span(value) : shortValue(value);
+function fillCell(cell, column, value, {id, status, name, isLink, isNumber}) {
+  const told = column === "task_name" ? oneLine(name) : TIMES.has(column) ? moment(value)
+    : column === "duration" ? span(value) : shortValue(column.endsWith("_id") && !at.columns && value
+      ? value.slice(0, 8) : value);
+  const text = told || (isLink ? id.slice(0, 8) : "");
   const kind = column === "status" ? `status ${status}` : isNumber ? "number" : "";
   if (cell.className !== kind) cell.className = kind;
-  if (cell.dataset.column !== column) {
-    cell.dataset.column = column;
+  if (cell.dataset.column !== column || cell.dataset.link !== String(isLink)) {
+    Object.assign(cell.dataset, {column, link: isLink});
     fill(cell, column === "status" ? el("span", {class: "dot"}) : [], isLink ? el("a", {}, el("bdi")) : el("bdi"));
   }
   setText(cell.querySelector("bdi"), text);
@@ -3556,7 +3679,7 @@ function showApp() {
   $("login-password").value = "";
   setText($("queue-name"), login.queue);
   fields = [];
-  firstColumns = latest = plotted = gridded = null;
+  choice = latest = plotted = gridded = null;
   chosen.clear();
   stream.last = null;
   stream.start();
@@ -3616,6 +3739,7 @@ function start() {
   for (const form of document.querySelectorAll("form.tools")) form.addEventListener("submit",
       (event) => event.preventDefault());
   addEventListener("hashchange", arrive);
+  addEventListener("resize", () => { if (login && at.view === "tasks" && !at.columns) refresher.stir(); });
   addEventListener("keydown", onKey);
   document.addEventListener("visibilitychange", onVisibility);
   new ResizeObserver(() => drawPlot()).observe($("plot-drawing"));

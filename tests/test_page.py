@@ -225,6 +225,8 @@ def test_a_view_is_short_whatever_the_tasks_hold(server):
     assert len(json.dumps(answer)) < 5000 and math.isnan(answer["rows"][0][5]) and answer["rows"][0][6:] == [None, None]
     assert {"args.i", "args.case", "metadata.text", "metadata.nan"} <= set(answer["fields"])
     assert [row[0] for row in view(server, sort=[["args.i", -1]], limit=2, offset=2)["rows"]] == ids[:1]
+    change(server, ids, args={"text": "y" * 10 ** 6, "many": {"k%d" % at: at for at in range(3000)}, "list": list(range(10 ** 5))})
+    assert len(json.dumps(view(server, choose=True, sort=[["metadata.text", 1]])["chosen"])) < 20000
     for body, word in (({"columns": ["nosuch"]}, "nosuch"), ({"extra_filter": "args.i = 1"}, "^"),
                        ({"limit": -1}, "limit")):
         status, answer, _ = server.http("POST", ME + "/tasks/view", body)
@@ -252,6 +254,47 @@ def test_a_log_is_read_beside_the_store_and_nowhere_else(server):
         status, answer, _ = server.http("GET", path + "?run_id=" + run_id)
         assert status in (400, 404, 422), (run_id, status, answer)
     assert http("GET", server.url + path, auth=(QUEUE, "wrong"))[0] == 401
+
+
+def run_sweep(server):
+    """Submit a sweep of which all but the last tasks end: some with a result, two by what their log's last line tells."""
+    asked(server, "POST", "/tasks", [
+        {"task_name": "sweep", "max_retries": 1, "args": {"lr": 10.0 ** -(i % 4), "opt": {"name": ["adam", "sgd"][i // 4 % 2]},
+                                                          "seed": i // 8, "dataset": "cifar", "epochs": 90}}
+        for i in range(24)], 201)
+    for i in range(20):
+        task = begin(server, None)
+        if i in (3, 4):
+            folder = server.folder / "logs" / task["task_id"] / task["run_id"]
+            folder.mkdir(parents=True)
+            (folder / "run.log").write_text("epoch 1\n\x1b[31mCUDA out of memory: %d GiB\x1b[0m\n\n" % i)
+            report(server, task["task_id"], "failed", summary={"labtasker_error": "exit code 1"})
+        else:
+            report(server, task["task_id"], "success", summary={"loss": 1 + i / 7, "acc": 0.9 - i / 100, "device": "cuda"})
+
+
+def told(server, status=None, sort="created_at"):
+    """Return what a listing of the sweep's tasks tells, latest first, as `task ls` chooses it."""
+    found = search(server, {"status": status} if status else None, sort=[[sort, -1]])
+    return labtasker.choose_columns(list(map(labtasker.row_of, map(labtasker.Task, found))), [] if sort == "created_at" else [sort])
+
+
+@pytest.mark.slow
+def test_a_view_chooses_the_columns_of_task_ls_and_tells_the_last_line_of_a_failures_log(server):
+    run_sweep(server)
+    for status, sort in [(None, "created_at"), ("success", "summary.acc"), ("failed", "created_at")]:
+        answer = view(server, choose=True, columns=["error"], status=status, sort=[[sort, -1]])
+        chosen, wanted = answer["chosen"], told(server, status, sort)
+        if status == "failed":  # for a listing the server's store is far away
+            wanted.same.pop("error")
+            wanted.columns.insert(wanted.columns.index("duration") - 1, "error")
+            wanted.telling.insert(0, "error")
+            assert sorted(row[2] for row in answer["rows"]) == ["CUDA out of memory: 3 GiB", "CUDA out of memory: 4 GiB"]
+        assert sorted(chosen["columns"]) == sorted(wanted.columns) and chosen["same"] == wanted.same
+        assert status == "failed" or (chosen["columns"], chosen["telling"]) == (wanted.columns, wanted.telling)
+    assert chosen["letters"]["args.lr"] == 5 and "chosen" not in view(server)
+    assert view(server, choose=True, sort=[["priority", 1]])["chosen"]["same"]["priority"] == 0
+    assert view(server, choose=True, extra_filter={"task_name": "none"})["chosen"]["columns"] == []
 
 
 # With a browser
@@ -311,8 +354,17 @@ class Person:
         return self.page.evaluate("""[...document.querySelectorAll('#table tbody tr')].map(row => Object.fromEntries(
             [...row.querySelectorAll('td[data-column]')].map(cell => [cell.dataset.column, cell.textContent])))""")
 
+    def columns(self):
+        """Return the fields of the table's columns."""
+        return self.page.evaluate("[...document.querySelectorAll('#table thead th[data-field]')].map(one => one.dataset.field)")
+
     def names(self):
         return [row["task_name"] for row in self.rows()]
+
+    def statuses(self):
+        """Return each row's status: its cell, or what is said to be the same in all."""
+        same = re.search(r"status=(\w+)", self.page.locator("#same").text_content())
+        return [row.get("status") or same and same.group(1) for row in self.rows()]
 
     def finds(self, count):
         """Wait until the table says how many tasks match."""
@@ -488,6 +540,51 @@ def test_the_filter_finds_tasks_or_marks_its_error(person, hand, size):
     assert person.page.get_by_text("No task matches.").is_visible()
 
 
+WIDTHS = ((390, 844), (600, 900), (768, 1024), (1280, 800), (1600, 1000), (3840, 2160))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_columns_are_what_tells_tasks_apart_then_results_as_many_as_fit_at_any_width(chromium, server, scheme):
+    run_sweep(server)
+    with chromium.session("desk", scheme) as session:
+        person = Person(session.tab(), browser.Mouse, server)
+        page = person.open().page
+        for width, height in WIDTHS:
+            page.set_viewport_size({"width": width, "height": height})
+            for address, status, sort in (("#view=tasks", None, "created_at"), ("#status=failed", "failed", "created_at"),
+                                          ("#status=success&sort=summary.acc", "success", "summary.acc")):
+                with person.answer():
+                    person.open(address)
+                person.says(page.locator("#range"), "of %d" % (24 if not status else 2 if status == "failed" else 18))
+                wanted = [name for name in told(server, status, sort).columns if name != "error"]
+                wait_until(lambda: person.columns() and set(person.columns()) <= set(wanted) | {"task_id", "error"}, "the columns are those")
+                shown = person.columns()
+                order = [name for name in shown if name not in ("task_id", "error")]
+                first = {None: "summary.loss", "failed": "error", "success": "summary.acc"}[status]
+                if width < 800:
+                    assert shown[:2] == [first, "task_id"] and ("args.lr" in shown or not status)
+                else:
+                    assert order == [name for name in wanted if name in order] and shown[0] == "task_id"
+                if width >= 1280:
+                    assert {"args.lr", "args.opt.name", "args.seed"} & set(wanted) <= set(shown)
+                if status == "failed":
+                    assert any("CUDA out of memory: 4 GiB" == row["error"] for row in person.rows())
+                if status == "success":
+                    assert [row["summary.acc"] for row in person.rows()][:2] == ["0.9", "0.89"]
+                same = page.locator("#same").text_content()
+                assert "name=sweep" in same and "dataset=cifar" in same and "task_name" not in shown
+                assert not session.tabs[0].sideways() and not page.evaluate(SCROLLS), (width, shown)
+                session.tabs[0].shoot("columns-%s-%d-%s" % (status, width, scheme))
+        session.tabs[0].is_blameless()
+        for left, seen in ((1600, True), (390, False)):  # columns follow the window
+            page.set_viewport_size({"width": left, "height": 800})
+            wait_until(lambda: ("duration" in person.columns()) is seen, "the columns follow the width", 30)
+
+
+SCROLLS = "(one => one.scrollWidth > one.clientWidth + 1)(document.querySelector('#tasks .scroll'))"
+
+
 @pytest.mark.slow
 @in_every_way
 def test_sorting_by_every_column(person, hand, size):
@@ -497,11 +594,11 @@ def test_sorting_by_every_column(person, hand, size):
         {"task_id": one, "priority": at * 7 % 250} for at, one in enumerate(ids)])
     person.open()
     person.case(case)
-    heads = person.page.locator("#table th[data-field]")
-    fields = heads.evaluate_all("all => all.map(one => one.dataset.field)")
-    assert {"task_name", "status", "duration", "created_at"} < set(fields)
-    assert heads.and_(person.page.locator("[aria-sort]")).count() == 1
-    for field in fields:
+    assert {"task_name", "args.i"} <= set(person.columns()) <= {"task_name", "args.i", "created_at"}
+    choose_columns(person, only=["task_name", "status", "duration", "args.i", "created_at"])
+    wait_until(lambda: "status" in person.columns(), "those columns are there")
+    assert person.page.locator("#table th[data-field][aria-sort]").count() == 1
+    for field in person.columns():
         head = person.page.locator('th[data-field="%s"]' % field)
         for _ in range(2):
             with person.answer() as answer:
@@ -599,7 +696,7 @@ def test_counts_by_status(person, hand, size):
         person.hand.press(button)
         person.finds(count)
         assert button.get_attribute("aria-pressed") == "true"
-        assert {row["status"] for row in person.rows()} == (
+        assert set(person.statuses()) == (
             {"pending", "cancelled"} if name == "All" else {name.lower()} if count else set())
     for place in ("#done", "#rate", "#eta"):
         assert re.search(r"\d", person.page.locator(place).inner_text()), place
@@ -746,7 +843,7 @@ def test_cancelling_and_retrying_are_asked_about_and_undone(person, hand, size):
     person.press("Cancel 3 tasks", person.dialog())
     toast = note(person, "3 tasks cancelled")
     assert states(server, ids) == ["cancelled", "pending", "cancelled", "cancelled"]
-    wait_until(lambda: [row["status"] for row in person.rows()].count("cancelled") == 3, "the table shows it")
+    wait_until(lambda: person.statuses().count("cancelled") == 3, "the table shows it")
     change(server, ids[3:], reset=True)  # someone else is faster with that one
     person.press("Undo", toast)
     note(person, "Undone for 2 tasks. 1 went on meanwhile")
@@ -957,7 +1054,7 @@ def test_what_others_change_appears_by_itself_in_two_tabs(person):
     for one in (person, other):
         one.finds(4)
         wanted = ["cancelled", "pending", "pending", "success"]
-        wait_until(lambda: sorted(row["status"] for row in one.rows()) == wanted, "the states are there", 30)
+        wait_until(lambda: sorted(one.statuses()) == wanted, "the states are there", 30)
         assert one.page.evaluate("window.same"), "it was not loaded anew"
     change(server, ids[2:], priority=9)  # no step: no event
     choose_columns(person, ["task_name", "priority"])
@@ -1077,7 +1174,7 @@ def test_a_server_that_is_away_is_shown_so_and_picked_up_again(chromium, server)
         change(server, missed[:1], status="cancelled")
         person.says(person.page.locator("#connection"), "Live")
         person.finds(5)
-        wait_until(lambda: [row["status"] for row in person.rows()].count("cancelled") == 1, "nothing was missed")
+        wait_until(lambda: person.statuses().count("cancelled") == 1, "nothing was missed")
         assert not person.page.get_by_role("region", name="Connection lost").is_visible()
         submit(server, "after", 1)
         person.finds(6)
