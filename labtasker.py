@@ -1731,7 +1731,7 @@ TASK_FIELDS = {
     "start_time": Field("time", None, False, "when its last run began; null until then"),
     "last_heartbeat": Field("time", None, False, "when its run last sent a heartbeat"),
     "last_modified": Field("time", None, False, "when anything but a heartbeat last changed it"),
-    "heartbeat_timeout": Field("seconds", None, False, "give up a run after so long without a heartbeat; null: never",
+    "heartbeat_timeout": Field("seconds", None, False, "give up a run without a heartbeat for this long; null: never",
                                "set", "set", "--heartbeat-timeout TIME"),
     "task_timeout": Field("seconds", None, False, "give up a run that takes longer; null: never", "set", "set",
                           "--task-timeout TIME"),
@@ -5826,7 +5826,7 @@ ROUTES = {
     "GET " + TASKS_PATH + "/{task_id}": _route(get_task_op, "one task", writes=False, quick=_always),
     "DELETE " + TASKS_PATH + "/{task_id}": _route(delete_task_op, "delete a task", status=204, quick=_always),
     "GET " + TASKS_PATH + "/{task_id}/log": _route(
-        _no_page, "the end of what a run wrote, where its log lies beside the store, else where it lies",
+        _no_page, "the end of a run's output; or where its log is, if it is not beside the store",
         run=_run_outside, query={"run_id": Arg("id")}),
     "POST " + TASKS_PATH + "/{task_id}/status": _route(
         report_task_op, "report on a run, or on a task", quick=_always,
@@ -12529,22 +12529,22 @@ LOOP_OPTIONS = {  # each is a parameter of command_loop(), an option of the comm
     "extra_filter": Option("-f --extra-filter FILTER", "text", None, "filter text or document (labtasker help filter)"),
     "worker_id": Option("--worker-id ID", "text", None, "run as this worker (labtasker worker create)"),
     "worker_max_retries": Option("--worker-max-retries N", "count", None, "suspend this loop after N failed runs"),
-    "metrics": Option("--metric NAME=REGEX", "list", (), "report group 1 of a line of output (repeatable)"),
-    "step": Option("--step REGEX", "text", None, "the step of such values, found alike"),
+    "metrics": Option("--metric NAME=REGEX", "list", (), "report what group 1 matches (repeatable)"),
+    "step": Option("--step REGEX", "text", None, "like --metric: the step of those values"),
     "workdir": Option("--workdir TEMPLATE", "text", None, "run each job in this folder; made if missing"),
     "jobs": Option("-j --jobs N", "count", None, "run N at once, each in a slot (1)"),
     "gpus": Option("--gpus LIST", "text", None, "a slot for each of these: 0,1 or UUIDs, or all"),
     "per_gpu": Option("--per-gpu K", "count", None, "K slots for each of them (1)"),
     "eta_max": Option("--eta-max TIME", "duration", None, "give up a run that takes longer: 90, 10 min, 1h30m"),
     "heartbeat_timeout": Option("--heartbeat-timeout TIME", "seconds", None,
-                                "give up a run after so long without heartbeat"),
+                                "give up a run without heartbeat for this long"),
     "time_limit_s": Option("--time-limit TIME", "seconds", None, "end by then (default: with the Slurm or PBS job)"),
-    "drain_before_s": Option("--drain-before TIME", "seconds", 0, "start no job in the last TIME of it"),
+    "drain_before_s": Option("--drain-before TIME", "seconds", 0, "start no job in the last TIME before the end"),
     "max_tasks": Option("--max-tasks N", "count", None, "end after N tasks"),
-    "idle_timeout_s": Option("--idle-timeout TIME", "seconds", None, "wait so long for new tasks before it ends"),
+    "idle_timeout_s": Option("--idle-timeout TIME", "seconds", None, "wait this long for new tasks, then end"),
     "grace_s": Option("--grace TIME", "seconds", GRACE_S, "time between a job's stop signal and KILL (%d)" % GRACE_S),
     "server_lost_s": Option("--server-lost TIME", "seconds", SERVER_LOST_S,
-                            "wait so long for a server that is away (1h)"),
+                            "wait this long for a server that is away (1h)"),
     "use_pty": Option("use-pty", "switch", True, "use a pseudo-terminal (the default), or pipes"),
     "verbose": Option("-v --verbose", "flag", False, "say more"),
 }
@@ -14219,8 +14219,8 @@ def exit_reference():
 def events_reference():
     """Return how to hear events: from the command line, Python and any HTTP client, also those from before."""
     return as_started("""\
-Each step of a task (created -> pending -> running -> success, ...) and of a
-worker is an event; a summary that changes while the task runs is none.
+Each new state of a task (created -> pending -> running -> success, ...) or of
+a worker is an event. A summary that changes while the task runs is not.
 
 Shell
 
@@ -14237,8 +14237,8 @@ Python
             if event.new_state == "failed":
                 print(event.entity_data["args"], event.entity_data["summary"])
 
-    listener.get_event(timeout=5) returns the next one, None after 5 s without.
-    A listener reconnects by itself, and misses nothing meanwhile.
+    listener.get_event(timeout=5) returns the next event, or None after 5 s.
+    A listener reconnects by itself and misses nothing meanwhile.
 
 HTTP: a stream of server-sent events
 
@@ -14249,14 +14249,14 @@ HTTP: a stream of server-sent events
 
 Events from before
 
-    Each event has an id: in Python response.id, with --raw "id", over HTTP the
-    line "id:". It is LINE.STEP: a line of the journal, and a step on that line.
-    connect_events(after="17.0"), --after 17.0 and Last-Event-ID first give the
-    events after that one; 0.0 gives all that are kept. Kept are those since the
-    last compaction of the journal. Where some are gone, stderr says so (over
-    HTTP the event "too_old"), and the rest follows.
-    With a server and without one it is the same. A server of Labtasker 1.0.1
-    gives no ids, and only events from now on.""" % DEFAULT_PORT)
+    Each event has an id: response.id in Python, "id" with --raw, the line "id:"
+    over HTTP. It is LINE.STEP: a line of the journal, and a step on that line.
+    connect_events(after="17.0"), --after 17.0 and Last-Event-ID begin after the
+    event with that id; 0.0 begins with the oldest that the store still has. It
+    has those since the last compaction of its journal. If some are gone, stderr
+    says so (over HTTP the event "too_old"), and the others follow.
+    This also works without a server. A server of Labtasker 1.0.1 gives no ids
+    and only events from now on.""" % DEFAULT_PORT)
 
 # 13. Commands ################################################################
 #
@@ -15947,7 +15947,7 @@ def _show_help(words):
     extras()
     if path not in COMMANDS and not group(path):
         topics = sorted(name[5:] for name in set(COMMANDS).union(EXTRA_COMMANDS) if name.startswith("help "))
-        raise UsageError("there is no help on %s%s. Topics: %s, and every command" % (
+        raise UsageError("there is no help on %s%s (topics: %s, and every command)" % (
             brief(path), hint(path, topics + list(COMMANDS)), ", ".join(topics)))
     show("\n\n".join([help_of(path)] + ([job_reference()] if path == "loop" else [])))
 
@@ -15958,7 +15958,7 @@ def help_of(path):
         return _command_help(path)
     listed = group(path) if path else [name for word in EACH_DAY for name in group("") if name.split()[0] == word]
     wide = max(map(len, listed))
-    lines = ["usage: %s %sCOMMAND ...; COMMAND --help explains it" % (program(), path and path + " "), ""]
+    lines = ["usage: %s %sCOMMAND ...; COMMAND --help explains it" % (program(), path and path + " ")] + [""] * bool(path)
     lines += ["  %-*s  %s" % (wide, name, COMMANDS[name].help.split(". ")[0].rstrip(".")) for name in listed]
     lines += ["  " + line for line in _the_rest()] if not path else []
     return "\n".join(lines + ["example: " + COMMANDS[listed[0]].example.split("\n")[0]])
@@ -16150,7 +16150,7 @@ COMMANDS = {
         [ID, option("-f --follow", "keep printing while it runs"),
          option("--attempt N", "the Nth of the attempts that the task keeps (the last)", type=count)]),
     "task harvest": Command(
-        do_task_harvest, "Read values from the output of tasks' last runs, as loop --metric does, into their summary.",
+        do_task_harvest, "Take results from the output of last runs, as loop --metric does.",
         "labtasker task harvest --metric 'acc=accuracy: ([0-9.]+)' -s success",
         [option("ID", "task ids; without any, the selectors, else all tasks", dest="ids", nargs="*", default=[]),
          _option_of("metrics", LOOP_OPTIONS["metrics"]), _option_of("step", LOOP_OPTIONS["step"])]
