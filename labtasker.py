@@ -15958,7 +15958,8 @@ def help_of(path):
         return _command_help(path)
     listed = group(path) if path else [name for word in EACH_DAY for name in group("") if name.split()[0] == word]
     wide = max(map(len, listed))
-    lines = ["usage: %s %sCOMMAND ...; COMMAND --help explains it" % (program(), path and path + " ")] + [""] * bool(path)
+    lines = ["usage: %s %sCOMMAND ...; COMMAND --help explains it" % (program(), path and path + " ")]
+    lines += [""] * bool(path)
     lines += ["  %-*s  %s" % (wide, name, COMMANDS[name].help.split(". ")[0].rstrip(".")) for name in listed]
     lines += ["  " + line for line in _the_rest()] if not path else []
     return "\n".join(lines + ["example: " + COMMANDS[listed[0]].example.split("\n")[0]])
