@@ -6016,7 +6016,7 @@ _SHOWN = {
 # 7. Server ###################################################################
 #
 # An event loop that borrows bind and accept of HTTPServer and the threads of ThreadingMixIn: a thread a connection
-# was half as fast, as the interpreter's lock changes hands four times a request, and workers that wait would take a
+# is slower, as the interpreter's lock changes hands several times a request, and workers that wait would take a
 # thread each. The loop accepts, reads, answers what is quick and writes all that it decided in one turn with one
 # sync; what takes long (a listing, hashing a password, a stream of events) goes to a thread with its connection.
 # Server holds the parts: Connections, Parked, Threads with their Gates, Requests, Answers, Writer, Upkeep, Log.

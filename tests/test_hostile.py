@@ -78,13 +78,13 @@ class Others:
     """One who works while others attack: the answers' statuses and the longest of them, in seconds."""
 
     def __init__(self, server):
-        self.server, self.took, self.wrong, self.ended = server, [], [], False
+        self.server, self.took, self.wrong, self.ended = server, [], [], threading.Event()
         self.thread = threading.Thread(target=self.work)
         self.thread.start()
 
     def work(self):
         peer = Peer(self.server)
-        while not self.ended:
+        while not self.ended.wait(0.01):
             for asked in (request("GET", ME), request("POST", ME + "/tasks", {"args": {"i": 1}}), request("GET", "/health")):
                 began = time.monotonic()
                 peer.send(asked)
@@ -93,12 +93,11 @@ class Others:
                 if status not in (200, 201):
                     self.wrong.append((status, answer))
                     return
-            time.sleep(0.01)  # it works; not waiting for anything
         peer.close()
 
     def end(self):
         """End it; all it asked was answered, most of it at once, and nothing took long."""
-        self.ended = True
+        self.ended.set()
         self.thread.join(30)
         assert not self.wrong and self.took, self.wrong
         assert sorted(self.took)[len(self.took) * 9 // 10] < 1 and max(self.took) < 5, sorted(self.took)[-5:]
@@ -129,10 +128,7 @@ def attacked(server, attack):
 def hold(peers, send=lambda peer: True):
     """Have each peer send something again and again for a while."""
     until = time.monotonic() + TURNS_S
-    while time.monotonic() < until:
-        for peer in peers:
-            send(peer)
-        time.sleep(0.05)
+    wait_until(lambda: [send(peer) for peer in peers] and time.monotonic() > until, "the time passes", TURNS_S + 60)
     for peer in peers:
         peer.close()
 

@@ -2,10 +2,12 @@
 import ast
 import collections
 import functools
+import io
 import re
 import statistics
 import symtable
 import sys
+import tokenize
 
 import pytest
 
@@ -287,6 +289,41 @@ def test_every_public_function_has_a_docstring():
 
 def test_no_line_is_longer_than_120():
     assert not [number for number, line in enumerate(LINES + COMFORTS.splitlines(), 1) if len(line) > 120]
+
+
+MEASURED = re.compile(r"\d\s?(?:ms|us|µs|ns|%|percent|per cent)(?![\w(])|\b(?:half|twice|\d+ times) (?:as|the) (?:fast|slow|speed)")
+
+
+def remarks(source):
+    """Yield (line, text) of the comments and docstrings."""
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type == tokenize.COMMENT:
+            yield token.start[0], token.string
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            yield node.lineno, ast.get_docstring(node) or ""
+
+
+def test_no_comment_tells_what_was_measured():
+    """A comment gives the reason; a figure rots, and belongs into the bench. A limit or a default is none."""
+    for text in ("# takes 25 us", "# costs 7ms", "# in 40 % of the time", "# is twice as fast"):
+        assert MEASURED.search(text)
+    assert not MEASURED.search("# in 10 s, '%(lr)' of 100 items; a path is 5 ms_paths")
+    found = [remark for text in (SOURCE, COMFORTS) for remark in remarks(text)]
+    assert len(found) > 1000 and not [remark for remark in found if MEASURED.search(remark[1])]
+
+
+def test_tests_sleep_in_wait_until_alone():
+    """A test waits for what it is about, or says by pass_time() that nothing must happen; programs in texts may sleep."""
+    sleepers, counted = [], 0
+    for path in sorted(TESTS.glob("*.py")):
+        for item in ast.parse(path.read_text(encoding="utf-8")).body:
+            calls = [ast.unparse(node.func) if hasattr(ast, "unparse") else getattr(node.func, "attr", "") for node in ast.walk(item)
+                     if isinstance(node, ast.Call)]
+            counted += len(calls)
+            if {"time.sleep", "sleep"} & set(calls) and (path.name, getattr(item, "name", "")) != ("harness.py", "wait_until"):
+                sleepers.append((path.name, item.lineno))
+    assert counted > 1000 and [name for name, _ in sleepers] == ["smoke.py"]  # which stands alone
 
 
 SOURCES = [path for path in (MODULE, ROOT / "labtasker_cli.py", TESTS / "smoke.py") if path.exists()]

@@ -2,10 +2,10 @@
 import base64
 import errno
 import gc
+import http.client
 import json
 import socket
 import threading
-import time
 
 import pytest
 
@@ -240,10 +240,10 @@ def test_ended_fetches_are_not_remembered_for_ever(loop):
     assert len(queue.ended_fetches) == L.MAX_ENDED_FETCHES
 
 
-def test_who_has_waited_long_enough_hears_that_there_is_nothing(loop):
+def test_who_has_waited_long_enough_hears_that_there_is_nothing(loop, clock):
     first, second = loop.client(), loop.client()
     assert loop.call(first, *fetch(0.05)) is None and loop.call(second, *fetch(30)) is None
-    time.sleep(0.06)
+    clock.at += 0.06
     loop.server.settle()
     assert loop.answer(first) == (200, {"found": False, "task": None}) and loop.answer(second) is None
     assert loop.server.parked.give_up_at > L.monotonic() + 20
@@ -518,21 +518,20 @@ def test_others_are_answered_while_a_listing_runs(server):
 
 @pytest.mark.slow
 def test_a_server_that_is_told_to_stop_answers_those_who_wait(server):
-    got = []
-
-    def wait():
-        got.append(server.http("POST", ME + "/tasks/next", {"heartbeat_timeout": 60, "wait_s": 50}))
-    threads = [threading.Thread(target=wait) for _ in range(3)]
-    for thread in threads:
-        thread.start()
+    assert server.http("POST", ME + "/tasks/next", {"heartbeat_timeout": 60})[0] == 200  # login and request are known
     host, port = server.url[7:].split(":")
-    time.sleep(2)  # by now all three wait
+    login = base64.b64encode(("%s:%s" % (server.queue, server.password)).encode()).decode()
+    waiting = [http.client.HTTPConnection(host, int(port), timeout=30) for _ in range(3)]
+    for conn in waiting:
+        conn.request("POST", ME + "/tasks/next", json.dumps({"heartbeat_timeout": 60, "wait_s": 50}), {
+            "Authorization": "Basic " + login, "Content-Type": "application/json"})
+    assert server.http("GET", "/health")[0] == 200  # it was sent later, so the server has read the others
     half = socket.create_connection((host, int(port)))
     half.sendall(b"POST /api/v1/queues/me/tasks HTTP/1.1\r\nContent-Length: 1000\r\n\r\n{")
     began = L.monotonic()
     server.stop()
     assert L.monotonic() - began < 10
-    for thread in threads:
-        thread.join(10)
     half.close()
-    assert [status for status, _, _ in got] == [200] * 3 and not any(answer["found"] for _, answer, _ in got)
+    answers = [conn.getresponse() for conn in waiting]
+    assert [answer.status for answer in answers] == [200] * 3
+    assert [json.loads(answer.read().decode())["found"] for answer in answers] == [False] * 3

@@ -3,7 +3,6 @@
 The browser's tests work on one server with 100,000 tasks (LT_TEST_PAGE_TASKS: 20,000 or more) while four workers run,
 by mouse and by keys alone, on a screen of 360 px and on one of 3,840. What they change has args that no worker wants.
 Times are printed and asserted nowhere."""
-import collections
 import json
 import math
 import os
@@ -1397,33 +1396,3 @@ def test_axe_core_finds_nothing_in_any_view(person, size, scheme):
         person.tab.shoot("%s-%s-%02d-%s" % (size, scheme, at, name))
         found += [(name, one) for one in person.tab.axe() + person.tab.sideways() + person.tab.crooked()]
     assert at >= 20 and not found, "\n".join("%s: %s" % one for one in found)
-
-
-@pytest.mark.slow
-def test_how_long_the_first_table_and_a_filters_result_take(person):
-    """Prints medians of seven, from the request or the key to the rows on the screen, while the load goes on."""
-    took, page = collections.defaultdict(list), person.page
-    person.open()
-
-    def timed(what, act, there):
-        began = time.monotonic()
-        act()
-        page.evaluate("""new Promise(done => {
-            const look = () => (%s) ? setTimeout(done) : requestAnimationFrame(look);
-            requestAnimationFrame(look);
-        })""" % there)
-        took[what].append(1e3 * (time.monotonic() - began))
-    full = "document.querySelectorAll('#table tbody tr').length === 100"
-    for turn in range(7):
-        model, field = ("resnet", "vit", "mlp")[turn % 3], "args.%s" % ("lr" if turn % 2 else "seed")
-        timed("first table, page opened anew", page.reload, full)
-        page.locator("#filter").fill('args.model == "%s" and args.lr > 0.01 and args.seed == %d' % (model, 300 + turn))
-        timed("a filter's result", lambda: page.keyboard.press("Enter"),
-              "/of [1-9]\\d?$/.test(document.querySelector('#range').textContent)")
-        timed("the filter cleared", lambda: person.press("Clear the filter"), full)
-        timed("sorted by an arg", page.locator('th[data-field="%s"] button' % field).click,
-              "document.querySelector('#table [aria-sort]').dataset.field === '%s'" % field)
-        with person.answer():
-            person.open()
-    for what, times in took.items():
-        print("%s, %d tasks: %.0f ms (%.0f-%.0f)" % (what, TASKS, sorted(times)[3], min(times), max(times)))

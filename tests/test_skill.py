@@ -451,11 +451,19 @@ def test_decorated_loop_with_args_as_a_dict(sweep):
     assert [line["lr"] for line in ran(sweep)] == [0.1, 0.01, 0.001]
 
 
+def annotated(text):
+    """Return a program that imports Annotated: an install has no typing_extensions, but Python 3.9 has its own."""
+    assert "from typing_extensions import Annotated" in text
+    if sys.version_info < (3, 9):
+        pytest.importorskip("typing_extensions", reason="Annotated came with Python 3.9")
+        return text
+    return text.replace("from typing_extensions import", "from typing import")
+
+
 def test_decorated_loop_with_resolvers_for_nested_args(both):
-    pytest.importorskip("typing_extensions")
     submit({"args_a": {"a": 1, "b": "boy"}, "args_b": {"foo": 2, "bar": "baz"}})
-    shown = run_loop(both, piece("22-loop.py",
-                                 "# Nested args — param name must match the args key; resolver receives args[param_name]")).stdout
+    text = piece("22-loop.py", "# Nested args — param name must match the args key; resolver receives args[param_name]")
+    shown = run_loop(both, annotated(text)).stdout
     assert "got args_a: ArgsGroupA(a=1, b='boy')\n" in shown
     assert "got args_b: ArgsGroupB(foo=2, bar='baz')\n" in shown
     assert statuses() == ["success"]
@@ -1054,15 +1062,14 @@ def test_signature(name):
 
 def test_required_as_an_annotation(both):
     """`param: Annotated[T, Required(resolver=fn)]`, without a default."""
-    pytest.importorskip("typing_extensions")
     submit({"a": 2, "b": "3"})
-    run_loop(both, """
+    run_loop(both, annotated("""
 from typing_extensions import Annotated
 
 @labtasker.loop()
 def main(a: Annotated[int, Required(resolver=lambda value: value * 10)], b: Annotated[int, Required()]):
     note(a=a, b=b)
-""")
+"""))
     assert ran(both) == [{"a": 20, "b": 3}]
 
 

@@ -606,20 +606,19 @@ def test_a_loop_that_waits_gets_a_task_soon_and_leaves_soon(both, jobs):
     assert "1 success" in output(loop)
 
 
-def test_an_idle_loop_asks_a_server_once_in_a_long_while(server_home):
-    loop = server_home.start_cli("loop", "-j", "4", "--idle-timeout", "1h", "--", "true", "%(n)")
-    wait_until(lambda: labtasker.ls_workers().content, "it has begun")
-    before = server_home.server.process.pid
-    ticks = sum(map(int, pathlib.Path("/proc/%d/stat" % before).read_text().rpartition(")")[2].split()[11:13]))
-    until = time.monotonic() + 5
-    wait_until(lambda: time.monotonic() > until, "time passes")
-    more = sum(map(int, pathlib.Path("/proc/%d/stat" % before).read_text().rpartition(")")[2].split()[11:13])) - ticks
-    print("ticks of the server in 5 s:", more)
-    connections = [line for line in pathlib.Path("/proc/%d/net/tcp" % loop.pid).read_text().splitlines()
-                   if line.split()[3] == "01" and line.split()[2].endswith(":%04X" % int(server_home.url.rpartition(":")[2]))]
-    assert 0 < len(connections) <= 3, "four slots wait on one connection"
-    loop.terminate()
-    assert wait_for_end(loop) == 143
+def test_an_idle_loop_has_the_server_wait_and_does_not_ask_again(server_home, monkeypatch):
+    """Four slots share one fetch, which the server answers when there is something, or when the loop's time is over."""
+    asked, fetch_task = [], labtasker.fetch_task
+    monkeypatch.setattr(labtasker, "fetch_task", lambda **fields: (asked.append(fields["wait_s"]), fetch_task(**fields))[1])
+    assert labtasker.command_loop(["true", "%(n)"], jobs=4, idle_timeout_s=4) == 0
+    assert asked[0] > 3 and len(asked) <= 2, asked
+
+
+def unread_bytes(place):
+    """Return how many bytes the server's connections hold that it has not read."""
+    port = int(place.server.url.rpartition(":")[2])
+    lines = [line.split() for line in pathlib.Path("/proc/net/tcp").read_text().splitlines()[1:]]
+    return sum(int(line[4].rpartition(":")[2], 16) for line in lines if line[1].endswith(":%04X" % port) and line[3] == "01")
 
 
 @pytest.mark.parametrize("is_function", [False, True])
@@ -632,8 +631,9 @@ def test_a_signal_is_heard_while_a_server_that_was_stopped_is_asked(server_home,
         loop = server_home.start_cli("loop", "--idle-timeout", "1h", "--", "true", "%(n)")
         wait_until(lambda: labtasker.ls_workers().content, "it has begun")
         server_home.server.process.send_signal(signal.SIGSTOP)
-    until = time.monotonic() + 1
-    wait_until(lambda: time.monotonic() > until, "it waits")
+    pid = server_home.server.process.pid
+    wait_until(lambda: labtasker.process_stat(pid)[0] == "T" and (not is_function or unread_bytes(server_home)),
+               "it was stopped, and has a report to read")
     loop.terminate()
     try:
         assert wait_for_end(loop, timeout_s=25) == 143, output(loop)  # a request is given up after a minute
