@@ -4321,7 +4321,7 @@ class Store:
         self.filters = _Remembered(FILTERS_BYTES)  # (document as text, names of fields): predicate
         self.logins = {}  # (name or id of a queue, a right password): the _QueueId of the queue
         self.watched_keys, self.changed_keys = set(), set()  # keys that parked requests wait for; those changed since
-        self.on_wake = lambda: None
+        self.on_wake, self.warn = lambda: None, tell
         self.collecting = threading.Lock()  # held while the tasks are searched for a new filter
 
     def open(self, takeover=False):
@@ -5332,6 +5332,8 @@ MAX_REQUIRED, REQUIRED_BYTES = 1000, 20000  # required fields of a fetch, and th
 FETCH_FILTER_BYTES = 256 << 10  # of a fetch's filter, which is kept for the next fetch
 MAX_SORTS = 16  # fields that a listing is sorted by; each of them sorts the whole list
 ATTEMPT_BYTES = 2000  # of what a worker reports about a run
+TAIL_BYTES, MOST_TAILS = 1 << 16, 5  # kept of a run's output; runs of a task for which it is kept
+LOG_LETTERS = 1 << 17  # of a packed log, more than TAIL_BYTES can need
 PING_S = 15.0  # between the pings in a stream of events
 QUICK_BYTES = 65536  # a longer body is read by a thread, and only after the password was checked
 LIGHT_BODY_BYTES = 2048  # a longer body may have a filter that takes long to parse
@@ -5470,6 +5472,8 @@ KINDS = {
     "cmd": _kind("text or a list of text", lambda value: isinstance(value, str) or _is_texts(value)),
     "sort": _kind("a list of at most %d [field, 1 or -1]" % MAX_SORTS, _is_sort),
     "attempt": _kind("an object of names with texts and numbers, of at most %d bytes" % ATTEMPT_BYTES, _is_attempt),
+    "log": _kind("text of at most %d letters" % LOG_LETTERS, lambda value: isinstance(value, str)
+                 and len(value) <= LOG_LETTERS, is_shown=False),
     "commit": _text("a commit's id, with -dirty where files were changed since", Pattern(r"[0-9a-f]{7,64}(-dirty)?\Z")),
     "event_id": _text("an event's id, like 17.0", EVENT_ID),
 }
@@ -5614,11 +5618,188 @@ def _run_heartbeat(store, caller, request, route):
     return found
 
 
+def _run_report(store, caller, request, route):
+    """Run a report, then keep the end of its run's output, where that came with it; nothing of that fails the report.
+
+    It is kept too where the report is refused: a task that was cancelled takes none from the run that was under way."""
+    try:
+        found = _run(store, caller, request, route)
+    finally:
+        if request["log"] and request["run_id"]:
+            _keep_tail(store, caller, request)
+    return found
+
+
+def _run_deletion(store, caller, request, route):
+    """Run a deletion, of a task or of a queue, then remove the ends of outputs that were kept for the tasks."""
+    gone = []
+
+    def decide(store, queue, request, at):
+        gone[:] = [queue.tasks.get(request["task_id"])] if "task_id" in request else queue.tasks.values()
+        return route.operation(store, queue, request, at)
+    found = store.begin(decide, caller, request, route.writes)
+    for task in filter(None, gone):
+        _drop_tails(store, task, task.attempts, is_gone=True)
+    return found
+
+
 def _run_worker(store, caller, request, route):
     """Return a worker with its id as `_id`, the name that a 1.0.1 server gives it in this one answer."""
     batch, worker = _run(store, caller, request, route)
     fields = in_json(worker, False)
     return batch, dict(fields, _id=fields.pop("worker_id"))
+
+
+# The output of a run is logs/TASK/RUN/run.log in the folder of its loop's configuration. Where that is the store's, it
+# is read there. Else its end comes with the report, packed, and is kept as tail.log at the same place beside the store.
+
+
+def end_of_text(data, most):
+    """Return the last `most` bytes of a text, from the first line that is whole in them, else the first character."""
+    if len(data) <= most:
+        return data
+    data = data[-most - 1:]
+    line = data.find(b"\n", 0, most // 4 + 1) + 1  # a line that is longer stays
+    if line:
+        return data[line:]
+    return data[1:4].lstrip(bytes(range(0x80, 0xc0))) + data[4:]
+
+
+def packed_log(data):
+    """Return bytes as the text that travels in a report."""
+    import base64
+    return base64.b64encode(zlib.compress(data)).decode()
+
+
+def _unpacked_log(text):
+    """Return the bytes of a text that `packed_log` made, TAIL_BYTES at most; raises ValueError for another one."""
+    import base64
+    try:
+        data = zlib.decompressobj().decompress(base64.b64decode(text.encode(), validate=True), 2 * TAIL_BYTES)
+    except zlib.error as error:
+        raise ValueError(str(error)) from None
+    return end_of_text(data, TAIL_BYTES)
+
+
+def _below(folder, names, is_made=False):
+    """Return the descriptor of a folder below another; raises OSError where it is not there, or a name is a link: a
+    worker's folder may be another user's to write to."""
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    for name in names:
+        try:
+            if is_made:
+                try:
+                    os.mkdir(name, 0o700, dir_fd=fd)
+                except FileExistsError:
+                    pass
+            inner = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=fd)
+        finally:
+            os.close(fd)
+        fd = inner
+    return fd
+
+
+def _run_folder(store, task_id, run_id, is_made=False):
+    """Return the descriptor of a run's folder beside the store; raises OSError as `_below` does."""
+    if not (NAME.match(task_id) and NAME.match(run_id or "")):
+        raise FileNotFoundError(errno.ENOENT, "no folder has such a name")
+    return _below(store.folder, ("logs", task_id, run_id), is_made)
+
+
+def _keep_tail(store, caller, request):
+    """Keep the end of a run's output that came with its report, once; the server's log says why it can't be kept."""
+    try:
+        task = store.transact(get_task_op, caller, request, False)
+        if request["run_id"] not in [attempt.get("run_id") for attempt in task.attempts[-MOST_TAILS:]]:
+            return
+        data, folder = _unpacked_log(request["log"]), _run_folder(store, task.task_id, request["run_id"], True)
+        try:
+            if not {"run.log", "tail.log"}.intersection(os.listdir(folder)):
+                _write_below(folder, "tail.log", data)
+        finally:
+            os.close(folder)
+        _drop_tails(store, task, task.attempts[:-MOST_TAILS])
+    except (LabtaskerError, OSError, ValueError) as error:
+        store.warn("the output of a run of task %s is not kept: %s" % (request["task_id"], error))
+
+
+def _write_below(folder, name, data):
+    """Write a new file in the folder of a descriptor, all of it or none."""
+    fd = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600, dir_fd=folder)
+    try:
+        Disk.write_all(fd, data)
+    except OSError:
+        os.unlink(name, dir_fd=folder)
+        raise
+    finally:
+        os.close(fd)
+
+
+def _drop_tails(store, task, attempts, is_gone=False):
+    """Remove what `_keep_tail` has kept of these attempts of a task, and the folders that are empty then."""
+    if not attempts or not NAME.match(task.task_id):
+        return
+    try:
+        logs = _below(store.folder, ("logs",))
+    except OSError:
+        return
+    for run_id in (attempt.get("run_id") for attempt in attempts):
+        try:
+            folder = _run_folder(store, task.task_id, run_id)
+            try:
+                os.unlink("tail.log", dir_fd=folder)
+            finally:
+                os.close(folder)
+            os.rmdir("%s/%s" % (task.task_id, run_id), dir_fd=logs)
+        except OSError:  # there was none, or there is more
+            pass
+    try:
+        if is_gone:
+            os.rmdir(task.task_id, dir_fd=logs)
+    except OSError:
+        pass
+    os.close(logs)
+
+
+def _log_of_run(store, caller, request):
+    """Return the end of what a run wrote: {run_id, text, size, host, path}; without text where none of it is here."""
+    task = store.transact(get_task_op, caller, request, False)
+    attempts = collections.OrderedDict((attempt.get("run_id"), attempt) for attempt in task.attempts)
+    run_id = request["run_id"] or task.run_id or next(reversed(attempts), None)
+    if run_id != task.run_id and run_id not in attempts:
+        raise NotFound("task %s has no run %s" % (task.task_id, run_id))
+    told = attempts.get(run_id, {})
+    data, size = tail_of(store, task.task_id, run_id, told.get("log_bytes"))
+    return {"run_id": run_id, "host": told.get("host"), "path": told.get("log"), "size": size,
+            "text": None if data is None else data.decode("utf-8", "replace")}
+
+
+def tail_of(store, task_id, run_id, whole_bytes=None, most=TAIL_BYTES):
+    """Return (the end of a run's output, the size of all of it), (None, None) where none of it is a plain file here."""
+    import stat
+    try:
+        folder = _run_folder(store, task_id, run_id)
+    except OSError:
+        return None, None
+    try:
+        for name in ("run.log", "tail.log"):
+            try:
+                fd = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=folder)
+            except OSError:
+                continue
+            try:
+                found = os.fstat(fd)
+                size = max(found.st_size, whole_bytes if name == "tail.log" and type(whole_bytes) is int else 0)
+                if stat.S_ISREG(found.st_mode):
+                    data = os.pread(fd, most + 1, max(0, found.st_size - most - 1))
+                    return end_of_text(data, most), size
+            except OSError:
+                continue
+            finally:
+                os.close(fd)
+    finally:
+        os.close(folder)
+    return None, None
 
 
 Stream = collections.namedtuple("Stream", "pieces")  # an answer without an end: server-sent events, as bytes
@@ -5749,6 +5930,10 @@ def _always(store, call):
     return True
 
 
+def _unless_log(store, call):
+    return not call.request["log"]  # else a file is written
+
+
 def _unless_new_request(store, call):
     return store.is_quick(call.caller, call.request)
 
@@ -5791,7 +5976,7 @@ ROUTES = {
         update_queue_op, "rename a queue, change its password or metadata", prepare=_hash_new_password,
         fields={"new_queue_name": Arg("name"), "new_password": Arg("password"), "metadata_update": Arg("dict")}),
     "DELETE " + QUEUE_PATH: _route(
-        delete_queue_op, "delete a queue, its tasks and workers", status=204,
+        delete_queue_op, "delete a queue, its tasks and workers", status=204, run=_run_deletion,
         query={"cascade_delete": Arg("bool", False)}),
     "POST " + TASKS_PATH: _route(
         submit_tasks_op, "submit a task, or a list of them in one transaction", status=201,
@@ -5824,14 +6009,15 @@ ROUTES = {
         end_fetch_op, "end a fetch that waits, or whose answer was lost; hand_back: return its task",
         status=204, quick=_always, query={"fetch_id": _ours("id", REQUIRED), "hand_back": _ours("bool", False)}),
     "GET " + TASKS_PATH + "/{task_id}": _route(get_task_op, "one task", writes=False, quick=_always),
-    "DELETE " + TASKS_PATH + "/{task_id}": _route(delete_task_op, "delete a task", status=204, quick=_always),
+    "DELETE " + TASKS_PATH + "/{task_id}": _route(
+        delete_task_op, "delete a task", status=204, quick=_always, run=_run_deletion),
     "GET " + TASKS_PATH + "/{task_id}/log": _route(
-        _no_page, "the end of a run's output; or where its log is, if it is not beside the store",
+        _log_of_run, "the end of a run's output, if its log is beside the store or its end came with the report",
         run=_run_outside, query={"run_id": Arg("id")}),
     "POST " + TASKS_PATH + "/{task_id}/status": _route(
-        report_task_op, "report on a run, or on a task", quick=_always,
+        report_task_op, "report on a run, or on a task", quick=_unless_log, run=_run_report,
         fields={"status": Arg("status", REQUIRED), "worker_id": Arg("id"), "summary": Arg("dict"),
-                "run_id": _ours("id"), "reason": _ours("text"), "attempt": _ours("attempt"),
+                "run_id": _ours("id"), "reason": _ours("text"), "attempt": _ours("attempt"), "log": _ours("log"),
                 "delay_s": _ours("seconds"), "final": _ours("bool")}),
     "POST " + TASKS_PATH + "/{task_id}/heartbeat": _route(
         heartbeat_op, "say that a run is alive", status=204, writes=False, run=_run_heartbeat, waits=_FOR_THE_END,
@@ -7307,6 +7493,7 @@ class Server:
         own = socket.gethostname().lower()
         heads = _HeaderCache({own, own.partition(".")[0]} | {name.lower() for name in allow_hosts})
         self.store, self.log, self.stopping = store, Log(level), False
+        store.warn = lambda text: self.log.say("warning", text)
         self.id = store.server_id = new_id()
         self.key = os.urandom(24).hex()  # it stands in server.json, for who may read that
         self.parked = _Parked(store.watched_keys)
@@ -8160,6 +8347,7 @@ class StoreTransport:
     """The store in a folder, which this process opens for one operation at a time."""
 
     extensions = True
+    is_beside = None  # what `is_beside_store` has found
 
     def __init__(self, folder, queue_name):
         self.store = Store(os.path.join(folder, "journal.jsonl"))
@@ -8347,6 +8535,7 @@ class HttpTransport:
     SINGLE = 2  # requests before http.client is imported
     INTRODUCTION_S = 15.0  # in which a server must prove that it has the key
     MAX_WELCOME_BYTES = 65536  # read from a server that has not proved it
+    is_beside = None  # the answer of `is_beside_store`, once known
 
     def __init__(self, url, queue_name, password, ca_file=None, key=None):
         self.url = self.where = url.rstrip("/")
@@ -9356,10 +9545,11 @@ def end_fetch(fetch_id, hand_back=None):
 
 
 def send_report(task_id, status, summary=None, worker_id=None, run_id=None, reason=None, attempt=None, delay_s=None,
-                final=None):
+                final=None, log=None):
     """Report on a task as report_task_status does, for the given run and worker.
 
-    A task that is handed back is not fetched for `delay_s`; one that failed with `final` is not retried."""
+    A task that is handed back is not fetched for `delay_s`; one that failed with `final` is not retried. `log` is the
+    end of the run's output, as `packed_log` returns it."""
     ask_route("POST " + TASKS_PATH + "/{task_id}/status", **locals())
 
 
@@ -9369,6 +9559,36 @@ def send_heartbeat(task_id, worker_id=None, run_id=None, wait_s=None):
     With `wait_s` the answer comes when the run is over, or after that time."""
     answer = ask_route("POST " + TASKS_PATH + "/{task_id}/heartbeat", answer="status", **locals())
     return answer and answer.get("status")
+
+
+def get_log(task_id, run_id):
+    """Return what `_log_of_run` does; {} from a server without the extensions."""
+    return ask_route("GET " + TASKS_PATH + "/{task_id}/log", **locals()) if client().extensions else {}
+
+
+def is_beside_store():
+    """Return whether the configuration's folder is that of the store, so that who has the store finds runs' logs there.
+    """
+    transport = client().transport
+    if transport.is_beside is None:
+        transport.is_beside = _is_beside_store(load_config())
+    return transport.is_beside
+
+
+def _is_beside_store(config):
+    folder = store_folder(config)
+    if folder:
+        return os.path.realpath(folder) == os.path.realpath(config.root)
+    told = read_server_file(config.root) or {}
+    if not told.get("key"):
+        return False
+    transport = HttpTransport(config.url, config.queue_name, None, config.ca_file, told["key"])
+    try:
+        return transport.is_of_store()
+    except LabtaskerError:  # it has another store
+        return False
+    finally:
+        transport.close()
 
 
 def refresh_task_heartbeat(task_id, worker_id=None):
@@ -11349,11 +11569,14 @@ def retry_while_away(action, pause, limit_s):
 
 
 def deliver(task_id, status, summary=None, worker_id=None, run_id=None, reason=None, attempt=None, delay_s=None,
-            final=None):
-    """Send a report. A server without the extensions gets by PUT what the plain protocol has no report for."""
+            final=None, log=False):
+    """Send a report, with `log` that has the end of the run's output. A server without the extensions gets by PUT what
+    the plain protocol has no report for."""
     if status not in ("pending", "running") and not final or client().extensions:
+        packed, size = end_of_log(task_id, run_id) if log and client().extensions else (None, None)
+        attempt = dict(attempt or {}, log_bytes=size) if packed else attempt
         try:
-            return send_report(task_id, status, summary, worker_id, run_id, reason, attempt, delay_s, final)
+            return send_report(task_id, status, summary, worker_id, run_id, reason, attempt, delay_s, final, packed)
         except LabtaskerHTTPStatusError as error:  # to a 1.0.1 server a status that the task has already is a mistake
             if client().extensions or error.status_code not in (400, 500) or get_task(task_id).status != status:
                 raise
@@ -11364,6 +11587,19 @@ def deliver(task_id, status, summary=None, worker_id=None, run_id=None, reason=N
             task_id, worker_id, task.status), client().where)
     fields = {} if status == "running" else {"status": status}
     update_tasks([TaskUpdateRequest(task_id=task_id, **dict(fields, **({"summary": summary} if summary else {})))])
+
+
+def end_of_log(task_id, run_id):
+    """Return (the end of a run's output, packed, the size of all of it), (None, None) where there is none here."""
+    if not (NAME.match(task_id) and NAME.match(run_id or "")):
+        return None, None
+    try:
+        with open_plain(os.path.join(os.path.abspath(load_config().root), "logs", task_id, run_id, "run.log")) as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(0, size - TAIL_BYTES - 1))
+            return packed_log(end_of_text(file.read(TAIL_BYTES + 1), TAIL_BYTES)), size
+    except (OSError, OddFile):
+        return None, None
 
 
 # A report that can't be delivered because the server is away waits in the folder `outbox` of the configuration, one
@@ -11450,7 +11686,7 @@ def deliver_kept(run=None):
 
 
 REPORT_KINDS = {"task_id": str, "run_id": str, "worker_id": str, "status": str, "summary": dict, "reason": str,
-              "attempt": dict, "delay_s": float, "final": bool, "queue": str, "store": str}
+              "attempt": dict, "delay_s": float, "final": bool, "queue": str, "store": str, "log": bool}
 
 
 def _read_saved_report(path):
@@ -11570,6 +11806,7 @@ class Run:
         self.events = []  # those that have changed the state
         self.away_until, self.saved = 0, None  # until then the server isn't asked; (path, summary) of what waits
         self.is_end_saved = False  # the report that ends the run waits, or did
+        self.may_send_log = True  # False: a report was refused that may have been too long with it
         self.log_dir = log_dir or os.path.join(os.path.abspath(load_config().root), "logs", task_id, self.key)
         self.store_id = None  # of a store without a server that the run is of; see StoreFile.check_expected
         self.current_path = None  # of a function's run: the file that names what its loop runs now
@@ -11657,6 +11894,14 @@ class Run:
             return os.path.isdir(load_config().root) and bool(self.make_log_dir())
         except OSError as error:
             return remark("can't write to %s: %s" % (self.log_dir, error.strerror))
+
+    def has_log_elsewhere(self):
+        """Return whether there is output that whoever has the store does not find beside it."""
+        try:
+            return bool(self.run_id) and self.may_send_log and os.path.getsize(self.path("run.log")) > 0 and (
+                not is_beside_store())
+        except (OSError, LabtaskerError):
+            return False
 
     def note_summary(self, summary):
         """Merge into summary.json; print why it can't be written, as the summary was reported already."""
@@ -13053,10 +13298,11 @@ class Slot:
         if run.ended_by_job():
             status = run.ended
             self.remark("task %s: %s, as reported by the job itself" % (run.task_id, status))
-            if run.run_id and (facts or outcome.summary):
+            if run.run_id and (facts or outcome.summary or run.has_log_elsewhere()):
                 _send_outcome(self, run, Outcome(status, outcome.summary), facts)
         elif status is None:
             self.remark("task %s: stopped: %s" % (run.task_id, ENDS.get(run.lost, run.lost)))
+            send_log_of_lost(run) if run.has_log_elsewhere() and not self.wake.stop else None
         else:
             status = _send_outcome(self, run, outcome, facts)
             run.note_summary(outcome.summary)
@@ -13094,18 +13340,20 @@ UNTAKEN = (400, 413, 422)  # a server may refuse the summary: then the end is re
 
 def _send_outcome(slot, run, outcome, facts):
     """Return the status once it is delivered or saved; None if someone else has ended the run."""
+    log = {"log": True} if run.has_log_elsewhere() else {}
     try:
-        delivered = slot.post(run, {
+        delivered = slot.post(run, dict({
             "status": outcome.status, "summary": outcome.summary, "worker_id": run.worker_id,
             "reason": outcome.reason, "attempt": facts or None, "delay_s": slot.loop.pause_of(run, outcome),
-            "final": outcome.is_final or None})
+            "final": outcome.is_final or None}, **log))
     except LabtaskerHTTPStatusError as error:
         if error.status_code not in (404, 409) + UNTAKEN:
             raise
         if not run.ended:
             slot.remark("task %s: the report of %r was refused: %s" % (run.task_id, outcome.status, error))
-        if error.status_code not in UNTAKEN or not (outcome.summary or facts):
+        if error.status_code not in UNTAKEN or not (outcome.summary or facts or log):
             return None
+        run.may_send_log = False
         told = {"labtasker_error": "%s (its summary was refused: %s)" % (
             failure_text(outcome.summary or {})[:REASON_LIMIT], error)} if outcome.status == "failed" else None
         return _send_outcome(slot, run, outcome._replace(summary=told), None)
@@ -13119,6 +13367,15 @@ def _send_outcome(slot, run, outcome, facts):
         slot.remark("task %s: the server is unreachable; the report is saved in %s until it is back" % (
             run.task_id, outbox()))
     return outcome.status
+
+
+def send_log_of_lost(run):
+    """Send the end of the output of a run that someone else has ended, with a report that can change nothing else: the
+    run is over, and a failure that comes after that adds to what is known of it at the most."""
+    try:
+        deliver(run.task_id, "failed", worker_id=run.worker_id, run_id=run.run_id, log=True)
+    except LabtaskerError:  # most are refused, and the output is kept all the same
+        pass
 
 
 def _file_stamp():
@@ -15125,16 +15382,41 @@ def _unmet(task, query):
 def do_task_logs(options):
     task = get_task(_full_id(options.task_id))
     attempt = _chosen_attempt(task, options.attempt)
-    path = log_path(task, attempt)
-    is_there = os.path.exists(path)
-    if not is_there and not (options.follow and attempt and "end" not in attempt):
-        raise LabtaskerRuntimeError("the output is not on this host: %s%s" % (path, attempt.get("host") and (
-            "; the task ran on %s" % attempt["host"]) or ""))
+    path, run_id = log_path(task, attempt), attempt.get("run_id") or task.run_id
+    goes_on = bool(attempt) and "end" not in attempt
+    is_near = os.path.exists(path)
+    found = {} if is_near else get_log(task.task_id, run_id)
+    is_followed = is_near or options.follow and goes_on
+    if found.get("text") is None and not is_followed:
+        raise _no_output(path, attempt, goes_on)
     if attempt:
         note("task %s, attempt %d of %d on %s: %s" % (
             task.task_id, task.attempts.index(attempt) + 1, len(task.attempts), attempt.get("host"),
             attempt.get("status", "running")))
-    _follow_log(path, lambda: options.follow and _is_under_way(task.task_id, attempt.get("run_id")))
+    if is_followed:
+        _follow_log(path, lambda: options.follow and _is_under_way(task.task_id, run_id))
+    if is_followed and not os.path.exists(path):  # the run is over, elsewhere
+        time.sleep(LOOK_S)  # its output is kept after its report
+        found = get_log(task.task_id, run_id)
+        if found.get("text") is None:
+            raise _no_output(path, attempt, False)
+    if found.get("text") is not None:
+        _print_end_of_log(found)
+
+
+def _no_output(path, attempt, goes_on):
+    """Return the error that tells where a run's output is, as it is not here."""
+    return LabtaskerRuntimeError("the output is not on this host: %s%s%s" % (
+        path, "; the task ran on %s" % attempt["host"] if attempt.get("host") else "",
+        "; where the store does not lie beside it, its end comes with the run's end" if goes_on else ""))
+
+
+def _print_end_of_log(found):
+    """Print what `_log_of_run` has found; who reads it hears where there is more."""
+    if found["size"] > TAIL_BYTES:
+        note("this is the end of %d bytes; all of them are on %s: %s" % (found["size"], found["host"], found["path"]))
+    _print_output(found["text"].encode("utf-8", "replace"))
+    sys.stdout.flush()
 
 
 def _chosen_attempt(task, number):
@@ -15974,7 +16256,7 @@ def _the_rest():
     single = [(noun + " " + nouns[noun][0]).strip() for noun in rest if not nouns[noun][1:]]
     lines = []
     for text in ("%s %s" % (noun, ", ".join(filter(None, nouns[noun]))) for noun in rest if nouns[noun][1:]):
-        has_room = lines and len(lines[-1] + text) <= 74 and not text.startswith("help ")
+        has_room = lines and len(lines[-1] + text) <= 74
         lines[-1:] = ["%s; %s" % (lines[-1], text)] if has_room else lines[-1:] + [text]
     missing = ", ".join(name for name in EXTRA_COMMANDS if name not in COMMANDS)
     return [", ".join(single)] + lines + (
@@ -16168,13 +16450,6 @@ COMMANDS = {
     "serve": Command(
         do_serve, "Run a server, so that several hosts share a store.", "labtasker serve --host 0.0.0.0 --port 9321",
         _options_of(SERVE_OPTIONS)),
-    "server status": Command(
-        do_server_status, "Say whether the store's server runs, and where. Exit 3 if none answers.",
-        "labtasker server status", [JOURNAL, choice("--fmt FORMAT", FORMATS, default="yaml")]),
-    "server stop": Command(
-        do_server_stop, "Stop the store's server, and wait for its end. Exit 1 if none runs on this host.",
-        "labtasker server stop", [
-            JOURNAL, option("--timeout TIME", "at most so long (1m)", type=seconds, default=60)]),
     "health": Command(do_health, "Say whether the server or store answers; exit 3 if not.", "labtasker health"),
     "queue create": Command(do_queue_create, "Create a queue.",
                             "labtasker queue create --queue-name sweep --password secret", QUEUE + [METADATA, QUIET]),
@@ -16229,6 +16504,13 @@ COMMANDS = {
     "journal stats": Command(
         do_journal_stats, "Print the size of a journal and what it consists of.",
         "labtasker journal stats", [JOURNAL]),
+    "server status": Command(
+        do_server_status, "Say whether the store's server runs, and where. Exit 3 if none answers.",
+        "labtasker server status", [JOURNAL, choice("--fmt FORMAT", FORMATS, default="yaml")]),
+    "server stop": Command(
+        do_server_stop, "Stop the store's server, and wait for its end. Exit 1 if none runs on this host.",
+        "labtasker server stop", [
+            JOURNAL, option("--timeout TIME", "at most so long (1m)", type=seconds, default=60)]),
     "init": Command(
         do_init, "Write the configuration, test it, and create the queue.",
         "labtasker init --url http://head:9321 --queue-name sweep",

@@ -10,23 +10,22 @@ import json
 import operator
 import os
 import re
-import stat
 import sys
 import threading
 import time
 import zlib
 
 from labtasker import (
-    COMMANDS, CONFIG_NAME, CONTROL, EVERY, EXTRA_COMMANDS, NAME, REFRESH_S, REQUIRED, ROUTES, SELECT,
+    COMMANDS, CONFIG_NAME, CONTROL, EVERY, EXTRA_COMMANDS, REFRESH_S, REQUIRED, ROUTES, SELECT,
     SETTINGS, TASK_FIELDS, TASK_STATES, UPDATABLE, Command, Disk, Instant, JobCommand, LabtaskerError,
-    LabtaskerHTTPStatusError, LabtaskerRuntimeError, LabtaskerValueError, NotFound, OddFile, Page, Sweep,
+    LabtaskerHTTPStatusError, LabtaskerRuntimeError, LabtaskerValueError, OddFile, Page, Sweep,
     SyntaxMistake, TaskUpdateRequest, UsageError, order_key, last_seen, alike_lines, as_typed, ask, brief,
     cells_wide, change_of, choice, choose_columns, clean, client, compile_query, duration, enter_page,
-    error_of, filter_of, find_root, fitted, flatten, format_time, get_path, get_task_op, group, health_check,
+    error_of, filter_of, find_root, fitted, flatten, format_time, get_path, group, health_check,
     ids_of, in_order, is_away, is_terminal, joined, lay_out, load_config, log_path, ls_tasks, ls_workers,
     main, monotonic, note, now, open_plain, option, pace, pace_of, pairs, parse, parse_filter, progress,
     read_server_file, read_text, recent_ends, record_text, row_of, say, screen_size, seconds, selectors,
-    show, some, spent_s, store_folder, typed_filter, typed_value, update_tasks, updates_of, use_client,
+    show, some, spent_s, store_folder, tail_of, typed_filter, typed_value, update_tasks, updates_of, use_client,
     visible)
 
 __all__ = ["main", "server_main"]
@@ -1142,7 +1141,6 @@ SAMPLE, MOST_PATHS = 300, 400  # tasks that are looked at for what fields there 
 MOST_ALIKE = 60  # fields of which it is told that they are the same in all tasks
 MOST_CHOSEN_OF = 100  # tasks, beside those shown, that are looked at for which columns tell them apart
 CELL, MOST_ROWS, MOST_COLUMNS = 300, 20000, 200  # letters of a cell; rows, columns of a view
-TAIL_BYTES = 1 << 17  # of a log
 
 POLICY = "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src 'self' data:; " \
          "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
@@ -1290,9 +1288,10 @@ def failure_of(store, record):
     if not said or isinstance(record.summary.get("labtasker_exception"), dict):
         return said
     key = (store.folder, record.task_id, record.run_id)
-    if key not in LAST_WORDS and record.run_id and NAME.match(record.run_id) and NAME.match(record.task_id):
-        text, _ = tail_of(store.folder, ("logs", record.task_id, record.run_id, "run.log"), 4096)
-        lines = [line.strip() for line in shown_lines(text or "", 20) if line.strip()]
+    if key not in LAST_WORDS and record.run_id:
+        data, _ = tail_of(store, record.task_id, record.run_id, most=4096)
+        text = (data or b"").decode("utf-8", "replace")
+        lines = [line.strip() for line in shown_lines(text, 20) if line.strip()]
         if not lines:
             return said
         if len(LAST_WORDS) >= MOST_ROWS:
@@ -1335,41 +1334,6 @@ def fields_of(records):
     return {path: path not in others for path, _ in found.most_common(MOST_PATHS)}
 
 
-def log_of_run(store, caller, request):
-    """Return the end of what a run wrote: {run_id, text, size, host, path}; without text where it lies elsewhere."""
-    task = store.transact(get_task_op, caller, request, False)
-    attempts = {attempt.get("run_id"): attempt for attempt in task.attempts}
-    run_id = request["run_id"] or task.run_id or next(reversed(list(attempts)), None)
-    if run_id != task.run_id and run_id not in attempts:
-        raise NotFound("task %s has no run %s" % (task.task_id, run_id))
-    told = attempts.get(run_id, {})
-    found = {"run_id": run_id, "host": told.get("host"), "path": told.get("log"), "text": None, "size": None}
-    if run_id and NAME.match(run_id) and NAME.match(task.task_id):
-        found.update(zip(("text", "size"), tail_of(store.folder, ("logs", task.task_id, run_id, "run.log"))))
-    return found
-
-
-def tail_of(folder, names, tail_bytes=TAIL_BYTES):
-    """Return (the last text, the size) of a file that lies below a folder by these names, (None, None) where it does
-    not, or where any of them is a link or no plain file: a worker's folder may be another user's to write to."""
-    fds = []
-    try:
-        fds.append(os.open(folder, os.O_RDONLY | os.O_DIRECTORY))
-        for name in names[:-1]:
-            fds.append(os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=fds[-1]))
-        fds.append(os.open(names[-1], os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=fds[-1]))
-        status = os.fstat(fds[-1])
-        if not stat.S_ISREG(status.st_mode):
-            return None, None
-        data = os.pread(fds[-1], tail_bytes, max(0, status.st_size - tail_bytes))
-        return data.decode("utf-8", "replace"), status.st_size
-    except (OSError, ValueError):
-        return None, None
-    finally:
-        for fd in fds:
-            os.close(fd)
-
-
 # ---- The table
 
 
@@ -1398,7 +1362,6 @@ enter_page("GET /page", page_html)
 enter_page("GET /page.css", page_css)
 enter_page("GET /page.js", page_js)
 enter_page("POST /api/v1/queues/me/tasks/view", view_tasks)
-enter_page("GET /api/v1/queues/me/tasks/{task_id}/log", log_of_run)
 
 
 # ---- The page: its parts, as the browser gets them
@@ -3072,8 +3035,8 @@ async function loadLog(task, signal) {
   log.hidden = found.text === null;
   if (found.text === null) {
     setText($("log-note"), found.why
-        || (found.path ? `${which} wrote its log on ${found.host || "its worker's host"}, to ${found.path}: not here.`
-      : `${which} left no log beside this server's store.`));
+        || (found.path ? `${which} writes its log on ${found.host || "its worker's host"}, to ${found.path}. ` +
+        "Its end comes here with the run's report." : `${which} left no log beside this server's store.`));
     return;
   }
   setText(log, plainLog(found.text));

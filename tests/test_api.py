@@ -368,7 +368,7 @@ BAD_VALUES = {  # kind of field: values that are none
     "filter": [1, []], "seconds": [0, -1, "60", True, float("inf"), float("nan")], "duration": ["soon", "", 0, [], "-1h"], "wait": ["x", []],
     "bool": ["maybe", 2, [], ""], "int": ["x", 1.5, True, 2 ** 63], "count": [-1, 1.5, "3", 2 ** 31 + 1], "whole": [-1, "x", 1.5, "-1"],
     "status": ["done", 1, "created"], "worker_status": ["failed", 1], "event_id": ["x", "1", "1.x"], "answer": ["x"], "texts": ["x", [1]],
-    "attempt": [1, [], "x", {"a": {}}, {"a": "x" * 3000}], "commit": [1, [], "x" * 1000],
+    "attempt": [1, [], "x", {"a": {}}, {"a": "x" * 3000}], "commit": [1, [], "x" * 1000], "log": [1, [], "x" * 10 ** 6],
     "cmd": [1, [1], {}], "sort": ["x", [["a", 2]], [["a"]], [[1, 1]], {}],
 }
 

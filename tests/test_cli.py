@@ -227,8 +227,9 @@ def listed():
     found = set()
     for line in labtasker.help_of("").split("\n"):
         row, *more = re.split(" {2,}", line.strip())
-        first, *others = row.split(", ")
-        found.update([first] + others + [first.split()[0] + " " + other for other in others] * (not more))
+        for words in row.split("; "):
+            first, *others = words.split(", ")
+            found.update([first] + others + [first.split()[0] + " " + other for other in others] * (not more))
     return found
 
 
@@ -1167,6 +1168,8 @@ ALONE = [
     ("task get ID --fmt csv", None, 0, "failed"),
     ("task logs ID", None, 0, "out"),
     ("task count --by args.lr", None, 0, "total"),
+    ("task harvest ID --metric acc=nothing:([0-9]+)", None, 0, ""),
+    ("report acc=1", None, 0, ""),
     ("task why ID", None, 0, "It failed for good"),
     ("task retry ID --dry-run", None, 0, "0.5"),
     ("task retry ID", None, 0, "1 task pending again"),
@@ -1182,6 +1185,8 @@ ALONE = [
     ("journal verify", None, 0, "fine"),
     ("journal repair --yes", None, 0, "nothing was changed"),
     ("health", None, 0, "healthy"),
+    ("server status", None, 3, "not running"),
+    ("server stop", None, 1, ""),
     ("queue delete --cascade --yes", None, 0, "Deleted queue default"),
     ("queue create-from-config", None, 0, "Created queue default"),
     ("help filter", None, 0, "regex(...)"),
