@@ -1116,8 +1116,8 @@ def _paths(value):
     if isinstance(value, str) and value.startswith("$"):
         yield value[1:]
     elif isinstance(value, (list, dict)) and "$literal" not in value:
-        for each in value.values() if isinstance(value, dict) else value:
-            yield from _paths(each)
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _paths(item)
 
 
 CALLS = {"exists": _Parser.exists, "regex": _Parser.regex, "date": _Parser.date}
@@ -1171,8 +1171,8 @@ def _keys(value, level):
     if isinstance(value, dict):
         yield from value
     if isinstance(value, (dict, list)):
-        for each in value.values() if isinstance(value, dict) else value:
-            yield from _keys(each, level + 1)
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _keys(item, level + 1)
 
 
 class _Query:
@@ -1199,7 +1199,7 @@ class _Query:
             return lambda record: _is_true(read(record))
         if key in LOGIC:
             _require(operand and isinstance(operand, list), FILLED_LIST, key, operand)
-            return LOGIC[key]([self.matching(each) for each in (operand if key == "$and" else _joined(operand))])
+            return LOGIC[key]([self.matching(part) for part in (operand if key == "$and" else _joined(operand))])
         _require(isinstance(key, str) and not key.startswith("$"), UNSUPPORTED, key, ", ".join([*LOGIC, "$expr"]))
         return self.conditions(self.path(key), operand)
 
@@ -1223,12 +1223,12 @@ class _Query:
         _require(key in OPERATORS, UNSUPPORTED, key, ", ".join(OPERATORS))
         if key in ("$in", "$nin", "$all"):
             _require(isinstance(operand, list), "%s has to be a list, not %.100r", key, operand)
-            self.count(sum(key == "$all" or not _kinds(each) for each in operand))  # the others are a set
+            self.count(sum(key == "$all" or not _kinds(item) for item in operand))  # the others are a set
         if key == "$not":
             _require(_has_operators(operand), "$not takes operators, as in {$not: {$gt: 1}}, not %.100r", operand)
             return _none_of([self.conditions(path, operand)])
         if key == "$all":
-            return _all_of([_reaching(path, _in_test([each])) for each in operand] or [_any_of([])])
+            return _all_of([_reaching(path, _in_test([item])) for item in operand] or [_any_of([])])
         found = _reaching(path, OPERATORS[key](document if key == "$regex" else operand))
         return _none_of([found]) if key in ("$ne", "$nin") or key == "$exists" and not operand else found
 
@@ -1238,8 +1238,8 @@ class _Query:
         if isinstance(operand, str) and operand.startswith("$"):
             first, *keys = self.path(operand[1:])
             return lambda record: _reached(getattr(record, first, MISSING), keys)
-        for each in operand if isinstance(operand, list) else ():
-            _require(not isinstance(each, (list, dict)) and not str(each).startswith("$"),
+        for item in operand if isinstance(operand, list) else ():
+            _require(not isinstance(item, (list, dict)) and not str(item).startswith("$"),
                      "a list in $expr holds plain constants; else write {\"$literal\": [...]}")
         name = ", ".join(map(str, operand)) if isinstance(operand, dict) else ""
         if name in ("", "_dt", "$literal") and operand != {}:
@@ -1249,11 +1249,11 @@ class _Query:
         values = operand[name]
         _require(values and isinstance(values, list), FILLED_LIST, name, values)
         _require(name in ANY_NUMBER or len(values) == 2, "%s takes two values, not %d", name, len(values))
-        calculate, readers = EXPRESSIONS[name], [self.value(each) for each in values]
+        calculate, readers = EXPRESSIONS[name], [self.value(item) for item in values]
         if len(readers) != 2:
             return lambda record: calculate(*[read(record) for read in readers])
-        one, other = readers
-        return lambda record: calculate(one(record), other(record))
+        left, right = readers
+        return lambda record: calculate(left(record), right(record))
 
 
 def _joined(documents):
@@ -1287,7 +1287,7 @@ FILLED_LIST = "%s has to be a list that is not empty, not %.100r"
 def _constant(value):
     """Return a constant of a query with each {"_dt": ...} replaced by its Instant."""
     if isinstance(value, list):
-        return [_constant(each) for each in value]
+        return [_constant(item) for item in value]
     _require(type(value) in BRACKETS, "%.100r can't stand in a query", value)
     if not isinstance(value, dict):
         return value
@@ -1299,7 +1299,7 @@ def _constant(value):
                                       % (value,))
     for key in value:
         _require(isinstance(key, str) and not key.startswith("$"), "the key %.100r can't stand in a constant", key)
-    return {key: _constant(each) for key, each in value.items()}
+    return {key: _constant(item) for key, item in value.items()}
 
 
 # Predicates --------------------------------------------------------------------
@@ -1411,13 +1411,13 @@ def _equal_test(operand):
 def _in_test(operands):
     """Return the test of membership: in one set for each type; patterns and values that a set can't hold one by one."""
     sets, rest = {}, []
-    for each in operands:
-        is_pattern = isinstance(each, dict) and "$regex" in each
-        each = each if is_pattern else _constant(each)
-        for kind in _kinds(each):
-            sets.setdefault(kind, set()).add(each)
-        if not _kinds(each):
-            rest.append(_pattern_test(each) if is_pattern else _equal_test(each))
+    for item in operands:
+        is_pattern = isinstance(item, dict) and "$regex" in item
+        item = item if is_pattern else _constant(item)
+        for kind in _kinds(item):
+            sets.setdefault(kind, set()).add(item)
+        if not _kinds(item):
+            rest.append(_pattern_test(item) if is_pattern else _equal_test(item))
     if not rest:
         return lambda value: type(value) in sets and value in sets[type(value)]
     return lambda value: type(value) in sets and value in sets[type(value)] or any(test(value) for test in rest)
@@ -1455,29 +1455,29 @@ def _is_true(value):
 
 def _ordered(compare):
     """Return a function of two values: whether they are of one kind and `compare` holds; it never does for NaN."""
-    def calculate(one, other):
-        if type(one) in NUMBERS and type(other) in NUMBERS:
-            return compare(one, other)
-        first, second = order_key(one), order_key(other)
-        return one is not MISSING and first[0] == second[0] and compare(first, second)
+    def calculate(left, right):
+        if type(left) in NUMBERS and type(right) in NUMBERS:
+            return compare(left, right)
+        first, second = order_key(left), order_key(right)
+        return left is not MISSING and first[0] == second[0] and compare(first, second)
     return calculate
 
 
 def _equality(is_equal):
     """Return a function of two values: whether both are there and are equal (or, without `is_equal`, differ)."""
-    return lambda one, other: MISSING not in (one, other) and (
-        order_key(one, sorted) == order_key(other, sorted)) is is_equal
+    return lambda left, right: MISSING not in (left, right) and (
+        order_key(left, sorted) == order_key(right, sorted)) is is_equal
 
 
 def _numbers(calculate):
     """Return `calculate` for two numbers, as a function that returns MISSING for other values and without a result.
 
     An integer beyond 64 bits becomes a float, as in MongoDB: integers could grow without bound."""
-    def result(one, other):
-        if type(one) not in NUMBERS or type(other) not in NUMBERS:
+    def result(left, right):
+        if type(left) not in NUMBERS or type(right) not in NUMBERS:
             return MISSING
         try:
-            found = calculate(one, other)
+            found = calculate(left, right)
             return found if type(found) is float or abs(found) < 1 << 64 else float(found)
         except (ZeroDivisionError, OverflowError, ValueError):
             return MISSING
@@ -1490,10 +1490,10 @@ def _folded(calculate, total):
     return lambda *values: functools.reduce(pairwise, values, total)
 
 
-def _remainder(one, other):
-    """Return the remainder with the sign of `one`, as MongoDB has it."""
-    rest = abs(one) % abs(other)
-    return -rest if one < 0 else rest
+def _remainder(left, right):
+    """Return the remainder with the sign of `left`, as MongoDB has it."""
+    rest = abs(left) % abs(right)
+    return -rest if left < 0 else rest
 
 
 # Sorting -----------------------------------------------------------------------
@@ -7973,7 +7973,7 @@ def check_owner(path, folder):
 
 def _is_trusted(folder):
     """Return whether LABTASKER_TRUST names a folder or its parent."""
-    trusted = [os.path.realpath(one) for one in os.environ.get("LABTASKER_TRUST", "").split(os.pathsep) if one]
+    trusted = [os.path.realpath(path) for path in os.environ.get("LABTASKER_TRUST", "").split(os.pathsep) if path]
     return not {os.path.realpath(folder), os.path.realpath(os.path.dirname(folder))}.isdisjoint(trusted)
 
 
@@ -8083,12 +8083,12 @@ class _TomlReader:
 
     def note(self, path, kind, begin):
         """Remember the kind of a path; fail if the path is there twice or lies below a value."""
-        above = [path[:size] for size in range(1, len(path))]
+        parents = [path[:size] for size in range(1, len(path))]
         if self.kinds.get(path) in ("value", kind) or kind == "value" and path in self.kinds or any(
-                self.kinds.get(one) == "value" for one in above):
+                self.kinds.get(parent) == "value" for parent in parents):
             self.fail("%s is there twice" % ".".join(path), begin)
-        for one in above:
-            self.kinds.setdefault(one, "above")
+        for parent in parents:
+            self.kinds.setdefault(parent, "above")
         self.kinds[path] = kind
         self.lines.setdefault(".".join(path), self.text.count("\n", 0, begin) + 1)
 
@@ -8221,8 +8221,8 @@ class PinnedConfig:
     """A context that keeps the configuration and environment of its beginning for a loop, whatever a function does to
     os.environ or the working folder.
 
-    `environ` is for the loop's own processes and has all settings, as the configuration file may be away later. `told`
-    has the settings that came from the environment, for the jobs."""
+    `environ` is for the loop's own processes and has all settings, as the configuration file may be away later.
+    `for_jobs` has those that came from the environment."""
 
     def __enter__(self):
         config = _read_config()
@@ -8231,13 +8231,13 @@ class PinnedConfig:
         if config.url and store_folder(config):  # a folder that is given as a URL may be away for a while
             files["url"] = "file:" + from_system(store_folder(config))
         self.config = config._replace(**files)
-        self.told = {variable: os.environ[variable] for _, variable, _, _ in SETTINGS.values()
+        self.for_jobs = {variable: os.environ[variable] for _, variable, _, _ in SETTINGS.values()
                      if os.environ.get(variable or "")}
-        if "LABTASKER_CA_FILE" in self.told:
-            self.told["LABTASKER_CA_FILE"] = self.config.ca_file
+        if "LABTASKER_CA_FILE" in self.for_jobs:
+            self.for_jobs["LABTASKER_CA_FILE"] = self.config.ca_file
         if "url" in files:
-            self.told["LABTASKER_URL"] = for_system(files["url"])
-        self.told["LABTASKER_ROOT"] = self.config.root
+            self.for_jobs["LABTASKER_URL"] = for_system(files["url"])
+        self.for_jobs["LABTASKER_ROOT"] = self.config.root
         given = {variable: getattr(self.config, attribute) for attribute, variable, _, _ in SETTINGS.values()}
         self.environ = dict(os.environ, **{name: value for name, value in given.items() if name and value})
         self.environ["LABTASKER_ROOT"] = self.config.root
@@ -8370,10 +8370,10 @@ class StoreTransport:
 
     def is_intact(self):
         """Return whether the store's open descriptors still refer to its files."""
-        for one in (self.store.file.file_lock, self.store.journal.file):
+        for part in (self.store.file.file_lock, self.store.journal.file):
             try:
-                if one.fd is not None and os.path.exists(one.path) and not os.path.samestat(
-                        os.fstat(one.fd), os.stat(one.path)):  # a path that does not exist is away, not lost
+                if part.fd is not None and os.path.exists(part.path) and not os.path.samestat(
+                        os.fstat(part.fd), os.stat(part.path)):  # a path that does not exist is away, not lost
                     return False
             except OSError:
                 return False
@@ -8574,8 +8574,8 @@ class HttpTransport:
                 lost = lost or asked.is_sent
                 try:
                     self._check_repeat(method, path, body, error, lost, pause_s)
-                except LabtaskerConnectError as told:
-                    told.is_sent = lost
+                except LabtaskerConnectError as failure:
+                    failure.is_sent = lost
                     raise
                 time.sleep(pause_s)
             else:
@@ -8648,12 +8648,12 @@ class HttpTransport:
         connection.send("GET", "/?nonce=" + nonce, self.headers, None, self.INTRODUCTION_S, is_last=False)
         _, extensions, content = connection.answer(self.MAX_WELCOME_BYTES)
         try:
-            told = json.loads(content.decode())
+            welcome = json.loads(content.decode())
         except (ValueError, RecursionError):
-            told = None
-        told = told if isinstance(told, dict) else {}
-        nonces = nonce, str(told.get("nonce"))
-        if told.get("proof") != prove(self.key, "server", nonces, address):  # new each time, so timing reveals nothing
+            welcome = None
+        welcome = welcome if isinstance(welcome, dict) else {}
+        nonces = nonce, str(welcome.get("nonce"))
+        if welcome.get("proof") != prove(self.key, "server", nonces, address):  # new each time: timing reveals nothing
             raise NotOurServer("%s answers, but does not prove that it is the server of the store: it may have the "
                                "port of one that was killed, or the address leads elsewhere" % self.url)
         self.extensions = extensions == "1"
@@ -8806,27 +8806,27 @@ def plain_summary(summary):
     invalid key is changed, and stderr says so."""
     if summary is None:
         return None
-    told = []
+    warnings = []
 
     def odd(value, where, why):
-        told.append("%s is kept as text, as %s" % (".".join(["summary"] + where), why))
+        warnings.append("%s is kept as text, as %s" % (".".join(["summary"] + where), why))
         return repr_of(value)
     try:
         found = Plain(odd).value(summary, [])
-        found = _fitting(found if isinstance(found, dict) else {"value": found}, told)
+        found = _fitting(found if isinstance(found, dict) else {"value": found}, warnings)
         try:
             found = unflatten(found, "summary")
         except InvalidFields:
-            found = unflatten(_with_keys(found, told), "summary")
+            found = unflatten(_with_keys(found, warnings), "summary")
     except Exception as error:
-        told.append("the summary is kept as text: %s: %s" % (type(error).__name__, error))
+        warnings.append("the summary is kept as text: %s: %s" % (type(error).__name__, error))
         found = {"value": repr_of(summary)}
-    for text in told[:20]:
+    for text in warnings[:20]:
         tell("labtasker: " + text)
     return found
 
 
-def _fitting(summary, told):
+def _fitting(summary, warnings):
     """Return a summary that fits into a request; the largest values of a larger one become text."""
     texts = {key: json.dumps(value) for key, value in summary.items()}
     while sum(map(len, texts.values())) > MAX_BODY_BYTES // 2 or sum(
@@ -8834,27 +8834,27 @@ def _fitting(summary, told):
         largest = max(texts, key=lambda key: len(texts[key]))
         if len(texts[largest]) <= REPR_LIMIT:
             raise ValueError("it has too many keys")
-        told.append("summary.%s is kept as text, as it is too large" % largest)
+        warnings.append("summary.%s is kept as text, as it is too large" % largest)
         summary[largest] = texts[largest][:REPR_LIMIT - 10]
         texts[largest] = json.dumps(summary[largest])
     return summary
 
 
-def _with_keys(value, told):
+def _with_keys(value, warnings):
     """Return a value of a summary with valid keys, each path set once."""
     if isinstance(value, list):
-        return [_with_keys(item, told) for item in value]
+        return [_with_keys(item, warnings) for item in value]
     if not isinstance(value, dict):
         return value
     tree = {}
     for key, item in value.items():
-        item = _with_keys(item, told)
+        item = _with_keys(item, warnings)
         name = ".".join(part or "_" for part in UNKEPT.sub("_", key).split("."))
         flat_name = name.replace(".", "_")
         names = itertools.chain([name, flat_name], (flat_name + "_%d" % number for number in itertools.count(2)))
         kept = next(each for each in names if _put(tree, each.split("."), item))
         if kept != key:
-            told.append("the key %s of the summary is kept as %s" % (repr_of(key), kept))
+            warnings.append("the key %s of the summary is kept as %s" % (repr_of(key), kept))
     return tree
 
 
@@ -8920,9 +8920,10 @@ class Client:
     def _plain(self, method, path, body, query):
         """Return body and query, without the fields that are extensions if the server has none."""
         ours = () if self.transport.extensions else OUR_FIELDS.get((method, path.rsplit("/", 1)[-1]), ())
-        if not any(name in (one or ()) for name in ours for one in (body, query)) or self.extensions:
+        if not any(name in (fields or ()) for name in ours for fields in (body, query)) or self.extensions:
             return body, query
-        return [one and {name: value for name, value in one.items() if name not in ours} for one in (body, query)]
+        return [fields and {name: value for name, value in fields.items() if name not in ours}
+                for fields in (body, query)]
 
     def _checked(self, status, answer, path):
         """Print the notifications of an answer and return it, or raise the error of a refusal."""
@@ -9086,19 +9087,19 @@ def living_server(folder, queue_name):
     A killed server leaves its server.json, and another program may get its port, so whoever listens has to prove that
     it has the key. If none of the addresses does, one message says so."""
     check_owner(os.path.join(folder, "server.json"), folder)
-    told, strange = read_server_file(folder) or {}, None
-    if not told.get("key"):
+    record, complaint = read_server_file(folder) or {}, None
+    if not record.get("key"):
         return None
-    for url in told.get("addresses", ()):
-        transport = HttpTransport(url, queue_name, None, told.get("ca_file"), told["key"])
+    for url in record.get("addresses", ()):
+        transport = HttpTransport(url, queue_name, None, record.get("ca_file"), record["key"])
         try:
             if transport.is_of_store():
                 return transport
         except NotOurServer as error:
-            strange = str(error)
-    if strange and strange not in _SPOKEN_OF:
-        _SPOKEN_OF.add(strange)
-        tell("labtasker: " + strange)
+            complaint = str(error)
+    if complaint and complaint not in _SPOKEN_OF:
+        _SPOKEN_OF.add(complaint)
+        tell("labtasker: " + complaint)
     return None
 
 
@@ -9385,12 +9386,12 @@ def _ask_git(folder):
     import subprocess
     words = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--match=-"]  # no tag is called -
     try:
-        told = subprocess.check_output(words, cwd=folder, stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        output = subprocess.check_output(words, cwd=folder, stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
                                        timeout=GIT_TIMEOUT_S, env=dict(os.environ, GIT_OPTIONAL_LOCKS="0"))
-        told = told.decode("ascii", "replace").strip()
+        output = output.decode("ascii", "replace").strip()
     except (OSError, subprocess.SubprocessError):
         return None
-    return told if re.match("[0-9a-f]{7,64}(-dirty)?\\Z", told) else None
+    return output if re.match("[0-9a-f]{7,64}(-dirty)?\\Z", output) else None
 
 
 VERSIONS = {}  # folder: its code_version
@@ -13107,7 +13108,7 @@ class Slot:
 
     def environment(self, run):
         """Return what the job of a run gets as its environment."""
-        given = dict(os.environ, **self.loop.pinned.told)
+        given = dict(os.environ, **self.loop.pinned.for_jobs)
         given.update(run.environment())
         given.update(self.own)
         return {name: value for name, value in given.items() if value is not None}

@@ -434,7 +434,7 @@ def test_tasks_are_objects_with_aware_times_and_dicts(folder):
 
 
 def test_what_json_cannot_hold_is_a_clear_error(folder):
-    with pytest.raises(L.LabtaskerTypeError, match="made of dicts, lists, text"):
+    with pytest.raises(L.LabtaskerTypeError, match="Send dicts, lists, text"):
         L.submit_task(args={"a": object()})
 
 
