@@ -1873,6 +1873,102 @@ def covers(required, shape):
         any(path[:size] in prefixes for size in range(1, len(path) + 1)) for path in shape)
 
 
+# Comparisons of a filter that can never be true: their author is told, since all that is seen of them is nothing.
+
+SORTS_OF_KIND = {kind: sort for sort, kinds in (  # kind of a field: what its values are
+    ("a time", "time"), ("a number", "seconds count int"), ("a dict", "dict"), ("a list", "list"),
+    ("a text", "id name status worker_status text commit")) for kind in kinds.split()}
+SORTS = {bool: "true or false", int: "a number", float: "a number", str: "a text", dict: "a dict", list: "a list",
+         Instant: "a time"}
+ORDERINGS = {"$eq": "==", "$gt": ">", "$gte": ">=", "$lt": "<", "$lte": "<="}
+MOST_COMPARED = 1000  # comparisons of a filter that are looked at
+
+
+def comparisons(document, level=0):
+    """Yield (field, "==" or another sign or "regex", constant) for each comparison of a query document that a record
+    has to pass, or may pass beside others. What excludes is left out."""
+    for key, operand in document.items() if isinstance(document, dict) and level < MAX_LEVELS else ():
+        if key in ("$and", "$or"):
+            for each in operand if isinstance(operand, list) else ():
+                yield from comparisons(each, level + 1)
+        elif isinstance(key, str) and not key.startswith("$"):
+            is_plain = not isinstance(operand, dict) or list(operand) == ["_dt"]
+            for name, value in [("$eq", operand)] if is_plain else operand.items():
+                for each in value if name in ("$in", "$all") and isinstance(value, list) else [value]:
+                    if name in ORDERINGS or name in ("$in", "$all", "$regex"):
+                        yield key, ORDERINGS.get(name, "regex" if name == "$regex" else "=="), each
+
+
+def _calculated_with(value, level=0, is_inner=False):
+    """Yield each field that a query document calculates with."""
+    if isinstance(value, str) and is_inner and value.startswith("$"):
+        yield value[1:]
+    for key, each in value.items() if isinstance(value, dict) and level < MAX_LEVELS else ():
+        for one in each if isinstance(each, list) else [each]:
+            yield from _calculated_with(one, level + 1, key in ARITHMETIC.values())
+
+
+def sort_of(value):
+    """Return "a number", "a text", ... for a constant of a query document or a value of a record, None for null."""
+    return "a time" if isinstance(value, dict) and list(value) == ["_dt"] else SORTS.get(type(value))
+
+
+def doubts(document, fields, states):
+    """Return a sentence for each comparison of a query document that can't be true, as the fields' kinds tell.
+
+    `states` are those that a status may be."""
+    found = []
+    for field, sign, value in itertools.islice(comparisons(document), MOST_COMPARED):
+        top, dot, _ = field.partition(".")
+        held, given = SORTS_OF_KIND.get(fields[top].kind) if top in fields else None, sort_of(value)
+        if dot:
+            found += ["%s is never there: %s is %s, which has no keys" % (field, top, held)] * (
+                held not in ("a dict", "a list", None))
+        elif given and top in fields and fields[top].kind in ("status", "worker_status"):
+            found += _unknown_status(field, sign, value, states)
+        elif held not in (None, "a list") and given not in (None, held):
+            found.append(never(field, held, sign, value))
+    for field in itertools.islice(_calculated_with(document), MOST_COMPARED):
+        held = SORTS_OF_KIND.get(fields[field].kind) if field in fields else None
+        found += ["%s is %s, and only numbers can be calculated with: this is never true" % (field, held)] * (
+            held not in ("a number", None))
+    return list(dict.fromkeys(found))
+
+
+def _unknown_status(field, sign, value, states):
+    """Return [a sentence] where a status is compared with none of the states, or with a pattern that fits none."""
+    try:
+        is_known = any(re.search(value, one) for one in states) if sign == "regex" else sign != "==" or value in states
+    except re.error:  # that is told by who compiles it
+        return []
+    return [] if is_known else ["%s is never true%s The statuses are %s" % (
+        as_compared(field, sign, value), hint(value, states) or ".", ", ".join(states))]
+
+
+def as_compared(field, sign, value):
+    """Return a comparison as it stands in a filter."""
+    shown = "date(%s)" % json.dumps(value["_dt"]) if sort_of(value) == "a time" else value if isinstance(
+        value, bool) else json.dumps(value)
+    return "regex(%s, %s)" % (field, shown) if sign == "regex" else "%s %s %s" % (field, sign, cut(str(shown)))
+
+
+def never(field, held, sign, value, where=""):
+    """Return why a comparison with a constant of another sort than a field's values is never true, and the way out."""
+    text = "%s is never true: %s is %s%s, and this is %s" % (
+        as_compared(field, sign, value), field, held, where, "for texts" if sign == "regex" else sort_of(value))
+    text = text.replace(", and this is for texts", ", and regex() is for texts")
+    meant = None
+    if sign != "regex" and held == "a time":
+        meant = "date(%s)" % json.dumps(value if isinstance(value, str) else "1 hour ago")
+    elif sign != "regex" and held == "a number" and isinstance(value, str):
+        meant = value if re.match(r"-?\d+(\.\d*)?(e[+-]?\d+)?\Z", value, re.I | re.ASCII) else None
+    elif sign != "regex" and held == "true or false" and str(value).lower() in ("true", "false", "0", "1"):
+        meant = str(str(value).lower() in ("true", "1"))
+    elif sign != "regex" and held == "a text" and isinstance(value, (int, float)):
+        meant = json.dumps(str(value))
+    return text + ("; write %s %s %s" % (field, sign, meant) if meant else "")
+
+
 # 4. Journal ##################################################################
 #
 # An append-only file of JSON lines: lock, append, sync, replay, replace, verify, repair. A line is a transaction:
@@ -9362,6 +9458,18 @@ def ask_route(route, **fields):
     return client().call(method, path, fields if ROUTES[route].fields else None, query)
 
 
+_DOUBTED = set()  # what this process was told of filters
+
+
+def tell_doubts(document, kind):
+    """Write a note to stderr, once, for each comparison of a filter that can't be true."""
+    states = TASK_STATES if kind is Task else WORKER_STATES
+    for text in doubts(document, kind.FIELDS, states) if document else ():
+        if text not in _DOUBTED:
+            _DOUBTED.add(text)
+            tell("labtasker: filter: " + text)
+
+
 def query_of(extra_filter, kind=Task):
     """Return the query document of a filter, which is text, a document or None."""
     if isinstance(extra_filter, str):
@@ -9608,6 +9716,7 @@ LIMIT = type("Limit", (int,), {})(100)  # the default limit, told from a given 1
 def _listing(answer, kind, fields):
     """Return the Listing of a search; if no limit was given, it continues to the last match."""
     body = without_none(**dict(fields, extra_filter=query_of(fields["extra_filter"], kind)))
+    tell_doubts(body.get("extra_filter"), kind)
     if not (isinstance(body.get(kind.ID), _Answer) or NAME.match(str(body.get(kind.ID, "-")))):
         raise LabtaskerValueError("%s=%s is no id; did you mean extra_filter=%s?" % (
             kind.ID, cut(repr(body[kind.ID])), cut(repr(body[kind.ID]))))
@@ -9656,6 +9765,39 @@ def ls_tasks(task_id=None, task_name=None, status=None, extra_filter=None, limit
     [field, 1 or -1]. `.content` has at most `limit` tasks. Without a limit, `for task in ls_tasks():` and
     `.to_records()`, which pandas.DataFrame takes, continue to all tasks."""
     return _listing(TaskLsResponse, Task, locals())
+
+
+SAMPLE = 1000  # tasks that are looked at to tell why a filter matches none
+
+
+def unmatched(query):
+    """Return why no task matches a query of ls_tasks, a sentence for each comparison of its filter with a key that no
+    task has, or with a constant of another sort than the values there."""
+    document = query_of(query.get("extra_filter"))
+    compared = [each for each in itertools.islice(comparisons(document), MOST_COMPARED)
+                if each[0].split(".")[0] in ("args", "metadata", "summary") and "." in each[0]]
+    others = {name: value for name, value in query.items() if name != "extra_filter"}
+    rows = [dict(flatten({top: getattr(task, top) for top in ("args", "metadata", "summary") if getattr(task, top)}))
+            for task in (ls_tasks(limit=SAMPLE, **others).content if compared else ())]
+    return list(dict.fromkeys(filter(None, (_unmatched(rows, *each) for each in compared)))) if rows else []
+
+
+def _unmatched(rows, field, sign, value):
+    """Return why a comparison matches none of the rows, {dotted field: value}, or None where that is not plain."""
+    held = [row[field] for row in rows if field in row]
+    keys = dict.fromkeys(key for row in rows for key in row)
+    if not held:
+        is_within = any(key.startswith(field + ".") for key in keys) or re.search(r"\.\d+(\.|\Z)", field)
+        like = nearest(field, keys) or next((key for key in keys if key.split(".")[-1] == field.split(".")[-1]), None)
+        return None if is_within else "no task has %s%s" % (field, "; did you mean %s?" % like if like else "")
+    sorts = {sort_of(item) for each in held for item in (each if isinstance(each, list) else [each])}
+    given = "a text" if sign == "regex" else sort_of(value)
+    if given and given not in sorts and len(sorts) == 1 and None not in sorts and "a dict" not in sorts:
+        return never(field, sorts.pop(), sign, value, " in each task that has it")
+    texts = {each.lower(): each for each in held if isinstance(each, str)}
+    like = texts.get(nearest(value.lower(), texts)) if sign == "==" and given == "a text" else None
+    return "no task has %s; did you mean %s?" % (
+        as_compared(field, sign, value), json.dumps(like)) if like not in (None, value) else None
 
 
 def update_tasks(task_updates, reset_pending=False):
@@ -13513,6 +13655,7 @@ def fetch_request(fields, extra_filter, cmd, worker_id, eta_max, heartbeat_timeo
     """Return what a loop asks `fetch_task` for; a filter's dates and a duration are settled here, once and for all."""
     if isinstance(extra_filter, str):
         extra_filter = parse_filter(extra_filter, visible(TASK_FIELDS), now())
+    tell_doubts(extra_filter, Task)
     if eta_max is not None:
         parse_duration(eta_max)
     return {"required_fields": fields or None, "extra_filter": extra_filter, "cmd": cmd, "worker_id": worker_id,
@@ -14084,10 +14227,11 @@ def as_csv(rows, columns=()):
     return clean(text) if is_terminal(sys.stdout) else text
 
 
-WRITERS = {"jsonl": lambda rows, columns: as_jsonl(rows), "yaml": lambda rows, columns: as_yaml(rows), "csv": as_csv}
-RECORD_WRITERS = {"jsonl": lambda row: as_jsonl([row]), "yaml": lambda row: "\n".join(_yaml_lines(row)),
-                  "csv": lambda row: as_csv([row])}
-FORMATS = ("yaml", "jsonl", "csv")
+WRITERS = {"json": lambda rows, columns: json.dumps(rows, indent=2), "jsonl": lambda rows, columns: as_jsonl(rows),
+           "yaml": lambda rows, columns: as_yaml(rows), "csv": as_csv}
+RECORD_WRITERS = {"json": lambda row: json.dumps(row, indent=2), "jsonl": lambda row: as_jsonl([row]),
+                  "yaml": lambda row: "\n".join(_yaml_lines(row)), "csv": lambda row: as_csv([row])}
+FORMATS = ("json", "jsonl", "yaml", "csv")
 
 
 def record_text(row, fmt="yaml"):
@@ -14268,6 +14412,12 @@ def grid_values(key, text):
         bounds = re.match(RANGE, part)
         values += _range_values(key, bounds) if bounds else [literal(part)]
     return values
+
+
+def is_like_grid(text):
+    """Return whether a value looks as with --grid: 0.1,0.2 or 1:5:1."""
+    parts = _split_commas(text) if isinstance(text, str) else ()
+    return bool(parts[1:] and all(re.match(r"[\w.+/-]+\Z", part) for part in parts) or parts and re.match(RANGE, text))
 
 
 def _range_values(key, match):
@@ -14521,7 +14671,7 @@ Events from before
 # What each command does. Knows nothing of the journal and of HTTP: a command calls the functions that scripts call
 # too. It takes the parsed options and returns its exit code (None: 0). What people like and work can do without is in
 # labtasker_cli.py. Uses 1, 2, 3, 5 to 12. Tests: test_cli.py, test_terminal.py.
-EACH_DAY = ("task", "loop", "watch", "init", "serve", "sbatch")  # what the list of commands tells the most of
+EACH_DAY = ("task", "loop", "watch", "init", "serve")  # what the list of commands tells the most of
 EVERY = 10 ** 9  # the limit of a listing that leaves nothing out
 EXTRA_COMMANDS = {  # the commands of labtasker_cli.py, and what they are for
     "watch": "Show counts, rate, running tasks and last failures, live. Keys open, cancel, retry.",
@@ -14568,6 +14718,8 @@ def explained(error):
         return "%s\nNo queue named %s, or wrong password. Both come from %s or from LABTASKER_QUEUE and " \
                "LABTASKER_PASSWORD. To create the queue: labtasker queue create-from-config" % (
                    error, config.queue_name, config.source or "no file")
+    if isinstance(error, FilterError) and "in quotes" in error.message:
+        return "%s\nIn a shell the whole filter stands in single quotes: -f 'args.model == \"resnet\"'" % error
     if isinstance(error, LabtaskerError):
         return re.sub("(task [0-9a-f-]{36}: )?InvalidStateTransition: ", "", str(error))
     if isinstance(error, UnicodeDecodeError):
@@ -14640,6 +14792,14 @@ def _tasks_named(words):
         raise NotFound("there is no task %s%s; nothing was done" % (
             missing[0], " (and %d more are missing)" % (len(missing) - 1) if missing[1:] else ""))
     return [tasks[task_id] for task_id in dict.fromkeys(ids)]
+
+
+def _nothing_matches(query, then=""):
+    """Write a note that nothing matches, and why, where that is plain. `then`: what was not done."""
+    note("Nothing matches%s." % (then and ": " + then))
+    if query.get("extra_filter"):
+        for text in unmatched(query):
+            note("Filter: " + text)
 
 
 def _chosen_tasks(options, ids=(), limit=EVERY):
@@ -14764,6 +14924,15 @@ def _column_names(options):
         if word not in SHORT and word not in TASK_COLUMNS:
             _check_field(word, "--columns", list(SHORT) + ["age", "duration"])
     return words
+
+
+def _note_absent(fields):
+    """Write a note for each dotted field that no task has, with the one that was perhaps meant."""
+    for field in fields:
+        if field.startswith(("args.", "summary.", "metadata.")) and not ls_tasks(
+                extra_filter={field: {"$exists": True}}, limit=1).content:
+            for text in unmatched({"extra_filter": {field: 0}}):
+                note("Note: " + text)
 
 
 def _chosen_columns(words):
@@ -14924,13 +15093,13 @@ def _listing_text(items, options):
     return WRITERS[options.fmt](rows, columns)
 
 
-def _show_listing(items, options, nothing="Nothing matches."):
+def _show_listing(items, options, tell_none=lambda: note("Nothing matches.")):
     """Print the first --limit of tasks or workers; what else there is to say goes to stderr."""
     text = _listing_text(items[:options.limit], options)
     if text:
         show(text, options.no_pager)
     elif not options.quiet:
-        note(nothing)
+        tell_none()
     if len(items) > options.limit:
         note("Only the first %d are shown; use --limit or --offset." % options.limit)
 
@@ -14967,10 +15136,32 @@ def _submissions(options):
     return tasks
 
 
+def _notes_on_arguments(options):
+    """Return notes on arguments of the task that may have been meant otherwise; raises UsageError for a switch of
+    `task submit` that stands behind `--`: whoever types --dry-run there wants no task."""
+    own, found = options.own, []
+    for word in options.rest or ():
+        flag = word.split("=")[0]
+        if word in own and "action" in own[word]:
+            raise UsageError("%s after -- would be an argument of the task. As an option of labtasker it goes before: "
+                             "task submit %s -- ...; as an argument write %s=True" % (word, word, word))
+        if flag in own and getattr(options, own[flag].get("dest", flag.strip("-")), None) is None:
+            found.append("Note: %s after -- is an argument of the task; labtasker's own %s goes before --." % (
+                flag, flag))
+    for key, text in () if options.grid else typed_arguments(options.rest or []).items():
+        if is_like_grid(text):
+            found.append("Note: --%s=%s is one value of one task. For a task for each: labtasker task submit --grid -- "
+                         "--%s=%s" % (key, text, key, text))
+    return found
+
+
 def do_task_submit(options):
     if options.grid and options.from_file:
         raise UsageError("--grid and --from exclude each other")
+    notes = _notes_on_arguments(options)
     tasks = _submissions(options)
+    for text in notes:
+        note(text)
     new, ids = unseen(tasks) if options.unique else (tasks, None)
     there = "; %d already there" % (len(tasks) - len(new)) if options.unique else ""
     if options.dry_run:
@@ -14993,9 +15184,11 @@ def do_task_ls(options):
         ids = {"_id": {"$in": [_full_id(word) for word in _read_ids()]}}
         query["extra_filter"] = {"$and": [query_of(query["extra_filter"]), ids]} if "extra_filter" in query else ids
     order = [_sorting(word) for word in options.sort] or None
-    nothing = "Nothing matches." if query or options.offset else "No tasks yet: labtasker task submit -- --lr=0.1"
     found = ls_tasks(limit=options.limit + 1, offset=options.offset, sort=order, **query)
-    _show_listing(found.content, options, nothing)
+    _note_absent([field for field, _ in order or ()] + _column_names(options))
+    is_any = query or options.offset
+    _show_listing(found.content, options, (lambda: _nothing_matches(query)) if is_any else lambda: note(
+        "No tasks yet: labtasker task submit -- --lr=0.1"))
 
 
 def do_task_get(options):
@@ -15011,6 +15204,7 @@ Count = collections.namedtuple("Count", "counts ended took_s mark at")
 def counted(query, field="status"):
     """Return the Count of the tasks that match. Who has the extensions counts; from another all have to be fetched."""
     query, at = dict(query, extra_filter=query_of(query.get("extra_filter"))), monotonic()
+    tell_doubts(query["extra_filter"], Task)
     if not client().extensions:
         tasks = ls_tasks(limit=EVERY, **query).content
         values = (get_path(task.to_dict(), field.split(".")) for task in tasks)
@@ -15049,6 +15243,10 @@ def do_task_count(options):
     counts = collections.Counter({} if options.by or options.status else dict.fromkeys(TASK_STATES, 0))
     counts.update(counted(selectors(options), field).counts)
     total = sum(counts.values())
+    if not total:
+        _nothing_matches(selectors(options)) if selectors(options) else None
+    elif options.by:
+        _note_absent([field])
     if options.quiet:
         return say(str(total))
     rows = [(field, "tasks")] + [(name, str(number)) for name, number in counts.items()] + [("total", str(total))]
@@ -15129,11 +15327,12 @@ def do_task_update(options):
     edit_tasks = by_hand and extras_for("--editor").edit_tasks
     tasks = _chosen_tasks(options, limit=options.limit)
     if not tasks:
-        return note("Nothing matches: nothing was updated.")
+        return _nothing_matches(selectors(options), "nothing was updated")
     if by_hand:
         return edit_tasks(tasks, options)
     by_id = options.task_id is not None or not selectors(options)
-    confirm("Update %s?" % some(tasks), "--quiet", options.quiet or by_id and not is_terminal(sys.stdin))
+    is_asked = not (options.yes or options.quiet or by_id and not is_terminal(sys.stdin))
+    confirm("Update %s?" % some(tasks), "-y (--yes)", not is_asked)
     update_tasks([change_of(task, updates) for task in tasks], reset_pending=options.reset_pending)
     if not options.quiet:
         say("Updated %s" % some(tasks))
@@ -15142,8 +15341,8 @@ def do_task_update(options):
 def do_task_delete(options):
     tasks = _chosen_tasks(options, options.ids)
     if not tasks:
-        return note("Nothing matches: nothing was deleted.")
-    confirm("Delete %s for good?" % some(tasks), "--yes", options.yes)
+        return _nothing_matches(selectors(options), "nothing was deleted")
+    confirm("Delete %s for good?" % some(tasks), "-y (--yes)", options.yes)
     for task in tasks:
         try:
             delete_task(task.task_id)
@@ -15161,10 +15360,32 @@ def do_task_retry(options):
         _show_listing(tasks, options)
         return note("Would retry %s." % some(tasks))
     if not tasks:
-        return note("Nothing matches: nothing was retried.")
+        return _nothing_matches(selectors(options), "nothing was retried")
     update_tasks([TaskUpdateRequest(_id=task.task_id) for task in tasks], reset_pending=True)
     if not options.quiet:
         say("%s pending again" % some(tasks))
+
+
+def do_task_cancel(options):
+    tasks = _chosen_tasks(options, options.ids)
+    left = [task for task in tasks if task.status in ("pending", "running")]
+    if options.dry_run:
+        _show_listing(left, options)
+        return note("Would cancel %s." % some(left))
+    if not tasks:
+        return _nothing_matches(selectors(options), "nothing was cancelled")
+    running = sum(task.status == "running" for task in left)
+    if left:
+        is_by_id = options.ids or options.task_id is not None or not selectors(options)
+        confirm("Cancel %s, %d of them running?" % (some(left), running) if running else "Cancel %s?" % some(left),
+                "-y (--yes)", options.yes or is_by_id)
+        ids = {"_id": {"$in": ids_of(left)}, "status": {"$in": ["pending", "running"]}}
+        left = ls_tasks(extra_filter=ids, limit=EVERY).content  # what has ended while a person thought stays as it is
+        update_tasks([TaskUpdateRequest(_id=task.task_id, status="cancelled") for task in left])
+    if not options.quiet:
+        over = collections.Counter(task.status for task in tasks if task.status not in ("pending", "running"))
+        say("Cancelled %s%s" % (some(left), over and "; over already: " + ", ".join(
+            "%d %s" % (number, status) for status, number in over.items()) or ""))
 
 
 # ---- Waiting: how far it is
@@ -15247,7 +15468,7 @@ def _wait_with_bar(query):
     """Return the exit code of `task wait`, with a bar that moves on the terminal at stderr."""
     for found in _paces(query):
         if not sum(found.counts.values()):
-            note("Nothing matches.")
+            _nothing_matches(query)
             return 0
         over = not found.counts["pending"] and not found.counts["running"]
         sys.stderr.write("\r\x1b[K" + progress(found, screen_size(sys.stderr)[0] - 1) + ("\n" if over else "\r"))
@@ -15262,9 +15483,9 @@ def do_task_wait(options):
     if is_terminal(sys.stderr) and not options.quiet:
         return _wait_with_bar(query)
     for counts in (found.counts for found in poll_counts(query, IDLE_WAIT_S)):
+        told = ", ".join("%d %s" % (counts[state], state) for state in TASK_STATES if counts[state])
         if counts != last and not options.quiet:
-            note(", ".join("%d %s" % (counts[state], state) for state in TASK_STATES if counts[state])
-                 or "Nothing matches.")
+            note(told) if told else _nothing_matches(query)
         last = counts
         if not counts["pending"] and not counts["running"]:
             return 1 if counts["failed"] else 0
@@ -15546,6 +15767,9 @@ def do_loop(options):
         if not options.shell.strip():
             raise UsageError("what to run? labtasker loop -- python train.py --lr '%(lr)' (or --cmd, --script-path, "
                              "or a script on stdin)")
+    if options.rest and options.rest[0].startswith("-"):
+        raise UsageError("%s is no program: options of labtasker go before --, as in: labtasker loop -j 2 -- python "
+                         "train.py --lr '%%(lr)'" % options.rest[0])
     given = {name: getattr(options, name) for name in LOOP_OPTIONS}
     given.update(extra_filter=filter_of(options), worker_id=_full_id(options.worker_id, ls_workers))
     return command_loop(options.rest, **given)
@@ -15714,7 +15938,7 @@ def do_queue_update(options):
 def do_queue_delete(options):
     name = get_queue().queue_name
     what = ", its tasks and its workers" if options.cascade else ""
-    confirm("Delete the queue %s%s for good?" % (name, what), "--yes", options.yes)
+    confirm("Delete the queue %s%s for good?" % (name, what), "-y (--yes)", options.yes)
     delete_queue(cascade_delete=options.cascade)
     say("Deleted queue %s" % name)
 
@@ -15741,7 +15965,7 @@ def do_worker_report(options):
 
 def do_worker_delete(options):
     worker_id = _full_id(options.worker_id, ls_workers)
-    confirm("Delete worker %s?" % worker_id, "--yes", options.yes)
+    confirm("Delete worker %s?" % worker_id, "-y (--yes)", options.yes)
     delete_worker(worker_id, cascade_update=options.cascade_update)
     say("Deleted worker %s" % worker_id)
 
@@ -15797,7 +16021,7 @@ def do_journal_repair(options):
     path = _journal_path(options)
     if not (Survey(path).bad or Survey(path).lost):
         return say("%s: fine, nothing was changed" % path)
-    confirm("Replace %s by a file of its good lines? The damaged file is kept." % path, "--yes", options.yes)
+    confirm("Replace %s by a file of its good lines? The damaged file is kept." % path, "-y (--yes)", options.yes)
     found, damaged, aside, ids = repair_store(path)
     say("%s: %d good lines are kept" % (path, found.lines))
     for first, last in found.lost:
@@ -16184,19 +16408,28 @@ def parse(path, words):
     if extra and hasattr(options, "ids") and not any(word.startswith("-") for word in extra):
         options.ids, extra = options.ids + extra, []  # argparse gives up on ids that stand on both sides of an option
     if extra:
-        parser.error(_unexpected(extra[0].split("=")[0], row, rest))
-    vars(options).update(others, rest=rest)
+        parser.error(_unexpected(extra[0], path, options, rest))
+    own = {flag: settings for flags, settings in row.options for flag in flags}
+    vars(options).update(others, rest=rest, own=dict(own, **dict.fromkeys(("-h", "--help"), {"action": "help"})))
     return options
 
 
-def _unexpected(word, row, rest):
+def _unexpected(word, path, options, rest):
     """Return what is wrong with a word that a command does not take, and what was perhaps meant."""
+    row, flag = COMMANDS[path], word.split("=")[0]
+    own = [each for flags, _ in row.options for each in flags if each.startswith("-")]
+    others = [name for name, other in COMMANDS.items() for flags, _ in other.options if flag in flags]
+    if getattr(options, "extra_filter", None) and (word in COMPARISONS or word in ("and", "or", "in", "=", "!=")):
+        return "unexpected %s after -f %s: the filter has to be one word, in single quotes: -f 'args.lr == 0.1'" % (
+            word, options.extra_filter)
+    like = {each.strip("-"): each for each in own}.get(nearest(flag.strip("-"), [each.strip("-") for each in own], 0.7))
+    if flag.startswith("-") and (others or like or not row.rest or rest is not None):
+        return "unknown option %s%s" % (flag, "; did you mean %s?" % like if like else others and (
+            ", an option of %s" % ", ".join(others[:3])) or "")
     if row.rest and rest is None:
         return "unexpected %s: what is not for labtasker itself goes after --, as in: %s" % (
-            word, row.example.split("\n")[0])
-    if not word.startswith("-"):
-        return "unexpected argument " + word
-    return "unknown option " + word + hint(word, [flag for flags, _ in row.options for flag in flags])
+            flag, row.example.split("\n")[0])
+    return "unexpected argument " + word
 
 
 # ---- From a command line to a command
@@ -16205,6 +16438,12 @@ def _unexpected(word, row, rest):
 def group(word):
     """Return the commands that start with a word such as `task`; with "", all."""
     return [path for path in COMMANDS if COMMANDS[path].help and path.startswith(word and word + " ")]
+
+
+SYNONYMS = {meant: word for word, others in (  # what people type, and what it is called here
+    ("ls", "list show"), ("delete", "rm remove del"), ("cancel", "kill stop abort"), ("submit", "add create new push"),
+    ("retry", "rerun restart requeue reset"), ("get", "info describe"), ("logs", "log output"), ("count", "stats"),
+    ("loop", "run work worker start"), ("serve", "server"), ("update", "edit set")) for meant in others.split()}
 
 
 def find_command(words):
@@ -16216,8 +16455,12 @@ def find_command(words):
         if path in COMMANDS:
             return path, words[size:]
     extras()
-    word, inner = words[:2][-1], [path.split()[1] for path in group(words[0])]
-    alike = [path for path in COMMANDS if path.split()[-1] == word]
+    if words[0].startswith("-"):
+        raise UsageError("options go after the command, as in: labtasker task ls %s" % words[0])
+    inner = [path.split()[1] for path in group(words[0])]
+    word = words[1] if inner and words[1:] else words[0]
+    alike = [path for path in COMMANDS if path.split()[-1] == SYNONYMS.get(word) and words[0] in path.split() + [word]]
+    alike = alike or [path for path in COMMANDS if path.split()[-1] == word]
     best = "; did you mean %s?" % " or ".join(alike) if alike else hint(
         word, inner or {path.split()[0] for path in group("") + list(EXTRA_COMMANDS)})
     raise UsageError("there is no command %s%s (%s)" % (
@@ -16354,6 +16597,15 @@ WORKER = option("ID", "the worker's id, or its first letters", dest="worker_id")
 QUIET = option("-q --quiet", "print only ids")
 SILENT = option("-q --quiet", "print nothing")
 YES = option("-y --yes", "ask nothing")
+DRY_RUN = option("--dry-run", "only show which tasks match")
+
+
+def _formats(*first, **settings):
+    """Return the rows of --fmt and of --json, which is short for --fmt json."""
+    return [choice("--fmt FORMAT", first + FORMATS, **settings),
+            option("--json", "--fmt json", dest="fmt", action="store_const", const="json")]
+
+
 NO_PAGER = option("--no-pager", "do not use $PAGER")
 METADATA = option("--metadata DICT", "JSON or Python literal: '{\"tags\": [\"v1\"]}'")
 COLOUR = [switch("ansi", "always use colour, or never (default: on a terminal)")]
@@ -16363,7 +16615,7 @@ SELECT = [option("--id --task-id ID", "the task with this id", dest="task_id"),
           choice("-s --status STATUS", TASK_STATES), FILTER]
 LIST = [option("--limit N", "show at most N (100)", type=count, default=100),
         option("--offset N", "skip the first N", type=count, default=0),
-        choice("--fmt FORMAT", ("table",) + FORMATS),
+        *_formats("table"),
         option("-v --verbose", "more columns, no value cut"), NO_PAGER] + COLOUR
 QUEUE = [option("--queue-name NAME", "letters, digits, _ and -"),
          option("--password PASSWORD", "default: LABTASKER_PASSWORD, else it is asked for")]
@@ -16399,7 +16651,7 @@ COMMANDS = {
             option("--piped-in", "only tasks whose ids are on stdin"), QUIET] + LIST),
     "task get": Command(
         do_task_get, "Show one task with all its fields.", "labtasker task get 3f2a",
-        [ID, choice("--fmt FORMAT", FORMATS, default="yaml"), NO_PAGER]),
+        [ID] + _formats(default="yaml") + [NO_PAGER]),
     "task count": Command(
         do_task_count, "Count tasks by status, or by another field.", "labtasker task count --by args.model",
         SELECT + [option("--by FIELD", "count by this field"), option("-q --quiet", "print only the total")] + COLOUR),
@@ -16411,7 +16663,7 @@ COMMANDS = {
             option("--reset-pending", "make them pending again, with retries at 0"),
             option("--editor", "open them in $EDITOR (the default without updates)"),
             option("--limit N", "change at most N (all)", type=count),
-            option("-q --quiet", "ask nothing, print nothing")],
+            YES, option("-q --quiet", "ask nothing, print nothing")],
         "[-- FIELD=VALUE ...]"),
     "task delete": Command(
         do_task_delete, "Delete tasks. If one of the ids is unknown, none is deleted.",
@@ -16420,7 +16672,10 @@ COMMANDS = {
         do_task_retry, "Make failed, or selected, tasks pending again. Resets their retries to 0.",
         "labtasker task retry -f 'args.model == \"vit\"' --dry-run",
         [option("ID", "task ids; without any, the selectors, else all failed ones", dest="ids", nargs="*", default=[])]
-        + SELECT + [option("--dry-run", "only show which tasks match"), QUIET]),
+        + SELECT + [DRY_RUN, YES, QUIET]),
+    "task cancel": Command(
+        do_task_cancel, "Cancel those of the tasks that are pending or running. What runs is ended within seconds.",
+        "labtasker task cancel --name grid -f 'args.lr > 0.5'", [IDS] + SELECT + [DRY_RUN, YES, SILENT]),
     "task wait": Command(
         do_task_wait, "Wait until no selected task is pending or running. Exit 1 if any failed.",
         "labtasker task wait --name grid && echo done", SELECT + [SILENT]),
@@ -16507,7 +16762,7 @@ COMMANDS = {
         "labtasker journal stats", [JOURNAL]),
     "server status": Command(
         do_server_status, "Say whether the store's server runs, and where. Exit 3 if none answers.",
-        "labtasker server status", [JOURNAL, choice("--fmt FORMAT", FORMATS, default="yaml")]),
+        "labtasker server status", [JOURNAL] + _formats(default="yaml")),
     "server stop": Command(
         do_server_stop, "Stop the store's server, and wait for its end. Exit 1 if none runs on this host.",
         "labtasker server stop", [

@@ -49,7 +49,7 @@ BAD = [
     ("task ls -s faild", 2, ["faild", "did you mean failed", "pending, running"]),
     ("task ls --limit ten", 2, ["--limit", "ten"]),
     ("task ls --limit -5", 2, ["--limit"]),
-    ("task ls --fmt xml", 2, ["xml", "table, yaml, jsonl, csv"]),
+    ("task ls --fmt xml", 2, ["xml", "table, json, jsonl, yaml, csv"]),
     ("task ls --fmt", 2, ["--fmt"]),
     ("task ls extra", 2, ["unexpected argument extra"]),
     ("task ls -S argz.lr:desc", 2, ["argz.lr", "did you mean args", "task_name"]),
@@ -101,7 +101,6 @@ BAD = [
     ("task submit --grid --from wide.csv", 2, ["exclude"]),
     ("task update -u priority=1", 0, ["Nothing matches"]),
     ("task update -s failed", 2, ["-u field=value"]),
-    ("task update -s pending -u priority=1", 2, ["--quiet"]),
     ("task update -s failed -u nosuch=1", 2, ["nosuch", "priority", "args"]),
     ("task update -s failed -u created_at=1", 2, ["created_at", "priority"]),
     ("task update -s failed -u priority", 2, ["field=value"]),
@@ -130,6 +129,43 @@ BAD = [
     ("init --url http://127.0.0.1:9 --queue-name 'a b' --password x", 2, ["a b"]),
     ("config", 1, ["labtasker init"]),
     ("help nosuch", 2, ["nosuch", "api, events, exit, filter, journal, settings"]),
+    ("task ls -f 'args.model == resnet'", 2, ["unknown field resnet", 'a text is written in quotes: "resnet"', "In a shell", "^"]),
+    ("task ls -f 'args.model in [resnet-50]'", 2, ['in quotes: "resnet-50"']),
+    ("task ls -f 'resnet == args.model'", 2, ['in quotes: "resnet"']),
+    ("task ls -f 'args.path == /data/x'", 2, ['in quotes: "/data/x"']),
+    ("task ls -f 'args.model == 3dunet'", 2, ['in quotes: "3dunet"']),
+    ("task ls -f 'args.version == 1.2.3'", 2, ['in quotes: "1.2.3"']),
+    ("task ls -f 'args.url == http://x'", 2, ["':' means nothing", "in quotes"]),
+    ("task ls -f 'created_at > yesterday'", 2, ['date("yesterday")']),
+    ("task ls -f 'args.my-key == 1'", 2, ['args["my-key"]']),
+    ("task ls -f 'tags == 1'", 2, ["did you mean args.tags, summary.tags or metadata.tags?"]),
+    ("task ls -f 'name == 1'", 2, ["did you mean task_name"]),
+    ("task ls -f args.lr == 1", 2, ["unexpected == after -f args.lr", "in single quotes"]),
+    ("worker ls -f 'gpu == 1'", 2, ["did you mean metadata.gpu?"]),
+    ("task count --by lr", 2, ["--by", "no field lr; did you mean args.lr?"]),
+    ("task ls --columns lr", 2, ["--columns", "did you mean args.lr?"]),
+    ("task ls -S lr:desc", 2, ["--sort", "did you mean args.lr?"]),
+    ("task ls -S acc", 2, ["did you mean args.acc, summary.acc or metadata.acc?"]),
+    ("task ls -S statsu", 2, ["did you mean status?"]),
+    ("task update -y -s pending -u lr=1", 2, ["can't update lr; did you mean args.lr?"]),
+    ("task update -y -s pending -- args.lr=1 --reset-pending", 2, ["--reset-pending is an option: it goes before --"]),
+    ("task update -y -s pending -u created_at=1", 2, ["created_at; labtasker alone sets it"]),
+    ("task update -s pending -u priority=1", 2, ["-y (--yes)"]),
+    ("task cancel -s pending", 2, ["Cancel 3 tasks?", "-y (--yes)"]),
+    ("task cancel " + MISSING, 1, ["no task " + MISSING]),
+    ("task cancel -y -s success", 0, ["Nothing matches: nothing was cancelled"]),
+    ("task submit -- --lr=1 --dry-run", 2, ["--dry-run after --", "task submit --dry-run -- ...", "--dry-run=True"]),
+    ("task submit -- --lr=1 -q", 2, ["-q after --"]),
+    ("task submit -- --grid --lr=1,2", 2, ["--grid after --"]),
+    ("task submit -- --help", 2, ["--help after --"]),
+    ("task why x --fmt json", 2, ["unknown option --fmt, an option of task ls, task get"]),
+    ("task update --dry-run", 2, ["unknown option --dry-run, an option of task submit, task retry, task cancel"]),
+    ("task ls --fmt jsno", 2, ["did you mean json?"]),
+    ("task rm", 2, ["did you mean task delete?"]),
+    ("list", 2, ["did you mean task ls or worker ls?"]),
+    ("cancel x", 2, ["did you mean task cancel?"]),
+    ("--fmt json task ls", 2, ["options go after the command"]),
+    ("loop -- -j 2 python train.py", 2, ["-j is no program", "before --"]),
     ("loop", 2, ["what to run"]),
     ("loop python train.py", 2, ["goes after --"]),
     ("loop -c 'echo %(lr)' -- echo", 2, ["exclude"]),
@@ -217,7 +253,7 @@ def test_help_settings_names_every_variable_that_is_read_from_the_environment_of
     """Those of a job and of its loop are set by the loop; nobody sets them by hand."""
     text = labtasker.settings_reference()
     read = set(re.findall(r'environ(?:\.get\(|\[)"(LABTASKER_[A-Z_]+)', harness.MODULE.read_text(encoding="utf-8")))
-    set_by_the_loop = {"LABTASKER_" + name for name in ("TASK_ID", "RUN_ID", "STORE", "CURRENT", "END_CLOCK", "END_TIME")}
+    set_by_the_loop = {"LABTASKER_" + name for name in ("TASK_ID", "RUN_ID", "STORE", "CURRENT", "END_CLOCK", "END_TIME", "PROCID", "TASK_DIR")}
     assert read > {"LABTASKER_TRUST", "LABTASKER_DEBUG"} | set_by_the_loop
     assert not [name for name in read - set_by_the_loop if name not in text]
 
@@ -1049,7 +1085,7 @@ def test_queue_commands(server, home):
     env.update(LABTASKER_QUEUE="r", LABTASKER_PASSWORD="s")
     assert "metadata:\n  a: 1\n  b: 2\n" in home.cli("queue", "get", env=env).stdout
     home.cli("queue", "delete", "--cascade", "-y", env=env)
-    assert home.cli("queue", "get", env=env, check=False).returncode == 1
+    assert home.cli("queue", "get", env=env, check=False).returncode == 3
 
 
 @pytest.mark.slow
@@ -1175,6 +1211,7 @@ ALONE = [
     ("task retry ID", None, 0, "1 task pending again"),
     ("task update ID-ON-STDIN -u priority=3", "ID", 0, "Updated 1 task"),
     ("task wait -s success", None, 0, ""),
+    ("task cancel ID", None, 0, "Cancelled 1 task"),
     ("task delete -y ID", None, 0, "Deleted 1 task"),
     ("worker create --worker-name w", None, 0, "Created worker"),
     ("worker ls --fmt jsonl", None, 0, "active"),
@@ -1390,3 +1427,113 @@ def test_a_start_imports_nothing_that_is_slow(both, text):
     assert "json" in found
     allowed = STARTS[text] | ({"socket", "selectors"} if both.kind == "server" and "submit" in text else set())
     assert not (SLOW_TO_IMPORT - allowed).intersection(found)
+
+
+# ---- mistakes that are no errors: what is said beside the result
+
+NOTED = [  # a command line, what a note on stderr says
+    ("task ls -f 'created_at > \"2026-01-01\"'", ['created_at > "2026-01-01" is never true', 'write created_at > date("2026-01-01")']),
+    ("task ls -f '\"2026\" < start_time'", ['write start_time > date("2026")']),
+    ("task count -f 'priority >= \"1\"'", ["is never true: priority is a number", "write priority >= 1"]),
+    ("task wait -f 'status == \"pendng\"'", ['status == "pendng" is never true; did you mean pending?']),
+    ("task ls -f 'status in [\"success\", \"done\"]'", ['status == "done" is never true. The statuses are pending, running']),
+    ("task ls -f 'regex(status, \"^PEND\")'", ['regex(status, "^PEND") is never true']),
+    ("task ls -f '{\"status\": \"failde\"}'", ["did you mean failed?"]),
+    ("task ls -f 'task_name == 3'", ['write task_name == "3"']),
+    ("task ls -f 'last_modified - created_at > 60'", ["last_modified is a time, and only numbers can be calculated with"]),
+    ("task ls -f 'status.x == 1'", ["status.x is never there"]),
+    ("task ls -f 'args == 1'", ["args is a dict"]),
+    ("worker ls -f 'status == \"activ\"'", ["did you mean active?"]),
+    ("task ls -f 'args.lr > \"1\"'", ["args.lr is a number in each task that has it", "write args.lr > 1"]),
+    ("task delete -y -f 'args.lr == \"0.1\"'", ["nothing was deleted", "write args.lr == 0.1"]),
+    ("task update -y -f 'args.model > 3' -u priority=1", ["args.model is a text", "nothing was updated"]),
+    ("task retry -s pending -f 'regex(args.lr, \"1\")'", ["regex() is for texts", "nothing was retried"]),
+    ("task cancel -y -f 'args.modle == \"vit\"'", ["no task has args.modle; did you mean args.model?"]),
+    ("task ls -f 'args.model == \"VIT\"'", ['did you mean "vit"?']),
+    ("task ls -f 'summary.model == \"vit\"'", ["no task has summary.model; did you mean args.model?"]),
+    ("task count --by args.modle", ["no task has args.modle; did you mean args.model?"]),
+    ("task ls -S args.lrr", ["no task has args.lrr; did you mean args.lr?"]),
+    ("task ls --columns args.lrr", ["no task has args.lrr; did you mean args.lr?"]),
+    ("task submit --dry-run -- --lr=0.1,0.2", ["task submit --grid -- --lr=0.1,0.2"]),
+    ("task submit --dry-run -- --seed=1:5:1", ["task submit --grid -- --seed=1:5:1"]),
+    ("task submit --dry-run -- --model=vit,resnet", ["task submit --grid"]),
+    ("task submit --dry-run -- --lr=1 --priority=3", ["--priority after -- is an argument of the task"]),
+]
+UNNOTED = [  # what is right as it stands, or plain enough
+    "task ls -f 'start_time == None'", "task ls -f 'created_at > date(\"1 hour ago\")'", "task ls -f 'priority > -0.5'",
+    "task ls -f 'regex(status, \"pend|run\")'", "task ls -f 'status == \"pending\"'", "task ls -S args.lr",
+    "task submit --dry-run -- --desc='hello, world'", "task submit --dry-run -- '--lr=[0.1, 0.2]'",
+    "task submit --dry-run --grid -- --lr=0.1,0.2", "task submit --dry-run --name a -- --lr=1 --name=x", "task count --by args.lr"]
+
+
+def test_what_can_never_be_true_and_what_was_perhaps_meant_is_said(crowded, monkeypatch, capsys):
+    monkeypatch.chdir(crowded.cwd)
+    before = (crowded.folder / "journal.jsonl").read_bytes()
+    for line, words in NOTED + [(line, []) for line in UNNOTED]:
+        labtasker._DOUBTED.clear()
+        assert labtasker.main(shlex.split(line)) == 0, line
+        told = capsys.readouterr().err
+        assert all(word in told for word in words), (line, told)
+        said = [text for text in told.split("\n") if text.startswith(("Note", "Filter", "labtasker: filter"))]
+        assert said if words else not said, (line, told)
+    assert (crowded.folder / "journal.jsonl").read_bytes() == before
+    labtasker.use_client(None)
+
+
+def test_a_doubt_is_told_once_a_process(home, capsys):
+    for _ in "12":
+        labtasker.ls_tasks(extra_filter='retries > "once"')
+    assert capsys.readouterr().err.count("retries is a number") == 1
+
+
+def test_yes_and_json_are_taken_everywhere():
+    """-y wherever something is asked or changed at once; --json wherever there is --fmt."""
+    asks = ["task update", "task delete", "task retry", "task cancel", "queue delete", "worker delete", "journal repair", "init"]
+    for path in asks:
+        words = ["x"] if path == "worker delete" else []
+        assert labtasker.parse(path, words + ["-y"]).yes is labtasker.parse(path, words + ["--yes"]).yes is True
+    for path, row in labtasker.COMMANDS.items():
+        flags = [flag for names, _ in row.options for flag in names]
+        assert ("--fmt" in flags) == ("--json" in flags), path
+    assert labtasker.parse("task ls", ["--json"]).fmt == "json" and labtasker.parse("task ls", []).fmt == "table"
+    assert labtasker.parse("task get", ["x", "--json"]).fmt == "json" and labtasker.parse("task get", ["x"]).fmt == "yaml"
+
+
+def test_json_is_one_document(home, monkeypatch, capsys):
+    ids = labtasker.submit_tasks([{"args": {"x": x}} for x in (1, 2)])
+    assert labtasker.main(["task", "ls", "--json"]) == 0
+    assert [task["task_id"] for task in json.loads(capsys.readouterr().out)] == ids
+    assert labtasker.main(["task", "get", ids[0], "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["args"] == {"x": 1}
+    assert labtasker.main(["worker", "ls", "--fmt", "json"]) == 0
+    assert json.loads(capsys.readouterr().out) == []
+
+
+def test_cancel_takes_ids_stdin_and_selectors_and_leaves_what_is_over(home, capsys, monkeypatch):
+    ids = labtasker.submit_tasks([{"args": {"x": x}} for x in range(6)])
+    assert labtasker.fetch_task().task.task_id == ids[0]
+    assert labtasker.fetch_task().task.task_id == ids[1]
+    labtasker.report_task_status(ids[1], "success")
+
+    def statuses():
+        return [{task.task_id: task for task in labtasker.ls_tasks()}[each].status for each in ids]
+    assert labtasker.main(["task", "cancel", "--dry-run", "-f", "args.x < 3"]) == 0
+    assert "Would cancel 2 tasks" in capsys.readouterr().err
+    assert statuses() == ["running", "success"] + ["pending"] * 4
+    assert labtasker.main(["task", "cancel", "-y", "-f", "args.x < 3"]) == 0
+    assert capsys.readouterr().out == "Cancelled 2 tasks; over already: 1 success\n"
+    assert statuses() == ["cancelled", "success", "cancelled"] + ["pending"] * 3
+    assert labtasker.main(["task", "cancel", ids[3][:13], ids[1]]) == 0
+    assert statuses() == ["cancelled", "success", "cancelled", "cancelled", "pending", "pending"]
+    assert home.cli("task", "cancel", "-q", stdin=ids[4] + "\n").stdout == ""
+    assert statuses()[4:] == ["cancelled", "pending"]
+    assert home.cli("task", "cancel", ids[5], MISSING, check=False).returncode == 1
+    assert statuses()[5] == "pending"
+
+
+def test_what_ends_while_a_person_thinks_is_not_cancelled(home, monkeypatch):
+    ids = labtasker.submit_tasks([{"args": {"x": x}} for x in range(2)])
+    task_id = labtasker.fetch_task().task.task_id
+    monkeypatch.setattr(labtasker, "confirm", lambda *_: labtasker.report_task_status(task_id, "success"))
+    assert labtasker.main(["task", "cancel", "-s", "running"]) == 0
+    assert {task.task_id: task.status for task in labtasker.ls_tasks()} == {task_id: "success", ids[1]: "pending"}
