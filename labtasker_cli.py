@@ -2723,13 +2723,22 @@ function showSame(columns) {
     el("b", {}, el("bdi", {}, shortValue(value))))]));
 }
 
+/** Sets the head of the table of tasks. What of it had the focus has it again: sorting may change the columns. */
+function setTaskHead(heads) {
+  const before = document.activeElement.closest("#table thead th");
+  setHead($("table"), heads, headCell);
+  if (!before || before.isConnected) return;
+  const again = [...$("table").tHead.rows[0].cells].find((cell) => cell.dataset.field === before.dataset.field);
+  if (again && again.querySelector("button, input")) again.querySelector("button, input").focus();
+}
+
 function showTable(columns, answer) {
   const isNumber = columns.map((name, index) => name === "duration" || numeric.has(name)
     || areNumbers(answer.rows.map((row) => row[index + 2])));
   const heads = columns.map((name, index) => [name, isNumber[index] ? "number" : "", widthOf(name, isNumber[index])]);
   const takesRest = !at.columns && heads.find(([name]) => name === "error");  // its lines are long
   if (takesRest) takesRest[2] = null;
-  setHead($("table"), [["", "pick", PICK], ...heads, ["rest", "rest", takesRest ? 0.01 : null]], headCell);
+  setTaskHead([["", "pick", PICK], ...heads, ["rest", "rest", takesRest ? 0.01 : null]]);
   showSame(columns);
   for (const cell of $("table").tHead.rows[0].cells) {
     if (cell.dataset.field === at.sort) cell.setAttribute("aria-sort", at.way === "1" ? "ascending" : "descending");

@@ -575,6 +575,16 @@ def test_columns_are_what_tells_tasks_apart_then_results_as_many_as_fit_at_any_w
                 assert "name=sweep" in same and "dataset=cifar" in same and "task_name" not in shown
                 assert not session.tabs[0].sideways() and not page.evaluate(SCROLLS), (width, shown)
                 session.tabs[0].shoot("columns-%s-%d-%s" % (status, width, scheme))
+        head = page.locator('th[data-field="args.lr"]')
+        head.get_by_role("button").focus()
+        with person.answer():
+            page.keyboard.press("Enter")
+        wait_until(lambda: head.get_attribute("aria-sort"), "it is sorted by lr")
+        assert head.get_by_role("button").evaluate("one => one === document.activeElement"), "the focus stays where it was"
+        person.open("#columns=summary.acc")
+        wait_until(lambda: person.columns() == ["summary.acc"], "one column")
+        assert page.locator("#table tbody td a").count() == 24, "each row leads to its task"
+        person.open("#view=tasks")
         session.tabs[0].is_blameless()
         for left, seen in ((1600, True), (390, False)):  # columns follow the window
             page.set_viewport_size({"width": left, "height": 800})
