@@ -16,7 +16,7 @@ import tempfile
 import browser
 import labtasker
 import labtasker_cli
-from harness import PASSWORD, ROOT, Server
+from harness import PASSWORD, ROOT, Server, wait_until
 
 QUEUE = "vision"
 SWEEP = {"lr": [0.03, 0.01, 0.003, 0.001], "model": ["resnet50", "vit_b16", "convnext"], "wd": [0, 0.0001], "seed": [0, 1, 2]}
@@ -25,7 +25,6 @@ DONE = 59  # tasks that have ended; the next four run
 LOST = {0: "torch.cuda.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.25 GiB", 2: "ValueError: loss is nan"}
 HOSTS = ("gpu-01", "gpu-01", "gpu-02", "gpu-02")
 WIDTHS = ((390, 844), (1280, 800), (1600, 1000))
-ROW = "<div>%s</div>"
 TERMINAL = """<style>body { margin: 0; background: #101216; } pre { margin: 0; padding: 14px 18px; color: #e2e6eb; width: max-content;
     font: 14px/1.35 "DejaVu Sans Mono", monospace; } .c1 { font-weight: 700; } .c2 { color: #9aa4af; } .c7 { background: #2a2f38; }
     .c36 { color: #4cc3d4; } .c34 { color: #84a9ff; } .c32 { color: #4fbf7d; } .c31 { color: #f07171; } .c33 { color: #d9a441; }
@@ -153,8 +152,7 @@ def coloured(line):
 def shoot_watch(chromium, path):
     """Leave the README's picture of `watch`, 90 columns wide."""
     feed = labtasker_cli.Feed({}, 60)
-    while not feed.seen()[3]:
-        labtasker.time.sleep(0.05)
+    wait_until(lambda: feed.seen()[3], "watch has looked")
     lines = labtasker_cli.Watch(feed, {}, "%s at %s" % (QUEUE, "http://head:9321")).lines(90, 28)
     with chromium.session() as session:
         tab = session.tab()
