@@ -133,6 +133,9 @@ def create_study(direction):
 '''
 
 
+ON_TERMINAL = [sys.executable, "-c", "import pty, sys; pty.spawn(['bash', '-c', sys.argv[1]])"]  # as a reader sees it
+
+
 def played(page, place):
     """Yield (command, expected lines, lines that it prints) of each command, run in order in the place's folder."""
     for path in (MODULE, ROOT / "labtasker_cli.py"):
@@ -142,13 +145,14 @@ def played(page, place):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    env = {"PATH": place.path(), "PYTHONPATH": "", "COLUMNS": "110", "TMPDIR": str(place.cwd.parent)}
+    env = {"PATH": place.path(), "PYTHONPATH": "", "COLUMNS": "110", "NO_COLOR": "1", "TMPDIR": str(place.cwd.parent)}
     try:
         for language, name, text in blocks([page]):
             if language == "python" and name:
                 place.write(name, text)
             for command, expected in commands(text) if language == "console" else []:
-                result = run(["bash", "-c", "exec 2>&1; " + command.replace(PORT, port)], place.cwd, env=env)
+                start = ON_TERMINAL if command.startswith("python3 -m labtasker task ls ") else ["bash", "-c"]
+                result = run(start + ["exec 2>&1; " + command.replace(PORT, port)], place.cwd, env=env)
                 yield command, expected, [line.replace(":" + port, ":" + PORT).rstrip() for line in result.lines]
     finally:
         end_server(place)
