@@ -14346,7 +14346,10 @@ def answer_to(question, default="", secret=False):
     """Return a person's answer."""
     if secret:
         import getpass
-        return getpass.getpass(question + " ")
+        try:
+            return getpass.getpass(question + " ")
+        except EOFError:  # Ctrl-D
+            raise UsageError("%s no answer" % question) from None
     sys.stderr.write(clean(question) + " ")
     sys.stderr.flush()
     line = sys.stdin.readline()
@@ -15803,7 +15806,7 @@ def _way_in(store, urls):
         *(("a password", "another") if name in queues and queues[name].password
           else ("no password yet, which the page and other hosts need", "one")))
     yield "    " + command
-    yield "Log in at %s with the queue's name and that password." % page
+    yield "Log in at %s with the queue's name and its password." % page
     is_local = re.match(r"https?://(127\.|localhost[:/]|\[::1\])", page)
     yield "Other hosts can't reach it: for them, start it with --host 0.0.0.0." if is_local else (
         "On other hosts: labtasker init --url %s --queue-name %s" % (urls[0], name))
@@ -15924,14 +15927,15 @@ def do_queue_update(options):
         raise UsageError("what to change? Give --new-queue-name, --new-password or --metadata")
     password, made_up = options.new_password, None
     if password is True:
-        password = is_terminal(sys.stdin) and answer_to("New password (nothing: one is made up):", secret=True)
-        password = made_up = password or os.urandom(8).hex()
-    update_queue(options.new_queue_name, password, metadata_of(options))
+        password = is_terminal(sys.stdin) and answer_to("New password (empty: one is made up):", secret=True)
+        made_up = None if password else os.urandom(8).hex()
+    name = options.new_queue_name or made_up and get_queue().queue_name  # asked while the old password is right
+    update_queue(options.new_queue_name, made_up or password, metadata_of(options))
     if made_up:
-        say("The password of queue %s is now: %s" % (get_queue().queue_name, made_up))
+        say("The password of queue %s is now: %s" % (name, made_up))
     elif not options.quiet:
         say("Updated the queue")
-    if options.new_queue_name or password and not store_folder(load_config()):
+    if options.new_queue_name or (made_up or password) and not store_folder(load_config()):
         note("The configuration still has the old name or password. To change it: labtasker config")
 
 

@@ -1259,6 +1259,25 @@ def test_every_command_of_the_one_file_works_without_the_other(alone, home, pyth
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("typed, code, shown", [
+    ("a secret\n", 0, "Updated the queue"), ("\n", 0, "The password of queue default is now: "), ("\x04", 2, "no answer")])
+def test_a_new_password_is_asked_for_unseen_or_made_up(home, typed, code, shown):
+    done = on_terminal(home, ["queue", "update", "--new-password"], [("made up):", typed)])
+    assert done[0] == code and shown in done[1] and "a secret" not in done[1]
+    password = done[1].split()[-1] if "now" in shown else typed.strip()
+    stored, = [queue["password"] for queue in json.loads(harness.run([sys.executable, "-c", PASSWORDS], home.cwd).stdout)] or [None]
+    assert labtasker.is_password(password, stored) == (code == 0)
+
+
+PASSWORDS = """if True:
+    import json, labtasker
+    store = labtasker.Store(".labtasker/journal.jsonl")
+    store.file.open()
+    print(json.dumps([{"password": queue.record.password} for queue in store.state.queues.values()]))
+"""
+
+
+@pytest.mark.slow
 def test_the_one_file_asks_before_it_deletes_for_good(alone, home):
     home.submit("--", "--lr=1")
     code, shown = on_terminal(home, ["task", "delete", "-f", "True"], [("[y/N]", "n\n")], module=alone / "labtasker.py")
