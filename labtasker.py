@@ -10927,11 +10927,21 @@ PASSING = frozenset(getattr(errno, name) for name in (
     if hasattr(errno, name))
 
 
+def read_typed(path):
+    """Return the bytes of a file or pipe that a person names; raises LabtaskerValueError for a device, such as
+    /dev/zero, whose end may never come."""
+    import stat
+    with open(path, "rb") as file:
+        there = os.fstat(file.fileno())
+        if stat.S_ISCHR(there.st_mode) and not file.isatty() and there.st_rdev != os.stat(os.devnull).st_rdev:
+            raise LabtaskerValueError("%s is a device, which may have no end" % path)
+        return file.read()
+
+
 def _read_script(path):
     """Return a script's text, also where it is not all UTF-8; LabtaskerValueError where it can't be read."""
     try:
-        with open(for_system(str(path)), "rb") as file:
-            data = file.read()
+        data = read_typed(for_system(str(path)))
     except OSError as error:
         raise LabtaskerValueError("can't read the script %s: %s" % (path, error.strerror)) from None
     is_marked = data.startswith(tuple(mark for mark, _ in BYTE_ORDER_MARKS))
@@ -14327,8 +14337,7 @@ def read_text(path, what="what to do"):
     if path == "-":
         _tell_silence(what)
         return decoded(sys.stdin.buffer.read(), "stdin", UsageError) if sys.stdin else ""
-    with open(path, "rb") as file:
-        return decoded(file.read(), path, UsageError)
+    return decoded(read_typed(path), path, UsageError)
 
 
 def _tell_silence(what):
@@ -15919,6 +15928,8 @@ def create_configured_queue(config, metadata=None):
 
 def do_queue_get(options):
     queue = get_queue()
+    if options.quiet and not queue.queue_id:
+        raise LabtaskerRuntimeError("queue %s has no id yet: the first task makes it" % queue.queue_name)
     say(queue.queue_id if options.quiet else record_text(queue.to_dict()))
 
 
@@ -16013,31 +16024,32 @@ def do_journal_verify(options):
     for first, last in found.lost:
         say("lines %d to %d are missing" % (first, last))
     if found.rotten:
-        say(as_started("%s is damaged: 'labtasker journal repair' saves what can be saved" % found.path))
+        say(clean(as_started("%s is damaged: 'labtasker journal repair' saves what can be saved" % found.path)))
         return 1
     check_known(found.path)
     if found.bad or found.lost:
         say("Those bytes were never acknowledged, or are being written just now. The next opening sets them aside.")
-    say("%s: fine, %d lines, %d bytes" % (found.path, found.lines, found.size))
+    say(clean("%s: fine, %d lines, %d bytes" % (found.path, found.lines, found.size)))
 
 
 def do_journal_repair(options):
     path = _journal_path(options)
     if not (Survey(path).bad or Survey(path).lost):
-        return say("%s: fine, nothing was changed" % path)
+        return say(clean("%s: fine, nothing was changed" % path))
     confirm("Replace %s by a file of its good lines? The damaged file is kept." % path, "-y (--yes)", options.yes)
     found, damaged, aside, ids = repair_store(path)
-    say("%s: %d good lines are kept" % (path, found.lines))
+    say(clean("%s: %d good lines are kept" % (path, found.lines)))
     for first, last in found.lost:
         say("lost: lines %d to %d" % (first, last))
     for one in ids:
         say("named in the bad bytes: " + one)
-    say("the damaged file: %s\nthe bad bytes: %s" % (damaged, aside))
+    say(clean("the damaged file: %s" % damaged))
+    say(clean("the bad bytes: %s" % aside))
 
 
 def do_journal_compact(options):
     path = _journal_path(options)
-    say("%s: %d bytes, now %d" % ((path,) + compact(path)))
+    say(clean("%s: %d bytes, now %d" % ((path,) + compact(path))))
 
 
 def do_journal_stats(options):
@@ -16356,6 +16368,11 @@ def make_parser(path):
 
         def format_help(self):
             return _command_help(path) + "\n"
+
+        def _get_values(self, action, words):  # which takes the value of --name=-- for no value at all
+            if words == ["--"] and action.option_strings:
+                self.error("argument %s: -- is no value" % "/".join(action.option_strings))
+            return super()._get_values(action, words)
 
     class Switch(argparse.Action):
         def __init__(self, **settings):

@@ -1556,3 +1556,18 @@ def test_what_ends_while_a_person_thinks_is_not_cancelled(home, monkeypatch):
     monkeypatch.setattr(labtasker, "confirm", lambda *_: labtasker.report_task_status(task_id, "success"))
     assert labtasker.main(["task", "cancel", "-s", "running"]) == 0
     assert {task.task_id: task.status for task in labtasker.ls_tasks()} == {task_id: "success", ids[1]: "pending"}
+
+
+@pytest.mark.parametrize("words, code, said", [
+    (["queue", "get", "-q"], 1, "has no id yet"), (["task", "submit", "--metadata=--", "--", "--a=1"], 2, "-- is no value"),
+    (["task", "submit", "--from", "/dev/zero"], None, "is a device"), (["loop", "--script-path", "/dev/full"], None, "is a device"),
+    (["journal", "verify", "--db-path", "a\x1b[31m"], 1, "\\x1b")], ids=lambda value: " ".join(value) if isinstance(value, list) else "")
+def test_what_can_not_be_meant_is_refused_with_a_word(tmp_path, monkeypatch, capsys, words, code, said):
+    monkeypatch.setenv("LABTASKER_ROOT", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a\x1b[31m").write_text("no journal\n")
+    labtasker.use_client(None)
+    ended = labtasker.main(words)
+    labtasker.use_client(None)
+    told = "".join(capsys.readouterr())
+    assert ended == (code or ended) != 0 and said in told and "\x1b" not in told and "bug" not in told

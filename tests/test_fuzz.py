@@ -1,7 +1,8 @@
 """Mutated requests, filters and bodies: no 500, nothing that takes long, nothing that stays behind.
 
 Each round has a number, from which alone it is made: a failure names it, and it is kept in FOUND or a round of its own
-is asked for with LT_TEST_FUZZ_FROM. tox's environment `fuzz` runs many more."""
+is asked for with LT_TEST_FUZZ_FROM. What is typed is drawn from all that there is to try; LT_TEST_FUZZ_WORDS=30000 tries
+it all. tox's environment `fuzz` runs many more."""
 import json
 import os
 import random
@@ -9,6 +10,7 @@ import time
 
 import pytest
 
+import faulty
 import labtasker as L
 from test_loop import ME, Loop, Wire
 
@@ -238,3 +240,65 @@ def test_mutated_filters_and_bodies():
     print("the longest took %.1f ms (round %d)" % (worst[0] * 1e3, worst[1]))
     assert min(took(lambda: look_at(worst[2])) for _ in range(3)) < LONG_S, worst
     assert usage_kib() - before < GROWTH_KIB
+
+
+# The command line: each option of each command with odd values, through main() in this process
+
+WORDS = int(os.environ.get("LT_TEST_FUZZ_WORDS", "350"))
+ODD_WORDS = [
+    "", " ", "0", "-1", "1" + "0" * 30, "9" * 500, str(2 ** 63), "-" + "9" * 400, "nan", "-inf", "1e999", "1e400s", "0.0000001", "\n", "a\nb", "\r",
+    "\x1b[31m", "\x01\x7f", "\u202e", "\u2028", "\udcff", "a\udc80b", "\u00e9", "\u00b2", "\u0663", "/nowhere/at/all", "/", ".", "--", "-", "=", "a=b", "a.b=1", ",",
+    "0,0", ":", "a:desc", "[]", "{}", "{", "None", "[" * 500, "(" * 300, "%(x)", "%(", "%", "'", "*", "..", "http://", "http://x:99999", "127.0.0.1:0",
+    "x" * 3000, "1h" * 50, "99999999999999 days", "1" + "0" * 18 + "y", "args.a == ", "@", "$", "__class__", "/dev/null", "/dev/full", "/proc/self/mem"]
+CODES = {0, 1, 2, 3, 4, 124, 130}  # labtasker help exit
+# These may wait for ever: only what they are told is read, but for what begins to wait.
+WAITING = {"event listen", "server wait", "task wait", "watch", "demo"}
+
+
+def typed_words():
+    """Yield (command, words): for each option and argument each odd value."""
+    for path in sorted(L.COMMANDS):
+        row = L.COMMANDS[path]
+        places = ["x" for flags, settings in row.options if not flags[0].startswith("-") and "nargs" not in settings]
+        for flags, settings in row.options:
+            if not flags[0].startswith("-"):
+                ways = [lambda value: [value] + places[1:]]
+            elif settings.get("action") in (None, "append"):
+                ways = [lambda value, flag=flag: [flag, value] + places for flag in flags]
+                ways += [lambda value, flag=flag: [flag + "=" + value] + places for flag in flags[-1:]]
+            else:
+                ways = [lambda value, flag=flag: [flag] + places + [value] * bool(value) for flag in flags]
+            yield from ((path, way(value)) for way in ways for value in ODD_WORDS)
+        ways = ["--x=%s", "--%s=1", "%s", "%%(%s)"] if row.rest else []
+        yield from ((path, places + ["--", way % value]) for way in ways for value in ODD_WORDS)
+
+
+@pytest.fixture
+def typed(tmp_path, monkeypatch, capfdbinary):
+    """A function that runs main(words) in an empty folder and returns (exit code, all that it printed)."""
+    L.extras()
+    for name in [name for name in os.environ if name.startswith(("LABTASKER_", "SLURM_"))]:
+        monkeypatch.delenv(name)
+    for name in ("EDITOR", "VISUAL", "PAGER"):
+        monkeypatch.setenv(name, "true")
+    monkeypatch.setattr(L, "_run_server", lambda *_: None)
+    monkeypatch.setattr(L, "_to_background", lambda log: None)
+    monkeypatch.setattr(L.Loop, "_supervise", lambda loop: None)
+    for path in WAITING:
+        monkeypatch.setitem(L.COMMANDS, path, L.COMMANDS[path]._replace(run=lambda options: 0))
+    faulty.without_sync(monkeypatch)
+    (tmp_path / "typed").mkdir()
+    monkeypatch.chdir(tmp_path / "typed")
+    with open(os.devnull) as nothing:
+        monkeypatch.setattr("sys.stdin", nothing)
+        yield lambda words: (L.main(words), b"".join(capfdbinary.readouterr()).decode())
+    L.use_client(None)
+
+
+def test_whatever_is_typed_is_done_or_refused_with_a_code_of_the_table_and_is_no_bug(typed):
+    everything = list(typed_words())
+    assert len(everything) > 10000 and {path for path, _ in everything} > {"task submit", "loop", "serve", "init"}
+    for path, words in random.Random("words %d" % FIRST).sample(everything, min(WORDS, len(everything))):
+        code, said = typed(path.split() + words)
+        assert code in CODES and "This is a bug" not in said and "Traceback" not in said, (path, words, code, said[-2000:])
+        assert not set("\x01\x7f\u202e") & set(said), (path, words, said[-2000:])
