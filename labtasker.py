@@ -13011,6 +13011,8 @@ class Loop:
         if self.fatal:
             remark(self.fatal)
         remark(": ".join(filter(None, (self._why(), self._tally()))))
+        if self.state == "done" and not self.counts and not self.wake.stop:
+            self._tell_unmatched()
         if self.state == "timed_out":
             return 0
         return 128 + self.wake.stop if self.wake.stop else 1 if self.state == "failed" else 0
@@ -13079,6 +13081,14 @@ class Loop:
         longer = self._longer()
         but = ", but %d pending may take longer than the %s left" % (longer, left) if longer else ""
         return ("done" if self.counts else "no matching tasks") + but
+
+    def _tell_unmatched(self):
+        """Print why the loop's filter matches no pending task, where that is plain."""
+        try:
+            for text in unmatched({"status": "pending", "extra_filter": self.request.get("extra_filter")}):
+                remark("filter: " + text)
+        except LabtaskerError:  # how it ends is told all the same
+            pass
 
     def _longer(self):
         """Return how many pending tasks, up to 100, match but for a task_timeout longer than the time left."""
@@ -14809,9 +14819,11 @@ def _tasks_named(words):
 def _nothing_matches(query, then=""):
     """Write a note that nothing matches, and why, where that is plain. `then`: what was not done."""
     note("Nothing matches%s." % (then and ": " + then))
-    if query.get("extra_filter"):
-        for text in unmatched(query):
-            note("Filter: " + text)
+    for text in unmatched(query) if query.get("extra_filter") else ():
+        note("Filter: " + text)
+    name, names = query.get("task_name"), counted({}, "task_name").counts if query.get("task_name") else {}
+    if name and name not in names:
+        note("No task is named %s%s" % (brief(name), hint(name, names) or "."))
 
 
 def _chosen_tasks(options, ids=(), limit=EVERY):

@@ -1470,6 +1470,7 @@ NOTED = [  # a command line, what a note on stderr says
     ("task cancel -y -f 'args.modle == \"vit\"'", ["no task has args.modle; did you mean args.model?"]),
     ("task ls -f 'args.model == \"VIT\"'", ['did you mean "vit"?']),
     ("task ls -f 'summary.model == \"vit\"'", ["no task has summary.model; did you mean args.model?"]),
+    ("task ls --name swepe", ["No task is named swepe; did you mean sweep?"]),
     ("task count --by args.modle", ["no task has args.modle; did you mean args.model?"]),
     ("task ls -S args.lrr", ["no task has args.lrr; did you mean args.lr?"]),
     ("task ls --columns args.lrr", ["no task has args.lrr; did you mean args.lr?"]),
@@ -1493,7 +1494,7 @@ def test_what_can_never_be_true_and_what_was_perhaps_meant_is_said(crowded, monk
         assert labtasker.main(shlex.split(line)) == 0, line
         told = capsys.readouterr().err
         assert all(word in told for word in words), (line, told)
-        said = [text for text in told.split("\n") if text.startswith(("Note", "Filter", "labtasker: filter"))]
+        said = [text for text in told.split("\n") if text.startswith(("Note", "Filter", "No task is", "labtasker: filter"))]
         assert said if words else not said, (line, told)
     assert (crowded.folder / "journal.jsonl").read_bytes() == before
     labtasker.use_client(None)

@@ -1932,3 +1932,18 @@ def test_a_report_that_waits_in_the_outbox_is_as_final_as_one_that_is_sent(home)
     run = labtasker.Run(task_id, fetched.run_id, None)
     labtasker.keep_report(run, {"status": "failed", "summary": None, "final": True})
     assert labtasker.deliver_kept() and task(task_id).status == "failed"
+
+
+def test_a_loop_whose_filter_matches_nothing_says_what_in_it_cannot(home, capsys):
+    labtasker.submit_task(args={"lr": 1, "model": "vit"})
+
+    def ends(extra_filter):
+        @labtasker.loop(extra_filter=extra_filter)
+        def main(lr=Required(), model=Required()):
+            raise AssertionError("not to be run")
+        main()
+        return capsys.readouterr().err
+    assert "did you mean pending" in ends('status == "pendng"')
+    assert "args.lr is a number in each task that has it" in ends('args.lr == "1"')
+    assert "no task has args.modle; did you mean args.model?" in ends('args.modle == "vit"')
+    assert "filter: " not in ends("args.lr > 5")
