@@ -10364,31 +10364,162 @@ BUILT_IN = collections.OrderedDict([  # placeholders that stand for facts of the
 ])
 
 
+FORMS = collections.OrderedDict([  # how a placeholder is written: what it becomes
+    ("%(key)", "the value"),
+    ("%(--key)", "--key=VALUE; --key for True, nothing for False and None"),
+    ("%(--[no-]key)", "--key for True, --no-key for False, nothing for None; %(--[no]key): --nokey"),
+    ("%(key...)", "a word for each item of a list, or for each word of a text"),
+    ("%(--key...)", "--key=ITEM for each of the same"),
+    ("%(--*)", "--key=VALUE for every argument that the template does not name; %(--*-): with dashes in the names"),
+    ("%(*)", "key=VALUE for every such argument, as Hydra reads it"),
+])
+
+
+NO_WORD = "%s becomes none, one or several words: it has to be a word of its own"
+
+
+class Placeholder(collections.namedtuple("Placeholder", "typed exact key name kind dashes")):
+    """One `%(...)` of a template: `key` of the args, None for all; `name` of the option that it writes, "" for none.
+
+    A dash in the key, as it stands in `exact`, is the underscore that a submission makes of it."""
+
+    __slots__ = ()
+
+    @property
+    def is_words(self):
+        """Return whether it becomes none, one or several words."""
+        return self.kind != "value"
+
+    def value(self, args):
+        """Return the value of its key; LabtaskerValueError if there is none."""
+        for key in (self.exact, self.key):
+            value = get_path(args, key.split("."), args)
+            if value is not args:
+                return value
+        raise LabtaskerValueError("the task's args have no %r for %s" % (self.key, self.typed))
+
+    def words(self, args, named):
+        """Return the words that it becomes; raise LabtaskerValueError for a value that can't. `named`: keys that a star
+        leaves out."""
+        if self.key is not None:
+            return WORDS_OF[self.kind](self, self.value(args))
+        found = [(key, value) for key, value in flatten(args) if key not in named and key not in BUILT_IN]
+        if self.kind == "hydra":
+            return ["%s=%s" % (key, hydra_text(value)) for key, value in found]
+        return [word for key, value in found for word in _option_words(
+            self._replace(name="--" + (key.replace("_", "-") if self.dashes else key)), value)]
+
+
+def _option_words(place, value):
+    if value is None or value is False:
+        return []
+    return [place.name if value is True else "%s=%s" % (place.name, value_text(value))]
+
+
+def _switch_words(place, value):
+    if not (value is None or isinstance(value, bool)):
+        raise LabtaskerValueError("%s takes True, False or None, not %.80r" % (place.typed, value))
+    return [] if value is None else [place.name if value else "--" + place.dashes + place.name[2:]]
+
+
+def _item_words(place, value):
+    if isinstance(value, dict):
+        raise LabtaskerValueError("%s takes a list or a text, not the dict %.80r" % (place.typed, value))
+    if isinstance(value, str):
+        import shlex
+        try:
+            return shlex.split(value)
+        except ValueError as error:
+            raise LabtaskerValueError("%s: %.80r can't be split into words: %s" % (place.typed, value, error)) from None
+    items = value if isinstance(value, list) else [] if value is None else [value]
+    return [value_text(item) for item in items]
+
+
+WORDS_OF = {
+    "option": _option_words, "switch": _switch_words, "items": _item_words,
+    "options": lambda place, value: ["%s=%s" % (place.name, word) for word in _item_words(place, value)],
+}
+
+
+def hydra_text(value):
+    """Return a value as the grammar of Hydra's overrides reads it: true, null, [1,2], {a:1}, a text quoted where it
+    would be read as anything else. `${...}` stays an interpolation."""
+    if isinstance(value, list):
+        return "[%s]" % ",".join(map(hydra_text, value))
+    if isinstance(value, dict):
+        return "{%s}" % ",".join("%s:%s" % (key, hydra_text(item)) for key, item in value.items())
+    if not isinstance(value, str):
+        return json.dumps(value) if value is None or isinstance(value, bool) else str(value)
+    is_plain = re.match(r"(?!(?i:true|false|null|nan|inf)\Z)[A-Za-z_/][\w/.-]*\Z", value, re.ASCII)
+    if is_plain or re.match(r"\$\{[\w.:-]+\}\Z", value):
+        return value
+    return "'%s'" % re.sub(r"(\\*)('|\Z)", lambda found: 2 * found.group(1) + ("\\'" if found.group(2) else ""), value)
+
+
 class Template:
-    """A text with `%(key)` placeholders, dots for nested keys; `keys` are its keys, once each, in order. The values of
-    BUILT_IN come with the task's args.
+    """A text with placeholders (FORMS), dots for nested keys. `keys` are its keys, once each, in order, with "*" at the
+    end where it takes all others too; `named` those that a star leaves out. BUILT_IN's values come with the args.
 
     `%%(` stands for `%(` itself; any other `%` is left alone. Raises TemplateError with the column."""
 
-    TOKEN = Pattern(r"%%\(|%\([ \t]*(@[a-z]+|[a-zA-Z0-9_-]+(?:\.[a-zA-Z0-9_-]+)*)[ \t]*\)|%\(")
+    TOKEN = Pattern(r"""(?x) %%\( | %\([ \t]* (?:
+          (?P<fact>@[a-z]+) | (?P<all>--\*-?|\*)
+        | (?P<option>--(?:\[no-?\])?)? (?P<key>(?!-)[a-zA-Z0-9_-]+(?:\.[a-zA-Z0-9_-]+)*) (?P<items>\.\.\.)?
+        ) [ \t]*\) | %\(""")
 
     def __init__(self, text):
-        self.text, self.parts, self.keys, self.spans, end = text, [""], [], [], 0
-        for match in self.TOKEN.finditer(text):  # parts: literal text, key, literal text, key ... text
+        self.text, self.parts, self.keys, self.spans, self.places, end = text, [""], [], [], [], 0
+        for match in self.TOKEN.finditer(text):  # parts: literal text, placeholder, literal text, placeholder ... text
             if match.group() == "%(":
                 raise TemplateError(_template_mistake(text, match.end()), text, match.start())
             self.parts[-1] += text[end:match.start()]
-            end, key = match.end(), match.group(1)
-            if key is None:
+            end = match.end()
+            if match.group() == "%%(":
                 self.parts[-1] += "%("
                 continue
-            self.parts += [key, ""]
-            self.spans.append(match.span())  # of each key that stands in parts
-            if key.startswith("@") and key not in BUILT_IN:
-                raise TemplateError("%%(%s) is none of %s%s" % (key, ", ".join(
-                    "%%(%s)" % name for name in BUILT_IN), hint(key, BUILT_IN)), text, match.start())
-            self.keys += [key] if key not in self.keys and key not in BUILT_IN else []
+            self._note(match)
+            self.parts += [self.places[-1].exact or "*", ""]
         self.parts[-1] += text[end:]
+        self.keys += ["*"] * any(place.key is None for place in self.places)
+        self.named = self.keys
+
+    def _note(self, match):
+        """Add a placeholder that was found."""
+        place = self._placeholder(match)
+        self.spans.append(match.span())
+        self.places.append(place)
+        if (place.key or "").startswith("@") and place.key not in BUILT_IN:
+            self.refuse(-1, "%%(%s) is none of %s%s" % (place.key, ", ".join(
+                "%%(%s)" % name for name in BUILT_IN), hint(place.key, BUILT_IN)))
+        if place.kind == "switch" and match.group("items"):
+            self.refuse(-1, "a switch has no items: write %(--[no-]key) or %(--key...)")
+        if place.key and place.key not in self.keys and place.key not in BUILT_IN:
+            self.keys.append(place.key)
+
+    @staticmethod
+    def _placeholder(match):
+        typed, option, key = match.group(), match.group("option"), match.group("key")
+        if match.group("fact"):
+            return Placeholder(typed, match.group("fact"), match.group("fact"), "", "value", "")
+        if match.group("all"):
+            return Placeholder(typed, None, None, "", "hydra" if match.group("all") == "*" else "option",
+                               match.group("all") == "--*-")
+        if option:
+            kind = "options" if match.group("items") and option == "--" else "option" if option == "--" else "switch"
+            return Placeholder(typed, key, key.replace("-", "_"), "--" + key, kind, option[3:-1])
+        return Placeholder(typed, key, key.replace("-", "_"), "", "items" if match.group("items") else "value", "")
+
+    def words(self, args):
+        """Return the words that one word of an argv list becomes, each value in it unquoted."""
+        if len(self.places) == 1 and self.places[0].is_words:
+            return self.places[0].words(args, self.named)
+        return [self.plain(args)]
+
+    def check_word(self):
+        """Raise TemplateError where a placeholder that becomes any number of words is only a part of a word."""
+        for number, place in enumerate(self.places):
+            if place.is_words and (self.places[1:] or any(self.parts[::2])):
+                self.refuse(number, NO_WORD % place.typed)
 
     def plain(self, args):
         """Return the text with each value unquoted, for a word of an argv list."""
@@ -10401,8 +10532,8 @@ class Template:
     def filled(self, args, writers):
         """Return the text with each value written by its writer; raises LabtaskerValueError if one is missing."""
         parts = list(self.parts)
-        for number, write in enumerate(writers):
-            parts[2 * number + 1] = write(_value_at(args, parts[2 * number + 1]))
+        for number, (place, write) in enumerate(zip(self.places, writers)):
+            parts[2 * number + 1] = write(place.words(args, self.named) if place.is_words else place.value(args))
         return "".join(parts)
 
     def marked(self):
@@ -10425,16 +10556,8 @@ def _template_mistake(text, begin):
         return "this %( is not closed: write %(key), or %%( for the characters themselves"
     if not inside.strip():
         return "there is no key: write %(key), or %%( for the characters themselves"
-    return ("%r is no key: letters, digits, '_' and '-', with dots for nested keys; "
-            "write %%%%( for the characters %%( themselves" % inside)
-
-
-def _value_at(args, key):
-    """Return the value at the dotted `key`; LabtaskerValueError if there is none."""
-    value = get_path(args, key.split("."), args)
-    if value is args:
-        raise LabtaskerValueError("the task's args have no %r for %%(%s)" % (key, key))
-    return value
+    return ("%r is no key: letters, digits, '_' and '-', with dots for nested keys. There are %s; "
+            "write %%%%( for the characters %%( themselves" % (inside, ", ".join(FORMS)))
 
 
 def value_text(value):
@@ -10769,10 +10892,23 @@ def shell_writers(template, is_zsh=False):
     reader, writers = _ShellReader(template, is_zsh), []
     for number, (begin, end) in enumerate(template.spans):
         text, place, way = reader.text, reader.places[number], reader.ways[number]
-        spot = Spot(template.parts[2 * number + 1], text[max(0, place - 2):place], text[place + 1:place + 2],
+        spot = Spot(template.places[number].key, text[max(0, place - 2):place], text[place + 1:place + 2],
                     template.text[begin:end])
+        if template.places[number].is_words and way != "comment":
+            is_alone = ALONE_BEFORE.search(spot.before) and ALONE_AFTER.match(spot.after)
+            if way not in ("bare", "word") or not is_alone:
+                template.refuse(number, NO_WORD % spot.typed + ", outside of quotes")
+            writers.append(functools.partial(_write_words, spot=spot))
+            continue
         writers.append(functools.partial(SHELL_WRITERS["word" if way == "bare" and is_zsh else way], spot=spot))
     return writers
+
+
+ALONE_BEFORE, ALONE_AFTER = Pattern(r"(?:\A|[\s;&|(])\Z"), Pattern(r"[\s;&|)]|\Z")
+
+
+def _write_words(words, spot):
+    return " ".join(quoted(_text_of(word, spot)) for word in words)
 
 
 # A script may be Python: there a value becomes a literal, or part of a string literal.
@@ -10797,6 +10933,9 @@ def _python_part(value):
 def python_writers(template):
     """Return the writer of each placeholder in a Python text; raises TemplateError where no value can be put safely."""
     text, places = template.marked()
+    for number, place in enumerate(template.places):
+        if place.is_words:
+            template.refuse(number, "%s becomes words, which Python text has none of: write %%(key)" % place.typed)
     writers = dict.fromkeys(places, _python_literal)
     for match in PYTHON_TOKEN.finditer(text):
         comment, prefix = match.group("comment"), match.group("prefix") or ""
@@ -10810,7 +10949,7 @@ def python_writers(template):
                 writers[place] = lambda value, typed=template.text.__getitem__(slice(*template.spans[number])): typed
             elif match.group("open") or prefix not in ("", "u", "U") or OPEN_ESCAPE.search(text[match.start():place]):
                 template.refuse(number, "no value can be put safely here in Python text: set a variable before it, "
-                                        "V = %%(%s), and use V here" % template.parts[2 * number + 1])
+                                        "V = %%(%s), and use V here" % template.places[number].key)
             else:
                 writers[place] = _python_part
     for number, place in enumerate(places):
@@ -10836,7 +10975,7 @@ def writers_for(program, template):
             return python_writers(template)
     raise UsageError("values can be put into a text for sh, bash, dash, ksh, zsh and Python. How %s reads it is not "
                      "known: give it the values as words, as in loop -- %s FILE '%%(%s)'" % (
-                         name, " ".join(program), template.keys[0]))
+                         name, " ".join(program), template.places[0].key or "*"))
 
 
 class JobCommand:
@@ -10855,13 +10994,19 @@ class JobCommand:
         self.writers = None if argv else writers_for(self.program(), self.templates[0])
         self.cmd = list(argv) if argv else shell or [executable or "/bin/sh", str(script_path)]
         self.workdir, self.origin = workdir and Template(workdir), os.getcwd()
-        self.keys = list(collections.OrderedDict.fromkeys(
-            key for one in self.templates + [self.workdir] * bool(workdir) for key in one.keys))
+        templates = self.templates + [self.workdir] * bool(workdir)
+        for template in templates[:len(argv or ())] + templates[len(self.templates):]:
+            template.check_word()
+        self.keys = list(collections.OrderedDict.fromkeys(key for one in templates for key in one.keys))
+        for template in templates:
+            template.named = self.keys
 
     def words(self, args, folder):
         """Return (argv list, path of a script to be removed later or None); LabtaskerValueError if a key is missing."""
         if self.is_argv:
-            words = [template.plain(args) for template in self.templates]
+            words = [word for template in self.templates for word in template.words(args)]
+            if not words:
+                raise LabtaskerValueError("with this task's args the command has no words")
             is_relative = self.workdir and os.path.dirname(words[0])
             return [os.path.join(self.origin, words[0])] + words[1:] if is_relative else words, None
         text = self.templates[0].filled(args, self.writers)
@@ -14404,7 +14549,9 @@ def typed_arguments(words):
         word = words.popleft()
         match = re.match(ARGUMENT, word)
         if not match:
-            raise UsageError("task arguments look like --name=value, not %r" % word)
+            last = list(found)[-1:]
+            raise UsageError("task arguments look like --name=value, not %r%s" % (word, last and (
+                ". A list is written --%s='[1, 2]'; %%(%s...) makes words of it" % (last[0], last[0])) or ""))
         key, text = match.group(1).replace("-", "_"), match.group(2)
         if text is None:
             text = words.popleft() if words and not re.match(r"-[^\d.]", words[0]) else True
@@ -14610,10 +14757,21 @@ def settings_reference():
 
 
 def job_reference():
-    """Return the variables that a loop gives to its jobs, and the placeholders that are built in."""
-    rows = [[name, meaning] for name, meaning in JOB_VARIABLES.items()]
-    rows += [["%%(%s)" % name, meaning] for name, meaning in BUILT_IN.items()]
-    return "A job has these variables; in a template the placeholders stand for:\n\n" + render_table(rows)
+    """Return the variables that a loop gives to its jobs."""
+    return "A job has these variables (help template: what may stand in its command):\n\n" + render_table(
+        [[name, meaning] for name, meaning in JOB_VARIABLES.items()])
+
+
+def template_reference():
+    """Return the placeholders of a command, and the variables of a job."""
+    rows = [[form, meaning] for form, meaning in FORMS.items()]
+    facts = [["%%(%s)" % name, meaning] for name, meaning in BUILT_IN.items()]
+    return "\n".join([
+        "A command takes the tasks whose arguments are exactly its keys; with a star they may have more.", "",
+        "In -- WORDS, in -c TEXT, in a script:", "", render_table(rows), "",
+        "A dash in a key stands for the underscore that a submission made of it. %%( stands for %( itself.",
+        "All forms but the first are words of their own, outside of quotes, and not for Python text.", "",
+        "Facts of the run:", "", render_table(facts), "", job_reference()])
 
 
 def journal_reference():
@@ -15136,10 +15294,22 @@ def metadata_of(options):
     return None if options.metadata is None else joined(dict_of(options.metadata, "--metadata"), {}, "metadata")
 
 
+def _check_collisions(given):
+    """Raise UsageError where one task argument is a value, and another stands below it."""
+    for key in given:
+        below = [other for other in given if other.startswith(key + ".")]
+        if below:
+            words = " ".join("%s=%s" % (one, given[one]) for one in [key] + below)
+            raise UsageError("--%s and --%s collide: a key can't have a value and keys below it. To hand both to a "
+                             "program as words, as Hydra takes them, submit one text, --over=%s, and use %%(over...) "
+                             "in the command" % (key, below[0], quoted(words)))
+
+
 def _submissions(options):
     """Return what `task submit` was asked to submit, as a list of dicts; raises UsageError where that is nothing."""
     given = typed_arguments(options.rest or [])
     fixed = {} if options.args is None else dict_of(options.args, "--args")
+    _check_collisions(given)
     if options.grid:
         values = [grid_values(key, text) for key, text in given.items()]
         rows = [{"args": dict(zip(given, row))} for row in itertools.product(*values)]
@@ -15606,8 +15776,8 @@ def _mismatches(cmd, task):
 
     def within(inner, outer):
         return inner == outer or inner.startswith(outer + ".")
-    missing = [key for key in keys if not any(within(path, key) for path in has)]
-    extra = sorted(path for path in has if not any(within(path, key) for key in keys))
+    missing = [key for key in keys if key != "*" and not any(within(path, key) for path in has)]
+    extra = sorted(path for path in has if "*" not in keys and not any(within(path, key) for key in keys))
     return ["the task lacks %s" % key for key in missing] + ["the command lacks %%(%s)" % path for path in extra]
 
 
@@ -16732,6 +16902,9 @@ COMMANDS = {
         "labtasker report acc=0.9 --step 3",
         [option("NAME=VALUE", "values are Python literals, else text; dots nest", dest="values", nargs="+"),
          option("--step N", "the step that they belong to", type=literal)]),
+    "help template": Command(
+        lambda options: show(template_reference()), "Print the placeholders of commands, and the variables of a job.",
+        "labtasker help template"),
     "loop": Command(
         do_loop, "Run a command for each pending task whose arguments it takes. Then end.",
         "labtasker loop -- python train.py --lr '%(lr)' --model '%(model)'",

@@ -1,4 +1,5 @@
 """Templates: `%(key)` in commands. The cases are in cases/templates.txt."""
+import argparse
 import json
 import random
 import re
@@ -242,3 +243,105 @@ def test_any_text_is_taken_or_refused_with_a_column(text):
         assert text[error.column:error.column + 2] == "%("
     else:
         assert set("".join(template.parts[::2])) <= set(text)
+
+
+# Placeholders that become words
+
+
+def words_of(args, *argv, shell=None):
+    command = labtasker.JobCommand(list(argv) or None, shell)
+    return command.words(args, None)[0]
+
+
+@pytest.mark.parametrize("placeholder, value, words", [
+    ("%(--k)", 0.5, ["--k=0.5"]), ("%(--k)", True, ["--k"]), ("%(--k)", False, []), ("%(--k)", None, []), ("%(--k)", 0, ["--k=0"]),
+    ("%(--k)", "", ["--k="]), ("%(--k)", "a b'$(x)\n", ["--k=a b'$(x)\n"]), ("%(--k)", [1, "a"], ['--k=[1, "a"]']), ("%( --k )", 1, ["--k=1"]),
+    ("%(--[no-]k)", True, ["--k"]), ("%(--[no-]k)", False, ["--no-k"]), ("%(--[no-]k)", None, []), ("%(--[no]k)", False, ["--nok"]),
+    ("%(k...)", [1, "a b", None], ["1", "a b", "None"]), ("%(k...)", [], []), ("%(k...)", "a 'b c' d=${x}", ["a", "b c", "d=${x}"]),
+    ("%(k...)", 3, ["3"]), ("%(k...)", None, []), ("%(k...)", "", []), ("%(k...)", False, ["False"]),
+    ("%(--k...)", [1, "x y"], ["--k=1", "--k=x y"]), ("%(--k...)", "a b", ["--k=a", "--k=b"]), ("%(--k...)", None, [])])
+def test_a_placeholder_becomes_no_word_one_or_several(placeholder, value, words):
+    assert words_of({"k": value}, "run", placeholder, "end") == ["run"] + words + ["end"]
+    found = subprocess.run(words_of({"k": value}, shell="printf '%s\\0' " + placeholder + " end"), stdout=subprocess.PIPE).stdout
+    assert found.decode().split("\0")[:-1] == words + ["end"]
+
+
+ARGS = {"lr": 0.1, "opt": {"name": "a dam", "betas": [0.9, 0.99]}, "flag": True, "off": False, "none": None, "n_layers": 3, "empty": {}}
+
+
+@pytest.mark.parametrize("placeholder, words", [
+    ("%(--*)", ["--lr=0.1", "--opt.name=a dam", "--opt.betas=[0.9, 0.99]", "--flag", "--n_layers=3", "--empty={}"]),
+    ("%(--*-)", ["--lr=0.1", "--opt.name=a dam", "--opt.betas=[0.9, 0.99]", "--flag", "--n-layers=3", "--empty={}"]),
+    ("%(*)", ["lr=0.1", "opt.name='a dam'", "opt.betas=[0.9,0.99]", "flag=true", "off=false", "none=null", "n_layers=3", "empty={}"])])
+def test_a_star_stands_for_all_arguments_but_those_that_the_template_names(placeholder, words):
+    assert words_of(ARGS, "run", placeholder) == ["run"] + words
+    named = [word for word in words if not re.match("(--)?(lr|opt.name)=", word)]
+    assert words_of(ARGS, "run", "%(lr)", placeholder, "%(--opt.name)") == ["run", "0.1"] + named + ["--opt.name=a dam"]
+    assert labtasker.JobCommand(["run", placeholder]).keys == ["*"]
+    assert labtasker.JobCommand(["run", "%(lr)", placeholder]).keys == ["lr", "*"]
+    assert words_of(dict(ARGS, **{"@task": "id"}), "run", placeholder, "%(@task)") == ["run"] + words + ["id"]
+
+
+@pytest.mark.parametrize("value, text", [
+    ("adam", "adam"), ("a/b.c", "a/b.c"), ("1", "'1'"), ("true", "'true'"), ("Null", "'Null'"), ("", "''"), ("it's", "'it\\'s'"), ("a,b", "'a,b'"),
+    ("x\\", "'x\\\\'"), ("\\'", "'\\\\\\''"), ("a\\b", "'a\\b'"), ("${opt.lr}", "${opt.lr}"), ("a ${b}", "'a ${b}'"), ([1, "b c", None], "[1,'b c',null]"),
+    ({"a": {"b": True}}, "{a:{b:true}}"), (float("inf"), "inf"), (1e-5, "1e-05"), ("nan", "'nan'"), (".5", "'.5'")])
+def test_a_value_for_hydra_is_quoted_where_it_would_be_read_as_something_else(value, text):
+    assert labtasker.hydra_text(value) == text
+
+
+@pytest.mark.parametrize("argv, says", [
+    (["run", "--lr=%(--lr)"], "word of its own"), (["run", "x%(k...)"], "word of its own"), (["run", "%(--a)%(--b)"], "word of its own"),
+    (["run", "%(*) "], "word of its own"), (["run", "%(--[no-]k...)"], "a switch has no items"), (["run", "%(--)"], "is no key"),
+    (["run", "%(**)"], "is no key"), (["run", "%(k..)"], "is no key"), (["run", "%(--[yes]k)"], "is no key"), (["run", "%(@slots)"], "did you mean @slot")])
+def test_a_placeholder_that_can_not_be_read_there_is_shown_before_anything_is_fetched(argv, says):
+    with pytest.raises(TemplateError, match=re.escape(says)) as caught:
+        labtasker.JobCommand(argv)
+    assert str(caught.value).endswith("^")
+
+
+@pytest.mark.parametrize("text", ["echo '%(k...)'", 'echo "%(--k)"', "echo x%(--k)", "echo %(--*)x", "echo $((%(k...)))", "x=%(--k)", "cat <<E\n%(--k)\nE"])
+def test_words_are_refused_within_quotes_and_within_a_word(text):
+    with pytest.raises(TemplateError):
+        labtasker.JobCommand(shell=text)
+
+
+@pytest.mark.parametrize("argv, args, says", [
+    (["run", "%(k...)"], {"k": {"a": 1}}, "takes a list or a text"), (["run", "%(k...)"], {"k": "it's"}, "can't be split"),
+    (["run", "%(--[no-]k)"], {"k": 1}, "takes True, False or None"), (["%(k...)"], {"k": []}, "no words"), (["run", "%(--a.b)"], {"a": 1}, "have no 'a.b'")])
+def test_a_value_that_can_not_become_words_fails_its_run_with_a_word(argv, args, says):
+    with pytest.raises(labtasker.LabtaskerValueError, match=says):
+        words_of(args, *argv)
+
+
+def test_a_dash_in_a_placeholder_stands_for_the_underscore_of_the_submission():
+    assert labtasker.JobCommand(["run", "%(learning-rate)", "%(--weight-decay)"]).keys == ["learning_rate", "weight_decay"]
+    assert words_of({"learning_rate": 1, "weight_decay": 2}, "run", "%(learning-rate)", "%(--weight-decay)") == ["run", "1", "--weight-decay=2"]
+
+
+@pytest.mark.slow
+def test_what_is_submitted_comes_out_of_argparse_as_it_went_in():
+    dice = random.Random(1)
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--text")
+    parser.add_argument("--switch", action="store_true")
+    parser.add_argument("--many", nargs="*")
+    parser.add_argument("--each", action="append")
+    letters = ["a", " ", "'", '"', "\n", "$(x)", "\u00e9", "-", "--", "\\", "`", "=", "%(a)", "*", "\t", "\u2028"]
+    for _ in range(2000):
+        def text():
+            made = "".join(dice.choice(letters) for _ in range(dice.randrange(5)))
+            return "x" if made == "--" else made  # argparse itself loses that one
+        many = ["x" + text() for _ in range(dice.randrange(3))]
+        args = {"text": text(), "switch": dice.random() < 0.5, "many": many, "each": [text() for _ in range(dice.randrange(3))]}
+        words = words_of(args, "run", "%(--text)", "%(--switch)", "%(--each...)", "--many", "%(many...)")
+        assert vars(parser.parse_args(words[1:])) == dict(args, each=args["each"] or None)
+
+
+def test_a_star_takes_tasks_with_any_further_keys(home):
+    ids = [labtasker.submit_task(args=args).task_id for args in ({"lr": 1}, {"lr": 1, "more": True}, {"more": 2})]
+    run = home.cli("loop", "--", "echo", "%(--lr)", "%(--*-)")
+    assert [labtasker.get_task(one).status for one in ids] == ["success", "success", "pending"]
+    assert "--lr=1\n" in run.stdout and "--lr=1 --more\n" in run.stdout
+    home.cli("loop", "-c", "echo %(*)")
+    assert labtasker.get_task(ids[2]).status == "success"
