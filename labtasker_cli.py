@@ -1204,7 +1204,8 @@ def viewed(store, records, request, at):
               "fields": fields, "at": at}
     if request["choose"]:
         others = chosen[::len(chosen) // MOST_CHOSEN_OF + 1]
-        answer["chosen"] = chosen_of(store, shown + others, request["sort"] or ())
+        looked_at = {record.task_id: record for record in shown + others}
+        answer["chosen"] = chosen_of(store, looked_at.values(), request["sort"] or ())
     return answer
 
 

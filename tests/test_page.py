@@ -294,6 +294,8 @@ def test_a_view_chooses_the_columns_of_task_ls_and_tells_the_last_line_of_a_fail
     assert chosen["letters"]["args.lr"] == 5 and "chosen" not in view(server)
     assert view(server, choose=True, sort=[["priority", 1]])["chosen"]["same"]["priority"] == 0
     assert view(server, choose=True, extra_filter={"task_name": "none"})["chosen"]["columns"] == []
+    one = view(server, choose=True, extra_filter={"task_id": search(server, None)[0]["task_id"]})["chosen"]
+    assert one["same"] == {} and {"status", "task_name", "args.dataset"} <= set(one["columns"]), "a single row has all as columns"
 
 
 # With a browser
