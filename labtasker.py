@@ -1140,10 +1140,11 @@ INSTEAD = {word: message.format(word) for words, message in (  # words that peop
               "[...], use exists(field, False), or a regex() that excludes it"),
     ("=", "equality is written =="),
     ("is", "equality is written ==, also with None"),
-    ("&& &", "{} is written and"), ("|| |", "{} is written or"),
+    ("&& &", "write and instead of {}"), ("|| |", "write or instead of {}"),
     ("// ** ~", "there is no {}; the arithmetic is + - * / %"),
-    ("AND", "{} is written and"), ("OR", "{} is written or"), ("IN", "{} is written in"),
-    ("true", "{} is written True"), ("false", "{} is written False"), ("null none nil", "{} is written None"),
+    ("AND", "write and instead of {}"), ("OR", "write or instead of {}"), ("IN", "write in instead of {}"),
+    ("true", "write True instead of {}"), ("false", "write False instead of {}"),
+    ("null none nil", "write None instead of {}"),
 ) for word in words.split()}
 INSTEAD["<>"] = INSTEAD["!="].replace("!=", "<>")
 
