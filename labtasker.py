@@ -1905,7 +1905,7 @@ def _calculated_with(value, level=0, is_inner=False):
     if isinstance(value, str) and is_inner and value.startswith("$"):
         yield value[1:]
     for key, each in value.items() if isinstance(value, dict) and level < MAX_LEVELS else ():
-        for one in each if isinstance(each, list) else [each]:
+        for one in () if key in ("$in", "$nin", "$all") else each if isinstance(each, list) else [each]:
             yield from _calculated_with(one, level + 1, key in ARITHMETIC.values())
 
 
@@ -1940,7 +1940,7 @@ def _unknown_status(field, sign, value, states):
     """Return [a sentence] where a status is compared with none of the states, or with a pattern that fits none."""
     try:
         is_known = any(re.search(value, one) for one in states) if sign == "regex" else sign != "==" or value in states
-    except re.error:  # that is told by who compiles it
+    except Exception:  # it is no pattern, or none that can be compiled: who does that tells it
         return []
     return [] if is_known else ["%s is never true%s The statuses are %s" % (
         as_compared(field, sign, value), hint(value, states) or ".", ", ".join(states))]
@@ -1948,8 +1948,8 @@ def _unknown_status(field, sign, value, states):
 
 def as_compared(field, sign, value):
     """Return a comparison as it stands in a filter."""
-    shown = "date(%s)" % json.dumps(value["_dt"]) if sort_of(value) == "a time" else value if isinstance(
-        value, bool) else json.dumps(value)
+    shown = json.dumps(value, ensure_ascii=False) if isinstance(value, str) else repr(value)
+    shown = "date(%s)" % json.dumps(str(value["_dt"])) if sort_of(value) == "a time" else shown
     return "regex(%s, %s)" % (field, shown) if sign == "regex" else "%s %s %s" % (field, sign, cut(str(shown)))
 
 

@@ -538,3 +538,21 @@ def test_any_key_can_be_written_in_brackets(key):
 def finds(text, record):
     document = labtasker.parse_filter(text, Record._fields, 0)
     return labtasker.compile_query(json.loads(json.dumps(document)), Record._fields)(record)
+
+
+ODD = [None, 1, "x", [], {}, object(), {1: 2}, {"$eq": object()}, [object()], {(1, 2): 3}, float("nan"), b"x", {"_dt": object()}, {"_dt": 5}]
+
+
+@pytest.mark.parametrize("key", ["status", "created_at", "priority", "args.x", "args", "_id", "$and", "$or", "$expr", "$nor", 5, None])
+def test_doubts_about_a_query_never_raise_whatever_it_is(key):
+    """What is wrong with the query itself is told by who reads it."""
+    fields = labtasker.visible(labtasker.TASK_FIELDS)
+    for odd in ODD:
+        for operand in [odd, [odd]] + [{name: each} for name in ("$gt", "$in", "$regex", "$not", "$add", "$x", 3) for each in (odd, [odd])]:
+            for text in labtasker.doubts({key: operand}, fields, labtasker.TASK_STATES):
+                assert isinstance(text, str)
+    deep = {"$and": []}
+    for _ in range(5000):
+        deep = {"$and": [deep], "$expr": {"$add": [deep]}} if _ < 3 else {"$and": [deep]}
+    assert labtasker.doubts(deep, fields, labtasker.TASK_STATES) == []
+    assert labtasker.doubts({"status": {"$regex": "("}}, fields, labtasker.TASK_STATES) == []
