@@ -232,7 +232,7 @@ def hint(word, choices):
 def field_hint(name, fields):
     """Return "; did you mean args.lr or summary.lr?" for a dotted name that starts with none of the fields: it may be
     one of these misspelled, or a key within one."""
-    top, dot, rest = name.partition(".")
+    top, dot, rest = name[:100].partition(".")
     like = next((prefix + top for prefix in ("task_", "worker_") if prefix + top in fields), None)
     near = nearest(top, fields, 0.6 if dot else 0.8)
     homes = [home for home in ("args", "summary", "metadata") if home in fields and not near]
@@ -842,8 +842,8 @@ class _Tokens:
 
     def around(self, column):
         """Return what stands around a column, from blank to blank, bracket, comma or sign of comparison."""
-        begin = re.search(r"[^\s()\[\],<>=!\"']*\Z", self.text[:column]).start()
-        return re.match(r"[^\s()\[\],<>=!\"']*", self.text[begin:]).group()
+        begin = column - len(re.search(r"[^\s()\[\],<>=!\"']*\Z", self.text[max(0, column - 100):column]).group())
+        return re.match(r"[^\s()\[\],<>=!\"']*", self.text[begin:column + 100]).group()
 
     def if_text(self):
         """Return what to write where the next token goes on, or begins, a text without quotes; else nothing."""
