@@ -664,6 +664,11 @@ def _amounts(text):
     return total if end else None
 
 
+def after(at, place):
+    """Return the time of the place-th change of a transaction. The times differ, which keeps the changes in order."""
+    return Instant(round(at + place * 1e-6, 6)) if place else at
+
+
 def parse_duration(value):
     """Return the seconds that a number, or text like "90", "10 min" or "1h30m", means; LabtaskerValueError else."""
     seconds = value if type(value) in (int, float) else None
@@ -1770,6 +1775,7 @@ WORKER_FIELDS = {
     "max_retries": Field("count", 3, False, "failed runs at which it is crashed and gets no more tasks"),
     "created_at": Field("time", None, False, "when it was registered"),
     "last_modified": Field("time", None, False, "when it last changed"),
+    "ended_at": Field("time", None, True, "when the loop that had made it for itself ended; null: that was not told"),
 }
 QUEUE_FIELDS = {
     "queue_id": Field("id", None, False, "UUID4"),
@@ -1968,6 +1974,17 @@ def never(field, held, sign, value, where=""):
     elif sign != "regex" and held == "a text" and isinstance(value, (int, float)):
         meant = json.dumps(str(value))
     return text + ("; write %s %s %s" % (field, sign, meant) if meant else "")
+
+
+def misfits(required, shape):
+    """Return (the required dotted keys that tasks of this `shape` lack, the dotted keys that they have besides). Both
+    are empty where `covers` is true."""
+    def within(inner, outer):
+        return inner == outer or inner.startswith(outer + ".")
+    has, keys = sorted(".".join(path) for path in shape), [key for key in required if key != "*"]
+    missing = [key for key in keys if not any(within(path, key) for path in has)]
+    extra = [path for path in has if not any(within(path, key) for key in keys)]
+    return tuple(missing), () if "*" in required or not required else tuple(extra)
 
 
 # 4. Journal ##################################################################
@@ -3497,7 +3514,7 @@ _SHAPES = _Remembered(4 << 20)  # keys of args whose values are no dicts: shape
 _TAKEN = _Remembered(4 << 20)  # (required fields, shape): whether they take it
 
 
-def _shape_of(args):
+def shape_of(args):
     """Return the set of paths in `args`."""
     for value in args.values():
         if type(value) is dict and value:
@@ -3506,7 +3523,7 @@ def _shape_of(args):
     return _SHAPES.get(keys) or _SHAPES.keep(keys, paths_of(args), 3 * _weight_bytes(keys))
 
 
-def _takes(required, shape):
+def takes(required, shape):
     """Return whether a fetch with these required fields takes tasks of this shape."""
     known = _TAKEN.get((required, shape))
     if known is None:
@@ -3593,11 +3610,11 @@ class Pending:
         if len(self.resting) > MOST_LOOKED_AT:
             return self.next_release()
         found = map(self.tasks.get, self.resting)
-        return min((task.not_before for task in found if (predicate is None or predicate(task)) and _takes(
-            required, _shape_of(task.args))), default=None)
+        return min((task.not_before for task in found if (predicate is None or predicate(task)) and takes(
+            required, shape_of(task.args))), default=None)
 
     def _place(self, entry, task):
-        shape = _shape_of(task.args)
+        shape = shape_of(task.args)
         heap = self.heaps.get(shape)
         if heap is None:
             heap = self.heaps[shape] = []
@@ -3613,7 +3630,7 @@ class Pending:
 
     def retire(self, task):
         """Remove a record that is no longer pending, or that another one replaces."""
-        shape = _shape_of(task.args)
+        shape = shape_of(task.args)
         count = self.counts[shape] = self.counts[shape] - 1
         heap = self.heaps[shape]
         if not count:
@@ -3661,7 +3678,7 @@ class Pending:
             return self.first_matching(required, None, None)
         heaps = self.taking.get(required)
         if heaps is None:
-            heaps = [heap for shape, heap in self.heaps.items() if _takes(required, shape)]
+            heaps = [heap for shape, heap in self.heaps.items() if takes(required, shape)]
             self.taking.keep(required, heaps, _weight_bytes(required) + 8 * len(heaps))
         tops = [top for top in map(self._top, heaps) if top]
         return self.tasks[min(tops)[3]] if tops else None
@@ -3691,12 +3708,12 @@ class Pending:
         """Return the entries in `lists` that match. Needs no lock: what changes meanwhile is in the log."""
         found = []
         for shape, entries in lists:
-            if shape is not None and not _takes(asked.required, shape):
+            if shape is not None and not takes(asked.required, shape):
                 continue
             for entry in entries:
                 task = self.alive(entry)
                 if task and (asked.predicate is None or asked.predicate(task)) and (
-                        shape is not None or _takes(asked.required, _shape_of(task.args))):
+                        shape is not None or takes(asked.required, shape_of(task.args))):
                     found.append(entry)
         return found
 
@@ -4621,7 +4638,7 @@ class Store:
     def is_quick(self, queue_id, request):
         """Return whether a fetch is answered without examining many tasks."""
         queue = self.state.queues.get(self.state.id_of(queue_id))
-        return not queue or queue.pending.is_quick(_required(request), request.get("filter_text"))
+        return not queue or queue.pending.is_quick(required_of(request), request.get("filter_text"))
 
     def stand(self, queue_id, request):
         """Keep the matches of a fetch current from now on. The tasks are searched without the lock, as there may be a
@@ -4631,7 +4648,8 @@ class Store:
                 return
             with self.lock:
                 pending = self._queue(queue_id, False).pending
-                begun = pending.begin_standing(_required(request), request.get("filter_text"), request.get("predicate"))
+                begun = pending.begin_standing(
+                    required_of(request), request.get("filter_text"), request.get("predicate"))
             found = pending.matches(begun[0], begun[2])
             with self.lock:
                 pending.catch_up(*begun, found=found)
@@ -4738,11 +4756,6 @@ def _expire_runs(store, queue, request, at):
     for worker_id, count in strikes.items():
         changes += _strike(queue, worker_id, count, at)
     return changes, next_in_s
-
-
-def after(at, place):
-    """Return the time of the place-th change of a transaction. The times differ, which keeps the changes in order."""
-    return Instant(round(at + place * 1e-6, 6)) if place else at
 
 
 def _failed(task, fields, at, is_final=False):
@@ -4984,12 +4997,13 @@ def get_task_op(store, queue, request, at):
     return [], last_seen(store, task) if task.status == "running" else task
 
 
-def _required(request):
+def required_of(request):
+    """Return the required fields of a fetch as a tuple in a fixed order."""
     return tuple(sorted(set(request["required_fields"] or ())))
 
 
 def _next_task(store, queue, request):
-    required = _required(request)
+    required = required_of(request)
     if request["extra_filter"] is None:
         return queue.pending.first(required)
     return queue.pending.first_matching(required, request["filter_text"], request["predicate"])
@@ -5026,14 +5040,15 @@ def fetch_task_op(store, queue, request, at):
         fields["task_timeout"] = request["eta_max"]
     if request.get("attempt"):
         fields["attempts"] = _attempts_begun(task, request["attempt"], fields)
-    return [["task", task.task_id, fields, task.status]], {"found": True, "task": _revised(task, dict(fields))}
+    back = [["worker", worker_id, {"ended_at": None}, None]] if worker_id and worker.ended_at else []
+    return [["task", task.task_id, fields, task.status]] + back, {"found": True, "task": _revised(task, dict(fields))}
 
 
 def _nothing_found(queue, request, at):
     """Return the answer to a fetch that gets no task; `retry_in_s`: until the pause of one that fits is over."""
     answer, next_at = {"found": False, "task": None}, None
     if queue.pending.delayed:
-        next_at = queue.pending.next_delayed(_required(request), request.get("predicate"))
+        next_at = queue.pending.next_delayed(required_of(request), request.get("predicate"))
     return answer if next_at is None else dict(answer, retry_in_s=max(0.0, round(next_at - at, 3)))
 
 
@@ -5094,7 +5109,7 @@ def report_task_op(store, queue, request, at):
     if run_id is not None and run_id != task.run_id:
         raise Conflict("run %s of task %s is over: the task was fetched, reset or cancelled since (it is %s)"
                        % (run_id, task.task_id, task.status))
-    fields = _summarised(task, request)
+    fields, ended = _summarised(task, request), _ended(task, request, at)
     if run_id is None and request.get("worker_id") not in (None, task.worker_id):
         raise Conflict("task %s is not run by worker %s (it is %s)" % (task.task_id, request["worker_id"], task.status))
     is_late = run_id is not None and task.status != "running" and status != "cancelled"
@@ -5104,13 +5119,18 @@ def report_task_op(store, queue, request, at):
     if is_late:
         return _report_late(task, request, at), None
     if task.attempts and task.status == "running":
-        fields.update(_attempt_over(task, at, status, request.get("reason"), request.get("attempt")))
+        fields.update(_attempt_over(task, ended, status, request.get("reason"), request.get("attempt")))
     return REPORTS[status](queue, task, fields, request, at), None
 
 
 def _summarised(task, request):
     summary = request.get("summary")
     return {"summary": merge(task.summary, unflatten(summary, "summary"))} if summary else {}
+
+
+def _ended(task, request, at):
+    """Return when the run of a report ended: the report may come late. Not before its start, and not after `at`."""
+    return min(at, Instant(round((task.start_time or at) + request["took_s"], 6))) if request.get("took_s") else at
 
 
 def _changed(task, fields, old_state, at):
@@ -5134,7 +5154,7 @@ def _report_late(task, request, at):
     fields.setdefault("summary", summary)
     if status == "pending":
         fields.update(interruptions=task.interruptions + 1, reason=request.get("reason"), **_pause(request, at))
-    fields.update(_attempt_over(task, at, status, request.get("reason"), facts))
+    fields.update(_attempt_over(task, _ended(task, request, at), status, request.get("reason"), facts))
     return _changed(task, fields, task.status, at)
 
 
@@ -5142,19 +5162,14 @@ def _report_late(task, request, at):
 LATE_REPORTS = {"success": "succeed_late", "pending": "hand_back_late"}
 
 
-def _report_success(queue, task, fields, request, at):
-    status = move(TASK_MOVES, task.status, "succeed", "task " + task.task_id)
-    return _changed(task, dict(fields, status=status, worker_id=None, run_end="success"), task.status, at)
+def _report_over(queue, task, fields, request, at):
+    status = move(TASK_MOVES, task.status, UPDATE_EVENTS[request["status"]], "task " + task.task_id)
+    return _changed(task, dict(fields, status=status, worker_id=None, run_end=status), task.status, at)
 
 
 def _report_failed(queue, task, fields, request, at):
     change = _failed(task, dict(fields, run_end="failed"), at, request.get("final"))
     return [change] + (_strike(queue, task.worker_id, 1, at) if task.worker_id else [])
-
-
-def _report_cancelled(queue, task, fields, request, at):
-    status = move(TASK_MOVES, task.status, "cancel", "task " + task.task_id)
-    return _changed(task, dict(fields, status=status, worker_id=None, run_end="cancelled"), task.status, at)
 
 
 def _report_running(queue, task, fields, request, at):
@@ -5179,9 +5194,9 @@ def _report_pending(queue, task, fields, request, at):
 REPORTS = {
     "running": _report_running,
     "pending": _report_pending,
-    "success": _report_success,
+    "success": _report_over,
     "failed": _report_failed,
-    "cancelled": _report_cancelled,
+    "cancelled": _report_over,
 }
 
 
@@ -5301,12 +5316,14 @@ WORKER_EVENTS = {"active": "activate", "suspended": "suspend", "crashed": "crash
 
 
 def report_worker_op(store, queue, request, at):
-    """Decide a worker's new status; active again zeroes its retries."""
+    """Decide a worker's new status; active again zeroes its retries. "ended" only notes that its loop has."""
     worker, status = _worker(queue, request["worker_id"]), request["status"]
+    if status == "ended":
+        return [["worker", worker.worker_id, {"ended_at": at, "last_modified": at}, None]], None
     move(WORKER_MOVES, worker.status, WORKER_EVENTS[status], "worker " + worker.worker_id)
     fields = {"status": status, "last_modified": at}
     if status == "active":
-        fields["retries"] = 0
+        fields.update(retries=0, ended_at=None)
     return [["worker", worker.worker_id, fields, worker.status]], None
 
 
@@ -5564,7 +5581,8 @@ KINDS = {
     "duration": lambda value: _seconds(parse_duration(value) if isinstance(value, str) else value),
     "int": _int_between(-2 ** 63, 2 ** 63 - 1), "count": _int_between(0, 2 ** 31),
     "whole": _whole,
-    "status": _one_of(TASK_STATES), "worker_status": _one_of(WORKER_STATES), "answer": _one_of(("status",)),
+    "status": _one_of(TASK_STATES), "worker_status": _one_of(WORKER_STATES),
+    "worker_report": _one_of(WORKER_STATES + ("ended",)), "answer": _one_of(("status",)),
     "texts": _kind("a list of text", _is_texts),
     "cmd": _kind("text or a list of text", lambda value: isinstance(value, str) or _is_texts(value)),
     "sort": _kind("a list of at most %d [field, 1 or -1]" % MAX_SORTS, _is_sort),
@@ -5701,7 +5719,25 @@ def _run_outside(store, caller, request, route):
 def _run_fetch(store, caller, request, route):
     if not store.is_server:
         store.look_for_timeouts(caller)
-    return _run(store, caller, request, route)
+    batch, answer = _run(store, caller, request, route)
+    if request["left"] and answer["found"]:
+        answer["left"] = _left(store.state.queues[store.state.id_of(caller)].pending, request)
+    return batch, answer
+
+
+def _left(pending, request):
+    """Return how many pending tasks fit a fetch, those with a pause too. It is asked outside the lock, and of many with
+    a filter or a pause the rest is estimated."""
+    required, predicate = required_of(request), request.get("predicate")
+    asked = pending.standing.get((required, request.get("filter_text")))
+    paused = [pending.tasks.get(task_id) for task_id in list(pending.resting)[:MOST_LOOKED_AT]]
+    paused = sum(1 for task in paused if task and takes(required, shape_of(task.args)) and (
+        predicate is None or predicate(task)))
+    if not asked:
+        return paused + sum(number for shape, number in list(pending.counts.items()) if takes(required, shape))
+    entries = list(asked.heap)
+    known = sum(1 for entry in entries[:MOST_LOOKED_AT] if pending.alive(entry))
+    return paused + known * max(len(entries), 1) // max(1, min(len(entries), MOST_LOOKED_AT))
 
 
 def _run_heartbeat(store, caller, request, route):
@@ -6101,7 +6137,7 @@ ROUTES = {
         fields={"worker_id": Arg("id"), "eta_max": Arg("duration"), "heartbeat_timeout": Arg("seconds"),
                 "start_heartbeat": Arg("bool", True), "required_fields": Arg("texts"), "extra_filter": Arg("filter"),
                 "cmd": Arg("cmd"), "fetch_id": _ours("id"), "wait_s": _ours("wait", 0.0),
-                "attempt": _ours("attempt"), "heartbeat_default": _ours("bool", False)}),
+                "attempt": _ours("attempt"), "heartbeat_default": _ours("bool", False), "left": _ours("bool", False)}),
     "DELETE " + TASKS_PATH + "/next": _route(
         end_fetch_op, "end a fetch that waits, or whose answer was lost; hand_back: return its task",
         status=204, quick=_always, query={"fetch_id": _ours("id", REQUIRED), "hand_back": _ours("bool", False)}),
@@ -6115,7 +6151,7 @@ ROUTES = {
         report_task_op, "report on a run, or on a task", quick=_unless_log, run=_run_report,
         fields={"status": Arg("status", REQUIRED), "worker_id": Arg("id"), "summary": Arg("dict"),
                 "run_id": _ours("id"), "reason": _ours("text"), "attempt": _ours("attempt"), "log": _ours("log"),
-                "delay_s": _ours("seconds"), "final": _ours("bool")}),
+                "delay_s": _ours("seconds"), "final": _ours("bool"), "took_s": _ours("seconds")}),
     "POST " + TASKS_PATH + "/{task_id}/heartbeat": _route(
         heartbeat_op, "say that a run is alive", status=204, writes=False, run=_run_heartbeat, waits=_FOR_THE_END,
         quick=_always,
@@ -6140,7 +6176,7 @@ ROUTES = {
         delete_worker_op, "delete a worker", status=204, query={"cascade_update": Arg("bool", True)}),
     "POST " + WORKERS_PATH + "/{worker_id}/status": _route(
         report_worker_op, "suspend a worker, or set it active again", quick=_always,
-        fields={"status": Arg("worker_status", REQUIRED)}),
+        fields={"status": Arg("worker_report", REQUIRED)}),
 }
 
 
@@ -9313,7 +9349,8 @@ class TaskSubmitResponse(_Response):
 
 
 class TaskFetchResponse(_Response):
-    """`.found`, `.task` (a Task or None), `.retry_in_s` (seconds until a task that waits may be fetched, or None)"""
+    """`.found`, `.task` (a Task or None), `.retry_in_s` (seconds until a task that waits may be fetched, or None),
+    `.left` (how many more pending tasks fit, or None)"""
 
 
 class HealthCheckResponse(_Response):
@@ -9578,12 +9615,12 @@ def _parts(items, size, doing):
 def submit_tasks(tasks, unique=False):
     """Submit tasks, given as dicts of submit_task's arguments, and return their ids.
 
-    `unique`: a task with the args of an existing task is not submitted; its id is that of the existing task. Up to
-    5,000 tasks are one transaction. More are sent in parts, of which a failure may leave some submitted, and a message
-    on stderr says so. A server without the extensions gets them one by one."""
+    `unique`: a task with the name and args of an existing task is not submitted; its id is that of the existing task.
+    Up to 5,000 tasks are one transaction. More are sent in parts, of which a failure may leave some submitted, and a
+    message on stderr says so. A server without the extensions gets them one by one."""
     if unique:
         tasks = [dict(task, args=Plain(refuse_odd).value(task.get("args"), ["args"])) for task in tasks]
-        new, ids = unseen(tasks)
+        new, ids, _ = unseen(tasks)
         return submit_tasks(new) and ids if new else ids
     tasks, ids = [_submitted(task) for task in tasks], []
     if not client().extensions:
@@ -9611,38 +9648,44 @@ def submit_grid(grid, unique=False, **fields):
 
 
 def unseen(tasks):
-    """Return (those of the submissions whose args no task has yet, each once; the id of the task for each submission).
+    """Return (those of the submissions whose name and args no task has yet, each once; the id of the task for each
+    submission; the ids of those that were there and have failed).
 
     Of tasks without args the command counts. The ids are made of what counts: two who submit the same at once submit
     it once."""
     import hashlib
 
-    def identity(args, cmd):
-        return json.dumps(unflatten(args) if args else [cmd], sort_keys=True)
-    there = {identity(task.args, task.cmd): task.task_id for task in ls_tasks(limit=10 ** 9).content}
+    def identity(name, args, cmd):
+        what = unflatten(args) if args else [cmd]
+        return json.dumps([name, what] if name else what, sort_keys=True)
+    found = ls_tasks(limit=10 ** 9).content
+    there = {identity(task.task_name, task.args, task.cmd): task.task_id for task in found}
+    failed = {task.task_id for task in found if task.status == "failed"}
     taken, new, ids = set(there.values()), [], []
     for task in tasks:
-        key = identity(task.get("args"), task.get("cmd"))
+        key = identity(task.get("task_name"), task.get("args"), task.get("cmd"))
         if key not in there:
             made = as_uuid(hashlib.sha256(key.encode()).hexdigest())
             there[key] = new_id() if made in taken else made  # that task has other args since an update
             new.append(dict(task, task_id=there[key]))
         ids.append(there[key])
-    return new, ids
+    return new, ids, [task_id for task_id in dict.fromkeys(ids) if task_id in failed]
 
 
 def fetch_task(worker_id=None, eta_max=None, heartbeat_timeout=None, start_heartbeat=True, required_fields=None,
-               extra_filter=None, cmd=None, fetch_id=None, wait_s=None, attempt=None, heartbeat_default=None):
+               extra_filter=None, cmd=None, fetch_id=None, wait_s=None, attempt=None, heartbeat_default=None,
+               left=None):
     """Fetch the next task that matches and return `.found` and `.task`, which is running from now on.
 
     `eta_max` is a duration ("1h30m"), `heartbeat_timeout` is in seconds. `required_fields`: the keys that the task's
     args must have, no more, no less; "*" allows others. `attempt` is a dict of texts and numbers that the task keeps
-    about this run. `heartbeat_default`: a task's own heartbeat_timeout stays. Raises WorkerSuspended."""
+    about this run. `heartbeat_default`: a task's own heartbeat_timeout stays. `left`: also count the
+    pending tasks that are left. Raises WorkerSuspended."""
     body = without_none(**dict(locals(), extra_filter=query_of(extra_filter), fetch_id=fetch_id or new_id()))
     # The transport waits so much longer.
     answer = client().call("POST", TASKS_PATH + "/next", body, without_none(wait_s=wait_s))
     return TaskFetchResponse(found=answer["found"], task=answer.get("task") and Task(answer["task"]),
-                             retry_in_s=answer.get("retry_in_s"))
+                             retry_in_s=answer.get("retry_in_s"), left=answer.get("left"))
 
 
 def end_fetch(fetch_id, hand_back=None):
@@ -9655,8 +9698,8 @@ def end_fetch(fetch_id, hand_back=None):
 
 
 def send_report(task_id, status, summary=None, worker_id=None, run_id=None, reason=None, attempt=None, delay_s=None,
-                final=None, log=None):
-    """Report on a task as report_task_status does, for the given run and worker.
+                final=None, log=None, took_s=None):
+    """Report on a task as report_task_status does, for the given run and worker. The run took `took_s`.
 
     A task that is handed back is not fetched for `delay_s`; one that failed with `final` is not retried. `log` is the
     end of the run's output, as `packed_log` returns it."""
@@ -9848,6 +9891,12 @@ def ls_workers(worker_id=None, worker_name=None, status=None, extra_filter=None,
 def report_worker_status(worker_id, status):
     """Set a worker active (which sets its retries to 0), suspended or crashed."""
     ask_route("POST " + WORKERS_PATH + "/{worker_id}/status", worker_id=worker_id, status=status)
+
+
+def end_worker(worker_id):
+    """Note that the loop which made a worker for itself has ended; a server without the extensions is not told."""
+    if client().extensions:
+        report_worker_status(worker_id, "ended")
 
 
 def delete_worker(worker_id, cascade_update=True):
@@ -10316,6 +10365,15 @@ class BoundFunction:
         for name, mark in self.required.items():
             fields += [mark.alias or name] if (mark.alias or name) not in fields else []
         return fields + ["*"] if self.pass_args_dict and "*" not in fields else fields
+
+    def why_not(self, keys):
+        """Return why the function does not get these keys of a task's args, as the end of "they have lr, ..."."""
+        named = [key for key in dict.fromkeys(key.split(".")[0] for key in keys) if key in self.signature.parameters]
+        if not named:
+            return "which %s() lacks" % self.name
+        has_default = any(self.signature.parameters[name].default is not self.signature.empty for name in named)
+        return "which %s() does not take from tasks: mark %s with Required()%s" % (
+            self.name, " and ".join(named), " in place of its default" * has_default)
 
     def check_call(self, given, named):
         """Raise LabtaskerTypeError unless these arguments fill exactly the parameters that the task's args don't."""
@@ -11016,6 +11074,10 @@ class JobCommand:
         path = _write_script(text, folder)
         return self.program() + [os.fsencode(path) if os.name == "posix" else path], path
 
+    def why_not(self, keys):
+        """Return why the command does not get these keys of a task's args, as the end of "they have lr, ..."."""
+        return "which the command lacks"
+
     def folder(self, args):
         """Return the folder that a job runs in, made where it is missing; None is the loop's own."""
         if not self.workdir:
@@ -11486,7 +11548,7 @@ class RunLog:
 
 
 class Output:
-    """Takes what a job writes to its log and, as it comes, to where this process's own output goes.
+    """Takes what a job writes to its log and, as it comes and unless `quiet`, to where this process's own output goes.
 
     `ends` are what the job gets as stdout and stderr: pseudo-terminals, so that it behaves as on a terminal, or pipes.
     Where both go to the same place they are one, so that all stays in order; on Windows too, which can't wait for
@@ -11494,8 +11556,8 @@ class Output:
 
     DRAIN_S = 1  # what a process that outlived its job goes on to write is not waited for any longer
 
-    def __init__(self, log, use_pty, label="", printed=None):
-        self.log, self.ends, self.printed = log, [], printed
+    def __init__(self, log, use_pty, label="", printed=None, quiet=False):
+        self.log, self.ends, self.printed, self.quiet = log, [], printed, quiet
         try:
             sys.stdout.flush()  # what was printed before stands before the job's output
         except (OSError, ValueError, AttributeError):
@@ -11536,7 +11598,8 @@ class Output:
                     data = os.read(ours, 65536)
                 except OSError:  # so Linux says of a pseudo-terminal that nobody holds any more
                     data = b""
-                _write_out(target, shown(data))
+                if not self.quiet:
+                    _write_out(target, shown(data))
                 for take in takers:
                     take(data or None)
                 if not data:
@@ -11600,12 +11663,12 @@ class _Tee:
     A stream that takes nothing any more (a pipe that nobody reads, a full disk, none at all) is no error of the
     function: its output goes on into the log."""
 
-    def __init__(self, stream, feed):
-        self.stream, self.feed = stream, feed
+    def __init__(self, stream, feed, quiet):
+        self.stream, self.feed, self.quiet = stream, feed, quiet
 
     def write(self, text):
-        """Write, and return what the stream returns."""
-        answer = self._try(lambda: self.stream.write(text), len(text))
+        """Write, unless `quiet` to the log alone, and return what the stream returns."""
+        answer = len(text) if self.quiet else self._try(lambda: self.stream.write(text), len(text))
         self.feed(text.encode("utf-8", "replace"))
         return answer
 
@@ -11649,11 +11712,12 @@ def _discard(stream, for_good):
         pass
 
 
-def listen_in(log):
-    """Have what the function prints copied to its log; return {name in sys: Tee}.
+def listen_in(log, quiet):
+    """Have what the function prints copied to its log, with `quiet` go there alone; return {name in sys: Tee}.
 
     What it writes past Python's own streams isn't seen: to take that too would lose the last words of a crash."""
-    tees = {name: _Tee(getattr(sys, name) or open(os.devnull, "w"), log.channel()) for name in ("stdout", "stderr")}
+    tees = {name: _Tee(getattr(sys, name) or open(os.devnull, "w"), log.channel(), quiet)
+            for name in ("stdout", "stderr")}
     vars(sys).update(tees)
     return tees
 
@@ -11666,7 +11730,85 @@ def listen_no_more(tees):
             setattr(sys, name, tees[name].stream)
 
 
+# ---- When the time is up
+
+
+def told_left_s():
+    """Return the seconds until the end that the loop around this process has set, or None. On the loop's own host the
+    monotonic clock tells them."""
+    host, _, end_at = os.environ.get("LABTASKER_END_CLOCK", "").rpartition(" ")
+    end_time = os.environ.get("LABTASKER_END_TIME", "")
+    if host == host_id() and re.match(r"\d{1,12}(\.\d+)?\Z", end_at):
+        return float(end_at) - monotonic()
+    return float(end_time) - now() if re.match(r"\d{1,12}(\.\d+)?\Z", end_time) else None
+
+
+def seconds_left(given_s=None):
+    """Return the seconds that this process has: the least of `given_s` and what Slurm, PBS or a loop around it says."""
+    told = [(read(os.environ[name]), name) for name, read in TIME_SOURCES.items() if os.environ.get(name)]
+    told = [pair for pair in told + [(given_s, "--time-limit")] if pair[0] is not None]
+    left_s, name = min(told, default=(math.inf, None))
+    if name:
+        remark("the time is up in %s (%s)" % (in_words(left_s), name))
+    return left_s
+
+
+def in_words(seconds):
+    """Return a length of time as text: "1 day, 2:03:04"."""
+    return str(datetime.timedelta(seconds=min(max(0, round(seconds)), 86400 * 999999999)))
+
+
+def _until(text):
+    """Return the seconds until an instant; None if it is past (another job's) or not a number."""
+    return _in_future(float(text) - now() if re.match(r"\d{1,12}(\.\d+)?\Z", text) else None)
+
+
+def _in_future(left_s):
+    return left_s if left_s is not None and left_s > 0 else None
+
+
+def _left_in_slurm(job_id):
+    """Return the seconds left by squeue; None if a variable of Slurm has the end, or the job has none."""
+    names = "SLURM_JOB_END_TIME", "SLURM_ARRAY_JOB_ID", "SLURM_ARRAY_TASK_ID"
+    end, array, number = (os.environ.get(name) for name in names)
+    if end:
+        return None
+    said = ask_program(["squeue", "-h", "-j", "%s_%s" % (array, number) if array and number else job_id, "-o", "%L"])
+    match = re.match(r"(?:(\d+)-)?(?:(\d+):)?(\d+):(\d+)\s*\Z", said)
+    if match:
+        days, hours, minutes, seconds = (float(part or 0) for part in match.groups())
+        return ((days * 24 + hours) * 60 + minutes) * 60 + seconds
+    if said.strip() != "UNLIMITED":
+        remark("squeue does not say when job %s ends (%.40r): give --time-limit" % (job_id, said.strip()))
+    return None
+
+
+def _left_in_pbs(walltime_s):
+    """Return the seconds left of a PBS job, which started when its node file was written."""
+    if not walltime_s.isdigit():
+        return None
+    try:
+        spent_s = now() - os.stat(os.environ.get("PBS_NODEFILE", "")).st_mtime
+    except OSError:
+        spent_s = 0.0
+    return float(walltime_s) - (spent_s if 0 < spent_s < float(walltime_s) else 0.0)
+
+
+# variable -> function that returns the seconds left, from its text
+TIME_SOURCES = {"SLURM_JOB_END_TIME": _until, "SLURM_JOB_ID": _left_in_slurm, "PBS_WALLTIME": _left_in_pbs,
+                "LABTASKER_END_TIME": lambda _: _in_future(told_left_s())}
+
+
 # ---- What a loop says: of a task, and at its end
+
+
+def remark(text, head="labtasker: "):
+    """Write a line to stderr. The loop goes on if stderr is gone, or if a function has replaced it by something that
+    takes no text."""
+    try:
+        tell("%s%s" % (head, text))
+    except Exception:
+        pass
 
 
 def is_terminal(stream):
@@ -11715,6 +11857,136 @@ def fitted(text, width):
             text = text[:-1]
         text += ".."[:width]
     return text + " " * (width - cells_wide(text))
+
+
+def _lasting(seconds):
+    """Return how long something took: 0.31 s, 1.2 s, 12 s, 34 min, 5.2 h."""
+    for below_s, size_s, form in ((1, 1, "%.2f s"), (9.95, 1, "%.1f s"), (120, 1, "%.0f s"), (7200, 60, "%.0f min")):
+        if seconds < below_s:
+            return form % (seconds / size_s)
+    return "%.1f h" % (seconds / 3600)
+
+
+def _squeezed(head, text, tail, width):
+    """Return `head + text + tail` in at most `width` cells: the text is cut first, but for 24 cells of it."""
+    text, tail = clean(text, ""), clean(tail, "")
+    room = max(width - cells_wide(head + tail), 24)
+    line = head + (fitted(text, room) if cells_wide(text) > room else text) + tail
+    return fitted(line, width).rstrip() if cells_wide(line) > width else line
+
+
+OPEN = ("pending", "retry")  # what became of a task that is to be run again
+ENDS = {"pending": "requeued", "retry": "to be retried",  # how a loop calls what became of a task
+        "taken": "taken over by another worker"}
+ENDINGS = {"success": "success in %s", "failed": "failed in %s", "retry": "failed in %s",
+           "pending": "requeued after %s, uncharged"}  # what the line of a run that took so long says
+
+
+def ending(task, state, took_s, summary, why):
+    """Return what a run's line says of its end: what became of the task, after how long, its results or the error."""
+    words = ENDINGS.get(state, ENDS.get(state, state) + " after %s") % _lasting(took_s)
+    if state in ("failed", "retry"):
+        words += ", attempt %d of %d" % (task.retries + 1, max(task.max_retries, task.retries + 1))
+        words += " and no more, as each would fail" * (state == "failed" and task.retries + 1 < task.max_retries)
+    details = [pairs(summary)] * (state == "success") + [(why or "").strip().split("\n")[0]]
+    detail = ", ".join(filter(None, details))
+    return ": " + words + (", " if state == "success" else ": ") * bool(detail) + detail
+
+
+class Account:
+    """What a loop has run: the number of each task, what became of it, and what tells the tasks apart.
+
+    The loop's lock guards it."""
+
+    LATEST = 100000  # tasks that are told apart; of those before them only the counts are kept
+    TOTAL_S = 1.0  # how often the server is asked how many tasks are left
+
+    def __init__(self):
+        self.runs = self.begun = 0  # runs that have ended; tasks that were begun
+        self.total, self.asked_at = None, -math.inf  # tasks of this loop, begun or not; None: nobody has told
+        self.tasks = collections.OrderedDict()  # {task id: (number, what became of it or None)}, the latest run last
+        self.open, self.older = set(), collections.Counter()  # ids of tasks to be run again; what became of older ones
+        self.first, self.differing = None, set()  # {key: text} of the first task; keys in which others differ from it
+
+    def begin(self, task, left, at):
+        """Note a task that is to be run, and how many more are `left`, if that was told."""
+        self.begun += task.task_id not in self.tasks
+        self.tasks[task.task_id] = self.tasks.pop(task.task_id, (self.begun,))[0], None
+        self.open.discard(task.task_id)
+        if left is not None:
+            self.total, self.asked_at = self.begun + max(0, left - len(self.open)), at
+        row = self._row(task)
+        self.first = row if self.first is None else self.first
+        if row != self.first and len(self.differing) < 1000:
+            self.differing.update(key for key, _ in set(row.items()).symmetric_difference(self.first.items()))
+
+    def end(self, task_id, state):
+        """Note what became of a task."""
+        self.runs += 1
+        self.tasks[task_id] = self.tasks.get(task_id, (self.begun,))[0], state
+        if state in OPEN:
+            self.open.add(task_id)
+        if len(self.tasks) > self.LATEST:
+            self.older[self.tasks.popitem(last=False)[1][1]] += 1
+
+    def counts(self):
+        """Return {what became of tasks: how many}."""
+        found = self.older + collections.Counter(state for _, state in self.tasks.values())
+        del found[None]
+        return found
+
+    def tally(self):
+        """Return "8 tasks: 6 success, 2 failed (12 runs)", or nothing."""
+        counts = self.counts()
+        number = sum(counts.values())
+        words = ", ".join("%d %s" % (counts[state], ENDS.get(state, state)) for state in sorted(
+            counts, key=lambda state: (state != "success", state != "failed", state)))
+        return "%d task%s: %s%s" % (number, "s"[number == 1:], words, " (%d runs)" % self.runs * (self.runs > number)
+                                    ) if number else ""
+
+    @staticmethod
+    def _row(task):
+        row = collections.OrderedDict([("", task.task_name)] * bool(task.task_name))
+        row.update((key, "%s=%s" % (key, brief(value)[:200])) for key, value in flatten(task.args))
+        return row
+
+    def line(self, task, tail="", label="", width=math.inf):
+        """Return a line about a task, at most `width` cells: the arguments in which tasks differ stand first."""
+        row = self._row(task)
+        keys = sorted(row, key=lambda key: key not in self.differing)
+        text = " ".join(row[key] for key in keys if key or "" in self.differing) or brief(as_typed(task.cmd or ""))
+        head = "" if self.total is None else "[%d/%d] " % (
+            self.tasks.get(task.task_id, (self.begun,))[0], max(self.total, self.begun))
+        return _squeezed("%s%s%s " % (label, head, task.task_id[:8]), text, tail, width)
+
+
+def as_typed(cmd):
+    """Return a command as one types it."""
+    import shlex
+    return cmd if isinstance(cmd, str) else " ".join(map(shlex.quote, cmd or ()))
+
+
+def left_tasks(required, pending, hidden, why_not):
+    """Yield why a loop leaves pending tasks that its filter lets through, and those that it does not, a line for each
+    reason; `why_not(keys)` says why its job gets none of these."""
+    reasons = collections.OrderedDict()
+    for task in pending:
+        reasons.setdefault(misfits(required, paths_of(task.args)), []).append(task)
+    reasons.pop(((), ()), None)  # they fit, and came or came back just now
+    found = [(tasks, _misfit(len(tasks), missing, extra, why_not)) for (missing, extra), tasks in reasons.items()]
+    for tasks, why in found + [(hidden, "the loop's name or filter leaves out all that are pending")] * bool(hidden):
+        yield "%d pending task%s not taken: %s (task why %s)" % (
+            len(tasks), " was" if len(tasks) == 1 else "s were", why, tasks[0].task_id[:8])
+
+
+def _misfit(number, missing, extra, why_not):
+    they, lack, have = ("it", "lacks", "has") if number == 1 else ("they", "lack", "have")
+    meant = {key: nearest(key, extra) for key in missing}
+    rest, guesses = [key for key in extra if key not in meant.values()], list(filter(None, meant.values()))
+    parts = ["%s %s %s%s" % (they, lack, ", ".join(missing), ", did you mean %s?" % ", ".join(guesses)
+                             if guesses else "")] if missing else []
+    parts += ["%s also %s %s, %s" % (they, have, ", ".join(rest), why_not(rest))] if rest else []
+    return "; ".join(parts)
 
 
 # ---- Slots: how many jobs at once, and which GPUs each of them sees
@@ -11836,15 +12108,6 @@ def _chosen_gpus(text, variable):
 # their own. Uses 1, 2, 3, 4, 5, 8, 9. Tests: test_worker.py, test_signals.py.
 
 
-def remark(text):
-    """Write a line to stderr. The loop goes on if stderr is gone, or if a function has replaced it by something that
-    takes no text."""
-    try:
-        tell("labtasker: %s" % text)
-    except Exception:
-        pass
-
-
 def retry_while_away(action, pause, limit_s):
     """Return action(), retried while the server is away, for up to `limit_s()` seconds; then raise its error.
 
@@ -11868,14 +12131,15 @@ def retry_while_away(action, pause, limit_s):
 
 
 def deliver(task_id, status, summary=None, worker_id=None, run_id=None, reason=None, attempt=None, delay_s=None,
-            final=None, log=False):
+            final=None, log=False, took_s=None):
     """Send a report, with `log` that has the end of the run's output. A server without the extensions gets by PUT what
     the plain protocol has no report for."""
     if status not in ("pending", "running") and not final or client().extensions:
         packed, size = end_of_log(task_id, run_id) if log and client().extensions else (None, None)
         attempt = dict(attempt or {}, log_bytes=size) if packed else attempt
         try:
-            return send_report(task_id, status, summary, worker_id, run_id, reason, attempt, delay_s, final, packed)
+            return send_report(task_id, status, summary, worker_id, run_id, reason, attempt, delay_s, final, packed,
+                               took_s)
         except LabtaskerHTTPStatusError as error:  # to a 1.0.1 server a status that the task has already is a mistake
             if client().extensions or error.status_code not in (400, 500) or get_task(task_id).status != status:
                 raise
@@ -11935,6 +12199,8 @@ def keep_report(run, report):
         os.mkdir(outbox(), 0o700)  # not makedirs: the configuration's folder may be away
     path = os.path.join(outbox(), "%017.6f-%s-%d.json" % (_next_place(), run.key, os.getpid()))
     content = dict(report, task_id=run.task_id, run_id=run.run_id, queue=config.queue_name, store=_store_name(config))
+    if report["status"] != "running":
+        content.setdefault("took_s", run.spent_s() or None)
     Disk.create(path, [json.dumps(content).encode()])
     if old:
         _remove(old[0])
@@ -11985,7 +12251,8 @@ def deliver_kept(run=None):
 
 
 REPORT_KINDS = {"task_id": str, "run_id": str, "worker_id": str, "status": str, "summary": dict, "reason": str,
-              "attempt": dict, "delay_s": float, "final": bool, "queue": str, "store": str, "log": bool}
+              "attempt": dict, "delay_s": float, "final": bool, "took_s": float, "queue": str, "store": str,
+              "log": bool}
 
 
 def _read_saved_report(path):
@@ -12039,6 +12306,8 @@ def _deliver_one(report, is_its_store):
 def post(run, report, pause=time.sleep, limit_s=lambda: SERVER_LOST_S):
     """Return whether a report of a run was delivered. If the server is away it is saved in the outbox, after those of
     this run that wait already; if the disk is full too, sending is retried as in `retry_while_away`."""
+    timed = report if report["status"] == "running" else dict(report, took_s=run.spent_s() or None)
+    report = timed if run.task else report  # a job knows only about when it began: that is for a late report
     if monotonic() >= run.away_until:
         try:
             deliver_kept(run)
@@ -12052,10 +12321,10 @@ def post(run, report, pause=time.sleep, limit_s=lambda: SERVER_LOST_S):
             rediscover_server()
             run.away_until = monotonic() + AWAY_S
     try:
-        keep_report(run, report)
+        keep_report(run, timed)
         return False
     except OSError:  # no space there either
-        retry_while_away(lambda: deliver(run.task_id, run_id=run.run_id, **report), pause, limit_s)
+        retry_while_away(lambda: deliver(run.task_id, run_id=run.run_id, **timed), pause, limit_s)
         return True
 
 
@@ -12107,6 +12376,7 @@ class Run:
         self.is_end_saved = False  # the report that ends the run waits, or did
         self.may_send_log = True  # False: a report was refused that may have been too long with it
         self.log_dir = log_dir or os.path.join(os.path.abspath(load_config().root), "logs", task_id, self.key)
+        self.began, self.over_at = monotonic(), None  # of a loop's run
         self.store_id = None  # of a store without a server that the run is of; see StoreFile.check_expected
         self.current_path = None  # of a function's run: the file that names what its loop runs now
         self.printed = None  # Printed, where values are read from what the job prints
@@ -12121,6 +12391,15 @@ class Run:
         """Return the values of BUILT_IN."""
         return {"@task": self.task_id, "@run": self.run_id or "", "@name": self.task.task_name or "", "@slot": slot,
                 "@attempt": str(self.attempt()), "@dir": self.task_dir}
+
+    def spent_s(self):
+        """Return how long the run takes by now, or took until its job was over; None in a job without its folder."""
+        if self.task:
+            return (self.over_at or monotonic()) - self.began
+        try:
+            return max(0.0, now() - os.stat(self.path("task.json")).st_mtime)
+        except OSError:
+            return None
 
     @property
     def state(self):
@@ -12487,16 +12766,6 @@ def time_left():
     run = _find_run()
     left_s = run.limit.end_at - monotonic() if run and run.limit else told_left_s()
     return None if left_s is None or left_s == math.inf else max(0.0, float(left_s))
-
-
-def told_left_s():
-    """Return the seconds until the end that the loop around this process has set, or None. On the loop's own host the
-    monotonic clock tells them."""
-    host, _, end_at = os.environ.get("LABTASKER_END_CLOCK", "").rpartition(" ")
-    end_time = os.environ.get("LABTASKER_END_TIME", "")
-    if host == host_id() and re.match(r"\d{1,12}(\.\d+)?\Z", end_at):
-        return float(end_at) - monotonic()
-    return float(end_time) - now() if re.match(r"\d{1,12}(\.\d+)?\Z", end_time) else None
 
 
 def preempted():
@@ -12992,62 +13261,6 @@ class Limit:
         return given if longest_s == math.inf else {"$and": [given, fits]} if given else fits
 
 
-def seconds_left(given_s=None):
-    """Return the seconds that this process has: the least of `given_s` and what Slurm, PBS or a loop around it says."""
-    told = [(read(os.environ[name]), name) for name, read in TIME_SOURCES.items() if os.environ.get(name)]
-    told = [pair for pair in told + [(given_s, "--time-limit")] if pair[0] is not None]
-    left_s, name = min(told, default=(math.inf, None))
-    if name:
-        remark("the time is up in %s (%s)" % (_in_words(left_s), name))
-    return left_s
-
-
-def _in_words(seconds):
-    """Return a length of time as text: "1 day, 2:03:04"."""
-    return str(datetime.timedelta(seconds=min(max(0, round(seconds)), 86400 * 999999999)))
-
-
-def _until(text):
-    """Return the seconds until an instant; None if it is past (another job's) or not a number."""
-    return _in_future(float(text) - now() if re.match(r"\d{1,12}(\.\d+)?\Z", text) else None)
-
-
-def _in_future(left_s):
-    return left_s if left_s is not None and left_s > 0 else None
-
-
-def _left_in_slurm(job_id):
-    """Return the seconds left by squeue; None if a variable of Slurm has the end, or the job has none."""
-    names = "SLURM_JOB_END_TIME", "SLURM_ARRAY_JOB_ID", "SLURM_ARRAY_TASK_ID"
-    end, array, number = (os.environ.get(name) for name in names)
-    if end:
-        return None
-    said = ask_program(["squeue", "-h", "-j", "%s_%s" % (array, number) if array and number else job_id, "-o", "%L"])
-    match = re.match(r"(?:(\d+)-)?(?:(\d+):)?(\d+):(\d+)\s*\Z", said)
-    if match:
-        days, hours, minutes, seconds = (float(part or 0) for part in match.groups())
-        return ((days * 24 + hours) * 60 + minutes) * 60 + seconds
-    if said.strip() != "UNLIMITED":
-        remark("squeue does not say when job %s ends (%.40r): give --time-limit" % (job_id, said.strip()))
-    return None
-
-
-def _left_in_pbs(walltime_s):
-    """Return the seconds left of a PBS job, which started when its node file was written."""
-    if not walltime_s.isdigit():
-        return None
-    try:
-        spent_s = now() - os.stat(os.environ.get("PBS_NODEFILE", "")).st_mtime
-    except OSError:
-        spent_s = 0.0
-    return float(walltime_s) - (spent_s if 0 < spent_s < float(walltime_s) else 0.0)
-
-
-# variable -> function that returns the seconds left, from its text
-TIME_SOURCES = {"SLURM_JOB_END_TIME": _until, "SLURM_JOB_ID": _left_in_slurm, "PBS_WALLTIME": _left_in_pbs,
-                "LABTASKER_END_TIME": lambda _: _in_future(told_left_s())}
-
-
 LOOP_MOVES = {
     "starting": {"answered": "working", "failed": "failed", "time_up": "timed_out"},
     "working": {"answered": "working", "emptied": "done", "failed": "failed", "time_up": "timed_out"},
@@ -13070,6 +13283,7 @@ LOOP_OPTIONS = {  # each is a parameter of command_loop(), an option of the comm
     "shell": Option("-c --cmd TEXT", "text", None, "a command line for the shell"),
     "script_path": Option("--script-path FILE", "text", None, "a script for a shell or Python"),
     "executable": Option("--executable FILE", "text", None, "the shell (/bin/sh)"),
+    "task_name": Option("--name --task-name NAME", "text", None, "take only tasks with this name"),
     "extra_filter": Option("-f --extra-filter FILTER", "text", None, "filter text or document (labtasker help filter)"),
     "worker_id": Option("--worker-id ID", "text", None, "run as this worker (labtasker worker create)"),
     "worker_max_retries": Option("--worker-max-retries N", "count", None, "suspend this loop after N failed runs"),
@@ -13085,20 +13299,22 @@ LOOP_OPTIONS = {  # each is a parameter of command_loop(), an option of the comm
     "time_limit_s": Option("--time-limit TIME", "seconds", None, "end by then (default: with the Slurm or PBS job)"),
     "drain_before_s": Option("--drain-before TIME", "seconds", 0, "start no job in the last TIME before the end"),
     "max_tasks": Option("--max-tasks N", "count", None, "end after N tasks"),
+    "fail": Option("--fail", "flag", False, "exit with 4 if a task that it ran has failed"),
     "idle_timeout_s": Option("--idle-timeout TIME", "seconds", None, "wait this long for new tasks, then end"),
     "grace_s": Option("--grace TIME", "seconds", GRACE_S, "time between a job's stop signal and KILL (%d)" % GRACE_S),
     "server_lost_s": Option("--server-lost TIME", "seconds", SERVER_LOST_S,
                             "wait this long for a server that is away (1h)"),
     "use_pty": Option("use-pty", "switch", True, "use a pseudo-terminal (the default), or pipes"),
-    "verbose": Option("-v --verbose", "flag", False, "say more"),
+    "quiet": Option("-q --quiet", "flag", False, "print a line a task, and no output of jobs"),
+    "verbose": Option("-v --verbose", "flag", False, "print whole ids and all arguments"),
 }
 
 
 class Loop:
     """Has tasks run in its slots, for one worker; `execute(slot, run)` runs one and returns an Outcome.
 
-    `request`: the arguments of `fetch_task`; `slots`: a SlotSpec for each slot; `given`:
-    parameters of LOOP_OPTIONS. `run` returns an exit code. The thread
+    `request`: the arguments of `fetch_task`; `slots`: a SlotSpec for each slot; `why_not(keys)`: why a job does not get
+    these of a task's args; `given`: parameters of LOOP_OPTIONS. `run` returns an exit code. The thread
     that calls it gets the signals, and does for the slots what only that thread can do.
 
     Its states (LOOP_MOVES); a signal that stops it is noted in `wake`, whatever the state:
@@ -13108,16 +13324,17 @@ class Loop:
         failed     answered -> failed, emptied -> failed, failed -> failed, time_up -> timed_out
         timed_out  answered -> timed_out, emptied -> timed_out, failed -> timed_out, time_up -> timed_out"""
 
-    def __init__(self, execute, request, worker=None, signals=(), slots=None, **given):
+    def __init__(self, execute, request, worker=None, signals=(), slots=None, why_not=None, **given):
         self.execute, self.request, self.worker, self.limit = execute, request, worker, None
+        self.why_not, self.account, self.own_worker = why_not, Account(), None
         self.options = Options(LOOP_OPTIONS, given)
         self.wake = Wake(loop_signals() + list(signals))
         self.beats = HeartbeatProcess(self.on_lost)
         self.turn = threading.Lock()  # who has it fetches, so that an idle loop is one connection; guards taken
-        self.lock = threading.Lock()  # guards state, counts, waiting and what slots are posting
+        self.lock = threading.Lock()  # guards state, account, waiting and what slots are posting
         self.slots = [Slot(self, number, spec) for number, spec in enumerate(slots or [SlotSpec()])]
         self.main_thread_calls = collections.deque()
-        self.state, self.counts, self.taken = "starting", collections.Counter(), 0
+        self.state, self.taken = "starting", 0
         self.fatal, self.error = None, None  # why it failed: what is said, what is raised
         self.is_unheard = False  # it leaves without the answer to a request
         self.waiting = {}  # {key of a run whose report waits in the outbox: Run}
@@ -13156,12 +13373,30 @@ class Loop:
         """Print why the loop ends; return the exit code."""
         if self.fatal:
             remark(self.fatal)
-        remark(": ".join(filter(None, (self._why(), self._tally()))))
-        if self.state == "done" and not self.counts and not self.wake.stop:
+        self._tell_left()
+        if self.state == "done" and not self.account.runs and not self.wake.stop:
             self._tell_unmatched()
-        if self.state == "timed_out":
-            return 0
-        return 128 + self.wake.stop if self.wake.stop else 1 if self.state == "failed" else 0
+        remark(": ".join(filter(None, (self._why(), self.account.tally()))))
+        if self.wake.stop and self.state != "timed_out":
+            return 128 + self.wake.stop
+        has_failed = self.options.fail and self.account.counts()["failed"]
+        return 1 if self.state == "failed" else TASKS_FAILED if has_failed else 0
+
+    def _tell_left(self):
+        """Print how many pending tasks, of up to MOST_LEFT, are left because the command or function does not take
+        them."""
+        required = self.request.get("required_fields") or ()
+        if self.state != "done" or self.wake.stop or not self.why_not:
+            return
+        try:
+            given = self.request.get("extra_filter")
+            pending = ls_tasks(status="pending", extra_filter=given, limit=MOST_LEFT).content
+            is_none = given and not (pending or self.account.begun)
+            hidden = ls_tasks(status="pending", limit=MOST_LEFT).content if is_none else []
+        except LabtaskerError:  # how it ends is told all the same
+            return
+        for text in left_tasks(required, pending, hidden, self.why_not):
+            remark(text)
 
     def leave(self):
         """Try to deliver what waits, as long as there is time; print where the rest is saved."""
@@ -13172,10 +13407,26 @@ class Loop:
             thread.join(LEAVING_S)
         elif not self.is_unheard and (self.waiting or self.unanswered):
             self.settle(self.wake.pause)
+        if self.own_worker and not (self.is_unheard or self.waiting):
+            self._end_worker()
         if self.waiting:
             remark("%s is saved in %s; the next labtasker command here delivers it once the server is back" % (
                 ", ".join("the report of task " + run.task_id for run in self.waiting.values()), outbox()))
         self.beats.close()
+
+    def _end_worker(self):
+        """Note that the loop's own worker has ended; a server that does not answer is not waited for."""
+        def end():
+            try:
+                end_worker(self.own_worker)
+            except LabtaskerError:
+                pass
+        try:
+            thread = threading.Thread(target=end, daemon=True)
+            start_thread(thread)
+            thread.join(END_WORKER_S)
+        except LabtaskerRuntimeError:  # no thread is left
+            pass
 
     def mend(self, held):
         """Reopen files of the loop that a function has closed, in the thread that runs the loop."""
@@ -13216,7 +13467,7 @@ class Loop:
                 remark(error)
 
     def _why(self):
-        left = _in_words(self.limit.end_at - monotonic()) if self.limit and self.limit.end_at < math.inf else ""
+        left = in_words(self.limit.end_at - monotonic()) if self.limit and self.limit.end_at < math.inf else ""
         if self.wake.stop:
             return "the time is up in " + left if self.state == "timed_out" else (
                 "stopped by " + signal_name(self.wake.stop))
@@ -13226,7 +13477,7 @@ class Loop:
             return "no more tasks are started, as the time is up in " + left
         longer = self._longer()
         but = ", but %d pending may take longer than the %s left" % (longer, left) if longer else ""
-        return ("done" if self.counts else "no matching tasks") + but
+        return ("done" if self.account.runs else "no matching tasks") + but
 
     def _tell_unmatched(self):
         """Print why the loop's filter matches no pending task, where that is plain."""
@@ -13248,9 +13499,6 @@ class Loop:
             return 0
         return sum(covers(self.request.get("required_fields") or (), paths_of(task.args)) for task in found.content)
 
-    def _tally(self):
-        return ", ".join("%d %s" % (count, ENDS.get(status, status)) for status, count in self.counts.items())
-
     def _register(self):
         """Create a worker if none was named, and complete the request of every fetch."""
         interval_s = load_config().heartbeat_interval_s
@@ -13259,7 +13507,8 @@ class Loop:
         if not self.request.get("required_fields"):
             remark("no field of args is required: every task matches, whatever its args")
         if not self.request.get("worker_id"):
-            self.request["worker_id"] = create_worker(**dict(_default_worker(), **(self.worker or {})))
+            self.own_worker = create_worker(**dict(_default_worker(), **(self.worker or {})))
+            self.request["worker_id"] = self.own_worker
         self.request["attempt"] = _attempt_facts()
         self.limit = Limit(seconds_left(self.options.time_limit_s), self.options.grace_s, self.options.drain_before_s,
                            parse_duration(self.request.get("eta_max") or 0))
@@ -13414,6 +13663,18 @@ class Slot:
         """Write a line for the person who started the loop."""
         remark(self.spec.label + str(text))
 
+    def tell(self, run, tail=""):
+        """Print the line of a run that begins or, with `tail`, has ended."""
+        loop, label, width = self.loop, self.spec.label, math.inf
+        if loop.options.verbose:
+            return self.remark("task %s" % (run.task_id + tail if tail else describe(run.task)))
+        if result_or(lambda: is_terminal(sys.stderr), False):
+            width = screen_size(sys.stderr)[0]
+        if tail or not loop.options.quiet:
+            with loop.lock:
+                line = loop.account.line(run.task, tail, label, width)
+            remark(line, "")
+
     def environment(self, run):
         """Return what the job of a run gets as its environment."""
         given = dict(os.environ, **self.loop.pinned.for_jobs)
@@ -13481,7 +13742,7 @@ class Slot:
             if run.state == "declined":
                 outcome = loop.handed_back()
             else:
-                self.remark("task %s" % describe(run.task, loop.options.verbose))
+                self.tell(run)
                 run.begin()
                 self.move("begin")
                 outcome = self._execute(run)
@@ -13511,12 +13772,14 @@ class Slot:
         wait_s = max(0, min(left_s, IDLE_WAIT_S, loop.limit.start_until - began))
         if loop.retry_at > -math.inf:
             wait_s = max(0, min(wait_s, loop.retry_at + WATCH_S - began))
-        task, is_ended = self._ask(None if seen else wait_s)
+        task, left, is_ended = self._ask(None if seen else wait_s)
         if task:
             run = Run(task.task_id, task.run_id, loop.request["worker_id"], task)
             run.limit, run.store_id = loop.limit, store_id()
             if loop.is_over():
                 run.move("decline")
+            with loop.lock:
+                loop.account.begin(task, left, began)
             loop.taken += 1
             self.wake.runs.add(run)
             loop.expect_store()
@@ -13531,14 +13794,15 @@ class Slot:
         return None
 
     def _ask(self, wait_s):
-        """Return (the next Task or None, whether `end_waiting` has ended the fetch). Delivers the outbox first, and
-        retries while the server is away, unless it has never answered.
+        """Return (the next Task or None, how many more fit if that was asked and told, whether `end_waiting` has ended
+        the fetch). Delivers the outbox first, and retries while the server is away, unless it has never answered.
 
         A fetch that was sent may have been given a task. So it is repeated with the same id until it is answered, and
         the id is kept in `unanswered` if it never is."""
         loop, fetch = self.loop, _Fetch(new_id())
         request = dict(loop.request, fetch_id=fetch.id, wait_s=wait_s or None, extra_filter=loop.without_resting(
-            loop.limit.filtered(loop.request, monotonic())), attempt=dict(loop.request["attempt"], **self.spec.facts))
+            loop.limit.filtered(loop.request, monotonic())), attempt=dict(loop.request["attempt"], **self.spec.facts),
+            left=monotonic() - loop.account.asked_at > Account.TOTAL_S or None)
 
         def ask():
             loop.deliver_outbox()
@@ -13567,7 +13831,7 @@ class Slot:
             fetch.is_over.set()
         loop.move("answered")
         loop.note_pause(answer)
-        return answer.task if answer.found else None, fetch.is_ended
+        return answer.task if answer.found else None, answer.left, fetch.is_ended
 
     def end_waiting(self):
         """Have the server answer the fetch under way; call it from any thread. A task that it has been given comes with
@@ -13594,7 +13858,7 @@ class Slot:
 
     def close(self, run, outcome):
         """Report the outcome of the run, unless the job itself or someone else has ended it."""
-        loop, status = self.loop, outcome.status
+        loop, status, run.over_at = self.loop, outcome.status, run.over_at or monotonic()
         self.move("report")
         if outcome.fatal:
             loop.fatal = None  # the latest is said
@@ -13606,18 +13870,23 @@ class Slot:
             facts["reason"] = failure_text(outcome.summary or {})[:REASON_LIMIT]
         if run.ended_by_job():
             status = run.ended
-            self.remark("task %s: %s, as reported by the job itself" % (run.task_id, status))
-            if run.run_id and (facts or outcome.summary or run.has_log_elsewhere()):
-                _send_outcome(self, run, Outcome(status, outcome.summary), facts)
+            results = {key: value for key, value in (outcome.summary or {}).items() if key not in ERRORS}
+            if run.run_id and (facts or results or run.has_log_elsewhere()):
+                _send_outcome(self, run, Outcome(status, results or None), facts)
         elif status is None:
-            self.remark("task %s: stopped: %s" % (run.task_id, ENDS.get(run.lost, run.lost)))
             send_log_of_lost(run) if run.has_log_elsewhere() and not self.wake.stop else None
         else:
             status = _send_outcome(self, run, outcome, facts)
             run.note_summary(outcome.summary)
+        state = _state_after(run, status, outcome.is_final and not run.ended)
+        why = outcome.reason or facts.get("reason")
+        if run.ended or status is None:
+            why = "its job was stopped" if not run.ended else (
+                "as reported by the job itself" if outcome.status != run.ended else "")
+        self.tell(run, ending(run.task, state, run.spent_s(), read_json(run.path("summary.json")), why))
         run.note_end(status or run.lost or "lost", **dict(facts, reason=outcome.reason or facts.get("reason")))
         with loop.lock:
-            loop.counts[status or run.lost or "lost"] += 1
+            loop.account.end(run.task_id, state)
 
     def post(self, run, report):
         """Return whether a report was delivered; else it is saved."""
@@ -13643,8 +13912,15 @@ class Slot:
                 pass
 
 
-ENDS = {"pending": "requeued", "taken": "taken over by another worker"}  # how the loop calls what a run came to
 UNTAKEN = (400, 413, 422)  # a server may refuse the summary: then the end is reported without it
+
+
+def _state_after(run, status, is_final):
+    """Return what became of a task whose run ended so: "retry" where it is to be run again; None: by someone else."""
+    task, is_last = run.task, is_final or run.task.retries + 1 >= run.task.max_retries
+    if status == "pending" and (task.interruptions or 0) + 1 >= MAX_INTERRUPTIONS:
+        return "failed"
+    return "retry" if status == "failed" and not is_last else status or run.lost or "lost"
 
 
 def _send_outcome(slot, run, outcome, facts):
@@ -13666,12 +13942,6 @@ def _send_outcome(slot, run, outcome, facts):
         told = {"labtasker_error": "%s (its summary was refused: %s)" % (
             failure_text(outcome.summary or {})[:REASON_LIMIT], error)} if outcome.status == "failed" else None
         return _send_outcome(slot, run, outcome._replace(summary=told), None)
-    words = {"pending": "requeued (does not count as a retry): %s" % outcome.reason,
-             "failed": "failed%s, attempt %d of %d: %s" % (
-                 " for good (another run would fail alike)" if outcome.is_final else "",
-                 run.task.retries + 1, run.task.max_retries, failure_text(outcome.summary or {}))}
-    if not run.ended:
-        slot.remark("task %s: %s" % (run.task_id, words.get(outcome.status, outcome.status)))
     if not delivered:
         slot.remark("task %s: the server is unreachable; the report is saved in %s until it is back" % (
             run.task_id, outbox()))
@@ -13703,9 +13973,12 @@ IDLE_WAIT_S = 50  # a wait for tasks on the server's side
 LOOK_S = OWNER_LAPSE_S / 3  # how often an idle loop without a server looks for more than a change of the file
 WATCH_S = 0.5  # how often it looks for that
 ANSWER_S = 0.5  # how long the answer to a fetch is waited for before the server is told that nobody waits for it
+END_WORKER_S = 2  # how long a loop tries to tell that it has ended
 FETCH_CUT_S = 2  # how long a loop that must leave waits for the answer to a fetch
 HAND_BACK_S = 5  # before the time is up: for handing back what was killed then
 LEAVING_S = 10  # how long a loop that must leave tries to hand its task back
+TASKS_FAILED = 4  # the exit code where tasks have failed for good, if that was asked
+MOST_LEFT = 1000  # pending tasks that a loop that ends looks at
 OWN_SIGNAL_S = 1  # after a job that died of a signal: how long the loop looks whether it gets the same one
 REASON_LIMIT = 300  # letters of the reason that an attempt keeps
 FIRST_PAUSE_S, LONGEST_HAND_BACK_S = 1.0, 60.0  # of a task whose job can't work now; doubled each time it hands it back
@@ -13743,11 +14016,10 @@ def pause_before(task):
     return 0 if count == 0 else min(FIRST_PAUSE_S * 2 ** (count - 1), LONGEST_HAND_BACK_S)
 
 
-def describe(task, verbose=False):
-    """Return one line about a task."""
-    text = json.dumps(task.args, ensure_ascii=False)
+def describe(task):
+    """Return all that tells a task from others, in a line."""
     name = " (%s)" % task.task_name if task.task_name else ""
-    return "%s%s: %s" % (task.task_id, name, text if verbose or len(text) <= 200 else text[:200] + "...")
+    return "%s%s: %s" % (task.task_id, name, json.dumps(task.args, ensure_ascii=False))
 
 
 def set_loop_internal_error_handler(handler):
@@ -13774,7 +14046,8 @@ def ask_to_go_on():
 
 
 def loop(required_fields=None, extra_filter=None, cmd=None, worker_id=None, create_worker_kwargs=None, eta_max=None,
-         heartbeat_timeout=None, pass_args_dict=False, grace=None, time_limit=None, drain_before=None):
+         heartbeat_timeout=None, pass_args_dict=False, grace=None, time_limit=None, drain_before=None, task_name=None,
+         fail=False, quiet=False, verbose=False):
     """Return a decorator: calling the function then runs it for one pending task after another until none is left.
 
     Parameters marked with Required() are filled from the task's args; others are given at the call. With
@@ -13782,6 +14055,8 @@ def loop(required_fields=None, extra_filter=None, cmd=None, worker_id=None, crea
     `extra_filter`: filter text or query document; `eta_max`: how long a run may take ("1h30m"). `grace`: how long the
     function may clean up after a signal (10 s) until its task is handed back and the process killed; `time_limit`: when
     it gets one, unless Slurm or PBS says so earlier; `drain_before`: how long before that no more is started.
+    `task_name`: take only tasks with this name. `fail`: exit with 4 if a task has failed for good. `quiet`: print one
+    line a task, what the function prints goes to the run's log alone; `verbose`: print whole ids and all arguments.
 
     As process 1 of a container it does not reap the orphans that a function leaves: they can't be told from processes
     that the function itself waits for. Give the container an init there: `docker run --init`."""
@@ -13798,9 +14073,10 @@ def loop(required_fields=None, extra_filter=None, cmd=None, worker_id=None, crea
         @functools.wraps(function)
         def run_loop(*given, **named):
             wanted.check_call(given, named)
-            request = fetch_request(wanted.fields, extra_filter, cmd, worker_id, eta_max, heartbeat_timeout)
+            request = fetch_request(wanted.fields, extra_filter, cmd, worker_id, eta_max, heartbeat_timeout, task_name)
             code = Loop(lambda slot, run: _run_function(slot, run, lambda args: wanted.call(args, given, named)),
-                        request, create_worker_kwargs, **times).run()
+                        request, create_worker_kwargs, why_not=wanted.why_not, fail=fail, quiet=quiet, verbose=verbose,
+                        **times).run()
             if code:
                 sys.exit(code)
         return run_loop
@@ -13817,11 +14093,15 @@ def _check_worker_choice(worker_id, create_worker_kwargs):
         raise LabtaskerTypeError("worker_id and create_worker_kwargs exclude each other")
 
 
-def fetch_request(fields, extra_filter, cmd, worker_id, eta_max, heartbeat_timeout):
+def fetch_request(fields, extra_filter, cmd, worker_id, eta_max, heartbeat_timeout, task_name=None):
     """Return what a loop asks `fetch_task` for; a filter's dates and a duration are settled here, once and for all."""
     if isinstance(extra_filter, str):
         extra_filter = parse_filter(extra_filter, visible(TASK_FIELDS), now())
     tell_doubts(extra_filter, Task)
+    if task_name is not None:
+        if not NAME.match(str(task_name)):
+            raise UsageError("no task has the name %s: letters, digits, _ and -, at most 100" % brief(task_name))
+        extra_filter = {"$and": [{"task_name": task_name}] + [extra_filter] * bool(extra_filter)}
     if eta_max is not None:
         parse_duration(eta_max)
     return {"required_fields": fields or None, "extra_filter": extra_filter, "cmd": cmd, "worker_id": worker_id,
@@ -13896,7 +14176,7 @@ def _call_function(slot, run, call):
     os.environ.update(names)
     RUNS[thread] = run
     log = RunLog(run.path("run.log"))
-    tees, held = listen_in(log) if wake.in_main else (), client_held()
+    tees, held = listen_in(log, slot.loop.options.quiet) if wake.in_main else (), client_held()
     try:
         try:
             wake.interrupt = lambda signum: _interrupt(wake, run, signum)
@@ -14009,13 +14289,13 @@ def command_loop(argv=None, **given):
     command = JobCommand(argv, options.shell, options.script_path, options.executable, options.workdir)
     metrics = read_metrics(options.metrics, options.step)
     request = fetch_request(command.keys, options.extra_filter, command.cmd, options.worker_id, options.eta_max,
-                            options.heartbeat_timeout)
+                            options.heartbeat_timeout, options.task_name)
     worker = {} if options.worker_max_retries is None else {"max_retries": options.worker_max_retries}
     if options.worker_id and worker:
         raise UsageError("--worker-max-retries is for the loop's own worker; worker %s has its own" % options.worker_id)
     return Loop(lambda slot, run: _run_job(slot, run, command, options.use_pty, *metrics), request, worker,
                 signals=[signal.SIGCHLD], slots=make_slots(options.jobs, options.gpus, options.per_gpu),
-                **vars(options)).run()
+                why_not=command.why_not, **vars(options)).run()
 
 
 class _Reporter:
@@ -14056,7 +14336,8 @@ def _run_job(slot, run, command, use_pty=True, metrics=None, step=None):
     output = script = None
     reporter = _Reporter(run, metrics, step) if metrics else None
     try:
-        output = Output(RunLog(run.path("run.log")), use_pty, slot.spec.label, reporter and reporter.printed)
+        output = Output(RunLog(run.path("run.log")), use_pty, slot.spec.label, reporter and reporter.printed,
+                        slot.loop.options.quiet)
         run.make_task_dir()
         args = dict(run.task.args, **run.built_in(slot.own["LABTASKER_SLOT"]))
         folder = command.folder(args)
@@ -14324,6 +14605,70 @@ def wrapped(words, room):
             lines.append(" ")
         lines[-1] += " " + word if lines[-1] else word
     return lines
+
+
+def runs_s(task):
+    """Return the seconds of the last run of a Task or a task's record, and before it of those that it resumed, as they
+    were handed back or lost; [] where it waits for one. The last one's are those by now, or until it ended or, where
+    that is not known, until the task last changed."""
+    if task.start_time is None or task.status == "pending":
+        return []
+    attempts, run_id = getattr(task, "attempts", None) or [], getattr(task, "run_id", None)
+    is_kept = bool(attempts) and run_id in (None, attempts[-1].get("run_id"))  # None: since a reset or an update
+    ended = attempts[-1].get("end") if is_kept else None
+    end = now() if task.status == "running" else ended or task.last_modified
+    resumed = itertools.takewhile(lambda one: one.get("status") in ("pending", "timeout") and "start" in one,
+                                  reversed(attempts[:len(attempts) - is_kept]))
+    times = [(task.start_time, end)] + [(one["start"], one["end"]) for one in resumed]
+    return [max(0.0, _in_seconds(end) - _in_seconds(start)) for start, end in reversed(times)]
+
+
+def spent_s(task):
+    """Return the seconds of a Task or a task's record, all of `runs_s` together; None without a run."""
+    return sum(runs_s(task)) if task.start_time is not None and task.status != "pending" else None
+
+
+def spent(task, many="{0}, last {1}"):
+    """Return how long a task took; where it was resumed `many` with that, its last run and the number of runs."""
+    found = runs_s(task)
+    return "" if not found else (many if found[1:] else "{0}").format(span(sum(found)), span(found[-1]), len(found))
+
+
+def _in_seconds(moment):
+    """Return the Instant of an ISO text or an aware datetime; an Instant is one already."""
+    if isinstance(moment, str):
+        return parse_time(moment)
+    return moment.timestamp() if isinstance(moment, datetime.datetime) else moment
+
+
+def _per_time(per_s):
+    """Return a rate in a unit in which it is a number to read."""
+    for size, unit in ((1, "s"), (60, "min"), (3600, "h")):
+        if per_s * size >= 1 or unit == "h":
+            return "%.1f/%s" % (per_s * size, unit)
+
+
+def progress(found, width):
+    """Return a Pace as a bar and words, at most `width` cells."""
+    total = sum(found.counts.values())
+    done = total - found.counts["pending"] - found.counts["running"]
+    words = ["%d of %d done" % (done, total)] + [
+        "%d %s" % (found.counts[state], state) for state in ("failed", "running") if found.counts[state]]
+    if found.counts["pending"] and not found.counts["running"]:
+        words.append("none running")
+    if found.per_s:
+        words.append(_per_time(found.per_s))
+    if found.eta_s is not None:
+        words.append("ETA " + span(found.eta_s))
+    text = ", ".join(words)
+    room = min(30, width - len(text) - 3)
+    full = room * done // total if total else 0
+    return "[%s%s] %s" % ("#" * full, "." * (room - full), text) if room >= 5 else text[:width]
+
+
+def in_states(counts):
+    """Return "3 pending, 1 running"."""
+    return ", ".join("%d %s" % (counts[state], state) for state in TASK_STATES if counts[state])
 
 
 # ---- Formats: yaml, csv
@@ -14926,8 +15271,21 @@ def typed_filter(text):
 
 def selectors(options):
     """Return what --id, --name, --status and --extra-filter ask `ls_tasks` for: only what was given."""
-    return without_none(task_id=_full_id(options.task_id), task_name=options.task_name, status=options.status,
-                  extra_filter=filter_of(options))
+    return _with_status(without_none(task_id=_full_id(options.task_id), task_name=options.task_name,
+                              extra_filter=filter_of(options)), options.status)
+
+
+def _with_status(query, text, kind=Task):
+    """Return a query that also asks for one of the statuses in `text`, which are joined by commas."""
+    words = text.split(",") if text else []
+    if len(words) < 2:
+        return dict(query, **without_none(status=text))
+    return dict(query, extra_filter=both(query.get("extra_filter"), {"status": {"$in": words}}, kind))
+
+
+def both(given, document, kind=Task):
+    """Return the filter that matches what a filter, if there is one, and a query document match."""
+    return {"$and": [query_of(given, kind), document]} if given else document
 
 
 def ids_of(items):
@@ -15005,24 +15363,6 @@ def show(text, no_pager=False):
         say(text)
 
 
-def spent_s(task):
-    """Return the seconds that the run of a Task or of a task's record takes by now, or took until it ended or, where
-    that is not known, until the task last changed; None without a run."""
-    if task.start_time is None or task.status == "pending":
-        return None
-    last = (getattr(task, "attempts", None) or [{}])[-1]
-    ended = last.get("end") if last.get("run_id") == getattr(task, "run_id", None) else None
-    end = now() if task.status == "running" else ended or task.last_modified
-    return max(0.0, _in_seconds(end) - _in_seconds(task.start_time))
-
-
-def _in_seconds(moment):
-    """Return the Instant of an ISO text or an aware datetime; an Instant is one already."""
-    if isinstance(moment, str):
-        return parse_time(moment)
-    return moment.timestamp() if isinstance(moment, datetime.datetime) else moment
-
-
 def error_of(task):
     """Return the last line of the error that a task's summary tells of, after the exception's type, or nothing."""
     raised = task.summary.get("labtasker_exception")
@@ -15046,7 +15386,7 @@ TASK_COLUMNS = {
     "status": lambda task: task.status,
     "name": lambda task: task.task_name or "",
     "age": lambda task: age(task.created_at),
-    "duration": lambda task: "" if spent_s(task) is None else span(spent_s(task)),
+    "duration": spent,
     "worker": lambda task: (task.worker_id or "")[:8],
     "retries": lambda task: "%d/%d" % (task.retries, task.max_retries) if task.retries else "",
     "args": lambda task: pairs(task.args) or brief(task.cmd or ""),
@@ -15058,7 +15398,7 @@ TASK_COLUMNS_MORE = {
     "metadata": lambda task: pairs(task.metadata),
 }
 WORKER_COLUMNS = {
-    "status": lambda worker: worker.status,
+    "status": lambda worker: "ended" if vars(worker).get("ended_at") else worker.status,
     "name": lambda worker: worker.worker_name or "",
     "age": lambda worker: age(worker.created_at),
     "retries": lambda worker: "%d/%d" % (worker.retries, worker.max_retries),
@@ -15070,7 +15410,7 @@ TITLES["created_at"] = "age"
 HEADS = {"id"}.union(TITLES.values(), set(GROUPS) - set(TITLES))  # that no argument's column may have
 CELLS = {  # field of a row: its text; those of other fields are `brief`
     "status": str, "task_name": str, "error": str, "retries": str, "created_at": lambda value: age(value),
-    "duration": lambda task: span(spent_s(task)), "worker_id": lambda value: value[:8]}
+    "duration": spent, "worker_id": lambda value: value[:8]}
 
 
 def _sorting(word):
@@ -15357,17 +15697,27 @@ def do_task_submit(options):
     tasks = _submissions(options)
     for text in notes:
         note(text)
-    new, ids = unseen(tasks) if options.unique else (tasks, None)
+    new, ids, failed = unseen(tasks) if options.unique else (tasks, None, [])
     there = "; %d already there" % (len(tasks) - len(new)) if options.unique else ""
     if options.dry_run:
         if new:
             say(as_jsonl([{key: value for key, value in task.items() if key != "task_id"} for task in new]))
-        return note("Would submit %s%s." % (some(new), there))
+        note("Would submit %s%s." % (some(new), there))
+        return _tell_failed(failed)
     made = submit_tasks(new) if options.unique or new[1:] else [submit_task(**new[0]).task_id]
     if options.quiet:
         say("\n".join(ids or made))
     else:
         say("Submitted %s%s" % ("task " + made[0] if len(tasks) == len(made) == 1 else some(made), there))
+        _tell_failed(failed)
+
+
+def _tell_failed(ids):
+    """Say which tasks of a submission were there and have failed, and how they are run again."""
+    if ids:
+        note("%d of those already there %s failed; to run %s again: labtasker task retry%s" % (
+            len(ids), *(("has", "it") if len(ids) == 1 else ("have", "them")),
+            "".join(" " + task_id[:8] for task_id in ids) if len(ids) < 6 else " (all that have failed)"))
 
 
 # ---- Listing, showing and counting tasks
@@ -15376,8 +15726,7 @@ def do_task_submit(options):
 def do_task_ls(options):
     query = selectors(options)
     if options.piped_in:
-        ids = {"_id": {"$in": [_full_id(word) for word in _read_ids()]}}
-        query["extra_filter"] = {"$and": [query_of(query["extra_filter"]), ids]} if "extra_filter" in query else ids
+        query["extra_filter"] = both(query.get("extra_filter"), {"_id": {"$in": [_full_id(w) for w in _read_ids()]}})
     order = [_sorting(word) for word in options.sort] or None
     found = ls_tasks(limit=options.limit + 1, offset=options.offset, sort=order, **query)
     _note_absent([field for field, _ in order or ()] + _column_names(options))
@@ -15388,7 +15737,10 @@ def do_task_ls(options):
 
 def do_task_get(options):
     task, = _tasks_named([options.task_id])
-    show(record_text(task.to_dict(), options.fmt), options.no_pager)
+    found = runs_s(task)
+    shown = dict(task.to_dict(), **without_none(duration=round(sum(found), 3) if found else None,
+                                          last_duration=round(found[-1], 3) if found[1:] else None))
+    show(record_text(shown, options.fmt), options.no_pager)
 
 
 # How many tasks match: {value of a field as text: number}; how many of the last to end have ended, in how many seconds;
@@ -15416,20 +15768,32 @@ def _counted_in(query):
     return found, min(30, max(0.5, 10 * (monotonic() - found.at)))
 
 
-def poll_counts(query, wait_s):
-    """Yield the Count of the tasks that match, now and again: when something has changed, and after `wait_s` at the
-    latest. Counting takes a tenth of the time at most; where the mark is the same nothing is counted. A server that
-    goes away meanwhile is waited for."""
+def poll_counts(query, wait_s, until=math.inf):
+    """Yield the Count of the tasks that match, now and again, at `until` for the last time: when something has changed,
+    and after `wait_s`, a number or a function, at the latest. Counting takes a tenth of the time at most; where the
+    mark is the same nothing is counted. A server that goes away meanwhile is waited for."""
     def look():
+        least_s = max(0, min(wait_s() if callable(wait_s) else wait_s, until - monotonic()))
         is_same = found.mark and found.mark == ask_route(
-            "GET " + QUEUE_PATH + "/mark", seen=found.mark, wait_s=wait_s)["mark"]
+            "GET " + QUEUE_PATH + "/mark", seen=found.mark, wait_s=least_s)["mark"]
         return (found, pause_s) if is_same else _counted_in(query)
+
+    def pause(seconds):
+        time.sleep(max(0, min(seconds, until - monotonic())))
 
     found, pause_s = _counted_in(query)
     while True:
         yield found
-        time.sleep(pause_s)
-        found, pause_s = retry_while_away(look, time.sleep, lambda: SERVER_LOST_S)
+        pause(pause_s)
+        if monotonic() >= until:
+            return
+        began = monotonic()
+        try:
+            found, pause_s = retry_while_away(look, pause, lambda: min(SERVER_LOST_S, until - began))
+        except LabtaskerError as error:
+            if is_away(error) and monotonic() >= until:
+                return
+            raise
 
 
 def do_task_count(options):
@@ -15621,69 +15985,67 @@ def pace_of(counts, ended, took_s):
     return Pace(counts, per_s, left / per_s if left and per_s and counts["running"] else None)
 
 
-def _per_time(per_s):
-    """Return a rate in a unit in which it is a number to read."""
-    for size, unit in ((1, "s"), (60, "min"), (3600, "h")):
-        if per_s * size >= 1 or unit == "h":
-            return "%.1f/%s" % (per_s * size, unit)
-
-
-def progress(found, width):
-    """Return a Pace as a bar and words, at most `width` cells."""
-    total = sum(found.counts.values())
-    done = total - found.counts["pending"] - found.counts["running"]
-    words = ["%d of %d done" % (done, total)] + [
-        "%d %s" % (found.counts[state], state) for state in ("failed", "running") if found.counts[state]]
-    if found.counts["pending"] and not found.counts["running"]:
-        words.append("none running")
-    if found.per_s:
-        words.append(_per_time(found.per_s))
-    if found.eta_s is not None:
-        words.append("ETA " + span(found.eta_s))
-    text = ", ".join(words)
-    room = min(30, width - len(text) - 3)
-    full = room * done // total if total else 0
-    return "[%s%s] %s" % ("#" * full, "." * (room - full), text) if room >= 5 else text[:width]
-
-
-def _paces(query):
-    """Yield the Pace of the tasks that match, every REFRESH_S at the latest."""
+def _paces(query, until=math.inf):
+    """Yield the Pace of the tasks that match, every REFRESH_S at the latest, at `until` for the last time."""
     if client().extensions:
-        for found in poll_counts(query, REFRESH_S):
+        for found in poll_counts(query, REFRESH_S, until):
             yield pace_of(found.counts, found.ended, found.took_s + monotonic() - found.at)
+        return
     sweep = Sweep(query)
     while True:
         began = monotonic()
         sweep.refresh()
         yield pace(sweep.tasks.values(), now())
-        time.sleep(min(30, max(REFRESH_S, 10 * (monotonic() - began))))
+        if monotonic() >= until:
+            return
+        time.sleep(max(0, min(30, until - monotonic(), max(REFRESH_S, 10 * (monotonic() - began)))))
 
 
-def _wait_with_bar(query):
-    """Return the exit code of `task wait`, with a bar that moves on the terminal at stderr."""
-    for found in _paces(query):
-        if not sum(found.counts.values()):
-            _nothing_matches(query)
-            return 0
-        over = not found.counts["pending"] and not found.counts["running"]
-        sys.stderr.write("\r\x1b[K" + progress(found, screen_size(sys.stderr)[0] - 1) + ("\n" if over else "\r"))
-        sys.stderr.flush()
-        if over:
-            return 1 if found.counts["failed"] else 0
+TIME_IS_UP = 124  # the exit code
 
 
 def do_task_wait(options):
-    """Look until nothing is pending or running; 1 where something failed."""
-    query, last = selectors(options), None
-    if is_terminal(sys.stderr) and not options.quiet:
-        return _wait_with_bar(query)
-    for counts in (found.counts for found in poll_counts(query, IDLE_WAIT_S)):
-        told = ", ".join("%d %s" % (counts[state], state) for state in TASK_STATES if counts[state])
-        if counts != last and not options.quiet:
-            note(told) if told else _nothing_matches(query)
-        last = counts
-        if not counts["pending"] and not counts["running"]:
-            return 1 if counts["failed"] else 0
+    """Look until nothing is pending or running; TASKS_FAILED where something failed, TIME_IS_UP if it takes longer."""
+    query, has_bar = selectors(options), is_terminal(sys.stderr) and not options.quiet
+    until = math.inf if options.timeout is None else monotonic() + options.timeout
+    last, idle_at, is_told = collections.Counter(), math.inf, options.quiet
+    looks = _paces(query, until) if has_bar else poll_counts(
+        query, lambda: IDLE_WAIT_S if is_told or last["running"] else NO_LOOP_S, until)
+    for found in looks:
+        counts = found.counts
+        is_over, is_idle = not counts["pending"] + counts["running"], not counts["running"]
+        if sum(counts.values()) < (options.expect or 0):
+            raise LabtaskerRuntimeError("%d tasks match, and %d are expected" % (sum(counts.values()), options.expect))
+        if has_bar and counts:
+            sys.stderr.write("\r\x1b[K" + progress(found, screen_size(sys.stderr)[0] - 1) + ("\n" if is_over else "\r"))
+            sys.stderr.flush()
+        elif (counts != last or not counts) and not options.quiet:
+            note(in_states(counts)) if counts else _nothing_matches(query)
+        if is_over:
+            return TASKS_FAILED if counts["failed"] else 0
+        last, idle_at = counts, min(idle_at, monotonic()) if is_idle else math.inf
+        if not is_told and monotonic() - idle_at >= NO_LOOP_S:
+            is_told = _tell_no_loop(query, counts, "\r\x1b[K" * has_bar)
+    if not options.quiet:
+        note("\n" * has_bar + "The time is up: %s." % in_states(last))
+        is_told or last["running"] or _tell_no_loop(query, last)
+    return TIME_IS_UP
+
+
+NO_LOOP_S = 2.0  # nothing runs for so long: else a loop may just begin, or be between two tasks
+
+
+def _tell_no_loop(query, counts, head=""):
+    """Say that no loop runs, unless one runs other tasks; return True."""
+    try:
+        if not ls_tasks(status="running", limit=1).content:
+            one, = ls_tasks(limit=1, **dict(query, status="pending")).content
+            sys.stderr.write(head)
+            note("%d pending, no loop runs: start one, such as labtasker loop -- %s" % (
+                counts["pending"], _example_command(one)))
+    except (LabtaskerError, ValueError):  # the server is away, or they have gone on meanwhile
+        pass
+    return True
 
 
 # ---- Why a task is not run
@@ -15700,13 +16062,14 @@ def _what_became(task):
     """Return what there is to say of a task that does not wait to be run."""
     if task.status == "running":
         return "It has been running for %s on worker %s%s." % (
-            span(spent_s(task) or 0), task.worker_id or "unknown",
+            spent(task, "{1}, {0} in {2} runs,"), task.worker_id or "unknown",
             "; its last heartbeat was %s ago" % age(task.last_heartbeat) if task.last_heartbeat else "")
     again = "labtasker task retry %s makes it pending again." % task.task_id[:8]
     if task.status == "failed":
         return "It failed for good, after %d of %d runs%s. %s" % (
             task.retries, task.max_retries, _with_error(task), again)
-    return "It is over: %s. %s" % (task.status, again)
+    took = spent(task, "{0} in {2} runs, the last {1}")
+    return "It is over: %s%s. %s" % (task.status, took and " after " + took, again)
 
 
 def _with_error(task):
@@ -15739,7 +16102,7 @@ def _in_the_way(task, options):
         if text and text not in shown:
             shown.add(text)
             yield "A loop runs %s now: %s." % (text, "; ".join(_mismatches(one.cmd, task)) or "it would take the task")
-    for worker in ls_workers(limit=EVERY).content:
+    for worker in ls_workers(extra_filter=NOT_ENDED, limit=EVERY).content:
         if worker.status != "active":
             yield "Worker %s is %s, so it gets no tasks. To activate it: labtasker worker report %s active" % (
                 worker.worker_name or worker.worker_id[:8], worker.status, worker.worker_id[:8])
@@ -15754,12 +16117,6 @@ def _ordinal(number):
     return "%d%s" % (number, "th" if is_th else ("st", "nd", "rd")[number % 10 - 1])
 
 
-def as_typed(cmd):
-    """Return a command as one types it."""
-    import shlex
-    return cmd if isinstance(cmd, str) else " ".join(map(shlex.quote, cmd or ()))
-
-
 def _example_command(task):
     """Return a command that takes just the task's arguments."""
     return "python train.py " + " ".join("--%s '%%(%s)'" % (key, key) for key, _ in flatten(task.args))
@@ -15771,14 +16128,7 @@ def _mismatches(cmd, task):
         keys = [key for text in ([cmd] if isinstance(cmd, str) else cmd or ()) for key in Template(text).keys]
     except LabtaskerError as error:
         return [str(error).split("\n")[0]]
-    has = [".".join(path) for path in paths_of(task.args)]
-    if not keys or covers(keys, paths_of(task.args)):
-        return []
-
-    def within(inner, outer):
-        return inner == outer or inner.startswith(outer + ".")
-    missing = [key for key in keys if key != "*" and not any(within(path, key) for path in has)]
-    extra = sorted(path for path in has if "*" not in keys and not any(within(path, key) for key in keys))
+    missing, extra = misfits(keys, paths_of(task.args))
     return ["the task lacks %s" % key for key in missing] + ["the command lacks %%(%s)" % path for path in extra]
 
 
@@ -16149,10 +16499,17 @@ def do_worker_create(options):
     say(worker_id if options.quiet else "Created worker %s" % worker_id)
 
 
+NOT_ENDED = {"ended_at": None}  # the filter of workers whose loops may still run
+
+
 def do_worker_ls(options):
+    given = filter_of(options)
+    shown = given if options.all or options.worker_id else both(given, NOT_ENDED, Worker)
+    query = _with_status({"extra_filter": shown}, options.status, Worker)
     _show_listing(ls_workers(
-        worker_id=_full_id(options.worker_id, ls_workers), worker_name=options.worker_name, status=options.status,
-        extra_filter=filter_of(options), limit=options.limit + 1, offset=options.offset).content, options)
+        worker_id=_full_id(options.worker_id, ls_workers), worker_name=options.worker_name, limit=options.limit + 1,
+        offset=options.offset, **query).content, options,
+        "Nothing matches; with --all it may be a loop's that has ended." if shown is not given else "Nothing matches.")
 
 
 def do_worker_report(options):
@@ -16496,6 +16853,19 @@ def choice(spelling, choices, **settings):
     return row
 
 
+def choices(spelling, words):
+    """Return an option that takes one or several of `words`, joined by commas."""
+    def read(text):
+        found = [word.strip() for word in text.split(",")]
+        for word in found:
+            if word not in words:
+                raise UsageError("%s is none of %s%s" % (brief(word), ", ".join(words), hint(word, words)))
+        return ",".join(dict.fromkeys(found))
+    row = option(spelling, "|".join(words) + ", or several joined by commas", type=typed(read))
+    row[1]["type"].choices = tuple(words)  # for the shells' completion
+    return row
+
+
 @typed
 def count(text):
     """Return a number that is not negative; the type of options that count."""
@@ -16538,7 +16908,6 @@ def _option_of(name, row):
 def _options_of(table):
     """Return the rows of the options of a command that a table of parameters has."""
     return [_option_of(name, row) for name, row in table.items()]
-
 
 
 def make_parser(path):
@@ -16816,7 +17185,7 @@ COLOUR = [switch("ansi", "always use colour, or never (default: on a terminal)")
 FILTER = _option_of("extra_filter", LOOP_OPTIONS["extra_filter"])
 SELECT = [option("--id --task-id ID", "the task with this id", dest="task_id"),
           option("--name --task-name NAME", "tasks with this name", dest="task_name"),
-          choice("-s --status STATUS", TASK_STATES), FILTER]
+          choices("-s --status STATUS", TASK_STATES), FILTER]
 LIST = [option("--limit N", "show at most N (100)", type=count, default=100),
         option("--offset N", "skip the first N", type=count, default=0),
         *_formats("table"),
@@ -16844,7 +17213,7 @@ COMMANDS = {
                    "stop included"),
             option("--from FILE", "a task for each JSON line or CSV row; - is stdin", dest="from_file",
                    type=for_system),
-            option("--unique", "skip what has the same arguments as an existing task"),
+            option("--unique", "skip what has the same name and arguments as an existing task"),
             option("--dry-run", "print what would be submitted, as JSON lines"), QUIET],
         "[-- --NAME=VALUE ...]"),
     "task ls": Command(
@@ -16881,8 +17250,10 @@ COMMANDS = {
         do_task_cancel, "Cancel those of the tasks that are pending or running. What runs is ended within seconds.",
         "labtasker task cancel --name grid -f 'args.lr > 0.5'", [IDS] + SELECT + [DRY_RUN, YES, SILENT]),
     "task wait": Command(
-        do_task_wait, "Wait until no selected task is pending or running. Exit 1 if any failed.",
-        "labtasker task wait --name grid && echo done", SELECT + [SILENT]),
+        do_task_wait, "Wait until no selected task is pending or running. Exit 4 if any failed.",
+        "labtasker task wait --name grid && echo done", SELECT + [
+            option("--timeout TIME", "wait no longer; exit 124", type=seconds),
+            option("--expect N", "exit 1 if fewer match", type=count), SILENT]),
     "task why": Command(
         do_task_why, "Say why a task is not running, and its place in line.",
         "labtasker task why 3f2a -- python train.py --lr '%(lr)'", [ID, FILTER],
@@ -16942,7 +17313,8 @@ COMMANDS = {
         do_worker_ls, "List workers.", "labtasker worker ls -s crashed", [
             option("--id --worker-id ID", "the worker with this id", dest="worker_id"),
             option("--name --worker-name NAME", "workers with this name", dest="worker_name"),
-            choice("-s --status STATUS", WORKER_STATES), FILTER, QUIET] + LIST),
+            choices("-s --status STATUS", WORKER_STATES), FILTER,
+            option("--all", "those of loops that have ended, too"), QUIET] + LIST),
     "worker report": Command(
         do_worker_report, "Set a worker active, suspended or crashed.", "labtasker worker report ID active",
         [WORKER, choice("STATUS", WORKER_STATES, dest="status")]),

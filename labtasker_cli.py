@@ -16,7 +16,7 @@ import time
 import zlib
 
 from labtasker import (
-    COMMANDS, CONFIG_NAME, CONTROL, EVERY, EXTRA_COMMANDS, REFRESH_S, REQUIRED, ROUTES, SELECT,
+    COMMANDS, CONFIG_NAME, CONTROL, EVERY, EXTRA_COMMANDS, NOT_ENDED, REFRESH_S, REQUIRED, ROUTES, SELECT,
     SETTINGS, TASK_FIELDS, TASK_STATES, UPDATABLE, Command, Disk, Instant, JobCommand, LabtaskerError,
     LabtaskerHTTPStatusError, LabtaskerRuntimeError, LabtaskerValueError, OddFile, Page, Sweep,
     SyntaxMistake, TaskUpdateRequest, UsageError, order_key, last_seen, alike_lines, as_typed, ask, brief,
@@ -144,7 +144,8 @@ class Feed:
             self.wake.clear()
             try:
                 sweep.refresh()
-                workers, error = {one.worker_id: one for one in ls_workers(limit=EVERY).content}, None
+                workers, error = {one.worker_id: one for one in ls_workers(
+                    extra_filter=NOT_ENDED, limit=EVERY).content}, None
             except Exception as problem:  # the next look may go well
                 workers, error = self.workers, problem
             with self.lock:
@@ -840,7 +841,7 @@ def field_values(name, word):
 # What is typed is sbatch's, the loop's, or this command's own; the loop's and the job's command stand in the script as
 # they were typed, sbatch's options on #SBATCH lines.
 
-NOT_OF_LOOP = ("-c",)  # sbatch's own, for CPUs
+NOT_OF_LOOP = ("-c", "-q", "--quiet")  # sbatch's own: CPUs, --qos, and what it says itself
 SBATCH_SWITCHES = frozenset(  # sbatch's options that take no value, or one after = alone
     "-H --hold -k --no-kill -O --overcommit -Q --quiet -s --oversubscribe --share -V --version -W --wait --contiguous "
     "--exclusive --get-user-env --ignore-pbs --nice --no-requeue --parsable --propagate --reboot --requeue "
@@ -3521,7 +3522,8 @@ const WORKER_COLUMNS = [["Worker", "", innerWidth < 800 ? 9 : 12], ["Runs", "", 
 
 async function loadWorkers(signal) {
   const [found, answer] = await Promise.all([
-    ask("POST", `${ME}/workers/search`, {limit: MOST_WORKERS, sort: [["created_at", -1]]}, {signal}),
+    ask("POST", `${ME}/workers/search`, {limit: MOST_WORKERS, sort: [["created_at", -1]],
+      extra_filter: {ended_at: null}}, {signal}),
     view({columns: ["worker_id", "task_name", "duration", "host"], status: "running", limit: 1000}, {signal})]);
   showOverview(answer);
   const runs = new Map();

@@ -367,7 +367,8 @@ BAD_VALUES = {  # kind of field: values that are none
     "text": [1, []], "id": [1, {}], "name": ["", "a b", "x" * 101, "a\n", "\xe4", 1], "password": ["", "x" * 101, 1], "dict": [1, [], "x"],
     "filter": [1, []], "seconds": [0, -1, "60", True, float("inf"), float("nan")], "duration": ["soon", "", 0, [], "-1h"], "wait": ["x", []],
     "bool": ["maybe", 2, [], ""], "int": ["x", 1.5, True, 2 ** 63], "count": [-1, 1.5, "3", 2 ** 31 + 1], "whole": [-1, "x", 1.5, "-1"],
-    "status": ["done", 1, "created"], "worker_status": ["failed", 1], "event_id": ["x", "1", "1.x"], "answer": ["x"], "texts": ["x", [1]],
+    "status": ["done", 1, "created"], "worker_status": ["failed", 1, "ended"], "worker_report": ["failed", 1],
+    "event_id": ["x", "1", "1.x"], "answer": ["x"], "texts": ["x", [1]],
     "attempt": [1, [], "x", {"a": {}}, {"a": "x" * 3000}], "commit": [1, [], "x" * 1000], "log": [1, [], "x" * 10 ** 6],
     "cmd": [1, [1], {}], "sort": ["x", [["a", 2]], [["a"]], [[1, 1]], {}],
 }
@@ -403,7 +404,8 @@ DEFAULTS = {  # the page's; what is not here has none
     "POST " + ME + "/tasks": {"max_retries": 3, "priority": 0}, "POST " + ME + "/tasks/search": {"offset": 0, "limit": 100},
     "POST " + ME + "/tasks/view": {"offset": 0, "limit": 100, "spread": False},
     "POST " + ME + "/tasks/count": {"by": "status"}, "GET " + ME + "/mark": {"wait_s": 0},
-    "POST " + ME + "/tasks/next": {"start_heartbeat": True, "wait_s": 0, "heartbeat_default": False}, "POST " + ME + "/tasks/{task_id}/heartbeat": {"wait_s": 0},
+    "POST " + ME + "/tasks/next": {"start_heartbeat": True, "wait_s": 0, "heartbeat_default": False, "left": False},
+    "POST " + ME + "/tasks/{task_id}/heartbeat": {"wait_s": 0},
     "POST " + ME + "/workers": {"max_retries": 3}, "POST " + ME + "/workers/search": {"offset": 0, "limit": 100},
     "DELETE " + ME + "/workers/{worker_id}": {"cascade_update": True}, "DELETE " + ME + "/tasks/next": {"hand_back": False},
 }

@@ -865,8 +865,54 @@ def test_wait_ends_when_nothing_is_left_to_do(both):
     home.submit("--max-retries", "1", "--", "--bad=1")
     home.cli("loop", "--", "false", "%(bad)", check=False)
     result = home.cli("task", "wait", check=False)
-    assert result.returncode == 1 and "1 failed" in result.stderr
+    assert result.returncode == 4 and "1 failed" in result.stderr
     assert home.cli("task", "wait", "--name", "sweep").returncode == 0
+
+
+@pytest.mark.slow
+def test_wait_has_a_time_limit_and_says_that_no_loop_runs(both):
+    home = both
+    submit_some(home)
+    short = home.cli("task", "wait", "--timeout", "0", check=False)
+    assert short.returncode == 124 and "The time is up: " in short.stderr
+    assert re.search(r"\d+ pending, no loop runs: start one, such as \S+ -m labtasker loop -- python train.py --", short.stderr)
+    waiting = home.start_cli("task", "wait")
+    harness.wait_until(lambda: "no loop runs" in waiting.log_path.read_text(), "it is said once it lasts")
+    few = home.cli("task", "wait", "--expect", "1000", check=False)
+    assert few.returncode == 1 and "tasks match, and 1000 are expected" in few.stderr
+    assert home.cli("task", "wait", "-s", "failed,success", "--expect", "0").returncode == 0
+    home.cli("task", "update", "-f", "status == 'pending'", "-u", "status=cancelled", "-q")
+    assert waiting.wait(20) == 0 and waiting.log_path.read_text().count("no loop runs") == 1
+
+
+def test_several_statuses_are_joined_by_commas(home, capsys):
+    one, two, three = [labtasker.submit_task(args={"n": n}, task_name="s").task_id for n in range(3)]
+    labtasker.update_tasks([{"task_id": two, "status": "cancelled"}])
+    labtasker.fetch_task(extra_filter="args.n == 2", heartbeat_timeout=60)
+
+    def shown(*words):
+        assert labtasker.main(list(words)) == 0
+        return set(capsys.readouterr().out.split())
+    assert shown("task", "ls", "-q", "-s", "pending,cancelled") == {one, two}
+    assert shown("task", "ls", "-q", "-s", "running, cancelled", "-f", "args.n == 2") == {three}
+    assert shown("task", "ls", "-q", "-s", "pending") == {one}
+    assert shown("task", "count", "-q", "-s", "running,pending", "--name", "s") == {"2"}
+    assert shown("task", "retry", "-q", "-s", "cancelled,failed") == set() and labtasker.get_task(two).status == "pending"
+    assert shown("worker", "ls", "-q", "-s", "crashed,active") == set()
+    assert labtasker.main(["task", "ls", "-s", "failed,pendng"]) == 2
+    assert "pendng is none of" in capsys.readouterr().err
+
+
+def test_workers_of_loops_that_have_ended_are_listed_with_all(home, capsys):
+    lives, ended = labtasker.create_worker("lives"), labtasker.create_worker("gone")
+    labtasker.end_worker(ended)
+
+    def listed(*words):
+        assert labtasker.main(["worker", "ls"] + list(words)) == 0
+        return capsys.readouterr().out
+    assert listed("-q").split() == [lives] and set(listed("-q", "--all").split()) == {lives, ended}
+    assert re.search("ended +gone", listed("--all")) and listed("-q", "--id", ended[:8]).split() == [ended]
+    assert listed("-q", "-f", "worker_name == 'gone'") == "" and listed("-q", "--all", "-f", "worker_name == 'gone'").split() == [ended]
 
 
 @pytest.mark.slow

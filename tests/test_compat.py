@@ -508,7 +508,7 @@ def test_commands_of_ours_alone_on_their_server(our_side):
     assert len(side.cli("task", "ls", "-q", "--limit", "100000", "-s", "pending").lines) == 6
     assert "Labtasker 1.0" in side.cli("health").stdout
     side.cli("loop", "--", "sh", "-c", "test %(i)%(kind) != 2b")
-    assert side.cli("task", "wait", "--quiet", check=False).returncode == 1
+    assert side.cli("task", "wait", "--quiet", check=False).returncode == 4
     assert side.cli("task", "count", "--by", "status", "-s", "failed").lines[-1].split() == ["total", "1"]
     side.cli("task", "retry")
     side.cli("loop", "--", "true", "%(i)", "%(kind)")

@@ -964,6 +964,8 @@ def test_workers_and_what_each_runs(person, load, hand, size):
     worker_id = asked(server, "POST", "/workers", {"worker_name": "w-" + case, "metadata": {"host": "gpu-7"}},
                       201)["worker_id"]
     begin(server, {"args.case": case}, worker_id=worker_id)
+    gone = asked(server, "POST", "/workers", {"worker_name": "gone-" + case}, 201)["worker_id"]
+    asked(server, "POST", "/workers/%s/status" % gone, {"status": "ended"})
 
     def state():
         return asked(server, "GET", "/workers/" + worker_id)["status"]
@@ -973,6 +975,7 @@ def test_workers_and_what_each_runs(person, load, hand, size):
     for words in ("active", case + "-0", "gpu-7"):
         person.says(row, words)
     assert table.locator("tbody tr").filter(has_text=re.compile("resnet|vit|mlp")).count(), "the load's workers run"
+    assert not table.locator("tbody tr").filter(has_text="gone-" + case).count(), "a loop that has ended"
     person.press("Suspend w-" + case, row)
     person.press("Cancel", person.dialog())
     assert state() == "active"

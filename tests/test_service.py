@@ -383,6 +383,62 @@ def test_a_late_handing_back_counts_as_the_late_success_does(door, max_retries, 
         assert (attempt["status"], attempt["reason"], attempt["signal"]) == ("pending", "preempted", "SIGTERM")
 
 
+@pytest.mark.parametrize("given, took_s", [({}, 100), ({"took_s": 7}, 7), ({"took_s": 1e9}, 100), ({"took_s": 1e-9}, 0)])
+@pytest.mark.parametrize("is_late", [False, True])
+def test_a_report_that_comes_late_says_how_long_its_run_took(door, given, took_s, is_late):
+    task_id = door.submit()
+    run = door.fetch(heartbeat_timeout=5 if is_late else 600, attempt={"host": "there"})
+    door.later(100)
+    door.report(run, "success", **given)
+    task = door.task(task_id)
+    attempt, = task["attempts"]
+    assert task["status"] == "success" and abs(L.spent_s(L.Task(task)) - took_s) < 0.1
+    assert attempt["start"] <= attempt["end"] <= task["last_modified"]
+
+
+def test_a_duration_of_no_length_or_of_another_kind_is_refused(door):
+    door.submit()
+    run = door.fetch()
+    for took_s in (0, -1, "7", float("inf"), float("nan"), True):
+        door.report(run, "success", took_s=took_s, expect=422)
+
+
+def test_a_fetch_that_asks_is_told_how_many_tasks_are_left(door):
+    for n in range(4):
+        door.submit(args={"n": n})
+    door.submit(args={"n": 9, "m": 0})
+    door.submit(args={"n": 4}, task_name="x")
+
+    def left(**fields):
+        return door("POST", "tasks/next", dict(fields, heartbeat_timeout=60, required_fields=["n"], left=True)).get("left")
+    assert left() == 4 and left(extra_filter={"task_name": "x"}) == 0 and left(extra_filter={"args.n": {"$lt": 9}}) == 2
+    assert "left" not in door("POST", "tasks/next", {"heartbeat_timeout": 60, "required_fields": ["n"]})
+    assert left() == 0 and left() is None
+    door.submit(args={"n": 1}, retry_delay=100)
+    door.report(door.fetch(), "failed")
+    door.submit(args={"n": 2})
+    assert left(extra_filter={"args.n": 2}) == 0 and door.submit(args={"n": 2}) and left() == 1, "one has a pause"
+
+
+def test_the_worker_of_a_loop_that_has_ended_says_so_until_it_works_again(door):
+    worker_id = door.worker()
+
+    def ended_at():
+        return door("POST", "workers/search", {"worker_id": worker_id})["content"][0]["ended_at"]
+    assert ended_at() is None
+    for again in (lambda: door("POST", "workers/%s/status" % worker_id, {"status": "active"}),
+                  lambda: door.fetch(worker_id=worker_id)):
+        door("POST", "workers/%s/status" % worker_id, {"status": "suspended"})
+        door("POST", "workers/%s/status" % worker_id, {"status": "ended"})
+        assert ended_at() and door("GET", "workers/" + worker_id)["status"] == "suspended"
+        assert not door("POST", "workers/search", {"extra_filter": {"ended_at": None}})["content"]
+        door("POST", "workers/%s/status" % worker_id, {"status": "active"})
+        door("POST", "workers/%s/status" % worker_id, {"status": "ended"})
+        door.submit()
+        again()
+        assert ended_at() is None
+
+
 def test_attempts_are_kept_where_a_worker_tells_of_them_and_only_there(door):
     task_id = door.submit()
     door.report(door.fetch(), "failed", attempt={"exit_code": 1})

@@ -205,9 +205,11 @@ def test_a_result_is_kept_and_the_same_loop_delivers_it(server_home):
     kept, = wait_until(lambda: outbox(server_home), "the result is kept")
     assert stat.S_IMODE(kept.stat().st_mode) == 0o600 and stat.S_IMODE(kept.parent.stat().st_mode) == 0o700
     assert json.loads(kept.read_text())["task_id"] == first and harness.PASSWORD not in kept.read_text()
+    took_s = json.loads(kept.read_text())["took_s"]
     server.start(port_of(server))
     assert wait_for_end(loop) == 0, output(loop)
     assert [(task(i).status, task(i).retries) for i in (first, second)] == [("success", 0), ("failed", 1)]
+    assert abs(labtasker.spent_s(task(first)) - took_s) < 0.001, "without the time that the server was away"
     assert not outbox(server_home) and "saved in" in output(loop)
 
 

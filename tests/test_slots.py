@@ -88,11 +88,11 @@ def test_output_of_slots_is_told_apart_by_line_and_logs_are_as_ever(home):
     text = "printf 'par'; sleep 0.1; printf 'ts %(n)\\nold\\rnew\\n'; echo error %(n) >&2; printf 'no end'"
     loop = home.start_cli("loop", "-j", "2", "--cmd", text)
     assert wait_for_end(loop) == 0
-    lines = [line for line in output(loop).splitlines() if not line.startswith("labtasker: ")]
+    lines = [line for line in output(loop).splitlines() if not re.match(r"labtasker: |\[slot \d\] \[\d/4\] ", line)]
     assert lines and all(re.match(r"\[slot [01]\] (parts \d|old|new|error \d|no end)$", line) for line in lines), lines
     assert collections.Counter(line[9:] for line in lines)["no end"] == 4
     assert {"parts 0", "parts 1", "parts 2", "parts 3"} < {line[9:] for line in lines}
-    assert re.search(r"labtasker: \[slot [01]\] task %s: success" % ids[0], output(loop))
+    assert re.search(r"\[slot [01]\] \[1/4\] %s n=0: success in [\d.]+ s" % ids[0][:8], output(loop))
     for one in ids:
         log = pathlib.Path(task(one).attempts[0]["log"]).read_text()
         assert "slot" not in log and "parts" in log
@@ -402,7 +402,7 @@ def test_what_runs_when_the_time_is_up_is_handed_back_and_another_loop_finishes_
     begun(loop, 2)
     assert wait_for_end(loop) == 0, output(loop)
     assert "the time is up in 0:00:08 (SLURM_JOB_ID)" in output(loop) and output(loop).count("told") == 2
-    assert re.search(r"labtasker: the time is up in 0:00:0\d: 2 requeued", output(loop))
+    assert re.search(r"labtasker: the time is up in 0:00:0\d: 2 tasks: 2 requeued", output(loop))
     back = [task(one) for one in ids]
     assert [(t.status, t.retries) for t in back] == [("pending", 0)] * 3 and sum(t.interruptions for t in back) == 2
     assert [t.reason for t in back if t.interruptions] == ["the time of the loop was up"] * 2
@@ -448,10 +448,10 @@ def test_a_task_with_a_time_out_is_left_to_a_loop_that_has_as_much_time(both):
     other = labtasker.submit_task(args={"n": 4}).task_id
     labtasker.submit_task(args={"m": 1}, task_timeout=3600)  # no field of this loop
     run = both.cli("loop", "--time-limit", "30 min", "-f", "args.n < 4 or args.m == 1", "--", "true", "%(n)")
-    assert re.search(r"done, but 1 pending may take longer than the 0:(29:\d\d|30:00) left: 2 success", run.stderr), run
+    assert re.search(r"done, but 1 pending may take longer than the 0:(29:\d\d|30:00) left: 2 tasks: 2 success", run.stderr), run
     assert [task(i).status for i in (short, long, free, other)] == ["success", "pending", "success", "pending"]
     run = both.cli("loop", "--time-limit", "2h", "--", "true", "%(n)")
-    assert "done: 2 success" in run.stderr and statuses() == {"success": 4, "pending": 1}
+    assert "done: 2 tasks: 2 success" in run.stderr and statuses() == {"success": 4, "pending": 1}
 
 
 def test_the_filter_of_a_limit_changes_seldom():

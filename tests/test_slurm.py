@@ -713,7 +713,7 @@ def test_a_job_that_is_requeued_goes_on_in_the_same_log(sweep):
     sweep.open_gate()
     sweep.slurm.wait_for_end(job)
     log = (sweep.cwd / ("labtasker-%s_3.log" % job)).read_text()
-    assert "stopped by SIGTERM" in log and "done: 1 success" in log
+    assert "stopped by SIGTERM" in log and "done: 1 task: 1 success" in log
     sweep.check_done_once(1, interrupted=1)
 
 
@@ -827,7 +827,7 @@ def test_names_with_blanks_and_quotes_come_through_slurm(sweep):
     name = sweep.slurm.run("squeue", "-h", "-j", job, "-o", "%j").stdout.strip()
     sweep.slurm.wait_for_end(job)
     assert name == "it's \\ #1"
-    assert "done: 1 success" in (folder / ("labtasker-%s.log" % job)).read_text()
+    assert "done: 1 task: 1 success" in (folder / ("labtasker-%s.log" % job)).read_text()
     assert (folder / "done").read_text() == "0\n"
 
 

@@ -165,6 +165,23 @@ def test_a_duration_ends_with_the_attempt():
     assert labtasker.spent_s(task) == 60
 
 
+@pytest.mark.parametrize("ends, shown, why", [
+    (["pending", "timeout", "success"], "13m, last 10m", "success after 13m in 3 runs, the last 10m"),
+    (["pending", "failed", "success"], "10m", "success after 10m"), (["reset", "pending", "success"], "12m, last 10m", "12m in 2 runs"),
+])
+def test_a_resumed_task_s_duration_is_that_of_all_its_runs(ends, shown, why):
+    times = [(0, 60), (100, 220), (300, 900)]
+    attempts = [{"run_id": str(at), "status": end, "start": labtasker.format_time(begin_s), "end": labtasker.format_time(end_s)}
+                for at, (end, (begin_s, end_s)) in enumerate(zip(ends, times))]
+    task = labtasker.Task({"task_id": "a" * 36, "status": "success", "start_time": labtasker.format_time(300), "run_id": "2",
+                           "last_modified": labtasker.format_time(5000), "attempts": attempts})
+    assert labtasker.TASK_COLUMNS["duration"](task) == shown and why in labtasker._what_became(task)
+    task.run_id = None  # it was cancelled since
+    assert labtasker.TASK_COLUMNS["duration"](task) == shown
+    task.status = "pending"
+    assert labtasker.TASK_COLUMNS["duration"](task) == ""
+
+
 # ---- sweeps
 
 
@@ -176,9 +193,14 @@ def test_unique_leaves_out_what_is_there(home):
     assert "Would submit 2 tasks; 4 already there" in dry.stderr and len(dry.lines) == 2
     assert home.cli(*(words + ["1:3:1"])).stdout == "Submitted 2 tasks; 4 already there\n"
     assert home.cli(*(words + ["1:3:1"])).stdout == "Submitted 0 tasks; 6 already there\n"
-    assert home.cli("task", "submit", "-q", "--unique", "--", "--lr=0.1", "--seed=1").stdout.strip() in {
-        task["task_id"] for task in home.tasks()}
-    assert len(home.tasks()) == 6
+    one = home.submit("--unique", "--", "--lr=0.1", "--seed=1")
+    assert one in {task["task_id"] for task in home.tasks()} and len(home.tasks()) == 6
+    home.cli("loop", "--max-tasks", "3", "-f", "args.seed == 1 and args.lr == 0.1", "--", "false", "%(lr)", "%(seed)")
+    again = home.cli(*(words + ["1:3:1"]))
+    assert "1 of those already there has failed; to run it again: " in again.stderr and again.stderr.endswith(" task retry %s\n" % one[:8])
+    named = home.cli("task", "submit", "--unique", "--name", "n", "--", "--lr=0.1", "--seed=1")
+    assert named.stdout.startswith("Submitted task ") and "0 already there" in named.stdout and named.stderr == ""
+    assert "1 already there" in home.cli("task", "submit", "--unique", "--name", "n", "--", "--lr=0.1", "--seed=1").stdout
 
 
 @pytest.mark.slow
@@ -490,7 +512,7 @@ def test_wait_shows_a_bar_on_a_terminal(home, tmux):
     pane = tmux(["task", "wait"], width=80)
     pane.until("] 0 of 4 done")
     home.cli("loop", "-c", "test %(lr)%(model) != 0.2vit || exit %(steps)", check=False)
-    assert re.search(r"\[#{20,}\] 4 of 4 done, 1 failed, [\d.]+/s", pane.until("EXIT 1"))
+    assert re.search(r"\[#{20,}\] 4 of 4 done, 1 failed, [\d.]+/s", pane.until("EXIT 4"))
 
 
 # ---- editing

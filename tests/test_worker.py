@@ -4,6 +4,7 @@ import itertools
 import json
 import os
 import pathlib
+import re
 import signal
 import subprocess
 import sys
@@ -899,7 +900,7 @@ def test_a_job_sees_its_run_and_speaks_for_itself(both):
     assert seen["LABTASKER_TASK_ID"] == one and seen["LABTASKER_ROOT"] == str(both.cwd / ".labtasker")
     assert {"LABTASKER_WORKER_ID", "LABTASKER_RUN_ID", "LABTASKER_LOG_DIR"} < set(seen)
     assert (task(one).status, task(one).summary) == ("success", {"child": 0})
-    assert "as reported by the job itself" in run.stderr
+    assert re.search(r"success in [\d.]+ s, child=0, as reported by the job itself", run.stderr)
 
 
 def test_a_command_that_is_not_there_burns_no_task(both):
@@ -1085,14 +1086,137 @@ def test_max_tasks_is_where_it_stops(home):
     ids = submit(3)
     run = home.cli("loop", "--max-tasks", "2", "--", "true", "%(n)")
     assert [task(i).status for i in ids] == ["success", "success", "pending"]
-    assert "--max-tasks reached: 2 success" in run.stderr
+    assert "--max-tasks reached: 2 tasks: 2 success" in run.stderr
 
 
 def test_failures_are_counted_and_are_no_failure_of_the_loop(home):
     submit(2, max_retries=2)
     run = home.cli("loop", "--", "sh", "-c", "exit $0", "%(n)")
     assert run.returncode == 0
-    assert run.stderr.splitlines()[-1] == "labtasker: done: 1 success, 2 failed"
+    assert run.stderr.splitlines()[-1] == "labtasker: done: 2 tasks: 1 success, 1 failed (3 runs)"
+
+
+# What a loop says
+
+
+def asked(task_id, name=None, retries=0, **args):
+    """Return a Task as a fetch gives it."""
+    return labtasker.Task({"task_id": task_id, "task_name": name, "args": args, "retries": retries, "max_retries": 3,
+                           "interruptions": 0, "cmd": "train"})
+
+
+def test_a_task_keeps_its_number_and_what_differs_stands_first():
+    account = labtasker.Account()
+    account.begin(asked("a" * 36, model="vit", lr=0.1, seed=1), 2, 0)
+    assert account.line(asked("a" * 36, model="vit", lr=0.1, seed=1)) == "[1/3] aaaaaaaa model=vit lr=0.1 seed=1"
+    account.end("a" * 36, "retry")
+    account.begin(asked("b" * 36, model="vit", lr=0.1, seed=2), None, 0)
+    assert account.line(asked("b" * 36, model="vit", lr=0.1, seed=2)) == "[2/3] bbbbbbbb seed=2 model=vit lr=0.1"
+    account.end("b" * 36, "success")
+    account.begin(asked("a" * 36, model="vit", lr=0.1, seed=1), 1, 9)
+    assert account.line(asked("a" * 36, model="vit", lr=0.1, seed=1)).startswith("[1/3] aaaaaaaa seed=1 ")
+    account.end("a" * 36, "failed")
+    account.begin(asked("c" * 36, "other", extra=1), 1, 99)  # one more has come meanwhile
+    assert account.line(asked("c" * 36, "other", extra=1)) == "[3/4] cccccccc other extra=1"
+    assert account.tally() == "2 tasks: 1 success, 1 failed (3 runs)"
+
+
+def test_the_number_of_tasks_is_left_out_where_no_server_tells_it():
+    account = labtasker.Account()
+    account.begin(asked("a" * 36, lr=0.1), None, 0)
+    assert account.line(asked("a" * 36, lr=0.1), ": x") == "aaaaaaaa lr=0.1: x"
+    account.end("a" * 36, "success")
+    assert account.tally() == "1 task: 1 success"
+
+
+def test_a_loop_tells_only_the_latest_tasks_apart_and_counts_all(monkeypatch):
+    monkeypatch.setattr(labtasker.Account, "LATEST", 3)
+    account = labtasker.Account()
+    for number in range(9):
+        account.begin(asked(str(number), lr=0.1), 0, 0)
+        account.end(str(number), "failed" if number == 4 else "success")
+    assert account.tally() == "9 tasks: 8 success, 1 failed" and len(account.tasks) == 3
+
+
+@hypothesis.given(strategies.dictionaries(strategies.text("ab", min_size=1), strategies.text() | strategies.floats(), min_size=1),
+                  strategies.text(max_size=200), strategies.integers(60, 200))
+def test_the_lines_of_a_loop_fit_the_terminal(args, error, width):
+    one, account = asked("1f2e3d4c" * 4, **args), labtasker.Account()
+    account.begin(one, 10 ** 6, 0)
+    for state in ("success", "failed", "retry", "pending", "taken", "cancelled"):
+        tail = labtasker.ending(one, state, 100.0, {"acc": 0.91, "text": error}, error)
+        line = account.line(one, tail, "[slot 12] ", width)
+        assert labtasker.cells_wide(line) <= width and line.startswith("[slot 12] [1/1000001] 1f2e3d4c "), line
+        assert labtasker.clean(line, "") == line
+
+
+@pytest.mark.parametrize("state, took_s, why, shown", [
+    ("success", 12.3, None, ": success in 12 s, acc=0.91"), ("retry", 0.517, "exit code 3\nmore", ": failed in 0.52 s, attempt 1 of 3: exit code 3"),
+    ("failed", 300, "", ": failed in 5 min, attempt 1 of 3 and no more, as each would fail"), ("pending", 9, "exit code 75", ": requeued after 9.0 s, uncharged: exit code 75"),
+    ("taken", 10000, "its job was stopped", ": taken over by another worker after 2.8 h: its job was stopped"),
+])
+def test_a_run_s_line_tells_its_end(state, took_s, why, shown):
+    assert labtasker.ending(asked("a", lr=1), state, took_s, {"acc": 0.91}, why) == shown
+
+
+def train(lr=Required(), data="here", *, steps: int = 5):
+    pass
+
+
+@pytest.mark.parametrize("required, why_not, rows, lines", [
+    (["lr"], labtasker.JobCommand(["x", "%(lr)"]).why_not, [{"lr": 1, "steps": n} for n in range(6)],
+     ["6 pending tasks were not taken: they also have steps, which the command lacks (task why 0000)"]),
+    (["modle", "lr"], labtasker.JobCommand(["x"]).why_not, [{"model": "vit", "lr": 1}],
+     ["1 pending task was not taken: it lacks modle, did you mean model? (task why 0000)"]),
+    (["opt"], labtasker.JobCommand(["x"]).why_not, [{"a": {"b": 1}}, {"opt": {"lr": 1}}, {"opt": 3, "z": 1}],
+     ["1 pending task was not taken: it lacks opt; it also has a.b, which the command lacks (task why 0000)",
+      "1 pending task was not taken: it also has z, which the command lacks (task why 0002)"]),
+    (["lr"], labtasker.BoundFunction(train).why_not, [{"lr": 1, "steps": 5}, {"lr": 1, "wd": 5}],
+     ["1 pending task was not taken: it also has steps, which train() does not take from tasks: mark steps with Required() in place of "
+      "its default (task why 0000)",
+      "1 pending task was not taken: it also has wd, which train() lacks (task why 0001)"]),
+    (["lr", "*"], None, [{"lr": 1, "z": 1}], []), ((), None, [{"lr": 1}], []),
+])
+def test_a_loop_says_why_it_leaves_pending_tasks(required, why_not, rows, lines):
+    pending = [asked("%04d" % at, **args) for at, args in enumerate(rows)]
+    assert list(labtasker.left_tasks(required, pending, [], why_not)) == lines
+
+
+@pytest.mark.slow
+def test_what_a_loop_prints_of_its_tasks(both):
+    for n in (1, 2):
+        labtasker.submit_task("s", {"n": n, "m": "vit"}, max_retries=2)
+    labtasker.submit_task("other", {"n": 0, "m": "vit"})
+    labtasker.submit_task("s", {"n": 0, "steps": 0})
+    words = ["--", "sh", "-c", "echo did $0; exit $(($0 > 1))", "%(n)", "%(m)"]
+    run = both.cli("loop", "--name", "s", "--quiet", "--fail", *words, check=False)
+    assert run.returncode == 4 and run.stdout == ""
+    line = r"\[%d/2\] [0-9a-f]{8} n=%d m=vit: %s"
+    fails = line % (2, 2, r"failed in [\d.]+ s, attempt %d of 2: exit code 1\n")
+    start = r"(labtasker: no heart.*\n)?\[1/2\] [0-9a-f]{8} (n=1 m=vit|m=vit n=1): success in [\d.]+ s\n"
+    assert re.match(start + fails % 1 + fails % 2 + r"labtasker: 1 pending task was not taken: it lacks m; it also has steps, which "
+                    r"the command lacks \(task why [0-9a-f]{8}\)\nlabtasker: done: 2 tasks: 1 success, 1 failed \(3 runs\)\n\Z", run.stderr), run
+    none = both.cli("loop", "--name", "nosuch", *words)
+    assert none.returncode == 0 and "4" not in none.stdout
+    assert "2 pending tasks were not taken: the loop's name or filter leaves out all that are pending" in none.stderr
+    assert both.cli("loop", "--name", "no such", *words, check=False).returncode == 2
+    rest = both.cli("loop", "--verbose", "-f", "args.n == 0", *words, check=False)
+    other, = labtasker.ls_tasks(task_name="other").content
+    assert rest.stdout == "did 0\n" and "labtasker: task %s (other): {" % other.task_id in rest.stderr
+    assert "labtasker: task %s: success in" % other.task_id in rest.stderr and rest.returncode == 0
+
+
+@pytest.mark.slow
+def test_a_decorated_loop_takes_a_name_and_may_be_quiet(home):
+    labtasker.submit_task("s", {"n": 1}, max_retries=1)
+    labtasker.submit_task("other", {"n": 2})
+    run = home.python("import labtasker\n@labtasker.loop(task_name='s', quiet=True, fail=True)\ndef f(n=labtasker.Required()):\n"
+                      "    print('did', n)\n    raise ValueError('no')\nf()\n", check=False)
+    assert run.returncode == 4 and run.stdout == "" and "Traceback" not in run.stderr
+    assert re.search(r"^\[1/1\] [0-9a-f]{8} n=1: failed in [\d.]+ s, attempt 1 of 1: ValueError: no$", run.stderr, re.M), run
+    one, = labtasker.ls_tasks(task_name="s").content
+    assert "did 1" in pathlib.Path(one.attempts[0]["log"]).read_text()
+    assert [w.ended_at is None for w in labtasker.ls_workers()] == [False]
 
 
 @pytest.mark.slow
@@ -1105,7 +1229,7 @@ def test_a_loop_stays_for_tasks_to_come(both):
     wait_for_task(two, "success")
     loop.send_signal(signal.SIGTERM)
     assert wait_for_end(loop) == 128 + signal.SIGTERM
-    assert "stopped by SIGTERM: 2 success" in output(loop)
+    assert "stopped by SIGTERM: 2 tasks: 2 success" in output(loop)
 
 
 def test_what_a_task_holds_can_not_play_with_the_terminal(home):
