@@ -13373,30 +13373,13 @@ class Loop:
         """Print why the loop ends; return the exit code."""
         if self.fatal:
             remark(self.fatal)
-        self._tell_left()
-        if self.state == "done" and not self.account.runs and not self.wake.stop:
-            self._tell_unmatched()
+        if self.state == "done" and not self.wake.stop:
+            _tell_left(self)
         remark(": ".join(filter(None, (self._why(), self.account.tally()))))
         if self.wake.stop and self.state != "timed_out":
             return 128 + self.wake.stop
         has_failed = self.options.fail and self.account.counts()["failed"]
         return 1 if self.state == "failed" else TASKS_FAILED if has_failed else 0
-
-    def _tell_left(self):
-        """Print how many pending tasks, of up to MOST_LEFT, are left because the command or function does not take
-        them."""
-        required = self.request.get("required_fields") or ()
-        if self.state != "done" or self.wake.stop or not self.why_not:
-            return
-        try:
-            given = self.request.get("extra_filter")
-            pending = ls_tasks(status="pending", extra_filter=given, limit=MOST_LEFT).content
-            is_none = given and not (pending or self.account.begun)
-            hidden = ls_tasks(status="pending", limit=MOST_LEFT).content if is_none else []
-        except LabtaskerError:  # how it ends is told all the same
-            return
-        for text in left_tasks(required, pending, hidden, self.why_not):
-            remark(text)
 
     def leave(self):
         """Try to deliver what waits, as long as there is time; print where the rest is saved."""
@@ -13478,14 +13461,6 @@ class Loop:
         longer = self._longer()
         but = ", but %d pending may take longer than the %s left" % (longer, left) if longer else ""
         return ("done" if self.account.runs else "no matching tasks") + but
-
-    def _tell_unmatched(self):
-        """Print why the loop's filter matches no pending task, where that is plain."""
-        try:
-            for text in unmatched({"status": "pending", "extra_filter": self.request.get("extra_filter")}):
-                remark("filter: " + text)
-        except LabtaskerError:  # how it ends is told all the same
-            pass
 
     def _longer(self):
         """Return how many pending tasks, up to 100, match but for a task_timeout longer than the time left."""
@@ -13613,6 +13588,22 @@ class Loop:
             self.state == "timed_out") else (
             "the loop was stopped by %s" % signal_name(self.wake.stop))
         return Outcome("pending", reason=why, facts=facts)
+
+
+def _tell_left(loop):
+    """Print why a loop leaves pending tasks, of which it looks at MOST_LEFT; where it ran none, also what in its filter
+    can't be true. Where the store can't be asked nothing is printed."""
+    required, given = loop.request.get("required_fields") or (), loop.request.get("extra_filter")
+    try:
+        pending = ls_tasks(status="pending", extra_filter=given, limit=MOST_LEFT).content if loop.why_not else []
+        is_none = given and not (pending or loop.account.begun)
+        hidden = ls_tasks(status="pending", limit=MOST_LEFT).content if is_none else []
+        doubtful = unmatched({"status": "pending", "extra_filter": given}) if not loop.account.runs else ()
+        lines = list(left_tasks(required, pending, hidden, loop.why_not)) + ["filter: " + text for text in doubtful]
+    except LabtaskerError:
+        return
+    for text in lines:
+        remark(text)
 
 
 class _Fetch:
