@@ -14424,13 +14424,17 @@ COLOURED = Pattern("(\x1b\\[[0-9;]*m)")
 
 
 def say(text):
-    """Write a result to stdout, with escapes for what its encoding lacks. On a terminal only colours are obeyed."""
+    """Write a result to stdout. On a terminal only colours are obeyed. What the encoding lacks is escaped there and where
+    PYTHONIOENCODING asks for that encoding; a file or pipe gets UTF-8, as from Python 3.7 on in the locale C."""
     if is_terminal(sys.stdout):
         text = "".join(piece if at % 2 else clean(piece) for at, piece in enumerate(COLOURED.split(text)))
     try:
         sys.stdout.write(text + "\n")
     except UnicodeEncodeError:
-        sys.stdout.write(text.encode(sys.stdout.encoding, "backslashreplace").decode(sys.stdout.encoding) + "\n")
+        is_wanted = is_terminal(sys.stdout) or os.environ.get("PYTHONIOENCODING")
+        way = (sys.stdout.encoding, "backslashreplace") if is_wanted else ("utf-8", "surrogateescape")
+        sys.stdout.flush()
+        sys.stdout.buffer.write((text + "\n").encode(*way))
 
 
 def note(text):

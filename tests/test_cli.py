@@ -1618,3 +1618,28 @@ def test_what_can_not_be_meant_is_refused_with_a_word(tmp_path, monkeypatch, cap
     labtasker.use_client(None)
     told = "".join(capsys.readouterr())
     assert ended == (code or ended) != 0 and said in told and "\x1b" not in told and "bug" not in told
+
+
+@pytest.mark.parametrize("asked", [None, "ascii"])
+def test_a_listing_never_fails_for_an_encoding_and_what_is_piped_comes_back_unless_that_encoding_was_asked_for(
+        tmp_path, monkeypatch, asked):
+    args = {"a": "x\u00fc \U0001f600", "b": "\u65e5, '\"\n"}
+    monkeypatch.setenv("LABTASKER_ROOT", str(tmp_path))
+    monkeypatch.setenv("PYTHONIOENCODING", asked or "")
+    labtasker.use_client(None)
+    labtasker.submit_task(args=args)
+    for fmt in labtasker.FORMATS + ("table",):
+        out = io.TextIOWrapper(io.BytesIO(), "ascii", "strict")
+        with monkeypatch.context() as piped:
+            piped.setattr(sys, "stdout", out)
+            assert labtasker.main(["task", "ls", "--fmt", fmt]) == 0
+        out.flush()
+        said = out.buffer.getvalue()
+        assert said.isascii() if asked else (fmt in ("json", "jsonl") or "\u65e5".encode() in said)
+        if fmt in ("json", "jsonl"):
+            found = json.loads(said.decode())
+            assert (found if fmt == "jsonl" else found[0])["args"] == args
+        elif fmt == "csv" and not asked:
+            row, = csv.DictReader(io.StringIO(said.decode(), newline=""))
+            assert {"a": row["args.a"], "b": row["args.b"]} == args
+    labtasker.use_client(None)
