@@ -14424,8 +14424,10 @@ COLOURED = Pattern("(\x1b\\[[0-9;]*m)")
 
 
 def say(text):
-    """Write a result to stdout. On a terminal only colours are obeyed. What the encoding lacks is escaped there and where
-    PYTHONIOENCODING asks for that encoding; a file or pipe gets UTF-8, as from Python 3.7 on in the locale C."""
+    """Write a result to stdout. On a terminal only colours are obeyed.
+
+    What the encoding lacks is escaped on a terminal, and where PYTHONIOENCODING asks for that encoding. A file or pipe
+    gets UTF-8 otherwise, as from Python 3.7 on in the locale C."""
     if is_terminal(sys.stdout):
         text = "".join(piece if at % 2 else clean(piece) for at, piece in enumerate(COLOURED.split(text)))
     try:
