@@ -9152,10 +9152,12 @@ def client_held():
 
 
 def _check_root():
-    """Raise StoreUnavailable in a job whose configuration folder is gone; it was there when the loop began the job."""
-    root = os.environ.get("LABTASKER_ROOT")
-    if root and os.environ.get("LABTASKER_RUN_ID") and not os.path.isdir(root):
-        raise StoreUnavailable(AWAY % root)
+    """Raise StoreUnavailable in a job whose configuration is gone; it was there when the loop began the job. An empty
+    folder in its place, as where a file system is away, must not become a new store."""
+    root, source = os.environ.get("LABTASKER_ROOT"), os.environ.get("LABTASKER_SOURCE")
+    if root and os.environ.get("LABTASKER_RUN_ID"):
+        if not os.path.isdir(root) or source and not os.path.exists(source):
+            raise StoreUnavailable(AWAY % (source or root))
 
 
 def _rely_on_loops_store(transport):
@@ -12424,6 +12426,7 @@ class Run:
                 "LABTASKER_CURRENT": self.current_path,
                 **(self.limit.environment() if self.limit else {}),
                 "LABTASKER_ROOT": os.path.abspath(load_config().root),
+                "LABTASKER_SOURCE": None if self.store_id else load_config().source,
                 "LABTASKER_STORE": self.store_id and "%s %s" % (self.store_id, os.path.dirname(client().where))}
 
     def report(self, status, summary=None, worker_id=None):

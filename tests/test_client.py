@@ -687,3 +687,20 @@ def test_a_mistake_in_a_call_leads_to_what_was_meant_and_changes_nothing(home):
         with pytest.raises(L.LabtaskerError, match=words):
             call(task)
     assert L.ls_tasks().content == [task]
+
+
+@pytest.mark.parametrize("gone", ["the folder", "what is in it"])
+def test_a_job_whose_configuration_of_a_server_is_gone_asks_no_new_store_instead(tmp_path, monkeypatch, gone):
+    root = tmp_path / ".labtasker"
+    L.write_config(str(root), "http://127.0.0.1:9", "q", "p")
+    for name, value in (("ROOT", str(root)), ("SOURCE", str(root / "config.toml")), ("RUN_ID", "r"), ("TASK_ID", "t")):
+        monkeypatch.setenv("LABTASKER_" + name, value)
+    L.use_client(None)
+    assert L.client().where == "http://127.0.0.1:9"
+    L.use_client(None)
+    (root / "config.toml").unlink()
+    if gone == "the folder":
+        root.rmdir()
+    with pytest.raises(L.StoreUnavailable, match="config.toml is not there at the moment"):
+        L.submit_task(args={"a": 1})
+    assert not root.exists() or not list(root.iterdir())
