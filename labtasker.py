@@ -3609,8 +3609,8 @@ class Pending:
         Where many tasks have a pause it may be that of a task which does not fit: the fetch is then repeated."""
         if len(self.resting) > MOST_LOOKED_AT:
             return self.next_release()
-        found = map(self.tasks.get, self.resting)
-        return min((task.not_before for task in found if (predicate is None or predicate(task)) and takes(
+        tasks = map(self.tasks.get, self.resting)
+        return min((task.not_before for task in tasks if (predicate is None or predicate(task)) and takes(
             required, shape_of(task.args))), default=None)
 
     def _place(self, entry, task):
@@ -3706,7 +3706,7 @@ class Pending:
 
     def matches(self, asked, lists):
         """Return the entries in `lists` that match. Needs no lock: what changes meanwhile is in the log."""
-        found = []
+        matching = []
         for shape, entries in lists:
             if shape is not None and not takes(asked.required, shape):
                 continue
@@ -3714,8 +3714,8 @@ class Pending:
                 task = self.alive(entry)
                 if task and (asked.predicate is None or asked.predicate(task)) and (
                         shape is not None or takes(asked.required, shape_of(task.args))):
-                    found.append(entry)
-        return found
+                    matching.append(entry)
+        return matching
 
     def catch_up(self, asked, is_new, lists, end, found=None):
         """Add to a Standing what it had not read; `found` are the matches where they are known."""
@@ -4141,7 +4141,7 @@ class StoreFile:
     `lock` guards all attributes. A server holds the file's lock for its life. Embedded, the lock is taken for one
     operation, which first reads what others have added."""
 
-    LOCK_TIMEOUT_S = 30.0  # embedded peers hold the lock for milliseconds
+    LOCK_TIMEOUT_S = 30.0  # embedded peers hold the lock briefly
 
     def __init__(self, path, is_server=False, fsync="always"):
         self.path, self.is_server = os.path.abspath(path), is_server
@@ -4277,8 +4277,8 @@ class StoreFile:
             raise LabtaskerRuntimeError("%s can't be read (%s)" % (self.path, error.strerror))
 
     def check_expected(self):
-        """Raise StoreUnavailable where the store that gave this process a run is missing or another is in its place. It
-        is away, as a server can be: its tasks are not gone."""
+        """Raise StoreUnavailable if the store that gave this process a run is missing, or another one is in its place.
+        It counts as away, like a server: its tasks still exist."""
         try:
             inode, store_id = os.stat(self.path).st_ino, self.file.header.get("store")
             if self.file.fd is None or inode != self.file.inode:
@@ -4534,7 +4534,7 @@ class Store:
 
     def _wake(self, queue_id, done):
         """Wake the requests that wait for a task in `done`, for its queue, or for a pending task there. A change of the
-        queue's own record wakes all that wait at it: their password may no longer be right."""
+        queue's own record wakes all of its requests, as its password may have changed."""
         keys = {(queue_id, key) for _, key, _, _ in done} | {(queue_id, "change")}
         if any(isinstance(new, TaskRecord) and new.status == "pending" for _, _, _, new in done):
             keys.add((queue_id, "pending"))
@@ -4559,13 +4559,13 @@ class Store:
                 self.beats.runs.pop(before, None)
             if after:
                 self.beats.start(after)
-                self._look_by(new.queue_id, max(LOOK_INTERVAL_S, min(
-                    (one for one in (new.heartbeat_timeout, new.task_timeout) if one is not None), default=math.inf)))
+                limits_s = [limit_s for limit_s in (new.heartbeat_timeout, new.task_timeout) if limit_s is not None]
+                self._look_by(new.queue_id, max(LOOK_INTERVAL_S, min(limits_s, default=math.inf)))
         elif after and (old.heartbeat_timeout, old.task_timeout) != (new.heartbeat_timeout, new.task_timeout):
             self._look_by(new.queue_id, LOOK_INTERVAL_S)
 
     def _look_by(self, queue_id, in_s):
-        """Have the time-outs of a queue looked for in `in_s` seconds at the latest."""
+        """Look for the time-outs of a queue within `in_s` seconds."""
         at = monotonic() + in_s
         self.timeouts_at[queue_id] = min(at, self.timeouts_at.get(queue_id, -math.inf))
         self.next_timeout_at = min(at, self.next_timeout_at)
@@ -4599,24 +4599,25 @@ class Store:
             self.notice_sleep()
             self.looked_at, seen = monotonic(), self.journal.file.n
             if queue_id is None:
-                wanted = [one for one, queue in self.state.queues.items() if queue.running]
+                wanted = [queue_id for queue_id, queue in self.state.queues.items() if queue.running]
             else:
                 wanted = [queue_id]
-            wanted = [one for one in wanted if self.timeouts_at.get(one, -math.inf) <= self.looked_at]
-            self.timeouts_at.update((one, self.looked_at + LOOK_INTERVAL_S) for one in wanted)
-        for one in wanted:
+            wanted = [queue_id for queue_id in wanted if self.timeouts_at.get(queue_id, -math.inf) <= self.looked_at]
+            self.timeouts_at.update((queue_id, self.looked_at + LOOK_INTERVAL_S) for queue_id in wanted)
+        for queue_id in wanted:
             try:
-                next_in_s = self.transact(_expire_runs, one, None)
+                next_in_s = self.transact(_expire_runs, queue_id, None)
             except Unauthorized:  # the queue was deleted in between
                 continue
             with self.lock:
-                if self.is_server and self.journal.file.n == seen:  # else a run may have begun that is over earlier
-                    self.timeouts_at[one] = monotonic() + max(LOOK_INTERVAL_S, next_in_s)
+                if self.is_server and self.journal.file.n == seen:  # else a run that began meanwhile may end earlier
+                    self.timeouts_at[queue_id] = monotonic() + max(LOOK_INTERVAL_S, next_in_s)
         if queue_id is None:
             with self.lock:
-                running = [one for one, queue in self.state.queues.items() if queue.running]
-                self.timeouts_at = {one: at for one, at in self.timeouts_at.items() if one in self.state.queues}
-                self.next_timeout_at = min((self.timeouts_at.get(one, -math.inf) for one in running), default=math.inf)
+                queues = self.state.queues
+                self.timeouts_at = {queue_id: at for queue_id, at in self.timeouts_at.items() if queue_id in queues}
+                self.next_timeout_at = min((self.timeouts_at.get(queue_id, -math.inf)
+                                            for queue_id, queue in queues.items() if queue.running), default=math.inf)
 
     def due_at(self):
         """Return the earliest time-out of a run or end of a task's pause."""
@@ -4725,7 +4726,7 @@ def same_secret(one, other):
 
 def _overdue(store, queue):
     """Return ([(task, words)] of the running tasks whose time is over, seconds until the next run can time out)."""
-    found, next_in_s = [], math.inf
+    overdue, next_in_s = [], math.inf
     for task in queue.running.values():
         if task.heartbeat_timeout is None and task.task_timeout is None:
             continue
@@ -4736,13 +4737,13 @@ def _overdue(store, queue):
         ran_s, silent_s = ages
         has_beats = task.heartbeat_timeout is not None and task.last_heartbeat is not None
         if has_beats and silent_s > task.heartbeat_timeout:
-            found.append((task, "no heartbeat for %g seconds (heartbeat_timeout)" % task.heartbeat_timeout))
+            overdue.append((task, "no heartbeat for %g seconds (heartbeat_timeout)" % task.heartbeat_timeout))
         elif task.task_timeout is not None and ran_s > task.task_timeout:
-            found.append((task, "still running after %g seconds (task_timeout)" % task.task_timeout))
+            overdue.append((task, "still running after %g seconds (task_timeout)" % task.task_timeout))
         else:
             next_in_s = min(next_in_s, task.heartbeat_timeout - silent_s if has_beats else math.inf,
                             math.inf if task.task_timeout is None else task.task_timeout - ran_s)
-    return found, next_in_s
+    return overdue, next_in_s
 
 
 def _expire_runs(store, queue, request, at):
@@ -4760,7 +4761,7 @@ def _expire_runs(store, queue, request, at):
 
 def _failed(task, fields, at, is_final=False):
     """Return the change of a task whose run failed: pending again, or failed when its retries are used up, or where
-    another run is in vain."""
+    another run would be in vain."""
     retries = task.retries + 1
     event = "retry" if retries < task.max_retries and not is_final else "fail"
     status = move(TASK_MOVES, task.status, event, "task " + task.task_id)
@@ -4881,8 +4882,8 @@ def _submission(request, at):
 def submit_tasks_op(store, queue, request, at):
     """Decide to create tasks, all or none. One that exists with the same content was submitted before, and counts."""
     changes, ids = [], {}
-    for place, one in enumerate(request["tasks"]):
-        task_id, fields = _submission(one, after(at, place))
+    for place, submission in enumerate(request["tasks"]):
+        task_id, fields = _submission(submission, after(at, place))
         there = queue.tasks.get(task_id)
         known = ids.get(task_id) if task_id in ids else there and there.digest
         if task_id in ids or there:
@@ -4891,7 +4892,7 @@ def submit_tasks_op(store, queue, request, at):
         else:
             changes.append(["task", task_id, fields, "created"])
         ids[task_id] = fields.get("digest")
-    return changes, {"task_ids": [one for one in ids]} if request["many"] else {"task_id": next(iter(ids))}
+    return changes, {"task_ids": list(ids)} if request["many"] else {"task_id": next(iter(ids))}
 
 
 def _tests(request, id_field, name_field):
@@ -4903,10 +4904,10 @@ def _tests(request, id_field, name_field):
 
 def _matching(store, records, tests):
     """Return an iterator of the records that pass all tests; running tasks show when they were last heard of."""
-    found = map(lambda record: last_seen(store, record) if record.status == "running" else record, records)
+    matching = map(lambda record: last_seen(store, record) if record.status == "running" else record, records)
     for test in tests:
-        found = filter(test, found)
-    return found
+        matching = filter(test, matching)
+    return matching
 
 
 def _selected(store, records, request, id_field, name_field):
@@ -4914,11 +4915,11 @@ def _selected(store, records, request, id_field, name_field):
     tests, offset, limit = _tests(request, id_field, name_field), request["offset"], request["limit"]
 
     def answer():
-        found = _matching(store, records, tests)
+        matching = _matching(store, records, tests)
         if request.get("sort"):
             sort = [[id_field if field == "_id" else field, way] for field, way in request["sort"]]
-            found = sort_records(found, sort, lambda record: (record.created_at, getattr(record, id_field)))
-        content = list(itertools.islice(found, offset, offset + limit))
+            matching = sort_records(matching, sort, lambda record: (record.created_at, getattr(record, id_field)))
+        content = list(itertools.islice(matching, offset, offset + limit))
         return {"found": bool(content), "content": content}
     return answer
 
@@ -4975,8 +4976,8 @@ def get_mark_op(store, queue, request, at):
 
 
 def last_seen(store, task):
-    """Return the record of a running task with the time it was last heard of."""
-    if task.last_heartbeat is None:
+    """Return the record of a task, a running one with the time it was last heard of."""
+    if task.status != "running" or task.last_heartbeat is None:
         return task
     ages = store.beats.ages(task.run_id)
     if ages is None or math.isinf(ages[1]):
@@ -4993,8 +4994,7 @@ def _task(queue, task_id):
 
 def get_task_op(store, queue, request, at):
     """Decide nothing; answer the task."""
-    task = _task(queue, request["task_id"])
-    return [], last_seen(store, task) if task.status == "running" else task
+    return [], last_seen(store, _task(queue, request["task_id"]))
 
 
 def required_of(request):
@@ -5080,7 +5080,7 @@ def end_fetch_op(store, queue, request, at):
 
 
 def _attempts_begun(task, words, run):
-    """Return a task's attempts with the one that begins: what its worker says of it, and what is known here.
+    """Return a task's attempts with the one that begins: what its worker reports, and what is known here.
 
     `{task_id}` and `{run_id}` in the worker's texts are filled in: the run got its id only now."""
     words = {key: value.replace("{task_id}", task.task_id).replace("{run_id}", run["run_id"])
@@ -5371,8 +5371,8 @@ def _fold_lines(state):
 
 
 def fold(path, draft):
-    """Write the file `draft`, which stands for the lines up to n, where byte `offset` of the journal is the next one's
-    first. Return (n, offset). Reads without the lock; lines that may not be on disk yet are not folded."""
+    """Write the file `draft`, which replaces the lines up to n. Return (n, offset): line n + 1 of the journal begins at
+    byte `offset`. Reads without the lock; lines that may not be on disk yet are not folded."""
     source, state, waiting = JournalFile(path, mode=os.O_RDONLY), State(), collections.deque()
     source.open()
     n, offset, mark = source.n, source.size, source.mark
@@ -5395,7 +5395,7 @@ def fold(path, draft):
 
 def compact(path):
     """Return (bytes before, bytes after) of a store that no server holds."""
-    JournalFile(path).exists()  # else something that is no journal's gets a neighbour
+    JournalFile(path).exists()  # else a file that is no journal would get other files beside it
     before = os.stat(path).st_size
     guard = FileLock(real_path(path) + ".compact")
     if not guard.acquire(0):
@@ -10064,9 +10064,9 @@ def connect_events(timeout=10, after=None):
 
 # 9. Jobs #####################################################################
 #
-# What a task's args make a function or a command get, and what comes of that: casts and Required (what
-# a function takes), templates (what a command takes, quoted as its shell or Python reads them), how a
-# run ended, the processes of a job, its output, and what is said of it. Knows nothing of stores and servers.
+# How a task's args reach a function or a command, and what comes of that: casts and Required (for a
+# function), templates (for a command, quoted as its shell or Python reads them), how a run ended, the
+# processes of a job, its output, and what is said of it. Knows nothing of stores and servers.
 # Uses 1, 8. Tests: test_required.py, test_template.py, test_worker.py.
 
 
@@ -10259,9 +10259,9 @@ def _resolved(annotations, scope):
     extras = {"include_extras": True} if sys.version_info >= (3, 9) else {}
     hints = {}
     for name, annotation in annotations.items():
-        one = types.SimpleNamespace(__annotations__={name: annotation})
+        holder = types.SimpleNamespace(__annotations__={name: annotation})
         try:
-            hints[name] = typing.get_type_hints(one, scope, **extras)[name]
+            hints[name] = typing.get_type_hints(holder, scope, **extras)[name]
         except Exception:  # a name that only a type checker imports: this annotation stays text
             hints[name] = annotation
     return hints
@@ -10681,11 +10681,14 @@ class _ShellReader:
         self.template.refuse(number, "%%(%s) stands %s, where no value can be put safely: %s" % (
             key, what, WAY_OUT % key))
 
+    def between(self, begin, end):
+        """Return the offsets of the placeholders from one offset to before another."""
+        return [i for i in self.places if begin <= i < end]
+
     def check_free(self, begin, end, what):
         """Refuse a placeholder between two offsets."""
-        for i in self.places:
-            if begin <= i < end:
-                self.refuse(i, what)
+        for i in self.between(begin, end):
+            self.refuse(i, what)
 
     def note(self, i, way):
         """Record how the placeholder at offset `i` is read."""
@@ -10771,9 +10774,8 @@ class _ShellReader:
     def single(self, i, _):
         """Return the offset after 'text'."""
         end = (self.text + "'").find("'", i + 1)
-        for place in self.places:
-            if i < place < end:
-                self.note(place, "single")
+        for place in self.between(i, end):
+            self.note(place, "single")
         return min(end + 1, len(self.text))
 
     def double(self, i, _):
@@ -10833,11 +10835,10 @@ class _ShellReader:
         match = SHELL_SUM.match(self.text, i)
         if not match or re.search(r"\s#|\bcase\b", match.group(1)):
             self.give_up(i, "(( with quotes, expansions or comments in it")
-        for place in self.places:
-            if i < place < match.end():
-                if self.inside:
-                    self.refuse(place, self.inside)
-                self.ways[self.numbers[place]] = "term"
+        for place in self.between(i, match.end()):
+            if self.inside:
+                self.refuse(place, self.inside)
+            self.ways[self.numbers[place]] = "term"
         return match.end()
 
     def comment(self, i, is_inner):
@@ -10845,9 +10846,8 @@ class _ShellReader:
         end = (self.text + "\n").find("\n", i)
         if is_inner and re.search("['\"`()\\\\]", self.text[i:end]):
             self.give_up(i, "a comment with quotes or parentheses in $(...)")
-        for place in self.places:
-            if i < place < end:
-                self.ways[self.numbers[place]] = "comment"
+        for place in self.between(i, end):
+            self.ways[self.numbers[place]] = "comment"
         return end
 
 
@@ -11131,7 +11131,7 @@ def start_job(words, environment, ends, folder=None):
     return start_program(words, stdout=ends[0], stderr=ends[1], env=environment, cwd=folder)
 
 
-# What the machine is short of at this moment, and may have again in the next: no task's fault, nor the command's.
+# Errors of a machine that is short of something for a moment: neither the task nor its command is at fault.
 PASSING = frozenset(getattr(errno, name) for name in (
     "EAGAIN", "ENOMEM", "EMFILE", "ENFILE", "ENOSPC", "EDQUOT", "EIO", "ESTALE", "ETXTBSY", "ETIMEDOUT", "EINTR")
     if hasattr(errno, name))
@@ -11261,14 +11261,14 @@ def ask_program(words):
     own = {name: value for name, value in os.environ.items() if not name.startswith("SQUEUE_")}
     try:
         process = start_program(words, stdout=PIPE, env=own)
-        said = process.communicate(timeout=PROGRAM_TIMEOUT_S)[0]
+        output = process.communicate(timeout=PROGRAM_TIMEOUT_S)[0]
     except OSError:
         return ""
     except subprocess.TimeoutExpired:
         signal_group(process.pid, signal.SIGKILL)
         process.stdout.close()
         return ""
-    return said.decode("utf-8", "replace") if process.returncode == 0 else ""
+    return output.decode("utf-8", "replace") if process.returncode == 0 else ""
 
 
 def signal_group(group, signum):
@@ -11322,7 +11322,7 @@ def end_groups(groups, give_up_at, pause):
 
 
 class Progress:
-    """Makes readable lines of a stream with carriage returns, in time and memory that do not depend on what comes."""
+    """Makes readable lines of a stream with carriage returns. Its time and memory do not depend on the content."""
 
     STEP_S = 1.0  # between two states of a line that are kept
     LONGEST_BYTES = 65536  # of a state that is held back: a longer one is no progress bar, and is kept as it comes
@@ -11354,8 +11354,8 @@ class Progress:
         return b"".join(found)
 
     def _overwritten(self, states):
-        """Yield what is kept of states that come too soon, each after a return: the first and the last of each line;
-        the last one of a line without an end is held back."""
+        """Yield what is kept of states that follow each other too quickly, each after a carriage return: the first and
+        the last of each line. The last one of a line without an end is held back."""
         whole, end, begun = self.OVERWRITTEN.sub(b"\r", states).rpartition(b"\n")
         if end:
             yield whole.replace(b"\n\r", b"\n").replace(b"\r", b"\n")[self.is_line_empty:] + end
@@ -11501,8 +11501,8 @@ class Printed:
 
 
 class RunLog:
-    """A run's file of output: what came, as it came, but that a line which was overwritten (a progress bar) is kept as
-    a line of its own, at most once a second, and that no line has parts of two streams."""
+    """A run's file of output. It is written as it comes, with two exceptions: of a line that is overwritten (a progress
+    bar) at most one state a second is kept, as a line of its own; and no line has parts of two streams."""
 
     def __init__(self, path):
         self.lock = threading.Lock()  # guards fd and unfinished
@@ -11513,7 +11513,7 @@ class RunLog:
     def _open(self):
         try:
             self.fd = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
-        except OSError:  # Run.begin has said so
+        except OSError:  # Run.begin has printed why
             self.fd = None
         self.held = Held(*[] if self.fd is None else [self.fd])
 
@@ -11545,7 +11545,7 @@ class RunLog:
         try:
             if is_ours:
                 os.close(number)
-        except OSError:  # what a network's disk had no room for, it may say as late as here
+        except OSError:  # a network's file system may report a full disk only now
             pass
 
 
@@ -11553,10 +11553,10 @@ class Output:
     """Takes what a job writes to its log and, as it comes and unless `quiet`, to where this process's own output goes.
 
     `ends` are what the job gets as stdout and stderr: pseudo-terminals, so that it behaves as on a terminal, or pipes.
-    Where both go to the same place they are one, so that all stays in order; on Windows too, which can't wait for
+    If both go to the same place, they are one, which keeps the order. On Windows they always are: it can't wait for
     two."""
 
-    DRAIN_S = 1  # what a process that outlived its job goes on to write is not waited for any longer
+    DRAIN_S = 1  # how long the output of a process that outlives its job is waited for
 
     def __init__(self, log, use_pty, label="", printed=None, quiet=False):
         self.log, self.ends, self.printed, self.quiet = log, [], printed, quiet
@@ -11587,7 +11587,7 @@ class Output:
         self.thread = threading.Thread(target=self._copy, daemon=True)
 
     def let_go(self):
-        """Close the ends that are the job's, which alone holds them then."""
+        """Close the job's ends in this process."""
         for end in set(self.ends):
             os.close(end)
         self.ends = []
@@ -11598,7 +11598,7 @@ class Output:
                 target, shown, takers = self.sources[ours]
                 try:
                     data = os.read(ours, 65536)
-                except OSError:  # so Linux says of a pseudo-terminal that nobody holds any more
+                except OSError:  # Linux: nobody holds the pseudo-terminal any more
                     data = b""
                 if not self.quiet:
                     _write_out(target, shown(data))
@@ -11610,7 +11610,7 @@ class Output:
         self.log.close()
 
     def finish(self):
-        """Return once all that the job wrote is where it belongs."""
+        """Return once all that the job wrote has been copied."""
         self.let_go()
         self.thread.join(self.DRAIN_S)
 
@@ -11656,7 +11656,7 @@ def _write_out(number, data):
                 return
 
 
-WRITING = threading.Lock()  # who has it writes output of a job
+WRITING = threading.Lock()  # held while output of a job is written
 
 
 class _Tee:
@@ -11747,9 +11747,9 @@ def told_left_s():
 
 def seconds_left(given_s=None):
     """Return the seconds that this process has: the least of `given_s` and what Slurm, PBS or a loop around it says."""
-    told = [(read(os.environ[name]), name) for name, read in TIME_SOURCES.items() if os.environ.get(name)]
-    told = [pair for pair in told + [(given_s, "--time-limit")] if pair[0] is not None]
-    left_s, name = min(told, default=(math.inf, None))
+    ends = [(read(os.environ[name]), name) for name, read in TIME_SOURCES.items() if os.environ.get(name)]
+    ends = [pair for pair in ends + [(given_s, "--time-limit")] if pair[0] is not None]
+    left_s, name = min(ends, default=(math.inf, None))
     if name:
         remark("the time is up in %s (%s)" % (in_words(left_s), name))
     return left_s
@@ -11775,13 +11775,13 @@ def _left_in_slurm(job_id):
     end, array, number = (os.environ.get(name) for name in names)
     if end:
         return None
-    said = ask_program(["squeue", "-h", "-j", "%s_%s" % (array, number) if array and number else job_id, "-o", "%L"])
-    match = re.match(r"(?:(\d+)-)?(?:(\d+):)?(\d+):(\d+)\s*\Z", said)
+    output = ask_program(["squeue", "-h", "-j", "%s_%s" % (array, number) if array and number else job_id, "-o", "%L"])
+    match = re.match(r"(?:(\d+)-)?(?:(\d+):)?(\d+):(\d+)\s*\Z", output)
     if match:
         days, hours, minutes, seconds = (float(part or 0) for part in match.groups())
         return ((days * 24 + hours) * 60 + minutes) * 60 + seconds
-    if said.strip() != "UNLIMITED":
-        remark("squeue does not say when job %s ends (%.40r): give --time-limit" % (job_id, said.strip()))
+    if output.strip() != "UNLIMITED":
+        remark("squeue does not say when job %s ends (%.40r): give --time-limit" % (job_id, output.strip()))
     return None
 
 
@@ -12000,8 +12000,8 @@ SlotSpec = collections.namedtuple("SlotSpec", "environment facts label")
 SlotSpec.__new__.__defaults__ = ({}, {}, "")
 
 
-# A GPU is named as the variable names it that says which are seen: by its index among those of the machine, or by its
-# UUID ("GPU-...", or "MIG-..." for a part of one). What another process has set it to is all there is.
+# GPUs are named as in the variable that says which of them are seen: by their index on the machine, or by their UUID
+# ("GPU-...", or "MIG-..." for a part of one). Where the variable is set, it lists all GPUs there are.
 
 MAX_JOBS = 256  # of a loop: each takes several file descriptors
 
@@ -12018,8 +12018,8 @@ def make_slots(jobs=None, gpus=None, per_gpu=None):
         jobs = len(chosen) * (1 if per_gpu is None else per_gpu) if jobs is None else jobs
         if jobs < 1 or jobs % len(chosen) and len(chosen) % jobs:
             raise UsageError("%d jobs can't share %d GPUs evenly: %s" % (jobs, len(chosen), ",".join(chosen)))
-        each = max(1, len(chosen) // jobs)
-        sets = [chosen[i:i + each] for i in range(0, len(chosen), each)]
+        gpus_per_job = max(1, len(chosen) // jobs)
+        sets = [chosen[i:i + gpus_per_job] for i in range(0, len(chosen), gpus_per_job)]
     jobs = 1 if jobs is None else jobs
     if not 1 <= jobs <= MAX_JOBS:
         raise UsageError("--jobs: 1 to %d at once, not %d" % (MAX_JOBS, jobs))
@@ -12034,14 +12034,14 @@ def _slot_spec(number, jobs, variable, gpus):
     return SlotSpec(dict(unset, **{variable: names}), {"slot": number, "gpus": names}, label)
 
 
-# NVIDIA's driver reads the last alone. AMD's reads the last where the second is not set, and counts either among what
-# the first leaves: so for a job one is set, and those after it are unset.
+# NVIDIA's driver reads only the last one. AMD's reads the last one if the second is not set, and counts its indices
+# among the GPUs that the first one leaves. So one is set for a job, and those after it are unset.
 GPU_VARIABLES = ("ROCR_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "CUDA_VISIBLE_DEVICES")
 
 
 def _gpu_variable():
-    """Return the name of the variable that says which GPUs a job sees: the one that is set, else that of the machine's
-    make."""
+    """Return the name of the variable that says which GPUs a job sees: the one that is set, else that of the
+    machine's vendor."""
     given = [name for name in GPU_VARIABLES if name in os.environ]
     is_amd = os.path.exists("/dev/kfd") and not _gpu_files()
     if not is_amd and ("CUDA_VISIBLE_DEVICES" in given or not given):
@@ -12052,27 +12052,29 @@ def _gpu_variable():
 
 
 def _given_gpus(variable):
-    """Return the names of the GPUs that this process was given: by the variable, else by Slurm, whose indices are the
-    machine's, which hold unless the system shows no more than so many; None where it has all there are."""
+    """Return the names of the GPUs that this process was given by the variable, else by Slurm; None if it has all.
+
+    Slurm's indices are those of the machine. If the system shows just as many GPUs as Slurm gave, they are
+    named as the system does."""
     if variable in os.environ:
         return list(itertools.takewhile(lambda name: name not in ("", "-1", "NoDevFiles"), (
             name.strip() for name in os.environ[variable].split(","))))
-    told = os.environ.get("SLURM_STEP_GPUS") or os.environ.get("SLURM_JOB_GPUS") or ""
-    if not re.match(r"\d+(,\d+)*\Z", told):
+    given = os.environ.get("SLURM_STEP_GPUS") or os.environ.get("SLURM_JOB_GPUS") or ""
+    if not re.match(r"\d+(,\d+)*\Z", given):
         return None
-    told, found = told.split(","), listed_gpus()
-    return found if len(found) == len(told) else told
+    given, shown = given.split(","), listed_gpus()
+    return shown if len(shown) == len(given) else given
 
 
 def listed_gpus():
     """Return the names of the GPUs that the system shows: indices, or the UUIDs of parts where there are such."""
-    found = []
+    names = []
     for index, part in re.findall(r"^(?:GPU (\d+): | +MIG .*(MIG-[^)\s]+))", ask_program(["nvidia-smi", "-L"]), re.M):
-        if part and found and found[-1].isdigit():
-            found.pop()  # the GPU whose parts these are
-        found.append(index or part)
-    found = found or re.findall(r"^GPU\[(\d+)\]", ask_program(["rocm-smi", "--showid"]), re.M)
-    return list(collections.OrderedDict.fromkeys(found)) or _gpu_files()
+        if part and names and names[-1].isdigit():
+            names.pop()  # the GPU whose parts these are
+        names.append(index or part)
+    names = names or re.findall(r"^GPU\[(\d+)\]", ask_program(["rocm-smi", "--showid"]), re.M)
+    return list(collections.OrderedDict.fromkeys(names)) or _gpu_files()
 
 
 def _gpu_files():
@@ -12081,7 +12083,7 @@ def _gpu_files():
 
 
 def _chosen_gpus(text, variable):
-    """Return the names of the GPUs that are meant by "all", by names among those given, or by their places there."""
+    """Return the names of the GPUs that a text selects: "all", names of given ones, or their positions among these."""
     given, words = _given_gpus(variable), [word.strip() for word in text.split(",")]
     if words == ["all"]:
         found = listed_gpus() if given is None else given
@@ -12463,9 +12465,10 @@ class Run:
 
     def written_task(self):
         """Return the Task in task.json; None if there is none, or the file has something else."""
-        told = read_json(self.path("task.json"))
+        content = read_json(self.path("task.json"))
         try:
-            return Task(told) if told.get("task_id") == self.task_id and isinstance(told.get("args"), dict) else None
+            is_ours = content.get("task_id") == self.task_id and isinstance(content.get("args"), dict)
+            return Task(content) if is_ours else None
         except (LabtaskerError, TypeError, ValueError):
             return None
 
@@ -12530,8 +12533,8 @@ class Run:
     def ended_by_job(self):
         """Return the status that the job itself has set, from any of its processes; None if it has not."""
         if self.ended is None:
-            told = read_json(self.path("status.json"), {"status": str}).get("status")
-            self.ended = told if told in ENDS_OF_JOBS else None
+            status = read_json(self.path("status.json"), {"status": str}).get("status")
+            self.ended = status if status in ENDS_OF_JOBS else None
         return self.ended
 
     def has_log_dir(self):
@@ -12634,12 +12637,13 @@ def _current_of(run, path):
 
     A worker of a pool takes part in one run after another; a program belongs to the run that has started it, or to
     none."""
-    told = read_json(path, CURRENT_KINDS)
-    if (told.get("task_id"), told.get("run_id")) == (run.task_id, run.run_id or ""):
+    current = read_json(path, CURRENT_KINDS)
+    if (current.get("task_id"), current.get("run_id")) == (run.task_id, run.run_id or ""):
         return run
     process = sys.modules.get("multiprocessing.process")
     is_worker = run.task or process and process.current_process()._parent_pid is not None  # forked, or of a pool
-    return _job_run(*(told[name] for name in CURRENT_KINDS)) if is_worker and set(told) == set(CURRENT_KINDS) else None
+    is_whole = set(current) == set(CURRENT_KINDS)
+    return _job_run(*(current[name] for name in CURRENT_KINDS)) if is_worker and is_whole else None
 
 
 def _job_run(task_id, run_id, worker_id, log_dir):
@@ -13148,12 +13152,12 @@ class RunBeater:
 
     def beat(self):
         """Return the run's status; "running" if the server is away, so that it is retried for ever."""
-        one = self.message
+        message = self.message
         try:
-            rely_on(one["store_id"])
-            status = send_heartbeat(one["task_id"], one["worker_id"], one["run_id"], one["interval_s"]) or "running"
+            rely_on(message["store_id"])
+            status = send_heartbeat(*(message[name] for name in ("task_id", "worker_id", "run_id", "interval_s")))
             self.is_plain = not client().extensions
-            return status
+            return status or "running"
         except LabtaskerHTTPStatusError as error:
             if error.status_code in (403, 404, 409):
                 return self.look()
@@ -13472,10 +13476,10 @@ class Loop:
         if longest_s == math.inf:
             return 0
         try:
-            found = ls_tasks(status="pending", extra_filter={"$and": [given, longer]} if given else longer, limit=100)
+            tasks = ls_tasks(status="pending", extra_filter={"$and": [given, longer]} if given else longer, limit=100)
         except LabtaskerError:  # how it ends is told all the same
             return 0
-        return sum(covers(self.request.get("required_fields") or (), paths_of(task.args)) for task in found.content)
+        return sum(covers(self.request.get("required_fields") or (), paths_of(task.args)) for task in tasks.content)
 
     def _register(self):
         """Create a worker if none was named, and complete the request of every fetch."""
@@ -13702,8 +13706,8 @@ class Slot:
             handle, self.errors = LOOP_SETTINGS["on_internal_error"], self.errors + 1
             if handle is None or is_away(error):
                 raise
-            told = error, self.errors
-            self.run_in_main_thread(lambda: handle(*told))
+            failure = error, self.errors
+            self.run_in_main_thread(lambda: handle(*failure))
             self.pause(min(self.errors, 30))
 
     def run_in_main_thread(self, action, guard=lambda: True):
@@ -13933,9 +13937,9 @@ def _send_outcome(slot, run, outcome, facts):
         if error.status_code not in UNTAKEN or not (outcome.summary or facts or log):
             return None
         run.may_send_log = False
-        told = {"labtasker_error": "%s (its summary was refused: %s)" % (
+        failure = {"labtasker_error": "%s (its summary was refused: %s)" % (
             failure_text(outcome.summary or {})[:REASON_LIMIT], error)} if outcome.status == "failed" else None
-        return _send_outcome(slot, run, outcome._replace(summary=told), None)
+        return _send_outcome(slot, run, outcome._replace(summary=failure), None)
     if not delivered:
         slot.remark("task %s: the server is unreachable; the report is saved in %s until it is back" % (
             run.task_id, outbox()))
@@ -13964,8 +13968,8 @@ def _file_stamp():
 
 
 IDLE_WAIT_S = 50  # a wait for tasks on the server's side
-LOOK_S = OWNER_LAPSE_S / 3  # how often an idle loop without a server looks for more than a change of the file
-WATCH_S = 0.5  # how often it looks for that
+LOOK_S = OWNER_LAPSE_S / 3  # how often an idle loop without a server asks for tasks though its file did not change
+WATCH_S = 0.5  # how often it looks whether the file has changed
 ANSWER_S = 0.5  # how long the answer to a fetch is waited for before the server is told that nobody waits for it
 END_WORKER_S = 2  # how long a loop tries to tell that it has ended
 FETCH_CUT_S = 2  # how long a loop that must leave waits for the answer to a fetch
@@ -13973,10 +13977,10 @@ HAND_BACK_S = 5  # before the time is up: for handing back what was killed then
 LEAVING_S = 10  # how long a loop that must leave tries to hand its task back
 TASKS_FAILED = 4  # the exit code where tasks have failed for good, if that was asked
 MOST_LEFT = 1000  # pending tasks that a loop that ends looks at
-OWN_SIGNAL_S = 1  # after a job that died of a signal: how long the loop looks whether it gets the same one
+OWN_SIGNAL_S = 1  # after a job died of a signal: how long the loop waits for the same one
 REASON_LIMIT = 300  # letters of the reason that an attempt keeps
-FIRST_PAUSE_S, LONGEST_HAND_BACK_S = 1.0, 60.0  # of a task whose job can't work now; doubled each time it hands it back
-WORKER_MAX_RETRIES = 1000000  # a loop's own worker: tasks fail for their own reasons
+FIRST_PAUSE_S, LONGEST_HAND_BACK_S = 1.0, 60.0  # of a task whose job can't work now; doubled each time
+WORKER_MAX_RETRIES = 1000000  # of a loop's own worker: its tasks fail for reasons of their own
 LOOP_SETTINGS = {"on_internal_error": None, "prompt_on_failure": False}
 
 
@@ -13986,7 +13990,7 @@ def _host_name():
 
 
 def _attempt_facts():
-    """Return what each task that a loop runs keeps of that: who runs what, and where its output is."""
+    """Return what a task's attempt keeps of its loop: the host, the process, the code, and where the output is."""
     log = os.path.join(os.path.abspath(load_config().root), "logs", "{task_id}", "{run_id}", "run.log")
     return without_none(host=_host_name(), pid=os.getpid(), git=code_version(), log=from_system(log))
 
@@ -13999,8 +14003,9 @@ def _default_worker():
 
 
 def pause_before(task):
-    """Return the last pause of a task that one job after another handed back, by what it keeps of these runs; 0 without
-    one. A run that worked for longer than the longest pause begins anew."""
+    """Return the last pause of a task whose latest jobs have handed it back, computed from its attempts; 0 without one.
+
+    A run that took longer than the longest pause starts the count again."""
     count = 0
     for attempt in reversed((task.attempts or [])[:-1]):  # the last is the one that was just run
         times = [parse_time(attempt[name]) for name in ("start", "end") if attempt.get(name)]
@@ -14017,7 +14022,7 @@ def describe(task):
 
 
 def set_loop_internal_error_handler(handler):
-    """Have `handler(exception, count)` called when a loop itself fails, `count` times in a row; None: it ends then.
+    """Call `handler(exception, count)` when a loop itself fails for the `count`-th time in a row; None: it ends then.
 
     A handler that returns lets the loop go on; what it raises ends the loop."""
     LOOP_SETTINGS["on_internal_error"] = handler
@@ -14047,8 +14052,9 @@ def loop(required_fields=None, extra_filter=None, cmd=None, worker_id=None, crea
     Parameters marked with Required() are filled from the task's args; others are given at the call. With
     `pass_args_dict` the first one gets the args as a dict. `required_fields`: keys that a task must have;
     `extra_filter`: filter text or query document; `eta_max`: how long a run may take ("1h30m"). `grace`: how long the
-    function may clean up after a signal (10 s) until its task is handed back and the process killed; `time_limit`: when
-    it gets one, unless Slurm or PBS says so earlier; `drain_before`: how long before that no more is started.
+    function may clean up after a signal (10 s) before its task is handed back and the process is killed; `time_limit`:
+    how long the loop may run, if Slurm or PBS gives it no less; `drain_before`: the time before its end in which it
+    starts no task.
     `task_name`: take only tasks with this name. `fail`: exit with 4 if a task has failed for good. `quiet`: print one
     line a task, what the function prints goes to the run's log alone; `verbose`: print whole ids and all arguments.
 
@@ -14078,7 +14084,7 @@ def loop(required_fields=None, extra_filter=None, cmd=None, worker_id=None, crea
 
 
 def _check_worker_choice(worker_id, create_worker_kwargs):
-    """Raise LabtaskerTypeError where a worker is both named and described, or described in other words than it has."""
+    """Raise LabtaskerTypeError if a worker is both named and described, or described by fields that it lacks."""
     unknown = set(create_worker_kwargs or {}) - {"worker_name", "metadata", "max_retries"}
     if unknown:
         raise LabtaskerTypeError("create_worker_kwargs: %r is not one of worker_name, metadata, max_retries"
@@ -14088,7 +14094,7 @@ def _check_worker_choice(worker_id, create_worker_kwargs):
 
 
 def fetch_request(fields, extra_filter, cmd, worker_id, eta_max, heartbeat_timeout, task_name=None):
-    """Return what a loop asks `fetch_task` for; a filter's dates and a duration are settled here, once and for all."""
+    """Return what a loop asks `fetch_task` for. A filter's dates are resolved here, once; a duration is checked."""
     if isinstance(extra_filter, str):
         extra_filter = parse_filter(extra_filter, visible(TASK_FIELDS), now())
     tell_doubts(extra_filter, Task)
@@ -14108,7 +14114,7 @@ def _run_function(slot, run, call):
     slot.start_beats(run)
 
     def guard():
-        """Return whether the function may go on. Who asks preempted() is not disturbed for half of the grace."""
+        """Return whether the function may go on. One that calls preempted() is left alone for half of the grace."""
         nonlocal told_at
         slot.loop.check_time()
         if wake.stop and told_at is None:
@@ -14130,8 +14136,7 @@ def _run_function(slot, run, call):
 
 
 def _put_back(wake, action):
-    """Return action(), done by the thread that runs the loop; the process' umask and signals are then the loop's again.
-    """
+    """Return action(), called by the thread that runs the loop; the loop's umask and signals are then restored."""
     if not wake.in_main:
         return action()
     import signal
@@ -14148,12 +14153,12 @@ def _put_back(wake, action):
 
 
 def _end_process(slot):
-    """End the process, as a function that was told to stop did not; its task was handed back."""
+    """End the process: its function did not stop when it was told to. The task was handed back."""
     slot.loop.leave()
     code = slot.loop.tell_end()
     try:
         for stream in (sys.stdout, sys.stderr):
-            flush = threading.Thread(target=getattr(stream, "flush", None), daemon=True)  # the function may hold it
+            flush = threading.Thread(target=getattr(stream, "flush", None), daemon=True)
             flush.start()
             flush.join(1)
     finally:
@@ -14174,7 +14179,7 @@ def _call_function(slot, run, call):
     try:
         try:
             wake.interrupt = lambda signum: _interrupt(wake, run, signum)
-            wake.interrupt(None)  # what came before
+            wake.interrupt(None)  # a signal that came before
             answer = call(run.task.args)
         finally:
             wake.interrupt = None
@@ -14200,7 +14205,7 @@ def _call_function(slot, run, call):
 
 
 def _end_child(error):
-    """End a process that the function forked and that came back from it; never returns. The loop is its parent's."""
+    """End a process that the function forked and that returned from it; never returns. The loop is its parent's."""
     code = 0
     try:
         code = _code_of_exit(error) if error is not None else 0
@@ -14216,8 +14221,8 @@ def _end_child(error):
 
 
 def _interrupt(wake, run, signum):
-    """Raise into the function that runs: TaskCancelled where its task was lost, KeyboardInterrupt, once and at each
-    further signal, where the loop must leave, unless the function asks for that itself."""
+    """Raise an exception in the function that runs: TaskCancelled if its task was lost, KeyboardInterrupt if the loop
+    must leave. That comes once, and again at each further signal; later to a function that calls preempted()."""
     if wake.stop:
         run.move("stop")
         if signum is not None and wake.times > 1 or run.state in ("stopping", "insisting"):
@@ -14312,7 +14317,7 @@ class _Reporter:
             try:
                 post(self.run, {"status": "running", "summary": plain_summary(dict(self.printed.values)),
                                 "worker_id": self.run.worker_id})
-            except (LabtaskerError, OSError):  # the run was lost; what else it may be, the report of its end says
+            except (LabtaskerError, OSError):  # the run was lost; any other reason comes with the report of its end
                 return
             self.over.wait(self.PERIOD_S)
 
@@ -14326,7 +14331,7 @@ class _Reporter:
 def _run_job(slot, run, command, use_pty=True, metrics=None, step=None):
     """Return the Outcome of the command in a process group of its own.
 
-    What keeps it from being started fails the task where that is the task's own, else hands it back."""
+    If it can't be started, the task fails where its args are the reason; else it is handed back."""
     output = script = None
     reporter = _Reporter(run, metrics, step) if metrics else None
     try:
@@ -14341,7 +14346,7 @@ def _run_job(slot, run, command, use_pty=True, metrics=None, step=None):
         is_own_end = _watched(slot, run, process)
     except _NotWatched as error:
         return Outcome("pending", reason=str(error))
-    except LabtaskerRuntimeError:  # there are no threads: the loop, which needs more of them, ends with that
+    except LabtaskerRuntimeError:  # no thread is left: the loop, which needs some too, ends
         raise
     except (OSError, ValueError, RuntimeError, MemoryError) as error:
         return outcome_not_started(command, error)
@@ -14406,7 +14411,7 @@ def watch(slot, run, process):
                     signal_name(wake.stop), "Ctrl-C" if wake.stop == signal.SIGINT else "a signal"))
                 kill_at = min(monotonic() + loop_.options.grace_s, max(loop_.limit.kill_at, monotonic()))
             signal_group(process.pid, wake.stop or signal.SIGTERM)
-            signal_group(process.pid, signal.SIGCONT)  # one that was stopped hears of it too
+            signal_group(process.pid, signal.SIGCONT)  # a stopped job gets the signal once it continues
         if kill_at and (monotonic() >= kill_at or wake.times > 1):
             signal_group(process.pid, signal.SIGKILL)
         slot.pause(min(1 if wake.in_main else 0.05, max(0.02, (kill_at or math.inf) - monotonic())))
