@@ -16514,7 +16514,7 @@ def do_worker_ls(options):
     _show_listing(ls_workers(
         worker_id=_full_id(options.worker_id, ls_workers), worker_name=options.worker_name, limit=options.limit + 1,
         offset=options.offset, **query).content, options,
-        "Nothing matches; with --all it may be a loop's that has ended." if shown is not given else "Nothing matches.")
+        lambda: note("Nothing matches%s." % ("" if shown is given else ", loops that have ended left out (--all)")))
 
 
 def do_worker_report(options):

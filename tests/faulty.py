@@ -24,7 +24,7 @@ SETTINGS = {  # name: (value of the quick version, meaning)
     "LAST_BYTES": (96, "bytes at a journal's end of which every bit is flipped"),
     "RACES": (20, "rounds of two servers started at once"),
     "ERRNOS": (1, "errors, of five, tried at each call that fails"),
-    "GONE": (20000, "tasks submitted, cancelled and deleted, of which a journal must keep no weight"),
+    "GONE": (30000, "tasks submitted, cancelled and deleted, of which a journal must keep no weight"),
     "QUERIES": (100, "query documents that each seed asks of mongomock too"),
     "DATES": (80, "dates made at random that dateparser reads too, in each zone"),
     "CUTS_NET": (150, "operations through a proxy that cuts connections"),

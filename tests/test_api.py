@@ -402,7 +402,7 @@ def test_every_kind_of_field_has_bad_values():
 DEFAULTS = {  # the page's; what is not here has none
     "DELETE " + ME: {"cascade_delete": False}, "PUT " + ME + "/tasks": {"reset_pending": True},
     "POST " + ME + "/tasks": {"max_retries": 3, "priority": 0}, "POST " + ME + "/tasks/search": {"offset": 0, "limit": 100},
-    "POST " + ME + "/tasks/view": {"offset": 0, "limit": 100, "spread": False},
+    "POST " + ME + "/tasks/view": {"offset": 0, "limit": 100, "spread": False, "choose": False},
     "POST " + ME + "/tasks/count": {"by": "status"}, "GET " + ME + "/mark": {"wait_s": 0},
     "POST " + ME + "/tasks/next": {"start_heartbeat": True, "wait_s": 0, "heartbeat_default": False, "left": False},
     "POST " + ME + "/tasks/{task_id}/heartbeat": {"wait_s": 0},
