@@ -16332,8 +16332,11 @@ def _journal_path(options):
 
 def do_serve(options):
     extras()  # which enters the page
-    return serve(advise=_way_in, **dict({name: getattr(options, name) for name in SERVE_OPTIONS},
-                                       db_path=_journal_path(options)))
+    try:
+        return serve(advise=_way_in, **dict({name: getattr(options, name) for name in SERVE_OPTIONS},
+                                            db_path=_journal_path(options)))
+    except StoreUnavailable as error:  # of a server that does not start this is the refusal, no store that is away
+        raise LabtaskerRuntimeError(str(error)) from None
 
 
 def _way_in(store, urls):

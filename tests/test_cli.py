@@ -1275,6 +1275,7 @@ ALONE = [
     ("help filter", None, 0, "regex(...)"),
     ("help events", None, 0, "connect_events"),
     ("help exit", None, 0, "Ctrl-C"),
+    ("help template", None, 0, "%(--key)"),
     ("help settings", None, 0, "LABTASKER_URL"),
     ("help journal", None, 0, "durable"),
     ("help", None, 0, "watch, config"),

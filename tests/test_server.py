@@ -322,7 +322,7 @@ def test_tls(tmp_path):
         assert run_cli(["task", "ls", "-q"], tmp_path, env=env).lines
         env.pop("SSL_CERT_FILE")
         done = run_cli(["task", "ls"], tmp_path, env=env, check=False)
-        assert done.returncode == 1 and "certificate" in done.stderr and "Traceback" not in done.stderr
+        assert done.returncode == 3 and "certificate" in done.stderr and "Traceback" not in done.stderr
 
 
 def test_embedded_commands_and_a_server_do_not_meet(server, tmp_path):
