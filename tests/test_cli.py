@@ -253,7 +253,7 @@ def test_help_settings_names_every_variable_that_is_read_from_the_environment_of
     """Those of a job and of its loop are set by the loop; nobody sets them by hand."""
     text = labtasker.settings_reference()
     read = set(re.findall(r'environ(?:\.get\(|\[)"(LABTASKER_[A-Z_]+)', harness.MODULE.read_text(encoding="utf-8")))
-    set_by_the_loop = {"LABTASKER_" + name for name in ("TASK_ID", "RUN_ID", "STORE", "CURRENT", "END_CLOCK", "END_TIME", "PROCID", "TASK_DIR")}
+    set_by_the_loop = {"LABTASKER_" + name for name in ("TASK_ID", "RUN_ID", "STORE", "CURRENT", "END_CLOCK", "END_TIME", "PROCID", "TASK_DIR", "SOURCE")}
     assert read > {"LABTASKER_TRUST", "LABTASKER_DEBUG"} | set_by_the_loop
     assert not [name for name in read - set_by_the_loop if name not in text]
 

@@ -236,7 +236,7 @@ def test_a_result_that_a_loop_left_is_delivered_by_the_next_command_wherever_the
     assert wait_for_end(loop, timeout_s=60) == (143 if how == "SIGTERM" else -9)
     assert "delivers it once the server is back" in output(loop) or how == "SIGKILL"
     refused = server_home.cli("task", "ls", check=False)
-    assert refused.returncode == 1 and len(outbox(server_home)) == 1
+    assert refused.returncode == 3 and len(outbox(server_home)) == 1
     server.start()  # on another port, as it would be on another host
     server_home.env.update(server.env)
     monkeypatch.setenv("LABTASKER_URL", server.url)

@@ -209,12 +209,15 @@ def test_sweeps_in_python(both):
     assert len(set(ids)) == 4
     found = sorted((t.args["lr"], t.args["seed"], t.args["opt"]["name"], t.args["n"]) for t in labtasker.ls_tasks())
     assert found == [(0.1, 0, "adam", 3), (0.1, 1, "adam", 3), (0.2, 0, "adam", 3), (0.2, 1, "adam", 3)]
-    again = labtasker.submit_grid({"lr": [0.2, 0.3], "seed": [0, 1]}, unique=True, args={"n": 3, "opt": {"name": "adam"}})
+    again = labtasker.submit_grid({"lr": [0.2, 0.3], "seed": [0, 1]}, unique=True, task_name="g",
+                                  args={"n": 3, "opt": {"name": "adam"}})
     assert again[:2] == ids[2:] and len(labtasker.ls_tasks().content) == 6
-    assert labtasker.submit_tasks([{"args": {"lr": 0.3, "seed": 0, "n": 3, "opt": {"name": "adam"}}}] * 2, unique=True) == [again[2]] * 2
+    same = {"task_name": "g", "args": {"lr": 0.3, "seed": 0, "n": 3, "opt": {"name": "adam"}}}
+    assert labtasker.submit_tasks([same] * 2, unique=True) == [again[2]] * 2
     labtasker.update_tasks([labtasker.TaskUpdateRequest(task_id=again[2], args={"lr": 9})])
-    other, = labtasker.submit_tasks([{"args": {"lr": 0.3, "seed": 0, "n": 3, "opt": {"name": "adam"}}}], unique=True)
+    other, = labtasker.submit_tasks([same], unique=True)
     assert other not in again, "the one that had these arguments was changed since"
+    assert labtasker.submit_tasks([dict(same, task_name="other")], unique=True) != [other], "another name is another sweep"
     for grid in ({"model": "vit"}, {"lr": 0.1}):
         with pytest.raises(labtasker.LabtaskerTypeError):
             labtasker.submit_grid(grid)

@@ -260,7 +260,9 @@ class Model:
                 fields[key] = merged(task[key], fields[key])
         status = one.get("status")
         if reset:
-            fields.update(status="pending", retries=0, worker_id=None, run_id=None, _end=None)
+            summary = fields.get("summary", task["summary"])
+            fields.update(status="pending", retries=0, worker_id=None, run_id=None, _end=None, summary={
+                key: value for key, value in summary.items() if not key.startswith("labtasker_e")})
         elif status not in (None, task["status"]):
             if status == "running" or status not in MOVES[task["status"]] | ({"pending"} - {task["status"]}):
                 raise No(400)
