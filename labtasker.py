@@ -16728,7 +16728,7 @@ for step in range(steps):
     error = is_far - 1 / (1 + math.exp(-(a * x + b * y + c)))
     a, b, c = a + lr * error * x, b + lr * error * y, c + lr * error
 acc = sum((a * x + b * y + c > 0) == is_far for x, y, is_far in points) / len(points)
-labtasker.report_task_status(labtasker.task_info().task_id, "running", summary={"acc": round(acc, 3)})
+labtasker.report(acc=round(acc, 3))
 print("lr=%g steps=%d: accuracy %.3f" % (lr, steps, acc))
 '''
 DEMO_STEPS = (
