@@ -17003,6 +17003,8 @@ def _unexpected(word, path, options, rest):
     if getattr(options, "extra_filter", None) and (word in COMPARISONS or word in ("and", "or", "in", "=", "!=")):
         return "unexpected %s after -f %s: the filter has to be one word, in single quotes: -f 'args.lr == 0.1'" % (
             word, options.extra_filter)
+    if "--id" in own and re.match(r"[0-9a-f-]{4,36}\Z", word):
+        return "unexpected %s: a single task is chosen by --id %s" % (word, word)
     like = {each.strip("-"): each for each in own}.get(nearest(flag.strip("-"), [each.strip("-") for each in own], 0.7))
     if flag.startswith("-") and (others or like or not row.rest or rest is not None):
         return "unknown option %s%s" % (flag, "; did you mean %s?" % like if like else others and (

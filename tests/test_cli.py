@@ -79,6 +79,7 @@ BAD = [
     ("task submit -- --lr=1 --lr=2", 2, ["--lr", "twice"]),
     ("task submit -- --a-b=1 --a_b=2", 2, ["--a_b", "twice"]),
     ("task submit -- --a=1 --a.b=2", 2, ["--a and --a.b collide"]),
+    ("task update 8cdb6aaa -u priority=1", 2, ["a single task is chosen by --id 8cdb6aaa"]),
     ("task submit -- '--a b=1'", 2, ["the key 'a b'"]),
     ("task submit -- --a..b=1", 2, ["a..b"]),
     ("task submit --args '{\"a\": 1}' -- --a=2", 2, ["a", "twice"]),
