@@ -10464,7 +10464,8 @@ class Placeholder(collections.namedtuple("Placeholder", "typed exact key name ki
         leaves out."""
         if self.key is not None:
             return WORDS_OF[self.kind](self, self.value(args))
-        found = [(key, value) for key, value in flatten(args) if key not in named and key not in BUILT_IN]
+        found = [(key, value) for key, value in flatten(args) if key not in BUILT_IN and not any(
+            key == other or key.startswith(other + ".") for other in named)]
         if self.kind == "hydra":
             return ["%s=%s" % (key, hydra_text(value)) for key, value in found]
         return [word for key, value in found for word in _option_words(
@@ -12717,9 +12718,9 @@ def report_values(values, step=None):
     run = _find_run()
     if run is None or not _is_first_rank(run):
         return True
-    number = step.item() if hasattr(step, "item") else step
+    number = result_or(lambda: step.item() if hasattr(step, "item") else step, None)
     if step is not None and (type(number) not in (int, float) or not number >= 0):
-        remark("report(step=%.100r): a step is a number >= 0" % (step,))
+        remark("report(step=%.100s): a step is a number >= 0" % repr_of(step))
     try:
         if values:
             run.report("running", values)

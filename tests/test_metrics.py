@@ -133,6 +133,12 @@ assert labtasker.report(step=1, acc=0.5, **{"val/loss": 2}) is True
 assert labtasker.report(acc=0.75) is True
 assert labtasker.report() is True
 labtasker.report(step=-1, odd=object())
+
+class Several:
+    def item(self):
+        raise ValueError("only one element")
+    __repr__ = item
+assert labtasker.report(step=Several(), late=1) is True
 (labtasker.task_dir() / "checkpoint").write_text("kept")
 """
 
@@ -142,7 +148,7 @@ def test_report_merges_into_the_summary_of_the_task_that_runs(both, one):
     run = both.cli("loop", "--", sys.executable, both.write("src/train.py", REPORTS), "%(n)")
     task = labtasker.get_task(id_)
     assert task.status == "success", run
-    assert (task.summary["acc"], task.summary["val/loss"]) == (0.75, 2) and "object" in task.summary["odd"]
+    assert (task.summary["acc"], task.summary["val/loss"], task.summary["late"]) == (0.75, 2, 1) and "object" in task.summary["odd"]
     assert "a step is a number >= 0" in run.stderr
 
 

@@ -277,6 +277,8 @@ def test_a_star_stands_for_all_arguments_but_those_that_the_template_names(place
     assert words_of(ARGS, "run", placeholder) == ["run"] + words
     named = [word for word in words if not re.match("(--)?(lr|opt.name)=", word)]
     assert words_of(ARGS, "run", "%(lr)", placeholder, "%(--opt.name)") == ["run", "0.1"] + named + ["--opt.name=a dam"]
+    below = [word for word in words if not re.match("(--)?opt", word)]
+    assert words_of(ARGS, "run", "%(opt)", placeholder)[2:] == below, "what stands below a key that is named is named too"
     assert labtasker.JobCommand(["run", placeholder]).keys == ["*"]
     assert labtasker.JobCommand(["run", "%(lr)", placeholder]).keys == ["lr", "*"]
     assert words_of(dict(ARGS, **{"@task": "id"}), "run", placeholder, "%(@task)") == ["run"] + words + ["id"]
