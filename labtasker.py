@@ -8,39 +8,41 @@ Copy this file to wherever there is a Python 3.6 or newer and go:
     python3 labtasker.py task ls                            # look at the results
     python3 labtasker.py serve                              # let several hosts share a queue
 
-The same file is the server, the command line and `import labtasker`. The house has fourteen floors; each uses
+The same file is the server, the command line and `import labtasker`. The house has sixteen floors; each uses
 only those below it, so the file reads from here to its end.
 
-    1. Values        errors, ids, names, dotted keys, times, durations, relative dates
-    2. Filters       text -> query document -> predicate; sorting
-    3. Model         task, worker, queue: their fields; the two state machines as tables
-    4. Journal       the append-only file: lock, append, sync, replay, heal
-    5. Service       the state in memory, its indexes, every operation, time-outs
-    6. API           every request as one row of a table: method, path, fields, operation
-    7. Server        HTTP over the API: a loop, and threads for what takes long
-    8. Client        configuration, the two transports, the public functions
-    9. Jobs          casts, Required, templates; a job's end and output
-    10. Runs         the run under way, its reports and the outbox where they wait, its heartbeats
-    11. Loops        a loop and its slots: fetch, have a function or a command run, report
-    12. Text         what a person reads and types: tables, formats, values, task arguments
-    13. Commands     what each command does
-    14. Command line  commands as one table, parsers and help made from it, main()
+    1. Values         errors, ids, names, dotted keys, times, durations, relative dates
+    2. Filters        text -> query document -> predicate; sorting
+    3. Model          task, worker, queue: their fields; the two state machines as tables
+    4. Journal        the append-only file: lock, append, sync, replay, heal
+    5. State          the queues in memory, their indexes, events
+    6. Operations     what each request decides, and time-outs
+    7. Store          its folder, one transaction after another, compaction, repair
+    8. API            every request as one row of a table: method, path, fields, operation
+    9. Server         HTTP over the API: a loop, and threads for what takes long
+    10. Client        configuration, the two transports, the public functions
+    11. Jobs          casts, Required, templates; a job's end and output
+    12. Runs          the run under way, its reports and the outbox where they wait, its heartbeats
+    13. Loops         a loop and its slots: fetch, have a function or a command run, report
+    14. Text          what a person reads and types: tables, formats, values, task arguments
+    15. Commands      what each command does
+    16. Command line  commands as one table, parsers and help made from it, main()
 
 A task goes this way from `task submit` to its stored report; the number is the section of the function:
 
-    do_task_submit (13)   reads what was typed
-    submit_task (8)       gives the task its id
-    Client.call (8)       asks the server over HTTP, or the store in this process
-    answer_call (6)       finds the row of ROUTES and checks the fields
-    Store.begin (5)       runs the operation under the store's lock
-    submit_tasks_op (5)   decides: returns the changes and touches nothing
+    do_task_submit (15)   reads what was typed
+    submit_task (10)      gives the task its id
+    Client.call (10)      asks the server over HTTP, or the store in this process
+    answer_call (8)       finds the row of ROUTES and checks the fields
+    Store.begin (7)       runs the operation under the store's lock
+    submit_tasks_op (6)   decides: returns the changes and touches nothing
     State.apply (5)       changes the state, here and at replay; nothing else does
     Journal.add (4)       has the changes written as a line; where that fails they are taken back
     Journal.wait (4)      returns once the line is on disk
-    fetch_task (8)        asks for the next task, from a slot of a loop
-    fetch_task_op (5)     decides which one
-    deliver (10)          reports how the run ended, once it has
-    report_task_op (5)    decides what becomes of the task; the line is written as above
+    fetch_task (10)       asks for the next task, from a slot of a loop
+    fetch_task_op (6)     decides which one
+    deliver (12)          reports how the run ended, once it has
+    report_task_op (6)    decides what becomes of the task; the line is written as above
 """
 import sys
 
@@ -3333,46 +3335,24 @@ def _good_lines(path):
         yield piece.data, False
 
 
-# 5. Service ##################################################################
+# 5. State ####################################################################
 #
-# The state in memory, its indexes, every operation and the time-outs. Knows nothing of HTTP.
-# An operation decides: it gets (store, queue, request, at) and returns (changes, answer), touching
-# nothing. `Store.transact` applies the changes and has the journal make them durable. The answer may
-# be a function: it is called outside the lock, for what takes long. Uses 1 to 4. Tests: test_service.py.
+# The queues in memory and their indexes, how a line of the journal changes them, and the events that follow
+# from that. `State.apply` changes them, live and at replay; nothing else does. Uses 1 to 4. Tests: test_service.py.
 
-TRANSACTION_TASKS = 10000  # tasks one transaction may submit or update: keeps a line readable, a lock short
-MAX_INTERRUPTIONS = 100  # runs handed back before a task fails, so that none goes round for ever
-MAX_ATTEMPTS = 20  # the latest runs that a task keeps
 MOST_LOOKED_AT = 1000  # tasks with a pause that a fetch which finds nothing examines one by one
-MAX_DELAY_S = 30 * 86400.0  # the longest pause that a job may ask for
-MAX_RETRY_DELAY_S = 3600.0  # the longest pause after a failed run
-MAX_ENDED_FETCHES = 1000  # ended fetches that a queue remembers: one may still arrive after its end
-SLEPT_S = 2.0  # a server that wakes so much later than planned was stopped, and received nothing meanwhile
 MAX_STANDING = 200  # standing requests of a queue
-STANDING_BYTES = 128 << 20  # memory for the standing requests of all queues
-UNUSED_S = 1800.0  # how long a standing request is kept while nobody asks for it
-FILTERS_BYTES = 32 << 20  # memory for compiled filters
 PREDICATE_BYTES = 64  # memory of a compiled filter for each character of its text
 TAKING_BYTES = 200000  # memory for the required fields that a queue was asked for
 FEW_PATHS = 5000  # paths in the shapes of a queue's args that can be searched at each fetch
 QUICK_ENTRIES = 500  # new tasks that a fetch by a standing request may examine
-SPARE_BYTES = 16 << 20  # how much longer than twice its live data a journal may become
-LOOK_BYTES = 4 << 20  # how far a journal grows before its live data is estimated again
-FOLD_CHANGES = 100  # changes on a line of a folded journal, which a person should be able to read
 MAX_EVENTS = 10000  # latest events that are kept in memory for listeners
 MAX_LOG = 100000  # newly pending tasks that are remembered for the standing requests to read
-DEFAULT_QUEUE = "default"  # the queue of a store without a server, made at the first write
-LET_GO_S = 0.2  # how long a process that ends tries to release its store
-SERVER_LOCK_S = 1.0  # a file that is locked for longer may be a server's
-RECENT = 50  # tasks that ended last, from which the rate is computed
-EMBEDDED_POLL_S = 0.1  # how often a waiting process without a server looks at the file
-MAX_RELEASE_S = 60.0  # how often the ends of pauses are computed again: the wall clock may be set
-LOOK_INTERVAL_S = 1.0  # time-outs are not looked for more often
 
 dump_json = json.JSONEncoder(separators=(",", ":"), check_circular=False).encode  # what came as JSON has no circles
 
 
-class _Beats:
+class Beats:
     """When each run began and was last heard of, on the monotonic clock. `runs` is {run id: (began, last heard of)}.
 
     A run that is not known (a server has just started) has its full time before it."""
@@ -3487,7 +3467,7 @@ class BeatFiles:
             self.pop(name)
 
 
-class _Remembered(dict):
+class BoundedCache(dict):
     """A cache: a dict that is emptied when its values take too many bytes."""
 
     def __init__(self, most_bytes):
@@ -3510,8 +3490,8 @@ def _weight_bytes(texts):
     return sum(map(len, texts)) + 100 * len(texts) + 100
 
 
-_SHAPES = _Remembered(4 << 20)  # keys of args whose values are no dicts: shape
-_TAKEN = _Remembered(4 << 20)  # (required fields, shape): whether they take it
+_SHAPES = BoundedCache(4 << 20)  # keys of args whose values are no dicts: shape
+_TAKEN = BoundedCache(4 << 20)  # (required fields, shape): whether they take it
 
 
 def shape_of(args):
@@ -3561,7 +3541,7 @@ class Pending:
         self.heaps = {}  # shape: heap of (-priority, last_modified, created_at, task id)
         self.counts = {}  # shape: how many tasks are pending
         self.paths = 0  # in all shapes together: searching the shapes costs as much
-        self.taking = _Remembered(TAKING_BYTES)  # required fields: the heaps of the shapes that they take
+        self.taking = BoundedCache(TAKING_BYTES)  # required fields: the heaps of the shapes that they take
         self.standing = collections.OrderedDict()  # (required fields, filter): Standing, the latest asked for last
         self.log, self.log_start = [], 0  # entries that became pending, for the standing requests
         # {task id: entry} of the tasks that nobody gets before their not_before; a heap of (not_before, entry) of them
@@ -3736,7 +3716,7 @@ class LocalName(str):
     """The name of a queue, from a caller who may read the store's file and so needs no password."""
 
 
-class _QueueId(str):
+class CallerQueueId(str):
     """The id of a queue, from a caller who gave its password; `stored` is the hash that the password matched.
 
     It is of no use once the queue has another password."""
@@ -3747,7 +3727,7 @@ class _QueueId(str):
         return made
 
 
-class _QueueState:
+class QueueState:
     """A queue in memory: its record, its tasks in the order of their last change, its workers, the indexes.
 
     Only `put_task` and `put_worker` change it: they keep the indexes and return what was there."""
@@ -3788,12 +3768,12 @@ class _QueueState:
 
     def with_record(self, record):
         """Return the same queue with another record."""
-        other = _QueueState(record)
+        other = QueueState(record)
         other.__dict__.update(self.__dict__, record=record)
         return other
 
 
-def _revised(record, fields):
+def revised(record, fields):
     """Return a new record with these fields changed; numbers become Instants where the field is a time.
 
     It is faster than namedtuple's `_replace`."""
@@ -3808,7 +3788,7 @@ def _revised(record, fields):
 
 
 def new_task(queue_id, task_id, fields):
-    """Return the record of a new task with these fields; faster than `_revised`."""
+    """Return the record of a new task with these fields; faster than `revised`."""
     values = {**_BLANK_VALUES, **fields}  # in the order of TASK_FIELDS
     values["task_id"], values["queue_id"] = task_id, queue_id
     for name in _TASK_TIMES:
@@ -3829,7 +3809,7 @@ class State:
     """All queues. `apply` is the only thing that changes them, live and at replay: the fold over the journal."""
 
     def __init__(self):
-        self.queues, self.names = {}, {}  # {queue id: _QueueState}, {queue name: queue id}
+        self.queues, self.names = {}, {}  # {queue id: QueueState}, {queue name: queue id}
 
     def clear(self):
         """Forget all queues."""
@@ -3876,15 +3856,15 @@ class State:
 def _apply_queue(state, queue_id, fields):
     there = state.queues.get(queue_id)
     if there is None:
-        return state.put_queue, queue_id, _QueueState(_revised(QueueRecord(queue_id=queue_id), fields))
-    return state.put_queue, queue_id, there.with_record(_revised(there.record, fields))
+        return state.put_queue, queue_id, QueueState(revised(QueueRecord(queue_id=queue_id), fields))
+    return state.put_queue, queue_id, there.with_record(revised(there.record, fields))
 
 
 def _queue_of(state, queue_id):
     """Return the queue of a line. One whose creation a repair could not save gets a name, so that it can be found."""
     queue = state.queues.get(queue_id)
     if queue is None:
-        queue = _QueueState(QueueRecord(queue_id=queue_id, queue_name="recovered-" + queue_id))
+        queue = QueueState(QueueRecord(queue_id=queue_id, queue_name="recovered-" + queue_id))
         state.put_queue(queue_id, queue)
     return queue
 
@@ -3895,7 +3875,7 @@ def _apply_task(state, queue_id, task_id, fields, old_state=None):
     if fields.get("status", "pending") not in TASK_MOVES:
         raise ValueError("the status %s of a task" % fields["status"])
     if record is not None:
-        record = _revised(record, fields)
+        record = revised(record, fields)
     elif "created_at" in fields:
         record = new_task(queue_id, task_id, fields)
     return queue.put_task, task_id, record  # None: a repair could not save its creation
@@ -3908,7 +3888,7 @@ def _apply_worker(state, queue_id, worker_id, fields, old_state=None):
         raise ValueError("the status %s of a worker" % fields["status"])
     if record is None and "created_at" in fields:
         record = WorkerRecord(worker_id, queue_id)
-    return queue.put_worker, worker_id, record and _revised(record, fields)
+    return queue.put_worker, worker_id, record and revised(record, fields)
 
 
 # The changes that a line may hold. `apply`: (state, queue id, the rest of the change) -> (put, id, new record or None).
@@ -3935,7 +3915,7 @@ LINE_KEYS = {"n", "durable", "at", "queue", "changes", "crc", "fold", "lost", "e
              "needs"}
 
 
-def _replay(state, line, path, version):
+def replay_line(state, line, path, version):
     """Apply the changes of a journal's line and return what State.apply does. Raise StoreDamaged where this version
     does not know what the line says; the state is then of no use. `version`: the newest that wrote to the file."""
     if type(line.get("needs", 0)) is int and line.get("needs", 0) <= FORMAT:
@@ -3952,12 +3932,12 @@ def check_known(path):
     """Return when the journal can be opened by this version, or raise StoreDamaged."""
     source, state = JournalFile(path, mode=os.O_RDONLY), State()
     source.open()
-    for line, version in _with_versions(source):
+    for line, version in lines_with_versions(source):
         if "changes" in line:
-            _replay(state, line, path, version)
+            replay_line(state, line, path, version)
 
 
-def _with_versions(source):
+def lines_with_versions(source):
     """Yield (line, version) for each new line of a journal's file: the newest version that it names up to there."""
     version = source.header.get("version")
     for line in source.read_new():
@@ -3969,7 +3949,7 @@ def _with_versions(source):
 Transition = collections.namedtuple("Transition", "n k at queue_id kind old_state record")
 
 
-def _transitions(n, at, queue_id, changes, done):
+def transitions_of(n, at, queue_id, changes, done):
     """Return the Transitions on a line, from its changes and what applying them did."""
     if n is None:  # a folded line: its steps are gone
         return []
@@ -3985,7 +3965,7 @@ def follow(store, queue_id, after, pause_s):
     quiet_since, there = monotonic(), store.state.id_of(queue_id)
 
     def is_over():
-        has_login = isinstance(queue_id, (_QueueId, LocalName)) and there is not None
+        has_login = isinstance(queue_id, (CallerQueueId, LocalName)) and there is not None
         return store.closing or has_login and not store.is_open_to(queue_id, there)
     while not is_over():
         gap, news, last = _news(store, after)
@@ -4034,14 +4014,671 @@ def _older_events(path, after, last):
         text = ("the events after %d.%d up to line %d were compacted away; list the tasks to see what became of them"
                 % (after[0], after[1], folded))
         yield Transition(folded, math.inf, now(), None, "too old", None, text)
-    for line, version in _with_versions(source):
+    for line, version in lines_with_versions(source):
         if "changes" in line:
-            done = _replay(state, line, path, version)
-            for event in _transitions(line.get("n"), line.get("at"), line["queue"], line["changes"], done):
+            done = replay_line(state, line, path, version)
+            for event in transitions_of(line.get("n"), line.get("at"), line["queue"], line["changes"], done):
                 if after < (event.n, event.k) <= last:
                     yield event
         if line.get("n", 0) > last[0]:
             return
+
+
+# 6. Operations ###############################################################
+#
+# What every request does. An operation decides: it gets (store, queue, request, at) and returns (changes,
+# answer), touching nothing. The answer may be a function: it is called outside the lock, for what takes long.
+# Time-outs are decided here too. Uses 1 to 5. Tests: test_service.py.
+
+MAX_INTERRUPTIONS = 100  # runs handed back before a task fails, so that none goes round for ever
+MAX_ATTEMPTS = 20  # the latest runs that a task keeps
+MAX_DELAY_S = 30 * 86400.0  # the longest pause that a job may ask for
+MAX_RETRY_DELAY_S = 3600.0  # the longest pause after a failed run
+MAX_ENDED_FETCHES = 1000  # ended fetches that a queue remembers: one may still arrive after its end
+RECENT = 50  # tasks that ended last, from which the rate is computed
+
+
+def same_secret(one, other):
+    """Return whether two secrets are equal, in constant time."""
+    import hmac
+    return hmac.compare_digest(one.encode("utf-8", "surrogatepass"), other.encode("utf-8", "surrogatepass"))
+
+
+def _overdue(store, queue):
+    """Return ([(task, words)] of the running tasks whose time is over, seconds until the next run can time out)."""
+    overdue, next_in_s = [], math.inf
+    for task in queue.running.values():
+        if task.heartbeat_timeout is None and task.task_timeout is None:
+            continue
+        ages = store.beats.ages(task.run_id)
+        if ages is None:  # it began under another server, or before a restart: it gets its full time
+            store.beats.start(task.run_id)
+            ages = 0.0, 0.0
+        ran_s, silent_s = ages
+        has_beats = task.heartbeat_timeout is not None and task.last_heartbeat is not None
+        if has_beats and silent_s > task.heartbeat_timeout:
+            overdue.append((task, "no heartbeat for %g seconds (heartbeat_timeout)" % task.heartbeat_timeout))
+        elif task.task_timeout is not None and ran_s > task.task_timeout:
+            overdue.append((task, "still running after %g seconds (task_timeout)" % task.task_timeout))
+        else:
+            next_in_s = min(next_in_s, task.heartbeat_timeout - silent_s if has_beats else math.inf,
+                            math.inf if task.task_timeout is None else task.task_timeout - ran_s)
+    return overdue, next_in_s
+
+
+def expire_runs_op(store, queue, request, at):
+    """Decide that the overdue runs failed. Answer in how many seconds the next run can time out."""
+    changes, strikes, (overdue, next_in_s) = [], collections.Counter(), _overdue(store, queue)
+    for task, words in sorted(overdue, key=lambda row: row[0].created_at):
+        fields = {"summary": dict(task.summary, labtasker_error=words), "run_end": "timeout"}
+        fields.update(_attempt_over(task, at, "timeout", words))
+        changes.append(_failed(task, fields, after(at, len(changes))))
+        strikes[task.worker_id] += 1
+    for worker_id, count in strikes.items():
+        changes += _strike(queue, worker_id, count, at)
+    return changes, next_in_s
+
+
+def _failed(task, fields, at, is_final=False):
+    """Return the change of a task whose run failed: pending again, or failed when its retries are used up, or where
+    another run would be in vain."""
+    retries = task.retries + 1
+    event = "retry" if retries < task.max_retries and not is_final else "fail"
+    status = move(TASK_MOVES, task.status, event, "task " + task.task_id)
+    fields = dict(fields, status=status, retries=retries, worker_id=None, last_modified=at)
+    if task.retry_delay and event == "retry":  # 2^1000 is the largest factor that is sure to stay a float
+        delay_s = math.ldexp(min(task.retry_delay, MAX_RETRY_DELAY_S), min(retries - 1, 1000))
+        fields["not_before"] = Instant(round(at + min(delay_s, MAX_RETRY_DELAY_S), 6))
+    return ["task", task.task_id, fields, task.status]
+
+
+def _strike(queue, worker_id, count, at):
+    """Return the changes of a worker on which `count` runs failed: crashed at its max_retries."""
+    worker = queue.workers.get(worker_id)
+    if worker is None:
+        return []
+    retries = worker.retries + count
+    fields = {"retries": retries, "last_modified": at}
+    if worker.status == "active":
+        event = "crash" if retries >= worker.max_retries else "strike"
+        fields["status"] = move(WORKER_MOVES, "active", event, "worker " + worker_id)
+        return [["worker", worker_id, fields, "active"]]
+    return [["worker", worker_id, fields, None]]
+
+
+# Operations: queues
+
+
+def hash_password(password, salt=None, rounds=None):
+    """Return the PBKDF2 hash of a password as text, with its rounds and salt."""
+    import hashlib
+    salt, rounds = salt or os.urandom(16).hex(), rounds or PASSWORD_ROUNDS
+    key = hashlib.pbkdf2_hmac("sha256", password.encode("utf-8", "surrogatepass"), bytes.fromhex(salt), rounds)
+    return "pbkdf2_sha256$%d$%s$%s" % (rounds, salt, key.hex())
+
+
+def is_password(password, stored):
+    """Return whether this is the password of a stored hash; for None it takes the same time to return False.
+
+    The hash's own rounds are used, so that the constant can change while stored passwords stay valid."""
+    kind, rounds, salt = (stored or "pbkdf2_sha256$%d$%s$" % (PASSWORD_ROUNDS, "00" * 16)).split("$")[:3]
+    if kind != "pbkdf2_sha256":
+        raise Unauthorized("labtasker %s can't check this queue's password, which is hashed by %.40r: update it"
+                           % (__version__, kind))
+    return same_secret(hash_password(password, salt, int(rounds)), stored or "")
+
+
+PASSWORD_ROUNDS = 100000
+
+
+def create_queue_op(store, _, request, at):
+    """Decide to create a queue."""
+    name = request["queue_name"]
+    if name in store.state.names:
+        raise Conflict("a queue named %r is there already" % name)
+    fields = {"queue_id": new_id(), "queue_name": name, "created_at": at, "last_modified": at,
+              "password": request.get("password_hash")}
+    if request.get("metadata"):
+        fields["metadata"] = unflatten(request["metadata"], "metadata")
+    return [["queue", fields]], {"queue_id": fields["queue_id"]}
+
+
+def get_queue_op(store, queue, request, at):
+    """Decide nothing; answer the queue."""
+    return [], queue.record
+
+
+def update_queue_op(store, queue, request, at):
+    """Decide a new name, password or metadata of a queue."""
+    fields = {"last_modified": at}
+    new_name = request.get("new_queue_name")
+    if new_name is not None:
+        if store.state.names.get(new_name, queue.record.queue_id) != queue.record.queue_id:
+            raise BadRequest("a queue named %r is there already" % new_name)
+        fields["queue_name"] = new_name
+    if request.get("password_hash"):
+        fields["password"] = request["password_hash"]
+    update = request.get("metadata_update")
+    if update is not None:
+        fields["metadata"] = merge(queue.record.metadata, unflatten(update, "metadata_update")) if update else {}
+    return [["queue", fields]], revised(queue.record, dict(fields))
+
+
+def delete_queue_op(store, queue, request, at):
+    """Decide to delete a queue with its tasks and workers."""
+    return [["queue-"]], None
+
+
+# Operations: tasks
+
+
+_PLAIN_INPUT = [(name, field.default) for name, field in SUBMITTED.items() if field.submitted == "set"]
+_NESTED_INPUT, _NOTED_INPUT = [[name for name, field in SUBMITTED.items() if field.submitted == how]
+                               for how in ("unflatten", "note")]
+
+
+def _submission(request, at):
+    """Return (task id, fields) of a task to be created."""
+    if not request["args"] and not request["cmd"]:
+        raise BadRequest("a task needs args or cmd: both are empty")
+    fields = {"status": "pending", "created_at": at}
+    for name in _NESTED_INPUT:
+        if request[name]:
+            fields[name] = unflatten(request[name], name)
+    for name, default in _PLAIN_INPUT:
+        value = request[name]
+        if value is not None and value != default:
+            fields[name] = value
+    task_id = request["task_id"]
+    if task_id:
+        content = {key: value for key, value in fields.items() if key != "created_at"}
+        fields["digest"] = zlib.crc32(json.dumps(content, sort_keys=True).encode())
+    for name in _NOTED_INPUT:
+        if request[name]:
+            fields[name] = request[name]
+    return task_id or new_id(), fields
+
+
+def submit_tasks_op(store, queue, request, at):
+    """Decide to create tasks, all or none. One that exists with the same content was submitted before, and counts."""
+    changes, ids = [], {}
+    for place, submission in enumerate(request["tasks"]):
+        task_id, fields = _submission(submission, after(at, place))
+        there = queue.tasks.get(task_id)
+        known = ids.get(task_id) if task_id in ids else there and there.digest
+        if task_id in ids or there:
+            if known != fields.get("digest"):
+                raise Conflict("task %s is there already, with other content" % task_id)
+        else:
+            changes.append(["task", task_id, fields, "created"])
+        ids[task_id] = fields.get("digest")
+    return changes, {"task_ids": list(ids)} if request["many"] else {"task_id": next(iter(ids))}
+
+
+def _tests(request, id_field, name_field):
+    """Return the predicates that a request asks of records."""
+    tests = [lambda record, get=operator.attrgetter(field), value=request[field]: get(record) == value
+             for field in (id_field, name_field, "status") if request[field] is not None]
+    return tests + ([] if request["extra_filter"] is None else [request["predicate"]])
+
+
+def _matching(store, records, tests):
+    """Return an iterator of the records that pass all tests; running tasks show when they were last heard of."""
+    matching = map(lambda record: last_seen(store, record) if record.status == "running" else record, records)
+    for test in tests:
+        matching = filter(test, matching)
+    return matching
+
+
+def _selected(store, records, request, id_field, name_field):
+    """Return the function that answers a search in a list of records: filtered, sorted, one page."""
+    tests, offset, limit = _tests(request, id_field, name_field), request["offset"], request["limit"]
+
+    def answer():
+        matching = _matching(store, records, tests)
+        if request.get("sort"):
+            sort = [[id_field if field == "_id" else field, way] for field, way in request["sort"]]
+            matching = sort_records(matching, sort, lambda record: (record.created_at, getattr(record, id_field)))
+        content = list(itertools.islice(matching, offset, offset + limit))
+        return {"found": bool(content), "content": content}
+    return answer
+
+
+def search_tasks_op(store, queue, request, at):
+    """Decide nothing; answer the tasks that match, outside the lock."""
+    if request.get("task_id") is not None:
+        records = [queue.tasks[request["task_id"]]] if request["task_id"] in queue.tasks else []
+    else:
+        records = queue.tasks.values()
+        if not any(request.get(name) for name in ("task_name", "status", "extra_filter", "sort")):
+            records = itertools.islice(records, request["offset"] + request["limit"])
+        records = list(records)
+    return [], _selected(store, records, request, "task_id", "task_name")
+
+
+def recent_ends(records, at, start_of=operator.attrgetter("start_time")):
+    """Return (how many of the RECENT tasks that ended last there are, the seconds from the first start of these until
+    now). The records are in the order of their last change."""
+    ended = (start_of(record) for record in reversed(records)
+             if record.status in ("success", "failed") and record.start_time is not None)
+    began = list(itertools.islice(ended, RECENT))
+    return len(began), max(0.0, at - min(began)) if began else 0.0
+
+
+def count_tasks_op(store, queue, request, at):
+    """Decide nothing; answer, outside the lock, how many tasks match for each value of a field, how many of the RECENT
+    ended and within how many seconds up to now, and the mark of the state counted."""
+    tests, mark = _tests(request, "task_id", "task_name"), _mark(store)
+    records = list(queue.tasks.values())
+    top, *path = request["by"].split(".")
+
+    def value(record):
+        found = getattr(record, top)
+        found = get_path(format_time(found) if isinstance(found, Instant) else found, path)
+        return found if type(found) is str else (dump_json(found),)  # True is no 1, and a dict can't be a key
+
+    def answer():
+        found = list(_matching(store, records, tests))
+        counts = collections.Counter(value(record) for record in found)
+        ended, took_s = recent_ends(found, at)
+        return {"counts": [[key if type(key) is str else json.loads(key[0]), number] for key, number in counts.items()],
+                "ended": ended, "took_s": took_s, "mark": mark}
+    return [], answer
+
+
+def _mark(store):
+    return "%s-%d" % (store.server_id, store.journal.file.n)  # if a line fails, no answer about it is sent
+
+
+def get_mark_op(store, queue, request, at):
+    """Decide nothing; answer the mark of the state."""
+    return [], {"mark": _mark(store)}
+
+
+def last_seen(store, task):
+    """Return the record of a task, a running one with the time it was last heard of."""
+    if task.status != "running" or task.last_heartbeat is None:
+        return task
+    ages = store.beats.ages(task.run_id)
+    if ages is None or math.isinf(ages[1]):
+        return task
+    return task._replace(last_heartbeat=Instant(max(task.last_heartbeat, round(now() - ages[1], 6))))
+
+
+def _task(queue, task_id):
+    try:
+        return queue.tasks[task_id]
+    except KeyError:
+        raise NotFound("no task %s in queue %s" % (task_id, queue.record.queue_name)) from None
+
+
+def get_task_op(store, queue, request, at):
+    """Decide nothing; answer the task."""
+    return [], last_seen(store, _task(queue, request["task_id"]))
+
+
+def required_of(request):
+    """Return the required fields of a fetch as a tuple in a fixed order."""
+    return tuple(sorted(set(request["required_fields"] or ())))
+
+
+def _next_task(store, queue, request):
+    required = required_of(request)
+    if request["extra_filter"] is None:
+        return queue.pending.first(required)
+    return queue.pending.first_matching(required, request["filter_text"], request["predicate"])
+
+
+def fetch_task_op(store, queue, request, at):
+    """Decide that a worker runs the next task that matches; a repeated fetch_id gets the same task."""
+    worker_id = request.get("worker_id")
+    if worker_id is not None:
+        worker = queue.workers.get(worker_id)
+        if worker is None:
+            raise NotFound("no worker %s in queue %s" % (worker_id, queue.record.queue_name))
+        if worker.status != "active":
+            raise Forbidden("worker %s is %s and gets no tasks; set it active again with: labtasker worker report %s "
+                            "active" % (worker_id, worker.status, worker_id))
+    repeated = queue.running.get(queue.fetches.get(request.get("fetch_id")))
+    if repeated is not None and repeated.worker_id == worker_id:
+        return [], {"found": True, "task": repeated}
+    is_ended = request.get("fetch_id") in queue.ended_fetches
+    queue.pending.release(at)
+    task = None if is_ended else _next_task(store, queue, request)
+    if task is None:
+        return [], _nothing_found(queue, request, at)
+    fields = {"status": move(TASK_MOVES, task.status, "fetch", "task"), "start_time": at, "last_modified": at,
+              "summary": {}, "worker_id": worker_id, "run_id": new_id(), "run_end": None, "reason": None,
+              "fetch_id": request.get("fetch_id"), "last_heartbeat": at if request["start_heartbeat"] else None}
+    fields.update(_without_pause(task))
+    if request.get("cmd"):
+        fields["cmd"] = request["cmd"]
+    is_wished = not (request.get("heartbeat_default") and task.heartbeat_timeout is not None)
+    if request.get("heartbeat_timeout") is not None and is_wished:
+        fields["heartbeat_timeout"] = request["heartbeat_timeout"]
+    if request.get("eta_max") is not None:
+        fields["task_timeout"] = request["eta_max"]
+    if request.get("attempt"):
+        fields["attempts"] = _attempts_begun(task, request["attempt"], fields)
+    back = [["worker", worker_id, {"ended_at": None}, None]] if worker_id and worker.ended_at else []
+    return [["task", task.task_id, fields, task.status]] + back, {"found": True, "task": revised(task, dict(fields))}
+
+
+def _nothing_found(queue, request, at):
+    """Return the answer to a fetch that gets no task; `retry_in_s`: until the pause of one that fits is over."""
+    answer, next_at = {"found": False, "task": None}, None
+    if queue.pending.delayed:
+        next_at = queue.pending.next_delayed(required_of(request), request.get("predicate"))
+    return answer if next_at is None else dict(answer, retry_in_s=max(0.0, round(next_at - at, 3)))
+
+
+def _without_pause(task):
+    """Return the field that ends a task's pause, {} where it has none."""
+    return {} if task.not_before is None else {"not_before": None}
+
+
+def _pause(request, at):
+    """Return the field with the end of the pause that a job asked for as it handed its task back, or {}."""
+    delay_s = min(request.get("delay_s") or 0, MAX_DELAY_S)
+    return {"not_before": Instant(round(at + delay_s, 6))} if delay_s else {}
+
+
+def end_fetch_op(store, queue, request, at):
+    """Decide to end a fetch: it gets no task even if it arrives after this, and is answered at once if it waits. With
+    `hand_back` a task that it got and that still runs is handed back, without costing a retry."""
+    fetch_id = request["fetch_id"]
+    queue.ended_fetches[fetch_id] = None
+    if len(queue.ended_fetches) > MAX_ENDED_FETCHES:
+        queue.ended_fetches.popitem(last=False)
+    store.wake((queue.record.queue_id, "pending"))
+    task = queue.running.get(queue.fetches.get(fetch_id))
+    if task is None or not request["hand_back"]:
+        return [], None
+    reason = "the worker left before it heard of this task"
+    fields = _attempt_over(task, at, "pending", reason) if task.attempts else {}
+    return _report_pending(queue, task, fields, {"reason": reason}, at), None
+
+
+def _attempts_begun(task, words, run):
+    """Return a task's attempts with the one that begins: what its worker reports, and what is known here.
+
+    `{task_id}` and `{run_id}` in the worker's texts are filled in: the run got its id only now."""
+    words = {key: value.replace("{task_id}", task.task_id).replace("{run_id}", run["run_id"])
+             if isinstance(value, str) else value for key, value in words.items()}
+    known = {"run_id": run["run_id"], "worker_id": run["worker_id"], "start": format_time(run["start_time"])}
+    return task.attempts[1 - MAX_ATTEMPTS:] + [dict(words, **known)]
+
+
+def _attempt_with(task, facts):
+    """Return the field `attempts` with these facts about the task's run, {} where its worker announced no attempt."""
+    if not facts or not task.attempts or task.attempts[-1]["run_id"] != task.run_id:
+        return {}
+    known = dict(task.attempts[-1], **facts)
+    return {"attempts": task.attempts[:-1] + [{key: value for key, value in known.items() if value is not None}]}
+
+
+def _attempt_over(task, at, status, reason=None, facts=None):
+    """Return the field `attempts` with the end of the task's run, {} where its worker announced no attempt."""
+    return _attempt_with(task, dict({"reason": reason}, **dict(facts or {}, end=format_time(at), status=status)))
+
+
+def report_task_op(store, queue, request, at):
+    """Decide what a report does: end a run, hand it back, cancel a task, or merge its summary."""
+    task, status = _task(queue, request["task_id"]), request["status"]
+    run_id = request.get("run_id")
+    if run_id is not None and run_id != task.run_id:
+        raise Conflict("run %s of task %s is over: the task was fetched, reset or cancelled since (it is %s)"
+                       % (run_id, task.task_id, task.status))
+    fields, ended = _summarised(task, request), _ended(task, request, at)
+    if run_id is None and request.get("worker_id") not in (None, task.worker_id):
+        raise Conflict("task %s is not run by worker %s (it is %s)" % (task.task_id, request["worker_id"], task.status))
+    is_late = run_id is not None and task.status != "running" and status != "cancelled"
+    if status == task.status and not (is_late and task.run_end == "timeout"):
+        fields.update(_attempt_with(task, request.get("attempt")) if run_id else {})
+        return _changed(task, fields, None, at), None
+    if is_late:
+        return _report_late(task, request, at), None
+    if task.attempts and task.status == "running":
+        fields.update(_attempt_over(task, ended, status, request.get("reason"), request.get("attempt")))
+    return REPORTS[status](queue, task, fields, request, at), None
+
+
+def _summarised(task, request):
+    summary = request.get("summary")
+    return {"summary": merge(task.summary, unflatten(summary, "summary"))} if summary else {}
+
+
+def _ended(task, request, at):
+    """Return when the run of a report ended: the report may come late. Not before its start, and not after `at`."""
+    return min(at, Instant(round((task.start_time or at) + request["took_s"], 6))) if request.get("took_s") else at
+
+
+def _changed(task, fields, old_state, at):
+    return [["task", task.task_id, dict(fields, last_modified=at), old_state]] if fields else []
+
+
+def _report_late(task, request, at):
+    """Return the changes of a report on a run that has ended already, or raise Conflict.
+
+    A repeat of the report that ended the run can only add facts about the attempt. A run that timed out and then
+    succeeds or is handed back counts as long as nobody has taken the task since; its retry is given back."""
+    status, facts = request["status"], request.get("attempt")
+    if status == task.run_end or (status, task.run_end) == ("failed", "timeout"):
+        return _changed(task, _attempt_with(task, facts), None, at)
+    if task.run_end != "timeout" or status not in LATE_REPORTS:
+        raise Conflict("run %s of task %s has ended already: %s" % (task.run_id, task.task_id, task.run_end))
+    next_status = move(TASK_MOVES, task.status, LATE_REPORTS[status], "task " + task.task_id)
+    summary = {key: value for key, value in task.summary.items() if key != "labtasker_error"}
+    fields = dict(_summarised(task._replace(summary=summary), request), status=next_status, run_end=status,
+                  retries=max(0, task.retries - 1), **_without_pause(task))
+    fields.setdefault("summary", summary)
+    if status == "pending":
+        fields.update(interruptions=task.interruptions + 1, reason=request.get("reason"), **_pause(request, at))
+    fields.update(_attempt_over(task, _ended(task, request, at), status, request.get("reason"), facts))
+    return _changed(task, fields, task.status, at)
+
+
+# status reported for a run that had timed out: the event
+LATE_REPORTS = {"success": "succeed_late", "pending": "hand_back_late"}
+
+
+def _report_over(queue, task, fields, request, at):
+    status = move(TASK_MOVES, task.status, UPDATE_EVENTS[request["status"]], "task " + task.task_id)
+    return _changed(task, dict(fields, status=status, worker_id=None, run_end=status), task.status, at)
+
+
+def _report_failed(queue, task, fields, request, at):
+    change = _failed(task, dict(fields, run_end="failed"), at, request.get("final"))
+    return [change] + (_strike(queue, task.worker_id, 1, at) if task.worker_id else [])
+
+
+def _report_running(queue, task, fields, request, at):
+    raise illegal(TASK_MOVES, task.status, "running", "task " + task.task_id)
+
+
+def _report_pending(queue, task, fields, request, at):
+    """Decide to hand a run back: it costs no retry and counts as an interruption."""
+    count, reason = task.interruptions + 1, request.get("reason")
+    if count >= MAX_INTERRUPTIONS:
+        status = move(TASK_MOVES, task.status, "fail", "task " + task.task_id)
+        error = "interrupted %d times, the last time: %s" % (count, reason or "no reason given")
+        fields = dict(fields, summary=dict(fields.get("summary", task.summary), labtasker_error=error))
+    else:
+        status = move(TASK_MOVES, task.status, "hand_back", "task " + task.task_id)
+        fields = dict(fields, **_pause(request, at))
+    fields = dict(fields, status=status, worker_id=None, run_end="pending", interruptions=count, reason=reason)
+    return _changed(task, fields, task.status, at)
+
+
+# status reported, if the task has another: what decides
+REPORTS = {
+    "running": _report_running,
+    "pending": _report_pending,
+    "success": _report_over,
+    "failed": _report_failed,
+    "cancelled": _report_over,
+}
+
+
+def heartbeat_op(store, queue, request, at):
+    """Record that a run is alive, in memory only. Answer the task's status."""
+    task = _task(queue, request["task_id"])
+    run_id, worker_id = request.get("run_id"), request.get("worker_id")
+    if task.status != "running" or (run_id is not None and run_id != task.run_id):
+        if request.get("answer") == "status":
+            return [], {"status": task.status if task.status != "running" else "taken"}
+        raise NotFound("task %s is not running (it is %s)" % (task.task_id, task.status))
+    if worker_id is not None and worker_id != task.worker_id:
+        raise Forbidden("task %s is not run by worker %s" % (task.task_id, worker_id))
+    store.beats.touch(task.run_id)
+    store.owner.show() if not store.is_server else None
+    return [], {"status": "running"} if request.get("answer") == "status" else None
+
+
+ERRORS = ("labtasker_error", "labtasker_exception")  # keys of a summary: a job's end and `finish` write them
+# status in an update: the event that leads to it
+UPDATE_EVENTS = {"pending": "requeue", "success": "succeed", "failed": "fail", "cancelled": "cancel"}
+RESET = {"retries": 0, "worker_id": None, "run_id": None, "run_end": None, "reason": None}
+
+
+def _updated(task, request, reset):
+    """Return (fields, old state or None) of one update, or raise InvalidStateTransition or InvalidFields."""
+    replaced = request.get("replace_fields") or ()
+    fields = {}
+    for name, field in UPDATED.items():
+        value = request.get(name)
+        if field.updated == "merge" and value is not None:
+            new = unflatten(value, name)
+            fields[name] = new if name in replaced else merge(getattr(task, name), new)
+        elif field.updated == "set" and (value is not None or name in replaced and name in request):
+            fields[name] = field.default if value is None else value
+    if reset:
+        fields.update(RESET, **_without_pause(task))
+        summary = fields.get("summary", task.summary)
+        if any(key in summary for key in ERRORS):  # its attempts keep what went wrong
+            fields["summary"] = {key: value for key, value in summary.items() if key not in ERRORS}
+        fields.update(status=move(TASK_MOVES, task.status, "reset", "task " + task.task_id))
+        return fields, task.status
+    status = request.get("status")
+    if status is None or status == task.status:
+        return fields, None
+    if status == "running":
+        raise illegal(TASK_MOVES, task.status, "running", "task " + task.task_id)
+    fields.update(_without_pause(task))
+    fields.update(status=move(TASK_MOVES, task.status, UPDATE_EVENTS[status], "task " + task.task_id),
+                  worker_id=None, run_id=None, run_end=None)
+    return fields, task.status
+
+
+def update_tasks_op(store, queue, request, at):
+    """Decide a list of updates, all or none; the error names each that can't be made."""
+    changes, now_are, problems = [], {}, []
+    for update in request["updates"]:
+        task_id = update["task_id"]
+        try:
+            task = now_are.get(task_id) or _task(queue, task_id)
+            fields, old_state = _updated(task, update, request["reset_pending"])
+        except LabtaskerError as error:
+            problems.append("task %s: %s" % (task_id, error))
+            continue
+        if old_state == "running" and fields["status"] != "running":
+            fields.update(_attempt_over(task, at, "reset" if request["reset_pending"] else fields["status"]))
+        fields["last_modified"] = after(at, len(changes))  # also where nothing else changes, as 1.0.1 has it
+        changes.append(["task", task_id, fields, old_state])
+        now_are[task_id] = revised(task, dict(fields))
+    if problems:
+        raise BadRequest("; ".join(problems) + (" (nothing was updated)" if len(request["updates"]) > 1 else ""))
+    return changes, {"found": bool(now_are), "content": list(now_are.values())}
+
+
+def delete_task_op(store, queue, request, at):
+    """Decide to delete a task."""
+    return [["task-", _task(queue, request["task_id"]).task_id]], None
+
+
+# Operations: workers
+
+
+def _worker(queue, worker_id):
+    try:
+        return queue.workers[worker_id]
+    except KeyError:
+        raise NotFound("no worker %s in queue %s" % (worker_id, queue.record.queue_name)) from None
+
+
+def create_worker_op(store, queue, request, at):
+    """Decide to register a worker; one that exists under this id was registered before."""
+    worker_id = request.get("worker_id") or new_id()
+    if worker_id in queue.workers:
+        if queue.workers[worker_id].worker_name != request.get("worker_name"):
+            raise Conflict("worker %s is there already, with another name" % worker_id)
+        return [], {"worker_id": worker_id}
+    fields = {"status": move(WORKER_MOVES, "created", "register", "worker"), "created_at": at, "last_modified": at}
+    if request.get("metadata"):
+        fields["metadata"] = unflatten(request["metadata"], "metadata")
+    for name in ("worker_name", "max_retries"):
+        if request.get(name) is not None:
+            fields[name] = request[name]
+    return [["worker", worker_id, fields, "created"]], {"worker_id": worker_id}
+
+
+def search_workers_op(store, queue, request, at):
+    """Decide nothing; answer the workers that match."""
+    return [], _selected(store, list(queue.workers.values()), request, "worker_id", "worker_name")
+
+
+def get_worker_op(store, queue, request, at):
+    """Decide nothing; answer the worker."""
+    return [], _worker(queue, request["worker_id"])
+
+
+WORKER_EVENTS = {"active": "activate", "suspended": "suspend", "crashed": "crash"}
+
+
+def report_worker_op(store, queue, request, at):
+    """Decide a worker's new status; active again zeroes its retries. "ended" only notes that its loop has."""
+    worker, status = _worker(queue, request["worker_id"]), request["status"]
+    if status == "ended":
+        return [["worker", worker.worker_id, {"ended_at": at, "last_modified": at}, None]], None
+    move(WORKER_MOVES, worker.status, WORKER_EVENTS[status], "worker " + worker.worker_id)
+    fields = {"status": status, "last_modified": at}
+    if status == "active":
+        fields.update(retries=0, ended_at=None)
+    return [["worker", worker.worker_id, fields, worker.status]], None
+
+
+def delete_worker_op(store, queue, request, at):
+    """Decide to delete a worker; with cascade_update its running tasks name no worker any more."""
+    worker_id = _worker(queue, request["worker_id"]).worker_id
+    changes = [["worker-", worker_id]]
+    if request["cascade_update"]:
+        theirs = sorted((task.created_at, task.task_id) for task in queue.running.values()
+                        if task.worker_id == worker_id)
+        changes += [["task", task_id, {"worker_id": None, "last_modified": after(at, place)}, None]
+                    for place, (_, task_id) in enumerate(theirs)]
+    return changes, None
+
+
+# 7. Store ####################################################################
+#
+# A store in its folder: who holds it, one transaction after another, compaction and repair. `Store.transact` runs an
+# operation, applies its changes and has the journal make them durable. Uses 1 to 6. Tests: test_service.py,
+# test_owner.py, test_compaction.py.
+
+TRANSACTION_TASKS = 10000  # tasks one transaction may submit or update: keeps a line readable, a lock short
+SLEPT_S = 2.0  # a server that wakes so much later than planned was stopped, and received nothing meanwhile
+STANDING_BYTES = 128 << 20  # memory for the standing requests of all queues
+UNUSED_S = 1800.0  # how long a standing request is kept while nobody asks for it
+FILTERS_BYTES = 32 << 20  # memory for compiled filters
+SPARE_BYTES = 16 << 20  # how much longer than twice its live data a journal may become
+LOOK_BYTES = 4 << 20  # how far a journal grows before its live data is estimated again
+FOLD_CHANGES = 100  # changes on a line of a folded journal, which a person should be able to read
+DEFAULT_QUEUE = "default"  # the queue of a store without a server, made at the first write
+LET_GO_S = 0.2  # how long a process that ends tries to release its store
+SERVER_LOCK_S = 1.0  # a file that is locked for longer may be a server's
+EMBEDDED_POLL_S = 0.1  # how often a waiting process without a server looks at the file
+MAX_RELEASE_S = 60.0  # how often the ends of pauses are computed again: the wall clock may be set
+LOOK_INTERVAL_S = 1.0  # time-outs are not looked for more often
 
 
 _STARTED = """
@@ -4122,7 +4759,7 @@ class _Replica:
         latest, count = collections.deque(), 0  # the lines of the last MAX_EVENTS events
         for line in file.read_new():
             if "changes" in line:
-                done = _replay(self.state, line, file.path, self.version_seen)
+                done = replay_line(self.state, line, file.path, self.version_seen)
                 latest.append((line, done))
                 count += len(done)
                 if count > 3 * MAX_EVENTS:
@@ -4132,7 +4769,7 @@ class _Replica:
                 self.epoch_seen = max(self.epoch_seen, line.get("epoch", 0))
                 self.version_seen = newest(line.get("version"), self.version_seen)
         for line, done in latest:
-            self.events.extend(_transitions(line.get("n"), line.get("at"), line["queue"], line["changes"], done))
+            self.events.extend(transitions_of(line.get("n"), line.get("at"), line["queue"], line["changes"], done))
 
 
 class StoreFile:
@@ -4426,14 +5063,14 @@ class Store:
         self.journal, self.owner, self.state = file.journal, file.owner, file.replica.state
         self.server_id = None  # of the server that holds it
         self.changed, self.closing = threading.Condition(self.lock), False
-        self.beats = _Beats({} if is_server else BeatFiles(os.path.dirname(file.real_path), self.owner.stood_still))
+        self.beats = Beats({} if is_server else BeatFiles(os.path.dirname(file.real_path), self.owner.stood_still))
         # Instants on the monotonic clock:
         self.looked_at = -math.inf  # when time-outs were last looked for
         self.timeouts_at, self.next_timeout_at = {}, -math.inf  # {queue id: its earliest time-out}; the earliest of all
         self.next_release_at = -math.inf  # the earliest end of a task's pause
         self.awake_until = math.inf  # when this process meant to wake at the latest; a server sets it before it waits
-        self.filters = _Remembered(FILTERS_BYTES)  # (document as text, names of fields): predicate
-        self.logins = {}  # (name or id of a queue, a right password): the _QueueId of the queue
+        self.filters = BoundedCache(FILTERS_BYTES)  # (document as text, names of fields): predicate
+        self.logins = {}  # (name or id of a queue, a right password): the CallerQueueId of the queue
         self.watched_keys, self.changed_keys = set(), set()  # keys that parked requests wait for; those changed since
         self.on_wake, self.warn = lambda: None, tell
         self.collecting = threading.Lock()  # held while the tasks are searched for a new filter
@@ -4485,7 +5122,7 @@ class Store:
             raise Unauthorized("no queue %r in %s: make it with 'labtasker queue create-from-config'"
                                % (str(queue_id), self.path))
         elif not writes:
-            queue = _QueueState(QueueRecord(queue_name=str(queue_id)))
+            queue = QueueState(QueueRecord(queue_name=str(queue_id)))
         else:
             at = now()
             changes, answer = create_queue_op(self, None, {"queue_name": str(queue_id)}, at)
@@ -4510,7 +5147,7 @@ class Store:
         done = self.state.apply(queue_id, changes)
 
         def on_written(n):
-            self.file.replica.events.extend(_transitions(n, at, queue_id, changes, done))
+            self.file.replica.events.extend(transitions_of(n, at, queue_id, changes, done))
             self.changed.notify_all()
             if self.watched_keys:
                 self._wake(queue_id, done)
@@ -4520,7 +5157,7 @@ class Store:
             self.state.put_back(done)
             raise
         for put, _, old, new in done:
-            if put.__func__ is _QueueState.put_task:
+            if put.__func__ is QueueState.put_task:
                 self._note_run(old, new)
             elif put.__func__ is State.put_queue and new is None and old is not None:
                 self._forget_runs(queue_id, old)
@@ -4606,7 +5243,7 @@ class Store:
             self.timeouts_at.update((queue_id, self.looked_at + LOOK_INTERVAL_S) for queue_id in wanted)
         for queue_id in wanted:
             try:
-                next_in_s = self.transact(_expire_runs, queue_id, None)
+                next_in_s = self.transact(expire_runs_op, queue_id, None)
             except Unauthorized:  # the queue was deleted in between
                 continue
             with self.lock:
@@ -4684,7 +5321,7 @@ class Store:
         return known, text
 
     def login(self, name, password):
-        """Return the _QueueId of the queue, or raise Unauthorized.
+        """Return the CallerQueueId of the queue, or raise Unauthorized.
 
         A right pair is remembered, so that it is hashed once, and holds while the queue has that password. A name may
         be another queue's id: the password then tells which of the two is meant."""
@@ -4697,12 +5334,12 @@ class Store:
             if is_password(password, stored):
                 if len(self.logins) > MAX_STANDING:
                     self.logins.clear()
-                self.logins[name, password] = known = _QueueId(queue.record.queue_id, stored)
+                self.logins[name, password] = known = CallerQueueId(queue.record.queue_id, stored)
                 return known
         raise Unauthorized("Invalid credentials")
 
     def known_login(self, name, password):
-        """Return the _QueueId of a remembered login that still holds, or None."""
+        """Return the CallerQueueId of a remembered login that still holds, or None."""
         known = self.logins.get((name, password))
         if known is not None and self.is_open_to(known, known):
             if name == known or name == self.state.queues[known].record.queue_name:
@@ -4711,632 +5348,11 @@ class Store:
 
     def is_open_to(self, caller, queue_id):
         """Return whether the queue exists and its caller may use it: a LocalName still names it, or it still has the
-        password that a _QueueId was given for."""
+        password that a CallerQueueId was given for."""
         queue = self.state.queues.get(queue_id)
         if queue is None or isinstance(caller, LocalName):
             return queue is not None and queue.record.queue_name == caller
-        return not isinstance(caller, _QueueId) or queue.record.password == caller.stored
-
-
-def same_secret(one, other):
-    """Return whether two secrets are equal, in constant time."""
-    import hmac
-    return hmac.compare_digest(one.encode("utf-8", "surrogatepass"), other.encode("utf-8", "surrogatepass"))
-
-
-def _overdue(store, queue):
-    """Return ([(task, words)] of the running tasks whose time is over, seconds until the next run can time out)."""
-    overdue, next_in_s = [], math.inf
-    for task in queue.running.values():
-        if task.heartbeat_timeout is None and task.task_timeout is None:
-            continue
-        ages = store.beats.ages(task.run_id)
-        if ages is None:  # it began under another server, or before a restart: it gets its full time
-            store.beats.start(task.run_id)
-            ages = 0.0, 0.0
-        ran_s, silent_s = ages
-        has_beats = task.heartbeat_timeout is not None and task.last_heartbeat is not None
-        if has_beats and silent_s > task.heartbeat_timeout:
-            overdue.append((task, "no heartbeat for %g seconds (heartbeat_timeout)" % task.heartbeat_timeout))
-        elif task.task_timeout is not None and ran_s > task.task_timeout:
-            overdue.append((task, "still running after %g seconds (task_timeout)" % task.task_timeout))
-        else:
-            next_in_s = min(next_in_s, task.heartbeat_timeout - silent_s if has_beats else math.inf,
-                            math.inf if task.task_timeout is None else task.task_timeout - ran_s)
-    return overdue, next_in_s
-
-
-def _expire_runs(store, queue, request, at):
-    """Decide that the overdue runs failed. Answer in how many seconds the next run can time out."""
-    changes, strikes, (overdue, next_in_s) = [], collections.Counter(), _overdue(store, queue)
-    for task, words in sorted(overdue, key=lambda row: row[0].created_at):
-        fields = {"summary": dict(task.summary, labtasker_error=words), "run_end": "timeout"}
-        fields.update(_attempt_over(task, at, "timeout", words))
-        changes.append(_failed(task, fields, after(at, len(changes))))
-        strikes[task.worker_id] += 1
-    for worker_id, count in strikes.items():
-        changes += _strike(queue, worker_id, count, at)
-    return changes, next_in_s
-
-
-def _failed(task, fields, at, is_final=False):
-    """Return the change of a task whose run failed: pending again, or failed when its retries are used up, or where
-    another run would be in vain."""
-    retries = task.retries + 1
-    event = "retry" if retries < task.max_retries and not is_final else "fail"
-    status = move(TASK_MOVES, task.status, event, "task " + task.task_id)
-    fields = dict(fields, status=status, retries=retries, worker_id=None, last_modified=at)
-    if task.retry_delay and event == "retry":  # 2^1000 is the largest factor that is sure to stay a float
-        delay_s = math.ldexp(min(task.retry_delay, MAX_RETRY_DELAY_S), min(retries - 1, 1000))
-        fields["not_before"] = Instant(round(at + min(delay_s, MAX_RETRY_DELAY_S), 6))
-    return ["task", task.task_id, fields, task.status]
-
-
-def _strike(queue, worker_id, count, at):
-    """Return the changes of a worker on which `count` runs failed: crashed at its max_retries."""
-    worker = queue.workers.get(worker_id)
-    if worker is None:
-        return []
-    retries = worker.retries + count
-    fields = {"retries": retries, "last_modified": at}
-    if worker.status == "active":
-        event = "crash" if retries >= worker.max_retries else "strike"
-        fields["status"] = move(WORKER_MOVES, "active", event, "worker " + worker_id)
-        return [["worker", worker_id, fields, "active"]]
-    return [["worker", worker_id, fields, None]]
-
-
-# Operations: queues
-
-
-def hash_password(password, salt=None, rounds=None):
-    """Return the PBKDF2 hash of a password as text, with its rounds and salt."""
-    import hashlib
-    salt, rounds = salt or os.urandom(16).hex(), rounds or PASSWORD_ROUNDS
-    key = hashlib.pbkdf2_hmac("sha256", password.encode("utf-8", "surrogatepass"), bytes.fromhex(salt), rounds)
-    return "pbkdf2_sha256$%d$%s$%s" % (rounds, salt, key.hex())
-
-
-def is_password(password, stored):
-    """Return whether this is the password of a stored hash; for None it takes the same time to return False.
-
-    The hash's own rounds are used, so that the constant can change while stored passwords stay valid."""
-    kind, rounds, salt = (stored or "pbkdf2_sha256$%d$%s$" % (PASSWORD_ROUNDS, "00" * 16)).split("$")[:3]
-    if kind != "pbkdf2_sha256":
-        raise Unauthorized("labtasker %s can't check this queue's password, which is hashed by %.40r: update it"
-                           % (__version__, kind))
-    return same_secret(hash_password(password, salt, int(rounds)), stored or "")
-
-
-PASSWORD_ROUNDS = 100000
-
-
-def create_queue_op(store, _, request, at):
-    """Decide to create a queue."""
-    name = request["queue_name"]
-    if name in store.state.names:
-        raise Conflict("a queue named %r is there already" % name)
-    fields = {"queue_id": new_id(), "queue_name": name, "created_at": at, "last_modified": at,
-              "password": request.get("password_hash")}
-    if request.get("metadata"):
-        fields["metadata"] = unflatten(request["metadata"], "metadata")
-    return [["queue", fields]], {"queue_id": fields["queue_id"]}
-
-
-def get_queue_op(store, queue, request, at):
-    """Decide nothing; answer the queue."""
-    return [], queue.record
-
-
-def update_queue_op(store, queue, request, at):
-    """Decide a new name, password or metadata of a queue."""
-    fields = {"last_modified": at}
-    new_name = request.get("new_queue_name")
-    if new_name is not None:
-        if store.state.names.get(new_name, queue.record.queue_id) != queue.record.queue_id:
-            raise BadRequest("a queue named %r is there already" % new_name)
-        fields["queue_name"] = new_name
-    if request.get("password_hash"):
-        fields["password"] = request["password_hash"]
-    update = request.get("metadata_update")
-    if update is not None:
-        fields["metadata"] = merge(queue.record.metadata, unflatten(update, "metadata_update")) if update else {}
-    return [["queue", fields]], _revised(queue.record, dict(fields))
-
-
-def delete_queue_op(store, queue, request, at):
-    """Decide to delete a queue with its tasks and workers."""
-    return [["queue-"]], None
-
-
-# Operations: tasks
-
-
-_PLAIN_INPUT = [(name, field.default) for name, field in SUBMITTED.items() if field.submitted == "set"]
-_NESTED_INPUT, _NOTED_INPUT = [[name for name, field in SUBMITTED.items() if field.submitted == how]
-                               for how in ("unflatten", "note")]
-
-
-def _submission(request, at):
-    """Return (task id, fields) of a task to be created."""
-    if not request["args"] and not request["cmd"]:
-        raise BadRequest("a task needs args or cmd: both are empty")
-    fields = {"status": "pending", "created_at": at}
-    for name in _NESTED_INPUT:
-        if request[name]:
-            fields[name] = unflatten(request[name], name)
-    for name, default in _PLAIN_INPUT:
-        value = request[name]
-        if value is not None and value != default:
-            fields[name] = value
-    task_id = request["task_id"]
-    if task_id:
-        content = {key: value for key, value in fields.items() if key != "created_at"}
-        fields["digest"] = zlib.crc32(json.dumps(content, sort_keys=True).encode())
-    for name in _NOTED_INPUT:
-        if request[name]:
-            fields[name] = request[name]
-    return task_id or new_id(), fields
-
-
-def submit_tasks_op(store, queue, request, at):
-    """Decide to create tasks, all or none. One that exists with the same content was submitted before, and counts."""
-    changes, ids = [], {}
-    for place, submission in enumerate(request["tasks"]):
-        task_id, fields = _submission(submission, after(at, place))
-        there = queue.tasks.get(task_id)
-        known = ids.get(task_id) if task_id in ids else there and there.digest
-        if task_id in ids or there:
-            if known != fields.get("digest"):
-                raise Conflict("task %s is there already, with other content" % task_id)
-        else:
-            changes.append(["task", task_id, fields, "created"])
-        ids[task_id] = fields.get("digest")
-    return changes, {"task_ids": list(ids)} if request["many"] else {"task_id": next(iter(ids))}
-
-
-def _tests(request, id_field, name_field):
-    """Return the predicates that a request asks of records."""
-    tests = [lambda record, get=operator.attrgetter(field), value=request[field]: get(record) == value
-             for field in (id_field, name_field, "status") if request[field] is not None]
-    return tests + ([] if request["extra_filter"] is None else [request["predicate"]])
-
-
-def _matching(store, records, tests):
-    """Return an iterator of the records that pass all tests; running tasks show when they were last heard of."""
-    matching = map(lambda record: last_seen(store, record) if record.status == "running" else record, records)
-    for test in tests:
-        matching = filter(test, matching)
-    return matching
-
-
-def _selected(store, records, request, id_field, name_field):
-    """Return the function that answers a search in a list of records: filtered, sorted, one page."""
-    tests, offset, limit = _tests(request, id_field, name_field), request["offset"], request["limit"]
-
-    def answer():
-        matching = _matching(store, records, tests)
-        if request.get("sort"):
-            sort = [[id_field if field == "_id" else field, way] for field, way in request["sort"]]
-            matching = sort_records(matching, sort, lambda record: (record.created_at, getattr(record, id_field)))
-        content = list(itertools.islice(matching, offset, offset + limit))
-        return {"found": bool(content), "content": content}
-    return answer
-
-
-def search_tasks_op(store, queue, request, at):
-    """Decide nothing; answer the tasks that match, outside the lock."""
-    if request.get("task_id") is not None:
-        records = [queue.tasks[request["task_id"]]] if request["task_id"] in queue.tasks else []
-    else:
-        records = queue.tasks.values()
-        if not any(request.get(name) for name in ("task_name", "status", "extra_filter", "sort")):
-            records = itertools.islice(records, request["offset"] + request["limit"])
-        records = list(records)
-    return [], _selected(store, records, request, "task_id", "task_name")
-
-
-def recent_ends(records, at, start_of=operator.attrgetter("start_time")):
-    """Return (how many of the RECENT tasks that ended last there are, the seconds from the first start of these until
-    now). The records are in the order of their last change."""
-    ended = (start_of(record) for record in reversed(records)
-             if record.status in ("success", "failed") and record.start_time is not None)
-    began = list(itertools.islice(ended, RECENT))
-    return len(began), max(0.0, at - min(began)) if began else 0.0
-
-
-def count_tasks_op(store, queue, request, at):
-    """Decide nothing; answer, outside the lock, how many tasks match for each value of a field, how many of the RECENT
-    ended and within how many seconds up to now, and the mark of the state counted."""
-    tests, mark = _tests(request, "task_id", "task_name"), _mark(store)
-    records = list(queue.tasks.values())
-    top, *path = request["by"].split(".")
-
-    def value(record):
-        found = getattr(record, top)
-        found = get_path(format_time(found) if isinstance(found, Instant) else found, path)
-        return found if type(found) is str else (dump_json(found),)  # True is no 1, and a dict can't be a key
-
-    def answer():
-        found = list(_matching(store, records, tests))
-        counts = collections.Counter(value(record) for record in found)
-        ended, took_s = recent_ends(found, at)
-        return {"counts": [[key if type(key) is str else json.loads(key[0]), number] for key, number in counts.items()],
-                "ended": ended, "took_s": took_s, "mark": mark}
-    return [], answer
-
-
-def _mark(store):
-    return "%s-%d" % (store.server_id, store.journal.file.n)  # if a line fails, no answer about it is sent
-
-
-def get_mark_op(store, queue, request, at):
-    """Decide nothing; answer the mark of the state."""
-    return [], {"mark": _mark(store)}
-
-
-def last_seen(store, task):
-    """Return the record of a task, a running one with the time it was last heard of."""
-    if task.status != "running" or task.last_heartbeat is None:
-        return task
-    ages = store.beats.ages(task.run_id)
-    if ages is None or math.isinf(ages[1]):
-        return task
-    return task._replace(last_heartbeat=Instant(max(task.last_heartbeat, round(now() - ages[1], 6))))
-
-
-def _task(queue, task_id):
-    try:
-        return queue.tasks[task_id]
-    except KeyError:
-        raise NotFound("no task %s in queue %s" % (task_id, queue.record.queue_name)) from None
-
-
-def get_task_op(store, queue, request, at):
-    """Decide nothing; answer the task."""
-    return [], last_seen(store, _task(queue, request["task_id"]))
-
-
-def required_of(request):
-    """Return the required fields of a fetch as a tuple in a fixed order."""
-    return tuple(sorted(set(request["required_fields"] or ())))
-
-
-def _next_task(store, queue, request):
-    required = required_of(request)
-    if request["extra_filter"] is None:
-        return queue.pending.first(required)
-    return queue.pending.first_matching(required, request["filter_text"], request["predicate"])
-
-
-def fetch_task_op(store, queue, request, at):
-    """Decide that a worker runs the next task that matches; a repeated fetch_id gets the same task."""
-    worker_id = request.get("worker_id")
-    if worker_id is not None:
-        worker = queue.workers.get(worker_id)
-        if worker is None:
-            raise NotFound("no worker %s in queue %s" % (worker_id, queue.record.queue_name))
-        if worker.status != "active":
-            raise Forbidden("worker %s is %s and gets no tasks; set it active again with: labtasker worker report %s "
-                            "active" % (worker_id, worker.status, worker_id))
-    repeated = queue.running.get(queue.fetches.get(request.get("fetch_id")))
-    if repeated is not None and repeated.worker_id == worker_id:
-        return [], {"found": True, "task": repeated}
-    is_ended = request.get("fetch_id") in queue.ended_fetches
-    queue.pending.release(at)
-    task = None if is_ended else _next_task(store, queue, request)
-    if task is None:
-        return [], _nothing_found(queue, request, at)
-    fields = {"status": move(TASK_MOVES, task.status, "fetch", "task"), "start_time": at, "last_modified": at,
-              "summary": {}, "worker_id": worker_id, "run_id": new_id(), "run_end": None, "reason": None,
-              "fetch_id": request.get("fetch_id"), "last_heartbeat": at if request["start_heartbeat"] else None}
-    fields.update(_without_pause(task))
-    if request.get("cmd"):
-        fields["cmd"] = request["cmd"]
-    is_wished = not (request.get("heartbeat_default") and task.heartbeat_timeout is not None)
-    if request.get("heartbeat_timeout") is not None and is_wished:
-        fields["heartbeat_timeout"] = request["heartbeat_timeout"]
-    if request.get("eta_max") is not None:
-        fields["task_timeout"] = request["eta_max"]
-    if request.get("attempt"):
-        fields["attempts"] = _attempts_begun(task, request["attempt"], fields)
-    back = [["worker", worker_id, {"ended_at": None}, None]] if worker_id and worker.ended_at else []
-    return [["task", task.task_id, fields, task.status]] + back, {"found": True, "task": _revised(task, dict(fields))}
-
-
-def _nothing_found(queue, request, at):
-    """Return the answer to a fetch that gets no task; `retry_in_s`: until the pause of one that fits is over."""
-    answer, next_at = {"found": False, "task": None}, None
-    if queue.pending.delayed:
-        next_at = queue.pending.next_delayed(required_of(request), request.get("predicate"))
-    return answer if next_at is None else dict(answer, retry_in_s=max(0.0, round(next_at - at, 3)))
-
-
-def _without_pause(task):
-    """Return the field that ends a task's pause, {} where it has none."""
-    return {} if task.not_before is None else {"not_before": None}
-
-
-def _pause(request, at):
-    """Return the field with the end of the pause that a job asked for as it handed its task back, or {}."""
-    delay_s = min(request.get("delay_s") or 0, MAX_DELAY_S)
-    return {"not_before": Instant(round(at + delay_s, 6))} if delay_s else {}
-
-
-def end_fetch_op(store, queue, request, at):
-    """Decide to end a fetch: it gets no task even if it arrives after this, and is answered at once if it waits. With
-    `hand_back` a task that it got and that still runs is handed back, without costing a retry."""
-    fetch_id = request["fetch_id"]
-    queue.ended_fetches[fetch_id] = None
-    if len(queue.ended_fetches) > MAX_ENDED_FETCHES:
-        queue.ended_fetches.popitem(last=False)
-    store.wake((queue.record.queue_id, "pending"))
-    task = queue.running.get(queue.fetches.get(fetch_id))
-    if task is None or not request["hand_back"]:
-        return [], None
-    reason = "the worker left before it heard of this task"
-    fields = _attempt_over(task, at, "pending", reason) if task.attempts else {}
-    return _report_pending(queue, task, fields, {"reason": reason}, at), None
-
-
-def _attempts_begun(task, words, run):
-    """Return a task's attempts with the one that begins: what its worker reports, and what is known here.
-
-    `{task_id}` and `{run_id}` in the worker's texts are filled in: the run got its id only now."""
-    words = {key: value.replace("{task_id}", task.task_id).replace("{run_id}", run["run_id"])
-             if isinstance(value, str) else value for key, value in words.items()}
-    known = {"run_id": run["run_id"], "worker_id": run["worker_id"], "start": format_time(run["start_time"])}
-    return task.attempts[1 - MAX_ATTEMPTS:] + [dict(words, **known)]
-
-
-def _attempt_with(task, facts):
-    """Return the field `attempts` with these facts about the task's run, {} where its worker announced no attempt."""
-    if not facts or not task.attempts or task.attempts[-1]["run_id"] != task.run_id:
-        return {}
-    known = dict(task.attempts[-1], **facts)
-    return {"attempts": task.attempts[:-1] + [{key: value for key, value in known.items() if value is not None}]}
-
-
-def _attempt_over(task, at, status, reason=None, facts=None):
-    """Return the field `attempts` with the end of the task's run, {} where its worker announced no attempt."""
-    return _attempt_with(task, dict({"reason": reason}, **dict(facts or {}, end=format_time(at), status=status)))
-
-
-def report_task_op(store, queue, request, at):
-    """Decide what a report does: end a run, hand it back, cancel a task, or merge its summary."""
-    task, status = _task(queue, request["task_id"]), request["status"]
-    run_id = request.get("run_id")
-    if run_id is not None and run_id != task.run_id:
-        raise Conflict("run %s of task %s is over: the task was fetched, reset or cancelled since (it is %s)"
-                       % (run_id, task.task_id, task.status))
-    fields, ended = _summarised(task, request), _ended(task, request, at)
-    if run_id is None and request.get("worker_id") not in (None, task.worker_id):
-        raise Conflict("task %s is not run by worker %s (it is %s)" % (task.task_id, request["worker_id"], task.status))
-    is_late = run_id is not None and task.status != "running" and status != "cancelled"
-    if status == task.status and not (is_late and task.run_end == "timeout"):
-        fields.update(_attempt_with(task, request.get("attempt")) if run_id else {})
-        return _changed(task, fields, None, at), None
-    if is_late:
-        return _report_late(task, request, at), None
-    if task.attempts and task.status == "running":
-        fields.update(_attempt_over(task, ended, status, request.get("reason"), request.get("attempt")))
-    return REPORTS[status](queue, task, fields, request, at), None
-
-
-def _summarised(task, request):
-    summary = request.get("summary")
-    return {"summary": merge(task.summary, unflatten(summary, "summary"))} if summary else {}
-
-
-def _ended(task, request, at):
-    """Return when the run of a report ended: the report may come late. Not before its start, and not after `at`."""
-    return min(at, Instant(round((task.start_time or at) + request["took_s"], 6))) if request.get("took_s") else at
-
-
-def _changed(task, fields, old_state, at):
-    return [["task", task.task_id, dict(fields, last_modified=at), old_state]] if fields else []
-
-
-def _report_late(task, request, at):
-    """Return the changes of a report on a run that has ended already, or raise Conflict.
-
-    A repeat of the report that ended the run can only add facts about the attempt. A run that timed out and then
-    succeeds or is handed back counts as long as nobody has taken the task since; its retry is given back."""
-    status, facts = request["status"], request.get("attempt")
-    if status == task.run_end or (status, task.run_end) == ("failed", "timeout"):
-        return _changed(task, _attempt_with(task, facts), None, at)
-    if task.run_end != "timeout" or status not in LATE_REPORTS:
-        raise Conflict("run %s of task %s has ended already: %s" % (task.run_id, task.task_id, task.run_end))
-    next_status = move(TASK_MOVES, task.status, LATE_REPORTS[status], "task " + task.task_id)
-    summary = {key: value for key, value in task.summary.items() if key != "labtasker_error"}
-    fields = dict(_summarised(task._replace(summary=summary), request), status=next_status, run_end=status,
-                  retries=max(0, task.retries - 1), **_without_pause(task))
-    fields.setdefault("summary", summary)
-    if status == "pending":
-        fields.update(interruptions=task.interruptions + 1, reason=request.get("reason"), **_pause(request, at))
-    fields.update(_attempt_over(task, _ended(task, request, at), status, request.get("reason"), facts))
-    return _changed(task, fields, task.status, at)
-
-
-# status reported for a run that had timed out: the event
-LATE_REPORTS = {"success": "succeed_late", "pending": "hand_back_late"}
-
-
-def _report_over(queue, task, fields, request, at):
-    status = move(TASK_MOVES, task.status, UPDATE_EVENTS[request["status"]], "task " + task.task_id)
-    return _changed(task, dict(fields, status=status, worker_id=None, run_end=status), task.status, at)
-
-
-def _report_failed(queue, task, fields, request, at):
-    change = _failed(task, dict(fields, run_end="failed"), at, request.get("final"))
-    return [change] + (_strike(queue, task.worker_id, 1, at) if task.worker_id else [])
-
-
-def _report_running(queue, task, fields, request, at):
-    raise illegal(TASK_MOVES, task.status, "running", "task " + task.task_id)
-
-
-def _report_pending(queue, task, fields, request, at):
-    """Decide to hand a run back: it costs no retry and counts as an interruption."""
-    count, reason = task.interruptions + 1, request.get("reason")
-    if count >= MAX_INTERRUPTIONS:
-        status = move(TASK_MOVES, task.status, "fail", "task " + task.task_id)
-        error = "interrupted %d times, the last time: %s" % (count, reason or "no reason given")
-        fields = dict(fields, summary=dict(fields.get("summary", task.summary), labtasker_error=error))
-    else:
-        status = move(TASK_MOVES, task.status, "hand_back", "task " + task.task_id)
-        fields = dict(fields, **_pause(request, at))
-    fields = dict(fields, status=status, worker_id=None, run_end="pending", interruptions=count, reason=reason)
-    return _changed(task, fields, task.status, at)
-
-
-# status reported, if the task has another: what decides
-REPORTS = {
-    "running": _report_running,
-    "pending": _report_pending,
-    "success": _report_over,
-    "failed": _report_failed,
-    "cancelled": _report_over,
-}
-
-
-def heartbeat_op(store, queue, request, at):
-    """Record that a run is alive, in memory only. Answer the task's status."""
-    task = _task(queue, request["task_id"])
-    run_id, worker_id = request.get("run_id"), request.get("worker_id")
-    if task.status != "running" or (run_id is not None and run_id != task.run_id):
-        if request.get("answer") == "status":
-            return [], {"status": task.status if task.status != "running" else "taken"}
-        raise NotFound("task %s is not running (it is %s)" % (task.task_id, task.status))
-    if worker_id is not None and worker_id != task.worker_id:
-        raise Forbidden("task %s is not run by worker %s" % (task.task_id, worker_id))
-    store.beats.touch(task.run_id)
-    store.owner.show() if not store.is_server else None
-    return [], {"status": "running"} if request.get("answer") == "status" else None
-
-
-ERRORS = ("labtasker_error", "labtasker_exception")  # keys of a summary: a job's end and `finish` write them
-# status in an update: the event that leads to it
-UPDATE_EVENTS = {"pending": "requeue", "success": "succeed", "failed": "fail", "cancelled": "cancel"}
-RESET = {"retries": 0, "worker_id": None, "run_id": None, "run_end": None, "reason": None}
-
-
-def _updated(task, request, reset):
-    """Return (fields, old state or None) of one update, or raise InvalidStateTransition or InvalidFields."""
-    replaced = request.get("replace_fields") or ()
-    fields = {}
-    for name, field in UPDATED.items():
-        value = request.get(name)
-        if field.updated == "merge" and value is not None:
-            new = unflatten(value, name)
-            fields[name] = new if name in replaced else merge(getattr(task, name), new)
-        elif field.updated == "set" and (value is not None or name in replaced and name in request):
-            fields[name] = field.default if value is None else value
-    if reset:
-        fields.update(RESET, **_without_pause(task))
-        summary = fields.get("summary", task.summary)
-        if any(key in summary for key in ERRORS):  # its attempts keep what went wrong
-            fields["summary"] = {key: value for key, value in summary.items() if key not in ERRORS}
-        fields.update(status=move(TASK_MOVES, task.status, "reset", "task " + task.task_id))
-        return fields, task.status
-    status = request.get("status")
-    if status is None or status == task.status:
-        return fields, None
-    if status == "running":
-        raise illegal(TASK_MOVES, task.status, "running", "task " + task.task_id)
-    fields.update(_without_pause(task))
-    fields.update(status=move(TASK_MOVES, task.status, UPDATE_EVENTS[status], "task " + task.task_id),
-                  worker_id=None, run_id=None, run_end=None)
-    return fields, task.status
-
-
-def update_tasks_op(store, queue, request, at):
-    """Decide a list of updates, all or none; the error names each that can't be made."""
-    changes, now_are, problems = [], {}, []
-    for update in request["updates"]:
-        task_id = update["task_id"]
-        try:
-            task = now_are.get(task_id) or _task(queue, task_id)
-            fields, old_state = _updated(task, update, request["reset_pending"])
-        except LabtaskerError as error:
-            problems.append("task %s: %s" % (task_id, error))
-            continue
-        if old_state == "running" and fields["status"] != "running":
-            fields.update(_attempt_over(task, at, "reset" if request["reset_pending"] else fields["status"]))
-        fields["last_modified"] = after(at, len(changes))  # also where nothing else changes, as 1.0.1 has it
-        changes.append(["task", task_id, fields, old_state])
-        now_are[task_id] = _revised(task, dict(fields))
-    if problems:
-        raise BadRequest("; ".join(problems) + (" (nothing was updated)" if len(request["updates"]) > 1 else ""))
-    return changes, {"found": bool(now_are), "content": list(now_are.values())}
-
-
-def delete_task_op(store, queue, request, at):
-    """Decide to delete a task."""
-    return [["task-", _task(queue, request["task_id"]).task_id]], None
-
-
-# Operations: workers
-
-
-def _worker(queue, worker_id):
-    try:
-        return queue.workers[worker_id]
-    except KeyError:
-        raise NotFound("no worker %s in queue %s" % (worker_id, queue.record.queue_name)) from None
-
-
-def create_worker_op(store, queue, request, at):
-    """Decide to register a worker; one that exists under this id was registered before."""
-    worker_id = request.get("worker_id") or new_id()
-    if worker_id in queue.workers:
-        if queue.workers[worker_id].worker_name != request.get("worker_name"):
-            raise Conflict("worker %s is there already, with another name" % worker_id)
-        return [], {"worker_id": worker_id}
-    fields = {"status": move(WORKER_MOVES, "created", "register", "worker"), "created_at": at, "last_modified": at}
-    if request.get("metadata"):
-        fields["metadata"] = unflatten(request["metadata"], "metadata")
-    for name in ("worker_name", "max_retries"):
-        if request.get(name) is not None:
-            fields[name] = request[name]
-    return [["worker", worker_id, fields, "created"]], {"worker_id": worker_id}
-
-
-def search_workers_op(store, queue, request, at):
-    """Decide nothing; answer the workers that match."""
-    return [], _selected(store, list(queue.workers.values()), request, "worker_id", "worker_name")
-
-
-def get_worker_op(store, queue, request, at):
-    """Decide nothing; answer the worker."""
-    return [], _worker(queue, request["worker_id"])
-
-
-WORKER_EVENTS = {"active": "activate", "suspended": "suspend", "crashed": "crash"}
-
-
-def report_worker_op(store, queue, request, at):
-    """Decide a worker's new status; active again zeroes its retries. "ended" only notes that its loop has."""
-    worker, status = _worker(queue, request["worker_id"]), request["status"]
-    if status == "ended":
-        return [["worker", worker.worker_id, {"ended_at": at, "last_modified": at}, None]], None
-    move(WORKER_MOVES, worker.status, WORKER_EVENTS[status], "worker " + worker.worker_id)
-    fields = {"status": status, "last_modified": at}
-    if status == "active":
-        fields.update(retries=0, ended_at=None)
-    return [["worker", worker.worker_id, fields, worker.status]], None
-
-
-def delete_worker_op(store, queue, request, at):
-    """Decide to delete a worker; with cascade_update its running tasks name no worker any more."""
-    worker_id = _worker(queue, request["worker_id"]).worker_id
-    changes = [["worker-", worker_id]]
-    if request["cascade_update"]:
-        theirs = sorted((task.created_at, task.task_id) for task in queue.running.values()
-                        if task.worker_id == worker_id)
-        changes += [["task", task_id, {"worker_id": None, "last_modified": after(at, place)}, None]
-                    for place, (_, task_id) in enumerate(theirs)]
-    return changes, None
+        return not isinstance(caller, CallerQueueId) or queue.record.password == caller.stored
 
 
 # Compaction
@@ -5377,7 +5393,7 @@ def fold(path, draft):
     source.open()
     n, offset, mark = source.n, source.size, source.mark
     last_crc, newest = source.header.get("folded_crc"), source.header.get("version")
-    for line, version in _with_versions(source):
+    for line, version in lines_with_versions(source):
         waiting.append((line, source.n, source.size, source.mark, version))
         while waiting and ("fold" in line or waiting[0][1] <= line["durable"]):
             value, n, offset, mark, newest = waiting.popleft()
@@ -5385,7 +5401,7 @@ def fold(path, draft):
             if not LINE_KEYS.issuperset(value):
                 raise newer(path, newest, "a compaction would lose %s" % ", ".join(sorted(set(value) - LINE_KEYS)))
             if "changes" in value:
-                _replay(state, value, path, newest)
+                replay_line(state, value, path, newest)
     body = sum(map(len, _fold_lines(state)))
     added = dict(folded=n, folded_crc=last_crc, read_crc=mark_text(mark), folded_at=time.time())
     header = journal_header(dict(source.header, **dict(added, **({"version": newest} if newest else {}))), body)
@@ -5433,11 +5449,11 @@ def repair_store(path):
     return found, damaged, aside, list(collections.OrderedDict.fromkeys(ids))
 
 
-# 6. API ######################################################################
+# 8. API ######################################################################
 #
 # Every request is a row of ROUTES, whether it came over HTTP or from this process. This section checks
 # the request's fields, runs the operation, and converts the answer. Knows nothing of how the request
-# arrived. Uses 1 to 5. Tests: test_api.py.
+# arrived. Uses 1 to 7. Tests: test_api.py.
 
 MAX_BODY_BYTES = 16 << 20  # of a request: ten times as much as a thousand large tasks
 MAX_CONTAINERS = 300000  # lists and objects in a body; each takes a hundred bytes or more in memory
@@ -6332,14 +6348,14 @@ _SHOWN = {
 }
 
 
-# 7. Server ###################################################################
+# 9. Server ###################################################################
 #
 # An event loop that borrows bind and accept of HTTPServer and the threads of ThreadingMixIn: a thread a connection
 # is slower, as the interpreter's lock changes hands several times a request, and workers that wait would take a
 # thread each. The loop accepts, reads, answers what is quick and writes all that it decided in one turn with one
 # sync; what takes long (a listing, hashing a password, a stream of events) goes to a thread with its connection.
 # Server holds the parts: Connections, Parked, Threads with their Gates, Requests, Answers, Writer, Upkeep, Log.
-# Knows nothing of the journal's format, and no field of a request. Uses 1 to 6. Tests: test_server.py,
+# Knows nothing of the journal's format, and no field of a request. Uses 1 to 8. Tests: test_server.py,
 # test_loop.py, test_hostile.py, test_security.py, test_fuzz.py.
 
 DEFAULT_PORT = 9321
@@ -8001,11 +8017,11 @@ def stop_process(owner, timeout_s):
     return True
 
 
-# 8. Client ###################################################################
+# 10. Client ##################################################################
 #
 # Where the store is (configuration), how to reach it (two transports), and the public functions.
 # Without a server a request takes the same way, within this process. Reads no configuration and
-# opens nothing before the first call. Uses 1 to 7. Tests: test_client.py, test_network.py, test_skill.py.
+# opens nothing before the first call. Uses 1 to 9. Tests: test_client.py, test_network.py, test_skill.py.
 
 EXTENSIONS = "Labtasker-Extensions"
 CONFIG_NAME, OLD_CONFIG_NAME = "config.toml", "client.toml"  # the second is that of Labtasker 1.0.1
@@ -10062,12 +10078,12 @@ def connect_events(timeout=10, after=None):
     return EventListener(after).start(timeout)
 
 
-# 9. Jobs #####################################################################
+# 11. Jobs ####################################################################
 #
 # How a task's args reach a function or a command, and what comes of that: casts and Required (for a
 # function), templates (for a command, quoted as its shell or Python reads them), how a run ended, the
 # processes of a job, its output, and what is said of it. Knows nothing of stores and servers.
-# Uses 1, 8. Tests: test_required.py, test_template.py, test_worker.py.
+# Uses 1, 10. Tests: test_required.py, test_template.py, test_worker.py.
 
 
 class UnfitArgs(LabtaskerTypeError):
@@ -12106,11 +12122,11 @@ def _chosen_gpus(text, variable):
     return [one for one, in found[0]]
 
 
-# 10. Runs ####################################################################
+# 12. Runs ####################################################################
 #
 # A run of a task, from inside and from outside: its reports and the outbox where they wait for a server
 # that is away, what its job may ask and tell, the signals that a loop hears, heartbeats by a process of
-# their own. Uses 1, 2, 3, 4, 5, 8, 9. Tests: test_worker.py, test_signals.py.
+# their own. Uses 1 to 7, 10, 11. Tests: test_worker.py, test_signals.py.
 
 
 def retry_while_away(action, pause, limit_s):
@@ -13229,11 +13245,11 @@ def loop_signals():
     return [getattr(signal, name) for name in names if hasattr(signal, name)]
 
 
-# 11. Loops ###################################################################
+# 13. Loops ###################################################################
 #
 # Takes tasks and has them run: the loop and its slots, its time limit, and the two ways to run a task:
 # call a function, start a command. Knows nothing of argparse.
-# Uses 1, 2, 3, 4, 5, 8, 9, 10. Tests: test_worker.py, test_loop.py, test_signals.py, test_slots.py.
+# Uses 1 to 7, 10, 11, 12. Tests: test_worker.py, test_loop.py, test_signals.py, test_slots.py.
 
 
 class Limit:
@@ -14422,11 +14438,11 @@ def watch(slot, run, process):
     return False
 
 
-# 12. Text ####################################################################
+# 14. Text ####################################################################
 #
 # What a person reads and types: messages, tables, YAML and CSV; values, task arguments, files of tasks, answers.
 # Knows no command and asks no store. Results go to stdout, everything else to stderr.
-# The references that help prints. Uses 1 to 5, 8, 9. Tests: test_cli.py, test_values.py, test_terminal.py.
+# The references that help prints. Uses 1 to 7, 10, 11. Tests: test_cli.py, test_values.py, test_terminal.py.
 
 
 COLOURED = Pattern("(\x1b\\[[0-9;]*m)")
@@ -15198,11 +15214,11 @@ Events from before
     This also works without a server. A server of Labtasker 1.0.1 gives no ids
     and only events from now on.""" % DEFAULT_PORT)
 
-# 13. Commands ################################################################
+# 15. Commands ################################################################
 #
 # What each command does. Knows nothing of the journal and of HTTP: a command calls the functions that scripts call
 # too. It takes the parsed options and returns its exit code (None: 0). What people like and work can do without is in
-# labtasker_cli.py. Uses 1, 2, 3, 5 to 12. Tests: test_cli.py, test_terminal.py.
+# labtasker_cli.py. Uses 1 to 3, 5 to 14. Tests: test_cli.py, test_terminal.py.
 EACH_DAY = ("task", "loop", "watch", "init", "serve")  # what the list of commands tells the most of
 EVERY = 10 ** 9  # the limit of a listing that leaves nothing out
 EXTRA_COMMANDS = {  # the commands of labtasker_cli.py, and what they are for
@@ -16812,10 +16828,10 @@ def _demo_workers(folder, words):
             worker.kill()
 
 
-# 14. Command line ############################################################
+# 16. Command line ############################################################
 #
 # Commands as one table, from which parsers, help and dispatch derive; main(). labtasker_cli.py enters its commands into
-# the table. Uses 1 to 13. Tests: test_cli.py, test_terminal.py.
+# the table. Uses 1 to 15. Tests: test_cli.py, test_terminal.py.
 
 # ---- From words to options
 Command = collections.namedtuple("Command", "run help example options rest sort")

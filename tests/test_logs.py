@@ -1,4 +1,4 @@
-"""The output of runs whose folder is not the store's: its end comes with the report and is kept beside the store (section 6, 10)."""
+"""The output of runs whose folder is not the store's: its end comes with the report and is kept beside the store (sections 8 and 12)."""
 import base64
 import json
 import os
