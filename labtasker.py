@@ -263,7 +263,7 @@ def new_id():
 
 _IDS = {}  # pid: [ids that are not used yet]
 MAX_DEPTH = 100  # levels of nested dicts and lists; the functions that walk them recurse
-MAX_KEYS = 100000  # keys of one dict, nested ones included
+_MAX_KEYS = 100000  # keys of one dict, nested ones included
 
 
 class Pattern:
@@ -283,12 +283,12 @@ KEY = Pattern(r"[a-zA-Z0-9_-]+(\.[a-zA-Z0-9_-]+)*\Z")
 
 
 FREE_KEY = Pattern("[^.\x00-\x1f\x7f-\x9f\ud800-\udfff]+(?:\\.[^.\x00-\x1f\x7f-\x9f\ud800-\udfff]+)*\\Z")
-FREE_FIELDS = ("summary", "metadata", "metadata_update")  # whose keys are the user's: `val/acc`, `mrr@10`
+_FREE_FIELDS = ("summary", "metadata", "metadata_update")  # whose keys are the user's: `val/acc`, `mrr@10`
 
 
 def _is_free(where):
     """Return whether the keys at `where` may be any text."""
-    return where[0] in FREE_FIELDS or where[0] == "updates" and ".".join(where[1:]).split(".")[0] in FREE_FIELDS
+    return where[0] in _FREE_FIELDS or where[0] == "updates" and ".".join(where[1:]).split(".")[0] in _FREE_FIELDS
 
 
 def check_key(key, where):
@@ -309,7 +309,7 @@ def unflatten(mapping, where="args"):
 
     Paths merge in any order. A path that is set twice, or to a value and to a dict, is refused, naming both keys.
     """
-    return dict(mapping) if _is_plain(mapping, where in FREE_FIELDS) else _nested(mapping, [where])
+    return dict(mapping) if _is_plain(mapping, where in _FREE_FIELDS) else _nested(mapping, [where])
 
 
 def _is_plain(value, is_free=False):
@@ -338,8 +338,8 @@ def _nested(value, where):
         return value
     tree, setters = {}, {}  # path: (the key that set it, as spelled; whether it set a value)
     for path, spelled, leaf in _leaves(value, where, ()):
-        if len(path) > MAX_DEPTH or len(setters) > MAX_KEYS:
-            raise InvalidFields([(["body"] + where[:1], "more than %d levels or %d keys" % (MAX_DEPTH, MAX_KEYS))])
+        if len(path) > MAX_DEPTH or len(setters) > _MAX_KEYS:
+            raise InvalidFields([(["body"] + where[:1], "more than %d levels or %d keys" % (MAX_DEPTH, _MAX_KEYS))])
         for size in range(1, len(path) + 1):
             mine = spelled, size == len(path)
             other = setters.setdefault(path[:size], mine)
@@ -388,7 +388,7 @@ def merge(old, new):
 # bidirectional overrides change the order in which it shows text.
 
 CONTROL = Pattern("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff\ud800-\udfff]")
-LOGIN_IN_URL = Pattern(r"(?i)\b([a-z][a-z0-9+.-]*://)[^\s\"'<>]*@")
+_LOGIN_IN_URL = Pattern(r"(?i)\b([a-z][a-z0-9+.-]*://)[^\s\"'<>]*@")
 
 
 def clean(text, spare="\n\t"):
@@ -399,7 +399,7 @@ def clean(text, spare="\n\t"):
 
 def without_login(text):
     """Return `text` with `***` in place of the names and passwords in its URLs."""
-    return LOGIN_IN_URL.sub(r"\1***@", text)
+    return _LOGIN_IN_URL.sub(r"\1***@", text)
 
 
 def silence(number=1):
@@ -420,13 +420,13 @@ def program():
     return "%s %s" % (python, path if is_file else "-m labtasker")
 
 
-COMMAND_HINT = Pattern(r"\blabtasker(?= (?:task|loop|serve|init|health|queue|worker|journal|event|watch|config|demo|"
-                       r"server|sbatch|completion|help|skill|report|COMMAND|--help)\b)")
+_COMMAND_HINT = Pattern(r"\blabtasker(?= (?:task|loop|serve|init|health|queue|worker|journal|event|watch|config|demo|"
+                        r"server|sbatch|completion|help|skill|report|COMMAND|--help)\b)")
 
 
 def as_started(text):
     """Return a message in which the commands to type name the program as it was started."""
-    return COMMAND_HINT.sub(lambda _: program(), text)
+    return _COMMAND_HINT.sub(lambda _: program(), text)
 
 
 def tell(text):
@@ -499,7 +499,7 @@ class Plain:
         """Return the result of `item()` or `tolist()` of a number, array or tensor; self for any other value."""
         if isinstance(value, type):
             return self
-        for name, kinds in (("item", SCALARS), ("tolist", SCALARS + (list, tuple))):
+        for name, kinds in (("item", _SCALARS), ("tolist", _SCALARS + (list, tuple))):
             try:
                 found = getattr(value, name)()
                 if type(found) is type(value) and hasattr(found, "__float__"):  # such as numpy.longdouble
@@ -527,7 +527,7 @@ class Plain:
         plain = Plain(lambda *_: self).value(key, where)
         if isinstance(plain, str):
             return plain
-        if type(plain) in SCALARS:
+        if type(plain) in _SCALARS:
             return json.dumps(plain)
         return self.odd(key, where, "it can't be a key, which is text")
 
@@ -540,7 +540,7 @@ class Plain:
             return sorted(items, key=json.dumps)
 
 
-SCALARS = (type(None), bool, int, float, str)
+_SCALARS = (type(None), bool, int, float, str)
 
 
 def refuse_odd(value, where, why):
@@ -580,9 +580,9 @@ def monotonic():
 # day in the machine's zone; hours and smaller units are exact.
 
 UTC = datetime.timezone.utc
-EPOCH = datetime.datetime(1970, 1, 1, tzinfo=UTC)
-ISO = Pattern(r"(\d{4})([-/])(\d\d?)\2(\d\d?)(?:[T ](\d\d?):(\d\d)(?::(\d\d)(?:[.,](\d+))?)?)?"
-              r" ?(Z|UTC|[+-]\d\d(?::?\d\d)?)?\Z", re.IGNORECASE | re.ASCII)
+_EPOCH = datetime.datetime(1970, 1, 1, tzinfo=UTC)
+_ISO = Pattern(r"(\d{4})([-/])(\d\d?)\2(\d\d?)(?:[T ](\d\d?):(\d\d)(?::(\d\d)(?:[.,](\d+))?)?)?"
+               r" ?(Z|UTC|[+-]\d\d(?::?\d\d)?)?\Z", re.IGNORECASE | re.ASCII)
 
 
 def to_datetime(instant):
@@ -602,13 +602,13 @@ def format_time(instant):
 
 @functools.lru_cache(1000)  # most times in an answer lie in the same few seconds
 def _second_text(second):
-    return (EPOCH + datetime.timedelta(seconds=second)).isoformat()[:19]
+    return (_EPOCH + datetime.timedelta(seconds=second)).isoformat()[:19]
 
 
 @functools.lru_cache(1000)  # as `format_time`
 def parse_time(text):
     """Return the Instant that ISO 8601 text means, or raise ValueError. Without a zone it is UTC."""
-    found = ISO.match(text)
+    found = _ISO.match(text)
     if not found:
         raise ValueError("%r is not an ISO 8601 time, such as 2026-11-22T06:00:00+00:00" % text)
     year, _, month, day, hour, minute, second, fraction, zone = found.groups("")
@@ -645,10 +645,10 @@ UNITS = {  # unit: (its spellings, (months, days, seconds))
     "month": ("mo mos month months", (1, 0, 0)),
     "year": ("y yr yrs year years", (12, 0, 0)),
 }
-SPELLINGS = {word: parts for spellings, parts in UNITS.values() for word in spellings.split()}
-COUNTS = dict(zip("one two three four five six seven eight nine ten eleven twelve".split(), range(1, 13)), a=1, an=1)
-QUANTITY = Pattern(r"(\d+(?:\.\d+)?|(?:%s)\b) ?([a-z]+) ?(?:(?:, ?and\b|,|and\b) ?(?=.))?" % "|".join(COUNTS),
-                   re.ASCII)
+_SPELLINGS = {word: parts for _spellings, parts in UNITS.values() for word in _spellings.split()}
+_COUNTS = dict(zip("one two three four five six seven eight nine ten eleven twelve".split(), range(1, 13)), a=1, an=1)
+_QUANTITY = Pattern(r"(\d+(?:\.\d+)?|(?:%s)\b) ?([a-z]+) ?(?:(?:, ?and\b|,|and\b) ?(?=.))?" % "|".join(_COUNTS),
+                    re.ASCII)
 DURATIONS = ("90", "50s", "10 min", "1.5h", "1h30m", "1 hour, 30 minutes")
 
 
@@ -656,9 +656,9 @@ def _amounts(text):
     """Return [months, days, seconds] of a text like "1h30m" or "a day, 2 hours"; None for any other text."""
     total, end = [0, 0, 0], 0
     while end < len(text):
-        found = QUANTITY.match(text, end)
-        parts = found and SPELLINGS.get(found.group(2))
-        amount = parts and float(COUNTS.get(found.group(1)) or found.group(1))
+        found = _QUANTITY.match(text, end)
+        parts = found and _SPELLINGS.get(found.group(2))
+        amount = parts and float(_COUNTS.get(found.group(1)) or found.group(1))
         if not parts or parts[0] and not amount.is_integer():  # half a month is not a fixed number of days
             return None
         total = [whole + amount * part for whole, part in zip(total, parts)]
@@ -688,16 +688,16 @@ def parse_duration(value):
 WEEKDAY_NAMES = ("monday", "tuesday", "wednesday", "thursday", "friday", "saturday", "sunday")
 MONTH_NAMES = ("january", "february", "march", "april", "may", "june", "july", "august", "september", "october",
                "november", "december")
-WEEKDAYS = {name[:size]: place for place, name in enumerate(WEEKDAY_NAMES) for size in range(3, len(name) + 1)}
-MONTHS = {name[:size]: place for place, name in enumerate(MONTH_NAMES, 1) for size in range(3, len(name) + 1)}
-DAYS = {None: 0, "today": 0, "yesterday": -1, "tomorrow": 1}
-SAME_AS = {"now": "0s", "last week": "1 week ago", "last month": "1 month ago", "last year": "1 year ago",
-           "next week": "in 1 week", "next month": "in 1 month", "next year": "in 1 year"}
+_WEEKDAYS = {name[:size]: place for place, name in enumerate(WEEKDAY_NAMES) for size in range(3, len(name) + 1)}
+_MONTHS = {name[:size]: place for place, name in enumerate(MONTH_NAMES, 1) for size in range(3, len(name) + 1)}
+_DAYS = {None: 0, "today": 0, "yesterday": -1, "tomorrow": 1}
+_SAME_AS = {"now": "0s", "last week": "1 week ago", "last month": "1 month ago", "last year": "1 year ago",
+            "next week": "in 1 week", "next month": "in 1 month", "next year": "in 1 year"}
 DATE_FORMS = (  # examples for the help and for the error about an unknown date
     "now", "3 hours ago, two days ago", "in 2 days, 2 days from now", "1h30m", "last week, next month",
     "2026-11-22 06:00, 2026/11/22 06:00 UTC",
     "today, yesterday at 3pm, last monday, 11:25, 28 July, Jul 28 2025 11:25 +02:00", "1753701930")
-MOMENT = Pattern(r"""
+_MOMENT = Pattern(r"""
     (?P<date> (?P<day>today|yesterday|tomorrow)
       | (?: (?P<side>last|next)\ )? (?P<weekday>%(weekday)s)
       | (?P<y>\d{4}) (?P<dash>[-/.]) (?P<m>\d\d?) (?P=dash) (?P<d>\d\d?)
@@ -709,13 +709,13 @@ MOMENT = Pattern(r"""
         (?: \ ?(?P<half>[ap]m) )? )?
     (?: \ ?(?P<zone>z|utc|gmt|[+-]\d\d(?::?\d\d)?) )?
     (?: \ (?P<year_>\d{4}) )? \Z""" % {
-    "weekday": "|".join(WEEKDAYS), "month": "|".join(MONTHS), "th": "(?:st|nd|rd|th)?"}, re.VERBOSE | re.ASCII)
+    "weekday": "|".join(_WEEKDAYS), "month": "|".join(_MONTHS), "th": "(?:st|nd|rd|th)?"}, re.VERBOSE | re.ASCII)
 
 
 def parse_date(text, now):
     """Return the Instant that a person means by `text` at the time `now`, or raise LabtaskerValueError."""
     words = " ".join(text.lower().split())
-    words = SAME_AS.get(words, words)
+    words = _SAME_AS.get(words, words)
     try:
         found = _shifted(words, now)
         found = _moment(words, now) if found is None else found
@@ -757,7 +757,7 @@ def _moment(text, now):
     today included."""
     if re.match(r"\d{10}\Z", text):
         return Instant(text)
-    found = MOMENT.match(text.replace("midnight", "00:00").replace("noon", "12:00"))
+    found = _MOMENT.match(text.replace("midnight", "00:00").replace("noon", "12:00"))
     part = found.groupdict() if found else {}
     month, year = part.get("month") or part.get("month_"), part.get("year") or part.get("year_")
     if not (part.get("date") or part.get("hour")) or part["year_"] and (part["year"] or not month):
@@ -765,13 +765,13 @@ def _moment(text, now):
     zone = _zone(part["zone"])
     today = datetime.datetime.fromtimestamp(now, zone)
     if month:
-        date = datetime.date(int(year or today.year), MONTHS[month], int(part["nth"] or part["nth_"]))
+        date = datetime.date(int(year or today.year), _MONTHS[month], int(part["nth"] or part["nth_"]))
     elif part["y"]:
         date = datetime.date(int(part["y"]), int(part["m"]), int(part["d"]))
     else:
-        ahead = DAYS[part["day"]]
+        ahead = _DAYS[part["day"]]
         if part["weekday"]:
-            back = (today.weekday() - WEEKDAYS[part["weekday"]]) % 7
+            back = (today.weekday() - _WEEKDAYS[part["weekday"]]) % 7
             ahead = 7 - back if part["side"] == "next" else -(back or 7 * (part["side"] == "last"))
         date = today.date() + datetime.timedelta(days=ahead)
     hour, minute, second, micro = _clock(part["hour"], part["minute"], part["second"], part["fraction"])
@@ -786,10 +786,10 @@ def _moment(text, now):
 # the journal, of HTTP and of the fields that a record has. Grammar: the docstrings of _Parser. Uses 1.
 # Tests: test_filters.py, test_mongomock.py; patterns that explode: test_security.py.
 
-MAX_FILTER_CHARS = 100000  # of a filter's text; its tokens take a thousand times as many bytes
-MAX_NESTING = 40      # levels of brackets and arithmetic in a filter's text
+_MAX_FILTER_CHARS = 100000  # of a filter's text; its tokens take a thousand times as many bytes
+_MAX_NESTING = 40      # levels of brackets and arithmetic in a filter's text
 MAX_LEVELS = 100      # levels of dicts and lists in a query document
-MAX_PARTS = 2000      # comparisons and calculations in a query document; each is evaluated for each record
+_MAX_PARTS = 2000      # comparisons and calculations in a query document; each is evaluated for each record
 
 TOKEN = Pattern(r"""
     (?P<space>\s+)
@@ -808,8 +808,8 @@ def parse_filter(text, fields, now):
 
     Dates such as "3 hours ago" are resolved here, from `now`.
     """
-    if len(text) > MAX_FILTER_CHARS:
-        raise FilterError("a filter of over %d characters; split it" % MAX_FILTER_CHARS, text, MAX_FILTER_CHARS)
+    if len(text) > _MAX_FILTER_CHARS:
+        raise FilterError("a filter of over %d characters; split it" % _MAX_FILTER_CHARS, text, _MAX_FILTER_CHARS)
     return _Parser(text, list(fields), now).filter()
 
 
@@ -828,9 +828,9 @@ class _Tokens:
             kind, word, column = found.lastgroup, found.group(), found.start()
             brackets += (word in "([") - (word in ")]")
             signs = 0 if word in ("and", "or", ",") else signs + (word in ARITHMETIC)
-            self.require(brackets + signs <= MAX_NESTING, "this is nested more than %d deep" % MAX_NESTING, column)
+            self.require(brackets + signs <= _MAX_NESTING, "this is nested more than %d deep" % _MAX_NESTING, column)
             self.require(word not in INSTEAD or last == ".", INSTEAD.get(word), column)
-            self.require(kind not in UNREADABLE, UNREADABLE.get(kind, "").format(word), column)
+            self.require(kind not in _UNREADABLE, _UNREADABLE.get(kind, "").format(word), column)
             if kind != "space":
                 last = word
                 yield kind, word, column
@@ -905,9 +905,9 @@ class _Parser:
     def expression(self, binding=0):
         """expression: operand (SIGN operand | "in" members)*; BINDING has the precedence"""
         left, last = self.operand(), None
-        while BINDING.get(self.next.word, 0) > binding:
+        while _BINDING.get(self.next.word, 0) > binding:
             column, sign = self.next.column, self.next.take()
-            right = None if sign == "in" else self.expression(BINDING[sign])
+            right = None if sign == "in" else self.expression(_BINDING[sign])
             if sign in ("and", "or"):
                 if sign != last:
                     left = "test", {"$" + sign: [self.tested(left)]}, left[2]
@@ -917,7 +917,7 @@ class _Parser:
             else:
                 found = self.members(*left) if sign == "in" else self.compared(left, sign, right, column)
                 left = "test", found, left[2]
-                self.next.require(BINDING.get(self.next.word) != BINDING[sign],
+                self.next.require(_BINDING.get(self.next.word) != _BINDING[sign],
                                   "comparisons can't be chained; write a < b and b < c")
             last = sign
         return left
@@ -959,9 +959,9 @@ class _Parser:
             return "const", self.array(), column
         if self.next.kind in ("string", "number"):
             return "const", self.next.string() if self.next.kind == "string" else self.next.number(), column
-        if self.next.word in CONSTANTS:
-            return "const", CONSTANTS[self.next.take()], column
-        self.next.require(self.next.kind == "name" and self.next.word not in KEYWORDS,
+        if self.next.word in _CONSTANTS:
+            return "const", _CONSTANTS[self.next.take()], column
+        self.next.require(self.next.kind == "name" and self.next.word not in _KEYWORDS,
                           "a field or a value expected, not %s%s" % (self.next.shown(), self.next.if_text()))
         name = self.next.take()
         return self.call(name, column) if self.next.word == "(" else ("path", self.path(name, column), column)
@@ -994,7 +994,7 @@ class _Parser:
             keys.append(self.next.take())
         self.next.require(self.next.kind != "number" or self.next.word[0] != ".",
                           "a key that starts with a digit is written in brackets: [\"0x\"], an index [0]")
-        self.next.require(self.next.word != "(", "%.60s can't be called; there are only %s" % (".".join(keys), CALLED))
+        self.next.require(self.next.word != "(", "%.60s can't be called; there are only %s" % (".".join(keys), _CALLED))
         return ".".join(keys)
 
     def unknown(self, name, column):
@@ -1033,7 +1033,7 @@ class _Parser:
         self.next.require(name not in ("list", "dict"),
                           "%s(...) only comes after in, as in \"v1\" in %s(metadata.tags)" % (name, name), column)
         if name not in CALLS:
-            self.next.fail("unknown function %.60s; there are %s%s" % (name, CALLED, hint(name, CALLS)), column)
+            self.next.fail("unknown function %.60s; there are %s%s" % (name, _CALLED, hint(name, CALLS)), column)
         self.next.take()
         kind, node = CALLS[name](self)
         self.next.expect(")", ") to close %s(...)" % name)
@@ -1046,7 +1046,7 @@ class _Parser:
             self.next.take()
             self.next.require(self.next.word in ("True", "False"),
                               "exists(field, ...) takes True or False, not %s" % self.next.shown())
-            wanted = CONSTANTS[self.next.take()]
+            wanted = _CONSTANTS[self.next.take()]
         return "test", {path: {"$exists": wanted}}
 
     def regex(self):
@@ -1064,7 +1064,7 @@ class _Parser:
 
     def argument(self, name):
         """Return the path that is the argument of a call."""
-        self.next.require(self.next.kind == "name" and self.next.word not in KEYWORDS,
+        self.next.require(self.next.kind == "name" and self.next.word not in _KEYWORDS,
                           "%s(...) takes a field, not %s" % (name, self.next.shown()))
         column = self.next.column
         return self.path(self.next.take(), column)
@@ -1102,7 +1102,7 @@ class _Parser:
         kinds = left[0], right[0]
         self.next.require(set(kinds) != {"const"}, "this compares two constants; one side has to be a field", column)
         if kinds == ("const", "path"):
-            left, sign, right = right, MIRRORED[sign], left
+            left, sign, right = right, _MIRRORED[sign], left
         if set(kinds) == {"const", "path"}:
             return {left[1]: right[1] if sign == "==" else {COMPARISONS[sign]: right[1]}}
         return {"$and": [{path: {"$exists": True}} for path in dict.fromkeys(_paths(value))] + [{"$expr": value}]}
@@ -1110,7 +1110,8 @@ class _Parser:
     def calculated(self, left, sign, right, column):
         name, values = ARITHMETIC[sign], [self.value(left), self.value(right)]
         for kind, node, at in (left, right):
-            self.next.require(kind != "const" or type(node) in NUMBERS, "%s needs numbers" % self.next.text[column], at)
+            self.next.require(kind != "const" or type(node) in _NUMBERS, "%s needs numbers" % self.next.text[column],
+                              at)
         if left[0] != "const" or right[0] != "const":
             return "sum", {name: values}, left[2]
         result = EXPRESSIONS[name](*values)
@@ -1128,14 +1129,14 @@ def _paths(value):
 
 
 CALLS = {"exists": _Parser.exists, "regex": _Parser.regex, "date": _Parser.date}
-CALLED = ", ".join("%s()" % name for name in CALLS)
+_CALLED = ", ".join("%s()" % name for name in CALLS)
 COMPARISONS = {"==": "$eq", ">": "$gt", ">=": "$gte", "<": "$lt", "<=": "$lte"}
-MIRRORED = {"==": "==", ">": "<", ">=": "<=", "<": ">", "<=": ">="}
+_MIRRORED = {"==": "==", ">": "<", ">=": "<=", "<": ">", "<=": ">="}
 ARITHMETIC = {"+": "$add", "-": "$subtract", "*": "$multiply", "/": "$divide", "%": "$mod"}
-BINDING = dict(dict.fromkeys(COMPARISONS, 3), **{"or": 1, "and": 2, "in": 3, "+": 4, "-": 4, "*": 5, "/": 5, "%": 5})
-CONSTANTS = {"True": True, "False": False, "None": None}
-KEYWORDS = frozenset("and or in not is if else lambda True False None".split())
-UNREADABLE = {  # kinds of tokens that a filter can't have: the message
+_BINDING = dict(dict.fromkeys(COMPARISONS, 3), **{"or": 1, "and": 2, "in": 3, "+": 4, "-": 4, "*": 5, "/": 5, "%": 5})
+_CONSTANTS = {"True": True, "False": False, "None": None}
+_KEYWORDS = frozenset("and or in not is if else lambda True False None".split())
+_UNREADABLE = {  # kinds of tokens that a filter can't have: the message
     "octal": "a number can't start with 0; a date is written date(\"2026-11-22\")",
     "open": "this quote is never closed",
     "brace": "{!r} means nothing in a filter; compare a dict key by key: args.opt.k == 1",
@@ -1168,7 +1169,7 @@ def compile_query(document, fields, id_field="task_id"):
     matches = _Query(fields, id_field).matching(document)
 
     def metered(record):
-        METER.left = PATTERN_STEPS
+        _METER.left = _PATTERN_STEPS
         return matches(record)
     return metered if has_pattern else matches
 
@@ -1192,8 +1193,8 @@ class _Query:
     def count(self, number=1):
         """Add to the number of parts, or raise LabtaskerValueError if there are too many."""
         self.parts += number
-        _require(self.parts <= MAX_PARTS, "the query has over %d comparisons and calculations; to compare a field with "
-                 "many values takes one $in (in filter text: field in [...])", MAX_PARTS)
+        _require(self.parts <= _MAX_PARTS, "the query has over %d comparisons and calculations; to compare a field "
+                 "with many values takes one $in (in filter text: field in [...])", _MAX_PARTS)
 
     def matching(self, document):
         """Return the predicate of a document: all of its entries have to match."""
@@ -1206,9 +1207,9 @@ class _Query:
             read = self.value(operand)
             return lambda record: _is_true(read(record))
         if key in LOGIC:
-            _require(operand and isinstance(operand, list), FILLED_LIST, key, operand)
+            _require(operand and isinstance(operand, list), _FILLED_LIST, key, operand)
             return LOGIC[key]([self.matching(part) for part in (operand if key == "$and" else _joined(operand))])
-        _require(isinstance(key, str) and not key.startswith("$"), UNSUPPORTED, key, ", ".join([*LOGIC, "$expr"]))
+        _require(isinstance(key, str) and not key.startswith("$"), _UNSUPPORTED, key, ", ".join([*LOGIC, "$expr"]))
         return self.conditions(self.path(key), operand)
 
     def path(self, text):
@@ -1228,7 +1229,7 @@ class _Query:
     def condition(self, path, key, document):
         """Return the predicate of one operator of a document."""
         operand = document[key]
-        _require(key in OPERATORS, UNSUPPORTED, key, ", ".join(OPERATORS))
+        _require(key in OPERATORS, _UNSUPPORTED, key, ", ".join(OPERATORS))
         if key in ("$in", "$nin", "$all"):
             _require(isinstance(operand, list), "%s has to be a list, not %.100r", key, operand)
             self.count(sum(key == "$all" or not _kinds(item) for item in operand))  # the others are a set
@@ -1253,10 +1254,10 @@ class _Query:
         if name in ("", "_dt", "$literal") and operand != {}:
             constant = _constant(operand[name] if name == "$literal" else operand)
             return lambda record: constant
-        _require(name in EXPRESSIONS, UNSUPPORTED, name, ", ".join([*EXPRESSIONS, "$literal"]))
+        _require(name in EXPRESSIONS, _UNSUPPORTED, name, ", ".join([*EXPRESSIONS, "$literal"]))
         values = operand[name]
-        _require(values and isinstance(values, list), FILLED_LIST, name, values)
-        _require(name in ANY_NUMBER or len(values) == 2, "%s takes two values, not %d", name, len(values))
+        _require(values and isinstance(values, list), _FILLED_LIST, name, values)
+        _require(name in _ANY_NUMBER or len(values) == 2, "%s takes two values, not %d", name, len(values))
         calculate, readers = EXPRESSIONS[name], [self.value(item) for item in values]
         if len(readers) != 2:
             return lambda record: calculate(*[read(record) for read in readers])
@@ -1288,15 +1289,15 @@ def _require(is_right, message, *shown):
         raise LabtaskerValueError(message % shown)
 
 
-UNSUPPORTED = "the operator %s is not supported in a query; supported here are %s"
-FILLED_LIST = "%s has to be a list that is not empty, not %.100r"
+_UNSUPPORTED = "the operator %s is not supported in a query; supported here are %s"
+_FILLED_LIST = "%s has to be a list that is not empty, not %.100r"
 
 
 def _constant(value):
     """Return a constant of a query with each {"_dt": ...} replaced by its Instant."""
     if isinstance(value, list):
         return [_constant(item) for item in value]
-    _require(type(value) in BRACKETS, "%.100r can't stand in a query", value)
+    _require(type(value) in _BRACKETS, "%.100r can't stand in a query", value)
     if not isinstance(value, dict):
         return value
     if list(value) == ["_dt"]:
@@ -1313,7 +1314,7 @@ def _constant(value):
 # Predicates --------------------------------------------------------------------
 
 MISSING = type("Missing", (), {"__repr__": lambda self: "MISSING", "__slots__": ()})()
-NUMBERS = (int, float)
+_NUMBERS = (int, float)
 
 
 def _settled(answer, tests):
@@ -1446,7 +1447,7 @@ def _ordering_test(compare):
 
 def _kinds(value):
     """Return the types that Python and queries compare alike with this value: none for null, NaN, dicts and lists."""
-    return COMPARABLE.get(type(value), ()) if value == value else ()
+    return _COMPARABLE.get(type(value), ()) if value == value else ()
 
 
 def _exists_test(operand):
@@ -1464,7 +1465,7 @@ def _is_true(value):
 def _ordered(compare):
     """Return a function of two values: whether they are of one kind and `compare` holds; it never does for NaN."""
     def calculate(left, right):
-        if type(left) in NUMBERS and type(right) in NUMBERS:
+        if type(left) in _NUMBERS and type(right) in _NUMBERS:
             return compare(left, right)
         first, second = order_key(left), order_key(right)
         return left is not MISSING and first[0] == second[0] and compare(first, second)
@@ -1482,7 +1483,7 @@ def _numbers(calculate):
 
     An integer beyond 64 bits becomes a float, as in MongoDB: integers could grow without bound."""
     def result(left, right):
-        if type(left) not in NUMBERS or type(right) not in NUMBERS:
+        if type(left) not in _NUMBERS or type(right) not in _NUMBERS:
             return MISSING
         try:
             found = calculate(left, right)
@@ -1517,7 +1518,7 @@ def sort_records(records, sort, ties):
     for field, direction in sort:
         first.setdefault(field, direction)  # the same field again changes nothing
     for field, direction in reversed(list(first.items())):
-        keys, last = field.split("."), NAN_LAST[direction]
+        keys, last = field.split("."), _NAN_LAST[direction]
         found = in_order(found, lambda record: order_key(get_path(getattr(record, keys[0], None), keys[1:]), nan=last),
                          direction < 0)
     return found
@@ -1538,13 +1539,13 @@ def order_key(value, arranged=iter, nan=(2, 0)):
     equality counts, `arranged` puts the pairs into one order."""
     kind = type(value)
     if kind is list:
-        return BRACKETS[kind], tuple(order_key(each, arranged, nan) for each in value)
+        return _BRACKETS[kind], tuple(order_key(each, arranged, nan) for each in value)
     if kind is dict:
-        return BRACKETS[kind], tuple((BRACKETS[type(each)], key, order_key(each, arranged, nan))
-                                     for key, each in arranged(value.items()))
+        return _BRACKETS[kind], tuple((_BRACKETS[type(each)], key, order_key(each, arranged, nan))
+                                      for key, each in arranged(value.items()))
     if value is None or value is MISSING:
-        return NULL_ORDER
-    return (BRACKETS[kind], value) if value == value else nan
+        return _NULL_ORDER
+    return (_BRACKETS[kind], value) if value == value else nan
 
 
 # Patterns ----------------------------------------------------------------------
@@ -1553,13 +1554,13 @@ def order_key(value, arranged=iter, nan=(2, 0)):
 # re's own parser reads a pattern, and the ways in which it can match are counted: those of parts in a row multiply,
 # those of alternatives add up, a repeat may end after each round. Only so much of a text is searched as this allows.
 
-PATTERN_CHARS = 1000      # of a pattern
-PATTERN_STEPS = 10000000  # that all patterns together may take on one record
-FOLDED_RANGE = 2000       # characters of a range like [a-z] under $options i, which re unfolds one by one
-PARSER, COMPILER = (re._parser, re._compiler) if hasattr(re, "_parser") else (re.sre_parse, re.sre_compile)
-LETTERS, REPEATS = ("LITERAL", "NOT_LITERAL", "ANY", "IN"), ("MAX_REPEAT", "MIN_REPEAT")  # the parser's names
-METER = threading.local()  # `left`: the steps that patterns may still take on this thread's current record
-REGEX_OPTIONS = {"i": re.IGNORECASE, "m": re.MULTILINE, "s": re.DOTALL, "x": re.VERBOSE}
+_PATTERN_CHARS = 1000      # of a pattern
+_PATTERN_STEPS = 10000000  # that all patterns together may take on one record
+_FOLDED_RANGE = 2000       # characters of a range like [a-z] under $options i, which re unfolds one by one
+PARSER, _COMPILER = (re._parser, re._compiler) if hasattr(re, "_parser") else (re.sre_parse, re.sre_compile)
+LETTERS, _REPEATS = ("LITERAL", "NOT_LITERAL", "ANY", "IN"), ("MAX_REPEAT", "MIN_REPEAT")  # the parser's names
+_METER = threading.local()  # `left`: the steps that patterns may still take on this thread's current record
+_REGEX_OPTIONS = {"i": re.IGNORECASE, "m": re.MULTILINE, "s": re.DOTALL, "x": re.VERBOSE}
 
 
 @functools.lru_cache(500)
@@ -1585,12 +1586,12 @@ def compile_search(pattern):
 
 
 def _bounded(pattern, options, is_trimmed=True):
-    unknown = set(options) - set(REGEX_OPTIONS)
+    unknown = set(options) - set(_REGEX_OPTIONS)
     if unknown:
         raise ValueError("the option %r of $options is not one of i, m, s, x" % min(unknown))
-    if len(pattern) > PATTERN_CHARS:
-        raise ValueError("it has over %d characters" % PATTERN_CHARS)
-    tree = PARSER.parse(pattern, sum(REGEX_OPTIONS[letter] for letter in set(options)))
+    if len(pattern) > _PATTERN_CHARS:
+        raise ValueError("it has over %d characters" % _PATTERN_CHARS)
+    tree = PARSER.parse(pattern, sum(_REGEX_OPTIONS[letter] for letter in set(options)))
     flags = (tree.state if hasattr(tree, "state") else tree.pattern).flags
     for end in (0, -1) * is_trimmed:
         _trim(tree, end)
@@ -1598,13 +1599,13 @@ def _bounded(pattern, options, is_trimmed=True):
     row, costs = _row(tree, flags, None), []
     for size in (1 << power for power in range(18)):
         cost = size + _counted(row, size, 0)[1] if is_anchored else size * _counted(row, size, 1)[1]
-        if not cost <= PATTERN_STEPS:
+        if not cost <= _PATTERN_STEPS:
             break
         costs.append(cost)
     if len(costs) < 8:  # a text of 100 letters, the length of a name, must be affordable
         raise ValueError("it can take too long: it repeats what has repeats or alternatives in it, as (a+)+ does, or "
                          "too much in a row, as .*a.*b.*c.*d does; write fewer repeats, or start it with ^")
-    return COMPILER.compile(tree, flags), costs
+    return _COMPILER.compile(tree, flags), costs
 
 
 def _is_letter(nodes):
@@ -1613,7 +1614,7 @@ def _is_letter(nodes):
 
 def _trim(tree, end):
     """Cut the repeats at one end of a parsed pattern to their minimum: `.*lr.*` matches wherever `lr` does."""
-    while tree.data and tree[end][0].name in REPEATS and _is_letter(tree[end][1][2]):
+    while tree.data and tree[end][0].name in _REPEATS and _is_letter(tree[end][1][2]):
         kind, (low, _, body) = tree[end]
         if low:
             tree[end] = kind, (low, low, body)
@@ -1634,13 +1635,13 @@ def _row(nodes, flags, after):
         elif kind in LETTERS or kind == "AT":
             row.append((1, 1, True, []))
             if kind == "IN" and flags & re.IGNORECASE and any(
-                    op.name == "RANGE" and item[1] - item[0] > FOLDED_RANGE for op, item in value):
-                raise ValueError("a range of over %d characters where case is nothing" % FOLDED_RANGE)
+                    op.name == "RANGE" and item[1] - item[0] > _FOLDED_RANGE for op, item in value):
+                raise ValueError("a range of over %d characters where case is nothing" % _FOLDED_RANGE)
         elif kind == "BRANCH":
             row.append((1, 1, False, [_row(each, flags, None) for each in value[1]]))
         elif kind in ("ASSERT", "ASSERT_NOT"):
             row.append((1, 1, True, [_row(value[1], flags, None)]))
-        elif kind in REPEATS:
+        elif kind in _REPEATS:
             low, high, body = value
             row.append((low, int(high), _is_clear(body, flags, following), [_row(body, flags, None)]))
         else:
@@ -1652,7 +1653,7 @@ def _is_clear(body, flags, after):
     """Return whether a repeat can end only where the next node begins, as in `\\d+-`."""
     if not _is_letter(body) or not after or after[0].name != "LITERAL" or flags & re.IGNORECASE:
         return False
-    return not COMPILER.compile(body, flags).match(chr(after[1]))
+    return not _COMPILER.compile(body, flags).match(chr(after[1]))
 
 
 def _counted(row, size, ends):
@@ -1682,15 +1683,15 @@ def _pattern_test(document):
     def test(value):
         if type(value) is not str:
             return False
-        METER.left -= costs[min(len(value).bit_length(), most)]
-        return METER.left >= 0 and search(value[:1 << most]) is not None
+        _METER.left -= costs[min(len(value).bit_length(), most)]
+        return _METER.left >= 0 and search(value[:1 << most]) is not None
     return test
 
 
-BRACKETS = {type(MISSING): 0, type(None): 0, int: 1, float: 1, str: 3, dict: 4, list: 5, bool: 6, Instant: 7}
-NULL_ORDER = (0, 0)
-NAN_LAST = {1: (2, 0), -1: (0.5, 0)}  # direction of a sort: the key of NaN, which follows the numbers in both
-COMPARABLE = {int: NUMBERS, float: NUMBERS, str: (str,), bool: (bool,), Instant: (Instant,)}
+_BRACKETS = {type(MISSING): 0, type(None): 0, int: 1, float: 1, str: 3, dict: 4, list: 5, bool: 6, Instant: 7}
+_NULL_ORDER = (0, 0)
+_NAN_LAST = {1: (2, 0), -1: (0.5, 0)}  # direction of a sort: the key of NaN, which follows the numbers in both
+_COMPARABLE = {int: _NUMBERS, float: _NUMBERS, str: (str,), bool: (bool,), Instant: (Instant,)}
 LOGIC = {"$and": _all_of, "$or": _any_of, "$nor": _none_of}
 
 OPERATORS = {  # of a field in a query document -> maker of its test; None: it is made of others
@@ -1708,7 +1709,7 @@ EXPRESSIONS = {  # in $expr: what it makes of two values, or of ANY_NUMBER
     "$multiply": _folded(operator.mul, 1), "$divide": _numbers(operator.truediv), "$mod": _numbers(_remainder),
     "$and": lambda *values: all(map(_is_true, values)), "$or": lambda *values: any(map(_is_true, values)),
 }
-ANY_NUMBER = ("$add", "$multiply", "$and", "$or")
+_ANY_NUMBER = ("$add", "$multiply", "$and", "$or")
 
 
 # 3. Model ####################################################################
@@ -1836,13 +1837,13 @@ def move(moves, state, event, what):
     """Return the state that `event` leads to, or raise InvalidStateTransition."""
     if event in moves[state]:
         return moves[state][event]
-    if event in BY_HAND:
-        raise illegal(moves, state, BY_HAND[event], what)
+    if event in _BY_HAND:
+        raise illegal(moves, state, _BY_HAND[event], what)
     raise InvalidStateTransition("%s is %s, which does not allow %r (allowed: %s)" % (
         what, state, event.replace("_", " "), ", ".join(sorted(moves[state]))))
 
 
-BY_HAND = {  # event of what a person sets, or a job reports: the status, which is what a message about it speaks of
+_BY_HAND = {  # event of what a person sets, or a job reports: the status, which is what a message about it speaks of
     "succeed": "success", "fail": "failed", "retry": "failed", "requeue": "pending", "reset": "pending",
     "hand_back": "pending", "cancel": "cancelled", "succeed_late": "success", "hand_back_late": "pending",
     "activate": "active", "suspend": "suspended", "crash": "crashed"}
@@ -1850,8 +1851,8 @@ BY_HAND = {  # event of what a person sets, or a job reports: the status, which 
 
 def illegal(moves, state, wanted, what):
     """Return the error that a status can't be set, which names those that can."""
-    events = [event for event in moves[state] if event in BY_HAND and not event.endswith("_late")]
-    may = sorted({BY_HAND[event] for event in events} - {state})
+    events = [event for event in moves[state] if event in _BY_HAND and not event.endswith("_late")]
+    may = sorted({_BY_HAND[event] for event in events} - {state})
     return InvalidStateTransition("%s is %s; its status can be set to %s, not to %s%s" % (
         what, state, " or ".join(may), wanted, ", which only a loop does" if wanted == "running" else ""))
 
@@ -1884,12 +1885,12 @@ def covers(required, shape):
 
 # Comparisons of a filter that can never be true: their author is told, since all that is seen of them is nothing.
 
-SORTS_OF_KIND = {kind: sort for sort, kinds in (  # kind of a field: what its values are
+_SORTS_OF_KIND = {kind: sort for sort, kinds in (  # kind of a field: what its values are
     ("a time", "time"), ("a number", "seconds count int"), ("a dict", "dict"), ("a list", "list"),
     ("a text", "id name status worker_status text commit")) for kind in kinds.split()}
-SORTS = {bool: "true or false", int: "a number", float: "a number", str: "a text", dict: "a dict", list: "a list",
-         Instant: "a time"}
-ORDERINGS = {"$eq": "==", "$gt": ">", "$gte": ">=", "$lt": "<", "$lte": "<="}
+_SORTS = {bool: "true or false", int: "a number", float: "a number", str: "a text", dict: "a dict", list: "a list",
+          Instant: "a time"}
+_ORDERINGS = {"$eq": "==", "$gt": ">", "$gte": ">=", "$lt": "<", "$lte": "<="}
 MOST_COMPARED = 1000  # comparisons of a filter that are looked at
 
 
@@ -1904,8 +1905,8 @@ def comparisons(document, level=0):
             is_plain = not isinstance(operand, dict) or list(operand) == ["_dt"]
             for name, value in [("$eq", operand)] if is_plain else operand.items():
                 for each in value if name in ("$in", "$all") and isinstance(value, list) else [value]:
-                    if name in ORDERINGS or name in ("$in", "$all", "$regex"):
-                        yield key, ORDERINGS.get(name, "regex" if name == "$regex" else "=="), each
+                    if name in _ORDERINGS or name in ("$in", "$all", "$regex"):
+                        yield key, _ORDERINGS.get(name, "regex" if name == "$regex" else "=="), each
 
 
 def _calculated_with(value, level=0, is_inner=False):
@@ -1919,7 +1920,7 @@ def _calculated_with(value, level=0, is_inner=False):
 
 def sort_of(value):
     """Return "a number", "a text", ... for a constant of a query document or a value of a record, None for null."""
-    return "a time" if isinstance(value, dict) and list(value) == ["_dt"] else SORTS.get(type(value))
+    return "a time" if isinstance(value, dict) and list(value) == ["_dt"] else _SORTS.get(type(value))
 
 
 def doubts(document, fields, states):
@@ -1929,7 +1930,7 @@ def doubts(document, fields, states):
     found = []
     for field, sign, value in itertools.islice(comparisons(document), MOST_COMPARED):
         top, dot, _ = field.partition(".")
-        held, given = SORTS_OF_KIND.get(fields[top].kind) if top in fields else None, sort_of(value)
+        held, given = _SORTS_OF_KIND.get(fields[top].kind) if top in fields else None, sort_of(value)
         if dot:
             found += ["%s is never there: %s is %s, which has no keys" % (field, top, held)] * (
                 held not in ("a dict", "a list", None))
@@ -1938,7 +1939,7 @@ def doubts(document, fields, states):
         elif held not in (None, "a list") and given not in (None, held):
             found.append(never(field, held, sign, value))
     for field in itertools.islice(_calculated_with(document), MOST_COMPARED):
-        held = SORTS_OF_KIND.get(fields[field].kind) if field in fields else None
+        held = _SORTS_OF_KIND.get(fields[field].kind) if field in fields else None
         found += ["%s is %s, and only numbers can be calculated with: this is never true" % (field, held)] * (
             held not in ("a number", None))
     return list(dict.fromkeys(found))
@@ -2004,16 +2005,16 @@ FSYNC_MODES = {
     "interval": "answer once it is written, sync each second; a power cut loses up to a second",
     "never": "answer once it is written, let the system sync; a power cut loses up to half a minute on Linux",
 }
-SYNC_INTERVAL_S = 1.0  # of --fsync interval
+_SYNC_INTERVAL_S = 1.0  # of --fsync interval
 READ_BYTES = 1 << 20  # read at a time when a journal is replayed
-OWNER_BYTES = 512  # length of an owner file; its JSON is padded with blanks
-BEAT_BYTES = 4096  # read of a beat file, which is one line
-MOST_NOTE_BYTES = 64 << 10  # read of a file in which a process says who it is
+_OWNER_BYTES = 512  # length of an owner file; its JSON is padded with blanks
+_BEAT_BYTES = 4096  # read of a beat file, which is one line
+_MOST_NOTE_BYTES = 64 << 10  # read of a file in which a process says who it is
 MOST_FILE_BYTES = 64 << 20  # read of any other JSON file: four times what a server takes as one request
 OWNER_LAPSE_S = 12.0  # how long another host's counter must stand still before its store is taken over
 HEADER_BYTES = 64 << 10  # a journal's first line is shorter
-MARK_BYTES = 10  # at the end of a line, with its checksum, by which the line is recognised
-ADOPT_BYTES = 256 << 10  # new lines that a compaction copies while writers wait
+_MARK_BYTES = 10  # at the end of a line, with its checksum, by which the line is recognised
+_ADOPT_BYTES = 256 << 10  # new lines that a compaction copies while writers wait
 
 
 class Disk:
@@ -2321,21 +2322,21 @@ def read_json(path, kinds=None, most_bytes=MOST_FILE_BYTES):
         return {}
 
 
-SERVER_KINDS = {"server": str, "key": str, "pid": int, "host": str, "host_id": str, "addresses": [str], "ca_file": str,
-                "started_at": str, "version": str}
-OWNER_KINDS = {"host_id": str, "host": str, "pid": int, "started": str, "server": bool, "count": str, "released": bool}
+_SERVER_KINDS = {"server": str, "key": str, "pid": int, "host": str, "host_id": str, "addresses": [str], "ca_file": str,
+                 "started_at": str, "version": str}
+_OWNER_KINDS = {"host_id": str, "host": str, "pid": int, "started": str, "server": bool, "count": str, "released": bool}
 
 
 def read_server_file(folder):
     """Return what the server of the store in `folder` wrote about itself into server.json, or None."""
-    return read_json(os.path.join(folder, "server.json"), SERVER_KINDS, MOST_NOTE_BYTES) or None
+    return read_json(os.path.join(folder, "server.json"), _SERVER_KINDS, _MOST_NOTE_BYTES) or None
 
 
 def read_beat(path):
     """Return the text of a run's beat file, None where there is none that can be read."""
     try:
         with open_plain(path) as file:
-            return file.read(BEAT_BYTES).decode("ascii")
+            return file.read(_BEAT_BYTES).decode("ascii")
     except (OSError, ValueError):
         return None
 
@@ -2369,7 +2370,7 @@ class Owner:
 
     def read(self, epoch):
         """Return what the owner of an epoch wrote about itself, {} when that can't be read."""
-        return read_json(self._file(epoch), OWNER_KINDS, MOST_NOTE_BYTES)
+        return read_json(self._file(epoch), _OWNER_KINDS, _MOST_NOTE_BYTES)
 
     def holds(self):
         """Return whether this process still owns the store."""
@@ -2470,7 +2471,7 @@ class Owner:
             self.process = pid, process_start(pid)
         content = dict(host_id=self.host_id, host=os.uname().nodename, pid=pid, started=self.process[1],
                        server=self.is_server, count="%d-%d" % (pid, self.count), **more)
-        return json.dumps(content).encode().ljust(OWNER_BYTES)
+        return json.dumps(content).encode().ljust(_OWNER_BYTES)
 
     def _write(self, path, flags=0, **more):
         """Write into a file who this is. Rewritten in place, which costs less than a new file; a torn read still shows
@@ -2715,7 +2716,7 @@ class JournalFile:
         self.use(fd, header)
         self.named = self.inode if is_new else self.named
         if not self.size:
-            self.size, self.n, self.mark = len(line), header.get("folded", 0), line[-1 - MARK_BYTES:-1]
+            self.size, self.n, self.mark = len(line), header.get("folded", 0), line[-1 - _MARK_BYTES:-1]
 
     def _open(self):
         """Return a descriptor of the file; one for reading where this process may not write and does not have to."""
@@ -2773,7 +2774,7 @@ class JournalFile:
                 if value is None or not self._is_next(value):
                     return self._heal()
                 self.size += len(line) + 1
-                self.mark = line[-MARK_BYTES:]
+                self.mark = line[-_MARK_BYTES:]
                 yield value
             start, offset = offset + last if last else start, offset + len(chunk)
         if start < offset:
@@ -2804,7 +2805,7 @@ class JournalFile:
             there = os.stat(self.path)
         except FileNotFoundError:
             return None
-        if there.st_ino != self.inode or os.pread(self.fd, MARK_BYTES, self.size - 1 - MARK_BYTES) != self.mark:
+        if there.st_ino != self.inode or os.pread(self.fd, _MARK_BYTES, self.size - 1 - _MARK_BYTES) != self.mark:
             return None
         return there.st_size
 
@@ -2902,8 +2903,8 @@ class _JournalWriter:
             is_there = os.stat(file.path).st_ino == file.inode
         except OSError:
             raise _StoreAway(AWAY % file.path) from None
-        found = os.pread(file.fd, MARK_BYTES + 2 + len(file.remains), file.size - 1 - MARK_BYTES)
-        mark, rest = found[:MARK_BYTES], found[MARK_BYTES + 1:]
+        found = os.pread(file.fd, _MARK_BYTES + 2 + len(file.remains), file.size - 1 - _MARK_BYTES)
+        mark, rest = found[:_MARK_BYTES], found[_MARK_BYTES + 1:]
         if end != file.size:
             rest = os.pread(file.fd, len(file.remains) + 1, end)
         if is_there and mark == file.mark and file.remains.startswith(rest) and self.is_owned():
@@ -2973,10 +2974,10 @@ class _JournalWriter:
         file = self.file
         fd = file.disk.open(draft, os.O_RDWR | os.O_APPEND | os.O_CLOEXEC)
         try:
-            mark = os.pread(file.fd, MARK_BYTES, offset - 1 - MARK_BYTES)
+            mark = os.pread(file.fd, _MARK_BYTES, offset - 1 - _MARK_BYTES)
             if mark_text(mark) != unseal(_header_line(fd))["read_crc"]:
                 raise StoreUnavailable("another file was put in the place of %s while it was compacted" % file.path)
-            while file.size - offset > ADOPT_BYTES:
+            while file.size - offset > _ADOPT_BYTES:
                 offset = self._append_to(fd, offset)
             with self.io:
                 end = self._append_to(fd, offset)
@@ -3009,7 +3010,7 @@ class _JournalWriter:
         header = unseal(_header_line(fd))
         with self.lock:
             file.use(os.dup(fd), header)
-            file.size, file.mark = size, os.pread(fd, MARK_BYTES, size - 1 - MARK_BYTES)
+            file.size, file.mark = size, os.pread(fd, _MARK_BYTES, size - 1 - _MARK_BYTES)
         try:
             file.disk.sync_folder(real_path(file.path))
         except OSError as error:  # the old file might come back: nothing more is acknowledged on this one
@@ -3096,7 +3097,7 @@ class Journal:
                 is_synced = self._is_saved(data) or self._take_back(batch, first, error)
         with self.lock:
             if not batch.error:
-                file.size, file.mark, file.remains = file.size + len(data), data[-1 - MARK_BYTES:-1], b""
+                file.size, file.mark, file.remains = file.size + len(data), data[-1 - _MARK_BYTES:-1], b""
                 for i, (_, _, on_written) in enumerate(batch.lines):
                     if on_written:
                         on_written(first + i)
@@ -3110,7 +3111,7 @@ class Journal:
         is_alone = self.writer.write(data)
         if self.shared:
             self.shared.release()
-        is_due = self.fsync == "interval" and monotonic() - self.writer.synced_at >= SYNC_INTERVAL_S
+        is_due = self.fsync == "interval" and monotonic() - self.writer.synced_at >= _SYNC_INTERVAL_S
         if self.fsync == "always" or is_due:
             self.writer.sync()
         if not (is_alone and self.writer.is_owned()):
@@ -3156,7 +3157,7 @@ class Journal:
         there.open()
         for _ in there.read_new():
             if there.n >= last:
-                return there.n == last and there.mark == data[-1 - MARK_BYTES:-1]
+                return there.n == last and there.mark == data[-1 - _MARK_BYTES:-1]
         return False
 
     def _take_back(self, batch, first, error):
@@ -3343,11 +3344,11 @@ def _good_lines(path):
 MOST_LOOKED_AT = 1000  # tasks with a pause that a fetch which finds nothing examines one by one
 MAX_STANDING = 200  # standing requests of a queue
 PREDICATE_BYTES = 64  # memory of a compiled filter for each character of its text
-TAKING_BYTES = 200000  # memory for the required fields that a queue was asked for
+_TAKING_BYTES = 200000  # memory for the required fields that a queue was asked for
 FEW_PATHS = 5000  # paths in the shapes of a queue's args that can be searched at each fetch
-QUICK_ENTRIES = 500  # new tasks that a fetch by a standing request may examine
+_QUICK_ENTRIES = 500  # new tasks that a fetch by a standing request may examine
 MAX_EVENTS = 10000  # latest events that are kept in memory for listeners
-MAX_LOG = 100000  # newly pending tasks that are remembered for the standing requests to read
+_MAX_LOG = 100000  # newly pending tasks that are remembered for the standing requests to read
 
 dump_json = json.JSONEncoder(separators=(",", ":"), check_circular=False).encode  # what came as JSON has no circles
 
@@ -3541,7 +3542,7 @@ class Pending:
         self.heaps = {}  # shape: heap of (-priority, last_modified, created_at, task id)
         self.counts = {}  # shape: how many tasks are pending
         self.paths = 0  # in all shapes together: searching the shapes costs as much
-        self.taking = BoundedCache(TAKING_BYTES)  # required fields: the heaps of the shapes that they take
+        self.taking = BoundedCache(_TAKING_BYTES)  # required fields: the heaps of the shapes that they take
         self.standing = collections.OrderedDict()  # (required fields, filter): Standing, the latest asked for last
         self.log, self.log_start = [], 0  # entries that became pending, for the standing requests
         # {task id: entry} of the tasks that nobody gets before their not_before; a heap of (not_before, entry) of them
@@ -3605,7 +3606,7 @@ class Pending:
         heapq.heappush(heap, entry)
         if self.standing:
             self.log.append(entry)
-            if len(self.log) > MAX_LOG:
+            if len(self.log) > _MAX_LOG:
                 self._trim()
 
     def retire(self, task):
@@ -3650,7 +3651,7 @@ class Pending:
         if text is None and self.paths <= FEW_PATHS:
             return True
         asked = self.standing.get((required, text))
-        return bool(asked and asked.ready and self.log_start + len(self.log) - asked.cursor <= QUICK_ENTRIES)
+        return bool(asked and asked.ready and self.log_start + len(self.log) - asked.cursor <= _QUICK_ENTRIES)
 
     def first(self, required):
         """Return the pending record that is next for these required fields, or None."""
@@ -4031,9 +4032,9 @@ def _older_events(path, after, last):
 # Time-outs are decided here too. Uses 1 to 5. Tests: test_service.py.
 
 MAX_INTERRUPTIONS = 100  # runs handed back before a task fails, so that none goes round for ever
-MAX_ATTEMPTS = 20  # the latest runs that a task keeps
+_MAX_ATTEMPTS = 20  # the latest runs that a task keeps
 MAX_DELAY_S = 30 * 86400.0  # the longest pause that a job may ask for
-MAX_RETRY_DELAY_S = 3600.0  # the longest pause after a failed run
+_MAX_RETRY_DELAY_S = 3600.0  # the longest pause after a failed run
 MAX_ENDED_FETCHES = 1000  # ended fetches that a queue remembers: one may still arrive after its end
 RECENT = 50  # tasks that ended last, from which the rate is computed
 
@@ -4087,8 +4088,8 @@ def _failed(task, fields, at, is_final=False):
     status = move(TASK_MOVES, task.status, event, "task " + task.task_id)
     fields = dict(fields, status=status, retries=retries, worker_id=None, last_modified=at)
     if task.retry_delay and event == "retry":  # 2^1000 is the largest factor that is sure to stay a float
-        delay_s = math.ldexp(min(task.retry_delay, MAX_RETRY_DELAY_S), min(retries - 1, 1000))
-        fields["not_before"] = Instant(round(at + min(delay_s, MAX_RETRY_DELAY_S), 6))
+        delay_s = math.ldexp(min(task.retry_delay, _MAX_RETRY_DELAY_S), min(retries - 1, 1000))
+        fields["not_before"] = Instant(round(at + min(delay_s, _MAX_RETRY_DELAY_S), 6))
     return ["task", task.task_id, fields, task.status]
 
 
@@ -4406,7 +4407,7 @@ def _attempts_begun(task, words, run):
     words = {key: value.replace("{task_id}", task.task_id).replace("{run_id}", run["run_id"])
              if isinstance(value, str) else value for key, value in words.items()}
     known = {"run_id": run["run_id"], "worker_id": run["worker_id"], "start": format_time(run["start_time"])}
-    return task.attempts[1 - MAX_ATTEMPTS:] + [dict(words, **known)]
+    return task.attempts[1 - _MAX_ATTEMPTS:] + [dict(words, **known)]
 
 
 def _attempt_with(task, facts):
@@ -4465,9 +4466,9 @@ def _report_late(task, request, at):
     status, facts = request["status"], request.get("attempt")
     if status == task.run_end or (status, task.run_end) == ("failed", "timeout"):
         return _changed(task, _attempt_with(task, facts), None, at)
-    if task.run_end != "timeout" or status not in LATE_REPORTS:
+    if task.run_end != "timeout" or status not in _LATE_REPORTS:
         raise Conflict("run %s of task %s has ended already: %s" % (task.run_id, task.task_id, task.run_end))
-    next_status = move(TASK_MOVES, task.status, LATE_REPORTS[status], "task " + task.task_id)
+    next_status = move(TASK_MOVES, task.status, _LATE_REPORTS[status], "task " + task.task_id)
     summary = {key: value for key, value in task.summary.items() if key != "labtasker_error"}
     fields = dict(_summarised(task._replace(summary=summary), request), status=next_status, run_end=status,
                   retries=max(0, task.retries - 1), **_without_pause(task))
@@ -4479,7 +4480,7 @@ def _report_late(task, request, at):
 
 
 # status reported for a run that had timed out: the event
-LATE_REPORTS = {"success": "succeed_late", "pending": "hand_back_late"}
+_LATE_REPORTS = {"success": "succeed_late", "pending": "hand_back_late"}
 
 
 def _report_over(queue, task, fields, request, at):
@@ -4538,7 +4539,7 @@ def heartbeat_op(store, queue, request, at):
 ERRORS = ("labtasker_error", "labtasker_exception")  # keys of a summary: a job's end and `finish` write them
 # status in an update: the event that leads to it
 UPDATE_EVENTS = {"pending": "requeue", "success": "succeed", "failed": "fail", "cancelled": "cancel"}
-RESET = {"retries": 0, "worker_id": None, "run_id": None, "run_end": None, "reason": None}
+_RESET = {"retries": 0, "worker_id": None, "run_id": None, "run_end": None, "reason": None}
 
 
 def _updated(task, request, reset):
@@ -4553,7 +4554,7 @@ def _updated(task, request, reset):
         elif field.updated == "set" and (value is not None or name in replaced and name in request):
             fields[name] = field.default if value is None else value
     if reset:
-        fields.update(RESET, **_without_pause(task))
+        fields.update(_RESET, **_without_pause(task))
         summary = fields.get("summary", task.summary)
         if any(key in summary for key in ERRORS):  # its attempts keep what went wrong
             fields["summary"] = {key: value for key, value in summary.items() if key not in ERRORS}
@@ -4666,18 +4667,18 @@ def delete_worker_op(store, queue, request, at):
 # test_owner.py, test_compaction.py.
 
 TRANSACTION_TASKS = 10000  # tasks one transaction may submit or update: keeps a line readable, a lock short
-SLEPT_S = 2.0  # a server that wakes so much later than planned was stopped, and received nothing meanwhile
+_SLEPT_S = 2.0  # a server that wakes so much later than planned was stopped, and received nothing meanwhile
 STANDING_BYTES = 128 << 20  # memory for the standing requests of all queues
 UNUSED_S = 1800.0  # how long a standing request is kept while nobody asks for it
-FILTERS_BYTES = 32 << 20  # memory for compiled filters
+_FILTERS_BYTES = 32 << 20  # memory for compiled filters
 SPARE_BYTES = 16 << 20  # how much longer than twice its live data a journal may become
 LOOK_BYTES = 4 << 20  # how far a journal grows before its live data is estimated again
 FOLD_CHANGES = 100  # changes on a line of a folded journal, which a person should be able to read
 DEFAULT_QUEUE = "default"  # the queue of a store without a server, made at the first write
-LET_GO_S = 0.2  # how long a process that ends tries to release its store
-SERVER_LOCK_S = 1.0  # a file that is locked for longer may be a server's
-EMBEDDED_POLL_S = 0.1  # how often a waiting process without a server looks at the file
-MAX_RELEASE_S = 60.0  # how often the ends of pauses are computed again: the wall clock may be set
+_LET_GO_S = 0.2  # how long a process that ends tries to release its store
+_SERVER_LOCK_S = 1.0  # a file that is locked for longer may be a server's
+_EMBEDDED_POLL_S = 0.1  # how often a waiting process without a server looks at the file
+_MAX_RELEASE_S = 60.0  # how often the ends of pauses are computed again: the wall clock may be set
 LOOK_INTERVAL_S = 1.0  # time-outs are not looked for more often
 
 
@@ -4838,10 +4839,10 @@ class StoreFile:
 
     def let_go(self):
         """Release the store for other hosts, if this is the last process of this host that wrote without a server."""
-        if self.owner.used[1] != os.getpid() or not self.lock.acquire(timeout=LET_GO_S):
+        if self.owner.used[1] != os.getpid() or not self.lock.acquire(timeout=_LET_GO_S):
             return
         try:
-            if self.file_lock.acquire(LET_GO_S):  # else another process of this host uses it
+            if self.file_lock.acquire(_LET_GO_S):  # else another process of this host uses it
                 try:
                     self.owner.release()
                 finally:
@@ -4936,11 +4937,11 @@ class StoreFile:
             if self.file_lock.fd is None and not self.expected:
                 self.file.exists()
                 Disk.make_folder(self.folder)
-            if self.file_lock.acquire(min(timeout_s, SERVER_LOCK_S)):
+            if self.file_lock.acquire(min(timeout_s, _SERVER_LOCK_S)):
                 return None if self.file_lock.is_in_place() else self._lock_anew(timeout_s)
             server = read_server_file(self.folder) or {}
             is_served = server.get("host_id") == host_id() and process_start(server.get("pid", 0)) is not None
-            if not (is_served and not self.is_server) and self.file_lock.acquire(timeout_s - SERVER_LOCK_S):
+            if not (is_served and not self.is_server) and self.file_lock.acquire(timeout_s - _SERVER_LOCK_S):
                 return
         except OSError as error:
             raise store_error(self.path, error)
@@ -5069,7 +5070,7 @@ class Store:
         self.timeouts_at, self.next_timeout_at = {}, -math.inf  # {queue id: its earliest time-out}; the earliest of all
         self.next_release_at = -math.inf  # the earliest end of a task's pause
         self.awake_until = math.inf  # when this process meant to wake at the latest; a server sets it before it waits
-        self.filters = BoundedCache(FILTERS_BYTES)  # (document as text, names of fields): predicate
+        self.filters = BoundedCache(_FILTERS_BYTES)  # (document as text, names of fields): predicate
         self.logins = {}  # (name or id of a queue, a right password): the CallerQueueId of the queue
         self.watched_keys, self.changed_keys = set(), set()  # keys that parked requests wait for; those changed since
         self.on_wake, self.warn = lambda: None, tell
@@ -5215,13 +5216,13 @@ class Store:
             while self.is_server and not (is_there() or self.closing or monotonic() >= give_up_at):
                 self.changed.wait(give_up_at - monotonic())
         while not (self.is_server or is_there() or self.journal.file.is_stale() or monotonic() >= give_up_at):
-            time.sleep(max(0, min(EMBEDDED_POLL_S, give_up_at - monotonic())))
+            time.sleep(max(0, min(_EMBEDDED_POLL_S, give_up_at - monotonic())))
 
     def notice_sleep(self):
         """Give every run its full time again where this process woke much later than planned: it was stopped, and
         received nothing meanwhile."""
         late_s = monotonic() - self.awake_until
-        if late_s > SLEPT_S:
+        if late_s > _SLEPT_S:
             with self.lock:
                 self.beats.pardon(late_s)
                 self.awake_until = monotonic()
@@ -5271,7 +5272,7 @@ class Store:
                         self.wake((queue_id, "pending"))
                     ends.append(queue.pending.next_release())
             in_s = min((end - at for end in ends if end is not None), default=math.inf)
-            self.next_release_at = monotonic() + min(in_s, MAX_RELEASE_S)
+            self.next_release_at = monotonic() + min(in_s, _MAX_RELEASE_S)
 
     def is_quick(self, queue_id, request):
         """Return whether a fetch is answered without examining many tasks."""
@@ -5457,18 +5458,18 @@ def repair_store(path):
 
 MAX_BODY_BYTES = 16 << 20  # of a request: ten times as much as a thousand large tasks
 MAX_CONTAINERS = 300000  # lists and objects in a body; each takes a hundred bytes or more in memory
-MAX_WAIT_S = 60  # a long poll
-MAX_REQUIRED, REQUIRED_BYTES = 1000, 20000  # required fields of a fetch, and their total length
-FETCH_FILTER_BYTES = 256 << 10  # of a fetch's filter, which is kept for the next fetch
-MAX_SORTS = 16  # fields that a listing is sorted by; each of them sorts the whole list
-ATTEMPT_BYTES = 2000  # of what a worker reports about a run
+_MAX_WAIT_S = 60  # a long poll
+_MAX_REQUIRED, _REQUIRED_BYTES = 1000, 20000  # required fields of a fetch, and their total length
+_FETCH_FILTER_BYTES = 256 << 10  # of a fetch's filter, which is kept for the next fetch
+_MAX_SORTS = 16  # fields that a listing is sorted by; each of them sorts the whole list
+_ATTEMPT_BYTES = 2000  # of what a worker reports about a run
 TAIL_BYTES, MOST_TAILS = 1 << 16, 5  # kept of a run's output; runs of a task for which it is kept
 LOG_LETTERS = 1 << 17  # of a packed log, more than TAIL_BYTES can need
 PING_S = 15.0  # between the pings in a stream of events
 QUICK_BYTES = 65536  # a longer body is read by a thread, and only after the password was checked
-LIGHT_BODY_BYTES = 2048  # a longer body may have a filter that takes long to parse
+_LIGHT_BODY_BYTES = 2048  # a longer body may have a filter that takes long to parse
 HEADER_FIELDS = {"last-event-id": "last_event_id"}  # header: the URL's field that it sets, for browsers' event sources
-WAIT_SLICE_S = 1.0  # between two looks for time-outs by a waiting request without a server
+_WAIT_SLICE_S = 1.0  # between two looks for time-outs by a waiting request without a server
 
 
 def parse_json(text):
@@ -5558,7 +5559,7 @@ def _is_texts(value):
 
 
 def _is_sort(value):
-    return isinstance(value, list) and len(value) <= MAX_SORTS and all(
+    return isinstance(value, list) and len(value) <= _MAX_SORTS and all(
         isinstance(pair, (list, tuple)) and len(pair) == 2 and isinstance(pair[0], str) and pair[1] in (1, -1)
         for pair in value)
 
@@ -5566,7 +5567,7 @@ def _is_sort(value):
 def _is_attempt(value):
     return isinstance(value, dict) and all(
         NAME.match(key) and isinstance(item, (str, int, float, type(None))) for key, item in value.items()
-    ) and len(json.dumps(value)) <= ATTEMPT_BYTES
+    ) and len(json.dumps(value)) <= _ATTEMPT_BYTES
 
 
 _seconds = _kind("a number of seconds over 0", lambda value: type(value) in (int, float) and 0 < value < math.inf)
@@ -5580,7 +5581,7 @@ def _bool(value):
 
 def _wait(value):
     try:
-        return min(max(float(value), 0.0), MAX_WAIT_S)
+        return min(max(float(value), 0.0), _MAX_WAIT_S)
     except (TypeError, ValueError):
         raise ValueError("should be a number of seconds") from None
 
@@ -5601,8 +5602,8 @@ KINDS = {
     "worker_report": _one_of(WORKER_STATES + ("ended",)), "answer": _one_of(("status",)),
     "texts": _kind("a list of text", _is_texts),
     "cmd": _kind("text or a list of text", lambda value: isinstance(value, str) or _is_texts(value)),
-    "sort": _kind("a list of at most %d [field, 1 or -1]" % MAX_SORTS, _is_sort),
-    "attempt": _kind("an object of names with texts and numbers, of at most %d bytes" % ATTEMPT_BYTES, _is_attempt),
+    "sort": _kind("a list of at most %d [field, 1 or -1]" % _MAX_SORTS, _is_sort),
+    "attempt": _kind("an object of names with texts and numbers, of at most %d bytes" % _ATTEMPT_BYTES, _is_attempt),
     "log": _kind("text of at most %d letters" % LOG_LETTERS, lambda value: isinstance(value, str)
                  and len(value) <= LOG_LETTERS, is_shown=False),
     "commit": _text("a commit's id, with -dirty where files were changed since", Pattern(r"[0-9a-f]{7,64}(-dirty)?\Z")),
@@ -5692,15 +5693,15 @@ def _prepare_fetch(store, request):
     if not request["start_heartbeat"] and request["eta_max"] is None:
         raise BadRequest("a fetch needs heartbeats (start_heartbeat) or eta_max: else a dead run is never noticed")
     required = request["required_fields"] or ()
-    if len(required) > MAX_REQUIRED or sum(map(len, required)) > REQUIRED_BYTES:
+    if len(required) > _MAX_REQUIRED or sum(map(len, required)) > _REQUIRED_BYTES:
         raise InvalidFields([(["body", "required_fields"], "should be at most %d fields of %d letters together" % (
-            MAX_REQUIRED, REQUIRED_BYTES))])
+            _MAX_REQUIRED, _REQUIRED_BYTES))])
     for key in required:
         if key != "*":
             check_key(key, ["required_fields"])
     _read_task_filter(store, request)
-    if len(request.get("filter_text", "")) > FETCH_FILTER_BYTES:
-        raise TooLarge("a fetch's filter may have at most %d bytes" % FETCH_FILTER_BYTES)
+    if len(request.get("filter_text", "")) > _FETCH_FILTER_BYTES:
+        raise TooLarge("a fetch's filter may have at most %d bytes" % _FETCH_FILTER_BYTES)
 
 
 def _prepare_count(store, request):
@@ -5977,7 +5978,7 @@ def _run_events(store, caller, request, route):
     after = request["last_event_id"]
     last = last_event(store)
     after = tuple(map(int, after.split("."))) if after else last
-    pause_s = min(PING_S, WAIT_SLICE_S) if isinstance(caller, LocalName) else PING_S
+    pause_s = min(PING_S, _WAIT_SLICE_S) if isinstance(caller, LocalName) else PING_S
     unknown = None if after <= last else "there is no event %d.%d: the id is from another store, or this store was " \
         "replaced; events follow from now on" % after
     after = min(after, last)
@@ -6255,7 +6256,7 @@ def run_call(store, call):
         left_s = give_up_at - monotonic()
         if key is None or left_s <= 0 or store.closing:
             return answer
-        store.wait_for(lambda: store.journal.file.n != seen, left_s if store.is_server else min(left_s, WAIT_SLICE_S))
+        store.wait_for(lambda: store.journal.file.n != seen, left_s if store.is_server else min(left_s, _WAIT_SLICE_S))
 
 
 def begin_call(store, call):
@@ -6297,7 +6298,7 @@ def make_quick(store, call):
 
 def is_light(body):
     """Return whether a body is quickly read: it is short, or it is not too long and has no filter."""
-    return len(body) <= LIGHT_BODY_BYTES or len(body) <= QUICK_BYTES and b'"extra_filter"' not in body
+    return len(body) <= _LIGHT_BODY_BYTES or len(body) <= QUICK_BYTES and b'"extra_filter"' not in body
 
 
 def answer_call(store, login, method, path, body=None, query=None, extensions=True):
@@ -6359,40 +6360,40 @@ _SHOWN = {
 # test_loop.py, test_hostile.py, test_security.py, test_fuzz.py.
 
 DEFAULT_PORT = 9321
-MAX_HEAD_BYTES = 32768  # of a request's line and headers together: anyone may send them
-MAX_HEADERS = 100  # as many as http.client takes
-ROOM_BYTES = MAX_HEAD_BYTES + 3 * QUICK_BYTES  # of what a peer sends without waiting for answers
+_MAX_HEAD_BYTES = 32768  # of a request's line and headers together: anyone may send them
+_MAX_HEADERS = 100  # as many as http.client takes
+_ROOM_BYTES = _MAX_HEAD_BYTES + 3 * QUICK_BYTES  # of what a peer sends without waiting for answers
 HELD_BYTES = 64 << 20  # of requests that are not whole and answers that are not read; over it the slowest are dropped
-LARGE_BYTES = 48 << 20  # of bodies over QUICK_BYTES together: three of the longest; over it 503
-HANDSHAKES = 16  # TLS handshakes in one turn of the loop: each is long arithmetic
-GONE_S = 5.0  # a server whose file is not there for longer ends
-QUIET_LOOK_S = OWNER_LAPSE_S / 3  # how often a server wakes that has no run to look after
-IDLE_S = 3600.0  # a silent connection is closed after this; workers beat more often
-SLOW_SENDER_S = 30.0  # a connection whose request's head is not whole after so long is closed
-SLOW_BODY_S = 300.0  # the same for a body: 16 MiB at 55 KB/s
-SLOW_LISTENER_S = 30.0  # a listener who reads nothing for so long is cut off
+_LARGE_BYTES = 48 << 20  # of bodies over QUICK_BYTES together: three of the longest; over it 503
+_HANDSHAKES = 16  # TLS handshakes in one turn of the loop: each is long arithmetic
+_GONE_S = 5.0  # a server whose file is not there for longer ends
+_QUIET_LOOK_S = OWNER_LAPSE_S / 3  # how often a server wakes that has no run to look after
+_IDLE_S = 3600.0  # a silent connection is closed after this; workers beat more often
+_SLOW_SENDER_S = 30.0  # a connection whose request's head is not whole after so long is closed
+_SLOW_BODY_S = 300.0  # the same for a body: 16 MiB at 55 KB/s
+_SLOW_LISTENER_S = 30.0  # a listener who reads nothing for so long is cut off
 LARGE_ANSWER_BYTES = 200000  # of an answer that holds up the loop: the next such one is for a thread
-LINGER_BYTES = 16 << 20  # that are thrown away
-LINGER_S = 2.0  # for a peer to read why its request was refused while it still sends it
+_LINGER_BYTES = 16 << 20  # that are thrown away
+_LINGER_S = 2.0  # for a peer to read why its request was refused while it still sends it
 WRONG_PASSWORD_S = 1.0  # until a wrong password is answered
 REST_S = 0.1  # after a wrong password was hashed, so that guessing keeps half a core busy at most
-SLOW_ANSWER_S = 1.0  # an answer that takes longer is logged
+_SLOW_ANSWER_S = 1.0  # an answer that takes longer is logged
 LOG_LINES_S = 50  # lines of log a second, but for errors: what is refused must not fill a disk
 MAX_CONNECTIONS = 65536  # and what RLIMIT_NOFILE leaves; beyond, the longest silent are closed
-SPARE_FILES = 64  # of RLIMIT_NOFILE: for the journal, compaction, modules to import
-RETRY_AFTER_S = 1  # what a 503 asks for
-SWEEP_S = 5.0  # between looks for such connections
+_SPARE_FILES = 64  # of RLIMIT_NOFILE: for the journal, compaction, modules to import
+_RETRY_AFTER_S = 1  # what a 503 asks for
+_SWEEP_S = 5.0  # between looks for such connections
 STOP_GRACE_S = 4.0  # for requests that run when the server is told to stop
-SWITCH_S = 0.0005  # after which a thread that scans hands the interpreter over, more often than by default
-EXTENSIONS_HEADER = "Labtasker-Extensions"
-SAFE_METHODS = ("GET", "HEAD")  # change nothing
-CHALLENGE = 'WWW-Authenticate: Basic realm="labtasker", charset="UTF-8"'  # many clients send nothing without a realm
-STREAM_HEADERS = (b"Content-Type: text/event-stream\r\nCache-Control: no-cache, no-store, no-transform\r\n"
-                  b"X-Accel-Buffering: no\r\n\r\n")  # a proxy must neither keep events back nor compress them
-WANTS_PAGE = Pattern(r"text/html(?!\s*;\s*q=0(\.0*)?\s*(,|\Z))", re.IGNORECASE)  # an Accept header
+_SWITCH_S = 0.0005  # after which a thread that scans hands the interpreter over, more often than by default
+_EXTENSIONS_HEADER = "Labtasker-Extensions"
+_SAFE_METHODS = ("GET", "HEAD")  # change nothing
+_CHALLENGE = 'WWW-Authenticate: Basic realm="labtasker", charset="UTF-8"'  # many clients send nothing without a realm
+_STREAM_HEADERS = (b"Content-Type: text/event-stream\r\nCache-Control: no-cache, no-store, no-transform\r\n"
+                   b"X-Accel-Buffering: no\r\n\r\n")  # a proxy must neither keep events back nor compress them
+_WANTS_PAGE = Pattern(r"text/html(?!\s*;\s*q=0(\.0*)?\s*(,|\Z))", re.IGNORECASE)  # an Accept header
 
 # Threads, by what they are for: how many at a time, for one user, in line, in line for one user.
-GATES = {
+_GATES = {
     "passwords": (1, 1, 200, 20),  # that were not right before: each is hashed
     "strangers": (1, 1, 100, 20),  # the same for queues that are not there, and new queues: they hold up nobody else
     "streams": (200, 50, 0, 0),  # listeners for events
@@ -6405,7 +6406,7 @@ GATES = {
 # connection both prove that they have it. A proof covers a number that each side drew for this connection, so that an
 # old proof is worth nothing, and the address, so that one who listens elsewhere can't pass the server's own proof on.
 
-INTRODUCTION = Pattern(r"/\?nonce=([0-9a-f]{32,128})\Z")  # the target of the request that begins it
+_INTRODUCTION = Pattern(r"/\?nonce=([0-9a-f]{32,128})\Z")  # the target of the request that begins it
 
 
 def new_nonce():
@@ -6480,8 +6481,8 @@ def read_head(block, own_names=()):
     Strict, and without email.parser, which costs more than all the rest of a request."""
     fields = {}
     lines = block.decode("latin-1").split("\r\n") if block else []
-    if len(lines) > MAX_HEADERS:
-        raise _HeadTooLarge("more than %d headers" % MAX_HEADERS)
+    if len(lines) > _MAX_HEADERS:
+        raise _HeadTooLarge("more than %d headers" % _MAX_HEADERS)
     for line in lines:
         name, colon, value = line.partition(":")
         name = name.lower()
@@ -6500,7 +6501,7 @@ def read_head(block, own_names=()):
         raise TooLarge("a body of over %d bytes" % MAX_BODY_BYTES)
     options = [option.strip() for option in fields.get("connection", "").lower().split(",")]
     return RequestHead(fields, int(length), _basic_login(fields.get("authorization", "")),
-                       EXTENSIONS_HEADER.lower() in fields, "close" in options, "keep-alive" in options,
+                       _EXTENSIONS_HEADER.lower() in fields, "close" in options, "keep-alive" in options,
                        _foreign(fields, own_names))
 
 
@@ -6571,7 +6572,7 @@ class HttpRequest(collections.namedtuple("HttpRequest", "method target head keep
             from urllib.parse import parse_qsl, unquote
             path, asked = unquote(path), dict(parse_qsl(query))
         asked.update((field, fields[header]) for header, field in HEADER_FIELDS.items() if header in fields)
-        return "/page" if path == "/" and WANTS_PAGE.search(fields.get("accept", "")) else path, asked
+        return "/page" if path == "/" and _WANTS_PAGE.search(fields.get("accept", "")) else path, asked
 
 
 # How long it may last, since when, and {event: next state}.
@@ -6579,27 +6580,27 @@ ConnectionState = collections.namedtuple("ConnectionState", "most_s since moves"
 
 # What has no entry can't happen; every state ends with "drop" too, in closed.
 CONNECTION_STATES = {
-    "handshake": ConnectionState(SLOW_SENDER_S, "heard_at", {"secured": "idle"}),
-    "idle": ConnectionState(IDLE_S, "heard_at", {
+    "handshake": ConnectionState(_SLOW_SENDER_S, "heard_at", {"secured": "idle"}),
+    "idle": ConnectionState(_IDLE_S, "heard_at", {
         "bytes": "head", "head": "body", "request": "answering", "refuse": "refused"}),
-    "head": ConnectionState(SLOW_SENDER_S, "entered_at", {
+    "head": ConnectionState(_SLOW_SENDER_S, "entered_at", {
         "head": "body", "request": "answering", "refuse": "refused"}),
-    "body": ConnectionState(SLOW_BODY_S, "entered_at", {
+    "body": ConnectionState(_SLOW_BODY_S, "entered_at", {
         "request": "answering", "hand over": "thread", "refuse": "refused"}),
-    "answering": ConnectionState(IDLE_S, "heard_at", {
+    "answering": ConnectionState(_IDLE_S, "heard_at", {
         "wait": "waiting", "hand over": "thread", "want body": "body", "reply": "sending", "last reply": "closing"}),
     "waiting": ConnectionState(math.inf, "heard_at", {"wake": "answering"}),
     "thread": ConnectionState(math.inf, "heard_at", {"return": "answering"}),
-    "sending": ConnectionState(SLOW_LISTENER_S, "heard_at", {"sent": "idle"}),
-    "refused": ConnectionState(LINGER_S, "heard_at", {"last reply": "closing"}),
-    "closing": ConnectionState(SLOW_LISTENER_S, "heard_at", {"sent": "lingering"}),
-    "lingering": ConnectionState(LINGER_S, "heard_at", {}),
+    "sending": ConnectionState(_SLOW_LISTENER_S, "heard_at", {"sent": "idle"}),
+    "refused": ConnectionState(_LINGER_S, "heard_at", {"last reply": "closing"}),
+    "closing": ConnectionState(_SLOW_LISTENER_S, "heard_at", {"sent": "lingering"}),
+    "lingering": ConnectionState(_LINGER_S, "heard_at", {}),
     "closed": ConnectionState(math.inf, "heard_at", {}),
 }
 for _state in CONNECTION_STATES.values():
     _state.moves["drop"] = "closed"
 READING = ("idle", "head", "body")  # the states in which the next request is read
-ANSWERED_SOON = ("answering", "refused")
+_ANSWERED_SOON = ("answering", "refused")
 
 
 class Connection:
@@ -6647,8 +6648,8 @@ class Connection:
         """Return the next whole HttpRequest, or None when more bytes must come first; raise _BadHead or TooLarge."""
         if self.head is None:
             end = self.inbox.find(b"\r\n\r\n")
-            if end > MAX_HEAD_BYTES or end < 0 and len(self.inbox) > MAX_HEAD_BYTES:
-                raise _HeadTooLarge("a request line and headers of more than %d bytes" % MAX_HEAD_BYTES)
+            if end > _MAX_HEAD_BYTES or end < 0 and len(self.inbox) > _MAX_HEAD_BYTES:
+                raise _HeadTooLarge("a request line and headers of more than %d bytes" % _MAX_HEAD_BYTES)
             if end < 0:
                 if self.inbox and self.state == "idle":
                     self.move("bytes")
@@ -6708,7 +6709,7 @@ def _http_answer(status, answer, request, keep):
     if request is not None and request.target == "/":
         start += b"Vary: Accept\r\n"
     if isinstance(answer, Stream):
-        return start + STREAM_HEADERS
+        return start + _STREAM_HEADERS
     start += answer.head.encode() if is_page else b"Content-Type: application/json\r\n" if status != 204 else b""
     if status in (204, 304):
         return start + b"\r\n"
@@ -6724,8 +6725,8 @@ def _http_start(status, extensions, keep, is_old):
     """Return the first lines of an answer. HTTP/1.0 closes a connection unless the answer says that it is kept."""
     from http.client import responses
     headers = [(True, "HTTP/1.1 %d %s" % (status, responses.get(status, ""))),
-               (status == 401, CHALLENGE), (status == 503, "Retry-After: %d" % RETRY_AFTER_S),
-               (extensions, EXTENSIONS_HEADER + ": 1"), (not keep, "Connection: close"),
+               (status == 401, _CHALLENGE), (status == 503, "Retry-After: %d" % _RETRY_AFTER_S),
+               (extensions, _EXTENSIONS_HEADER + ": 1"), (not keep, "Connection: close"),
                (keep and is_old, "Connection: keep-alive")]
     return "".join(line + "\r\n" for is_sent, line in headers if is_sent).encode()
 
@@ -6753,7 +6754,7 @@ def _write_now(text):
 
 
 _LOG_LOCK = threading.Lock()
-LOG_LEVELS = ("debug", "info", "warning", "error")
+_LOG_LEVELS = ("debug", "info", "warning", "error")
 
 
 class Log:
@@ -6771,7 +6772,7 @@ class Log:
 
     def say(self, level, text):
         """Print a log line, where its level is asked for; of those that are no errors LOG_LINES_S in a second."""
-        if LOG_LEVELS.index(level) < LOG_LEVELS.index(self.level):
+        if _LOG_LEVELS.index(level) < _LOG_LEVELS.index(self.level):
             return
         stamp, second = time.strftime("%Y-%m-%d %H:%M:%S"), int(monotonic())
         if second != self.second:
@@ -6788,8 +6789,8 @@ class Log:
         took_s, changes_queue, words = 0, False, "a request that was not read"
         if request is not None:
             took_s, path = monotonic() - request.started, request.target.partition("?")[0]
-            changes_queue = request.method not in SAFE_METHODS and path in ("/api/v1/queues", QUEUE_PATH)
-        is_noted = status >= 500 or status in (401, 403) or took_s > SLOW_ANSWER_S or changes_queue
+            changes_queue = request.method not in _SAFE_METHODS and path in ("/api/v1/queues", QUEUE_PATH)
+        is_noted = status >= 500 or status in (401, 403) or took_s > _SLOW_ANSWER_S or changes_queue
         if not is_noted and self.level != "debug":
             return
         if request is not None:
@@ -6986,7 +6987,7 @@ class _Connections:
         try:
             if conn.state == "handshake":
                 self.handshakes += 1
-                if self.handshakes > HANDSHAKES:
+                if self.handshakes > _HANDSHAKES:
                     return False
                 conn.sock.do_handshake()
                 conn.move("secured")
@@ -6998,14 +6999,14 @@ class _Connections:
         except OSError:  # reset, or TLS broken off
             self.drop(conn)
             return False
-        if not data and conn.state in ANSWERED_SOON:  # it may still read: what was done for it must not be lost
+        if not data and conn.state in _ANSWERED_SOON:  # it may still read: what was done for it must not be lost
             conn.has_ended = True
             return True
-        if not data or len(conn.inbox) > ROOM_BYTES + conn.reserved_bytes:
+        if not data or len(conn.inbox) > _ROOM_BYTES + conn.reserved_bytes:
             self.drop(conn)
         elif conn.discard_bytes:
             conn.discard_bytes = max(0, conn.discard_bytes - len(data))
-            if not conn.discard_bytes or monotonic() - conn.heard_at > LINGER_S:
+            if not conn.discard_bytes or monotonic() - conn.heard_at > _LINGER_S:
                 self.drop(conn)
         else:
             conn.inbox += data
@@ -7046,7 +7047,7 @@ class _Connections:
             return self.drop(conn)
         conn.inbox.clear()
         conn.heard_at = monotonic()
-        self.due_at = min(self.due_at, conn.heard_at + LINGER_S)
+        self.due_at = min(self.due_at, conn.heard_at + _LINGER_S)
 
     def count(self, conn):
         """Note how many bytes of a connection are held, and drop some where all is too much."""
@@ -7167,7 +7168,7 @@ class _Threads:
 
     def __init__(self, listener, connections, wake, refuse):
         self.listener, self.connections, self.wake, self.refuse = listener, connections, wake, refuse
-        self.gates = {name: Gate(*row) for name, row in GATES.items()}
+        self.gates = {name: Gate(*row) for name, row in _GATES.items()}
         self.returned = collections.deque()  # (connection, what to do next) from threads
 
     def hand_over(self, conn, kind, user, work, request, *more):
@@ -7383,7 +7384,7 @@ class _Requests:
             elif conn.state == "body" and not conn.reserved_bytes:
                 self.admit_body(conn) if conn.head.length > QUICK_BYTES else self.send_100_continue(conn)
         except LabtaskerError as error:
-            conn.discard_bytes = LINGER_BYTES
+            conn.discard_bytes = _LINGER_BYTES
             conn.move("refuse")
             self.answers.refuse(conn, None, error)
         if (conn.inbox or conn.held_bytes) and conn.state != "closed":
@@ -7402,7 +7403,7 @@ class _Requests:
             raise TooLarge("a body of over %d bytes" % QUICK_BYTES)
         if self.logins.known_caller(conn.head.login) is None:
             return self.hand_over(conn, self.logins.password_gate(conn.head.login), self.look_at_password, request)
-        if self.connections.large_bytes + conn.head.length > LARGE_BYTES:
+        if self.connections.large_bytes + conn.head.length > _LARGE_BYTES:
             raise Busy("large bodies from others are on their way: try again")
         conn.authenticated, conn.reserved_bytes = True, conn.head.length
         self.connections.large_bytes += conn.reserved_bytes
@@ -7436,9 +7437,9 @@ class _Requests:
     def take(self, conn, request):
         """Answer a request, or park it, or give it to a thread."""
         head = request.head
-        if head.foreign and request.method not in SAFE_METHODS:
+        if head.foreign and request.method not in _SAFE_METHODS:
             raise Forbidden("sent by %s: nothing is changed for it" % head.foreign)
-        introduction = INTRODUCTION.match(request.target)
+        introduction = _INTRODUCTION.match(request.target)
         if introduction:
             return self.introduce(conn, request, introduction.group(1))
         call = self.quick_call(request)
@@ -7517,7 +7518,7 @@ class _Requests:
 
     def delay(self, conn, request, error):
         """Have a request answered in a while: a wrong password is."""
-        conn.discard_bytes = LINGER_BYTES if conn.head is not None else 0
+        conn.discard_bytes = _LINGER_BYTES if conn.head is not None else 0
         row = self.answers.refusal(conn, request, error)
         self.parked.add(conn, Waiting(monotonic() + WRONG_PASSWORD_S, None, None, request, row))
 
@@ -7567,7 +7568,7 @@ class _Requests:
         status, answer = shown(route, run_call(self.store, call), request.head.extensions)
         if not isinstance(answer, Stream) or request.method == "HEAD":
             return self.answers.make(conn, request, request.keep, status, answer)
-        conn.sock.settimeout(SLOW_LISTENER_S)
+        conn.sock.settimeout(_SLOW_LISTENER_S)
         try:
             head = self.answers.make(conn, request, False, status, answer)[1]
             for piece in itertools.chain([head], answer.pieces):
@@ -7603,7 +7604,7 @@ class _Upkeep:
                 self.is_compacting, store.file.look_again_bytes = False, 0
                 self.log.say("warning", "%s is not compacted now: no thread could be started for it" % store.path)
         is_busy = store.journal.fsync == "interval" or self.problem_since
-        self.due_at = monotonic() + (LOOK_INTERVAL_S if is_busy else QUIET_LOOK_S)
+        self.due_at = monotonic() + (LOOK_INTERVAL_S if is_busy else _QUIET_LOOK_S)
 
     def check_store(self):
         """Say once that the store can't be written to; note a failure where that is for good, or its file is away."""
@@ -7614,7 +7615,7 @@ class _Upkeep:
         elif not problem and self.problem_since:
             self.problem_since = None
             self.log.say("info", "%s is there again" % self.store.path)
-        if self.store.journal.writer.fenced or problem and monotonic() - self.problem_since > GONE_S:
+        if self.store.journal.writer.fenced or problem and monotonic() - self.problem_since > _GONE_S:
             self.failure = self.failure or problem
 
     def compact(self):
@@ -7648,7 +7649,7 @@ class Server:
         self.parked = _Parked(store.watched_keys)
         self.listener = _listener(host, port)
         self.connections = _Connections(self.listener, tls, self.log, self.parked,
-                                       min(most, _raise_file_limit() - SPARE_FILES))
+                                       min(most, _raise_file_limit() - _SPARE_FILES))
         self.waker = _Waker()
         self.connections.selector.register(self.waker.receiver, selectors.EVENT_READ, self.take_back)
         self.wake = store.on_wake = self.waker.wake
@@ -7670,7 +7671,7 @@ class Server:
 
     def serve_forever(self):
         """Answer until `stopping` is set and what runs has ended, or its grace is over."""
-        sys.setswitchinterval(SWITCH_S)
+        sys.setswitchinterval(_SWITCH_S)
         self.writer.start()
         gc.disable()  # requests leave no cycles behind (a test counts them); a search through a million tasks is long
         while not self.stopping:
@@ -7763,7 +7764,7 @@ class Server:
             return
         self.upkeep.look()
         self.stopping = self.stopping or self.upkeep.failure is not None
-        if monotonic() >= min(self.connections.due_at, self.connections.swept_at + SWEEP_S):
+        if monotonic() >= min(self.connections.due_at, self.connections.swept_at + _SWEEP_S):
             self.connections.sweep()
             self.store.forget_unused()
 
@@ -7773,7 +7774,7 @@ def _raise_file_limit():
     try:
         import resource
         _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-        wanted = MAX_CONNECTIONS + SPARE_FILES
+        wanted = MAX_CONNECTIONS + _SPARE_FILES
         wanted = wanted if hard == resource.RLIM_INFINITY else min(hard, wanted)
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
         return wanted
@@ -8023,12 +8024,12 @@ def stop_process(owner, timeout_s):
 # Without a server a request takes the same way, within this process. Reads no configuration and
 # opens nothing before the first call. Uses 1 to 9. Tests: test_client.py, test_network.py, test_skill.py.
 
-EXTENSIONS = "Labtasker-Extensions"
-CONFIG_NAME, OLD_CONFIG_NAME = "config.toml", "client.toml"  # the second is that of Labtasker 1.0.1
-REQUEST_TIMEOUT_S = 60.0  # after which a silent server counts as away; long polls add their own time
-CHUNK_TASKS = 5000  # tasks that submit_tasks sends in one transaction
+_EXTENSIONS = "Labtasker-Extensions"
+CONFIG_NAME, _OLD_CONFIG_NAME = "config.toml", "client.toml"  # the second is that of Labtasker 1.0.1
+_REQUEST_TIMEOUT_S = 60.0  # after which a silent server counts as away; long polls add their own time
+_CHUNK_TASKS = 5000  # tasks that submit_tasks sends in one transaction
 PLAIN_LIMIT = 1000  # tasks that a server without the extensions lists, or updates, at a time
-REPEAT_AFTER_S = (0.05, 0.1, 0.2, 0.5, 1.0, 2.0)  # pauses before repeating a request whose connection broke
+_REPEAT_AFTER_S = (0.05, 0.1, 0.2, 0.5, 1.0, 2.0)  # pauses before repeating a request whose connection broke
 
 # Requests that must not be carried out twice: (the field with the id by which a server with the extensions recognizes
 # a repeat, or None; the message if the answer was lost and a repeat is not safe). All others may be repeated.
@@ -8063,7 +8064,7 @@ VARIABLES = {  # environment variables that are no setting: their meaning
     "LABTASKER_TRUST": "folders of other users that may hold a configuration or a store, with %s between" % os.pathsep,
     "LABTASKER_DEBUG": "1: an error shows its traceback",
 }
-CONFIG_TEXT = """\
+_CONFIG_TEXT = """\
 [endpoint]
 api_base_url = %s
 
@@ -8360,10 +8361,10 @@ def flatten(mapping, prefix=""):
 
 def load_config():
     """Return the Config in force: that of a loop in this process, else environment over file over defaults."""
-    return PINNED[-1].config if PINNED else _read_config()
+    return _PINNED[-1].config if _PINNED else _read_config()
 
 
-PINNED = []  # a PinnedConfig for each loop under way in this process
+_PINNED = []  # a PinnedConfig for each loop under way in this process
 
 
 class PinnedConfig:
@@ -8390,11 +8391,11 @@ class PinnedConfig:
         given = {variable: getattr(self.config, attribute) for attribute, variable, _, _ in SETTINGS.values()}
         self.environ = dict(os.environ, **{name: value for name, value in given.items() if name and value})
         self.environ["LABTASKER_ROOT"] = self.config.root
-        PINNED.append(self)
+        _PINNED.append(self)
         return self
 
     def __exit__(self, *_):
-        PINNED.remove(self)
+        _PINNED.remove(self)
 
 
 # All text is UTF-8, so that it means the same on all hosts. Under an ASCII locale (C, before Python 3.7) the functions
@@ -8413,7 +8414,7 @@ def for_system(text):
 
 def _read_config():
     root = find_root()
-    paths = [os.path.join(root, name) for name in (CONFIG_NAME, OLD_CONFIG_NAME)]
+    paths = [os.path.join(root, name) for name in (CONFIG_NAME, _OLD_CONFIG_NAME)]
     path = next(filter(os.path.lexists, paths), None)
     if path:
         check_owner(path, root)
@@ -8456,21 +8457,21 @@ def checked_url(url, where):
     elif re.match(r"(?i)https?:", url):
         wrong = "is no URL that can be used: one is http://HOST:PORT, or https://, with a port from 1 to 65535"
     elif _LIKE_URL.match(url) or not url.strip():
-        wrong = NO_URL
+        wrong = _NO_URL
     if wrong:
         shown = without_login(url) if "://" in url else url.rpartition("@")[2]
         raise LabtaskerValueError("%s: %s %s" % (where, shown, wrong))
     return url
 
 
-NO_URL = "is neither a URL (http://HOST:PORT, https://, file:FOLDER) nor a folder that is there"
+_NO_URL = "is neither a URL (http://HOST:PORT, https://, file:FOLDER) nor a folder that is there"
 
 
 def write_config(root, url, queue_name, password):
     """Write the configuration file and return its path; only its owner can read a new one."""
     Disk.make_folder(root)
     path, values = os.path.join(root, CONFIG_NAME), (url, queue_name, password)
-    text = (CONFIG_TEXT % tuple(_toml_text(value or "") for value in values)).encode("utf-8")
+    text = (_CONFIG_TEXT % tuple(_toml_text(value or "") for value in values)).encode("utf-8")
     Disk.create(path, [text], keep=0o770)  # never readable for everybody: it has a password
     return path
 
@@ -8574,7 +8575,7 @@ class _PlainConnection:
 
     def __init__(self, url, ca_file, timeout_s):
         import socket
-        host, port, self.prefix = URL_OF_HTTP.match(url).groups("")
+        host, port, self.prefix = _URL_OF_HTTP.match(url).groups("")
         self.url = url
         address = host.strip("[]").encode(), int(port or 80)  # a host given as str would import encodings.idna
         self.sock = socket.create_connection(address, timeout_s)
@@ -8618,7 +8619,7 @@ class _PlainConnection:
             return None
         if not re.match(r"HTTP/1\.[01] [0-9]{3}\b", first):
             raise LabtaskerConnectError("%s does not speak HTTP: is it a Labtasker server?" % self.url)
-        return int(first[9:12]), headers.get(EXTENSIONS.lower()), bytes(got[end + 4:])
+        return int(first[9:12]), headers.get(_EXTENSIONS.lower()), bytes(got[end + 4:])
 
     def close(self):
         """Close it."""
@@ -8659,7 +8660,7 @@ class _KeptConnection:
         content = response.read(limit)
         if not (content or is_whole):  # the headers were cut off, which http.client does not notice
             raise ConnectionError("the answer was cut off")
-        return response.status, response.headers.get(EXTENSIONS), content
+        return response.status, response.headers.get(_EXTENSIONS), content
 
     def close(self):
         self.http.close()
@@ -8689,11 +8690,11 @@ class HttpTransport:
     def __init__(self, url, queue_name, password, ca_file=None, key=None):
         self.url = self.where = url.rstrip("/")
         self.ca_file, self.queue_name, self.key = ca_file, queue_name, key
-        self.headers = {"Content-Type": "application/json", EXTENSIONS: "1"}
+        self.headers = {"Content-Type": "application/json", _EXTENSIONS: "1"}
         if not key:  # with a key each connection gets its own login, after a proof
             self.headers["Authorization"] = _basic(queue_name, password)
         self.extensions = None  # unknown before the first answer
-        self.plain = URL_OF_HTTP.match(self.url)  # None: https, or a URL that only http.client can read
+        self.plain = _URL_OF_HTTP.match(self.url)  # None: https, or a URL that only http.client can read
         self.asked, self.kept = 0, threading.local()
         self.reached = []  # plain connections that wait for their request
         self.under_way = {}  # thread: its Exchange
@@ -8708,11 +8709,11 @@ class HttpTransport:
         if given:
             from urllib.parse import urlencode
             target += "?" + urlencode(given)
-        if not TARGET.match(target):
+        if not _TARGET.match(target):
             raise LabtaskerConnectError("can't ask %s for %s: a URL has no spaces, no control characters, and nothing "
                                         "but ASCII" % (self.url, ascii(target)))
-        for pause_s in REPEAT_AFTER_S + (None,):
-            asked = _Exchange(method, target, body, REQUEST_TIMEOUT_S + float(given.get("wait_s", 0)))
+        for pause_s in _REPEAT_AFTER_S + (None,):
+            asked = _Exchange(method, target, body, _REQUEST_TIMEOUT_S + float(given.get("wait_s", 0)))
             self.under_way[threading.get_ident()] = asked
             try:
                 status, answer = self._ask(asked)
@@ -8870,12 +8871,12 @@ class HttpTransport:
                 return response.status, json.loads(response.read().decode())
             if response.status != 200 or "text/event-stream" not in response.getheader("Content-Type", ""):
                 raise ValueError("it answered with %d and no events: is it a Labtasker server?" % response.status)
-            sock.settimeout(REQUEST_TIMEOUT_S)
+            sock.settimeout(_REQUEST_TIMEOUT_S)
         except Exception as error:
             if not (_is_of_connection(error) or isinstance(error, ValueError)):
                 raise
             raise self.away(error) from None
-        self.extensions = response.getheader(EXTENSIONS) == "1"
+        self.extensions = response.getheader(_EXTENSIONS) == "1"
         return 200, _RemoteLines(sock, response)
 
     @staticmethod
@@ -8890,8 +8891,8 @@ class HttpTransport:
         self.kept.__dict__.clear()
 
 
-URL_OF_HTTP = Pattern(r"http://([\w.-]+|\[[0-9a-fA-F:.]+\])(?::([0-9]{1,5}))?(/[\w./~-]*)?\Z", re.ASCII)
-TARGET = Pattern(r"[!-~]+\Z")  # no character that could end the request line
+_URL_OF_HTTP = Pattern(r"http://([\w.-]+|\[[0-9a-fA-F:.]+\])(?::([0-9]{1,5}))?(/[\w./~-]*)?\Z", re.ASCII)
+_TARGET = Pattern(r"[!-~]+\Z")  # no character that could end the request line
 
 
 class _RemoteLines:
@@ -8938,14 +8939,14 @@ def _as_json(value):
     """Return the JSON text of a request's body, or raise LabtaskerTypeError naming the value that can't be sent."""
     try:
         text = json.dumps(value)
-        if not LONG_NUMBER.search(text):  # Plain finds the numbers that a store can't keep, and where they are
+        if not _LONG_NUMBER.search(text):  # Plain finds the numbers that a store can't keep, and where they are
             return text
     except (TypeError, ValueError, RecursionError):
         pass
     return json.dumps(Plain(refuse_odd).value(value, []))
 
 
-LONG_NUMBER = Pattern(r"[0-9]{19}")
+_LONG_NUMBER = Pattern(r"[0-9]{19}")
 
 
 def plain_summary(summary):
@@ -8998,7 +8999,7 @@ def _with_keys(value, warnings):
     tree = {}
     for key, item in value.items():
         item = _with_keys(item, warnings)
-        name = ".".join(part or "_" for part in UNKEPT.sub("_", key).split("."))
+        name = ".".join(part or "_" for part in _UNKEPT.sub("_", key).split("."))
         flat_name = name.replace(".", "_")
         names = itertools.chain([name, flat_name], (flat_name + "_%d" % number for number in itertools.count(2)))
         kept = next(each for each in names if _put(tree, each.split("."), item))
@@ -9026,7 +9027,7 @@ def _put(tree, path, item):
     return True
 
 
-UNKEPT = Pattern("[\x00-\x1f\x7f-\x9f\ud800-\udfff]")  # characters that a key can't have
+_UNKEPT = Pattern("[\x00-\x1f\x7f-\x9f\ud800-\udfff]")  # characters that a key can't have
 
 
 class Client:
@@ -9215,7 +9216,7 @@ def missing_store(config):
     if not folder or os.path.isdir(folder) or not (config.url or os.environ.get("LABTASKER_ROOT")):
         return None
     if config.url and not config.url.startswith("file:"):
-        return "%s: %s %s" % (source, config.url, NO_URL)
+        return "%s: %s %s" % (source, config.url, _NO_URL)
     return "%s: there is no folder %s; a task that is submitted makes it anew" % (source or "LABTASKER_ROOT", folder)
 
 
@@ -9419,7 +9420,7 @@ class _Listing(_Response):
     def _repr_html_(self):
         """Return the first items of `.content` as an HTML table for a notebook, one row for each."""
         import html
-        shown = self.content[:SHOWN_ROWS]
+        shown = self.content[:_SHOWN_ROWS]
         rows = [{name: value for name, value in flatten({top: getattr(item, top) for top in item.SHOWN})
                  if value != {} and name != "summary.labtasker_exception.traceback"} for item in shown]
         names = sorted({name: None for row in rows for name in row},
@@ -9436,13 +9437,13 @@ class _Listing(_Response):
                 for item in self]
 
 
-SHOWN_ROWS, SHOWN_CHARS = 100, 200  # of a listing in a notebook; of one of its cells
+_SHOWN_ROWS, _SHOWN_CHARS = 100, 200  # of a listing in a notebook; of one of its cells
 
 
 def _cell(value):
     """Return a value as the text of a cell in a notebook."""
     text = "%.6g" % value if isinstance(value, float) else "" if value is None else str(value)
-    return clean(text if len(text) <= SHOWN_CHARS else text[:SHOWN_CHARS] + "...")
+    return clean(text if len(text) <= _SHOWN_CHARS else text[:_SHOWN_CHARS] + "...")
 
 
 class TaskLsResponse(_Listing):
@@ -9539,11 +9540,11 @@ def code_version():
     Git is asked once for each process and folder."""
     try:
         here = os.getcwd()
-        if here not in VERSIONS:
-            VERSIONS[here] = _ask_git(here) if _nearest_with(".git", os.path.exists) else None
+        if here not in _VERSIONS:
+            _VERSIONS[here] = _ask_git(here) if _nearest_with(".git", os.path.exists) else None
     except OSError:  # the folder was removed
         return None
-    return VERSIONS[here]
+    return _VERSIONS[here]
 
 
 def _ask_git(folder):
@@ -9551,15 +9552,15 @@ def _ask_git(folder):
     words = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--match=-"]  # no tag is called -
     try:
         output = subprocess.check_output(words, cwd=folder, stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-                                       timeout=GIT_TIMEOUT_S, env=dict(os.environ, GIT_OPTIONAL_LOCKS="0"))
+                                       timeout=_GIT_TIMEOUT_S, env=dict(os.environ, GIT_OPTIONAL_LOCKS="0"))
         output = output.decode("ascii", "replace").strip()
     except (OSError, subprocess.SubprocessError):
         return None
     return output if re.match("[0-9a-f]{7,64}(-dirty)?\\Z", output) else None
 
 
-VERSIONS = {}  # folder: its code_version
-GIT_TIMEOUT_S = 5  # do not wait for a large repository on a slow disk
+_VERSIONS = {}  # folder: its code_version
+_GIT_TIMEOUT_S = 5  # do not wait for a large repository on a slow disk
 
 
 def health_check():
@@ -9645,7 +9646,7 @@ def submit_tasks(tasks, unique=False):
         plain = {name: field.default for name, field in SUBMITTED.items() if field.kind in ("count", "int")}
         return [ask_route("POST " + TASKS_PATH, **dict(plain, **task))["task_id"]
                 for task, in _parts(tasks, 1, "submitting")]
-    for part in _parts(tasks, CHUNK_TASKS, "submitting"):
+    for part in _parts(tasks, _CHUNK_TASKS, "submitting"):
         ids += client().call("POST", TASKS_PATH, part)["task_ids"]
     return ids
 
@@ -9772,7 +9773,7 @@ def get_task(task_id):
     return Task(ask_route("GET " + TASKS_PATH + "/{task_id}", task_id=task_id))
 
 
-LIMIT = type("Limit", (int,), {})(100)  # the default limit, told from a given 100 by its identity
+_LIMIT = type("Limit", (int,), {})(100)  # the default limit, told from a given 100 by its identity
 
 
 def _listing(answer, kind, fields):
@@ -9788,7 +9789,7 @@ def _listing(answer, kind, fields):
     def rest():  # all at once and from the start: by offset, tasks that change meanwhile would be missed or come twice
         seen = {item[kind.ID] for item in found}
         return [kind(item) for item in _found(kind, dict(body, limit=10 ** 9)) if item[kind.ID] not in seen]
-    if fields["limit"] is LIMIT and len(found) == LIMIT:
+    if fields["limit"] is _LIMIT and len(found) == _LIMIT:
         listing._rest = rest
     return listing
 
@@ -9820,7 +9821,7 @@ def _found_by_pages(kind, body):
     return [vars(row) for row in rows[begin:begin + body["limit"]]]
 
 
-def ls_tasks(task_id=None, task_name=None, status=None, extra_filter=None, limit=LIMIT, offset=0, sort=None):
+def ls_tasks(task_id=None, task_name=None, status=None, extra_filter=None, limit=_LIMIT, offset=0, sort=None):
     """Return a Listing of the Tasks that match all conditions, the least recently changed first.
 
     `extra_filter` is filter text ('args.lr > 0.01 and summary.acc > 0.9') or a query document; `sort` is a list of
@@ -9829,7 +9830,7 @@ def ls_tasks(task_id=None, task_name=None, status=None, extra_filter=None, limit
     return _listing(TaskLsResponse, Task, locals())
 
 
-SAMPLE = 1000  # tasks that are looked at to tell why a filter matches none
+_SAMPLE = 1000  # tasks that are looked at to tell why a filter matches none
 
 
 def unmatched(query):
@@ -9840,7 +9841,7 @@ def unmatched(query):
                 if each[0].split(".")[0] in ("args", "metadata", "summary") and "." in each[0]]
     others = {name: value for name, value in query.items() if name != "extra_filter"}
     rows = [dict(flatten({top: getattr(task, top) for top in ("args", "metadata", "summary") if getattr(task, top)}))
-            for task in (ls_tasks(limit=SAMPLE, **others).content if compared else ())]
+            for task in (ls_tasks(limit=_SAMPLE, **others).content if compared else ())]
     return list(dict.fromkeys(filter(None, (_unmatched(rows, *each) for each in compared)))) if rows else []
 
 
@@ -9901,7 +9902,7 @@ def create_worker(worker_name=None, metadata=None, max_retries=3):
     return ask_route("POST " + WORKERS_PATH, worker_id=new_id(), **locals())["worker_id"]
 
 
-def ls_workers(worker_id=None, worker_name=None, status=None, extra_filter=None, limit=LIMIT, offset=0, sort=None):
+def ls_workers(worker_id=None, worker_name=None, status=None, extra_filter=None, limit=_LIMIT, offset=0, sort=None):
     """Return a Listing of the Workers that match all conditions; see ls_tasks."""
     return _listing(WorkerLsResponse, Worker, locals())
 
@@ -10139,14 +10140,14 @@ def _plain_type(annotation):
 
 def _known_caster(origin):
     if not isinstance(origin, type):
-        return CASTS.get(str(origin).replace("typing_extensions.", "typing."), CASTS[None])
+        return _CASTS.get(str(origin).replace("typing_extensions.", "typing."), _CASTS[None])
     if hasattr(origin, "__dataclass_fields__"):
         return _to_dataclass
     if issubclass(origin, tuple) and hasattr(origin, "_fields"):
         return _to_named_tuple
     keys = ["%s.%s" % (base.__module__.split(".")[0], base.__name__) for base in origin.__mro__]
-    bases = [CASTS_OF_BASES[key] for key in keys if key in CASTS_OF_BASES]
-    return bases[0] if bases else CASTS.get(keys[0], CASTS[None])
+    bases = [_CASTS_OF_BASES[key] for key in keys if key in _CASTS_OF_BASES]
+    return bases[0] if bases else _CASTS.get(keys[0], _CASTS[None])
 
 
 def _refuse(why=""):
@@ -10283,24 +10284,24 @@ def _resolved(annotations, scope):
     return hints
 
 
-BOOL_WORDS = {"true": True, "yes": True, "on": True, "1": True, "1.0": True,
-              "false": False, "no": False, "off": False, "0": False, "0.0": False}
-CASTS_OF_BASES = {"enum.Enum": _to_enum, "pathlib.PurePath": _to_path}  # for their subclasses too
-CASTS = {  # (value, annotation, type arguments, where) -> value; None: any other annotation
+_BOOL_WORDS = {"true": True, "yes": True, "on": True, "1": True, "1.0": True,
+               "false": False, "no": False, "off": False, "0": False, "0.0": False}
+_CASTS_OF_BASES = {"enum.Enum": _to_enum, "pathlib.PurePath": _to_path}  # for their subclasses too
+_CASTS = {  # (value, annotation, type arguments, where) -> value; None: any other annotation
     None: lambda value, *_: value,
     "builtins.int": _to_int,
     "builtins.float": lambda value, *_: _refuse() if isinstance(value, bool) else float(value),
     "builtins.str": lambda value, *_: _to_text(value),
-    "builtins.bool": lambda value, *_: BOOL_WORDS[str(value).strip().lower()],
+    "builtins.bool": lambda value, *_: _BOOL_WORDS[str(value).strip().lower()],
     "builtins.list": _to_list, "collections.Sequence": _to_list, "collections.MutableSequence": _to_list,
     "collections.Iterable": _to_list, "collections.Collection": _to_list,
     "builtins.frozenset": lambda *given: frozenset(_to_list(*given)), "builtins.tuple": _to_tuple,
     "builtins.dict": _to_dict, "collections.Mapping": _to_dict, "collections.MutableMapping": _to_dict,
     "typing.Union": _to_union, "types.UnionType": _to_union, "typing.Literal": _to_literal,
 }
-CASTS.update(dict.fromkeys(("builtins.NoneType", "None"), lambda value, *_: value if value is None else _refuse()))
-CASTS.update(dict.fromkeys(("builtins.set", "collections.Set", "collections.MutableSet"),
-                           lambda *given: set(_to_list(*given))))
+_CASTS.update(dict.fromkeys(("builtins.NoneType", "None"), lambda value, *_: value if value is None else _refuse()))
+_CASTS.update(dict.fromkeys(("builtins.set", "collections.Set", "collections.MutableSet"),
+                            lambda *given: set(_to_list(*given))))
 
 
 class Required:
@@ -10431,7 +10432,7 @@ def _check_fields(fields):
     return list(fields)
 
 
-MARK = "\x1a"  # stands for a placeholder in the text that a reader reads; `places` has the offsets of the real ones
+_MARK = "\x1a"  # stands for a placeholder in the text that a reader reads; `places` has the offsets of the real ones
 
 
 BUILT_IN = collections.OrderedDict([  # placeholders that stand for facts of the run: their meaning
@@ -10452,7 +10453,7 @@ FORMS = collections.OrderedDict([  # how a placeholder is written: what it becom
 ])
 
 
-NO_WORD = "%s becomes none, one or several words: it has to be a word of its own"
+_NO_WORD = "%s becomes none, one or several words: it has to be a word of its own"
 
 
 class Placeholder(collections.namedtuple("Placeholder", "typed exact key name kind dashes")):
@@ -10479,7 +10480,7 @@ class Placeholder(collections.namedtuple("Placeholder", "typed exact key name ki
         """Return the words that it becomes; raise LabtaskerValueError for a value that can't. `named`: keys that a star
         leaves out."""
         if self.key is not None:
-            return WORDS_OF[self.kind](self, self.value(args))
+            return _WORDS_OF[self.kind](self, self.value(args))
         found = [(key, value) for key, value in flatten(args) if key not in BUILT_IN and not any(
             key == other or key.startswith(other + ".") for other in named)]
         if self.kind == "hydra":
@@ -10513,7 +10514,7 @@ def _item_words(place, value):
     return [value_text(item) for item in items]
 
 
-WORDS_OF = {
+_WORDS_OF = {
     "option": _option_words, "switch": _switch_words, "items": _item_words,
     "options": lambda place, value: ["%s=%s" % (place.name, word) for word in _item_words(place, value)],
 }
@@ -10597,7 +10598,7 @@ class Template:
         """Raise TemplateError where a placeholder that becomes any number of words is only a part of a word."""
         for number, place in enumerate(self.places):
             if place.is_words and (self.places[1:] or any(self.parts[::2])):
-                self.refuse(number, NO_WORD % place.typed)
+                self.refuse(number, _NO_WORD % place.typed)
 
     def plain(self, args):
         """Return the text with each value unquoted, for a word of an argv list."""
@@ -10620,7 +10621,7 @@ class Template:
         for part in self.parts[:-1:2]:
             offset += len(part) + 1
             places.append(offset)
-        return MARK.join(self.parts[::2]), places
+        return _MARK.join(self.parts[::2]), places
 
     def refuse(self, number, message):
         """Raise TemplateError that shows the placeholder of this number."""
@@ -10647,20 +10648,20 @@ def value_text(value):
 # _ShellReader finds that out. Where it can't tell how a shell reads the text, it refuses every later placeholder:
 # a wrong guess would let a task's value run as code.
 
-WAY_OUT = "set a variable before it, in a line V=%%(%s), and write \"$V\" here"
-PARAMETER = Pattern(r"""(?x) \$ (?: \w+ | [@*\#?$!-]
+_WAY_OUT = "set a variable before it, in a line V=%%(%s), and write \"$V\" here"
+_PARAMETER = Pattern(r"""(?x) \$ (?: \w+ | [@*\#?$!-]
     | \{ [\#!]? (?:\w+|[@*\#?$!-]) (?: \[[\w@*$+-]+\] )? (?: [-:+=?\#%/,^@] (?:
         [^'"\\`$(){}<>\n] | \$\w | \\[\w/.] | "[^'"\\`$(){}<>\n]*" | \$\{\w+(?::?[-+=?][^'"\\`$(){}<>\n]*)?\}
         | \$\((?!\s*case\b)[^'"\\`$(){}<>\n;&|\#]*\) )* )? \} )""")
-SHELL_SUM = Pattern(r"""\(\(((?:[^'"`\\\n(){}]|\([^'"`\\\n(){}]*\)|\$\{\w+\})*)\)\)""")
-OPERATOR_OF_NUMBERS = Pattern(r"\s-(?:eq|ne|lt|le|gt|ge|v|R)\s")
+_SHELL_SUM = Pattern(r"""\(\(((?:[^'"`\\\n(){}]|\([^'"`\\\n(){}]*\)|\$\{\w+\})*)\)\)""")
+_OPERATOR_OF_NUMBERS = Pattern(r"\s-(?:eq|ne|lt|le|gt|ge|v|R)\s")
 # Where a shell evaluates arithmetic outside $((...)), even in quotes: from the start of the command to the placeholder.
-CALCULATED = Pattern(r"""(?sx) \s* (?: (?:then|do|else|elif|if|while|until|!|\{|time|builtin|command) \s+ )* (?:
+_CALCULATED = Pattern(r"""(?sx) \s* (?: (?:then|do|else|elif|if|while|until|!|\{|time|builtin|command) \s+ )* (?:
       (?: [\w.]+ = \S* \s+ )* (?: (?:let|integer|float) \s | \w+ \[ [^]]* \Z )
     | (?:declare|typeset|local|readonly|export) \s (?: .*\s )? (?: -\w*[iEF]\w* \s | ["']? \w+ \[ [^]]* \Z )
     | (?: .*\s )? \w+ \+?= \( (?: .*\s )? \[ [^]]* \Z )""")
-ONE_LINE, JOINED_LINE = Pattern(r"[^\n]*\n?"), Pattern(r"(?:[^\n\\]|\\[^\n]|\\\n)*\\?\n?")
-HERE_WORD = Pattern(r"(?:'[^'\n\x1a]*'|\"[^\"\\$`\n\x1a]*\"|\\[^\n\x1a]|[^\s'\"\\$`;&|<>()\x1a])+")
+_ONE_LINE, _JOINED_LINE = Pattern(r"[^\n]*\n?"), Pattern(r"(?:[^\n\\]|\\[^\n]|\\\n)*\\?\n?")
+_HERE_WORD = Pattern(r"(?:'[^'\n\x1a]*'|\"[^\"\\$`\n\x1a]*\"|\\[^\n\x1a]|[^\s'\"\\$`;&|<>()\x1a])+")
 
 
 class _AllRead(Exception):
@@ -10690,13 +10691,13 @@ class _ShellReader:
             raise _AllRead
         key, line = self.template.parts[2 * number + 1], self.text.count("\n", 0, i) + 1
         self.template.refuse(number, "how a shell reads %%(%s) can't be told with certainty after %s in line %d: %s" % (
-            key, what, line, WAY_OUT % key))
+            key, what, line, _WAY_OUT % key))
 
     def refuse(self, i, what):
         """Refuse the placeholder at the offset `i`."""
         number, key = self.numbers[i], self.template.parts[2 * self.numbers[i] + 1]
         self.template.refuse(number, "%%(%s) stands %s, where no value can be put safely: %s" % (
-            key, what, WAY_OUT % key))
+            key, what, _WAY_OUT % key))
 
     def between(self, begin, end):
         """Return the offsets of the placeholders from one offset to before another."""
@@ -10712,7 +10713,7 @@ class _ShellReader:
         if self.inside:
             self.refuse(i, self.inside)
         begun = self.text[self.started:i]
-        if i < self.numeric_until or CALCULATED.match(begun) or self.is_zsh and re.search(r"\$\w+\[[^\]]*\Z", begun):
+        if i < self.numeric_until or _CALCULATED.match(begun) or self.is_zsh and re.search(r"\$\w+\[[^\]]*\Z", begun):
             way = "number"
             if re.search(r"\$\w*\Z", begun):
                 self.refuse(i, "right behind a variable")
@@ -10731,8 +10732,8 @@ class _ShellReader:
                 i = self.escaped(i)
                 if text[i - 1] == "\n":
                     continue
-            elif char in QUOTING:
-                i = QUOTING[char](self, i, False)
+            elif char in _QUOTING:
+                i = _QUOTING[char](self, i, False)
                 if documents and "\n" in text[begin:i]:
                     self.give_up(begin, "lines within quotes behind <<")
             elif char == "#" and is_fresh:
@@ -10770,7 +10771,7 @@ class _ShellReader:
             self.give_up(i, "case within $(...)")
         if is_fresh and re.match(r"\[\[\s", text[i:i + 3]):
             end = text.find("]]", i)
-            if end >= 0 and OPERATOR_OF_NUMBERS.search(text[i:end]):
+            if end >= 0 and _OPERATOR_OF_NUMBERS.search(text[i:end]):
                 self.numeric_until = max(self.numeric_until, end)
             return i + 2
         return i + 1
@@ -10805,7 +10806,7 @@ class _ShellReader:
             elif self.text[i] == "\\":
                 i = self.escaped(i)
             elif self.text[i] in "$`":
-                i = QUOTING[self.text[i]](self, i, True)
+                i = _QUOTING[self.text[i]](self, i, True)
             else:
                 i += 1
         return min(i + 1, len(self.text))
@@ -10839,7 +10840,7 @@ class _ShellReader:
             if end < 0 or (len(text[:end]) - len(text[:end].rstrip("\\"))) % 2:
                 self.give_up(i, "a backslash in $'...'")
             return end + 1
-        match = PARAMETER.match(text, i)
+        match = _PARAMETER.match(text, i)
         if text[i + 1:i + 2] in ("{", "["):
             if not match:
                 self.check_free(i, text.find("}" if text[i + 1] == "{" else "]", i), "within $" + text[i + 1])
@@ -10849,7 +10850,7 @@ class _ShellReader:
 
     def arithmetic(self, i):
         """Return the offset after ((a + 1)). It allows numbers, as nothing in it can run a command."""
-        match = SHELL_SUM.match(self.text, i)
+        match = _SHELL_SUM.match(self.text, i)
         if not match or re.search(r"\s#|\bcase\b", match.group(1)):
             self.give_up(i, "(( with quotes, expansions or comments in it")
         for place in self.between(i, match.end()):
@@ -10878,7 +10879,7 @@ def _document_word(reader, i, documents):
     """Return the offset after the word that will end a here document; adds the document to `documents`."""
     has_tabs = reader.text.startswith("-", i)
     begin = re.compile(r"-?[ \t]*").match(reader.text, i).end()
-    match = HERE_WORD.match(reader.text, begin)
+    match = _HERE_WORD.match(reader.text, begin)
     if begin in reader.numbers or match and match.end() in reader.numbers:
         reader.refuse(begin if begin in reader.numbers else match.end(), "in the word that ends a here document")
     if not match or reader.text[match.end():match.end() + 1] in ("'", '"', "$", "`", "\\"):
@@ -10895,7 +10896,7 @@ def _here_documents(reader, i, documents, is_inner):
     for word, has_tabs, is_expanded in documents:
         begin, end = i, None
         while i < len(reader.text) and end is None:
-            match = (JOINED_LINE if is_expanded else ONE_LINE).match(reader.text, i)
+            match = (_JOINED_LINE if is_expanded else _ONE_LINE).match(reader.text, i)
             line = match.group().rstrip("\n")
             if (line.lstrip("\t") if has_tabs else line) == word:
                 end = match.end()
@@ -10911,14 +10912,14 @@ def _here_documents(reader, i, documents, is_inner):
     return i
 
 
-QUOTING = {"'": _ShellReader.single, '"': _ShellReader.double, "`": _ShellReader.backticks, "$": _ShellReader.dollar}
+_QUOTING = {"'": _ShellReader.single, '"': _ShellReader.double, "`": _ShellReader.backticks, "$": _ShellReader.dollar}
 
 # How values are written, by how their placeholders are read. A Spot is a placeholder: its key, the characters beside
 # it, and its own text.
 Spot = collections.namedtuple("Spot", "key before after typed")
-BARE = Pattern(r"[\w%+:./@-]+\Z", re.ASCII)  # needs no quotes between BARE_BEFORE and BARE_AFTER
-BARE_BEFORE, BARE_AFTER = Pattern(r"(?:\A|(?<!\$)[\s=/:.,;|&(@\x1a-])\Z"), Pattern(r"[\s/:.,;|&)}\x1a-]?\Z")
-SHELL_WORDS = frozenset("if then else elif fi do done case esac while until for in function select time coproc repeat "
+_BARE = Pattern(r"[\w%+:./@-]+\Z", re.ASCII)  # needs no quotes between BARE_BEFORE and BARE_AFTER
+_BARE_BEFORE, _BARE_AFTER = Pattern(r"(?:\A|(?<!\$)[\s=/:.,;|&(@\x1a-])\Z"), Pattern(r"[\s/:.,;|&)}\x1a-]?\Z")
+_SHELL_WORDS = frozenset("if then else elif fi do done case esac while until for in function select time coproc repeat "
                      "foreach end nocorrect noglob".split())
 
 
@@ -10936,8 +10937,8 @@ def _text_of(value, spot):
 
 def _write_bare(value, spot):
     text = _text_of(value, spot)
-    is_bare = BARE.match(text) and text not in SHELL_WORDS and BARE_BEFORE.search(spot.before) and \
-        BARE_AFTER.match(spot.after)
+    is_bare = _BARE.match(text) and text not in _SHELL_WORDS and _BARE_BEFORE.search(spot.before) and \
+        _BARE_AFTER.match(spot.after)
     return text if is_bare else quoted(text)
 
 
@@ -10954,7 +10955,7 @@ def _write_term(value, spot):
     return "(%s)" % text if text.startswith("-") else text
 
 
-SHELL_WRITERS = {
+_SHELL_WRITERS = {
     "bare": _write_bare,
     "word": lambda value, spot: quoted(_text_of(value, spot)),
     "single": lambda value, spot: quoted(_text_of(value, spot))[1:-1],
@@ -10973,16 +10974,16 @@ def shell_writers(template, is_zsh=False):
         spot = Spot(template.places[number].key, text[max(0, place - 2):place], text[place + 1:place + 2],
                     template.text[begin:end])
         if template.places[number].is_words and way != "comment":
-            is_alone = ALONE_BEFORE.search(spot.before) and ALONE_AFTER.match(spot.after)
+            is_alone = _ALONE_BEFORE.search(spot.before) and _ALONE_AFTER.match(spot.after)
             if way not in ("bare", "word") or not is_alone:
-                template.refuse(number, NO_WORD % spot.typed + ", outside of quotes")
+                template.refuse(number, _NO_WORD % spot.typed + ", outside of quotes")
             writers.append(functools.partial(_write_words, spot=spot))
             continue
-        writers.append(functools.partial(SHELL_WRITERS["word" if way == "bare" and is_zsh else way], spot=spot))
+        writers.append(functools.partial(_SHELL_WRITERS["word" if way == "bare" and is_zsh else way], spot=spot))
     return writers
 
 
-ALONE_BEFORE, ALONE_AFTER = Pattern(r"(?:\A|[\s;&|(])\Z"), Pattern(r"[\s;&|)]|\Z")
+_ALONE_BEFORE, _ALONE_AFTER = Pattern(r"(?:\A|[\s;&|(])\Z"), Pattern(r"[\s;&|)]|\Z")
 
 
 def _write_words(words, spot):
@@ -10991,11 +10992,11 @@ def _write_words(words, spot):
 
 # A script may be Python: there a value becomes a literal, or part of a string literal.
 
-PYTHON_TOKEN = Pattern(r"""(?sx) (?P<comment>\#[^\n]*) | (?P<prefix>[A-Za-z]*) (?:
+_PYTHON_TOKEN = Pattern(r"""(?sx) (?P<comment>\#[^\n]*) | (?P<prefix>[A-Za-z]*) (?:
       (?P<three>\'\'\'|\"\"\") (?:\\.|.)*? (?P=three)
     | (?P<one>['"]) (?!(?P=one){2}) (?:\\.|(?!(?P=one))[^\\\n])* (?P=one)
     | (?P<open>['"]) )""")
-OPEN_ESCAPE = Pattern(r"(?:\A|[^\\])(?:\\\\)*\\(?:[xuU][0-9a-fA-F]*|[0-7]{1,2}|N(?:\{[^}]*)?)?\Z")
+_OPEN_ESCAPE = Pattern(r"(?:\A|[^\\])(?:\\\\)*\\(?:[xuU][0-9a-fA-F]*|[0-7]{1,2}|N(?:\{[^}]*)?)?\Z")
 
 
 def _python_literal(value):
@@ -11015,7 +11016,7 @@ def python_writers(template):
         if place.is_words:
             template.refuse(number, "%s becomes words, which Python text has none of: write %%(key)" % place.typed)
     writers = dict.fromkeys(places, _python_literal)
-    for match in PYTHON_TOKEN.finditer(text):
+    for match in _PYTHON_TOKEN.finditer(text):
         comment, prefix = match.group("comment"), match.group("prefix") or ""
         inner = [place for place in places if match.start() < place < match.end()]
         bare = match.group().replace("{{", "").replace("}}", "")
@@ -11025,7 +11026,7 @@ def python_writers(template):
             number = places.index(place)
             if comment is not None:
                 writers[place] = lambda value, typed=template.text.__getitem__(slice(*template.spans[number])): typed
-            elif match.group("open") or prefix not in ("", "u", "U") or OPEN_ESCAPE.search(text[match.start():place]):
+            elif match.group("open") or prefix not in ("", "u", "U") or _OPEN_ESCAPE.search(text[match.start():place]):
                 template.refuse(number, "no value can be put safely here in Python text: set a variable before it, "
                                         "V = %%(%s), and use V here" % template.places[number].key)
             else:
@@ -11108,7 +11109,7 @@ class JobCommand:
             path = os.path.join(self.origin, for_system(path))
             os.makedirs(path, exist_ok=True)
         except OSError as error:
-            if error.errno in PASSING or not self.workdir.spans:
+            if error.errno in _PASSING or not self.workdir.spans:
                 raise
             raise LabtaskerValueError("--workdir: can't make %s: %s" % (from_system(path), error.strerror)) from None
         return path
@@ -11125,7 +11126,7 @@ class JobCommand:
         if not isinstance(error, OSError):
             return isinstance(error, (ValueError, RecursionError))
         own_program = self.is_argv and bool(self.templates[0].keys)
-        return own_program and error.errno not in PASSING or error.errno == errno.E2BIG
+        return own_program and error.errno not in _PASSING or error.errno == errno.E2BIG
 
 
 def outcome_not_started(command, error):
@@ -11136,7 +11137,7 @@ def outcome_not_started(command, error):
     why = "can't start the command: " + why
     if command.is_for_this_task(error):
         return Outcome("failed", {"labtasker_error": why}, is_final=not isinstance(error, OSError))
-    is_passing = not isinstance(error, OSError) or error.errno in PASSING
+    is_passing = not isinstance(error, OSError) or error.errno in _PASSING
     return Outcome("pending", reason=why, fatal=None if is_passing else why)
 
 
@@ -11149,7 +11150,7 @@ def start_job(words, environment, ends, folder=None):
 
 
 # Errors of a machine that is short of something for a moment: neither the task nor its command is at fault.
-PASSING = frozenset(getattr(errno, name) for name in (
+_PASSING = frozenset(getattr(errno, name) for name in (
     "EAGAIN", "ENOMEM", "EMFILE", "ENFILE", "ENOSPC", "EDQUOT", "EIO", "ESTALE", "ETXTBSY", "ETIMEDOUT", "EINTR")
     if hasattr(errno, name))
 
@@ -11199,7 +11200,7 @@ def outcome_of_exit(code):
     """Return the Outcome of a job that ended by itself: 0 is success, 75 hands the task back, a signal is negative."""
     if code == 0:
         return Outcome("success")
-    if code == TEMPORARY_FAILURE:
+    if code == _TEMPORARY_FAILURE:
         return Outcome("pending", reason="exit code 75 (try again)")
     error = "exit code %d" % code if code > 0 else "killed by signal %d (%s)" % (-code, signal_name(-code))
     return Outcome("failed", {"labtasker_error": error})
@@ -11223,7 +11224,7 @@ def exception_summary(error):
     short = "%s: %s\n" % (kind, message)
     text = _readable(lambda: "".join(traceback.format_exception(type(error), error, trace)), "") or _readable(
         lambda: "".join(traceback.format_tb(trace)) + short, short)
-    return {"type": kind[:TEXT_LIMIT], "message": message[:TEXT_LIMIT], "traceback": text[-TEXT_LIMIT:]}
+    return {"type": kind[:_TEXT_LIMIT], "message": message[:_TEXT_LIMIT], "traceback": text[-_TEXT_LIMIT:]}
 
 
 def result_or(make, otherwise):
@@ -11255,8 +11256,8 @@ def signal_name(signum):
         return "signal %d" % signum
 
 
-TEMPORARY_FAILURE = 75  # EX_TEMPFAIL of sysexits.h
-TEXT_LIMIT = 20000  # letters of a message or traceback that go into a summary
+_TEMPORARY_FAILURE = 75  # EX_TEMPFAIL of sysexits.h
+_TEXT_LIMIT = 20000  # letters of a message or traceback that go into a summary
 
 
 def start_thread(thread):
@@ -11423,8 +11424,8 @@ class Labelled:
 
 # ---- Metrics: values that are read from what a job prints
 
-LINE_BYTES = 65536  # of a line that is read; what is beyond has no values
-NUMBER_TEXT = Pattern(r"(?i)[+-]?(?:(?:\d+\.?\d*|\.\d+)(?:e[+-]?\d+)?|nan|inf(?:inity)?)\Z")
+_LINE_BYTES = 65536  # of a line that is read; what is beyond has no values
+_NUMBER_TEXT = Pattern(r"(?i)[+-]?(?:(?:\d+\.?\d*|\.\d+)(?:e[+-]?\d+)?|nan|inf(?:inity)?)\Z")
 
 
 class Metric:
@@ -11451,7 +11452,7 @@ class Metric:
         """Return the number that a line has, or None."""
         found = self.pattern.search(line[:self.longest])
         text = (found and found.group(1) or "").strip()
-        if not NUMBER_TEXT.match(text):
+        if not _NUMBER_TEXT.match(text):
             return None
         return int(text) if re.match(r"[+-]?\d{1,15}\Z", text) else float(text)
 
@@ -11462,7 +11463,7 @@ class Metric:
             at = lines.rfind(self.literal, 0, end) if self.literal else end - 1
             begin = lines.rfind(b"\n", 0, max(0, at)) + 1
             found = None if at < 0 else self.value(
-                lines[begin:lines.find(b"\n", at)][:LINE_BYTES].decode("utf-8", "replace"))
+                lines[begin:lines.find(b"\n", at)][:_LINE_BYTES].decode("utf-8", "replace"))
             if at < 0 or found is not None:
                 return found
             end = begin
@@ -11504,7 +11505,7 @@ class Printed:
             if cut:
                 self._read(bytes(rest) + data[:cut])
                 del rest[:]
-            rest.extend(data[cut:cut + max(0, LINE_BYTES - len(rest))])
+            rest.extend(data[cut:cut + max(0, _LINE_BYTES - len(rest))])
         return feed
 
     def _read(self, lines):
@@ -11663,7 +11664,7 @@ def _open_pty():
 def _write_out(number, data):
     """Write all of `data`, unless nobody is there to read it."""
     view = memoryview(data)
-    with WRITING:
+    with _WRITING:
         while view:
             try:
                 view = view[os.write(number, view):]
@@ -11673,7 +11674,7 @@ def _write_out(number, data):
                 return
 
 
-WRITING = threading.Lock()  # held while output of a job is written
+_WRITING = threading.Lock()  # held while output of a job is written
 
 
 class _Tee:
@@ -11764,7 +11765,7 @@ def told_left_s():
 
 def seconds_left(given_s=None):
     """Return the seconds that this process has: the least of `given_s` and what Slurm, PBS or a loop around it says."""
-    ends = [(read(os.environ[name]), name) for name, read in TIME_SOURCES.items() if os.environ.get(name)]
+    ends = [(read(os.environ[name]), name) for name, read in _TIME_SOURCES.items() if os.environ.get(name)]
     ends = [pair for pair in ends + [(given_s, "--time-limit")] if pair[0] is not None]
     left_s, name = min(ends, default=(math.inf, None))
     if name:
@@ -11814,8 +11815,8 @@ def _left_in_pbs(walltime_s):
 
 
 # variable -> function that returns the seconds left, from its text
-TIME_SOURCES = {"SLURM_JOB_END_TIME": _until, "SLURM_JOB_ID": _left_in_slurm, "PBS_WALLTIME": _left_in_pbs,
-                "LABTASKER_END_TIME": lambda _: _in_future(told_left_s())}
+_TIME_SOURCES = {"SLURM_JOB_END_TIME": _until, "SLURM_JOB_ID": _left_in_slurm, "PBS_WALLTIME": _left_in_pbs,
+                 "LABTASKER_END_TIME": lambda _: _in_future(told_left_s())}
 
 
 # ---- What a loop says: of a task, and at its end
@@ -11894,16 +11895,16 @@ def _squeezed(head, text, tail, width):
     return fitted(line, width).rstrip() if cells_wide(line) > width else line
 
 
-OPEN = ("pending", "retry")  # what became of a task that is to be run again
-ENDS = {"pending": "requeued", "retry": "to be retried",  # how a loop calls what became of a task
-        "taken": "taken over by another worker"}
-ENDINGS = {"success": "success in %s", "failed": "failed in %s", "retry": "failed in %s",
-           "pending": "requeued after %s, uncharged"}  # what the line of a run that took so long says
+_OPEN = ("pending", "retry")  # what became of a task that is to be run again
+_ENDS = {"pending": "requeued", "retry": "to be retried",  # how a loop calls what became of a task
+         "taken": "taken over by another worker"}
+_ENDINGS = {"success": "success in %s", "failed": "failed in %s", "retry": "failed in %s",
+            "pending": "requeued after %s, uncharged"}  # what the line of a run that took so long says
 
 
 def ending(task, state, took_s, summary, why):
     """Return what a run's line says of its end: what became of the task, after how long, its results or the error."""
-    words = ENDINGS.get(state, ENDS.get(state, state) + " after %s") % _lasting(took_s)
+    words = _ENDINGS.get(state, _ENDS.get(state, state) + " after %s") % _lasting(took_s)
     if state in ("failed", "retry"):
         words += ", attempt %d of %d" % (task.retries + 1, max(task.max_retries, task.retries + 1))
         words += " and no more, as each would fail" * (state == "failed" and task.retries + 1 < task.max_retries)
@@ -11943,7 +11944,7 @@ class Account:
         """Note what became of a task."""
         self.runs += 1
         self.tasks[task_id] = self.tasks.get(task_id, (self.begun,))[0], state
-        if state in OPEN:
+        if state in _OPEN:
             self.open.add(task_id)
         if len(self.tasks) > self.LATEST:
             self.older[self.tasks.popitem(last=False)[1][1]] += 1
@@ -11958,7 +11959,7 @@ class Account:
         """Return "8 tasks: 6 success, 2 failed (12 runs)", or nothing."""
         counts = self.counts()
         number = sum(counts.values())
-        words = ", ".join("%d %s" % (counts[state], ENDS.get(state, state)) for state in sorted(
+        words = ", ".join("%d %s" % (counts[state], _ENDS.get(state, state)) for state in sorted(
             counts, key=lambda state: (state != "success", state != "failed", state)))
         return "%d task%s: %s%s" % (number, "s"[number == 1:], words, " (%d runs)" % self.runs * (self.runs > number)
                                     ) if number else ""
@@ -12020,7 +12021,7 @@ SlotSpec.__new__.__defaults__ = ({}, {}, "")
 # GPUs are named as in the variable that says which of them are seen: by their index on the machine, or by their UUID
 # ("GPU-...", or "MIG-..." for a part of one). Where the variable is set, it lists all GPUs there are.
 
-MAX_JOBS = 256  # of a loop: each takes several file descriptors
+_MAX_JOBS = 256  # of a loop: each takes several file descriptors
 
 
 def make_slots(jobs=None, gpus=None, per_gpu=None):
@@ -12038,8 +12039,8 @@ def make_slots(jobs=None, gpus=None, per_gpu=None):
         gpus_per_job = max(1, len(chosen) // jobs)
         sets = [chosen[i:i + gpus_per_job] for i in range(0, len(chosen), gpus_per_job)]
     jobs = 1 if jobs is None else jobs
-    if not 1 <= jobs <= MAX_JOBS:
-        raise UsageError("--jobs: 1 to %d at once, not %d" % (MAX_JOBS, jobs))
+    if not 1 <= jobs <= _MAX_JOBS:
+        raise UsageError("--jobs: 1 to %d at once, not %d" % (_MAX_JOBS, jobs))
     return [_slot_spec(number, jobs, variable, sets[number % len(sets)]) for number in range(jobs)]
 
 
@@ -12148,7 +12149,7 @@ def retry_while_away(action, pause, limit_s):
                 remark("it is back")
             return answer
         pause(delay_s)
-        delay_s = min(delay_s * 2, LONGEST_PAUSE_S)
+        delay_s = min(delay_s * 2, _LONGEST_PAUSE_S)
 
 
 def deliver(task_id, status, summary=None, worker_id=None, run_id=None, reason=None, attempt=None, delay_s=None,
@@ -12271,7 +12272,7 @@ def deliver_kept(run=None):
     return count
 
 
-REPORT_KINDS = {"task_id": str, "run_id": str, "worker_id": str, "status": str, "summary": dict, "reason": str,
+_REPORT_KINDS = {"task_id": str, "run_id": str, "worker_id": str, "status": str, "summary": dict, "reason": str,
               "attempt": dict, "delay_s": float, "final": bool, "took_s": float, "queue": str, "store": str,
               "log": bool}
 
@@ -12279,12 +12280,12 @@ REPORT_KINDS = {"task_id": str, "run_id": str, "worker_id": str, "status": str, 
 def _read_saved_report(path):
     """Return the report in a file of the outbox, None if it is gone; raise OddFile if it is not a report."""
     try:
-        report = load_json(path, REPORT_KINDS, ("task_id", "status", "queue"))
+        report = load_json(path, _REPORT_KINDS, ("task_id", "status", "queue"))
     except OSError as error:
         if isinstance(error, PermissionError) or error.errno == errno.ELOOP or os.path.islink(path):
             raise OddFile("%s can't be read: %s" % (path, error.strerror)) from None
         return None  # it is gone, or the disk has a passing error
-    unknown = sorted(set(report) - set(REPORT_KINDS))
+    unknown = sorted(set(report) - set(_REPORT_KINDS))
     if unknown:
         raise OddFile("%s has a field %r, which this version does not know" % (path, unknown[0][:50]))
     if not NAME.match(report["task_id"]) or report["status"] not in REPORTS:
@@ -12340,7 +12341,7 @@ def post(run, report, pause=time.sleep, limit_s=lambda: SERVER_LOST_S):
             if not is_away(error):
                 raise
             rediscover_server()
-            run.away_until = monotonic() + AWAY_S
+            run.away_until = monotonic() + _AWAY_S
     try:
         keep_report(run, timed)
         return False
@@ -12402,7 +12403,7 @@ class Run:
         self.current_path = None  # of a function's run: the file that names what its loop runs now
         self.printed = None  # Printed, where values are read from what the job prints
         self.noted = {}  # what this process wrote into summary.json
-        self.task_dir = os.path.join(os.path.dirname(self.log_dir), TASK_FOLDER)
+        self.task_dir = os.path.join(os.path.dirname(self.log_dir), _TASK_FOLDER)
 
     def attempt(self):
         """Return the number of this run of its task, from 1 on."""
@@ -12526,9 +12527,9 @@ class Run:
         a fork server): they would take what they were started with for what runs now."""
         if not os.path.isdir(self.log_dir):
             return
-        path = CURRENT_PATHS.setdefault((os.getpid(), threading.get_ident()), self.path("current.json"))
+        path = _CURRENT_PATHS.setdefault((os.getpid(), threading.get_ident()), self.path("current.json"))
         if not os.path.isdir(os.path.dirname(path)):  # the run that it lay in was removed
-            CURRENT_PATHS[os.getpid(), threading.get_ident()] = path = self.path("current.json")
+            _CURRENT_PATHS[os.getpid(), threading.get_ident()] = path = self.path("current.json")
         write_json(path, {"task_id": self.task_id, "run_id": self.run_id or "", "worker_id": self.worker_id or "",
                           "log_dir": self.log_dir})
         self.current_path = path if os.path.exists(path) else None
@@ -12545,13 +12546,13 @@ class Run:
         """Note that the job was told to stop, also in a file for its processes."""
         self.move("stop")
         if os.path.isdir(self.log_dir):
-            write_json(self.path(STOP_FILE), {"signal": signal_name(signum)})
+            write_json(self.path(_STOP_FILE), {"signal": signal_name(signum)})
 
     def ended_by_job(self):
         """Return the status that the job itself has set, from any of its processes; None if it has not."""
         if self.ended is None:
             status = read_json(self.path("status.json"), {"status": str}).get("status")
-            self.ended = status if status in ENDS_OF_JOBS else None
+            self.ended = status if status in _ENDS_OF_JOBS else None
         return self.ended
 
     def has_log_dir(self):
@@ -12600,16 +12601,16 @@ JOB_VARIABLES = collections.OrderedDict([  # variable: what `help loop` says of 
     ("LABTASKER_END_TIME", "when the loop's time is up, in seconds since 1970; not set without a limit"),
     ("PYTHONPATH", "with the folder of labtasker.py at its end, so that `import labtasker` works"),
 ])
-STOP_FILE = "stop.json"
-TASK_FOLDER = "files"  # beside the runs of a task: what its attempts keep for each other
-ENDS_OF_JOBS = ("success", "failed", "cancelled", "pending")  # what a job may set its own task to
+_STOP_FILE = "stop.json"
+_TASK_FOLDER = "files"  # beside the runs of a task: what its attempts keep for each other
+_ENDS_OF_JOBS = ("success", "failed", "cancelled", "pending")  # what a job may set its own task to
 RUNS = {}  # thread or, for a job's process, its task and run -> Run
-CURRENT_PATHS = {}  # (process, thread) that calls functions -> its file current.json, in the folder of its first run
-CURRENT_KINDS = {"task_id": str, "run_id": str, "worker_id": str, "log_dir": str}
+_CURRENT_PATHS = {}  # (process, thread) that calls functions -> its file current.json, in the folder of its first run
+_CURRENT_KINDS = {"task_id": str, "run_id": str, "worker_id": str, "log_dir": str}
 SERVER_LOST_S = 3600  # how long a server may be away
-AWAY_S = 10  # after a report that could not be delivered: how long later ones are saved without trying
+_AWAY_S = 10  # after a report that could not be delivered: how long later ones are saved without trying
 LOST_GRACE_S = 1  # from TERM to KILL for the job of a task that was cancelled or taken away
-LONGEST_PAUSE_S = 5  # between two looks whether the server is back
+_LONGEST_PAUSE_S = 5  # between two looks whether the server is back
 
 
 def store_id():
@@ -12654,13 +12655,13 @@ def _current_of(run, path):
 
     A worker of a pool takes part in one run after another; a program belongs to the run that has started it, or to
     none."""
-    current = read_json(path, CURRENT_KINDS)
+    current = read_json(path, _CURRENT_KINDS)
     if (current.get("task_id"), current.get("run_id")) == (run.task_id, run.run_id or ""):
         return run
     process = sys.modules.get("multiprocessing.process")
     is_worker = run.task or process and process.current_process()._parent_pid is not None  # forked, or of a pool
-    is_whole = set(current) == set(CURRENT_KINDS)
-    return _job_run(*(current[name] for name in CURRENT_KINDS)) if is_worker and is_whole else None
+    is_whole = set(current) == set(_CURRENT_KINDS)
+    return _job_run(*(current[name] for name in _CURRENT_KINDS)) if is_worker and is_whole else None
 
 
 def _job_run(task_id, run_id, worker_id, log_dir):
@@ -12803,10 +12804,10 @@ def preempted():
         return "stop" in run.events
     if threading.current_thread() is threading.main_thread():
         _hear_of_stops()
-    return bool(STOPS) or run is not None and bool(read_json(run.path(STOP_FILE), {"signal": str}))
+    return bool(_STOPS) or run is not None and bool(read_json(run.path(_STOP_FILE), {"signal": str}))
 
 
-STOPS = []  # signals that told this process to stop, since it asks
+_STOPS = []  # signals that told this process to stop, since it asks
 
 
 def _hear_of_stops():
@@ -12817,7 +12818,7 @@ def _hear_of_stops():
     def note_stop(signum, frame):
         if os.getpid() != own_pid:
             _die_of(signum)
-        STOPS.append(signum)
+        _STOPS.append(signum)
     for signum in loop_signals():
         if signal.getsignal(signum) == signal.SIG_DFL:
             signal.signal(signum, note_stop)
@@ -12855,9 +12856,9 @@ class Wake:
             for signum in self.signals:
                 if not self._is_taken(signum):
                     self._handle(signum)
-            if not WAKES and hasattr(os, "register_at_fork"):  # not before 3.7, where `_in_child` has to do
+            if not _WAKES and hasattr(os, "register_at_fork"):  # not before 3.7, where `_in_child` has to do
                 os.register_at_fork(after_in_child=_leave_loops)
-            WAKES.append(self)
+            _WAKES.append(self)
         return self
 
     def _open_pipe(self):
@@ -12962,12 +12963,12 @@ class Wake:
             os.read(self.read_end, 4096)
 
 
-WAKES = []  # those that handle, or handled, signals in this process
+_WAKES = []  # those that handle, or handled, signals in this process
 
 
 def _leave_loops():
     """Restore the signals in a process that a function forked, such as a data loader."""
-    for wake in reversed(WAKES):
+    for wake in reversed(_WAKES):
         wake.restore()
 
 
@@ -13258,7 +13259,7 @@ class Limit:
 
     def __init__(self, left_s, grace_s, drain_before_s, eta_max_s):
         self.end_at, self.end_time = monotonic() + left_s, now() + left_s
-        self.kill_at = self.end_at - min(HAND_BACK_S, left_s / 4)
+        self.kill_at = self.end_at - min(_HAND_BACK_S, left_s / 4)
         self.stop_at = max(self.kill_at - grace_s, self.end_at - left_s / 2)
         self.start_until = min(self.stop_at - eta_max_s, self.end_at - drain_before_s)
 
@@ -13302,7 +13303,7 @@ SLOT_MOVES = {
 }
 
 
-GRACE_S = 10  # from the signal that stops the loop to KILL
+_GRACE_S = 10  # from the signal that stops the loop to KILL
 LOOP_OPTIONS = {  # each is a parameter of command_loop(), an option of the command, and an attribute of Loop.options
     "shell": Option("-c --cmd TEXT", "text", None, "a command line for the shell"),
     "script_path": Option("--script-path FILE", "text", None, "a script for a shell or Python"),
@@ -13325,7 +13326,7 @@ LOOP_OPTIONS = {  # each is a parameter of command_loop(), an option of the comm
     "max_tasks": Option("--max-tasks N", "count", None, "end after N tasks"),
     "fail": Option("--fail", "flag", False, "exit with 4 if a task that it ran has failed"),
     "idle_timeout_s": Option("--idle-timeout TIME", "seconds", None, "wait this long for new tasks, then end"),
-    "grace_s": Option("--grace TIME", "seconds", GRACE_S, "time between a job's stop signal and KILL (%d)" % GRACE_S),
+    "grace_s": Option("--grace TIME", "seconds", _GRACE_S, "time between a job's stop signal and KILL (%d)" % _GRACE_S),
     "server_lost_s": Option("--server-lost TIME", "seconds", SERVER_LOST_S,
                             "wait this long for a server that is away (1h)"),
     "use_pty": Option("use-pty", "switch", True, "use a pseudo-terminal (the default), or pipes"),
@@ -13431,7 +13432,7 @@ class Loop:
         try:
             thread = threading.Thread(target=end, daemon=True)
             start_thread(thread)
-            thread.join(END_WORKER_S)
+            thread.join(_END_WORKER_S)
         except LabtaskerRuntimeError:  # no thread is left
             pass
 
@@ -13579,9 +13580,9 @@ class Loop:
             return None
         pause_s, until = self.resting.get(run.task_id, (0, 0))
         is_plain = client().transport.extensions is False
-        if not is_plain or monotonic() > until + LONGEST_HAND_BACK_S:
+        if not is_plain or monotonic() > until + _LONGEST_HAND_BACK_S:
             pause_s = pause_before(run.task)
-        pause_s = float(max(outcome.delay_s, min(2 * pause_s or FIRST_PAUSE_S, LONGEST_HAND_BACK_S)))
+        pause_s = float(max(outcome.delay_s, min(2 * pause_s or FIRST_PAUSE_S, _LONGEST_HAND_BACK_S)))
         if is_plain:
             self.resting[run.task_id] = pause_s, monotonic() + pause_s
         return pause_s
@@ -13619,9 +13620,9 @@ def _tell_left(loop):
     can't be true. Where the store can't be asked nothing is printed."""
     required, given = loop.request.get("required_fields") or (), loop.request.get("extra_filter")
     try:
-        pending = ls_tasks(status="pending", extra_filter=given, limit=MOST_LEFT).content if loop.why_not else []
+        pending = ls_tasks(status="pending", extra_filter=given, limit=_MOST_LEFT).content if loop.why_not else []
         is_none = given and not (pending or loop.account.begun)
-        hidden = ls_tasks(status="pending", limit=MOST_LEFT).content if is_none else []
+        hidden = ls_tasks(status="pending", limit=_MOST_LEFT).content if is_none else []
         doubtful = unmatched({"status": "pending", "extra_filter": given}) if not loop.account.runs else ()
         lines = list(left_tasks(required, pending, hidden, loop.why_not)) + ["filter: " + text for text in doubtful]
     except LabtaskerError:
@@ -13777,7 +13778,7 @@ class Slot:
             return self.loop.execute(self, run)
         except Exception as error:
             why = "the loop could not run it: %s" % exception_summary(error)["message"]
-            self.close(run, Outcome("pending", reason=why[:REASON_LIMIT]))
+            self.close(run, Outcome("pending", reason=why[:_REASON_LIMIT]))
             raise
 
     def _fetch(self):
@@ -13786,7 +13787,7 @@ class Slot:
         left_s, seen = loop.idle_left_s(), _file_stamp()
         wait_s = max(0, min(left_s, IDLE_WAIT_S, loop.limit.start_until - began))
         if loop.retry_at > -math.inf:
-            wait_s = max(0, min(wait_s, loop.retry_at + WATCH_S - began))
+            wait_s = max(0, min(wait_s, loop.retry_at + _WATCH_S - began))
         task, left, is_ended = self._ask(None if seen else wait_s)
         if task:
             run = Run(task.task_id, task.run_id, loop.request["worker_id"], task)
@@ -13803,7 +13804,7 @@ class Slot:
             loop.move("emptied")
         until = min(began + min(wait_s, LOOK_S), loop.retry_at if loop.retry_at > -math.inf else math.inf)
         while seen and seen == _file_stamp() and monotonic() < until and not loop.is_in_vain():
-            self.pause(min(WATCH_S, wait_s))
+            self.pause(min(_WATCH_S, wait_s))
         if not seen and monotonic() - began < 0.5 and not is_ended:  # the server did not wait
             self.pause(min(wait_s, 1))
         return None
@@ -13852,7 +13853,7 @@ class Slot:
         """Have the server answer the fetch under way; call it from any thread. A task that it has been given comes with
         the answer. A fetch that was just sent gets some time, unless the loop must leave."""
         fetch = self.fetch
-        is_young = fetch and not self.loop.is_over() and monotonic() - fetch.began < ANSWER_S
+        is_young = fetch and not self.loop.is_over() and monotonic() - fetch.began < _ANSWER_S
         if fetch and not fetch.is_ended and not is_young:
             fetch.is_ended = True
             threading.Thread(target=fetch.end, daemon=True).start()
@@ -13882,7 +13883,7 @@ class Slot:
         if status is not None:
             outcome = outcome._replace(summary=run.results(outcome.summary))
         if status == "failed":
-            facts["reason"] = failure_text(outcome.summary or {})[:REASON_LIMIT]
+            facts["reason"] = failure_text(outcome.summary or {})[:_REASON_LIMIT]
         if run.ended_by_job():
             status = run.ended
             results = {key: value for key, value in (outcome.summary or {}).items() if key not in ERRORS}
@@ -13927,7 +13928,7 @@ class Slot:
                 pass
 
 
-UNTAKEN = (400, 413, 422)  # a server may refuse the summary: then the end is reported without it
+_UNTAKEN = (400, 413, 422)  # a server may refuse the summary: then the end is reported without it
 
 
 def _state_after(run, status, is_final):
@@ -13947,15 +13948,15 @@ def _send_outcome(slot, run, outcome, facts):
             "reason": outcome.reason, "attempt": facts or None, "delay_s": slot.loop.pause_of(run, outcome),
             "final": outcome.is_final or None}, **log))
     except LabtaskerHTTPStatusError as error:
-        if error.status_code not in (404, 409) + UNTAKEN:
+        if error.status_code not in (404, 409) + _UNTAKEN:
             raise
         if not run.ended:
             slot.remark("task %s: the report of %r was refused: %s" % (run.task_id, outcome.status, error))
-        if error.status_code not in UNTAKEN or not (outcome.summary or facts or log):
+        if error.status_code not in _UNTAKEN or not (outcome.summary or facts or log):
             return None
         run.may_send_log = False
         failure = {"labtasker_error": "%s (its summary was refused: %s)" % (
-            failure_text(outcome.summary or {})[:REASON_LIMIT], error)} if outcome.status == "failed" else None
+            failure_text(outcome.summary or {})[:_REASON_LIMIT], error)} if outcome.status == "failed" else None
         return _send_outcome(slot, run, outcome._replace(summary=failure), None)
     if not delivered:
         slot.remark("task %s: the server is unreachable; the report is saved in %s until it is back" % (
@@ -13986,18 +13987,18 @@ def _file_stamp():
 
 IDLE_WAIT_S = 50  # a wait for tasks on the server's side
 LOOK_S = OWNER_LAPSE_S / 3  # how often an idle loop without a server asks for tasks though its file did not change
-WATCH_S = 0.5  # how often it looks whether the file has changed
-ANSWER_S = 0.5  # how long the answer to a fetch is waited for before the server is told that nobody waits for it
-END_WORKER_S = 2  # how long a loop tries to tell that it has ended
+_WATCH_S = 0.5  # how often it looks whether the file has changed
+_ANSWER_S = 0.5  # how long the answer to a fetch is waited for before the server is told that nobody waits for it
+_END_WORKER_S = 2  # how long a loop tries to tell that it has ended
 FETCH_CUT_S = 2  # how long a loop that must leave waits for the answer to a fetch
-HAND_BACK_S = 5  # before the time is up: for handing back what was killed then
+_HAND_BACK_S = 5  # before the time is up: for handing back what was killed then
 LEAVING_S = 10  # how long a loop that must leave tries to hand its task back
 TASKS_FAILED = 4  # the exit code where tasks have failed for good, if that was asked
-MOST_LEFT = 1000  # pending tasks that a loop that ends looks at
-OWN_SIGNAL_S = 1  # after a job died of a signal: how long the loop waits for the same one
-REASON_LIMIT = 300  # letters of the reason that an attempt keeps
-FIRST_PAUSE_S, LONGEST_HAND_BACK_S = 1.0, 60.0  # of a task whose job can't work now; doubled each time
-WORKER_MAX_RETRIES = 1000000  # of a loop's own worker: its tasks fail for reasons of their own
+_MOST_LEFT = 1000  # pending tasks that a loop that ends looks at
+_OWN_SIGNAL_S = 1  # after a job died of a signal: how long the loop waits for the same one
+_REASON_LIMIT = 300  # letters of the reason that an attempt keeps
+FIRST_PAUSE_S, _LONGEST_HAND_BACK_S = 1.0, 60.0  # of a task whose job can't work now; doubled each time
+_WORKER_MAX_RETRIES = 1000000  # of a loop's own worker: its tasks fail for reasons of their own
 LOOP_SETTINGS = {"on_internal_error": None, "prompt_on_failure": False}
 
 
@@ -14016,7 +14017,7 @@ def _default_worker():
     """Return what a loop registers its worker with."""
     host = _host_name()
     return {"worker_name": "%s-%d" % (re.sub(r"[^a-zA-Z0-9_-]", "-", host)[:80], os.getpid()),
-            "metadata": {"host": host, "pid": os.getpid()}, "max_retries": WORKER_MAX_RETRIES}
+            "metadata": {"host": host, "pid": os.getpid()}, "max_retries": _WORKER_MAX_RETRIES}
 
 
 def pause_before(task):
@@ -14026,10 +14027,10 @@ def pause_before(task):
     count = 0
     for attempt in reversed((task.attempts or [])[:-1]):  # the last is the one that was just run
         times = [parse_time(attempt[name]) for name in ("start", "end") if attempt.get(name)]
-        if attempt.get("status") != "pending" or len(times) < 2 or times[1] - times[0] > LONGEST_HAND_BACK_S:
+        if attempt.get("status") != "pending" or len(times) < 2 or times[1] - times[0] > _LONGEST_HAND_BACK_S:
             break
         count += 1
-    return 0 if count == 0 else min(FIRST_PAUSE_S * 2 ** (count - 1), LONGEST_HAND_BACK_S)
+    return 0 if count == 0 else min(FIRST_PAUSE_S * 2 ** (count - 1), _LONGEST_HAND_BACK_S)
 
 
 def describe(task):
@@ -14408,7 +14409,7 @@ def _remove_script(path):
 def _is_of_own_signal(slot, code):
     """Return whether a job died of a signal that the loop got too: schedulers send it to every process at once."""
     number = -code if code < 0 else code - 128  # a shell's way to say that what it ran died of a signal
-    give_up_at = monotonic() + OWN_SIGNAL_S
+    give_up_at = monotonic() + _OWN_SIGNAL_S
     while number in loop_signals() and not slot.wake.stop and monotonic() < give_up_at:
         slot.pause(give_up_at - monotonic())
     return number in loop_signals() and bool(slot.wake.stop)
@@ -14445,7 +14446,7 @@ def watch(slot, run, process):
 # The references that help prints. Uses 1 to 7, 10, 11. Tests: test_cli.py, test_values.py, test_terminal.py.
 
 
-COLOURED = Pattern("(\x1b\\[[0-9;]*m)")
+_COLOURED = Pattern("(\x1b\\[[0-9;]*m)")
 
 
 def say(text):
@@ -14454,7 +14455,7 @@ def say(text):
     What the encoding lacks is escaped on a terminal, and where PYTHONIOENCODING asks for that encoding. A file or pipe
     gets UTF-8 otherwise, as from Python 3.7 on in the locale C."""
     if is_terminal(sys.stdout):
-        text = "".join(piece if at % 2 else clean(piece) for at, piece in enumerate(COLOURED.split(text)))
+        text = "".join(piece if at % 2 else clean(piece) for at, piece in enumerate(_COLOURED.split(text)))
     try:
         sys.stdout.write(text + "\n")
     except UnicodeEncodeError:
@@ -14524,9 +14525,9 @@ def _table_line(row, widths, painted):
 Chosen = collections.namedtuple("Chosen", "columns telling same")
 
 GROUPS = ("status", "task_name", "args", "cmd", "summary", "error", "retries", "duration", "worker_id", "created_at")
-BY_CHANCE = {"duration", "created_at"}  # that these are alike in some rows says nothing
+_BY_CHANCE = {"duration", "created_at"}  # that these are alike in some rows says nothing
 WIDEST, WIDEST_ERROR = 20, 36  # cells that a column wants before others get a place
-CUT = 12  # cells that a longer text is cut to before it goes without a place: no number is longer
+_CUT = 12  # cells that a longer text is cut to before it goes without a place: no number is longer
 
 
 def choose_columns(rows, kept=()):
@@ -14540,9 +14541,9 @@ def choose_columns(rows, kept=()):
             counts = found.get(field)
             if counts is None:
                 values[field], counts = value, found.setdefault(field, {})
-            text = "" if field in BY_CHANCE else exact(value)
+            text = "" if field in _BY_CHANCE else exact(value)
             counts[text] = counts.get(text, 0) + 1
-    is_alike = {field: rows[1:] and max(counts.values()) == len(rows) and field not in BY_CHANCE
+    is_alike = {field: rows[1:] and max(counts.values()) == len(rows) and field not in _BY_CHANCE
                 for field, counts in found.items()}
     groups = {group: [] for group in GROUPS}
     for field in found:
@@ -14586,7 +14587,7 @@ def fit_columns(telling, wants, room, kept=()):
     for field in telling:
         least = wants[field][0]
         if least + 2 > left and field not in kept:
-            least = min(least, max(left - 2, CUT))
+            least = min(least, max(left - 2, _CUT))
         if least + 2 <= left or field in kept or not cells:
             cells[field], left = least, left - least - 2
     for field in cells:
@@ -14701,12 +14702,12 @@ def as_jsonl(rows):
     return "\n".join(map(json.dumps, rows))
 
 
-YAML_PLAIN = r"(?ai)(?!(?:true|false|yes|no|on|off|null|y|n)\Z)[a-z_/][\w./@+-]*(?: [\w./@+-]+)*\Z"
+_YAML_PLAIN = r"(?ai)(?!(?:true|false|yes|no|on|off|null|y|n)\Z)[a-z_/][\w./@+-]*(?: [\w./@+-]+)*\Z"
 
 
 def _yaml_scalar(value, indent=""):
     """Return a JSON value that is no filled dict or list as YAML 1.1 and 1.2 both read it."""
-    if isinstance(value, str) and re.match(YAML_PLAIN, value):
+    if isinstance(value, str) and re.match(_YAML_PLAIN, value):
         return value
     if isinstance(value, str):
         quoted = json.dumps(value, ensure_ascii=False)
@@ -14762,27 +14763,27 @@ def as_csv(rows, columns=()):
 
 WRITERS = {"json": lambda rows, columns: json.dumps(rows, indent=2), "jsonl": lambda rows, columns: as_jsonl(rows),
            "yaml": lambda rows, columns: as_yaml(rows), "csv": as_csv}
-RECORD_WRITERS = {"json": lambda row: json.dumps(row, indent=2), "jsonl": lambda row: as_jsonl([row]),
-                  "yaml": lambda row: "\n".join(_yaml_lines(row)), "csv": lambda row: as_csv([row])}
+_RECORD_WRITERS = {"json": lambda row: json.dumps(row, indent=2), "jsonl": lambda row: as_jsonl([row]),
+                   "yaml": lambda row: "\n".join(_yaml_lines(row)), "csv": lambda row: as_csv([row])}
 FORMATS = ("json", "jsonl", "yaml", "csv")
 
 
 def record_text(row, fmt="yaml"):
     """Return one dict as text in one of FORMATS."""
-    return RECORD_WRITERS[fmt](row)
+    return _RECORD_WRITERS[fmt](row)
 
 
 # ---- Values that a person typed
 WORD = Pattern(r"(?!(?:True|False|None)\Z)[A-Za-z_][A-Za-z0-9_./-]*\Z")  # that is no literal, nor can begin one
-SHORT_NUMBER = Pattern(r"-?(?:0|[1-9][0-9]{0,14})\Z|-?(?=[0-9.]{3,16}\Z)(?:0|[1-9][0-9]*)\.[0-9]+\Z")  # never lossy
-DECIMAL = Pattern(r"[-+]?(?:(?:0|[1-9][0-9]*)(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][-+]?[0-9]+)?\Z")
-NUMBERS_OF_LITERAL = Pattern(r"""(?s)('(?:\\.|[^'\\])*'|"(?:\\.|[^"\\])*")"""
-                             r"""|(?<![\w.)\]'"])[-+]?\.?[0-9](?:[eE][-+](?=[0-9])|[\w.])*""")
+_SHORT_NUMBER = Pattern(r"-?(?:0|[1-9][0-9]{0,14})\Z|-?(?=[0-9.]{3,16}\Z)(?:0|[1-9][0-9]*)\.[0-9]+\Z")  # never lossy
+_DECIMAL = Pattern(r"[-+]?(?:(?:0|[1-9][0-9]*)(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][-+]?[0-9]+)?\Z")
+_NUMBERS_OF_LITERAL = Pattern(r"""(?s)('(?:\\.|[^'\\])*'|"(?:\\.|[^"\\])*")"""
+                              r"""|(?<![\w.)\]'"])[-+]?\.?[0-9](?:[eE][-+](?=[0-9])|[\w.])*""")
 
 
 def _number_or_text(text, read=float):
     """Return the number that `text` is, or the text itself where the number would be written as another one."""
-    if SHORT_NUMBER.match(text):
+    if _SHORT_NUMBER.match(text):
         return json.loads(text)
     import decimal
     try:
@@ -14799,9 +14800,9 @@ def _kept_numbers(text):
         word = match.group()
         if match.group(1) or word[-1] in "jJ":
             return word
-        is_kept = DECIMAL.match(word) and _number_or_text(word, int if word.strip("+-").isdigit() else float) != word
+        is_kept = _DECIMAL.match(word) and _number_or_text(word, int if word.strip("+-").isdigit() else float) != word
         return word if is_kept else json.dumps(word)
-    return NUMBERS_OF_LITERAL.sub(kept, text)
+    return _NUMBERS_OF_LITERAL.sub(kept, text)
 
 
 def literal(text):
@@ -14809,7 +14810,7 @@ def literal(text):
 
     A number in it that can't be written again as it stands (31e8473, 2024_01_15) stays text too. Most are seen at a
     glance; `ast` is slow to import."""
-    if SHORT_NUMBER.match(text):
+    if _SHORT_NUMBER.match(text):
         return json.loads(text)
     if WORD.match(text):
         return text
@@ -14850,7 +14851,7 @@ def dict_of(text, what):
 
 
 # ---- Files, stdin, answers
-SILENCE_S = 1.0  # after which a command says that it reads what nobody types
+_SILENCE_S = 1.0  # after which a command says that it reads what nobody types
 
 
 def read_text(path, what="what to do"):
@@ -14867,7 +14868,7 @@ def _tell_silence(what):
     """Write a note where stdin is a pipe or the like from which nothing comes within a second."""
     import select
     try:
-        is_silent = sys.stdin and not select.select([sys.stdin], [], [], SILENCE_S)[0]
+        is_silent = sys.stdin and not select.select([sys.stdin], [], [], _SILENCE_S)[0]
     except (OSError, ValueError):  # it has no descriptor, or one that can't be asked
         return
     if is_silent:
@@ -14905,7 +14906,7 @@ def confirm(question, option, given):
 
 
 # ---- Task arguments: `-- --lr=0.1 --model resnet`, --args, --grid, --from
-ARGUMENT = r"(?s)--?([^=\s-][^=]*)(?:=(.*))?\Z"
+_ARGUMENT = r"(?s)--?([^=\s-][^=]*)(?:=(.*))?\Z"
 RANGE = r"(?i){0}:{0}:{0}\Z".format(r"(-?[\d.]+(?:e-?\d+)?)")
 SUBMISSION_FIELDS = [name for name, field in SUBMITTED.items() if field.flag]
 
@@ -14915,7 +14916,7 @@ def typed_arguments(words):
     found, words = {}, collections.deque(words)
     while words:
         word = words.popleft()
-        match = re.match(ARGUMENT, word)
+        match = re.match(_ARGUMENT, word)
         if not match:
             last = list(found)[-1:]
             raise UsageError("task arguments look like --name=value, not %r%s" % (word, last and (
@@ -15073,12 +15074,12 @@ def code_for(error):
     status = getattr(error, "status_code", None) or getattr(error, "status", None)
     if isinstance(error, (UsageError, SyntaxMistake, UnicodeDecodeError)) or status == 422:
         return 2
-    is_damaged = isinstance(error, StoreDamaged) or re.search(DAMAGED, str(error))  # of it the wire has the words alone
+    is_damaged = isinstance(error, StoreDamaged) or re.search(_DAMAGED, str(error))  # the wire has its words alone
     is_away = isinstance(error, LabtaskerConnectError) or status in (401, 502, 503, 504)
     return 3 if is_away and not is_damaged else 1
 
 
-DAMAGED = "is damaged, and was|is not the header of a Labtasker journal|this one, version .*, does not know"
+_DAMAGED = "is damaged, and was|is not the header of a Labtasker journal|this one, version .*, does not know"
 EXIT_CODES = {
     0: "done",
     1: "refused, not found, damaged",
@@ -15414,12 +15415,12 @@ TASK_COLUMNS = {
     "args": lambda task: pairs(task.args) or brief(task.cmd or ""),
     "summary": lambda task: outcome(task),
 }
-TASK_COLUMNS_MORE = {
+_TASK_COLUMNS_MORE = {
     "priority": lambda task: str(task.priority),
     "worker": lambda task: task.worker_id or "",
     "metadata": lambda task: pairs(task.metadata),
 }
-WORKER_COLUMNS = {
+_WORKER_COLUMNS = {
     "status": lambda worker: "ended" if vars(worker).get("ended_at") else worker.status,
     "name": lambda worker: worker.worker_name or "",
     "age": lambda worker: age(worker.created_at),
@@ -15427,10 +15428,10 @@ WORKER_COLUMNS = {
     "metadata": lambda worker: pairs(worker.metadata),
 }
 SHORT = {"id": "task_id", "name": "task_name", "worker": "worker_id"}  # what a table calls these fields
-TITLES = {field: name for name, field in SHORT.items() if name != "id"}
-TITLES["created_at"] = "age"
-HEADS = {"id"}.union(TITLES.values(), set(GROUPS) - set(TITLES))  # that no argument's column may have
-CELLS = {  # field of a row: its text; those of other fields are `brief`
+_TITLES = {field: name for name, field in SHORT.items() if name != "id"}
+_TITLES["created_at"] = "age"
+_HEADS = {"id"}.union(_TITLES.values(), set(GROUPS) - set(_TITLES))  # that no argument's column may have
+_CELLS = {  # field of a row: its text; those of other fields are `brief`
     "status": str, "task_name": str, "error": str, "retries": str, "created_at": lambda value: age(value),
     "duration": spent, "worker_id": lambda value: value[:8]}
 
@@ -15519,8 +15520,8 @@ def row_of(task, most=None):
 
 def _heads_of(chosen):
     """Return {field: what stands above its column}: of args.lr, lr, where that is no other's."""
-    names = {field: TITLES.get(field, field) for field in chosen.columns + list(chosen.same)}
-    return shortened(names, r"\A(args|summary)\.", HEADS)
+    names = {field: _TITLES.get(field, field) for field in chosen.columns + list(chosen.same)}
+    return shortened(names, r"\A(args|summary)\.", _HEADS)
 
 
 def lay_out(rows, chosen, room, kept=()):
@@ -15528,7 +15529,7 @@ def lay_out(rows, chosen, room, kept=()):
 
     Numbers get fewer digits before a column goes without a place; those of `kept` stay whole."""
     heads, wants, columns = _heads_of(chosen), {}, {}
-    tails = shortened(heads, r".*\.", HEADS)
+    tails = shortened(heads, r".*\.", _HEADS)
     for field in chosen.columns:
         least, most = columns[field] = [_column(rows, field, digits) for digits in (6 if field in kept else 4, 6)]
         wants[field] = [max(map(cells_wide, [tails[field]] + texts)) for texts in (least, most)]
@@ -15544,7 +15545,7 @@ def lay_out(rows, chosen, room, kept=()):
 def _column(rows, field, digits):
     """Return the texts of a column; a row without a value has an empty one."""
     there = [row[field] for row in rows if field in row]
-    told = map(CELLS[field], there) if field in CELLS else texts_of(there, digits, field.startswith("args."))
+    told = map(_CELLS[field], there) if field in _CELLS else texts_of(there, digits, field.startswith("args."))
     texts = iter(list(told))
     return [clean(next(texts), "") if field in row else "" for row in rows]
 
@@ -15552,11 +15553,11 @@ def _column(rows, field, digits):
 def alike_lines(chosen, shown, room):
     """Return lines that tell what all rows have alike, and which arguments and results have no place."""
     heads = _heads_of(chosen)
-    words = [clean("%s=%s" % (heads[field], CELLS.get(field, brief)(value)), "")
+    words = [clean("%s=%s" % (heads[field], _CELLS.get(field, brief)(value)), "")
              for field, value in chosen.same.items()]
     lines = wrapped(["same in all:"] + words, room) if words else []
     missing = [heads[field] for field in chosen.telling
-               if field not in shown and (field not in CELLS or field == "task_name")]
+               if field not in shown and (field not in _CELLS or field == "task_name")]
     more = ["and %d more" % (len(missing) - 5)] if missing[6:] else missing[5:]
     return lines + (wrapped(["no room for:"] + missing[:5] + more + ["(--columns chooses)"], room) if missing else [])
 
@@ -15607,11 +15608,11 @@ def _item_table(items, options):
     """Return tasks or workers as a table that fits the terminal; --verbose cuts nothing."""
     is_task, size, ids = isinstance(items[0], Task), 36, ids_of(items)
     room = 10 ** 9 if options.verbose else screen_size()[0] if is_terminal(sys.stdout) else 1000
-    columns = WORKER_COLUMNS
+    columns = _WORKER_COLUMNS
     if is_task:
         size = 36 if options.verbose else 8
         columns = _chosen_columns(_column_names(options)) if options.columns else dict(
-            TASK_COLUMNS, **TASK_COLUMNS_MORE) if options.verbose else TASK_COLUMNS
+            TASK_COLUMNS, **_TASK_COLUMNS_MORE) if options.verbose else TASK_COLUMNS
     while len({text[:size] for text in ids}) < len(ids):
         size += 1
     heads = [text[:size] for text in ids]
@@ -16023,7 +16024,7 @@ def _paces(query, until=math.inf):
         time.sleep(max(0, min(30, until - monotonic(), max(REFRESH_S, 10 * (monotonic() - began)))))
 
 
-TIME_IS_UP = 124  # the exit code
+_TIME_IS_UP = 124  # the exit code
 
 
 def do_task_wait(options):
@@ -16032,7 +16033,7 @@ def do_task_wait(options):
     until = math.inf if options.timeout is None else monotonic() + options.timeout
     last, idle_at, is_told = collections.Counter(), math.inf, options.quiet
     looks = _paces(query, until) if has_bar else poll_counts(
-        query, lambda: IDLE_WAIT_S if is_told or last["running"] else NO_LOOP_S, until)
+        query, lambda: IDLE_WAIT_S if is_told or last["running"] else _NO_LOOP_S, until)
     for found in looks:
         counts = found.counts
         is_over, is_idle = not counts["pending"] + counts["running"], not counts["running"]
@@ -16046,15 +16047,15 @@ def do_task_wait(options):
         if is_over:
             return TASKS_FAILED if counts["failed"] else 0
         last, idle_at = counts, min(idle_at, monotonic()) if is_idle else math.inf
-        if not is_told and monotonic() - idle_at >= NO_LOOP_S:
+        if not is_told and monotonic() - idle_at >= _NO_LOOP_S:
             is_told = _tell_no_loop(query, counts, "\r\x1b[K" * has_bar)
     if not options.quiet:
         note("\n" * has_bar + "The time is up: %s." % in_states(last))
         is_told or last["running"] or _tell_no_loop(query, last)
-    return TIME_IS_UP
+    return _TIME_IS_UP
 
 
-NO_LOOP_S = 2.0  # nothing runs for so long: else a loop may just begin, or be between two tasks
+_NO_LOOP_S = 2.0  # nothing runs for so long: else a loop may just begin, or be between two tasks
 
 
 def _tell_no_loop(query, counts, head=""):
@@ -16235,7 +16236,7 @@ def _is_under_way(task_id, run_id):
     return task.status == "running" and task.run_id == run_id
 
 
-POLL_S, LOOK_S = 0.2, 1.0  # between two looks at a file that grows, and at the task whose output it is
+_POLL_S, LOOK_S = 0.2, 1.0  # between two looks at a file that grows, and at the task whose output it is
 
 
 def _follow_log(path, goes_on):
@@ -16245,7 +16246,7 @@ def _follow_log(path, goes_on):
         if time.monotonic() >= look_at:  # before the reading: what came until the end is printed too
             is_going, look_at = goes_on(), time.monotonic() + LOOK_S
         position = _print_from(path, position)
-        time.sleep(POLL_S if is_going else 0)
+        time.sleep(_POLL_S if is_going else 0)
 
 
 def _print_from(path, position):
@@ -16262,15 +16263,15 @@ def _print_from(path, position):
     return position
 
 
-COLOURS = re.compile("\x1b\\[[0-9;]*m")
+_COLOURS = re.compile("\x1b\\[[0-9;]*m")
 
 
 def _print_output(data):
     """Write a job's bytes to stdout: as they are, but to a terminal without what could play with it."""
     if is_terminal(sys.stdout):
         text = data.decode("utf-8", "replace")
-        pieces = re.split("(%s)" % COLOURS.pattern, text)
-        sys.stdout.write("".join(piece if COLOURS.match(piece) else clean(piece) for piece in pieces))
+        pieces = re.split("(%s)" % _COLOURS.pattern, text)
+        sys.stdout.write("".join(piece if _COLOURS.match(piece) else clean(piece) for piece in pieces))
     else:
         sys.stdout.flush()
         sys.stdout.buffer.write(data)
@@ -16728,7 +16729,7 @@ def _opened_queue(config, options):
 
 
 # ---- Demo
-DEMO_SCRIPT = '''\
+_DEMO_SCRIPT = '''\
 """Teaches one neuron to tell two clouds of points apart, and reports how well it does."""
 import math, random, sys
 import labtasker
@@ -16748,7 +16749,7 @@ acc = sum((a * x + b * y + c > 0) == is_far for x, y, is_far in points) / len(po
 labtasker.report(acc=round(acc, 3))
 print("lr=%g steps=%d: accuracy %.3f" % (lr, steps, acc))
 '''
-DEMO_STEPS = (
+_DEMO_STEPS = (
     ["task", "submit", "--grid", "--name", "demo", "--", "--lr=0.003,0.03,0.3,1.0", "--steps=30,3000"],
     ["loop", "--", "python3", "train.py", "%(lr)", "%(steps)"],  # done by two workers at once
     ["task", "count"],
@@ -16771,11 +16772,11 @@ def _run_demo(folder):
     """Run a sweep in `folder`: two workers, one failure, one ranking; raises LabtaskerRuntimeError where it fails."""
     began = monotonic()
     with open(os.path.join(folder, "train.py"), "w") as file:
-        file.write(DEMO_SCRIPT)
+        file.write(_DEMO_SCRIPT)
     say("A sweep in %s, which is removed at the end. The script:\n\n%s" % (
-        folder, re.sub("(?m)^", "    ", DEMO_SCRIPT.rstrip())))
+        folder, re.sub("(?m)^", "    ", _DEMO_SCRIPT.rstrip())))
     codes = []
-    for words in DEMO_STEPS:
+    for words in _DEMO_STEPS:
         codes += _demo_workers(folder, words) if words[0] == "loop" else [_demo_start(folder, words).wait()]
     store = StoreTransport(os.path.join(folder, ".labtasker"), DEFAULT_QUEUE)
     tasks = Client(store).call("POST", "/api/v1/queues/me/tasks/search", {})["content"]
@@ -16914,7 +16915,7 @@ def duration(text):
 
 
 seconds = typed(parse_duration)
-OPTION_KINDS = {  # of a row of LOOP_OPTIONS or SERVE_OPTIONS: what argparse is told besides
+_OPTION_KINDS = {  # of a row of LOOP_OPTIONS or SERVE_OPTIONS: what argparse is told besides
     "text": {}, "path": {"type": for_system}, "int": {"type": int}, "count": {"type": count}, "port": {"type": port},
     "seconds": {"type": seconds}, "duration": {"type": duration}, "list": {"action": "append"},
     "flag": {"action": "store_true"},
@@ -16927,7 +16928,7 @@ def _option_of(name, row):
         return switch(row.spelling, row.help)
     if isinstance(row.kind, tuple):
         return choice(row.spelling, row.kind, help=row.help, dest=name)
-    return option(row.spelling, row.help, dest=name, **OPTION_KINDS[row.kind])
+    return option(row.spelling, row.help, dest=name, **_OPTION_KINDS[row.kind])
 
 
 def _options_of(table):
@@ -17040,7 +17041,7 @@ def group(word):
     return [path for path in COMMANDS if COMMANDS[path].help and path.startswith(word and word + " ")]
 
 
-SYNONYMS = {meant: word for word, others in (  # what people type, and what it is called here
+_SYNONYMS = {meant: word for word, others in (  # what people type, and what it is called here
     ("ls", "list show"), ("delete", "rm remove del"), ("cancel", "kill stop abort"), ("submit", "add create new push"),
     ("retry", "rerun restart requeue reset"), ("get", "info describe"), ("logs", "log output"), ("count", "stats"),
     ("loop", "run work worker start"), ("serve", "server"), ("update", "edit set")) for meant in others.split()}
@@ -17059,7 +17060,7 @@ def find_command(words):
         raise UsageError("options go after the command, as in: labtasker task ls %s" % words[0])
     inner = [path.split()[1] for path in group(words[0])]
     word = words[1] if inner and words[1:] else words[0]
-    alike = [path for path in COMMANDS if path.split()[-1] == SYNONYMS.get(word) and words[0] in path.split() + [word]]
+    alike = [path for path in COMMANDS if path.split()[-1] == _SYNONYMS.get(word) and words[0] in path.split() + [word]]
     alike = alike or [path for path in COMMANDS if path.split()[-1] == word]
     best = "; did you mean %s?" % " or ".join(alike) if alike else hint(
         word, inner or {path.split()[0] for path in group("") + list(EXTRA_COMMANDS)})
@@ -17192,12 +17193,12 @@ def main(argv=None):
 
 # ---- The table
 ID = option("ID", "the task's id, or its first letters", dest="task_id")
-IDS = option("ID", "task ids; without any, and no selectors, from stdin", dest="ids", nargs="*", default=[])
-WORKER = option("ID", "the worker's id, or its first letters", dest="worker_id")
-QUIET = option("-q --quiet", "print only ids")
-SILENT = option("-q --quiet", "print nothing")
-YES = option("-y --yes", "ask nothing")
-DRY_RUN = option("--dry-run", "only show which tasks match")
+_ID_ARGUMENTS = option("ID", "task ids; without any, and no selectors, from stdin", dest="ids", nargs="*", default=[])
+_WORKER = option("ID", "the worker's id, or its first letters", dest="worker_id")
+_QUIET = option("-q --quiet", "print only ids")
+_SILENT = option("-q --quiet", "print nothing")
+_YES = option("-y --yes", "ask nothing")
+_DRY_RUN = option("--dry-run", "only show which tasks match")
 
 
 def _formats(*first, **settings):
@@ -17206,28 +17207,28 @@ def _formats(*first, **settings):
             option("--json", "--fmt json", dest="fmt", action="store_const", const="json")]
 
 
-NO_PAGER = option("--no-pager", "do not use $PAGER")
-METADATA = option("--metadata DICT", "JSON or Python literal: '{\"tags\": [\"v1\"]}'")
-COLOUR = [switch("ansi", "always use colour, or never (default: on a terminal)")]
-FILTER = _option_of("extra_filter", LOOP_OPTIONS["extra_filter"])
+_NO_PAGER = option("--no-pager", "do not use $PAGER")
+_METADATA = option("--metadata DICT", "JSON or Python literal: '{\"tags\": [\"v1\"]}'")
+_COLOUR = [switch("ansi", "always use colour, or never (default: on a terminal)")]
+_FILTER = _option_of("extra_filter", LOOP_OPTIONS["extra_filter"])
 SELECT = [option("--id --task-id ID", "the task with this id", dest="task_id"),
           option("--name --task-name NAME", "tasks with this name", dest="task_name"),
-          choices("-s --status STATUS", TASK_STATES), FILTER]
-LIST = [option("--limit N", "show at most N (100)", type=count, default=100),
-        option("--offset N", "skip the first N", type=count, default=0),
-        *_formats("table"),
-        option("-v --verbose", "more columns, no value cut"), NO_PAGER] + COLOUR
+          choices("-s --status STATUS", TASK_STATES), _FILTER]
+_LIST = [option("--limit N", "show at most N (100)", type=count, default=100),
+         option("--offset N", "skip the first N", type=count, default=0),
+         *_formats("table"),
+         option("-v --verbose", "more columns, no value cut"), _NO_PAGER] + _COLOUR
 QUEUE = [option("--queue-name NAME", "letters, digits, _ and -"),
          option("--password PASSWORD", "default: LABTASKER_PASSWORD, else it is asked for")]
-JOURNAL = option("--db-path FILE", "the journal (that of the configured store)", type=for_system)
-SILENCE = _option_of("heartbeat_timeout", LOOP_OPTIONS["heartbeat_timeout"])
+_JOURNAL = option("--db-path FILE", "the journal (that of the configured store)", type=for_system)
+_SILENCE = _option_of("heartbeat_timeout", LOOP_OPTIONS["heartbeat_timeout"])
 
 
 def _field_option(name, field):
     """Return the option of `task submit` that sets a field of the task."""
     words = field.meaning.split(";")[0] + {"dict": ", as JSON or Python literal"}.get(field.kind, "")
     words += " (%d)" % field.default if field.kind in ("count", "int") else ""
-    return option(field.flag, words, dest=name, **OPTION_KINDS.get(field.kind, {}))
+    return option(field.flag, words, dest=name, **_OPTION_KINDS.get(field.kind, {}))
 
 
 COMMANDS = {
@@ -17241,20 +17242,20 @@ COMMANDS = {
             option("--from FILE", "a task for each JSON line or CSV row; - is stdin", dest="from_file",
                    type=for_system),
             option("--unique", "skip what has the same name and arguments as an existing task"),
-            option("--dry-run", "print what would be submitted, as JSON lines"), QUIET],
+            option("--dry-run", "print what would be submitted, as JSON lines"), _QUIET],
         "[-- --NAME=VALUE ...]"),
     "task ls": Command(
         do_task_ls, "List tasks, the least recently changed first.",
         "labtasker task ls -s success -f 'args.lr > 0.01' -S summary.acc:desc", SELECT + [
             option("-S --sort FIELD:asc|desc", "repeatable", action="append", default=[]),
             option("--columns FIELD,...", "show these columns: summary.acc,args.lr,name,duration"),
-            option("--piped-in", "only tasks whose ids are on stdin"), QUIET] + LIST),
+            option("--piped-in", "only tasks whose ids are on stdin"), _QUIET] + _LIST),
     "task get": Command(
         do_task_get, "Show one task with all its fields.", "labtasker task get 3f2a",
-        [ID] + _formats(default="yaml") + [NO_PAGER]),
+        [ID] + _formats(default="yaml") + [_NO_PAGER]),
     "task count": Command(
         do_task_count, "Count tasks by status, or by another field.", "labtasker task count --by args.model",
-        SELECT + [option("--by FIELD", "count by this field"), option("-q --quiet", "print only the total")] + COLOUR),
+        SELECT + [option("--by FIELD", "count by this field"), option("-q --quiet", "print only the total")] + _COLOUR),
     "task update": Command(
         do_task_update, "Change fields of tasks, all in one transaction. Each update replaces that field only.",
         "labtasker task update -s failed -u args.lr=0.005 --reset-pending", SELECT + [
@@ -17263,27 +17264,27 @@ COMMANDS = {
             option("--reset-pending", "make them pending again, with retries at 0"),
             option("--editor", "open them in $EDITOR (the default without updates)"),
             option("--limit N", "change at most N (all)", type=count),
-            YES, option("-q --quiet", "ask nothing, print nothing")],
+            _YES, option("-q --quiet", "ask nothing, print nothing")],
         "[-- FIELD=VALUE ...]"),
     "task delete": Command(
         do_task_delete, "Delete tasks. If one of the ids is unknown, none is deleted.",
-        "labtasker task ls -s failed -q --limit 10000 | labtasker task delete -y", [IDS] + SELECT + [YES]),
+        "labtasker task ls -s failed -q --limit 10000 | labtasker task delete -y", [_ID_ARGUMENTS] + SELECT + [_YES]),
     "task retry": Command(
         do_task_retry, "Make failed, or selected, tasks pending again. Resets their retries to 0.",
         "labtasker task retry -f 'args.model == \"vit\"' --dry-run",
         [option("ID", "task ids; without any, the selectors, else all failed ones", dest="ids", nargs="*", default=[])]
-        + SELECT + [DRY_RUN, YES, QUIET]),
+        + SELECT + [_DRY_RUN, _YES, _QUIET]),
     "task cancel": Command(
         do_task_cancel, "Cancel those of the tasks that are pending or running. What runs is ended within seconds.",
-        "labtasker task cancel --name grid -f 'args.lr > 0.5'", [IDS] + SELECT + [DRY_RUN, YES, SILENT]),
+        "labtasker task cancel --name grid -f 'args.lr > 0.5'", [_ID_ARGUMENTS] + SELECT + [_DRY_RUN, _YES, _SILENT]),
     "task wait": Command(
         do_task_wait, "Wait until no selected task is pending or running. Exit 4 if any failed.",
         "labtasker task wait --name grid && echo done", SELECT + [
             option("--timeout TIME", "wait no longer; exit 124", type=seconds),
-            option("--expect N", "exit 1 if fewer match", type=count), SILENT]),
+            option("--expect N", "exit 1 if fewer match", type=count), _SILENT]),
     "task why": Command(
         do_task_why, "Say why a task is not running, and its place in line.",
-        "labtasker task why 3f2a -- python train.py --lr '%(lr)'", [ID, FILTER],
+        "labtasker task why 3f2a -- python train.py --lr '%(lr)'", [ID, _FILTER],
         "[-- COMMAND ...]"),
     "task logs": Command(
         do_task_logs, "Print the output of a task's last run, or of an earlier one.",
@@ -17313,11 +17314,11 @@ COMMANDS = {
         _options_of(SERVE_OPTIONS)),
     "health": Command(do_health, "Say whether the server or store answers; exit 3 if not.", "labtasker health"),
     "queue create": Command(do_queue_create, "Create a queue.",
-                            "labtasker queue create --queue-name sweep --password secret", QUEUE + [METADATA, QUIET]),
+                            "labtasker queue create --queue-name sweep --password secret", QUEUE + [_METADATA, _QUIET]),
     "queue create-from-config": Command(
         lambda options: say(create_configured_queue(load_config(), metadata_of(options))),
         "Create the configured queue where there is none yet.",
-        "labtasker queue create-from-config", [METADATA]),
+        "labtasker queue create-from-config", [_METADATA]),
     "queue get": Command(
         do_queue_get, "Show the queue.",
         "labtasker queue get", [option("-q --quiet", "print only its id")]),
@@ -17326,28 +17327,28 @@ COMMANDS = {
         "labtasker queue update --new-queue-name sweep2", [
             option("--new-queue-name NAME", "letters, digits, _ and -"),
             option("--new-password PASSWORD", "1 to 100 letters; without any it is asked for, or made up and printed",
-                   nargs="?", const=True), METADATA, SILENT]),
+                   nargs="?", const=True), _METADATA, _SILENT]),
     "queue delete": Command(
         do_queue_delete, "Delete the queue.",
         "labtasker queue delete --cascade --yes",
-        [option("--cascade", "its tasks and workers too"), YES]),
+        [option("--cascade", "its tasks and workers too"), _YES]),
     "worker create": Command(
         do_worker_create, "Register a worker and print its id.", "labtasker worker create --worker-name gpu0", [
-            option("--worker-name --name NAME", "letters, digits, _ and -", dest="worker_name"), METADATA,
+            option("--worker-name --name NAME", "letters, digits, _ and -", dest="worker_name"), _METADATA,
             option("--max-retries N", "failed runs after which it gets no more tasks (3)", type=count, default=3),
-            QUIET]),
+            _QUIET]),
     "worker ls": Command(
         do_worker_ls, "List workers.", "labtasker worker ls -s crashed", [
             option("--id --worker-id ID", "the worker with this id", dest="worker_id"),
             option("--name --worker-name NAME", "workers with this name", dest="worker_name"),
-            choices("-s --status STATUS", WORKER_STATES), FILTER,
-            option("--all", "those of loops that have ended, too"), QUIET] + LIST),
+            choices("-s --status STATUS", WORKER_STATES), _FILTER,
+            option("--all", "those of loops that have ended, too"), _QUIET] + _LIST),
     "worker report": Command(
         do_worker_report, "Set a worker active, suspended or crashed.", "labtasker worker report ID active",
-        [WORKER, choice("STATUS", WORKER_STATES, dest="status")]),
+        [_WORKER, choice("STATUS", WORKER_STATES, dest="status")]),
     "worker delete": Command(
         do_worker_delete, "Delete a worker.", "labtasker worker delete ID --yes", [
-            WORKER, switch("cascade-update", "clear its id in its tasks (the default), or not", default=True), YES]),
+            _WORKER, switch("cascade-update", "clear its id in its tasks (the default), or not", default=True), _YES]),
     "event listen": Command(
         do_event_listen, "Print the state changes of tasks and workers until Ctrl-C. Reconnects.",
         "labtasker event listen --compact", [
@@ -17356,23 +17357,23 @@ COMMANDS = {
             option("--timeout TIME", "give up connecting after this time (10)", type=seconds, default=10)]),
     "journal verify": Command(
         do_journal_verify, "Look for damage in a journal, even one in use. Exit 1 if there is any.",
-        "labtasker journal verify --db-path old/journal.jsonl", [JOURNAL]),
+        "labtasker journal verify --db-path old/journal.jsonl", [_JOURNAL]),
     "journal repair": Command(
         do_journal_repair, "Replace a damaged journal by its good lines. The damaged file is kept.",
-        "labtasker journal repair", [JOURNAL, YES]),
+        "labtasker journal repair", [_JOURNAL, _YES]),
     "journal compact": Command(
         do_journal_compact, "Compact a journal to its live data. This also happens automatically.",
-        "labtasker journal compact", [JOURNAL]),
+        "labtasker journal compact", [_JOURNAL]),
     "journal stats": Command(
         do_journal_stats, "Print the size of a journal and what it consists of.",
-        "labtasker journal stats", [JOURNAL]),
+        "labtasker journal stats", [_JOURNAL]),
     "server status": Command(
         do_server_status, "Say whether the store's server runs, and where. Exit 3 if none answers.",
-        "labtasker server status", [JOURNAL] + _formats(default="yaml")),
+        "labtasker server status", [_JOURNAL] + _formats(default="yaml")),
     "server stop": Command(
         do_server_stop, "Stop the store's server, and wait for its end. Exit 1 if none runs on this host.",
         "labtasker server stop", [
-            JOURNAL, option("--timeout TIME", "at most so long (1m)", type=seconds, default=60)]),
+            _JOURNAL, option("--timeout TIME", "at most so long (1m)", type=seconds, default=60)]),
     "init": Command(
         do_init, "Write the configuration, test it, and create the queue.",
         "labtasker init --url http://head:9321 --queue-name sweep",

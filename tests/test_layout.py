@@ -134,8 +134,8 @@ def named_outside():
 
 
 def underscores(source, exempt):
-    """Return (functions and classes that lack an underscore though only their own section uses them, names that have
-    one though another section uses them)."""
+    """Return (functions, classes and tables that lack an underscore though only their own section uses them, names that
+    have one though another section uses them)."""
     lines, tree = source.splitlines(), ast.parse(source)
     starts = [(at, int(BANNER.match(line).group(1))) for at, line in enumerate(lines, 1) if BANNER.match(line)]
 
@@ -148,7 +148,7 @@ def underscores(source, exempt):
     for node in ast.walk(tree):
         if isinstance(node, ast.Name):
             uses[node.id].add(section(node.lineno))
-    lacking = ["%s (section %d): name it _%s" % (name, here, name) for name, here in defined.items()
+    lacking = ["%s (section %d): name it _%s" % (name, here, name) for name, here in dict(tables, **defined).items()
                if not name.startswith(("_", "do_")) and uses[name] <= {here} and name not in exempt | texts]
     crossing = ["%s of section %d is used in %s: no underscore" % (name, here, sorted(uses[name] - {here}))
                 for name, here in dict(tables, **defined).items() if re.match(r"_[^_]", name) and uses[name] - {here}]
