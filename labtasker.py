@@ -11753,9 +11753,9 @@ def listen_no_more(tees):
 # ---- When the time is up
 
 
-def told_left_s():
-    """Return the seconds until the end that the loop around this process has set, or None. On the loop's own host the
-    monotonic clock tells them."""
+def end_time_left_s():
+    """Return the seconds until the end that the loop around this process has set, or None. On the loop's own host they
+    are measured with the monotonic clock."""
     host, _, end_at = os.environ.get("LABTASKER_END_CLOCK", "").rpartition(" ")
     end_time = os.environ.get("LABTASKER_END_TIME", "")
     if host == host_id() and re.match(r"\d{1,12}(\.\d+)?\Z", end_at):
@@ -11816,7 +11816,7 @@ def _left_in_pbs(walltime_s):
 
 # variable -> function that returns the seconds left, from its text
 _TIME_SOURCES = {"SLURM_JOB_END_TIME": _until, "SLURM_JOB_ID": _left_in_slurm, "PBS_WALLTIME": _left_in_pbs,
-                 "LABTASKER_END_TIME": lambda _: _in_future(told_left_s())}
+                 "LABTASKER_END_TIME": lambda _: _in_future(end_time_left_s())}
 
 
 # ---- What a loop says: of a task, and at its end
@@ -12125,15 +12125,15 @@ def _chosen_gpus(text, variable):
 
 # 12. Runs ####################################################################
 #
-# A run of a task, from inside and from outside: its reports and the outbox where they wait for a server
-# that is away, what its job may ask and tell, the signals that a loop hears, heartbeats by a process of
-# their own. Uses 1 to 7, 10, 11. Tests: test_worker.py, test_signals.py.
+# A run of a task, as its loop and as its job see it: its reports, the outbox where they wait while the
+# server is away, the functions that a job may call, the signals that a loop handles, and the process that
+# sends heartbeats. Uses 1 to 7, 10, 11. Tests: test_worker.py, test_signals.py.
 
 
 def retry_while_away(action, pause, limit_s):
     """Return action(), retried while the server is away, for up to `limit_s()` seconds; then raise its error.
 
-    `limit_s` is called before each retry, as it is less once the loop must leave."""
+    `limit_s` is called before each retry: the limit gets shorter once the loop must leave."""
     begin, delay_s = monotonic(), 1
     while True:
         try:
@@ -12154,15 +12154,16 @@ def retry_while_away(action, pause, limit_s):
 
 def deliver(task_id, status, summary=None, worker_id=None, run_id=None, reason=None, attempt=None, delay_s=None,
             final=None, log=False, took_s=None):
-    """Send a report, with `log` that has the end of the run's output. A server without the extensions gets by PUT what
-    the plain protocol has no report for."""
+    """Send a report of a run. With `log` it includes the end of the run's output.
+
+    A server without the extensions gets a PUT of the task instead, for what the plain protocol can't report."""
     if status not in ("pending", "running") and not final or client().extensions:
         packed, size = end_of_log(task_id, run_id) if log and client().extensions else (None, None)
         attempt = dict(attempt or {}, log_bytes=size) if packed else attempt
         try:
             return send_report(task_id, status, summary, worker_id, run_id, reason, attempt, delay_s, final, packed,
                                took_s)
-        except LabtaskerHTTPStatusError as error:  # to a 1.0.1 server a status that the task has already is a mistake
+        except LabtaskerHTTPStatusError as error:  # a 1.0.1 server refuses the status that the task already has
             if client().extensions or error.status_code not in (400, 500) or get_task(task_id).status != status:
                 raise
         return summary and update_tasks([TaskUpdateRequest(task_id=task_id, summary=summary)]) and None
@@ -12175,7 +12176,8 @@ def deliver(task_id, status, summary=None, worker_id=None, run_id=None, reason=N
 
 
 def end_of_log(task_id, run_id):
-    """Return (the end of a run's output, packed, the size of all of it), (None, None) where there is none here."""
+    """Return (the packed end of a run's output, the size of the whole output); (None, None) if it is not on this
+    host."""
     if not (NAME.match(task_id) and NAME.match(run_id or "")):
         return None, None
     try:
@@ -12187,9 +12189,9 @@ def end_of_log(task_id, run_id):
         return None, None
 
 
-# A report that can't be delivered because the server is away waits in the folder `outbox` of the configuration, one
-# file each, named so that they sort in the order in which they were saved. Whatever uses that configuration next
-# delivers them: this loop, another, or any command. Delivering one twice does no harm, as it names its run.
+# A report that can't be delivered because the server is away waits in the configuration's folder `outbox`. Each report
+# is a file; their names sort in the order in which they were saved. Whatever uses the configuration next delivers them:
+# this loop, another loop, or any command. Delivering a report twice does no harm, because it names its run.
 
 
 def outbox():
@@ -12198,7 +12200,7 @@ def outbox():
 
 
 def outbox_reports(run=None):
-    """Return the paths of the reports that wait, oldest first; those of `run`, or all."""
+    """Return the paths of the waiting reports, oldest first: those of `run`, or all."""
     try:
         names = sorted(os.listdir(outbox()))
     except OSError:
@@ -12208,7 +12210,7 @@ def outbox_reports(run=None):
 
 
 def keep_report(run, report):
-    """Save a report of a run in the outbox. One that only adds to the summary is merged with the one before it."""
+    """Save a report of a run in the outbox. Reports that only add to the summary are merged into one file."""
     config, old = load_config(), run.saved
     if run.is_end_saved:
         return
@@ -12218,8 +12220,8 @@ def keep_report(run, report):
     else:
         old = None
     if not os.path.isdir(outbox()):
-        os.mkdir(outbox(), 0o700)  # not makedirs: the configuration's folder may be away
-    path = os.path.join(outbox(), "%017.6f-%s-%d.json" % (_next_place(), run.key, os.getpid()))
+        os.mkdir(outbox(), 0o700)  # not makedirs: it must fail if the configuration's folder is missing
+    path = os.path.join(outbox(), "%017.6f-%s-%d.json" % (_next_saved_at(), run.key, os.getpid()))
     content = dict(report, task_id=run.task_id, run_id=run.run_id, queue=config.queue_name, store=_store_name(config))
     if report["status"] != "running":
         content.setdefault("took_s", run.spent_s() or None)
@@ -12230,7 +12232,7 @@ def keep_report(run, report):
     run.saved = None if run.is_end_saved else (path, report["summary"])
 
 
-def _next_place():
+def _next_saved_at():
     """Return the time now, or a later one that sorts after every waiting report, in case the clock was set back."""
     names = [os.path.basename(path) for path in outbox_reports()]
     taken = [float(name[:17]) for name in names if re.match(r"[0-8][0-9]{9}\.[0-9]{6}-", name)]
@@ -12250,11 +12252,12 @@ def _remove(path):
 
 
 def deliver_kept(run=None):
-    """Return how many reports of the outbox, those of `run` or all, were delivered; raises if the server is away.
+    """Deliver the reports of the outbox, those of `run` or all; return how many; raise if the server is away.
 
     A report that is refused, for instance because another worker has taken the task, is printed and dropped: the run's
     log folder still has its result. A file that is not a report is set aside. If a report has to stay, later ones of
-    its run stay too: after the report that ends a run the server would refuse its summary."""
+    its run stay too: the reports of a run must arrive in order, as the server refuses what follows the one that ends
+    it."""
     config, count, staying = load_config(), 0, set()
     for path in outbox_reports(run):
         try:
@@ -12278,13 +12281,13 @@ _REPORT_KINDS = {"task_id": str, "run_id": str, "worker_id": str, "status": str,
 
 
 def _read_saved_report(path):
-    """Return the report in a file of the outbox, None if it is gone; raise OddFile if it is not a report."""
+    """Return the report in a file of the outbox, or None if the file is gone; raise OddFile if it is no report."""
     try:
         report = load_json(path, _REPORT_KINDS, ("task_id", "status", "queue"))
     except OSError as error:
         if isinstance(error, PermissionError) or error.errno == errno.ELOOP or os.path.islink(path):
             raise OddFile("%s can't be read: %s" % (path, error.strerror)) from None
-        return None  # it is gone, or the disk has a passing error
+        return None  # it is gone, or the disk has an error that may pass
     unknown = sorted(set(report) - set(_REPORT_KINDS))
     if unknown:
         raise OddFile("%s has a field %r, which this version does not know" % (path, unknown[0][:50]))
@@ -12303,16 +12306,16 @@ def _set_aside(path, why):
     aside = next(name for name in names if not os.path.lexists(name))
     try:
         os.rename(path, aside)
-    except FileNotFoundError:  # another was faster
+    except FileNotFoundError:  # another process was faster
         return
     except OSError as error:
         return remark("%s; it can't be set aside: %s" % (why, error.strerror))
-    remark("%s. So it can't be delivered as a report, and was renamed to %s. If another version of Labtasker wrote it, "
+    remark("%s. It can't be delivered as a report and was renamed to %s. If another version of Labtasker wrote it, "
            "remove the ending again and run a command of that version here." % (why, os.path.basename(aside)))
 
 
 def _deliver_one(report, is_its_store):
-    """Return whether a report was delivered, or never can be. 404 from another store than its own says nothing."""
+    """Return whether a report is done with: delivered or refused. A 404 counts only from the report's own store."""
     try:
         deliver(**report)
     except LabtaskerHTTPStatusError as error:
@@ -12320,20 +12323,19 @@ def _deliver_one(report, is_its_store):
             raise
         if error.status_code == 401 or error.status_code >= 500 or error.status_code == 404 and not is_its_store:
             return False
-        remark("task %s: its saved report of %r was refused: %s" % (
-            report["task_id"], report["status"], error))
+        remark("task %s: its saved report %r was refused: %s" % (report["task_id"], report["status"], error))
     return True
 
 
 def post(run, report, pause=time.sleep, limit_s=lambda: SERVER_LOST_S):
-    """Return whether a report of a run was delivered. If the server is away it is saved in the outbox, after those of
-    this run that wait already; if the disk is full too, sending is retried as in `retry_while_away`."""
+    """Return whether a report of a run was delivered. If the server is away, the report is saved in the outbox, after
+    those of the run that already wait there. If the disk is full too, sending is retried as in `retry_while_away`."""
     timed = report if report["status"] == "running" else dict(report, took_s=run.spent_s() or None)
-    report = timed if run.task else report  # a job knows only about when it began: that is for a late report
+    report = timed if run.task else report  # a job knows its start only roughly: good enough for a late report alone
     if monotonic() >= run.away_until:
         try:
             deliver_kept(run)
-            if not outbox_reports(run):  # else what waits goes first
+            if not outbox_reports(run):  # otherwise this one has to wait for them
                 if not run.is_end_saved:
                     deliver(run.task_id, run_id=run.run_id, **report)
                 return True
@@ -12345,28 +12347,28 @@ def post(run, report, pause=time.sleep, limit_s=lambda: SERVER_LOST_S):
     try:
         keep_report(run, timed)
         return False
-    except OSError:  # no space there either
+    except OSError:  # the disk is full
         retry_while_away(lambda: deliver(run.task_id, run_id=run.run_id, **timed), pause, limit_s)
         return True
 
 
 def write_json(path, value):
-    """Write a JSON value to a file that only its owner can read, replacing it; print why it can't be written."""
+    """Write a JSON value to a file that only its owner can read, replacing the file; print why it can't be written."""
     try:
         Disk.create(path, [json.dumps(value, indent=2).encode() + b"\n"], synced=False)
     except OSError as error:
         remark("can't write %s: %s" % (path, error.strerror))
 
 
-# ask: its function calls preempted(); stop: the loop must leave; insist: half of the grace is over; raise:
-# KeyboardInterrupt is raised in the function
+# The events. ask: the function has called preempted(). stop: the loop must leave. insist: half of the grace is over.
+# raise: KeyboardInterrupt is raised in the function.
 RUN_MOVES = {
     "fetched": {"begin": "running", "decline": "declined", "end": "over"},
     "declined": {"end": "over"},
     "running": {"ask": "asking", "stop": "stopping", "end": "over"},
-    "asking": {"ask": "asking", "stop": "told", "end": "over"},
-    "stopping": {"ask": "told", "stop": "stopping", "raise": "raised", "end": "over"},
-    "told": {"ask": "told", "stop": "told", "insist": "insisting", "raise": "raised", "end": "over"},
+    "asking": {"ask": "asking", "stop": "notified", "end": "over"},
+    "stopping": {"ask": "notified", "stop": "stopping", "raise": "raised", "end": "over"},
+    "notified": {"ask": "notified", "stop": "notified", "insist": "insisting", "raise": "raised", "end": "over"},
     "insisting": {"ask": "insisting", "stop": "insisting", "raise": "raised", "end": "over"},
     "raised": {"ask": "raised", "stop": "raised", "insist": "raised", "raise": "raised", "end": "over"},
     "over": {"ask": "over"},
@@ -12377,14 +12379,14 @@ class Run:
     """A run of a task, as the loop and the job see it. Its folder holds task.json (the task as it was fetched), run.log
     (the job's output), summary.json (what the job reported) and, once the job or the loop has ended it, status.json.
 
-    `ended` is the final status that the job or the loop has set, `lost` what somebody else has made of the task.
-    The states of a loop's run (RUN_MOVES); one that came when the loop was leaving is declined:
+    `ended` is the final status that the job or the loop has set; `lost` is the status that somebody else has set.
+    The states of a loop's run (RUN_MOVES). A run that arrives while the loop is leaving is declined:
         fetched    begin -> running, decline -> declined, end -> over
         declined   end -> over
         running    ask -> asking, stop -> stopping, end -> over
-        asking     ask -> asking, stop -> told, end -> over
-        stopping   ask -> told, stop -> stopping, raise -> raised, end -> over
-        told       ask -> told, stop -> told, insist -> insisting, raise -> raised, end -> over
+        asking     ask -> asking, stop -> notified, end -> over
+        stopping   ask -> notified, stop -> stopping, raise -> raised, end -> over
+        notified   ask -> notified, stop -> notified, insist -> insisting, raise -> raised, end -> over
         insisting  ask -> insisting, stop -> insisting, raise -> raised, end -> over
         raised     ask -> raised, stop -> raised, insist -> raised, raise -> raised, end -> over
         over       ask -> over"""
@@ -12394,19 +12396,20 @@ class Run:
         self.key = run_id or new_id()
         self.pid, self.ended, self.lost, self.limit = os.getpid(), None, None, None
         self.events = []  # those that have changed the state
-        self.away_until, self.saved = 0, None  # until then the server isn't asked; (path, summary) of what waits
-        self.is_end_saved = False  # the report that ends the run waits, or did
-        self.may_send_log = True  # False: a report was refused that may have been too long with it
+        self.away_until = 0  # until then the server counts as away and is not asked
+        self.saved = None  # (path, summary) of the report in the outbox that later summaries are merged with
+        self.is_end_saved = False  # whether the report that ends the run was ever saved in the outbox
+        self.may_send_log = True  # False after a refusal: the report may have been too long with the log in it
         self.log_dir = log_dir or os.path.join(os.path.abspath(load_config().root), "logs", task_id, self.key)
-        self.began, self.over_at = monotonic(), None  # of a loop's run
-        self.store_id = None  # of a store without a server that the run is of; see StoreFile.check_expected
-        self.current_path = None  # of a function's run: the file that names what its loop runs now
-        self.printed = None  # Printed, where values are read from what the job prints
+        self.began, self.over_at = monotonic(), None  # set for a loop's run only
+        self.store_id = None  # the id of the run's store if that has no server; see StoreFile.check_expected
+        self.current_path = None  # for a function's run: the file that names what its loop runs now
+        self.printed = None  # a Printed if values are read from what the job prints
         self.noted = {}  # what this process wrote into summary.json
         self.task_dir = os.path.join(os.path.dirname(self.log_dir), _TASK_FOLDER)
 
     def attempt(self):
-        """Return the number of this run of its task, from 1 on."""
+        """Return which run of its task this is, from 1 on."""
         return (self.task.retries or 0) + (getattr(self.task, "interruptions", 0) or 0) + 1
 
     def built_in(self, slot):
@@ -12415,7 +12418,7 @@ class Run:
                 "@attempt": str(self.attempt()), "@dir": self.task_dir}
 
     def spent_s(self):
-        """Return how long the run takes by now, or took until its job was over; None in a job without its folder."""
+        """Return how long the run has taken so far, or took until its job ended; None in a job without its folder."""
         if self.task:
             return (self.over_at or monotonic()) - self.began
         try:
@@ -12429,16 +12432,16 @@ class Run:
         return functools.reduce(lambda state, event: RUN_MOVES[state][event], list(self.events), "fetched")
 
     def move(self, event):
-        """Go on to the state that `event` leads to; raises InvalidStateTransition where it has no row.
+        """Go to the state that `event` leads to; raise InvalidStateTransition if the table has no such event.
 
-        Events come from threads and from a signal's handler, which can't wait for a lock. So the state is what all of
-        them make together: appending to a list is atomic, and none is lost."""
+        Events come from threads and from signal handlers, which can't wait for a lock. So events are appended to a
+        list, which is atomic and loses none, and the state is computed from the list."""
         state = self.state
         if move(RUN_MOVES, state, event, "the run of task " + self.task_id) != state:
             self.events.append(event)
 
     def environment(self):
-        """Return {variable: value, None to unset it} that make labtasker work in a job's processes."""
+        """Return the environment variables that labtasker needs in a job's processes; None stands for unset."""
         return {"LABTASKER_TASK_ID": self.task_id, "LABTASKER_WORKER_ID": self.worker_id or "",
                 "LABTASKER_RUN_ID": self.run_id or "", "LABTASKER_LOG_DIR": self.log_dir,
                 "LABTASKER_TASK_DIR": self.task_dir, "LABTASKER_ATTEMPT": str(self.attempt()),
@@ -12450,9 +12453,9 @@ class Run:
                 "LABTASKER_STORE": self.store_id and "%s %s" % (self.store_id, os.path.dirname(client().where))}
 
     def report(self, status, summary=None, worker_id=None):
-        """Send the job's own report of its task, or save it if the server is away; note if it ends the run.
+        """Send a report that the job itself makes, or save it if the server is away; note whether it ends the run.
 
-        Raises for a summary that can't be sent, before anything is sent."""
+        Raises before anything is sent if the summary can't be sent."""
         summary = plain_summary(summary)
         post(self, {"status": status, "summary": summary, "worker_id": worker_id or self.worker_id})
         self.note_summary(summary)
@@ -12460,29 +12463,29 @@ class Run:
             self.note_end(status)
 
     def results(self, summary):
-        """Return what is reported when the run is over: `summary`, with the values that were printed and those of a
-        summary.json that the job has written itself."""
+        """Return the summary to report when the run is over: `summary`, the values that the job has printed, and those
+        of a summary.json that the job has written itself."""
         try:
             written = load_json(self.path("summary.json"), {})
         except OSError:
             written = {}
         except OddFile as error:
             written = remark("%s: its values are not reported" % error) or {}
-        found = merge({} if written == self.noted else written, dict(self.printed.values) if self.printed else {})
-        return merge(plain_summary(found), summary or {}) if found else summary
+        values = merge({} if written == self.noted else written, dict(self.printed.values) if self.printed else {})
+        return merge(plain_summary(values), summary or {}) if values else summary
 
     def path(self, name):
         """Return the path of a file in the run's folder."""
         return os.path.join(self.log_dir, name)
 
     def begin(self):
-        """Note that the run begins, also in task.json; print why that can't be written."""
+        """Note that the run begins and write task.json; print why it can't be written."""
         self.move("begin")
         if self.has_log_dir():
             write_json(self.path("task.json"), self.task.to_dict())
 
     def written_task(self):
-        """Return the Task in task.json; None if there is none, or the file has something else."""
+        """Return the Task in task.json; None if there is none, or the file holds something else."""
         content = read_json(self.path("task.json"))
         try:
             is_ours = content.get("task_id") == self.task_id and isinstance(content.get("args"), dict)
@@ -12491,14 +12494,14 @@ class Run:
             return None
 
     def has_folder(self):
-        """Return whether the run's folder exists or can be made; not if the configuration's folder is missing."""
+        """Return whether the run's folder exists or can be made; False if the configuration's folder is missing."""
         try:
             return os.path.isdir(load_config().root) and bool(self.make_log_dir())
         except OSError as error:
             return remark("can't write to %s: %s" % (self.log_dir, error.strerror))
 
     def has_log_elsewhere(self):
-        """Return whether there is output that whoever has the store does not find beside it."""
+        """Return whether the run has output that does not lie beside the store, so that a report should carry it."""
         try:
             return bool(self.run_id) and self.may_send_log and os.path.getsize(self.path("run.log")) > 0 and (
                 not is_beside_store())
@@ -12506,7 +12509,7 @@ class Run:
             return False
 
     def note_summary(self, summary):
-        """Merge into summary.json; print why it can't be written, as the summary was reported already."""
+        """Merge `summary` into summary.json; print why it can't be written. No error: it is already reported."""
         if not (summary and self.has_folder()):
             return
         try:
@@ -12517,25 +12520,25 @@ class Run:
             remark("can't write %s: %s" % (self.path("summary.json"), error))
 
     def note_end(self, status, **facts):
-        """Note that the run ended, also in status.json: that is how the loop learns it from a process of the job."""
+        """Note that the run ended and write status.json, by which the loop learns it from the job's processes."""
         self.ended = status
         if (os.path.isdir(self.log_dir) or self.task is None) and self.has_folder():
             write_json(self.path("status.json"), dict(facts, status=status))
 
     def note_begin(self):
-        """Name the run in its thread's current.json, for processes of one run that live on in others (a pool's workers,
-        a fork server): they would take what they were started with for what runs now."""
+        """Name the run in its thread's current.json. Processes that one run starts and a later run still uses (workers
+        of a pool, a fork server) read it: their environment still names the run that started them."""
         if not os.path.isdir(self.log_dir):
             return
         path = _CURRENT_PATHS.setdefault((os.getpid(), threading.get_ident()), self.path("current.json"))
-        if not os.path.isdir(os.path.dirname(path)):  # the run that it lay in was removed
+        if not os.path.isdir(os.path.dirname(path)):  # the folder of the thread's first run was removed
             _CURRENT_PATHS[os.getpid(), threading.get_ident()] = path = self.path("current.json")
         write_json(path, {"task_id": self.task_id, "run_id": self.run_id or "", "worker_id": self.worker_id or "",
                           "log_dir": self.log_dir})
         self.current_path = path if os.path.exists(path) else None
 
     def note_over(self):
-        """Take back what `note_begin` has said."""
+        """Remove the file that `note_begin` has written."""
         try:
             if self.current_path:
                 _remove(self.current_path)
@@ -12543,13 +12546,13 @@ class Run:
             remark("can't remove %s: %s" % (self.current_path, error.strerror))
 
     def note_stop(self, signum):
-        """Note that the job was told to stop, also in a file for its processes."""
+        """Note that the job must stop, and write a file that tells its processes so."""
         self.move("stop")
         if os.path.isdir(self.log_dir):
             write_json(self.path(_STOP_FILE), {"signal": signal_name(signum)})
 
     def ended_by_job(self):
-        """Return the status that the job itself has set, from any of its processes; None if it has not."""
+        """Return the status that any process of the job has set, or None."""
         if self.ended is None:
             status = read_json(self.path("status.json"), {"status": str}).get("status")
             self.ended = status if status in _ENDS_OF_JOBS else None
@@ -12568,7 +12571,7 @@ class Run:
         return self.log_dir
 
     def make_task_dir(self):
-        """Make the folder that the task's attempts share; print why it can't be made."""
+        """Make the folder that all runs of the task share; print why it can't be made."""
         try:
             if os.path.isdir(self.log_dir):
                 os.makedirs(self.task_dir, mode=0o700, exist_ok=True)
@@ -12576,7 +12579,7 @@ class Run:
             remark("can't make %s: %s" % (self.task_dir, error.strerror))
 
     def leave_task_dir(self):
-        """Remove that folder where nothing was put into it."""
+        """Remove that folder if it is empty."""
         try:
             os.rmdir(self.task_dir)
         except OSError:  # it is in use, or was never made
@@ -12584,9 +12587,9 @@ class Run:
 
 
 def _python_path():
-    """Return the PYTHONPATH of jobs, in which `import labtasker` works wherever their script lies."""
+    """Return the PYTHONPATH of jobs, with which `import labtasker` works wherever their script lies."""
     given, folder = os.environ.get("PYTHONPATH"), os.path.dirname(THIS_FILE)
-    if os.path.basename(folder) in ("site-packages", "dist-packages"):  # its other modules are for one Python alone
+    if os.path.basename(folder) in ("site-packages", "dist-packages"):  # the job's Python may be another one
         return given
     return folder if not given else given if folder in given.split(os.pathsep) else given + os.pathsep + folder
 
@@ -12602,35 +12605,35 @@ JOB_VARIABLES = collections.OrderedDict([  # variable: what `help loop` says of 
     ("PYTHONPATH", "with the folder of labtasker.py at its end, so that `import labtasker` works"),
 ])
 _STOP_FILE = "stop.json"
-_TASK_FOLDER = "files"  # beside the runs of a task: what its attempts keep for each other
-_ENDS_OF_JOBS = ("success", "failed", "cancelled", "pending")  # what a job may set its own task to
-RUNS = {}  # thread or, for a job's process, its task and run -> Run
-_CURRENT_PATHS = {}  # (process, thread) that calls functions -> its file current.json, in the folder of its first run
+_TASK_FOLDER = "files"  # beside the folders of a task's runs: the folder that all of them share
+_ENDS_OF_JOBS = ("success", "failed", "cancelled", "pending")  # the statuses that a job may give to its own task
+RUNS = {}  # thread ident -> its Run; in a job's process: (task id, run id) -> Run
+_CURRENT_PATHS = {}  # (process, thread) that calls functions -> its current.json, in the folder of its first run
 _CURRENT_KINDS = {"task_id": str, "run_id": str, "worker_id": str, "log_dir": str}
 SERVER_LOST_S = 3600  # how long a server may be away
-_AWAY_S = 10  # after a report that could not be delivered: how long later ones are saved without trying
-LOST_GRACE_S = 1  # from TERM to KILL for the job of a task that was cancelled or taken away
-_LONGEST_PAUSE_S = 5  # between two looks whether the server is back
+_AWAY_S = 10  # once a report could not be delivered: how long later ones are saved without trying to send them
+LOST_GRACE_S = 1  # from TERM to KILL, for the job of a task that was cancelled or given to another worker
+_LONGEST_PAUSE_S = 5  # between two attempts to reach a server that is away
 
 
 def store_id():
-    """Return the id of the store that this process has open without a server, else None."""
+    """Return the id of the store that this process has open without a server, or None."""
     transport = client().transport
     return transport.store.journal.file.header.get("store") if isinstance(transport, StoreTransport) else None
 
 
 def rely_on(store_id):
-    """Have a missing store (without a server) of this id count as away, not as new; None ends that."""
+    """Expect the store (without a server) to have this id: if it is missing, it is away, not new. None ends that."""
     transport = client().transport
     if isinstance(transport, StoreTransport):
         transport.store.file.expected = store_id
 
 
 def _show_runs(run_ids):
-    """Show other hosts, if the store has no server, that these runs and this host's use of the store go on."""
+    """Show other hosts that these runs go on and that this host uses the store; only if the store has no server."""
     try:
         transport = client().transport
-    except LabtaskerError:  # its configuration is away
+    except LabtaskerError:  # the configuration's folder is missing
         return
     if isinstance(transport, StoreTransport):
         for run_id in filter(None, run_ids):
@@ -12639,7 +12642,7 @@ def _show_runs(run_ids):
 
 
 def _find_run():
-    """Return the Run of this thread, of this process, or of the job that this process belongs to, else None."""
+    """Return the Run of this thread, of this process, or of the job that this process belongs to; None if none."""
     running = [run for key, run in list(RUNS.items()) if isinstance(key, int)]
     run = RUNS.get(threading.get_ident()) or (running[0] if len(running) == 1 else None)
     if run and run.pid == os.getpid():
@@ -12651,10 +12654,10 @@ def _find_run():
 
 
 def _current_of(run, path):
-    """Return the Run that goes on where `run` has begun this process, None where there is none.
+    """Return the Run that this process, which `run` has started, works for now; None if there is none.
 
-    A worker of a pool takes part in one run after another; a program belongs to the run that has started it, or to
-    none."""
+    A worker of a pool works for one run after another. Any other program belongs to the run that has started it, and
+    to none after that."""
     current = read_json(path, _CURRENT_KINDS)
     if (current.get("task_id"), current.get("run_id")) == (run.task_id, run.run_id or ""):
         return run
@@ -12665,7 +12668,7 @@ def _current_of(run, path):
 
 
 def _job_run(task_id, run_id, worker_id, log_dir):
-    """Return the one Run of this name in a job's process."""
+    """Return the Run with these ids in a job's process; the same object at every call."""
     key = task_id, run_id or None
     if key not in RUNS:
         RUNS[key] = Run(task_id, run_id or None, worker_id or None, log_dir=log_dir or None)
@@ -12674,7 +12677,7 @@ def _job_run(task_id, run_id, worker_id, log_dir):
 
 
 def _current_run():
-    """Return the Run under way here, or raise LabtaskerRuntimeError."""
+    """Return the current Run, or raise LabtaskerRuntimeError."""
     run = _find_run()
     if run is None:
         raise LabtaskerRuntimeError("no task is running here: this works inside a function that labtasker.loop() "
@@ -12700,21 +12703,23 @@ def current_worker_id():
 def task_info():
     """Return the Task that runs here, as it was when its run started, or raise LabtaskerRuntimeError.
 
-    It is read from the run's folder, so that a job can start while the server is away; else the server is asked."""
+    It is read from the run's folder, so that a job can start while the server is away. Without it the server is
+    asked."""
     run = _current_run()
     return run.task or run.written_task() or get_task(run.task_id)
 
 
 def get_labtasker_log_dir():
-    """Return the folder of the run, a Path, for files that it wants to keep; made if it is missing."""
+    """Return the folder of the current run as a Path, for files that the job wants to keep; made if it is missing."""
     import pathlib
     return pathlib.Path(_current_run().make_log_dir())
 
 
 def report_task_status(task_id, status, summary=None, worker_id=None):
-    """Set a task's status (success, failed, cancelled; "running" only merges) and merge `summary` into its summary.
+    """Set a task's status to success, failed or cancelled and merge `summary` into its summary.
 
-    For the task that runs here the report also names the run; the loop then leaves a final status as it is."""
+    The status "running" only merges. For the task that runs here the report also names the run, and the loop leaves
+    a final status as it is."""
     run = _find_run()
     if run is None or run.task_id != task_id:
         deliver(task_id, status, plain_summary(summary), worker_id)
@@ -12725,8 +12730,9 @@ def report_task_status(task_id, status, summary=None, worker_id=None):
 def report(step=None, **values):
     """Merge `values` into the summary of the task that runs here; return whether the job should go on.
 
-    `step`: the number >= 0 (an epoch, an iteration) that the values belong to. While the server is away they are kept,
-    and delivered later in order. Outside of a run, and in all but the first of a job's ranks, it does nothing."""
+    `step`: the number >= 0 (an epoch, an iteration) that the values belong to. While the server is away the values are
+    saved; they are delivered in order later. Outside of a run, and in all ranks of a job but the first, this does
+    nothing and returns True."""
     return report_values(values, step)
 
 
@@ -12749,17 +12755,17 @@ def report_values(values, step=None):
 
 
 def _is_first_rank(run):
-    """Return whether of a job's ranks this process reports. The loop's own rank is none of the job's."""
+    """Return whether this process is the rank of the job that reports. The loop's own rank does not count."""
     if run.task and run.pid == os.getpid():
         return True
     ranks = [os.environ.get(name) for name in ("RANK", "LOCAL_RANK")]
     rank = os.environ.get("SLURM_PROCID")
-    return not any(one not in (None, "", "0") for one in ranks) and (
+    return not any(number not in (None, "", "0") for number in ranks) and (
         rank in (None, "", "0") or rank == os.environ.get("LABTASKER_PROCID"))
 
 
 def task_dir():
-    """Return the folder that all attempts of the task share, a Path; made if it is missing."""
+    """Return the folder that all runs of the task share as a Path; made if it is missing."""
     import pathlib
     run = _current_run()
     path = os.environ.get("LABTASKER_TASK_DIR") if run.task is None else run.task_dir
@@ -12768,9 +12774,9 @@ def task_dir():
 
 
 def finish(status, summary=None, skip_if_no_labtasker=True):
-    """End the run under way as "success" or "failed"; a second call does nothing.
+    """End the current run as "success" or "failed"; a second call does nothing.
 
-    Outside of any run it does nothing, or raises LabtaskerRuntimeError where `skip_if_no_labtasker` is False."""
+    Outside of any run this does nothing, or raises LabtaskerRuntimeError if `skip_if_no_labtasker` is False."""
     if status not in ("success", "failed"):
         raise LabtaskerValueError('finish(%r): the status is "success" or "failed"' % (status,))
     run = _find_run() if skip_if_no_labtasker else _current_run()
@@ -12787,31 +12793,32 @@ def finish(status, summary=None, skip_if_no_labtasker=True):
 def time_left():
     """Return the seconds until the loop's time is up (its Slurm or PBS job's, or --time-limit); None if unlimited.
 
-    A job that still runs is told to stop earlier, by its grace and some seconds to hand its task back."""
+    A job that still runs is told to stop earlier: its grace and the seconds to hand its task back come before the
+    end."""
     run = _find_run()
-    left_s = run.limit.end_at - monotonic() if run and run.limit else told_left_s()
+    left_s = run.limit.end_at - monotonic() if run and run.limit else end_time_left_s()
     return None if left_s is None or left_s == math.inf else max(0.0, float(left_s))
 
 
 def preempted():
-    """Return whether the job was told to stop: it should save what it needs to continue later, and end.
+    """Return whether the job was told to stop. If so, it should save what it needs to continue later, and end.
 
-    Call it early: after the first call, stop signals (but Ctrl-C) no longer end this process nor raise into the
-    function until half the grace is over."""
+    Call it early. After the first call, a stop signal other than Ctrl-C neither ends this process nor raises in the
+    function until half of the grace is over."""
     run = _find_run()
     if run and run.task and run.pid == os.getpid():
         run.move("ask")
         return "stop" in run.events
     if threading.current_thread() is threading.main_thread():
-        _hear_of_stops()
+        _note_stop_signals()
     return bool(_STOPS) or run is not None and bool(read_json(run.path(_STOP_FILE), {"signal": str}))
 
 
-_STOPS = []  # signals that told this process to stop, since it asks
+_STOPS = []  # stop signals that this process got since it first called preempted()
 
 
-def _hear_of_stops():
-    """Have signals that would end this process noted instead; the process' own handlers stay."""
+def _note_stop_signals():
+    """Have signals noted that would end this process; handlers of its own stay."""
     import signal
     own_pid = os.getpid()
 
@@ -12825,7 +12832,7 @@ def _hear_of_stops():
 
 
 def _die_of(signum):
-    """Do what the signal does without labtasker, in a process that a job forked, such as a data loader."""
+    """Do what the signal would do without labtasker. For a process that a job forked, such as a data loader."""
     import signal
     if signum == signal.SIGINT:
         raise KeyboardInterrupt()
@@ -12834,17 +12841,17 @@ def _die_of(signum):
 
 
 class Wake:
-    """Wakes a loop at a signal, or when a slot needs it; a context in which it handles the signals.
+    """Wakes a loop at a signal, or when a slot needs it. It is a context manager; within it the signals are handled.
 
     The first signal asks the loop to leave, the second kills the job at once, the third ends the process without a
-    report (the second does if there is no run to report). Outside the main thread there are no signals."""
+    report. If there is no run to report, the second does. Outside the main thread no signals are handled."""
 
     def __init__(self, signals):
         self.signals = signals
         self.stop = None  # the first signal, or the one that jobs get when the time is up
-        self.times = 0  # how many came
+        self.times = 0  # the number of signals so far
         self.interrupt = None  # called with the signal while a function runs, to raise something in it
-        self.runs = set()  # those under way, which must be reported
+        self.runs = set()  # the current runs, whose end must be reported
         self.nudged = False  # the next SIGINT comes from `nudge`, not from a person
 
     def __enter__(self):
@@ -12852,11 +12859,11 @@ class Wake:
         self.in_main = threading.current_thread() is threading.main_thread()
         self._open_pipe()
         if self.in_main:
-            self.wakeup_fd = self._be_woken()
+            self.wakeup_fd = self._set_wakeup_fd()
             for signum in self.signals:
                 if not self._is_taken(signum):
                     self._handle(signum)
-            if not _WAKES and hasattr(os, "register_at_fork"):  # not before 3.7, where `_in_child` has to do
+            if not _WAKES and hasattr(os, "register_at_fork"):  # from 3.7 on; 3.6 has to do without
                 os.register_at_fork(after_in_child=_leave_loops)
             _WAKES.append(self)
         return self
@@ -12872,7 +12879,7 @@ class Wake:
         if not self.held.is_intact():
             self._open_pipe()
             if self.in_main:
-                self._be_woken()
+                self._set_wakeup_fd()
 
     def _handle(self, signum):
         import signal
@@ -12886,10 +12893,10 @@ class Wake:
         for signum in self.handlers:
             self._listen_to(signum)
         if self.in_main and self.handlers:
-            self._be_woken()
+            self._set_wakeup_fd()
 
-    def _be_woken(self):
-        """Have signals wake `pause`; return the wakeup descriptor that was set before."""
+    def _set_wakeup_fd(self):
+        """Have signals end `pause`; return the wakeup descriptor that was set before."""
         import signal
         quiet = {"warn_on_full_buffer": False} if sys.version_info >= (3, 7) else {}
         return signal.set_wakeup_fd(self.write_end, **quiet)
@@ -12900,7 +12907,7 @@ class Wake:
 
     @staticmethod
     def _is_taken(signum):
-        """Return whether the user's script has its own handler for a signal that is meant for users."""
+        """Return whether the user's script has its own handler for a signal that is free for users."""
         import signal
         return signal_name(signum) in ("SIGUSR1", "SIGUSR2", "SIGXCPU") and callable(signal.getsignal(signum))
 
@@ -12912,7 +12919,7 @@ class Wake:
         if self.in_main:
             try:
                 signal.set_wakeup_fd(self.wakeup_fd)
-            except (OSError, ValueError):  # that one is closed
+            except (OSError, ValueError):  # that descriptor is closed
                 signal.set_wakeup_fd(-1)
         self.handlers = {}
 
@@ -12921,7 +12928,7 @@ class Wake:
         if self.held.is_intact():
             os.close(self.read_end)
             os.close(self.write_end)
-        self.write_end = -1  # for a slot that was left behind
+        self.write_end = -1  # a slot whose thread still runs can't write to what has this number next
 
     def on_child(self, signum, frame):
         """Do nothing: the byte that the interpreter writes to the pipe is enough."""
@@ -12958,12 +12965,12 @@ class Wake:
             pass
 
     def pause(self, seconds):
-        """Sleep for so long, or until something wakes the loop."""
+        """Sleep for that many seconds, or until something wakes the loop."""
         if ready([self.read_end], max(0, seconds)):
             os.read(self.read_end, 4096)
 
 
-_WAKES = []  # those that handle, or handled, signals in this process
+_WAKES = []  # every Wake that has handled signals in this process
 
 
 def _leave_loops():
@@ -12973,8 +12980,8 @@ def _leave_loops():
 
 
 class HeartbeatProcess:
-    """The process that sends the heartbeats of a loop's runs: started with the first run, again if it dies, ended by
-    `close`. A thread calls `on_lost(key, status)` when someone else has ended a run."""
+    """The process that sends the heartbeats of a loop's runs. It starts with the first run and again if it dies, and
+    ends with `close`. A thread calls `on_lost(key, status)` when somebody else has ended a run."""
 
     def __init__(self, on_lost):
         self.on_lost, self.runs, self.process, self.reader = on_lost, {}, None, None
@@ -12983,7 +12990,7 @@ class HeartbeatProcess:
         self.lock = threading.Lock()  # guards runs, process and what is written to it
 
     def add(self, run, interval_s, group=None):
-        """Send heartbeats for `run` from now on; `group`: the job's process group, ended if this process dies."""
+        """Send heartbeats for `run` from now on; `group`: the job's process group, which ends if the loop dies."""
         message = {"key": run.key, "task_id": run.task_id, "run_id": run.run_id, "worker_id": run.worker_id,
                    "store_id": run.store_id, "interval_s": interval_s, "group": group}
         with self.lock:
@@ -13008,7 +13015,7 @@ class HeartbeatProcess:
 
     def _start(self):
         """Start the process and send it every run."""
-        self._let_go()
+        self._drop_broken()
         if self.process:
             self._end()
         self.process = start_program(in_python("heartbeat_main"), stdin=PIPE, stdout=PIPE, stderr=None,
@@ -13025,11 +13032,12 @@ class HeartbeatProcess:
     def mend(self):
         """Start another process if a function has closed the pipes to this one, which ends it."""
         with self.lock:
-            self._let_go()
+            self._drop_broken()
             if self.runs and not self.process:
                 self._start()
 
-    def _let_go(self):
+    def _drop_broken(self):
+        """Forget a process whose pipes a function has closed."""
         if self.process and not self.held.is_intact():
             Held.LOST.append(self.process)
             self.process = None
@@ -13044,41 +13052,41 @@ class HeartbeatProcess:
         if self.runs:
             time.sleep(1)
         with self.lock:
-            if self.process is process and self.runs:  # it died: another takes over
+            if self.process is process and self.runs:  # it died: start another
                 self._start()
 
     def _end(self):
         process, self.process = self.process, None
         try:
-            process.stdin.write('{"end": true}\n')  # closing is not enough where the job has forked
+            process.stdin.write('{"end": true}\n')  # closing is not enough: a process that the job forked has it open
             process.stdin.close()
         except OSError:
             pass
         try:
             process.wait(5)
-        except Exception:  # subprocess.TimeoutExpired: it was stopped
+        except Exception:  # subprocess.TimeoutExpired: the process was suspended
             process.kill()
             process.wait()
         return process
 
     def close(self):
-        """End the process and the thread that listens to it."""
+        """End the process and the thread that reads from it."""
         with self.lock:
             self.runs.clear()
-            self._let_go()
+            self._drop_broken()
             self.guard.close()
             process = self.process and self._end()
         if process:
-            if self.reader.ident is not None:  # else no thread was to be had for it
+            if self.reader.ident is not None:  # None: the thread could not be started
                 self.reader.join()
             process.stdout.close()
 
 
 class _Guard:
-    """A shell that ends the process groups of jobs once its stdin is closed, as it is however the loop dies.
+    """A shell that ends the process groups of jobs once its stdin is closed, which happens however the loop dies.
 
-    The heartbeat process does the same; this one helps when both are killed at once. It is not a child of the loop.
-    Without a POSIX shell, as on Windows, there is none. Call `change` and `close` with HeartbeatProcess.lock held."""
+    The heartbeat process does the same; the shell helps when loop and heartbeat process are killed at once. It is not
+    a child of the loop. Without a POSIX shell, as on Windows, there is no guard. HeartbeatProcess.lock guards it."""
 
     PROGRAM = """trap '' INT TERM HUP
 exec 3<&0
@@ -13097,7 +13105,7 @@ for group in $groups; do kill -s KILL -- "-$group"; done
         self.pipe, self.groups = None, set()
 
     def change(self, old, new):
-        """Have one group, or None, be ended instead of another."""
+        """Replace the group `old` by `new` in what the shell will end; either may be None."""
         self.groups.discard(old)
         self.groups |= {new} - {None}
         if old == new or self.pipe is None and not self.groups:
@@ -13105,14 +13113,14 @@ for group in $groups; do kill -s KILL -- "-$group"; done
         try:
             if self.pipe is None:
                 raise BrokenPipeError
-            self._tell(old, new)
+            self._send(old, new)
         except BrokenPipeError:  # not started yet, or killed
             self.close()
             self._start()
-        except OSError:  # it was stopped, and its pipe is full
+        except OSError:  # the shell was suspended, and its pipe is full
             pass
 
-    def _tell(self, old, new):
+    def _send(self, old, new):
         os.write(self.pipe, ("%s %s\n" % (old or "-", new or "-")).encode())
 
     def _start(self):
@@ -13123,8 +13131,8 @@ for group in $groups; do kill -s KILL -- "-$group"; done
             starter.wait()
             os.set_blocking(self.pipe, False)
             for group in self.groups:
-                self._tell(None, group)
-        except OSError:  # no shell, no process to be had: the heartbeat process is left
+                self._send(None, group)
+        except OSError:  # no shell, or it could not be started: the heartbeat process has to do
             self.close()
 
     def close(self):
@@ -13137,14 +13145,14 @@ for group in $groups; do kill -s KILL -- "-$group"; done
 class RunBeater:
     """Sends the heartbeats of one run, in a thread of the heartbeat process, until it is dropped or lost."""
 
-    FIRST_S = 1  # a shorter run needs no heartbeat at all
+    FIRST_S = 1  # before the first heartbeat: a shorter run needs none
 
     def __init__(self, message, parent):
         self.message, self.parent, self.dropped = message, parent, threading.Event()
         threading.Thread(target=self.live, daemon=True).start()
 
     def live(self):
-        """Send heartbeats; write one line to stdout when the run is over."""
+        """Send heartbeats; write a line to stdout once somebody else has ended the run."""
         next_at, status = monotonic() + self.FIRST_S, "running"
         while status == "running" and not self.is_dropped(next_at):
             begin, self.is_plain = monotonic(), False
@@ -13155,21 +13163,22 @@ class RunBeater:
             sys.stdout.flush()
 
     def is_dropped(self, until):
-        """Return whether the run was dropped, as soon as it is or at `until`.
+        """Return whether the run was dropped: as soon as it is, or at `until`.
 
-        Event.wait() follows the wall clock in some Pythons: set back, that would keep it waiting."""
+        It sleeps in short steps because Event.wait() follows the wall clock in some Pythons: if that is set back, the
+        wait would last too long."""
         while not self.dropped.is_set() and monotonic() < until:
             time.sleep(max(0.0, min(self.FIRST_S, until - monotonic())))
         return self.dropped.is_set()
 
     def next_at(self, begin, end):
-        """Return when to send the next heartbeat. A server with the extensions answers only after the interval."""
+        """Return when to send the next heartbeat. A server with the extensions itself waits before it answers."""
         if self.is_plain:
             return begin + self.message["interval_s"]
         return end if end - begin > 0.5 else end + self.FIRST_S
 
     def beat(self):
-        """Return the run's status; "running" if the server is away, so that it is retried for ever."""
+        """Send a heartbeat and return the run's status; "running" if the server is away: the next one may arrive."""
         message = self.message
         try:
             rely_on(message["store_id"])
@@ -13178,14 +13187,14 @@ class RunBeater:
             return status or "running"
         except LabtaskerHTTPStatusError as error:
             if error.status_code in (403, 404, 409):
-                return self.look()
+                return self.status_after_refusal()
         except LabtaskerError:
             pass
         rediscover_server()
         return "running"
 
-    def look(self):
-        """Return what became of a task whose heartbeat was refused."""
+    def status_after_refusal(self):
+        """Return what became of the task after a heartbeat was refused: its status, "taken" or "deleted"."""
         try:
             status = get_task(self.message["task_id"]).status
             return "taken" if status == "running" else status
@@ -13196,9 +13205,11 @@ class RunBeater:
 
 
 def heartbeat_main():
-    """Send heartbeats for the runs given on stdin, a JSON line each, until it ends or the parent dies; then end jobs.
+    """Send heartbeats for the runs that stdin names, a JSON line each, until told to end; if the loop dies, end its
+    jobs.
 
-    Writes a JSON line to stdout for a run that is over. Ignores signals: the loop decides when this process ends."""
+    Writes a JSON line to stdout for a run that somebody else has ended. Ignores signals: the loop decides when this
+    process ends."""
     import signal
     for signum in loop_signals():
         signal.signal(signum, signal.SIG_IGN)
@@ -13218,7 +13229,7 @@ def heartbeat_main():
 
 
 def _watch_parent(parent, beaters):
-    """Leave when the loop has died, even if a process that its function forked still holds our stdin open."""
+    """Exit when the loop has died, even if a process that its function forked still holds our stdin open."""
     while os.getppid() == parent:
         time.sleep(1)
     _end_orphans(beaters)
@@ -13226,21 +13237,21 @@ def _watch_parent(parent, beaters):
 
 
 def _show_life(parent, beaters):
-    """Touch the beat files of the runs and the owner's counter, even while heartbeats are held up."""
+    """Touch the beat files of the runs and the owner's counter every second, also while heartbeats are delayed."""
     while True:
         if beaters and not is_stopped(parent):
-            _show_runs([heart.message["run_id"] for heart in list(beaters.values())])
+            _show_runs([beater.message["run_id"] for beater in list(beaters.values())])
         time.sleep(1)
 
 
 def _end_orphans(beaters):
-    """End the jobs of a loop that was killed, as other workers will get its tasks."""
-    groups = [heart.message["group"] for heart in list(beaters.values()) if heart.message["group"]]
+    """End the jobs of a loop that was killed: other workers will get its tasks."""
+    groups = [beater.message["group"] for beater in list(beaters.values()) if beater.message["group"]]
     end_groups(groups, monotonic() + LOST_GRACE_S, time.sleep)
 
 
 def loop_signals():
-    """Return the signals that ask a loop to leave: those of a person, a shell, and a scheduler before its kill."""
+    """Return the signals that ask a loop to leave: from a person, a shell, or a scheduler before it kills."""
     import signal
     names = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU")
     return [getattr(signal, name) for name in names if hasattr(signal, name)]
@@ -14128,21 +14139,21 @@ def fetch_request(fields, extra_filter, cmd, worker_id, eta_max, heartbeat_timeo
 
 def _run_function(slot, run, call):
     """Return the Outcome of call(args) in the thread that runs the loop; whatever it raises ends the task alone."""
-    wake, limit, told_at = slot.wake, slot.loop.limit, None
+    wake, limit, stop_noted_at = slot.wake, slot.loop.limit, None
     slot.start_beats(run)
 
     def guard():
         """Return whether the function may go on. One that calls preempted() is left alone for half of the grace."""
-        nonlocal told_at
+        nonlocal stop_noted_at
         slot.loop.check_time()
-        if wake.stop and told_at is None:
-            told_at = monotonic()
+        if wake.stop and stop_noted_at is None:
+            stop_noted_at = monotonic()
             run.note_stop(wake.stop)
             wake.nudge()
-        if told_at is None or not wake.in_main:
+        if stop_noted_at is None or not wake.in_main:
             return True
-        kill_at = min(told_at + slot.loop.options.grace_s, max(limit.kill_at, told_at))
-        if run.state == "told" and monotonic() > (told_at + kill_at) / 2:
+        kill_at = min(stop_noted_at + slot.loop.options.grace_s, max(limit.kill_at, stop_noted_at))
+        if run.state == "notified" and monotonic() > (stop_noted_at + kill_at) / 2:
             run.move("insist")
             wake.nudge()
         return monotonic() < kill_at
@@ -14205,7 +14216,7 @@ def _call_function(slot, run, call):
                 slot.loop.mend(held)
         if os.getpid() != run.pid:
             _end_child(None)
-        has_heard = run.state in ("told", "insisting", "raised")
+        has_heard = run.state in ("notified", "insisting", "raised")
         return slot.loop.handed_back() if has_heard else _outcome_of_answer(run, answer)
     except BaseException as error:
         wake.interrupt = None

@@ -126,7 +126,7 @@ def test_a_run_keeps_every_event_of_its_threads(home):
     run = labtasker.Run("t1", "r1", "w1")
     for event in ["begin"] + ["ask"] * 1000 + ["stop"] * 1000:
         run.move(event)
-    assert (run.state, run.events) == ("told", ["begin", "ask", "stop"])
+    assert (run.state, run.events) == ("notified", ["begin", "ask", "stop"])
 
 
 def test_a_loop_that_has_failed_stays_so_until_its_time_is_up(home):
