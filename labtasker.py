@@ -10331,6 +10331,33 @@ class Required:
         return found if annotation is None else cast(found, annotation, "parameter %r" % name)
 
 
+class _Marked:
+    """What `Annotated[T, mark, ...]` is where typing has none; the names of its attributes are those of typing's."""
+
+    def __init__(self, kind, marks):
+        self.__origin__, self.__args__, self.__metadata__ = kind, (kind,), marks
+
+    def __repr__(self):
+        return "Annotated[%s]" % ", ".join([_type_text(self.__origin__)] + list(map(repr, self.__metadata__)))
+
+    def __call__(self, *given, **named):  # typing takes only what can be called for a type
+        return self.__origin__(*given, **named)
+
+
+class _Brackets(type):
+    def __getitem__(cls, parts):
+        import typing
+        if hasattr(typing, "Annotated"):
+            return typing.Annotated[parts]
+        if not isinstance(parts, tuple) or len(parts) < 2:
+            raise LabtaskerTypeError("Annotated[...] takes a type and marks: Annotated[int, Required()]")
+        return _Marked(parts[0], parts[1:])
+
+
+class Annotated(metaclass=_Brackets):
+    """`Annotated[T, Required()]`: that of typing, or before Python 3.9, where it has none, one that loops understand."""
+
+
 class BoundFunction:
     """A function whose Required() parameters are filled from a task's args: `fields` are the keys that it needs,
     `call(args, given, named)` calls it. Raises LabtaskerTypeError for a Required() that can't work."""
@@ -17415,7 +17442,7 @@ COMMANDS = {
 
 # The public API; an underscore marks what a section keeps to itself, all other names are for the sections above.
 __all__ = """
-    loop Required finish task_info current_task_id current_worker_id is_enabled get_labtasker_log_dir
+    loop Required Annotated finish task_info current_task_id current_worker_id is_enabled get_labtasker_log_dir
     time_left preempted set_prompt_on_task_failure set_loop_internal_error_handler health_check create_queue
     get_queue update_queue delete_queue submit_task submit_tasks submit_grid fetch_task get_task
     report task_dir report_task_status refresh_task_heartbeat ls_tasks update_tasks delete_task create_worker ls_workers

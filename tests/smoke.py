@@ -32,7 +32,7 @@ for value in (1, 2, 3):
 seen = []
 
 @labtasker.loop(required_fields=["a", "b"])
-def main(a: int = Required(), b: int = Required()):
+def main(a: labtasker.Annotated[int, Required()], b: int = Required()):
     seen.append(a)
     labtasker.report_task_status(task_id=labtasker.task_info().task_id, status="running", summary={"sum": a + b})
 

@@ -401,7 +401,7 @@ def test_a_submission_calls_the_functions_in_the_order_of_the_spine(tmp_path, mo
 
 
 DOCUMENTED = """
-    loop Required finish task_info current_task_id current_worker_id is_enabled get_labtasker_log_dir set_prompt_on_task_failure
+    loop Required Annotated finish task_info current_task_id current_worker_id is_enabled get_labtasker_log_dir set_prompt_on_task_failure
     set_loop_internal_error_handler health_check create_queue get_queue update_queue delete_queue submit_task fetch_task
     report_task_status refresh_task_heartbeat ls_tasks update_tasks delete_task create_worker ls_workers report_worker_status
     delete_worker connect_events EventListener TaskUpdateRequest LabtaskerError LabtaskerRuntimeError LabtaskerValueError

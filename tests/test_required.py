@@ -167,6 +167,27 @@ def test_required_inside_the_annotated_of_typing():
     assert got(main, {"lr": 1}) == 1.0
 
 
+@pytest.mark.parametrize("has_none", [False, True])
+def test_required_inside_our_annotated(has_none, monkeypatch):
+    """It is typing's where typing has one; the other works as well, as text and within other types too."""
+    own = getattr(typing, "Annotated", None)
+    if has_none:
+        monkeypatch.delattr(typing, "Annotated", raising=False)
+    ours = labtasker.Annotated[int, Required()]
+    assert type(ours) is type(own[int, Required()]) or has_none or not own
+
+    def main(lr: labtasker.Annotated[float, "note", Required(alias="a.lr")], n: "labtasker.Annotated[int, Required()]" = None,
+             many: labtasker.Annotated[List[labtasker.Annotated[int, "seeds"]], Required()] = ...,
+             raw: labtasker.Annotated[Any, Required(resolver=str)] = ...):
+        return lr, n, many, raw
+    assert fields(main) == ["a.lr", "n", "many", "raw"]
+    assert got(main, {"a": {"lr": "1"}, "n": "2", "many": ["3"], "raw": 4}) == (1.0, 2, [3], "4")
+    with pytest.raises(LabtaskerTypeError, match="parameter 'n': expected "):
+        got(main, {"a": {"lr": 1}, "n": "x", "many": [], "raw": 4})
+    with pytest.raises(TypeError, match="Annotated"):
+        labtasker.Annotated[int]
+
+
 def test_a_resolver_gets_the_value_as_submitted_and_its_answer_is_not_cast():
     def main(a: Annotated[Dict[str, Any], Required(resolver=lambda a: Optimizer(**a))],
              b=Required(resolver=lambda b: sorted(b)), c: int = Required(resolver=str)):
