@@ -10332,7 +10332,7 @@ class Required:
 
 
 class _Marked:
-    """What `Annotated[T, mark, ...]` is where typing has none; the names of its attributes are those of typing's."""
+    """What `Annotated[T, mark, ...]` is where typing has none; its attributes are named as those of typing are."""
 
     def __init__(self, kind, marks):
         self.__origin__, self.__args__, self.__metadata__ = kind, (kind,), marks
@@ -10355,7 +10355,7 @@ class _Brackets(type):
 
 
 class Annotated(metaclass=_Brackets):
-    """`Annotated[T, Required()]`: that of typing, or before Python 3.9, where it has none, one that loops understand."""
+    """`Annotated[T, Required()]`: that of typing, and before Python 3.9, where it has none, one for loops."""
 
 
 class BoundFunction:
