@@ -14479,46 +14479,46 @@ def watch(slot, run, process):
 
 # 14. Text ####################################################################
 #
-# What a person reads and types: messages, tables, YAML and CSV; values, task arguments, files of tasks, answers.
-# Knows no command and asks no store. Results go to stdout, everything else to stderr.
-# The references that help prints. Uses 1 to 7, 10, 11. Tests: test_cli.py, test_values.py, test_terminal.py.
+# What a person reads and types: messages, tables, YAML and CSV; values, task arguments, files of tasks, answers;
+# the references that help prints. Knows no command and asks no store. Results go to stdout, everything else to
+# stderr. Uses 1 to 7, 10, 11. Tests: test_cli.py, test_values.py, test_terminal.py.
 
 
 _COLOURED = Pattern("(\x1b\\[[0-9;]*m)")
 
 
 def say(text):
-    """Write a result to stdout. On a terminal only colours are obeyed.
+    """Write a result to stdout. On a terminal all control sequences but colours are made harmless.
 
-    What the encoding lacks is escaped on a terminal, and where PYTHONIOENCODING asks for that encoding. A file or pipe
-    gets UTF-8 otherwise, as from Python 3.7 on in the locale C."""
+    A character that the encoding lacks is escaped on a terminal, and where PYTHONIOENCODING asks for that encoding.
+    Otherwise the output is UTF-8, as Python 3.7 and later have it in the locale C."""
     if is_terminal(sys.stdout):
         text = "".join(piece if at % 2 else clean(piece) for at, piece in enumerate(_COLOURED.split(text)))
     try:
         sys.stdout.write(text + "\n")
     except UnicodeEncodeError:
         is_wanted = is_terminal(sys.stdout) or os.environ.get("PYTHONIOENCODING")
-        way = (sys.stdout.encoding, "backslashreplace") if is_wanted else ("utf-8", "surrogateescape")
+        encoding = (sys.stdout.encoding, "backslashreplace") if is_wanted else ("utf-8", "surrogateescape")
         sys.stdout.flush()
-        sys.stdout.buffer.write((text + "\n").encode(*way))
+        sys.stdout.buffer.write((text + "\n").encode(*encoding))
 
 
 def note(text):
-    """Write something that is not a result to stderr, after the results so far; that nobody reads it is no error."""
+    """Write a message that is not a result to stderr, after the results so far. A closed stderr is no error."""
     try:
         sys.stdout.flush()
-    except OSError:  # it can't be written: that is an error of its own, told once
+    except OSError:  # stdout can't be written: that is reported once, elsewhere
         silence()
     tell(text)
 
 
-def some(tasks):
+def tasks_in_words(tasks):
     """Return "1 task", "3 tasks"."""
     return "%d task%s" % (len(tasks), "" if len(tasks) == 1 else "s")
 
 
 def span(seconds):
-    """Return a length of time in its two leading digits or so: 45s, 12m, 3h, 5d."""
+    """Return a length of time in the largest unit of which it has at least two: 45s, 12m, 3h, 5d."""
     for size, unit in ((86400, "d"), (3600, "h"), (60, "m")):
         if seconds >= 2 * size:
             return "%d%s" % (seconds // size, unit)
@@ -14531,7 +14531,7 @@ def age(moment):
 
 
 def _narrowed(widths, room):
-    """Return the widths of columns, the widest made narrower until all fit in `room`, or all are narrow."""
+    """Return the widths of columns. The widest ones are made narrower until all fit in `room`, or all are narrow."""
     widths = list(widths)
     while sum(widths) + 2 * len(widths) - 2 > room and max(widths) > 8:
         widths[widths.index(max(widths))] -= 1
@@ -14539,10 +14539,9 @@ def _narrowed(widths, room):
 
 
 def render_table(rows, room=10 ** 9, painted=None):
-    """Return rows of texts, the first the header, as aligned lines that fit in `room` cells. Empty columns are left
-    out.
+    """Return rows of texts, of which the first is the header, as aligned lines of at most `room` cells.
 
-    `painted(cell, padded)` returns the padded cell with its colour."""
+    Columns without any text are left out. `painted(cell, padded)` returns the padded cell with its colour."""
     kept = [i for i in range(len(rows[0])) if any(row[i] for row in rows[1:])]
     rows = [[clean(row[i], "") for i in kept] for row in rows]
     widths = _narrowed([min(room, max(map(cells_wide, column))) for column in zip(*rows)], room)
@@ -14557,70 +14556,72 @@ def _table_line(row, widths, painted):
     return "  ".join(cells).rstrip()
 
 
-# ---- Columns: what tells rows apart, on a terminal and on the page
+# ---- Columns: the fields in which rows differ, on a terminal and on the page
 
-# Fields as they stand side by side; the same, the most telling first; {field: value} of what all rows have alike.
+# columns: the fields from left to right. telling: the same fields, the most informative first. same: {field: value} of
+# the fields that have one value in all rows.
 Chosen = collections.namedtuple("Chosen", "columns telling same")
 
 GROUPS = ("status", "task_name", "args", "cmd", "summary", "error", "retries", "duration", "worker_id", "created_at")
-_BY_CHANCE = {"duration", "created_at"}  # that these are alike in some rows says nothing
-WIDEST, WIDEST_ERROR = 20, 36  # cells that a column wants before others get a place
-_CUT = 12  # cells that a longer text is cut to before it goes without a place: no number is longer
+_BY_CHANCE = {"duration", "created_at"}  # equal values in these are a coincidence, so they stay columns
+WIDEST, WIDEST_ERROR = 20, 36  # cells that a column may ask for while others still need a place
+_CUT = 12  # cells that a longer text is cut to before its column is left out: no number is longer
 
 
 def choose_columns(rows, kept=()):
-    """Return the Chosen of rows, each {field: value}, args and summary as dotted fields: what differs, then results.
+    """Return the Chosen of rows, each a {field: value} with args and summary as dotted fields.
 
-    `kept` are the fields by which the rows are sorted: the most telling, and the first of the results. What all rows
-    have alike is no column, except in a single row."""
-    found, values = {}, {}  # field: how often each of its values is there; field: one of them
+    `kept` are the fields by which the rows are sorted: they count as the most informative and stand first among the
+    results. A field with the same value in all rows is no column, unless there is only one row."""
+    value_counts, values = {}, {}  # field: {text of a value: how many rows have it}; field: one of its values
     for row in rows:
         for field, value in row.items():
-            counts = found.get(field)
+            counts = value_counts.get(field)
             if counts is None:
-                values[field], counts = value, found.setdefault(field, {})
+                values[field], counts = value, value_counts.setdefault(field, {})
             text = "" if field in _BY_CHANCE else exact(value)
             counts[text] = counts.get(text, 0) + 1
     is_alike = {field: rows[1:] and max(counts.values()) == len(rows) and field not in _BY_CHANCE
-                for field, counts in found.items()}
+                for field, counts in value_counts.items()}
     groups = {group: [] for group in GROUPS}
-    for field in found:
+    for field in value_counts:
         if not is_alike[field]:
             groups.setdefault(field.split(".")[0], []).append(field)
-    groups["summary"].sort(key=lambda field: (_place(field, kept), -sum(found[field].values())))
+    groups["summary"].sort(key=lambda field: (_index_or_end(field, kept), -sum(value_counts[field].values())))
     columns = list(dict.fromkeys(sum((groups[group] for group in groups), [])))
-    return Chosen(columns, _most_telling(groups, columns, kept, found, len(rows)),
-                  {field: values[field] for field in found if is_alike[field]})
+    return Chosen(columns, _most_telling(groups, columns, kept, value_counts, len(rows)),
+                  {field: values[field] for field in value_counts if is_alike[field]})
 
 
 def exact(value):
-    """Return a value as text that no other value has, but for one of another type: 1 is not 1.0."""
+    """Return a value as text that differs from that of other values, also of 1 and 1.0. Text stands as it is."""
     return value if isinstance(value, str) else repr(value)
 
 
-def _place(item, items):
+def _index_or_end(item, items):
     return items.index(item) if item in items else len(items)
 
 
-def _most_telling(groups, columns, kept, found, total):
-    """Return the columns, the most telling first. An argument tells the more, the more rows have another value than its
-    most common one, for the cells that it takes."""
-    def tells(field):
-        width, count = max(len(field) - len("args."), *map(len, found[field])), sum(found[field].values())
-        return total > 1 and (count - max(found[field].values()) + count / total / 9) / max(4, min(WIDEST, width))
-    args, results = sorted(groups["args"], key=tells, reverse=True) + groups["cmd"], groups["summary"]
-    errors, is_failed = groups["error"], 2 * sum(found.get("error", {}).values()) > total
+def _most_telling(groups, columns, kept, value_counts, total):
+    """Return the columns, the most informative first.
+
+    An argument informs the more, the more rows differ from its most common value and the fewer cells it takes."""
+    def information(field):
+        counts = value_counts[field]
+        width, count = max(len(field) - len("args."), *map(len, counts)), sum(counts.values())
+        return total > 1 and (count - max(counts.values()) + count / total / 9) / max(4, min(WIDEST, width))
+    args, results = sorted(groups["args"], key=information, reverse=True) + groups["cmd"], groups["summary"]
+    errors, is_failed = groups["error"], 2 * sum(value_counts.get("error", {}).values()) > total
     order = [field for field in kept if field in columns] + groups["status"] + errors * is_failed
     order += args[:2] + results[:1] + args[2:4] + results[1:2] + errors + args[4:] + results[2:]
     return list(dict.fromkeys(order + [field for field in columns if field not in order]))
 
 
 def fit_columns(telling, wants, room, kept=()):
-    """Return {field: cells} of the columns that have a place in `room`: the most telling first, the first and those of
-    `kept` in any case.
+    """Return {field: cells} of the columns that fit in `room` cells, the most informative first.
 
-    `wants` has the (least, most) cells of each, of which a text goes without some rather than without a place; what is
-    left over goes to those that want more."""
+    The first column and those of `kept` are always there. `wants` has the (least, most) cells of each. A long text is
+    cut before its column is left out. Cells that are left over go to the columns that want more."""
     cells, left = {}, room
     for field in telling:
         least = wants[field][0]
@@ -14635,15 +14636,16 @@ def fit_columns(telling, wants, room, kept=()):
 
 
 def shortened(names, pattern, taken):
-    """Return {field: name without what the pattern matches} for {field: name}, where the rest is no other's name."""
+    """Return {field: name} with each name shortened by what the pattern matches, unless the result is ambiguous."""
     short = {field: re.sub(pattern, "", name) or name for field, name in names.items()}
-    often = collections.Counter(short.values())
-    often.update(name for name in taken if name not in names.values())
-    return {field: short[field] if often[short[field]] == 1 else name for field, name in names.items()}
+    uses = collections.Counter(short.values())
+    uses.update(name for name in taken if name not in names.values())
+    return {field: short[field] if uses[short[field]] == 1 else name for field, name in names.items()}
 
 
 def texts_of(values, digits, must_differ):
-    """Return values as texts for a column, floats with so many digits, or with more where what differs must look so."""
+    """Return values as texts for a column, floats with that many digits. With `must_differ` they get all digits where
+    different values would look the same."""
     texts = [brief(value, digits) for value in values]
     if must_differ and len(set(texts)) < len(set(map(exact, values))):
         texts = [repr(value) if isinstance(value, float) else brief(value) for value in values]
@@ -14651,14 +14653,14 @@ def texts_of(values, digits, must_differ):
 
 
 def cut_apart(texts, width):
-    """Return texts cut to `width` cells: at their end, or at their begin where that leaves more of them distinct."""
-    ends = [fitted(text, width).rstrip() for text in texts]
-    begins = [fitted(text[::-1], width).rstrip()[::-1] for text in texts]
-    return begins if len(set(begins)) > len(set(ends)) else ends
+    """Return texts cut to `width` cells: at their end, or at their start if that leaves more of them distinct."""
+    heads = [fitted(text, width).rstrip() for text in texts]
+    tails = [fitted(text[::-1], width).rstrip()[::-1] for text in texts]
+    return tails if len(set(tails)) > len(set(heads)) else heads
 
 
 def wrapped(words, room):
-    """Return words in lines of at most `room` cells, a longer word cut; from the second line on they are indented."""
+    """Return words in lines of at most `room` cells. A longer word is cut. All lines but the first are indented."""
     lines = [""]
     for word in words:
         word = fitted(word, min(cells_wide(word), max(1, room - 2)))
@@ -14669,61 +14671,65 @@ def wrapped(words, room):
 
 
 def runs_s(task):
-    """Return the seconds of the last run of a Task or a task's record, and before it of those that it resumed, as they
-    were handed back or lost; [] where it waits for one. The last one's are those by now, or until it ended or, where
-    that is not known, until the task last changed."""
+    """Return how many seconds the last runs of a Task, or of a task's record, took; [] for a task that waits.
+
+    The list ends with the last run; before it are the runs that this one resumed: they were handed back or lost. A run
+    that goes on counts until now, one that is over until its end or, if that is unknown, until the task last
+    changed."""
     if task.start_time is None or task.status == "pending":
         return []
     attempts, run_id = getattr(task, "attempts", None) or [], getattr(task, "run_id", None)
     is_kept = bool(attempts) and run_id in (None, attempts[-1].get("run_id"))  # None: since a reset or an update
     ended = attempts[-1].get("end") if is_kept else None
     end = now() if task.status == "running" else ended or task.last_modified
-    resumed = itertools.takewhile(lambda one: one.get("status") in ("pending", "timeout") and "start" in one,
+    resumed = itertools.takewhile(lambda past: past.get("status") in ("pending", "timeout") and "start" in past,
                                   reversed(attempts[:len(attempts) - is_kept]))
-    times = [(task.start_time, end)] + [(one["start"], one["end"]) for one in resumed]
+    times = [(task.start_time, end)] + [(attempt["start"], attempt["end"]) for attempt in resumed]
     return [max(0.0, _in_seconds(end) - _in_seconds(start)) for start, end in reversed(times)]
 
 
 def spent_s(task):
-    """Return the seconds of a Task or a task's record, all of `runs_s` together; None without a run."""
+    """Return the sum of `runs_s` of a Task or a task's record; None if no run of it has begun."""
     return sum(runs_s(task)) if task.start_time is not None and task.status != "pending" else None
 
 
 def spent(task, many="{0}, last {1}"):
-    """Return how long a task took; where it was resumed `many` with that, its last run and the number of runs."""
-    found = runs_s(task)
-    return "" if not found else (many if found[1:] else "{0}").format(span(sum(found)), span(found[-1]), len(found))
+    """Return how long a task took. If it was resumed: `many`, with the sum, the last run and the number of runs."""
+    times_s = runs_s(task)
+    form = many if times_s[1:] else "{0}"
+    return form.format(span(sum(times_s)), span(times_s[-1]), len(times_s)) if times_s else ""
 
 
 def _in_seconds(moment):
-    """Return the Instant of an ISO text or an aware datetime; an Instant is one already."""
+    """Return an ISO text, an aware datetime or an Instant as an Instant."""
     if isinstance(moment, str):
         return parse_time(moment)
     return moment.timestamp() if isinstance(moment, datetime.datetime) else moment
 
 
 def _per_time(per_s):
-    """Return a rate in a unit in which it is a number to read."""
+    """Return a rate a second, minute or hour: the first of which is at least 1."""
     for size, unit in ((1, "s"), (60, "min"), (3600, "h")):
         if per_s * size >= 1 or unit == "h":
             return "%.1f/%s" % (per_s * size, unit)
 
 
-def progress(found, width):
+def progress(pace, width):
     """Return a Pace as a bar and words, at most `width` cells."""
-    total = sum(found.counts.values())
-    done = total - found.counts["pending"] - found.counts["running"]
-    words = ["%d of %d done" % (done, total)] + [
-        "%d %s" % (found.counts[state], state) for state in ("failed", "running") if found.counts[state]]
-    if found.counts["pending"] and not found.counts["running"]:
+    counts = pace.counts
+    total = sum(counts.values())
+    over = total - counts["pending"] - counts["running"]
+    words = ["%d of %d done" % (over, total)] + [
+        "%d %s" % (counts[state], state) for state in ("failed", "running") if counts[state]]
+    if counts["pending"] and not counts["running"]:
         words.append("none running")
-    if found.per_s:
-        words.append(_per_time(found.per_s))
-    if found.eta_s is not None:
-        words.append("ETA " + span(found.eta_s))
+    if pace.per_s:
+        words.append(_per_time(pace.per_s))
+    if pace.eta_s is not None:
+        words.append("ETA " + span(pace.eta_s))
     text = ", ".join(words)
     room = min(30, width - len(text) - 3)
-    full = room * done // total if total else 0
+    full = room * over // total if total else 0
     return "[%s%s] %s" % ("#" * full, "." * (room - full), text) if room >= 5 else text[:width]
 
 
@@ -14744,7 +14750,7 @@ _YAML_PLAIN = r"(?ai)(?!(?:true|false|yes|no|on|off|null|y|n)\Z)[a-z_/][\w./@+-]
 
 
 def _yaml_scalar(value, indent=""):
-    """Return a JSON value that is no filled dict or list as YAML 1.1 and 1.2 both read it."""
+    """Return a JSON value other than a filled dict or list as text that YAML 1.1 and 1.2 read alike."""
     if isinstance(value, str) and re.match(_YAML_PLAIN, value):
         return value
     if isinstance(value, str):
@@ -14756,7 +14762,7 @@ def _yaml_scalar(value, indent=""):
 
 
 def _yaml_block(text, indent):
-    """Return text of several lines as a block that reads as it was written, or None where YAML would change it."""
+    """Return text of several lines as a YAML block, or None if YAML would change the text."""
     if "\n" not in text[:-1] or text[0] in " \n\t" or text.endswith("\n\n") or CONTROL.search(text.replace("\n", "")):
         return None
     lines = text.rstrip("\n").split("\n")
@@ -14764,7 +14770,7 @@ def _yaml_block(text, indent):
 
 
 def _yaml_lines(value, indent=""):
-    """Yield a dict or a list as the lines of a YAML block; nothing where it is empty."""
+    """Yield a dict or a list as the lines of a YAML block; no line if it is empty."""
     is_dict = isinstance(value, dict)
     for key, item in value.items() if is_dict else enumerate(value):
         head = indent + (_yaml_scalar(key) + ":" if is_dict else "-")
@@ -14782,13 +14788,13 @@ def as_yaml(rows):
 
 
 def _csv_cell(value):
-    """Return a value as a cell of CSV, in quotes where a reader of any Python needs them; None is an empty one."""
+    """Return a value as a cell of CSV, in quotes if the csv module of any Python needs them; None is an empty cell."""
     text = "" if value is None else str(value)
     return '"%s"' % text.replace('"', '""') if re.search('[",\r\n]|\\A\\s|\\s\\Z', text) else text
 
 
 def as_csv(rows, columns=()):
-    """Return dicts as CSV: a column for each field, `args.lr` and the like for what is nested, or `columns`."""
+    """Return dicts as CSV with these columns, or with one for each field; a nested one is named like `args.lr`."""
     fields = list(dict.fromkeys(key for row in rows for key in row))
     if not columns:
         rows = [{key: value for key, value in flatten(row) if value != {}} for row in rows]
@@ -14812,15 +14818,15 @@ def record_text(row, fmt="yaml"):
 
 
 # ---- Values that a person typed
-WORD = Pattern(r"(?!(?:True|False|None)\Z)[A-Za-z_][A-Za-z0-9_./-]*\Z")  # that is no literal, nor can begin one
-_SHORT_NUMBER = Pattern(r"-?(?:0|[1-9][0-9]{0,14})\Z|-?(?=[0-9.]{3,16}\Z)(?:0|[1-9][0-9]*)\.[0-9]+\Z")  # never lossy
+WORD = Pattern(r"(?!(?:True|False|None)\Z)[A-Za-z_][A-Za-z0-9_./-]*\Z")  # text that can't be a literal
+_SHORT_NUMBER = Pattern(r"-?(?:0|[1-9][0-9]{0,14})\Z|-?(?=[0-9.]{3,16}\Z)(?:0|[1-9][0-9]*)\.[0-9]+\Z")  # float is exact
 _DECIMAL = Pattern(r"[-+]?(?:(?:0|[1-9][0-9]*)(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][-+]?[0-9]+)?\Z")
 _NUMBERS_OF_LITERAL = Pattern(r"""(?s)('(?:\\.|[^'\\])*'|"(?:\\.|[^"\\])*")"""
                               r"""|(?<![\w.)\]'"])[-+]?\.?[0-9](?:[eE][-+](?=[0-9])|[\w.])*""")
 
 
 def _number_or_text(text, read=float):
-    """Return the number that `text` is, or the text itself where the number would be written as another one."""
+    """Return the number that `text` is, or the text itself if a float or an int can't hold exactly that number."""
     if _SHORT_NUMBER.match(text):
         return json.loads(text)
     import decimal
@@ -14833,7 +14839,7 @@ def _number_or_text(text, read=float):
 
 
 def _kept_numbers(text):
-    """Return a Python literal in which each number that would come out as another one stands as text."""
+    """Return a Python literal in which each number that can't be held exactly is put in quotes."""
     def kept(match):
         word = match.group()
         if match.group(1) or word[-1] in "jJ":
@@ -14844,10 +14850,10 @@ def _kept_numbers(text):
 
 
 def literal(text):
-    """Return what `text` is as a Python literal that JSON can hold, or the text itself.
+    """Return the value of `text` as a Python literal that JSON can hold, or the text itself.
 
-    A number in it that can't be written again as it stands (31e8473, 2024_01_15) stays text too. Most are seen at a
-    glance; `ast` is slow to import."""
+    A number in it that can't be held exactly (31e8473) or is written oddly (2024_01_15) stays text. Words and short
+    numbers, which most values are, are seen by a pattern, as `ast` is slow to import."""
     if _SHORT_NUMBER.match(text):
         return json.loads(text)
     if WORD.match(text):
@@ -14858,16 +14864,18 @@ def literal(text):
         kept = _kept_numbers(text)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            found = json.dumps(ast.literal_eval(kept.lstrip(" \t")))
-        found = json.loads(found, object_pairs_hook=no_duplicates)
+            document = json.dumps(ast.literal_eval(kept.lstrip(" \t")))
+        value = json.loads(document, object_pairs_hook=no_duplicates)
     except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
         return text
-    return text if kept != text and isinstance(found, str) else found
+    return text if kept != text and isinstance(value, str) else value
 
 
 def typed_value(text, what, strict=False):
-    """Return `text` as JSON, else as a Python literal, else as it stands; raises UsageError for a key that is there
-    twice, and where it is `strict` instead of returning text as it stands. Numbers are kept as by `literal`."""
+    """Return the value of `text` as JSON, else as a Python literal, else the text itself.
+
+    Raises UsageError for a key that is there twice, and with `strict` instead of returning the text itself. Numbers
+    are treated as by `literal`."""
     try:
         return json.loads(text, object_pairs_hook=no_duplicates, parse_float=_number_or_text,
                           parse_int=functools.partial(_number_or_text, read=int))
@@ -14881,7 +14889,7 @@ def typed_value(text, what, strict=False):
 
 
 def dict_of(text, what):
-    """Return the dict that `text` is as JSON or as a Python literal; raises UsageError that names `what`."""
+    """Return the dict that `text` holds as JSON or as a Python literal; raises a UsageError that names `what`."""
     value = typed_value(text, what, strict=True)
     if not isinstance(value, dict):
         raise UsageError("%s takes a dict, such as '{\"key\": 1}', not %s" % (what, brief(value)))
@@ -14889,13 +14897,13 @@ def dict_of(text, what):
 
 
 # ---- Files, stdin, answers
-_SILENCE_S = 1.0  # after which a command says that it reads what nobody types
+_SILENCE_S = 1.0  # without input on stdin for so long, a command says what it waits for
 
 
 def read_text(path, what="what to do"):
-    """Return the text of a file, or of stdin for `-`, line ends as they are; raises UsageError where it is not text.
+    """Return the text of a file, or of stdin for `-`, with its line ends unchanged; raises UsageError if it is no text.
 
-    Where nothing comes from stdin, a note says that `what` is waited for."""
+    If nothing comes from stdin, a note says that it waits for `what`."""
     if path == "-":
         _tell_silence(what)
         return decoded(sys.stdin.buffer.read(), "stdin", UsageError) if sys.stdin else ""
@@ -14903,11 +14911,11 @@ def read_text(path, what="what to do"):
 
 
 def _tell_silence(what):
-    """Write a note where stdin is a pipe or the like from which nothing comes within a second."""
+    """Write a note if nothing comes from stdin within _SILENCE_S."""
     import select
     try:
         is_silent = sys.stdin and not select.select([sys.stdin], [], [], _SILENCE_S)[0]
-    except (OSError, ValueError):  # it has no descriptor, or one that can't be asked
+    except (OSError, ValueError):  # it has no descriptor, or one that `select` does not take
         return
     if is_silent:
         note("reading %s from standard input ..." % what)
@@ -14930,14 +14938,14 @@ def answer_to(question, default="", secret=False):
 
 
 def ask(question, option, **how):
-    """Return a person's answer; raises UsageError that names the `option` where nobody is there."""
+    """Return a person's answer; if stdin is no terminal, raises a UsageError that names the `option` to pass."""
     if not is_terminal(sys.stdin):
         raise UsageError("%s Not interactive: pass %s" % (question.split(" [")[0], option))
     return answer_to(question, **how)
 
 
 def confirm(question, option, given):
-    """Return where it is `given` or a person says yes, else end with exit code 1; raises UsageError as `ask` does."""
+    """Return if `given` is true or a person says yes, else end with exit code 1; raises UsageError as `ask` does."""
     if not given and ask(question + " [y/N]", option).lower() not in ("y", "yes"):
         note("Nothing was changed.")
         raise SystemExit(1)
@@ -14950,26 +14958,26 @@ SUBMISSION_FIELDS = [name for name, field in SUBMITTED.items() if field.flag]
 
 
 def typed_arguments(words):
-    """Return {key: text, or True for a flag} of `--k=v`, `--k v`, `-k v`, `--flag`; raises UsageError."""
-    found, words = {}, collections.deque(words)
+    """Return {key: text, or True for a flag} of words like `--k=v`, `--k v`, `-k v`, `--flag`; raises UsageError."""
+    arguments, words = {}, collections.deque(words)
     while words:
         word = words.popleft()
         match = re.match(_ARGUMENT, word)
         if not match:
-            last = list(found)[-1:]
+            last = list(arguments)[-1:]
             raise UsageError("task arguments look like --name=value, not %r%s" % (word, last and (
                 ". A list is written --%s='[1, 2]'; %%(%s...) makes words of it" % (last[0], last[0])) or ""))
         key, text = match.group(1).replace("-", "_"), match.group(2)
         if text is None:
             text = words.popleft() if words and not re.match(r"-[^\d.]", words[0]) else True
-        if key in found:
-            raise UsageError("the task argument --%s is there twice" % key)
-        found[key] = text
-    return found
+        if key in arguments:
+            raise UsageError("the task argument --%s is given twice" % key)
+        arguments[key] = text
+    return arguments
 
 
 def joined(first, second, where="args"):
-    """Return two dicts of arguments as one, dotted keys nested; raises UsageError for a bad key or a collision."""
+    """Return two dicts of arguments as one, with dotted keys nested; raises UsageError for a bad or repeated key."""
     twice = sorted(set(first) & set(second))
     if twice:
         raise UsageError("the task argument %s is given twice" % ", ".join(twice))
@@ -14991,13 +14999,13 @@ def grid_values(key, text):
 
 
 def is_like_grid(text):
-    """Return whether a value looks as with --grid: 0.1,0.2 or 1:5:1."""
+    """Return whether a value looks like one for --grid: 0.1,0.2 or 1:5:1."""
     parts = _split_commas(text) if isinstance(text, str) else ()
     return bool(parts[1:] and all(re.match(r"[\w.+/-]+\Z", part) for part in parts) or parts and re.match(RANGE, text))
 
 
 def _range_values(key, match):
-    """Return start, start + step ... up to stop, which is included; in decimals, so that 0.1:0.3:0.1 has 0.3."""
+    """Return start, start + step ... up to and including stop; calculated in decimals, so that 0.1:0.3:0.1 has 0.3."""
     import decimal
     try:
         start, stop, step = map(decimal.Decimal, match.groups())
@@ -15025,17 +15033,16 @@ def _split_commas(text):
 
 
 def tasks_of_json(path, text):
-    """Return the submissions in JSON lines; raises UsageError that names the line.
+    """Return the submissions in JSON lines; raises a UsageError that names the line.
 
-    A line is the arguments, or, where it has a dict `args`, a whole submission, as `task ls` and --dry-run print."""
+    A line holds the arguments, or, if it has a dict `args`, a whole task as `task ls` and --dry-run print it."""
     lines = enumerate(re.split("\r\n?|\n", text), 1)
     return [_submission_in(dict_of(line, where), where) for where, line in (
         ("%s line %d" % (path, number), line) for number, line in lines) if line.strip()]
 
 
 def tasks_of_list(path, text):
-    """Return the submissions in a JSON list, each as in tasks_of_json; raises UsageError that names the line or the
-    item."""
+    """Return the submissions in a JSON list of such dicts; raises a UsageError that names the line or the item."""
     rows = typed_value(text, path, strict=True)
     if not isinstance(rows, list):
         raise UsageError("%s takes a list of dicts, or JSON lines, not %s" % (path, brief(rows)))
@@ -15046,7 +15053,8 @@ def tasks_of_list(path, text):
 
 
 def _submission_in(row, where):
-    """Return the submission that a dict is: the arguments, or a task with a dict `args`; UsageError names `where`."""
+    """Return the submission that a dict holds: the arguments, or a task with a dict `args`; raises a UsageError that
+    names `where`."""
     if not isinstance(row.get("args"), dict):
         return {"args": row}
     for key in row:
@@ -15056,10 +15064,10 @@ def _submission_in(row, where):
 
 
 def _csv_rows(path, text):
-    """Yield (number of the line where it begins, cells) for each row of CSV; raises UsageError with the line."""
+    """Yield (number of its first line, cells) for each row of CSV; raises a UsageError that names the line."""
     import csv
     import io
-    csv.field_size_limit(sys.maxsize)  # of the process; the store has its own limits
+    csv.field_size_limit(sys.maxsize)  # the store has its own limits
     rows, line = csv.reader(io.StringIO(text, newline=""), strict=True), 1
     while True:
         try:
@@ -15073,12 +15081,13 @@ def _csv_rows(path, text):
 
 
 def tasks_of_csv(path, text):
-    """Return the submissions in CSV, a column an argument, or, in what `task ls --fmt csv` prints, a field; empty cells
-    are left out. Raises UsageError with the line."""
-    rows, found = _csv_rows(path, text), []
+    """Return the submissions in CSV; raises a UsageError that names the line.
+
+    A column is an argument, or, in what `task ls --fmt csv` prints, a field. Empty cells are left out."""
+    rows, submissions = _csv_rows(path, text), []
     header = next(rows, (1, []))[1]
     if len(set(header)) < len(header):
-        raise UsageError("%s: a column is there twice: %s" % (path, ", ".join(header)))
+        raise UsageError("%s: two columns have the same name: %s" % (path, ", ".join(header)))
     is_listing = any(key.startswith("args.") for key in header) and all(
         key.split(".")[0] in TASK_FIELDS for key in header)
     for line, row in rows:
@@ -15086,9 +15095,9 @@ def tasks_of_csv(path, text):
             raise UsageError("%s line %d has %d cells, the header %d" % (path, line, len(row), len(header)))
         cells = {key: cell for key, cell in zip(header, row) if cell}
         if cells:
-            found.append(_listed_submission(cells) if is_listing else {
+            submissions.append(_listed_submission(cells) if is_listing else {
                 "args": {key: literal(cell) for key, cell in cells.items()}})
-    return found
+    return submissions
 
 
 def _listed_submission(cells):
@@ -15108,11 +15117,11 @@ def _listed_submission(cells):
 
 
 def code_for(error):
-    """Return the exit code of a command that an error has ended, a row of EXIT_CODES."""
+    """Return the exit code, a key of EXIT_CODES, of a command that ended with this error."""
     status = getattr(error, "status_code", None) or getattr(error, "status", None)
     if isinstance(error, (UsageError, SyntaxMistake, UnicodeDecodeError)) or status == 422:
         return 2
-    is_damaged = isinstance(error, StoreDamaged) or re.search(_DAMAGED, str(error))  # the wire has its words alone
+    is_damaged = isinstance(error, StoreDamaged) or re.search(_DAMAGED, str(error))  # a server sends only the message
     is_away = isinstance(error, LabtaskerConnectError) or status in (401, 502, 503, 504)
     return 3 if is_away and not is_damaged else 1
 
@@ -15133,7 +15142,7 @@ EXIT_CODES = {
 
 
 def filter_reference():
-    """Return the filter language, from the tables of section 2, and a task's fields."""
+    """Return the reference of the filter language, made from the tables of section 2, and of a task's fields."""
     fields = [["field", "kind", "meaning"]]
     fields += [[name, row.kind, row.meaning] for name, row in visible(TASK_FIELDS).items()]
     return "\n".join([
@@ -15153,9 +15162,9 @@ def filter_reference():
 
 
 def settings_reference():
-    """Return the settings: their place in config.toml, and the variables that win over it."""
+    """Return the reference of the settings: their names in config.toml, and the variables that override them."""
     rows = [[name, variable or "", meaning] for name, (_, variable, _, meaning) in SETTINGS.items()]
-    rows += [[METRICS + ".NAME", "", "a pattern: `loop --metric NAME=...` for every loop here; metrics.step: `--step`"]]
+    rows += [[METRICS + ".NAME", "", "`--metric NAME=PATTERN` for every loop here; metrics.step: `--step`"]]
     rows += [["", variable, meaning] for variable, meaning in VARIABLES.items()]
     return "\n".join([
         "The configuration is %s in the nearest folder .labtasker, from here upward," % CONFIG_NAME,
@@ -15164,25 +15173,25 @@ def settings_reference():
 
 
 def job_reference():
-    """Return the variables that a loop gives to its jobs."""
-    return "A job has these variables (help template: what may stand in its command):\n\n" + render_table(
+    """Return the reference of the variables that a loop gives to its jobs."""
+    return "A job has these variables (help template: the placeholders in its command):\n\n" + render_table(
         [[name, meaning] for name, meaning in JOB_VARIABLES.items()])
 
 
 def template_reference():
-    """Return the placeholders of a command, and the variables of a job."""
+    """Return the reference of a command's placeholders and a job's variables."""
     rows = [[form, meaning] for form, meaning in FORMS.items()]
     facts = [["%%(%s)" % name, meaning] for name, meaning in BUILT_IN.items()]
     return "\n".join([
-        "A command takes the tasks whose arguments are exactly its keys; with a star they may have more.", "",
+        "A command takes the tasks whose arguments are exactly its keys. With a star they may have more.", "",
         "In -- WORDS, in -c TEXT, in a script:", "", render_table(rows), "",
-        "A dash in a key stands for the underscore that a submission made of it. %%( stands for %( itself.",
-        "All forms but the first are words of their own, outside of quotes, and not for Python text.", "",
+        "A dash in a key stands for an underscore, as in a submission. %%( stands for %( itself.",
+        "All forms but the first must be whole words outside of quotes. They do not work in Python text.", "",
         "Facts of the run:", "", render_table(facts), "", job_reference()])
 
 
 def journal_reference():
-    """Return the format of the journal: its lines, and the changes that stand on them."""
+    """Return the reference of the journal's format: its lines, and the changes on them."""
     rows = [["change", "followed by", "meaning"]] + [[name, row.fields, row.meaning] for name, row in RECORDS.items()]
     return "\n".join([
         "A journal is a file of JSON lines. The first names the format; every other line is a transaction:", "",
@@ -15194,13 +15203,13 @@ def journal_reference():
         "crc      zlib.crc32 of the line's bytes before this key",
         "changes  new values, not commands; fields that are not named stay as they were:", "", render_table(rows), "",
         "Other keys of a line:", "",
-        "lost: K     it stands for K lines that a repair could not save",
+        "lost: K     this line stands for K lines that a repair could not save",
         "epoch: E    the store has a new owner from here on",
         "end: true   the store was closed cleanly here",
         "version: V  a newer version, V, writes from here on",
-        "needs: F    a reader whose format is older than F must refuse it", "",
-        "After a compaction the first line has folded: N, tail: BYTE and folded_crc. The lines up to that byte,",
-        "numbered by fold: K, hold the state to which lines 1 to N had led; folded_crc is the checksum of line N.",
+        "needs: F    a reader whose format is older than F must refuse the journal", "",
+        "After a compaction the first line has folded: N, tail: BYTE and folded_crc. The lines up to that byte are",
+        "numbered by fold: K and hold the state that lines 1 to N had produced. folded_crc is the checksum of line N.",
         "Readers keep fields and keys that they do not know, and refuse changes that they do not know."])
 
 
@@ -15212,10 +15221,10 @@ def exit_reference():
 
 
 def events_reference():
-    """Return how to hear events: from the command line, Python and any HTTP client, also those from before."""
+    """Return the reference of events: how the command line, Python and any HTTP client receive them."""
     return as_started("""\
 Each new state of a task (created -> pending -> running -> success, ...) or of
-a worker is an event. A summary that changes while the task runs is not.
+a worker is an event. A changed summary alone is none.
 
 Shell
 
@@ -15233,7 +15242,7 @@ Python
                 print(event.entity_data["args"], event.entity_data["summary"])
 
     listener.get_event(timeout=5) returns the next event, or None after 5 s.
-    A listener reconnects by itself and misses nothing meanwhile.
+    A listener reconnects by itself and misses no event.
 
 HTTP: a stream of server-sent events
 
@@ -15242,16 +15251,16 @@ HTTP: a stream of server-sent events
 
     ?last_event_id=17.0 in the URL means the same as the header.
 
-Events from before
+Past events
 
     Each event has an id: response.id in Python, "id" with --raw, the line "id:"
     over HTTP. It is LINE.STEP: a line of the journal, and a step on that line.
     connect_events(after="17.0"), --after 17.0 and Last-Event-ID begin after the
-    event with that id; 0.0 begins with the oldest that the store still has. It
-    has those since the last compaction of its journal. If some are gone, stderr
-    says so (over HTTP the event "too_old"), and the others follow.
-    This also works without a server. A server of Labtasker 1.0.1 gives no ids
-    and only events from now on.""" % DEFAULT_PORT)
+    event with that id; 0.0 begins with the oldest that the store still has. The
+    store has the events since the last compaction of its journal. If some are
+    gone, stderr says so (over HTTP the event "too_old"), and the others follow.
+    This also works without a server. A server of Labtasker 1.0.1 has no ids and
+    sends new events only.""" % DEFAULT_PORT)
 
 # 15. Commands ################################################################
 #
@@ -15763,13 +15772,13 @@ def do_task_submit(options):
     if options.dry_run:
         if new:
             say(as_jsonl([{key: value for key, value in task.items() if key != "task_id"} for task in new]))
-        note("Would submit %s%s." % (some(new), there))
+        note("Would submit %s%s." % (tasks_in_words(new), there))
         return _tell_failed(failed)
     made = submit_tasks(new) if options.unique or new[1:] else [submit_task(**new[0]).task_id]
     if options.quiet:
         say("\n".join(ids or made))
     else:
-        say("Submitted %s%s" % ("task " + made[0] if len(tasks) == len(made) == 1 else some(made), there))
+        say("Submitted %s%s" % ("task " + made[0] if len(tasks) == len(made) == 1 else tasks_in_words(made), there))
         _tell_failed(failed)
 
 
@@ -15952,24 +15961,24 @@ def do_task_update(options):
         return edit_tasks(tasks, options)
     by_id = options.task_id is not None or not selectors(options)
     is_asked = not (options.yes or options.quiet or by_id and not is_terminal(sys.stdin))
-    confirm("Update %s?" % some(tasks), "-y (--yes)", not is_asked)
+    confirm("Update %s?" % tasks_in_words(tasks), "-y (--yes)", not is_asked)
     update_tasks([change_of(task, updates) for task in tasks], reset_pending=options.reset_pending)
     if not options.quiet:
-        say("Updated %s" % some(tasks))
+        say("Updated %s" % tasks_in_words(tasks))
 
 
 def do_task_delete(options):
     tasks = _chosen_tasks(options, options.ids)
     if not tasks:
         return _nothing_matches(selectors(options), "nothing was deleted")
-    confirm("Delete %s for good?" % some(tasks), "-y (--yes)", options.yes)
+    confirm("Delete %s for good?" % tasks_in_words(tasks), "-y (--yes)", options.yes)
     for task in tasks:
         try:
             delete_task(task.task_id)
         except LabtaskerHTTPStatusError as error:
             if error.status_code != 404:  # someone else deleted it meanwhile: that is what was wanted
                 raise
-    say("Deleted %s" % some(tasks))
+    say("Deleted %s" % tasks_in_words(tasks))
 
 
 def do_task_retry(options):
@@ -15978,12 +15987,12 @@ def do_task_retry(options):
     tasks = _chosen_tasks(options, options.ids)
     if options.dry_run:
         _show_listing(tasks, options)
-        return note("Would retry %s." % some(tasks))
+        return note("Would retry %s." % tasks_in_words(tasks))
     if not tasks:
         return _nothing_matches(selectors(options), "nothing was retried")
     update_tasks([TaskUpdateRequest(_id=task.task_id) for task in tasks], reset_pending=True)
     if not options.quiet:
-        say("%s pending again" % some(tasks))
+        say("%s pending again" % tasks_in_words(tasks))
 
 
 def do_task_cancel(options):
@@ -15991,20 +16000,20 @@ def do_task_cancel(options):
     left = [task for task in tasks if task.status in ("pending", "running")]
     if options.dry_run:
         _show_listing(left, options)
-        return note("Would cancel %s." % some(left))
+        return note("Would cancel %s." % tasks_in_words(left))
     if not tasks:
         return _nothing_matches(selectors(options), "nothing was cancelled")
     running = sum(task.status == "running" for task in left)
     if left:
         is_by_id = options.ids or options.task_id is not None or not selectors(options)
-        confirm("Cancel %s, %d of them running?" % (some(left), running) if running else "Cancel %s?" % some(left),
-                "-y (--yes)", options.yes or is_by_id)
+        of_them = ", %d of them running" % running if running else ""
+        confirm("Cancel %s%s?" % (tasks_in_words(left), of_them), "-y (--yes)", options.yes or is_by_id)
         ids = {"_id": {"$in": ids_of(left)}, "status": {"$in": ["pending", "running"]}}
         left = ls_tasks(extra_filter=ids, limit=EVERY).content  # what has ended while a person thought stays as it is
         update_tasks([TaskUpdateRequest(_id=task.task_id, status="cancelled") for task in left])
     if not options.quiet:
         over = collections.Counter(task.status for task in tasks if task.status not in ("pending", "running"))
-        say("Cancelled %s%s" % (some(left), over and "; over already: " + ", ".join(
+        say("Cancelled %s%s" % (tasks_in_words(left), over and "; over already: " + ", ".join(
             "%d %s" % (number, status) for status, number in over.items()) or ""))
 
 
@@ -16329,8 +16338,9 @@ def do_task_harvest(options):
         update_tasks(changed)
     without = [task for task, values in found if not values]
     note("%s %s; %d had the values already; in the output of %d there are none%s" % (
-        "Would change" if options.dry_run else "Changed", some(changed), len(tasks) - len(changed) - len(without),
-        len(without), " (task logs %s)" % without[0].task_id[:8] if without else ""))
+        "Would change" if options.dry_run else "Changed", tasks_in_words(changed),
+        len(tasks) - len(changed) - len(without), len(without),
+        " (task logs %s)" % without[0].task_id[:8] if without else ""))
 
 
 def _printed_values(task, metrics, step=None):

@@ -25,8 +25,8 @@ from labtasker import (
     ids_of, in_order, is_away, is_terminal, joined, lay_out, load_config, log_path, ls_tasks, ls_workers,
     main, monotonic, note, now, open_plain, option, pace, pace_of, pairs, parse, parse_filter, progress,
     read_server_file, read_text, recent_ends, record_text, row_of, say, screen_size, seconds, selectors,
-    show, some, spent_s, store_folder, tail_of, typed_filter, typed_value, update_tasks, updates_of, use_client,
-    visible)
+    show, spent_s, store_folder, tail_of, tasks_in_words, typed_filter, typed_value, update_tasks, updates_of,
+    use_client, visible)
 
 __all__ = ["main", "server_main"]
 
@@ -627,12 +627,12 @@ def edit_tasks(tasks, options):
         note("Nothing was changed.")
         return 0
     if not options.quiet:
-        say("Updated %s" % some(counted) if counted else "Nothing was changed.")
+        say("Updated %s" % tasks_in_words(counted) if counted else "Nothing was changed.")
 
 
 def form_of(tasks):
     """Return tasks as text to be edited, a block each: read-only fields as notes, a line for each value."""
-    lines = [FORM_HEAD % some(tasks)]
+    lines = [FORM_HEAD % tasks_in_words(tasks)]
     for task in tasks:
         row = task.to_dict()
         lines.append("task " + task.task_id)
