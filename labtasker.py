@@ -15087,7 +15087,7 @@ def tasks_of_csv(path, text):
     rows, submissions = _csv_rows(path, text), []
     header = next(rows, (1, []))[1]
     if len(set(header)) < len(header):
-        raise UsageError("%s: two columns have the same name: %s" % (path, ", ".join(header)))
+        raise UsageError("%s: the header has a name twice: %s" % (path, ", ".join(header)))
     is_listing = any(key.startswith("args.") for key in header) and all(
         key.split(".")[0] in TASK_FIELDS for key in header)
     for line, row in rows:
