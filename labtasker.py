@@ -15264,10 +15264,10 @@ Past events
 
 # 15. Commands ################################################################
 #
-# What each command does. Knows nothing of the journal and of HTTP: a command calls the functions that scripts call
-# too. It takes the parsed options and returns its exit code (None: 0). What people like and work can do without is in
+# What each command does. A command takes the parsed options and returns its exit code (None: 0). It calls the functions
+# that scripts call too, and knows nothing of the journal or of HTTP. Commands that are a convenience are in
 # labtasker_cli.py. Uses 1 to 3, 5 to 14. Tests: test_cli.py, test_terminal.py.
-EACH_DAY = ("task", "loop", "watch", "init", "serve")  # what the list of commands tells the most of
+EACH_DAY = ("task", "loop", "watch", "init", "serve")  # the list of commands shows every command of these
 EVERY = 10 ** 9  # the limit of a listing that leaves nothing out
 EXTRA_COMMANDS = {  # the commands of labtasker_cli.py, and what they are for
     "watch": "Show counts, rate, running tasks and last failures, live. Keys open, cancel, retry.",
@@ -15283,7 +15283,7 @@ EXTRA_COMMANDS = {  # the commands of labtasker_cli.py, and what they are for
 
 
 def extras():
-    """Return the module labtasker_cli that lies beside this file, its commands now in COMMANDS, or None."""
+    """Return the module labtasker_cli that lies beside this file, or None; loading it adds its rows to COMMANDS."""
     path = os.path.join(os.path.dirname(os.path.realpath(__file__)), "labtasker_cli.py")
     if "labtasker_cli" not in sys.modules and os.path.isfile(path):
         import importlib.util
@@ -15293,14 +15293,14 @@ def extras():
             spec.loader.exec_module(module)
         except ImportError as error:  # work goes on without it
             module = None
-            tell("labtasker: %s is of another version than labtasker %s (%s): copy both anew" % (
+            tell("labtasker: %s is of another version than labtasker %s (%s): copy both files again" % (
                 path, __version__, error))
-        sys.modules["labtasker_cli"] = module  # now that it is whole: other threads look here
+        sys.modules["labtasker_cli"] = module  # only now that it is complete: other threads look here
     return sys.modules.get("labtasker_cli")
 
 
 def extras_for(what):
-    """Return labtasker_cli; raises LabtaskerRuntimeError that says that `what` needs it."""
+    """Return labtasker_cli; if it is missing, raises a LabtaskerRuntimeError that says that `what` needs it."""
     if not extras():
         raise LabtaskerRuntimeError("%s needs labtasker_cli.py beside labtasker.py, in %s"
                                     % (what, os.path.dirname(os.path.realpath(__file__))))
@@ -15308,7 +15308,7 @@ def extras_for(what):
 
 
 def explained(error):
-    """Return what an error says, and the way out where it does not say so itself."""
+    """Return the message of an error, with what to do about it if the message itself does not say so."""
     if isinstance(error, LabtaskerHTTPStatusError) and error.status_code == 401:
         config = load_config()
         return "%s\nNo queue named %s, or wrong password. Both come from %s or from LABTASKER_QUEUE and " \
@@ -15330,23 +15330,23 @@ def explained(error):
 
 
 def filter_of(options):
-    """Return what -f gives: filter text, a query document from JSON or a Python literal, or None."""
+    """Return the filter that -f gives, as `typed_filter` does."""
     return typed_filter(options.extra_filter)
 
 
 def typed_filter(text):
-    """Return a filter as `filter_of` does, from what was typed."""
+    """Return a filter that was typed: its text, the query document that it is as JSON or a Python literal, or None."""
     return dict_of(text, "--extra-filter") if text and text.lstrip().startswith("{") else text
 
 
 def selectors(options):
-    """Return what --id, --name, --status and --extra-filter ask `ls_tasks` for: only what was given."""
+    """Return the arguments of `ls_tasks` that --id, --name, --status and --extra-filter make: those that were given."""
     return _with_status(without_none(task_id=_full_id(options.task_id), task_name=options.task_name,
                               extra_filter=filter_of(options)), options.status)
 
 
 def _with_status(query, text, kind=Task):
-    """Return a query that also asks for one of the statuses in `text`, which are joined by commas."""
+    """Return a query that also asks for one of the statuses in `text`, a list with commas."""
     words = text.split(",") if text else []
     if len(words) < 2:
         return dict(query, **without_none(status=text))
@@ -15354,7 +15354,7 @@ def _with_status(query, text, kind=Task):
 
 
 def both(given, document, kind=Task):
-    """Return the filter that matches what a filter, if there is one, and a query document match."""
+    """Return the filter that matches what both a query document and a filter (None: any) match."""
     return {"$and": [query_of(given, kind), document]} if given else document
 
 
@@ -15364,23 +15364,23 @@ def ids_of(items):
 
 
 def _id_that_starts(word, find):
-    """Return the id of the one thing that `find` lists whose id starts with `word`; raises NotFound, UsageError."""
+    """Return the one id of what `find` lists that starts with `word`; raises NotFound, or UsageError for several."""
     is_hex, what = re.match("[0-9a-f][0-9a-f-]*\\Z", word), "task" if find is ls_tasks else "worker"
-    found = find(extra_filter={"_id": {"$regex": "^" + word}}, limit=2).content if is_hex else []
-    if len(found) > 1:
+    matching = find(extra_filter={"_id": {"$regex": "^" + word}}, limit=2).content if is_hex else []
+    if len(matching) > 1:
         raise UsageError("more than one %s id starts with %s: type more of it" % (what, word))
-    if not found:
+    if not matching:
         raise NotFound("there is no %s %s (labtasker %s ls lists them)" % (what, brief(word), what))
-    return ids_of(found)[0]
+    return ids_of(matching)[0]
 
 
 def _full_id(word, find=ls_tasks):
-    """Return the id of the one task (or what `find` lists) whose id starts with `word`; NotFound, UsageError."""
+    """Return the id that starts with `word`, of the tasks or of what `find` lists; raises as `_id_that_starts`."""
     return word if word is None or len(word) == 36 else _id_that_starts(word, find)
 
 
 def _read_ids():
-    """Return the ids on stdin; raises UsageError where a person sits there, or where they are none."""
+    """Return the ids on stdin; raises UsageError if stdin is a terminal or has something else than ids."""
     if sys.stdin is None or is_terminal(sys.stdin):
         raise UsageError("which tasks? Give ids (also on stdin), or select them with --id, --name, -s or -f")
     words = list(dict.fromkeys(read_text("-", "task ids").split()))
@@ -15393,7 +15393,7 @@ def _read_ids():
 
 
 def _tasks_named(words):
-    """Return the tasks with these ids in that order; raises NotFound that names those that are not there."""
+    """Return the tasks with these ids in that order; raises a NotFound that names a missing one."""
     ids = [_full_id(word) for word in words]
     tasks = {t.task_id: t for t in ls_tasks(extra_filter={"_id": {"$in": ids}}, limit=EVERY).content} if ids else {}
     missing = [task_id for task_id in ids if task_id not in tasks]
@@ -15403,9 +15403,9 @@ def _tasks_named(words):
     return [tasks[task_id] for task_id in dict.fromkeys(ids)]
 
 
-def _nothing_matches(query, then=""):
-    """Write a note that nothing matches, and why, where that is plain. `then`: what was not done."""
-    note("Nothing matches%s." % (then and ": " + then))
+def _nothing_matches(query, not_done=""):
+    """Write a note that nothing matches, and why if that is known. `not_done`: what therefore was not done."""
+    note("Nothing matches%s." % (not_done and ": " + not_done))
     for text in unmatched(query) if query.get("extra_filter") else ():
         note("Filter: " + text)
     name, names = query.get("task_name"), counted({}, "task_name").counts if query.get("task_name") else {}
@@ -15414,7 +15414,8 @@ def _nothing_matches(query, then=""):
 
 
 def _chosen_tasks(options, ids=(), limit=EVERY):
-    """Return the tasks that ids, selectors or ids on stdin mean. Only where none is given is stdin read."""
+    """Return the tasks that ids, selectors or ids on stdin name. Stdin is read only if neither of the others is
+    given."""
     query = selectors(options)
     if ids and query:
         raise UsageError("give ids or selectors, not both")
@@ -15427,14 +15428,14 @@ def _chosen_tasks(options, ids=(), limit=EVERY):
 
 
 def show(text, no_pager=False):
-    """Write a long result to stdout: through the pager, if there is one, where a person would have to scroll back."""
+    """Write a result to stdout, on a terminal through the pager if there is one and the result is long."""
     pager = extras() if is_terminal(sys.stdout) and not no_pager else None
     if not pager or not pager.page(text):
         say(text)
 
 
 def error_of(task):
-    """Return the last line of the error that a task's summary tells of, after the exception's type, or nothing."""
+    """Return the last line of the error in a task's summary, after the exception's type; "" if there is none."""
     raised = task.summary.get("labtasker_exception")
     if isinstance(raised, dict):
         return "%s: %s" % (raised.get("type"), _last_line(str(raised.get("message"))))
@@ -15442,12 +15443,12 @@ def error_of(task):
 
 
 def _last_line(text):
-    """Return the last line of a text that has anything in it, or nothing."""
+    """Return the last line of a text that is not blank, or ""."""
     return text.strip().split("\n")[-1].strip()
 
 
 def outcome(task):
-    """Return a task's summary as short text, what went wrong first."""
+    """Return a task's summary as short text, with the error first."""
     rest = {key: value for key, value in task.summary.items() if key not in ERRORS}
     return " ".join(filter(None, (error_of(task), pairs(rest))))
 
@@ -15477,8 +15478,8 @@ _WORKER_COLUMNS = {
 SHORT = {"id": "task_id", "name": "task_name", "worker": "worker_id"}  # what a table calls these fields
 _TITLES = {field: name for name, field in SHORT.items() if name != "id"}
 _TITLES["created_at"] = "age"
-_HEADS = {"id"}.union(_TITLES.values(), set(GROUPS) - set(_TITLES))  # that no argument's column may have
-_CELLS = {  # field of a row: its text; those of other fields are `brief`
+_HEADS = {"id"}.union(_TITLES.values(), set(GROUPS) - set(_TITLES))  # heads that no argument's column may have
+_CELLS = {  # field of a row: the function that returns its text; for other fields it is `brief`
     "status": str, "task_name": str, "error": str, "retries": str, "created_at": lambda value: age(value),
     "duration": spent, "worker_id": lambda value: value[:8]}
 
@@ -15501,17 +15502,17 @@ def _check_field(field, option, more=()):
 
 
 def _meant_field(name, known):
-    """Return as `field_hint` does; where tasks have a key of this name in just some of their fields, these alone."""
+    """Return a hint as `field_hint` does; if a task has a key of this name, only the fields where tasks have it."""
     homes = [home + "." + name for home in ("args", "summary", "metadata") if FREE_KEY.match(name)]
     try:
         homes = [field for field in homes if ls_tasks(extra_filter={field: {"$exists": True}}, limit=1).content]
-    except LabtaskerError:  # the mistake is told all the same
+    except LabtaskerError:  # the mistake is reported without a hint from the tasks
         homes = []
     return "; did you mean %s?" % " or ".join(homes) if homes else field_hint(name, known)
 
 
 def _column_names(options):
-    """Return the words of --columns, or []; raises UsageError for one that is no field of a task."""
+    """Return the names in --columns, or []; raises UsageError for one that is no field of a task."""
     words = [word.strip() for word in (options.columns or "").split(",") if word.strip()]
     for word in words:
         if word not in SHORT and word not in TASK_COLUMNS:
@@ -15520,7 +15521,7 @@ def _column_names(options):
 
 
 def _note_absent(fields):
-    """Write a note for each dotted field that no task has, with the one that was perhaps meant."""
+    """Write a note for each dotted field that no task has, with the one that may have been meant."""
     for field in fields:
         if field.startswith(("args.", "summary.", "metadata.")) and not ls_tasks(
                 extra_filter={field: {"$exists": True}}, limit=1).content:
@@ -15535,28 +15536,28 @@ def _chosen_columns(words):
 
 
 def _brief_cell(value):
-    """Return a value for a table; what is not there is a dash."""
+    """Return a value as text for a table; None is a dash."""
     return "-" if value is None else pairs(value) if isinstance(value, dict) else brief(value)
 
 
 def _field_of(task, word):
-    """Return what a task has at a field, a dotted one too, or by one of the names in its table; JSON types."""
+    """Return the JSON value of a task's field. The field may be dotted, or a name that the table has for it."""
     computed = {"age": lambda: round(now() - task.created_at.timestamp(), 3), "duration": lambda: spent_s(task)}
     return computed[word]() if word in computed else get_path(task.to_dict(), SHORT.get(word, word).split("."))
 
 
 def _painter(options):
-    """Return labtasker_cli's function that colours a cell, or None where it is not there or no colour is wanted."""
+    """Return labtasker_cli's function that colours a cell; None without labtasker_cli or if no colour is wanted."""
     return extras().painted if extras() and extras().wants_colour(options) else None
 
 
 def row_of(task, most=None):
-    """Return {field: value} of what may tell a Task, or a task's record, apart, as `choose_columns` takes it: `most`
-    arguments and results."""
+    """Return {field: value} of a Task, or of a task's record, as `choose_columns` takes it; at most `most` arguments
+    and results."""
     row = {"status": task.status, "created_at": task.created_at}
     more = (("task_name", task.task_name), ("worker_id", task.worker_id), ("cmd", None if task.args else task.cmd),
             ("retries", "%d/%d" % (task.retries, task.max_retries) if task.retries else None),
-            ("duration", None if task.start_time is None or task.status == "pending" else task),  # told where shown
+            ("duration", None if task.start_time is None or task.status == "pending" else task),  # _CELLS has its text
             ("error", task.summary and error_of(task) or None))
     row.update(item for item in more if item[1] is not None)
     row.update(("args." + key, value) for key, value in itertools.islice(flatten(task.args), most))
@@ -15566,15 +15567,15 @@ def row_of(task, most=None):
 
 
 def _heads_of(chosen):
-    """Return {field: what stands above its column}: of args.lr, lr, where that is no other's."""
+    """Return {field: the head of its column}. That of args.lr is lr, unless another field has that name."""
     names = {field: _TITLES.get(field, field) for field in chosen.columns + list(chosen.same)}
     return shortened(names, r"\A(args|summary)\.", _HEADS)
 
 
 def lay_out(rows, chosen, room, kept=()):
-    """Return {field: [head, cell, ...]} of those of the Chosen columns that fit in `room`, each cut to its width.
+    """Return {field: [head, cell, ...]} of the Chosen columns that fit in `room`, each cut to its width.
 
-    Numbers get fewer digits before a column goes without a place; those of `kept` stay whole."""
+    Numbers get fewer digits before a column is left out; those of `kept` keep all digits."""
     heads, wants, columns = _heads_of(chosen), {}, {}
     tails = shortened(heads, r".*\.", _HEADS)
     for field in chosen.columns:
@@ -15591,14 +15592,14 @@ def lay_out(rows, chosen, room, kept=()):
 
 def _column(rows, field, digits):
     """Return the texts of a column; a row without a value has an empty one."""
-    there = [row[field] for row in rows if field in row]
-    told = map(_CELLS[field], there) if field in _CELLS else texts_of(there, digits, field.startswith("args."))
-    texts = iter(list(told))
+    values = [row[field] for row in rows if field in row]
+    texts = iter([_CELLS[field](value) for value in values] if field in _CELLS
+                 else texts_of(values, digits, field.startswith("args.")))
     return [clean(next(texts), "") if field in row else "" for row in rows]
 
 
 def alike_lines(chosen, shown, room):
-    """Return lines that tell what all rows have alike, and which arguments and results have no place."""
+    """Return lines that list the values that are the same in all rows, and the fields for which there is no room."""
     heads = _heads_of(chosen)
     words = [clean("%s=%s" % (heads[field], _CELLS.get(field, brief)(value)), "")
              for field, value in chosen.same.items()]
@@ -15610,7 +15611,7 @@ def alike_lines(chosen, shown, room):
 
 
 def telling_table(tasks, ids, options, room):
-    """Return Tasks as a table with the columns that tell them apart, below what all have alike."""
+    """Return Tasks as a table of the columns in which they differ, below the lines of `alike_lines`."""
     kept = [_sorting(word)[0] for word in getattr(options, "sort", None) or () if not word.startswith("task_id")]
     rows = [row_of(task) for task in tasks]
     for field in kept:
@@ -15621,22 +15622,22 @@ def telling_table(tasks, ids, options, room):
     chosen = choose_columns(rows, kept)
     columns = lay_out(rows, chosen, room - cells_wide(ids[0]) - 2, kept)
     above, paint = alike_lines(chosen, columns, room), _painter(options)
-    if paint and "status" in chosen.same:  # it stands first
+    if paint and "status" in chosen.same:  # it is the first word
         status = chosen.same["status"]
         above[0] = above[0].replace("=" + status, "=" + paint(status, status), 1)
     return "\n".join(above + [render_table(list(zip(["id"] + ids, *columns.values())), room, paint)])
 
 
 def _width(columns):
-    """Return the cells that columns of texts want, none more than WIDEST; empty ones are left out."""
+    """Return how many cells columns of texts take, each at most WIDEST; empty columns are left out."""
     return sum(2 + min(WIDEST, max(map(len, column))) for column in columns if any(column)) - 2
 
 
-def _apart(tasks):
-    """Return the TASK_COLUMNS in two ways: each argument in which tasks differ in a column, or these in one column,
-    the shortest first.
+def _argument_layouts(tasks):
+    """Return the TASK_COLUMNS in two variants: with a column for each argument in which tasks differ, or with one
+    column for all of these, the shortest first.
 
-    Where they differ in none, all their arguments stand in one column."""
+    If tasks differ in no argument there is one variant: all arguments stand in one column."""
     rows = [{key: brief(value) for key, value in flatten(task.args)} for task in tasks]
     keys = [key for key in dict.fromkeys(key for row in rows for key in row)
             if len({row.get(key) for row in rows}) > 1]
@@ -15666,7 +15667,7 @@ def _item_table(items, options):
     if columns is TASK_COLUMNS and is_terminal(sys.stdout):
         return telling_table(items, heads, options, room)
     if columns is TASK_COLUMNS:
-        for columns in _apart(items):
+        for columns in _argument_layouts(items):
             if _width([heads] + [list(map(cell, items)) for cell in columns.values()]) <= room:
                 break
     rows = [["id"] + list(columns)]
@@ -15675,8 +15676,8 @@ def _item_table(items, options):
 
 
 def _listing_text(items, options):
-    """Return tasks or workers as a table, or in another format, with the columns that were chosen; UsageError where a
-    column is no field."""
+    """Return tasks or workers as a table or in another format, with the columns that were chosen; raises UsageError
+    if a column is no field."""
     columns = _column_names(options)
     if options.quiet:
         return "\n".join(ids_of(items))
@@ -15686,13 +15687,13 @@ def _listing_text(items, options):
     return WRITERS[options.fmt](rows, columns)
 
 
-def _show_listing(items, options, tell_none=lambda: note("Nothing matches.")):
-    """Print the first --limit of tasks or workers; what else there is to say goes to stderr."""
+def _show_listing(items, options, note_none=lambda: note("Nothing matches.")):
+    """Print the first --limit of tasks or workers; notes, also that of `note_none`, go to stderr."""
     text = _listing_text(items[:options.limit], options)
     if text:
         show(text, options.no_pager)
     elif not options.quiet:
-        tell_none()
+        note_none()
     if len(items) > options.limit:
         note("Only the first %d are shown; use --limit or --offset." % options.limit)
 
@@ -15706,18 +15707,18 @@ def metadata_of(options):
 
 
 def _check_collisions(given):
-    """Raise UsageError where one task argument is a value, and another stands below it."""
+    """Raise UsageError if one argument has a value and another is a key below it, as with --a and --a.b."""
     for key in given:
         below = [other for other in given if other.startswith(key + ".")]
         if below:
-            words = " ".join("%s=%s" % (one, given[one]) for one in [key] + below)
+            words = " ".join("%s=%s" % (name, given[name]) for name in [key] + below)
             raise UsageError("--%s and --%s collide: a key can't have a value and keys below it. To hand both to a "
                              "program as words, as Hydra takes them, submit one text, --over=%s, and use %%(over...) "
                              "in the command" % (key, below[0], quoted(words)))
 
 
 def _submissions(options):
-    """Return what `task submit` was asked to submit, as a list of dicts; raises UsageError where that is nothing."""
+    """Return the list of dicts that `task submit` has to submit; raises UsageError if it is empty."""
     given = typed_arguments(options.rest or [])
     fixed = {} if options.args is None else dict_of(options.args, "--args")
     _check_collisions(given)
@@ -15742,22 +15743,23 @@ def _submissions(options):
 
 
 def _notes_on_arguments(options):
-    """Return notes on arguments of the task that may have been meant otherwise; raises UsageError for a switch of
-    `task submit` that stands behind `--`: whoever types --dry-run there wants no task."""
-    own, found = options.own, []
+    """Return notes on task arguments that may have been meant as something else.
+
+    Raises UsageError for a switch of `task submit` after `--`: whoever types --dry-run there wants no task."""
+    own, notes = options.own, []
     for word in options.rest or ():
         flag = word.split("=")[0]
         if word in own and "action" in own[word]:
             raise UsageError("%s after -- would be an argument of the task. As an option of labtasker it goes before: "
                              "task submit %s -- ...; as an argument write %s=True" % (word, word, word))
         if flag in own and getattr(options, own[flag].get("dest", flag.strip("-")), None) is None:
-            found.append("Note: %s after -- is an argument of the task; labtasker's own %s goes before --." % (
+            notes.append("Note: %s after -- is an argument of the task; labtasker's own %s goes before --." % (
                 flag, flag))
     for key, text in () if options.grid else typed_arguments(options.rest or []).items():
         if is_like_grid(text):
-            found.append("Note: --%s=%s is one value of one task. For a task for each: labtasker task submit --grid -- "
-                         "--%s=%s" % (key, text, key, text))
-    return found
+            notes.append("Note: --%s=%s is one value of one task. For one task per value: labtasker task submit --grid "
+                         "-- --%s=%s" % (key, text, key, text))
+    return notes
 
 
 def do_task_submit(options):
@@ -15768,22 +15770,22 @@ def do_task_submit(options):
     for text in notes:
         note(text)
     new, ids, failed = unseen(tasks) if options.unique else (tasks, None, [])
-    there = "; %d already there" % (len(tasks) - len(new)) if options.unique else ""
+    known = "; %d already there" % (len(tasks) - len(new)) if options.unique else ""
     if options.dry_run:
         if new:
             say(as_jsonl([{key: value for key, value in task.items() if key != "task_id"} for task in new]))
-        note("Would submit %s%s." % (tasks_in_words(new), there))
-        return _tell_failed(failed)
+        note("Would submit %s%s." % (tasks_in_words(new), known))
+        return _note_failed(failed)
     made = submit_tasks(new) if options.unique or new[1:] else [submit_task(**new[0]).task_id]
     if options.quiet:
         say("\n".join(ids or made))
     else:
-        say("Submitted %s%s" % ("task " + made[0] if len(tasks) == len(made) == 1 else tasks_in_words(made), there))
-        _tell_failed(failed)
+        say("Submitted %s%s" % ("task " + made[0] if len(tasks) == len(made) == 1 else tasks_in_words(made), known))
+        _note_failed(failed)
 
 
-def _tell_failed(ids):
-    """Say which tasks of a submission were there and have failed, and how they are run again."""
+def _note_failed(ids):
+    """Note how many tasks of a submission were already there and have failed, and how to run them again."""
     if ids:
         note("%d of those already there %s failed; to run %s again: labtasker task retry%s" % (
             len(ids), *(("has", "it") if len(ids) == 1 else ("have", "them")),
@@ -15798,28 +15800,29 @@ def do_task_ls(options):
     if options.piped_in:
         query["extra_filter"] = both(query.get("extra_filter"), {"_id": {"$in": [_full_id(w) for w in _read_ids()]}})
     order = [_sorting(word) for word in options.sort] or None
-    found = ls_tasks(limit=options.limit + 1, offset=options.offset, sort=order, **query)
+    tasks = ls_tasks(limit=options.limit + 1, offset=options.offset, sort=order, **query).content
     _note_absent([field for field, _ in order or ()] + _column_names(options))
-    is_any = query or options.offset
-    _show_listing(found.content, options, (lambda: _nothing_matches(query)) if is_any else lambda: note(
+    is_selected = query or options.offset
+    _show_listing(tasks, options, (lambda: _nothing_matches(query)) if is_selected else lambda: note(
         "No tasks yet: labtasker task submit -- --lr=0.1"))
 
 
 def do_task_get(options):
     task, = _tasks_named([options.task_id])
-    found = runs_s(task)
-    shown = dict(task.to_dict(), **without_none(duration=round(sum(found), 3) if found else None,
-                                          last_duration=round(found[-1], 3) if found[1:] else None))
+    times_s = runs_s(task)
+    shown = dict(task.to_dict(), **without_none(duration=round(sum(times_s), 3) if times_s else None,
+                                                last_duration=round(times_s[-1], 3) if times_s[1:] else None))
     show(record_text(shown, options.fmt), options.no_pager)
 
 
-# How many tasks match: {value of a field as text: number}; how many of the last to end have ended, in how many seconds;
-# the mark of the state that was counted, or None; and when that was, on the monotonic clock.
+# How many tasks match. counts: {value of a field as text: number}. ended, took_s: the latest tasks to end, and the
+# seconds from the first of these ends until the count. mark: names the state that was counted, or None. at: when it was
+# counted, on the monotonic clock.
 Count = collections.namedtuple("Count", "counts ended took_s mark at")
 
 
 def counted(query, field="status"):
-    """Return the Count of the tasks that match. Who has the extensions counts; from another all have to be fetched."""
+    """Return the Count of the tasks that match. A server without the extensions can't count: all are fetched."""
     query, at = dict(query, extra_filter=query_of(query.get("extra_filter"))), monotonic()
     tell_doubts(query["extra_filter"], Task)
     if not client().extensions:
@@ -15833,33 +15836,35 @@ def counted(query, field="status"):
 
 
 def _counted_in(query):
-    """Return (what `counted` does, the seconds to pause after that)."""
-    found = counted(query)
-    return found, min(30, max(0.5, 10 * (monotonic() - found.at)))
+    """Return (the Count of the tasks that match, the seconds to pause after that)."""
+    count = counted(query)
+    return count, min(30, max(0.5, 10 * (monotonic() - count.at)))
 
 
 def poll_counts(query, wait_s, until=math.inf):
-    """Yield the Count of the tasks that match, now and again, at `until` for the last time: when something has changed,
-    and after `wait_s`, a number or a function, at the latest. Counting takes a tenth of the time at most; where the
-    mark is the same nothing is counted. A server that goes away meanwhile is waited for."""
-    def look():
-        least_s = max(0, min(wait_s() if callable(wait_s) else wait_s, until - monotonic()))
-        is_same = found.mark and found.mark == ask_route(
-            "GET " + QUEUE_PATH + "/mark", seen=found.mark, wait_s=least_s)["mark"]
-        return (found, pause_s) if is_same else _counted_in(query)
+    """Yield the Count of the tasks that match: now, whenever something has changed, and at the latest after `wait_s`, a
+    number or a function. At `until` yield the last one.
+
+    At most a tenth of the time is spent on counting. If the mark is the same, the last Count is yielded again. A server
+    that goes away is waited for."""
+    def next_count():
+        longest_s = max(0, min(wait_s() if callable(wait_s) else wait_s, until - monotonic()))
+        is_same = count.mark and count.mark == ask_route(
+            "GET " + QUEUE_PATH + "/mark", seen=count.mark, wait_s=longest_s)["mark"]
+        return (count, pause_s) if is_same else _counted_in(query)
 
     def pause(seconds):
         time.sleep(max(0, min(seconds, until - monotonic())))
 
-    found, pause_s = _counted_in(query)
+    count, pause_s = _counted_in(query)
     while True:
-        yield found
+        yield count
         pause(pause_s)
         if monotonic() >= until:
             return
         began = monotonic()
         try:
-            found, pause_s = retry_while_away(look, pause, lambda: min(SERVER_LOST_S, until - began))
+            count, pause_s = retry_while_away(next_count, pause, lambda: min(SERVER_LOST_S, until - began))
         except LabtaskerError as error:
             if is_away(error) and monotonic() >= until:
                 return
@@ -15887,23 +15892,23 @@ UPDATABLE = [name for name in TaskUpdateRequest.FIELDS if name != "replace_field
 
 
 def updates_of(words):
-    """Return {dotted field: value} of `field=value` words; raises UsageError that lists the fields."""
-    found = {}
+    """Return {dotted field: value} of `field=value` words; raises a UsageError that lists the fields."""
+    updates = {}
     for word in words:
         field, equals, text = word.partition("=")
         top = field.split(".")[0]
         if not equals or top not in UPDATABLE or ("." in field and TASK_FIELDS[top].kind != "dict"):
             raise UsageError(_not_updatable(field, text if equals else None))
-        if field in found:
+        if field in updates:
             raise UsageError("the field %s is updated twice" % field)
         is_name = TASK_FIELDS[top].kind in ("name", "status") and text not in ("null", "None")
-        found[field] = text if is_name else typed_value(text, field)
-    joined(found, {}, "updates")
-    return found
+        updates[field] = text if is_name else typed_value(text, field)
+    joined(updates, {}, "updates")
+    return updates
 
 
 def _not_updatable(field, text):
-    """Return what is wrong with a word of an update that is no `field=value`, and what was perhaps meant."""
+    """Return what is wrong with a word of an update that is no `field=value`, and what may have been meant."""
     known = ", ".join(UPDATABLE)
     if field.startswith("-"):
         return "%s is an option: it goes before --, which field=value words follow" % brief(field)
@@ -15918,13 +15923,13 @@ def _not_updatable(field, text):
 
 
 def change_of(task, updates):
-    """Return the TaskUpdateRequest that makes each field of `task` what was typed and leaves its neighbours.
+    """Return the TaskUpdateRequest that gives each typed field of `task` its new value and leaves all others.
 
-    The wire merges dicts, so a field is replaced as a whole only where a dict was typed for something in it."""
+    A server merges dicts. So a field is replaced as a whole if a dict was typed for it or for a key in it."""
     change = {"_id": task.task_id}
     for field, value in updates.items():
         top, *path = field.split(".")
-        is_replaced = value is None and not path  # null is not given, where the field is not to be replaced
+        is_replaced = value is None and not path  # otherwise a server takes null as "not given"
         if any(isinstance(v, dict) for f, v in updates.items() if f.split(".")[0] == top):
             change.setdefault(top, json.loads(json.dumps(getattr(task, top))))
             is_replaced = True
@@ -15938,7 +15943,7 @@ def change_of(task, updates):
 
 
 def _set_path(tree, path, value):
-    """Set what stands at `path` in nested dicts."""
+    """Set the value at `path` in nested dicts."""
     for key in path[:-1]:
         if not isinstance(tree.get(key), dict):
             tree[key] = {}
@@ -15976,7 +15981,7 @@ def do_task_delete(options):
         try:
             delete_task(task.task_id)
         except LabtaskerHTTPStatusError as error:
-            if error.status_code != 404:  # someone else deleted it meanwhile: that is what was wanted
+            if error.status_code != 404:  # somebody else has deleted it: that is what was wanted
                 raise
     say("Deleted %s" % tasks_in_words(tasks))
 
@@ -16009,7 +16014,7 @@ def do_task_cancel(options):
         of_them = ", %d of them running" % running if running else ""
         confirm("Cancel %s%s?" % (tasks_in_words(left), of_them), "-y (--yes)", options.yes or is_by_id)
         ids = {"_id": {"$in": ids_of(left)}, "status": {"$in": ["pending", "running"]}}
-        left = ls_tasks(extra_filter=ids, limit=EVERY).content  # what has ended while a person thought stays as it is
+        left = ls_tasks(extra_filter=ids, limit=EVERY).content  # without those that ended before the answer was typed
         update_tasks([TaskUpdateRequest(_id=task.task_id, status="cancelled") for task in left])
     if not options.quiet:
         over = collections.Counter(task.status for task in tasks if task.status not in ("pending", "running"))
@@ -16017,29 +16022,29 @@ def do_task_cancel(options):
             "%d %s" % (number, status) for status, number in over.items()) or ""))
 
 
-# ---- Waiting: how far it is
+# ---- Waiting: counts, rate and time left
 Pace = collections.namedtuple("Pace", "counts per_s eta_s")
-REFRESH_S, WHOLE_S = 2.0, 30.0  # between looks; between looks at everything, since deleted tasks tell nobody
+REFRESH_S, WHOLE_S = 2.0, 30.0  # between refreshes; between complete ones, without which deleted tasks would stay
 
 
 class Sweep:
-    """The tasks that a query matches; after the first look only what changed is asked for."""
+    """The tasks that a query matches. Most refreshes fetch only the tasks that have changed."""
 
     def __init__(self, query):
         self.query, self.tasks, self.whole_at = query, {}, None
 
     def refresh(self):
-        """Look; raises what `ls_tasks` does."""
-        is_plain = set(self.query) <= {"task_name", "task_id"}  # others may cease to match
+        """Fetch the tasks, or those that have changed; raises what `ls_tasks` does."""
+        is_plain = set(self.query) <= {"task_name", "task_id"}  # with other selectors a task may cease to match
         if not is_plain or not self.tasks or monotonic() - self.whole_at > WHOLE_S:
-            found = {}
+            tasks = {}
             self.whole_at, query = monotonic(), self.query
         else:
-            found = dict(self.tasks)
-            latest = max(task.last_modified for task in found.values())
+            tasks = dict(self.tasks)
+            latest = max(task.last_modified for task in tasks.values())
             query = dict(self.query, extra_filter={"last_modified": {"$gte": {"_dt": latest.isoformat()}}})
-        found.update((task.task_id, task) for task in ls_tasks(limit=EVERY, **query).content)
-        self.tasks = found
+        tasks.update((task.task_id, task) for task in ls_tasks(limit=EVERY, **query).content)
+        self.tasks = tasks
 
 
 def pace(tasks, at):
@@ -16050,16 +16055,16 @@ def pace(tasks, at):
 
 
 def pace_of(counts, ended, took_s):
-    """Return the Pace of so many tasks by status, when the last `ended` of them took so many seconds until now."""
+    """Return the Pace of `counts`, tasks by status, of which the last `ended` have ended within `took_s`."""
     left, per_s = counts["pending"] + counts["running"], ended / took_s if took_s > 0 else 0.0
     return Pace(counts, per_s, left / per_s if left and per_s and counts["running"] else None)
 
 
 def _paces(query, until=math.inf):
-    """Yield the Pace of the tasks that match, every REFRESH_S at the latest, at `until` for the last time."""
+    """Yield the Pace of the tasks that match, at least every REFRESH_S and a last time at `until`."""
     if client().extensions:
-        for found in poll_counts(query, REFRESH_S, until):
-            yield pace_of(found.counts, found.ended, found.took_s + monotonic() - found.at)
+        for count in poll_counts(query, REFRESH_S, until):
+            yield pace_of(count.counts, count.ended, count.took_s + monotonic() - count.at)
         return
     sweep = Sweep(query)
     while True:
@@ -16075,45 +16080,46 @@ _TIME_IS_UP = 124  # the exit code
 
 
 def do_task_wait(options):
-    """Look until nothing is pending or running; TASKS_FAILED where something failed, TIME_IS_UP if it takes longer."""
+    """Wait until nothing is pending or running; return TASKS_FAILED if a task failed, _TIME_IS_UP after --timeout."""
     query, has_bar = selectors(options), is_terminal(sys.stderr) and not options.quiet
     until = math.inf if options.timeout is None else monotonic() + options.timeout
-    last, idle_at, is_told = collections.Counter(), math.inf, options.quiet
-    looks = _paces(query, until) if has_bar else poll_counts(
-        query, lambda: IDLE_WAIT_S if is_told or last["running"] else _NO_LOOP_S, until)
-    for found in looks:
-        counts = found.counts
+    last, idle_at, is_noted = collections.Counter(), math.inf, options.quiet  # is_noted: that no loop runs
+    results = _paces(query, until) if has_bar else poll_counts(
+        query, lambda: IDLE_WAIT_S if is_noted or last["running"] else _NO_LOOP_S, until)
+    for result in results:  # a Pace or a Count
+        counts = result.counts
         is_over, is_idle = not counts["pending"] + counts["running"], not counts["running"]
         if sum(counts.values()) < (options.expect or 0):
             raise LabtaskerRuntimeError("%d tasks match, and %d are expected" % (sum(counts.values()), options.expect))
         if has_bar and counts:
-            sys.stderr.write("\r\x1b[K" + progress(found, screen_size(sys.stderr)[0] - 1) + ("\n" if is_over else "\r"))
+            bar = progress(result, screen_size(sys.stderr)[0] - 1)
+            sys.stderr.write("\r\x1b[K" + bar + ("\n" if is_over else "\r"))
             sys.stderr.flush()
         elif (counts != last or not counts) and not options.quiet:
             note(in_states(counts)) if counts else _nothing_matches(query)
         if is_over:
             return TASKS_FAILED if counts["failed"] else 0
         last, idle_at = counts, min(idle_at, monotonic()) if is_idle else math.inf
-        if not is_told and monotonic() - idle_at >= _NO_LOOP_S:
-            is_told = _tell_no_loop(query, counts, "\r\x1b[K" * has_bar)
+        if not is_noted and monotonic() - idle_at >= _NO_LOOP_S:
+            is_noted = _note_no_loop(query, counts, "\r\x1b[K" * has_bar)
     if not options.quiet:
         note("\n" * has_bar + "The time is up: %s." % in_states(last))
-        is_told or last["running"] or _tell_no_loop(query, last)
+        is_noted or last["running"] or _note_no_loop(query, last)
     return _TIME_IS_UP
 
 
-_NO_LOOP_S = 2.0  # nothing runs for so long: else a loop may just begin, or be between two tasks
+_NO_LOOP_S = 2.0  # with nothing running for so long there is no loop: less may be a loop between two tasks
 
 
-def _tell_no_loop(query, counts, head=""):
-    """Say that no loop runs, unless one runs other tasks; return True."""
+def _note_no_loop(query, counts, head=""):
+    """Note that no loop runs, unless one runs other tasks; return True."""
     try:
         if not ls_tasks(status="running", limit=1).content:
-            one, = ls_tasks(limit=1, **dict(query, status="pending")).content
+            task, = ls_tasks(limit=1, **dict(query, status="pending")).content
             sys.stderr.write(head)
             note("%d pending, no loop runs: start one, such as labtasker loop -- %s" % (
-                counts["pending"], _example_command(one)))
-    except (LabtaskerError, ValueError):  # the server is away, or they have gone on meanwhile
+                counts["pending"], _example_command(task)))
+    except (LabtaskerError, ValueError):  # the server is away, or no task is pending any more
         pass
     return True
 
