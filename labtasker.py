@@ -13284,6 +13284,99 @@ def loop_signals():
     return [getattr(signal, name) for name in names if hasattr(signal, name)]
 
 
+# ---- Waiting for tasks to end
+_ENDED = [state for state in TASK_STATES if state not in ("pending", "running")]
+_END_WAIT_S = 50  # a wait for a change on the server's side
+_PART_IDS = 50000  # that one request asks for
+_PLAIN_PAUSE_S = 0.5  # between looks on a server that can't say that something has changed
+
+
+def as_completed(tasks, timeout=None):
+    """Return an iterator that yields each of the tasks as a Task once it has ended: success, failed or cancelled.
+
+    `tasks` are ids, Tasks, or what submit_task returned; each comes once, one that is deleted meanwhile does not. After
+    `timeout` seconds TimeoutError is raised where some have not ended. A server that goes away is waited for."""
+    if isinstance(tasks, (str, Task, TaskSubmitResponse)) or not hasattr(tasks, "__iter__"):
+        raise LabtaskerTypeError("as_completed takes a list of tasks; did you mean as_completed([%s])?"
+                                 % cut(repr(tasks)))
+    waiting = dict.fromkeys(map(_id_to_wait_for, tasks))
+    limit_s = math.inf if timeout in (None, math.inf) else parse_duration(timeout)
+    return _as_they_end(waiting, monotonic() + limit_s, len(waiting), limit_s)
+
+
+def _id_to_wait_for(task):
+    task_id = getattr(task, "task_id", task)
+    if not (isinstance(task_id, str) and NAME.match(task_id)):
+        raise LabtaskerTypeError("as_completed takes ids of tasks, Tasks and answers of submit_task, not %s"
+                                 % cut(repr(task)))
+    return task_id
+
+
+def _as_they_end(waiting, until, total, limit_s):
+    """Yield a Task for each id in the dict `waiting` that has ended; raise TimeoutError at `until`."""
+    def pause(seconds):
+        time.sleep(max(0, min(seconds, until - monotonic())))
+
+    mark, ended, gone, pause_s = _look_for_ends(list(waiting))
+    short = [task_id for task_id in gone if len(task_id) < 36]
+    if short:
+        raise NotFound("no task %s; as_completed takes whole ids" % ", ".join(short))
+    while True:
+        for task_id in gone:
+            waiting.pop(task_id, None)
+        for task in ended:
+            waiting.pop(task.task_id, None)
+            yield task
+        if waiting and monotonic() < until:
+            pause(pause_s)
+            look, began = functools.partial(_look_after, mark, list(waiting), until), monotonic()
+            try:
+                mark, ended, gone, pause_s = retry_while_away(look, pause, lambda: min(SERVER_LOST_S, until - began))
+                continue
+            except LabtaskerError as error:
+                if not is_away(error) or monotonic() < until:
+                    raise
+        if not waiting:
+            return
+        raise TimeoutError("%d of %d tasks have not ended within %g s" % (len(waiting), total, limit_s))
+
+
+def _look_after(mark, ids, until):
+    """Return what `_look_for_ends` does, once the mark is another one; nothing new where it still is at `until`."""
+    wait_s = max(0, min(_END_WAIT_S, until - monotonic()))
+    if mark and ask_route("GET " + QUEUE_PATH + "/mark", seen=mark, wait_s=wait_s)["mark"] == mark:
+        return mark, [], [], 0
+    return _look_for_ends(ids)
+
+
+def _look_for_ends(ids):
+    """Return (the mark of the state or None, the Tasks that have ended in the order of their ends, the ids of which no
+    task is there, the seconds to pause after that: looking takes a tenth of the time at most)."""
+    began, marks, ended, gone = monotonic(), [], [], []
+    for at in range(0, len(ids), _PART_IDS):
+        for found, item in zip((marks, ended, gone), _part_of_ends(ids[at:at + _PART_IDS])):
+            found += item
+    pause_s = min(30, max(0 if marks else _PLAIN_PAUSE_S, 10 * (monotonic() - began)))
+    return next(iter(marks), None), sorted(ended, key=lambda task: task.last_modified), gone, pause_s
+
+
+def _part_of_ends(ids):
+    """Return ([the mark], [Tasks that have ended], [ids that are gone]) of some ids. Who has the extensions counts."""
+    among = {"_id": {"$in": ids}}
+    if not client().extensions:
+        found = ls_tasks(limit=10 ** 9, extra_filter=among).content
+        return [], [task for task in found if task.status in _ENDED], set(ids).difference(t.task_id for t in found)
+
+    def count(field):
+        return ask_route("POST " + TASKS_PATH + "/count", by=field, extra_filter=among)
+    answer = count("status")
+    numbers = dict(map(tuple, answer["counts"]))
+    there = ids if sum(numbers.values()) == len(ids) else [task_id for task_id, _ in count("task_id")["counts"]]
+    ended = [] if numbers.keys().isdisjoint(_ENDED) else ls_tasks(
+        limit=10 ** 9, extra_filter={"$and": [among, {"status": {"$in": _ENDED}}]}).content
+    return [answer["mark"]], ended, set(ids).difference(there)
+
+
 # 13. Loops ###################################################################
 #
 # Takes tasks and has them run: the loop and its slots, its time limit, and the two ways to run a task:
@@ -14951,7 +15044,7 @@ def confirm(question, option, given):
         raise SystemExit(1)
 
 
-# ---- Task arguments: `-- --lr=0.1 --model resnet`, --args, --grid, --from
+# ---- Task arguments: `-- --lr=0.1 --model resnet`, --args, --grid, --sample, --from
 _ARGUMENT = r"(?s)--?([^=\s-][^=]*)(?:=(.*))?\Z"
 RANGE = r"(?i){0}:{0}:{0}\Z".format(r"(-?[\d.]+(?:e-?\d+)?)")
 SUBMISSION_FIELDS = [name for name, field in SUBMITTED.items() if field.flag]
@@ -15030,6 +15123,108 @@ def _split_commas(text):
         else:
             parts[-1] += piece
     return parts
+
+
+_END = r"([-+]?(?:\d+\.?\d*|\.\d+)(?:e[-+]?\d+)?)"
+_DRAWN = r"(?i)(log:)?%s:%s\Z" % (_END, _END)
+_LIKE_END = r"[-+._\d]*(?:e[-+]?\d*)?|[-+]?nan|[-+]?inf(?:inity)?"
+_LIKE_DRAWN = r"(?i)(log:.*|(?:%s)(?::(?:%s))+)\Z" % (_LIKE_END, _LIKE_END)  # somebody may have meant a range
+_MOST_DRAWN = 1000000  # tasks of one sample
+_DRAWN_DIGITS = 6  # of a number that is drawn: what `brief` and %g show of it, so that it reads back the same
+
+
+def submit_sample(space, n, seed=None, unique=False, **fields):
+    """Submit n tasks with random args, as in submit_sample({"lr": "log:1e-4:1e-1", "seed": [1, 2]}, 20); return the ids.
+
+    A text is "LOW:HIGH" (uniform), "log:LOW:HIGH" (log-uniform), or values with commas between. A range has whole
+    numbers, both ends included, where both ends are whole. A list is a choice among its values. The same `seed`, a
+    whole number, draws the same on every Python, and a larger n begins with the same. `fields` are as in submit_grid."""
+    if not isinstance(space, dict):
+        raise LabtaskerTypeError("submit_sample takes a dict of texts and lists, such as {'lr': 'log:1e-4:0.1'}, not %s"
+                                 % cut(repr(space)))
+    for key, given in space.items():
+        if isinstance(given, (bytes, dict, set, frozenset)) or not hasattr(given, "__iter__"):
+            raise LabtaskerTypeError("submit_sample takes a text such as 'log:1e-4:1e-1', or a list, for each key, not "
+                                     "%s=%s; did you mean [%s]?" % (key, cut(repr(given)), cut(repr(given))))
+    fixed, rows = fields.pop("args", None) or {}, drawn(space, n, new_seed() if seed is None else seed)
+    return submit_tasks([dict(fields, args=dict(fixed, **row)) for row in rows], unique)
+
+
+def new_seed():
+    """Return a random number to draw from, short enough to be typed."""
+    return int.from_bytes(os.urandom(4), "big")
+
+
+def drawn(space, n, seed):
+    """Return n dicts of args, drawn from {key: text as for --sample, True, or list}; raises UsageError.
+
+    A value depends on the seed, its key and its task's number, through a hash: so it is the same on every Python, and
+    neither further keys nor a larger n change it."""
+    import hashlib
+    for name, value in (("n", n), ("seed", seed)):
+        if not hasattr(value, "__index__") or isinstance(value, bool):
+            raise LabtaskerTypeError("%s is a whole number, not %s" % (name, cut(repr(value))))
+    if not 1 <= n <= _MOST_DRAWN:
+        raise UsageError("a sample has 1 to %d tasks, not %d" % (_MOST_DRAWN, n))
+    if not space:
+        raise UsageError("a sample needs something to draw: -- --lr=log:1e-4:1e-1 --layers=2:8 --model=a,b")
+    draws = {key: _drawing(key, given) for key, given in space.items()}
+
+    def chance(*what):
+        digest = hashlib.sha256(" ".join(map(str, what)).encode("utf-8", "surrogatepass")).digest()
+        return int.from_bytes(digest[:8], "big")
+    seed = operator.index(seed)
+    return [{key: draw(chance(seed, number, key)) for key, draw in draws.items()} for number in range(n)]
+
+
+def _drawing(key, given):
+    """Return the function that makes a value of 64 random bits, for what a key of a sample is given; UsageError."""
+    if isinstance(given, str):
+        parts = [re.sub(r"\s", "", part) for part in _split_commas(given)]
+        found = re.match(_DRAWN, parts[0]) if len(parts) == 1 else None
+        if found:
+            return _range_drawing("%s=%s" % (key, given), *found.groups())
+        wrong = [part for part in parts if re.match(_LIKE_DRAWN, part) and not re.match(RANGE, part)]
+        if wrong or not given.strip():
+            raise UsageError("%s=%s is nothing to draw from%s: write LOW:HIGH, log:LOW:HIGH, or values with commas "
+                             "between; a text with a colon stands in quotes of its own, \"'16:9'\"" % (
+                                 key, given, ", as a range stands alone" if parts[1:] else ""))
+    values = grid_values(key, given) if isinstance(given, str) or given is True else list(given)
+    if not values:
+        raise UsageError("%s=[] is nothing to draw from: give it at least one value" % key)
+    return lambda bits: values[bits * len(values) >> 64]
+
+
+def _range_drawing(shown, log, *ends):
+    """Return what `_drawing` does, for a range: of whole numbers where both ends are, else of floats."""
+    is_whole = all(re.match(r"[-+]?\d+\Z", end) for end in ends)
+    low, high = map(int if is_whole else float, ends)
+    problem = ("its ends are too large" if not is_whole and math.inf in (abs(low), abs(high)) else
+               "its ends are the wrong way round; to have the text itself, put it in quotes of its own, \"'16:9'\""
+               if low > high else
+               "a logarithm needs ends above 0" if log and low <= 0 else
+               "its ends do not fit into 64 bits" if is_whole and not -2 ** 63 <= low <= high < 2 ** 63 else None)
+    if problem:
+        raise UsageError("%s can't be drawn from: %s" % (shown, problem))
+    if is_whole and not log:
+        return lambda bits: low + (bits * (high + 1 - low) >> 64)
+    if log:
+        begin, way = math.log(low), math.log(high + is_whole) - math.log(low)
+
+    def draw(bits):
+        share = (bits >> 11) / 2 ** 53
+        value = math.exp(begin + share * way) if log else low * (1 - share) + high * share
+        value = int(value) if is_whole else _rounded(value, value * way if log else high - low)
+        return min(max(value, low), high)
+    return draw
+
+
+def _rounded(value, width):
+    """Return a float with few digits; more of them where they are needed to tell values of a range so wide apart."""
+    digits = _DRAWN_DIGITS
+    if abs(value) > width > 0:
+        digits += math.ceil(math.log10(min(abs(value) / width, 1e11)))
+    return float("%.*g" % (digits, value))
 
 
 def tasks_of_json(path, text):
@@ -15725,6 +15920,8 @@ def _submissions(options):
     if options.grid:
         values = [grid_values(key, text) for key, text in given.items()]
         rows = [{"args": dict(zip(given, row))} for row in itertools.product(*values)]
+    elif options.sample is not None:
+        rows = [{"args": row} for row in drawn(given, options.sample, options.seed)]
     else:
         fixed = joined({key: text if text is True else literal(text) for key, text in given.items()}, fixed)
         rows = [{"args": {}}]
@@ -15752,19 +15949,34 @@ def _notes_on_arguments(options):
         if word in own and "action" in own[word]:
             raise UsageError("%s after -- would be an argument of the task. As an option of labtasker it goes before: "
                              "task submit %s -- ...; as an argument write %s=True" % (word, word, word))
-        if flag in own and getattr(options, own[flag].get("dest", flag.strip("-")), None) is None:
+        if flag in own and flag != "--seed" and getattr(options, own[flag].get("dest", flag.strip("-")), None) is None:
             notes.append("Note: %s after -- is an argument of the task; labtasker's own %s goes before --." % (
                 flag, flag))
-    for key, text in () if options.grid else typed_arguments(options.rest or []).items():
+    for key, text in () if options.grid or options.sample else typed_arguments(options.rest or []).items():
         if is_like_grid(text):
             notes.append("Note: --%s=%s is one value of one task. For one task per value: labtasker task submit --grid "
                          "-- --%s=%s" % (key, text, key, text))
+        elif isinstance(text, str) and re.match(r"(?i)log:[\d.]", text):
+            notes.append("Note: --%s=%s is a text. For tasks with random values: labtasker task submit --sample 20 -- "
+                         "--%s=%s" % (key, text, key, text))
     return notes
 
 
+def _check_ways(options):
+    """Raise UsageError where tasks were asked for in two ways, or --seed without what draws."""
+    ways = [flag for flag, given in (("--grid", options.grid or None), ("--sample", options.sample),
+                                     ("--from", options.from_file)) if given is not None]
+    if ways[1:]:
+        raise UsageError("%s and %s exclude each other" % (ways[0], ways[1]))
+    if options.seed is not None and options.sample is None:
+        raise UsageError("--seed before -- belongs to --sample; an argument of the task goes after --: -- --seed=%d"
+                         % options.seed)
+
+
 def do_task_submit(options):
-    if options.grid and options.from_file:
-        raise UsageError("--grid and --from exclude each other")
+    _check_ways(options)
+    is_new_seed = options.sample is not None and options.seed is None
+    options.seed = new_seed() if is_new_seed else options.seed
     notes = _notes_on_arguments(options)
     tasks = _submissions(options)
     for text in notes:
@@ -15775,13 +15987,21 @@ def do_task_submit(options):
         if new:
             say(as_jsonl([{key: value for key, value in task.items() if key != "task_id"} for task in new]))
         note("Would submit %s%s." % (tasks_in_words(new), known))
+        _note_seed(is_new_seed, options)
         return _note_failed(failed)
     made = submit_tasks(new) if options.unique or new[1:] else [submit_task(**new[0]).task_id]
     if options.quiet:
         say("\n".join(ids or made))
     else:
         say("Submitted %s%s" % ("task " + made[0] if len(tasks) == len(made) == 1 else tasks_in_words(made), known))
+        _note_seed(is_new_seed, options)
         _note_failed(failed)
+
+
+def _note_seed(is_new_seed, options):
+    """Note which seed a sample was drawn with, where none was given."""
+    if is_new_seed:
+        note("Drawn with --seed %d, which draws the same values again." % options.seed)
 
 
 def _note_failed(ids):
@@ -17293,6 +17513,8 @@ COMMANDS = {
             *[_field_option(name, field) for name, field in SUBMITTED.items() if field.flag],
             option("--grid", "one task for each combination of comma-separated values and start:stop:step ranges, "
                    "stop included"),
+            option("--sample N", "N tasks of random values: LOW:HIGH, log:LOW:HIGH, or a,b", type=count),
+            option("--seed S", "the same number draws the same sample", type=count),
             option("--from FILE", "a task for each JSON line or CSV row; - is stdin", dest="from_file",
                    type=for_system),
             option("--unique", "skip what has the same name and arguments as an existing task"),
@@ -17460,10 +17682,10 @@ COMMANDS = {
 __all__ = """
     loop Required Annotated finish task_info current_task_id current_worker_id is_enabled get_labtasker_log_dir
     time_left preempted set_prompt_on_task_failure set_loop_internal_error_handler health_check create_queue
-    get_queue update_queue delete_queue submit_task submit_tasks submit_grid fetch_task get_task
-    report task_dir report_task_status refresh_task_heartbeat ls_tasks update_tasks delete_task create_worker ls_workers
-    report_worker_status delete_worker connect_events EventListener Task Worker Queue TaskUpdateRequest
-    LabtaskerError LabtaskerRuntimeError LabtaskerValueError LabtaskerTypeError LabtaskerNetworkError
+    get_queue update_queue delete_queue submit_task submit_tasks submit_grid submit_sample as_completed
+    fetch_task get_task report task_dir report_task_status refresh_task_heartbeat ls_tasks update_tasks delete_task
+    create_worker ls_workers report_worker_status delete_worker connect_events EventListener
+    Task Worker Queue TaskUpdateRequest LabtaskerError LabtaskerRuntimeError LabtaskerValueError LabtaskerTypeError LabtaskerNetworkError
     LabtaskerHTTPStatusError LabtaskerConnectError WorkerSuspended TaskCancelled api_models
 """.split()
 

@@ -45,9 +45,12 @@ from labtasker.api_models import TaskUpdateRequest
 labtasker.update_tasks([TaskUpdateRequest(**{"_id": found[0].task_id, "args": {"b": 9}})], reset_pending=True)
 again = labtasker.ls_tasks(task_id=found[0].task_id).content[0]
 assert again.status == "pending" and again.args["b"] == 9 and again.args["a"] == found[0].args["a"], again
+assert {t.task_id for t in labtasker.as_completed(found[1:])} == {t.task_id for t in found[1:]}
 for task in found:
     labtasker.delete_task(task_id=task.task_id)
 assert labtasker.ls_tasks(extra_filter='task_name == "sum"').content == []
+drawn = labtasker.drawn({"lr": "log:1e-4:1e-1", "layers": "2:8", "model": ["a", "b"]}, 2, 7)  # the same on every Python
+assert drawn == [{"lr": 0.00099143, "layers": 3, "model": "b"}, {"lr": 0.0840369, "layers": 8, "model": "b"}], drawn
 """
 
 

@@ -100,6 +100,11 @@ BAD = [
     ("task submit --from odd.jsonl", 2, ["odd.jsonl line 1", "proirity", "did you mean priority"]),
     ("task submit --from empty.csv", 2, ["empty.csv", "no task"]),
     ("task submit --grid --from wide.csv", 2, ["exclude"]),
+    ("task submit --sample 2 --grid -- --x=0:1", 2, ["--grid and --sample exclude"]),
+    ("task submit --sample 2 --from wide.csv", 2, ["--sample and --from exclude"]),
+    ("task submit --sample 0 -- --x=0:1", 2, ["1 to 1000000 tasks, not 0"]),
+    ("task submit --sample 2", 2, ["needs something to draw", "--lr=log:"]),
+    ("task submit --seed 3 -- --x=1", 2, ["belongs to --sample", "-- --seed=3"]),
     ("task update -u priority=1", 0, ["Nothing matches"]),
     ("task update -s failed", 2, ["-u field=value"]),
     ("task update -s failed -u nosuch=1", 2, ["nosuch", "priority", "args"]),
@@ -232,7 +237,7 @@ def test_help_fits_a_screen_and_ends_with_an_example(path, monkeypatch):
     example = [line for line in lines if line.startswith("example: ")]
     assert len(example) == 1 and ("labtasker " + path).rstrip() in example[0]
     assert all(line.startswith(" " * 9) for line in lines[lines.index(example[0]) + 1:])
-    assert len(lines) <= (34 if path == "loop" else 23), len(lines)  # of 24: the prompt comes after them
+    assert len(lines) <= (34 if path in ("loop", "task submit") else 23), len(lines)  # of 24: the prompt comes after them
     assert max(map(len, lines)) <= 80, max(lines, key=len)
 
 
@@ -445,6 +450,76 @@ def test_submit_says_the_id_and_quiet_says_nothing_else(home):
     ("1e-3:3e-3:1e-3", [0.001, 0.002, 0.003]), ("1,", [1, ""]), (True, [True])])
 def test_grid_values(text, values):
     assert labtasker.grid_values("k", text) == values
+
+
+SAMPLE = {"lr": "log:1e-4:1e-1", "wd": "0:0.1", "layers": "2:8", "width": "log:16:1024", "model": "a,b", "opt.x": ["q", None]}
+
+
+def test_a_sample_draws_each_kind_of_range_within_its_ends_and_reaches_them():
+    rows = labtasker.drawn(SAMPLE, 3000, 7)
+    column = {key: [row[key] for row in rows] for key in SAMPLE}
+    assert set(column["layers"]) == set(range(2, 9)) and set(column["model"]) == {"a", "b"} and set(column["opt.x"]) == {"q", None}
+    assert all(type(x) is float and 0 <= x <= 0.1 for x in column["wd"]) and all(type(x) is int for x in column["width"])
+    assert min(column["width"]) == 16 and 900 < max(column["width"]) <= 1024
+    for key, low, high in (("lr", 1e-4, 1e-1), ("width", 16, 1024)):
+        assert low <= min(column[key]) and max(column[key]) <= high
+        assert 1400 < sum(x < (low * high) ** 0.5 for x in column[key]) < 1600, "half of them below the middle of the logarithms"
+    assert 1400 < sum(x < 0.05 for x in column["wd"]) < 1600
+    assert all(float(labtasker.brief(x)) == x for key in ("lr", "wd") for x in column[key]), "what a table shows reads back the same"
+    assert len(set(map(tuple, zip(column["lr"], column["wd"])))) == 3000
+    narrow = [row["n"] for row in labtasker.drawn({"n": "1000:1000.001"}, 100, 0)]
+    assert len(set(narrow)) == 100 and 1000 <= min(narrow) and max(narrow) <= 1000.001
+    fixed = labtasker.drawn({"flag": True, "a": "5:5", "b": "resnet", "c": "'16:9',4.5", "d": [[1]], "e": "1:5:4", "f": "-1e308:1e308"}, 50, 1)
+    assert {(row["flag"], row["a"], row["b"], row["d"][0]) for row in fixed} == {(True, 5, "resnet", 1)}
+    assert {row["c"] for row in fixed} == {"16:9", 4.5} and {row["e"] for row in fixed} == {1, 5} and len({row["f"] for row in fixed}) == 50
+
+
+def test_a_seed_draws_the_same_everywhere_whatever_is_drawn_beside():
+    """The values are written out here, so that each Python that runs this test must draw these."""
+    assert labtasker.drawn(SAMPLE, 2, 7) == [
+        {"lr": 0.00099143, "wd": 0.0573894, "layers": 3, "width": 553, "model": "b", "opt.x": None},
+        {"lr": 0.0840369, "wd": 0.00717071, "layers": 8, "width": 32, "model": "b", "opt.x": None}]
+    assert labtasker.drawn(SAMPLE, 20, 7)[:2] == labtasker.drawn(SAMPLE, 2, 7) != labtasker.drawn(SAMPLE, 2, 8)
+    assert labtasker.drawn({"wd": "0:0.1"}, 1, 7) == [{"wd": 0.0573894}]
+
+
+@pytest.mark.parametrize("given, words", [(text, words) for words, texts in (
+    ("above 0", ("log:0:1", "log:-1:1")), ("wrong way round", ("0.1:0", "16:9", "log:2:1")), ("too large", ("1e999:1", "0:1e999")),
+    ("64 bits", ("0:99999999999999999999",)), ("start:stop:step", ("1:5:0",)), ("a range stands alone", ("0:1,5", "a,log:1:2")),
+    ("nothing to draw from", ("", " ", "log:1", "log:", "1:", ":1", ":", "log:x:2", "nan:1", "0:inf", "1:2:3:4", "1_0:2_0", [])),
+) for text in texts], ids=repr)
+def test_what_can_not_be_drawn_from_is_refused(given, words):
+    with pytest.raises(labtasker.UsageError, match=words):
+        labtasker.drawn({"lr": "0:1", "x": given}, 3, 1)
+
+
+@pytest.mark.parametrize("call, words", [
+    (lambda: labtasker.submit_sample([1], 2), "takes a dict"), (lambda: labtasker.submit_sample({"a": 5}, 2), r"did you mean \[5\]"),
+    (lambda: labtasker.submit_sample({"a": {1, 2}}, 2), "or a list"), (lambda: labtasker.submit_sample({"a": "0:1"}, 1.5), "n is a whole number"),
+    (lambda: labtasker.submit_sample({"a": "0:1"}, 0), "not 0"), (lambda: labtasker.submit_sample({"a": "0:1"}, 1, seed="x"), "seed is a whole"),
+    (lambda: labtasker.submit_sample({}, 2), "something to draw"), (lambda: labtasker.submit_sample({"a": "0:1"}, 2, lr=1), "did you mean args=")])
+def test_a_mistake_in_a_sample_submits_nothing(home, call, words):
+    with pytest.raises(labtasker.LabtaskerError, match=words):
+        call()
+    assert not labtasker.ls_tasks().content
+
+
+def test_a_sample_is_submitted_as_it_is_drawn_from_the_command_line_and_from_python(home, capsys):
+    words = ["--lr=log:1e-4:1e-1", "--opt-x=1,2"]
+    assert labtasker.main(["task", "submit", "--sample", "3", "--seed", "5", "--name", "s", "--"] + words) == 0
+    drawn = [task.args for task in labtasker.ls_tasks()]
+    assert drawn == labtasker.drawn({"lr": "log:1e-4:1e-1", "opt_x": "1,2"}, 3, 5) and "--seed" not in capsys.readouterr().err
+    ids = labtasker.submit_sample({"lr": "log:1e-4:1e-1", "opt_x": [1, 2]}, 5, seed=5, unique=True, task_name="s")
+    assert [labtasker.get_task(one).args for one in ids[:3]] == drawn and len(labtasker.ls_tasks().content) == 5
+    more = labtasker.submit_sample({"lr": "0:1"}, 2, args={"n": 1}, metadata={"m": 2})
+    assert [(task.args["n"], task.metadata) for task in map(labtasker.get_task, more)] == [(1, {"m": 2})] * 2
+    labtasker.main(["task", "submit", "--sample", "2", "--dry-run", "--"] + words)
+    shown = capsys.readouterr()
+    seed = re.search(r"Drawn with --seed (\d+), which", shown.err).group(1)
+    labtasker.main(["task", "submit", "--sample", "2", "--dry-run", "--seed", seed, "--"] + words)
+    assert capsys.readouterr().out.splitlines()[-2:] == shown.out.splitlines()[-2:] and len(labtasker.ls_tasks().content) == 7
+    labtasker.main(["task", "submit", "--dry-run", "--", "--seed=1"])
+    assert "--seed" not in capsys.readouterr().err, "an argument of that name is as usual as any"
 
 
 def test_grid_is_the_product_in_one_transaction(home):
@@ -1525,6 +1600,7 @@ NOTED = [  # a command line, what a note on stderr says
     ("task submit --dry-run -- --lr=0.1,0.2", ["task submit --grid -- --lr=0.1,0.2"]),
     ("task submit --dry-run -- --seed=1:5:1", ["task submit --grid -- --seed=1:5:1"]),
     ("task submit --dry-run -- --model=vit,resnet", ["task submit --grid"]),
+    ("task submit --dry-run -- --lr=log:1e-4:1", ["task submit --sample 20 -- --lr=log:1e-4:1"]),
     ("task submit --dry-run -- --lr=1 --priority=3", ["--priority after -- is an argument of the task"]),
 ]
 UNNOTED = [  # what is right as it stands, or plain enough

@@ -586,6 +586,98 @@ def test_looks_count_again_only_when_something_has_changed(folder, monkeypatch):
     assert len(slept) == 10 and min(slept) >= 0.5
 
 
+def end(task_id, status="success"):
+    """End a task; a pending one by hand."""
+    if status == "deleted":
+        L.delete_task(task_id)
+    elif status == "cancelled":
+        L.update_tasks([L.TaskUpdateRequest(task_id=task_id, status=status)])
+    else:
+        task = L.fetch_task(heartbeat_timeout=60, extra_filter={"_id": task_id}).task
+        L.deliver(task_id, status, {"acc": 1}, None, task.run_id)
+
+
+def meanwhile(monkeypatch, kind, path, *steps):
+    """Do one of the steps before each request to a path, as another process would; return the paths that are asked."""
+    asked, left, call = [], list(steps), kind.call
+
+    def hear(self, *words):
+        asked.append(words[1].rsplit("/", 1)[-1])
+        if words[1].endswith(path) and left:
+            step, path_is = left.pop(0), len(asked)
+            step()
+            del asked[path_is:]
+        return call(self, *words)
+    monkeypatch.setattr(kind, "call", hear)
+    return asked
+
+
+def test_tasks_come_as_they_end_each_once_however_they_end(folder, monkeypatch):
+    answers = [L.submit_task(args={"i": i}, max_retries=1) for i in range(6)]
+    ids = [answer.task_id for answer in answers]
+    end(ids[5]), end(ids[0], "cancelled"), end(ids[2], "deleted")
+    coming = L.as_completed(answers + [ids[0], L.get_task(ids[1])] + ids)
+    found = [next(coming), next(coming)]
+    assert [(task.task_id, task.status) for task in found] == [(ids[5], "success"), (ids[0], "cancelled")] and found[0].summary == {"acc": 1}
+    asked = meanwhile(monkeypatch, L.StoreTransport, "/mark", lambda: L.submit_task(args={"other": 1}), lambda: end(ids[3], "failed"),
+                      lambda: end(ids[4], "deleted"), lambda: end(ids[1]))
+    assert [(task.task_id, task.status) for task in coming] == [(ids[3], "failed"), (ids[1], "success")]
+    assert asked == ["mark", "count", "mark", "count", "search", "mark", "count", "count", "mark", "count", "search"]
+    assert list(L.as_completed([])) == [] and [task.task_id for task in L.as_completed({ids[1]: "a trial"}, timeout=0)] == [ids[1]]
+
+
+def test_while_nothing_changes_only_the_mark_is_waited_for_and_the_time_is_kept(folder, monkeypatch):
+    one, two = (L.submit_task(args={"i": i}).task_id for i in "ab")
+    end(one)
+    asked = meanwhile(monkeypatch, L.StoreTransport, "/mark")
+    coming = L.as_completed([one, two], timeout=0.05)
+    assert next(coming).task_id == one
+    with pytest.raises(TimeoutError, match="1 of 2 tasks have not ended within 0.05 s"):
+        next(coming)
+    assert asked == ["count", "search", "mark"]
+    with pytest.raises(TimeoutError):
+        next(L.as_completed([two], timeout="0s"))
+
+
+def test_tasks_come_as_they_end_from_a_server_that_has_no_mark(plain, monkeypatch):
+    ids = L.submit_tasks([{"args": {"i": i}} for i in range(9)])
+    slept = []
+    steps = [lambda: end(ids[7]), lambda: end(ids[2], "deleted"), lambda: None, lambda: end(ids[0], "cancelled")]
+    monkeypatch.setattr(L.time, "sleep", lambda seconds: slept.append(seconds) or (steps.pop(0)() if steps else None))
+    asked = meanwhile(monkeypatch, PlainTransport, "nothing")
+    coming = L.as_completed([ids[0], ids[2], ids[7]])
+    assert [next(coming).task_id for _ in "12"] == [ids[7], ids[0]] and list(coming) == []
+    assert len(slept) == 4 and min(slept) >= 0.5 and not {"mark", "count"} & set(asked)
+
+
+def test_tasks_come_though_the_server_is_away_meanwhile(folder, monkeypatch, capsys):
+    ids, slept = L.submit_tasks([{"args": {"i": i}} for i in range(2)]), []
+    coming = L.as_completed(ids, timeout=60)
+    end(ids[0])
+    next(coming)
+
+    def away():
+        raise L.LabtaskerConnectError("no answer")
+    monkeypatch.setattr(L.time, "sleep", slept.append)
+    meanwhile(monkeypatch, L.StoreTransport, "/mark", away, away, away, lambda: end(ids[1]))
+    assert next(coming).task_id == ids[1] and len(slept) >= 3
+    assert capsys.readouterr().err.count("no answer") == 1
+    with pytest.raises(L.LabtaskerConnectError):  # at the first look it may never have been there
+        meanwhile(monkeypatch, L.StoreTransport, "/count", away)
+        next(L.as_completed(ids))
+
+
+@pytest.mark.parametrize("given, words", [("3f2a", "did you mean as_completed\\(\\['3f2a'\\]"), (5, "takes a list"), ([5], "not 5"),
+                                          ([None], "not None"), (["a b"], "not 'a b'")])
+def test_what_is_no_task_is_not_waited_for(folder, given, words):
+    with pytest.raises(L.LabtaskerTypeError, match=words):
+        L.as_completed(given)
+    with pytest.raises(L.NotFound, match="no task 3f2a; as_completed takes whole ids"):
+        next(L.as_completed(["3f2a"]))
+    with pytest.raises(L.LabtaskerValueError, match="not a duration"):
+        L.as_completed([], timeout="soon")
+
+
 def test_looks_wait_for_a_server_that_went_away(folder, monkeypatch, capsys):
     slept, call = [], L.StoreTransport.call
 

@@ -517,6 +517,24 @@ def test_commands_of_ours_alone_on_their_server(our_side):
     assert side.tasks() == []
 
 
+def test_tasks_come_as_they_end_from_either_server(our_side):
+    assert our_side.python("""
+        import threading, time, labtasker as L
+        ids = L.submit_tasks([{"args": {"n": n}} for n in range(4)])
+        L.delete_task(ids[2])
+        coming = L.as_completed(ids, timeout=60)
+
+        def end():
+            for n in (3, 1):
+                task = L.fetch_task(heartbeat_timeout=60, extra_filter={"_id": ids[n]}).task
+                L.report_task_status(task.task_id, "success", {"n": n})
+        threading.Thread(target=end).start()
+        print(*sorted(next(coming).summary["n"] for _ in "12"))
+        L.update_tasks([L.TaskUpdateRequest(task_id=ids[0], status="cancelled")])
+        print(*(task.status for task in coming))
+        """).stdout.splitlines()[-2:] == ["1 3", "cancelled"]
+
+
 def test_a_loop_that_is_stopped_hands_its_task_back_to_their_server(our_side):
     our_side.cli("task", "submit", "--", "--i=1")
     process = our_side.start("loop", "--", "sh", "-c", "echo begun %(i); sleep 60")
