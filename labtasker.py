@@ -15134,11 +15134,11 @@ _DRAWN_DIGITS = 6  # of a number that is drawn: what `brief` and %g show of it, 
 
 
 def submit_sample(space, n, seed=None, unique=False, **fields):
-    """Submit n tasks with random args, as in submit_sample({"lr": "log:1e-4:1e-1", "seed": [1, 2]}, 20); return the ids.
+    """Submit n tasks with random args, as in submit_sample({"lr": "log:1e-4:1e-1", "seed": [1, 2]}, 20); return ids.
 
     A text is "LOW:HIGH" (uniform), "log:LOW:HIGH" (log-uniform), or values with commas between. A range has whole
     numbers, both ends included, where both ends are whole. A list is a choice among its values. The same `seed`, a
-    whole number, draws the same on every Python, and a larger n begins with the same. `fields` are as in submit_grid."""
+    whole number, draws the same on every Python, and a larger n begins so too. `fields` are as in submit_grid."""
     if not isinstance(space, dict):
         raise LabtaskerTypeError("submit_sample takes a dict of texts and lists, such as {'lr': 'log:1e-4:0.1'}, not %s"
                                  % cut(repr(space)))
@@ -17684,9 +17684,9 @@ __all__ = """
     time_left preempted set_prompt_on_task_failure set_loop_internal_error_handler health_check create_queue
     get_queue update_queue delete_queue submit_task submit_tasks submit_grid submit_sample as_completed
     fetch_task get_task report task_dir report_task_status refresh_task_heartbeat ls_tasks update_tasks delete_task
-    create_worker ls_workers report_worker_status delete_worker connect_events EventListener
-    Task Worker Queue TaskUpdateRequest LabtaskerError LabtaskerRuntimeError LabtaskerValueError LabtaskerTypeError LabtaskerNetworkError
-    LabtaskerHTTPStatusError LabtaskerConnectError WorkerSuspended TaskCancelled api_models
+    create_worker ls_workers report_worker_status delete_worker connect_events EventListener Task Worker Queue
+    TaskUpdateRequest LabtaskerError LabtaskerRuntimeError LabtaskerValueError LabtaskerTypeError
+    LabtaskerNetworkError LabtaskerHTTPStatusError LabtaskerConnectError WorkerSuspended TaskCancelled api_models
 """.split()
 
 
