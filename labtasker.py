@@ -1765,6 +1765,7 @@ TASK_FIELDS = {
     "attempts": Field("list", [], True, "its last runs: host, pid, worker_id, git, log, start, end, status, exit_code"),
     "git": Field("commit", None, True, "the commit it was submitted from, with -dirty where files were changed since",
                  "note"),
+    "curve": Field("curve", None, None, "its history: the points that it reported with a step, at most 1,000"),
     "fetch_id": Field("id", None, None, "the client's id of the fetch that started the run"),
     "digest": Field("int", None, None, "checksum of the submission, by which a repeat of it is known"),
 }
@@ -3339,7 +3340,8 @@ def _good_lines(path):
 # 5. State ####################################################################
 #
 # The queues in memory and their indexes, how a line of the journal changes them, and the events that follow
-# from that. `State.apply` changes them, live and at replay; nothing else does. Uses 1 to 4. Tests: test_service.py.
+# from that. `State.apply` changes them, live and at replay; nothing else does. Uses 1 to 4. Tests: test_service.py,
+# test_curves.py.
 
 MOST_LOOKED_AT = 1000  # tasks with a pause that a fetch which finds nothing examines one by one
 MAX_STANDING = 200  # standing requests of a queue
@@ -3728,6 +3730,76 @@ class CallerQueueId(str):
         return made
 
 
+_MOST_POINTS = 1000  # of a task's history
+_ID_BYTES = 8  # kept of a point's id, by which a repeat is known
+
+
+class Curve(collections.namedtuple("Curve", "points every since run ids")):
+    """A task's history. It is never changed: a new point makes a new Curve.
+
+    `points`: (step, at, keys, value, ...) each, in the order in which they came; `keys` is shared by points alike.
+    `every`: of so many new points one stays; `since`: how many came after the last that stays. The newest is always
+    there. `run`: the id of the run that the newest is of. `ids`: digests of the ids of the latest points, joined."""
+
+    __slots__ = ()
+
+    def knows(self, point_id):
+        """Return whether a point with this id was added."""
+        digest = _digest(point_id)
+        at = self.ids.find(digest)
+        while at % _ID_BYTES and at >= 0:
+            at = self.ids.find(digest, at + 1)
+        return at >= 0
+
+    def plus(self, point):
+        """Return the curve with another point: a dict with step, at and values, with its id if it has one. With the id
+        of a `run`, which then begins, the points at or beyond its step are dropped."""
+        curve = self._resumed(point["run"], point["step"]) if "run" in point else self
+        points, every, since = curve.points, curve.every, curve.since
+        kept, distance = points[:-1] if since else points, since + 1
+        if len(kept) >= _MOST_POINTS:
+            kept, distance, every = kept[::2], distance + every, 2 * every
+        ids = curve.ids[-_ID_BYTES * (_MOST_POINTS - 1):] + _digest(point["id"]) if "id" in point else curve.ids
+        kept += (_packed(point["step"], point["at"], point["values"]),)
+        return Curve(kept, every, distance % every, curve.run, ids)
+
+    def _resumed(self, run, step):
+        kept = tuple(point for point in self.points if not point[0] >= step)
+        has_newest = bool(kept) and kept[-1] is self.points[-1]
+        return Curve(kept, self.every if kept else 1, self.since if has_newest else 0, run, self.ids)
+
+    def content(self):
+        """Return [(step, at, values)] of the points."""
+        return [(point[0], point[1], dict(zip(point[2], point[3:]))) for point in self.points]
+
+    def in_json(self):
+        """Return the curve as a compacted journal has it, of which `of_json` makes it again."""
+        return {"points": self.content(), "every": self.every, "since": self.since, "run": self.run,
+                "ids": self.ids.hex()}
+
+    @staticmethod
+    def of_json(value):
+        """Return the Curve that `in_json` has made a value of."""
+        return Curve(tuple(_packed(*point) for point in value["points"]), value["every"], value["since"], value["run"],
+                     bytes.fromhex(value["ids"]))
+
+
+NO_CURVE = Curve((), 1, 0, None, b"")
+_KEYS = BoundedCache(1 << 20)  # keys of a point's values: the same, shared by all points that have them
+
+
+def _digest(point_id):
+    import hashlib
+    return hashlib.blake2b(point_id.encode("utf-8", "surrogatepass"), digest_size=_ID_BYTES).digest()
+
+
+def _packed(step, at, values):
+    """Return a point as a curve holds it."""
+    keys = tuple(values)
+    keys = _KEYS.get(keys) or _KEYS.keep(keys, keys, _weight_bytes(keys))
+    return (step, float(at), keys) + tuple(values.values())
+
+
 class QueueState:
     """A queue in memory: its record, its tasks in the order of their last change, its workers, the indexes.
 
@@ -3797,6 +3869,8 @@ def new_task(queue_id, task_id, fields):
             values[name] = Instant(values[name])
     if values["last_modified"] is None:
         values["last_modified"] = values["created_at"]
+    if values["curve"] is not None:
+        values["curve"] = Curve.of_json(values["curve"])
     if len(values) > len(_BLANK_VALUES) or "unknown" in fields:
         values["unknown"] = {name: values.pop(name) for name in fields if name not in TASK_FIELDS}
     return TaskRecord._make(values.values())
@@ -3882,6 +3956,12 @@ def _apply_task(state, queue_id, task_id, fields, old_state=None):
     return queue.put_task, task_id, record  # None: a repair could not save its creation
 
 
+def _apply_point(state, queue_id, task_id, fields, old_state, point):
+    task = _queue_of(state, queue_id).tasks.get(task_id)
+    curve = (task and task.curve or NO_CURVE).plus(point)
+    return _apply_task(state, queue_id, task_id, dict(fields, curve=curve))
+
+
 def _apply_worker(state, queue_id, worker_id, fields, old_state=None):
     queue = _queue_of(state, queue_id)
     record = queue.workers.get(worker_id)
@@ -3901,6 +3981,9 @@ RECORDS = {
                      "", "the line's queue is gone, with its tasks and workers"),
     "task": Record(_apply_task, "task id, fields, state before the transition or null",
                    "a task was submitted, or these fields of it are new"),
+    "point": Record(_apply_point, "task id, fields, null, point",
+                    "these fields of a task are new, and its history has another point: step, at, values, its id, and "
+                    "the id of the run if it is the run's first, which drops the points at or beyond its step"),
     "task-": Record(lambda state, queue_id, task_id: (_queue_of(state, queue_id).put_task, task_id, None),
                     "task id", "a task is gone"),
     "worker": Record(_apply_worker, "worker id, fields, state before the transition or null",
@@ -4029,7 +4112,7 @@ def _older_events(path, after, last):
 #
 # What every request does. An operation decides: it gets (store, queue, request, at) and returns (changes,
 # answer), touching nothing. The answer may be a function: it is called outside the lock, for what takes long.
-# Time-outs are decided here too. Uses 1 to 5. Tests: test_service.py.
+# Time-outs are decided here too. Uses 1 to 5. Tests: test_service.py, test_curves.py.
 
 MAX_INTERRUPTIONS = 100  # runs handed back before a task fails, so that none goes round for ever
 _MAX_ATTEMPTS = 20  # the latest runs that a task keeps
@@ -4352,6 +4435,8 @@ def fetch_task_op(store, queue, request, at):
               "summary": {}, "worker_id": worker_id, "run_id": new_id(), "run_end": None, "reason": None,
               "fetch_id": request.get("fetch_id"), "last_heartbeat": at if request["start_heartbeat"] else None}
     fields.update(_without_pause(task))
+    if task.curve and task.run_end != "pending":  # only a run that was handed back is resumed
+        fields["curve"] = None
     if request.get("cmd"):
         fields["cmd"] = request["cmd"]
     is_wished = not (request.get("heartbeat_default") and task.heartbeat_timeout is not None)
@@ -4423,10 +4508,59 @@ def _attempt_over(task, at, status, reason=None, facts=None):
     return _attempt_with(task, dict({"reason": reason}, **dict(facts or {}, end=format_time(at), status=status)))
 
 
+class ForExtended(dict):
+    """An answer for clients that ask for extensions; others get {}."""
+
+
 def report_task_op(store, queue, request, at):
-    """Decide what a report does: end a run, hand it back, cancel a task, or merge its summary."""
-    task, status = _task(queue, request["task_id"]), request["status"]
-    run_id = request.get("run_id")
+    """Decide what a report does: end a run, hand it back, cancel a task, or merge its summary and add a point to its
+    history. Answer whether the job should go on, and the status and reason of the task after it."""
+    task = _task(queue, request["task_id"])
+    changes = _reported(queue, task, request, at)
+    point, doubt = _point_of(task, request, at)
+    if point and task.curve and task.curve.knows(point.get("id", "")):
+        changes = []
+    elif point:
+        changes = _with_point(task, changes, point, at)
+    now_is = dict({"status": task.status, "reason": task.reason}, **dict(
+        pair for change in changes if change[1] == task.task_id for pair in change[2].items()))
+    answer = ForExtended(go=now_is["status"] == "running", status=now_is["status"], reason=now_is["reason"])
+    if doubt:
+        answer["notification"] = [{"type": "warning", "details": doubt}]
+    return changes, answer
+
+
+def step_of(value):
+    """Return a step, None for what is no finite number >= 0."""
+    return value if type(value) in (int, float) and 0 <= value < math.inf else None
+
+
+def _point_of(task, request, at):
+    """Return (the point of a report with a step, what is wrong with the step); each may be None."""
+    step = step_of(request.get("step"))
+    if step is None or task.status != "running":
+        return None, None if request.get("step") is None or step is not None else (
+            "the step %.100s is no number >= 0: the values are merged, no point is made" % json.dumps(request["step"]))
+    point = {"step": step, "at": float(_ended(task, request, at)),
+             "values": unflatten(request.get("summary") or {}, "summary")}
+    if request.get("point_id"):
+        point["id"] = request["point_id"]
+    if task.curve is None or task.curve.run != task.run_id:
+        point["run"] = task.run_id
+    return point, None
+
+
+def _with_point(task, changes, point, at):
+    """Return the changes of a report, with its point."""
+    if changes and changes[0][0] == "task" and changes[0][3] is not None:  # one that ends the run
+        return [["point", task.task_id, {}, None, point]] + changes
+    fields = changes[0][2] if changes else {"last_modified": at}
+    return [["point", task.task_id, fields, None, point]] + changes[1:]
+
+
+def _reported(queue, task, request, at):
+    """Return the changes of a report, but for its point; raise Conflict where it comes from a run that is over."""
+    status, run_id = request["status"], request.get("run_id")
     if run_id is not None and run_id != task.run_id:
         raise Conflict("run %s of task %s is over: the task was fetched, reset or cancelled since (it is %s)"
                        % (run_id, task.task_id, task.status))
@@ -4436,12 +4570,12 @@ def report_task_op(store, queue, request, at):
     is_late = run_id is not None and task.status != "running" and status != "cancelled"
     if status == task.status and not (is_late and task.run_end == "timeout"):
         fields.update(_attempt_with(task, request.get("attempt")) if run_id else {})
-        return _changed(task, fields, None, at), None
+        return _changed(task, fields, None, at)
     if is_late:
-        return _report_late(task, request, at), None
+        return _report_late(task, request, at)
     if task.attempts and task.status == "running":
         fields.update(_attempt_over(task, ended, status, request.get("reason"), request.get("attempt")))
-    return REPORTS[status](queue, task, fields, request, at), None
+    return REPORTS[status](queue, task, fields, request, at)
 
 
 def _summarised(task, request):
@@ -4634,6 +4768,17 @@ def get_worker_op(store, queue, request, at):
 
 
 WORKER_EVENTS = {"active": "activate", "suspended": "suspend", "crashed": "crash"}
+
+
+def get_history_op(store, queue, request, at):
+    """Decide nothing; answer, outside the lock, the points of a task's history."""
+    curve = _task(queue, request["task_id"]).curve or NO_CURVE
+    return [], lambda: {"content": [
+        {"step": step, "at": format_time(at), **{key: value for key, value in values.items() if key not in _POINTS_OWN}}
+        for step, at, values in curve.content()]}
+
+
+_POINTS_OWN = ("step", "at")  # a value of such a name is in the summary alone
 
 
 def report_worker_op(store, queue, request, at):
@@ -5364,6 +5509,8 @@ def _kept(record):
     rows = list(zip(record._fields, record, type(record).__new__.__defaults__))[1:]
     kept = {name: value for name, value, default in rows if value != default and name != "queue_id"}
     kept.update(kept.pop("unknown", None) or {})
+    if "curve" in kept:
+        kept["curve"] = record.curve.in_json()
     return kept
 
 
@@ -5606,6 +5753,7 @@ KINDS = {
     "attempt": _kind("an object of names with texts and numbers, of at most %d bytes" % _ATTEMPT_BYTES, _is_attempt),
     "log": _kind("text of at most %d letters" % LOG_LETTERS, lambda value: isinstance(value, str)
                  and len(value) <= LOG_LETTERS, is_shown=False),
+    "step": lambda value: value,  # what is none is told as a warning: no run ends for it
     "commit": _text("a commit's id, with -dirty where files were changed since", Pattern(r"[0-9a-f]{7,64}(-dirty)?\Z")),
     "event_id": _text("an event's id, like 17.0", EVENT_ID),
 }
@@ -6168,7 +6316,10 @@ ROUTES = {
         report_task_op, "report on a run, or on a task", quick=_unless_log, run=_run_report,
         fields={"status": Arg("status", REQUIRED), "worker_id": Arg("id"), "summary": Arg("dict"),
                 "run_id": _ours("id"), "reason": _ours("text"), "attempt": _ours("attempt"), "log": _ours("log"),
-                "delay_s": _ours("seconds"), "final": _ours("bool"), "took_s": _ours("seconds")}),
+                "delay_s": _ours("seconds"), "final": _ours("bool"), "took_s": _ours("seconds"),
+                "step": _ours("step"), "point_id": _ours("id")}),
+    "GET " + TASKS_PATH + "/{task_id}/history": _route(
+        get_history_op, "the points that a task's runs have reported with a step", writes=False),
     "POST " + TASKS_PATH + "/{task_id}/heartbeat": _route(
         heartbeat_op, "say that a run is alive", status=204, writes=False, run=_run_heartbeat, waits=_FOR_THE_END,
         quick=_always,
@@ -6334,6 +6485,8 @@ def in_json(answer, extensions):
                 for at, name, is_time in _SHOWN[type(answer), extensions]}
     if isinstance(answer, list):
         return [in_json(item, extensions) for item in answer]
+    if isinstance(answer, ForExtended) and not extensions:
+        return {}
     if isinstance(answer, dict) and ("content" in answer or "task" in answer):
         return {key: in_json(value, extensions) if isinstance(value, (tuple, list)) else value
                 for key, value in answer.items() if extensions or key != "retry_in_s"}
@@ -9717,12 +9870,13 @@ def end_fetch(fetch_id, hand_back=None):
 
 
 def send_report(task_id, status, summary=None, worker_id=None, run_id=None, reason=None, attempt=None, delay_s=None,
-                final=None, log=None, took_s=None):
+                final=None, log=None, took_s=None, step=None, point_id=None):
     """Report on a task as report_task_status does, for the given run and worker. The run took `took_s`.
 
     A task that is handed back is not fetched for `delay_s`; one that failed with `final` is not retried. `log` is the
-    end of the run's output, as `packed_log` returns it."""
-    ask_route("POST " + TASKS_PATH + "/{task_id}/status", **locals())
+    end of the run's output, as `packed_log` returns it. With `step` the summary is also a point of the history, once
+    for each `point_id`. Return {go, status, reason}, {} from a server without the extensions."""
+    return ask_route("POST " + TASKS_PATH + "/{task_id}/status", **locals())
 
 
 def send_heartbeat(task_id, worker_id=None, run_id=None, wait_s=None):
@@ -12180,8 +12334,8 @@ def retry_while_away(action, pause, limit_s):
 
 
 def deliver(task_id, status, summary=None, worker_id=None, run_id=None, reason=None, attempt=None, delay_s=None,
-            final=None, log=False, took_s=None):
-    """Send a report of a run. With `log` it includes the end of the run's output.
+            final=None, log=False, took_s=None, step=None, point_id=None):
+    """Send a report of a run; return the answer, or None. With `log` it includes the end of the run's output.
 
     A server without the extensions gets a PUT of the task instead, for what the plain protocol can't report."""
     if status not in ("pending", "running") and not final or client().extensions:
@@ -12189,7 +12343,7 @@ def deliver(task_id, status, summary=None, worker_id=None, run_id=None, reason=N
         attempt = dict(attempt or {}, log_bytes=size) if packed else attempt
         try:
             return send_report(task_id, status, summary, worker_id, run_id, reason, attempt, delay_s, final, packed,
-                               took_s)
+                               took_s, step, point_id)
         except LabtaskerHTTPStatusError as error:  # a 1.0.1 server refuses the status that the task already has
             if client().extensions or error.status_code not in (400, 500) or get_task(task_id).status != status:
                 raise
@@ -12236,27 +12390,44 @@ def outbox_reports(run=None):
             if name.endswith(".json") and (run is None or run.key in name)]
 
 
+_POINTS_A_FILE = 100  # of the outbox: a file is written anew for each of them
+
+
 def keep_report(run, report):
-    """Save a report of a run in the outbox. Reports that only add to the summary are merged into one file."""
+    """Save a report of a run in the outbox. Reports of a run that goes on are kept in one file, in their order."""
     config, old = load_config(), run.saved
     if run.is_end_saved:
         return
-    if report["status"] == "running" and old and os.path.exists(old[0]):
-        report = dict(report, summary=merge(*(
-            unflatten(summary or {}, "summary") for summary in (old[1], report["summary"]))))
-    else:
-        old = None
+    is_end, kept = report["status"] != "running", []
+    old = old if old and not is_end and len(old[1]) < _POINTS_A_FILE and os.path.exists(old[0]) else None
+    if not is_end:
+        kept = _with_kept(old[1] if old else [], {name: report.get(name) for name in _POINT_FIELDS}, run)
+        report = {name: value for name, value in report.items() if name not in _POINT_FIELDS}
+        report.update({"points": kept} if "point_id" in kept[-1] or kept[1:] else kept[0])
     if not os.path.isdir(outbox()):
         os.mkdir(outbox(), 0o700)  # not makedirs: it must fail if the configuration's folder is missing
     path = os.path.join(outbox(), "%017.6f-%s-%d.json" % (_next_saved_at(), run.key, os.getpid()))
     content = dict(report, task_id=run.task_id, run_id=run.run_id, queue=config.queue_name, store=_store_name(config))
-    if report["status"] != "running":
+    if is_end:
         content.setdefault("took_s", run.spent_s() or None)
     Disk.create(path, [json.dumps(content).encode()])
     if old:
         _remove(old[0])
-    run.is_end_saved = report["status"] != "running"
-    run.saved = None if run.is_end_saved else (path, report["summary"])
+    run.is_end_saved, run.saved = is_end, None if is_end else (path, kept)
+
+
+_POINT_FIELDS = {"summary": dict, "step": (int, float), "point_id": str, "took_s": float}  # field: its types
+
+
+def _with_kept(kept, entry, run):
+    """Return the reports that wait, with another one. One without a step is merged into the last if that has none."""
+    entry = without_none(**entry)
+    if "point_id" in entry:
+        return kept + [dict(entry, **without_none(took_s=run.spent_s()))]
+    summary = unflatten(entry.get("summary") or {}, "summary")
+    if kept and "point_id" not in kept[-1]:
+        return kept[:-1] + [{"summary": merge(kept[-1]["summary"], summary)}]
+    return kept + [{"summary": summary}]
 
 
 def _next_saved_at():
@@ -12292,7 +12463,7 @@ def deliver_kept(run=None):
             is_ours = report and report.pop("queue") == config.queue_name
             if not is_ours or report.get("run_id") in staying:
                 continue
-            if _deliver_one(report, report.pop("store", None) == _store_name(config)):
+            if _deliver_one(report, report.pop("store", None) == _store_name(config), run):
                 _remove(path)
                 count += 1
             else:
@@ -12304,7 +12475,7 @@ def deliver_kept(run=None):
 
 _REPORT_KINDS = {"task_id": str, "run_id": str, "worker_id": str, "status": str, "summary": dict, "reason": str,
               "attempt": dict, "delay_s": float, "final": bool, "took_s": float, "queue": str, "store": str,
-              "log": bool}
+              "log": bool, "points": [dict]}
 
 
 def _read_saved_report(path):
@@ -12320,6 +12491,9 @@ def _read_saved_report(path):
         raise OddFile("%s has a field %r, which this version does not know" % (path, unknown[0][:50]))
     if not NAME.match(report["task_id"]) or report["status"] not in REPORTS:
         raise OddFile("%s is about task %.50r and status %.50r" % (path, report["task_id"], report["status"]))
+    for point in report.get("points") or ():
+        if not all(isinstance(value, _POINT_FIELDS.get(name, ())) for name, value in point.items()):
+            raise OddFile("%s has %.100r, which is no point" % (path, point))
     try:
         json.dumps(report)
     except RecursionError:
@@ -12341,10 +12515,13 @@ def _set_aside(path, why):
            "remove the ending again and run a command of that version here." % (why, os.path.basename(aside)))
 
 
-def _deliver_one(report, is_its_store):
-    """Return whether a report is done with: delivered or refused. A 404 counts only from the report's own store."""
+def _deliver_one(report, is_its_store, run=None):
+    """Return whether a report is done with: delivered or refused. A 404 counts only from the report's own store. The
+    `run`, if any, hears the answers."""
     try:
-        deliver(**report)
+        for point in report.pop("points", None) or [{}]:
+            answer = deliver(**dict(report, **point))
+            run.hear(report["status"], answer) if run else None
     except LabtaskerHTTPStatusError as error:
         if is_away(error):
             raise
@@ -12364,7 +12541,7 @@ def post(run, report, pause=time.sleep, limit_s=lambda: SERVER_LOST_S):
             deliver_kept(run)
             if not outbox_reports(run):  # otherwise this one has to wait for them
                 if not run.is_end_saved:
-                    deliver(run.task_id, run_id=run.run_id, **report)
+                    run.hear(report["status"], deliver(run.task_id, run_id=run.run_id, **report))
                 return True
         except LabtaskerError as error:
             if not is_away(error):
@@ -12375,7 +12552,8 @@ def post(run, report, pause=time.sleep, limit_s=lambda: SERVER_LOST_S):
         keep_report(run, timed)
         return False
     except OSError:  # the disk is full
-        retry_while_away(lambda: deliver(run.task_id, run_id=run.run_id, **timed), pause, limit_s)
+        run.hear(report["status"], retry_while_away(
+            lambda: deliver(run.task_id, run_id=run.run_id, **timed), pause, limit_s))
         return True
 
 
@@ -12422,6 +12600,7 @@ class Run:
         self.task_id, self.run_id, self.worker_id, self.task = task_id, run_id, worker_id, task
         self.key = run_id or new_id()
         self.pid, self.ended, self.lost, self.limit = os.getpid(), None, None, None
+        self.stopped = None  # why it was stopped early, once that was heard
         self.events = []  # those that have changed the state
         self.away_until = 0  # until then the server counts as away and is not asked
         self.saved = None  # (path, summary) of the report in the outbox that later summaries are merged with
@@ -12479,15 +12658,21 @@ class Run:
                 "LABTASKER_SOURCE": None if self.store_id else load_config().source,
                 "LABTASKER_STORE": self.store_id and "%s %s" % (self.store_id, os.path.dirname(client().where))}
 
-    def report(self, status, summary=None, worker_id=None):
+    def report(self, status, summary=None, worker_id=None, step=None):
         """Send a report that the job itself makes, or save it if the server is away; note whether it ends the run.
 
-        Raises before anything is sent if the summary can't be sent."""
+        With `step` it is a point of the history, too. Raises before anything is sent if the summary can't be sent."""
         summary = plain_summary(summary)
-        post(self, {"status": status, "summary": summary, "worker_id": worker_id or self.worker_id})
+        point = {} if step is None else {"step": step, "point_id": new_id()}
+        post(self, dict(point, status=status, summary=summary, worker_id=worker_id or self.worker_id))
         self.note_summary(summary)
         if status != "running":
             self.note_end(status)
+
+    def hear(self, status, answer):
+        """Note from the answer to a report of `status` whether the run was stopped."""
+        if answer and answer.get("status") == "cancelled" != status:
+            self.stopped = answer.get("reason") or "cancelled"
 
     def results(self, summary):
         """Return the summary to report when the run is over: `summary`, the values that the job has printed, and those
@@ -12768,17 +12953,28 @@ def report_values(values, step=None):
     run = _find_run()
     if run is None or not _is_first_rank(run):
         return True
-    number = result_or(lambda: step.item() if hasattr(step, "item") else step, None)
-    if step is not None and (type(number) not in (int, float) or not number >= 0):
-        remark("report(step=%.100s): a step is a number >= 0" % repr_of(step))
+    number = step_of(result_or(lambda: step.item() if hasattr(step, "item") else step, None))
+    if step is not None and number is None:
+        remark("report(step=%.100s): a step is a number >= 0; the values are merged, no point is made" % repr_of(step))
     try:
-        if values:
-            run.report("running", values)
+        if values or number is not None:
+            run.report("running", values, step=number)
     except (LabtaskerError, OSError) as error:
         if getattr(error, "status_code", None) in (404, 409):  # it was cancelled, deleted or given to another worker
             return False
         remark("the values of report() can't be kept: %s" % error)
-    return not run.lost
+    return not (run.lost or run.stopped)
+
+
+def should_stop():
+    """Return whether the job should end: a report() was answered so. Nothing is asked; outside of a run it is False."""
+    run = _find_run()
+    return bool(run and (run.lost or run.stopped))
+
+
+def get_history(task_id):
+    """Return the points that a task has reported with a step, as dicts {step, at, **values}; `at` is a text."""
+    return ask_route("GET " + TASKS_PATH + "/{task_id}/history", **locals())["content"] if client().extensions else []
 
 
 def _is_first_rank(run):
@@ -16550,6 +16746,25 @@ def _print_output(data):
         sys.stdout.buffer.write(data)
 
 
+def do_task_history(options):
+    task, = _tasks_named([options.task_id])
+    points = get_history(task.task_id)
+    text = _points_table(points) if options.fmt == "table" else WRITERS[options.fmt](points, ())
+    if text:
+        show(text, options.no_pager)
+    if not points:
+        note("Task %s has no history: no job of it has reported with a step, as report(step=3, loss=0.7) does." % (
+            task.task_id[:8]))
+
+
+def _points_table(points):
+    """Return the points of a history as a table: the step, the values, when it came in UTC."""
+    rows = [dict(flatten(point), at=point["at"][:19]) for point in points]
+    names = list(dict.fromkeys([name for row in rows for name in row if name != "at"] + ["at"]))
+    rows = [[brief(row[name]) if row.get(name) is not None else "" for name in names] for row in rows]
+    return render_table([names] + rows) if rows else ""
+
+
 def do_task_harvest(options):
     metrics, step = read_metrics(options.metrics or (), options.step)
     if not metrics:
@@ -17567,6 +17782,9 @@ COMMANDS = {
         "labtasker task logs 3f2a -f",
         [ID, option("-f --follow", "keep printing while it runs"),
          option("--attempt N", "the Nth of the attempts that the task keeps (the last)", type=count)]),
+    "task history": Command(
+        do_task_history, "Print the points that a task's runs have reported with a step.",
+        "labtasker task history 3f2a --fmt csv", [ID] + _formats("table", default="table") + [_NO_PAGER]),
     "task harvest": Command(
         do_task_harvest, "Take results from the output of last runs, as loop --metric does.",
         "labtasker task harvest --metric 'acc=accuracy: ([0-9.]+)' -s success",
@@ -17683,9 +17901,9 @@ __all__ = """
     loop Required Annotated finish task_info current_task_id current_worker_id is_enabled get_labtasker_log_dir
     time_left preempted set_prompt_on_task_failure set_loop_internal_error_handler health_check create_queue
     get_queue update_queue delete_queue submit_task submit_tasks submit_grid submit_sample as_completed
-    fetch_task get_task report task_dir report_task_status refresh_task_heartbeat ls_tasks update_tasks delete_task
-    create_worker ls_workers report_worker_status delete_worker connect_events EventListener Task Worker Queue
-    TaskUpdateRequest LabtaskerError LabtaskerRuntimeError LabtaskerValueError LabtaskerTypeError
+    fetch_task get_task get_history report should_stop task_dir report_task_status refresh_task_heartbeat ls_tasks
+    update_tasks delete_task create_worker ls_workers report_worker_status delete_worker connect_events EventListener
+    Task Worker Queue TaskUpdateRequest LabtaskerError LabtaskerRuntimeError LabtaskerValueError LabtaskerTypeError
     LabtaskerNetworkError LabtaskerHTTPStatusError LabtaskerConnectError WorkerSuspended TaskCancelled api_models
 """.split()
 
