@@ -15659,6 +15659,7 @@ Past events
 # that scripts call too, and knows nothing of the journal or of HTTP. Commands that are a convenience are in
 # labtasker_cli.py. Uses 1 to 3, 5 to 14. Tests: test_cli.py, test_terminal.py.
 EACH_DAY = ("task", "loop", "watch", "init", "serve")  # the list of commands shows every command of these
+SELDOM = ("task harvest", "task history")  # of these, those that it shows in one line with the other nouns
 EVERY = 10 ** 9  # the limit of a listing that leaves nothing out
 EXTRA_COMMANDS = {  # the commands of labtasker_cli.py, and what they are for
     "watch": "Show counts, rate, running tasks and last failures, live. Keys open, cancel, retry.",
@@ -17572,7 +17573,8 @@ def help_of(path):
     """Return the help of a command, or the list of the commands whose path starts with `path`."""
     if path in COMMANDS:
         return _command_help(path)
-    listed = group(path) if path else [name for word in EACH_DAY for name in group("") if name.split()[0] == word]
+    listed = group(path) if path else [
+        name for word in EACH_DAY for name in group("") if name.split()[0] == word and name not in SELDOM]
     wide = max(map(len, listed))
     lines = ["usage: %s %sCOMMAND ...; COMMAND --help explains it" % (program(), path and path + " ")]
     lines += [""] * bool(path)
@@ -17585,8 +17587,9 @@ def _the_rest():
     """Return the lines of the list of commands for those that are not EACH_DAY's: one a noun that has several."""
     nouns = {}
     for path in group(""):
-        nouns.setdefault(path.split()[0], []).append(path.partition(" ")[2])
-    rest = sorted(set(nouns).difference(EACH_DAY), key=lambda noun: (noun == "help", list(nouns).index(noun)))
+        if path in SELDOM or path.split()[0] not in EACH_DAY:
+            nouns.setdefault(path.split()[0], []).append(path.partition(" ")[2])
+    rest = sorted(nouns, key=lambda noun: (noun == "help", list(nouns).index(noun)))
     single = [(noun + " " + nouns[noun][0]).strip() for noun in rest if not nouns[noun][1:]]
     lines = []
     for text in ("%s %s" % (noun, ", ".join(filter(None, nouns[noun]))) for noun in rest if nouns[noun][1:]):

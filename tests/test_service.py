@@ -650,6 +650,7 @@ def test_a_failed_write_leaves_memory_as_the_file_is(door, tmp_path, clock):
 def test_every_journal_record_kind_is_documented_and_written(door, tmp_path):
     worker_id = door.worker()
     task_id = door.submit()
+    door.report(door.fetch(), "running", step=1)
     door("DELETE", "tasks/" + task_id)
     door("DELETE", "workers/" + worker_id)
     door("DELETE", "/api/v1/queues/me")
