@@ -20,8 +20,8 @@ from labtasker import (
     SETTINGS, TASK_FIELDS, TASK_STATES, UPDATABLE, Command, Disk, Instant, JobCommand, LabtaskerError,
     LabtaskerHTTPStatusError, LabtaskerRuntimeError, LabtaskerValueError, OddFile, Page, Sweep,
     SyntaxMistake, TaskUpdateRequest, UsageError, order_key, last_seen, alike_lines, as_typed, ask, brief,
-    cells_wide, change_of, choice, choose_columns, clean, client, compile_query, duration, enter_page,
-    error_of, filter_of, find_root, fitted, flatten, format_time, get_path, group, health_check,
+    cells_wide, change_of, choice, choose_columns, clean, client, compile_query, confirm, duration, enter_page,
+    error_of, filter_of, find_root, fitted, flatten, for_system, format_time, get_path, group, health_check, hint,
     ids_of, in_order, is_away, is_terminal, joined, lay_out, load_config, log_path, ls_tasks, ls_workers,
     main, monotonic, note, now, open_plain, option, pace, pace_of, pairs, parse, parse_filter, progress,
     read_server_file, read_text, recent_ends, record_text, row_of, say, screen_size, seconds, selectors,
@@ -1136,6 +1136,76 @@ def api_reference():
     return "\n".join(lines)
 
 
+# ---- The skill for coding agents
+
+
+def do_help_skill(options):
+    show(SKILL[skill_page(options.page)].rstrip("\n"))
+
+
+def skill_page(name):
+    """Return the page of the skill that is meant by `references/python.md`, `python.md` or `python`; None: SKILL.md."""
+    pages = {re.sub(r".*/|\.md\Z", "", path).lower(): path for path in SKILL}
+    word = re.sub(r".*/|\.md\Z", "", name or "skill").lower()
+    if word not in pages:
+        raise UsageError("the skill has no page %s%s (there are %s)" % (
+            brief(name), hint(word, pages), ", ".join(sorted(pages))))
+    return pages[word]
+
+
+def do_skill_install(options):
+    folder = os.path.join(os.path.abspath(skills_folder(options)), "labtasker")
+    try:
+        there = {name: skill_text(os.path.join(folder, name)) for name in SKILL}
+        others = [name for name in SKILL if there[name] not in (None, SKILL[name])]
+        if others:
+            confirm("%s: the %s there %s of another version, or somebody's own. Replace %s?" % (
+                folder, " and ".join(others), *(("is", "it") if len(others) == 1 else ("are", "them"))),
+                "--yes to replace, or --dest DIR to write elsewhere", options.yes)
+        written = [name for name in SKILL if there[name] != SKILL[name]]
+        for name in sorted(written, key="SKILL.md".__eq__):  # SKILL.md last: it names the others
+            write_skill(os.path.join(folder, name), SKILL[name])
+    except (OSError, OddFile) as error:
+        raise LabtaskerRuntimeError("the skill can't be written to %s: %s. --dest DIR writes it elsewhere" % (
+            folder, getattr(error, "strerror", None) or error)) from None
+    say("%s: %s" % (folder, "wrote " + ", ".join(written) if written else "the skill of this version is there already"))
+
+
+def skills_folder(options):
+    """Return the folder of skills that --dest, --global or neither means; raises UsageError, or LabtaskerValueError
+    where no home is known."""
+    if options.dest is not None and options.is_global:
+        raise UsageError("--dest says where, and so does --global: give one of them")
+    if options.dest is not None:
+        if not options.dest.strip():
+            raise UsageError("--dest takes a folder")
+        return os.path.expanduser(options.dest)
+    home = os.path.expanduser("~") if options.is_global else "."
+    if options.is_global and not (os.environ.get("HOME", home) and os.path.isabs(home) and os.path.isdir(home)):
+        raise LabtaskerValueError("there is no home folder %s: set HOME, or say where with --dest DIR" % brief(home))
+    return os.path.join(home, ".claude", "skills")
+
+
+def skill_text(path):
+    """Return the text of a file, or None where there is none; raises OddFile for what is no plain file."""
+    try:
+        with open_plain(path) as file:
+            return file.read(1 << 20).decode("utf-8", "replace")
+    except FileNotFoundError:
+        return None
+
+
+def write_skill(path, text):
+    """Write a file, all of it or none; others may read a new one as far as the umask lets them."""
+    is_new = not os.path.exists(path)
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    Disk.create(path, [text.encode("utf-8")], keep=0o777)
+    if is_new:
+        mask = os.umask(0)
+        os.umask(mask)
+        os.chmod(path, 0o666 & ~mask)
+
+
 # ---- The page: what the server answers a browser
 
 SAMPLE, MOST_PATHS = 300, 400  # tasks that are looked at for what fields there are; fields that are told
@@ -1359,6 +1429,12 @@ enter("server wait", do_server_wait, "labtasker server wait --timeout 10m && lab
     option("--timeout TIME", "give up after this time (10m)", type=seconds, default=600)])
 enter("completion", do_completion, "labtasker completion bash", [
     choice("SHELL", tuple(SHELLS), dest="shell")], "[-- WORD ...]")
+enter("skill install", do_skill_install, "labtasker skill install --global", [
+    option("--global", "to ~/.claude/skills, for all projects (default: .claude/skills here)", dest="is_global"),
+    option("--dest DIR", "to this folder of skills", type=for_system),
+    option("-y --yes", "replace other files of those names without asking")])
+enter("help skill", do_help_skill, "labtasker help skill", [
+    option("PAGE", "python, cluster or filters; without it: the skill", dest="page", nargs="?")])
 enter("help api", lambda options: show(api_reference()), "labtasker help api")
 enter_page("GET /page", page_html)
 enter_page("GET /page.css", page_css)
@@ -3739,3 +3815,524 @@ function onVisibility() {
 
 start();
 """
+
+# ---- The skill: its pages, as in skills/labtasker. `python3 tests/test_skill_text.py` writes them here
+
+SKILL = {
+"SKILL.md": """\
+---
+name: labtasker
+description: Queue, run, watch, fix and rank machine-learning experiments with Labtasker in one file \
+(labtasker.py, version 0.x). Use when a user has a for-loop or shell script of training runs, wants a \
+hyperparameter sweep or grid search run on several GPUs, hosts or Slurm jobs, wants failed runs retried or \
+resumed, hung ones cancelled, bad ones stopped early, results collected, filtered, ranked or exported, or \
+mentions labtasker, `labtasker loop`, `task submit` or a .labtasker folder. Works on one machine without a \
+server. Not for Labtasker 2.x, whose commands and skill differ although it bears the same name; `labtasker \
+--version` tells which one is there.
+license: Apache-2.0
+metadata:
+  version: 0.1.0
+---
+
+# Labtasker
+
+A **task** is one run's settings (`args`), with a status: pending, running, success, failed or cancelled. A \
+**loop** takes
+pending tasks one after another, runs a command or function for each, and ends when none is left that fits. What a run
+measures goes into the task's `summary`, by which tasks are ranked. Any number of loops share one queue.
+
+Without any setup all commands below a folder share the store `.labtasker/` there; the first submission makes it. No
+server is needed on one machine.
+
+**The rule that most mistakes break:** a task's args must be *exactly* the keys that the command or function takes, no
+more and no fewer. A loop leaves other tasks alone. It ends with exit code 0, and says why at its end.
+
+## First: which program, which store
+
+```bash
+labtasker --version
+labtasker health
+```
+
+- No `labtasker`? Use `python3 -m labtasker` in the folder where `labtasker.py` lies, in place of `labtasker` \
+everywhere.
+- `health` prints the store or server. If it is not the one you expect, you are in the wrong folder, or \
+`LABTASKER_URL` or
+  `LABTASKER_ROOT` is set. Exit code 3: it can't be reached.
+- `labtasker COMMAND --help` ends with an example. `labtasker help template`, `filter`, `exit`, `settings`: \
+the reference.
+
+## The workflow
+
+The user's script stays as it is: it takes its settings as arguments and prints its result. For example:
+
+```bash
+cat > train.py <<'EOF'
+import argparse
+parser = argparse.ArgumentParser()
+parser.add_argument("--lr", type=float, default=0.01)
+parser.add_argument("--model", default="vit")
+parser.add_argument("--aug", action="store_true")
+args = parser.parse_args()
+print("acc=%.3f" % ({"vit": 0.8, "resnet": 0.7}[args.model] + 0.05 * args.aug - abs(args.lr - 0.01)))
+EOF
+```
+
+**1. Submit.** Nested loops become `--grid`: commas separate values, `a:b:step` is a range that includes its end. With
+`--unique` the command can be repeated after it has grown. Give each sweep a `--name`. Check with `--dry-run` first.
+
+```bash
+labtasker task submit --grid --dry-run -- --lr=1e-3,0.01 --model=vit,resnet --aug=True,False
+labtasker task submit --grid --unique --name sweep1 -- --lr=1e-3,0.01 --model=vit,resnet --aug=True,False
+```
+
+No grid? `--from FILE` takes JSON lines (`{"lr": 0.1, "opt": {"name": "adam"}}`) or CSV with a header, `-` is stdin.
+
+**2. Try one.** `'%(--*)'` passes all args as `--key=VALUE`, True as a bare `--key`, False and None not at all.
+`--metric NAME=REGEX` takes the result from the output (group 1, a number).
+
+```bash
+labtasker loop --name sweep1 --max-tasks 1 --metric 'acc=acc=([0-9.]+)' -- python3 train.py '%(--*)'
+labtasker task ls --name sweep1 -s success,failed --columns id,status,args,summary
+```
+
+Go on only when the summary has the metric. Otherwise see *Fix and run again*, *When a loop ran nothing*.
+
+**3. Run in the background**, with stdin and output redirected, so that it outlives your shell:
+
+```bash
+nohup labtasker loop --name sweep1 -j 2 --metric 'acc=acc=([0-9.]+)' -- python3 train.py '%(--*)' \\
+    > loop.log 2>&1 < /dev/null &
+```
+
+`-j 2` runs two at once; `--gpus all` one a GPU (it sets `CUDA_VISIBLE_DEVICES`), `--gpus 0,1 --per-gpu 2` four.
+
+**4. Wait with a limit**, never without. `--expect N` fails where fewer than N tasks match, as with a mistyped name.
+
+```bash
+labtasker task wait --name sweep1 --expect 8 --timeout 5m; echo "exit code $?"
+tail -n 3 loop.log
+labtasker task count --name sweep1
+```
+
+Exit codes of `wait`: 0 all succeeded, 4 some failed, 124 time is up: wait again if something runs, read `loop.log` if
+nothing does. Longer than your shell lets a command run? Wait in several calls.
+
+**5. Rank and export.**
+
+```bash
+labtasker task ls --name sweep1 -s success -S summary.acc:desc --limit 5 --columns id,args,summary.acc
+labtasker task ls --name sweep1 -s success -S summary.acc:desc --limit 100000 --fmt csv > results.csv
+labtasker task ls --name sweep1 -s success -S summary.acc:desc --limit 1 --json
+```
+
+`--json` is a list of objects, `--fmt jsonl` one a line; results are on stdout, notes on stderr.
+
+## The same in Python
+
+For nested configurations, functions, and where the caller is a script anyway. Parameters marked with `Required()` are
+filled from the task's args and cast to their annotation. The dict that the function returns is the task's summary.
+
+```python
+import labtasker
+from labtasker import Required
+
+labtasker.submit_grid({"lr": [1e-3, 0.01, 0.1], "model": ["vit", "resnet"]}, task_name="sweep2", unique=True)
+labtasker.submit_task(task_name="sweep2", args={"lr": 0.02, "model": "vit"}, priority=10)  # runs first
+
+@labtasker.loop(task_name="sweep2")
+def train(lr: float = Required(), model: str = Required()):
+    return {"acc": {"vit": 0.8, "resnet": 0.7}[model] - abs(lr - 0.01)}
+
+train()  # runs all that is pending, then returns
+best = labtasker.ls_tasks(task_name="sweep2", status="success", sort=[["summary.acc", -1]], limit=3)
+for task in best.content:
+    print(task.task_id[:8], task.args, task.summary["acc"])
+```
+
+A nested configuration is one arg that is a dict: `{"opt": {"name": "adam", "lr": 0.1}}`. On the command line submit it
+as `--opt.name=adam --opt.lr=0.1` and use it as `'%(opt.lr)'`; `'%(--*)'` writes `--opt.lr=0.1`, `'%(*)'` \
+`opt.lr=0.1` (Hydra).
+
+## Fix and run again
+
+A run fails by its exit code or an exception. The loop tries it again until it has failed `--max-retries` times (3).
+
+```bash
+labtasker task submit --name bad --max-retries 1 -- --lr=0.1 --model=no-such
+labtasker loop --name bad -- python3 train.py '%(--*)' > bad.log 2>&1 < /dev/null
+labtasker task ls -s failed
+labtasker task logs "$(labtasker task ls -s failed --limit 1 -q)" | tail -n 20
+labtasker task update -s failed --name bad -u args.model=vit --reset-pending --quiet
+labtasker loop --name bad -- python3 train.py '%(--*)' > bad.log 2>&1 < /dev/null
+```
+
+- The script was wrong, the args are right: mend it, then `labtasker task retry --name bad -y` (failed ones \
+only), run the loop.
+- `task update` changes just the field named: `-u args.lr=0.05 -u priority=10 -u 'metadata.tags=["v2"]'`.
+- A crashed or killed loop needs no repair: start the loop again. What it was running is given out again once its
+  heartbeat has been missing for half a minute.
+- To stop something: `labtasker task cancel ID` or `task cancel --name sweep1 -s pending`. A running job is \
+ended in seconds.
+
+## When a loop ran nothing
+
+```bash
+labtasker task submit --name typo -- --lr=0.1 --modle=vit
+labtasker loop --name typo -- python3 train.py --lr '%(lr)' --model '%(model)' < /dev/null
+labtasker task why "$(labtasker task ls --name typo --limit 1 -q)" -- python3 train.py --lr '%(lr)' --model '%(model)'
+labtasker task cancel --name typo -y
+```
+
+The loop's last lines and `task why` say what does not fit: a key that is missing or too many, the wrong \
+`--name`, `-f` or
+queue. Correct the command, or the tasks: `-u 'args={"lr": 0.1, "model": "vit"}'` replaces all args. With
+`'%(--*)'` in the command every pending task fits: then name the sweep with `--name`.
+
+## Gotchas
+
+- **Options of labtasker stand before `--`**, the task's args or the job's command after it.
+- **Quote placeholders** (`'%(lr)'`) and filters (`-f 'args.model == "vit"'`: the text inside in double quotes).
+- **A switch** (`action="store_true"`) is `'%(--aug)'`, with values True and False. `--aug '%(aug)'` would \
+pass the word
+  False, `--aug=` an empty text. `--no-aug` at submission is an arg named `no_aug`.
+- **Values are read as Python**: `1e-3` is the number 0.001 and comes out as `0.001`; `True`, `None` and \
+`[1,2]` are not text.
+  A comma separates values only with `--grid`; there write a list as one value per task with `--from`.
+- `%(key)` for a key with a dash: submitted as `--learning-rate=1`, the arg is `learning_rate`.
+- **`--max-retries 3` means three runs** in all, not three more.
+- **A loop exits with 0 even if all its tasks failed**; ask `task wait` or `task count`, or use `loop --fail` (4).
+- **`task ls` shows 100** unless `--limit` says more, the least recently changed first unless `-S` says otherwise.
+- **Several at once need `-y`** where no terminal is: `update`, `delete`, `retry`. Without it: exit code 2, \
+nothing changed.
+- **Filters alone do not widen `retry`**: it takes failed ones. For others: `task update -s success ... \
+--reset-pending`.
+- **There is no `!=` and no `not` in filters**; dates are `date("3 hours ago")`. See references/filters.md.
+- **Never unattended**: `watch`, `config`, `task update` without an update, `event listen`, `loop \
+--idle-timeout` with a long
+  time, `task logs -f`, `serve` without `--daemon`, `wait` without `--timeout`. They don't end, or want a terminal.
+- **Environment variables stand before the loop**: `OMP_NUM_THREADS=1 labtasker loop -- ...`. Pipes and `&&` inside the
+  job: `loop -c 'python3 a.py --lr %(lr) && python3 b.py'`; values are quoted there, so put no quotes around `%(lr)`.
+- **A result that is not reported is not there**: check the summary of the first task before running the rest. Output
+  already there is read afterwards by `labtasker task harvest --metric 'acc=acc=([0-9.]+)' --name sweep1`.
+- Ids can be shortened to their first letters. `-q` prints ids alone, for pipes: `task ls -s failed -q | \
+labtasker task delete -y`.
+- Do not edit or delete files in `.labtasker/`; `git` should ignore that folder.
+
+## Read when needed
+
+Only this text at hand? `labtasker help skill python` prints the page.
+
+- [references/python.md](references/python.md): when you write Python: nested configurations, dataclasses, \
+checkpoints and
+  resuming, reports by step, events, many tasks at once.
+- [references/cluster.md](references/cluster.md): when there are several GPUs or hosts, Slurm, PBS or \
+Kubernetes, a server, a
+  time limit or preemption.
+- [references/filters.md](references/filters.md): when you select tasks by anything but name and status, or \
+look for hung
+  ones, or need the fields that a task has.
+""",
+"references/cluster.md": """\
+# Several GPUs, several hosts, clusters
+
+Read this when there are several GPUs or hosts, Slurm, PBS or Kubernetes, a server, a time limit or preemption.
+
+## GPUs of one host
+
+```bash
+labtasker task submit --grid --name gpus -- --lr=0.1,0.01,0.001
+labtasker loop --name gpus --gpus 0,1 --metric 'gpu=gpu=(\\d+)' -- sh -c 'echo "gpu=$CUDA_VISIBLE_DEVICES \
+lr=$1"' job '%(lr)' < /dev/null
+labtasker task ls --name gpus -s success --columns id,args.lr,summary.gpu
+```
+
+- `--gpus all` gives each GPU of the host (within what Slurm allows) a slot, `--per-gpu 2` two. `-j N` makes \
+slots without GPUs.
+- A job sees its GPU as device 0: write `cuda:0`, do not pass a number. `LABTASKER_SLOT` tells the slots apart.
+
+## Several hosts
+
+Without a server only one host at a time can use a store. Start one in the folder whose tasks it shall have. \
+`--port 0` picks a
+free port; who uses the same folder, on any host, finds the server by itself:
+
+```bash
+labtasker serve --daemon --host 0.0.0.0 --port 0
+labtasker server wait --timeout 1m
+labtasker task submit --name shared -- --lr=0.1
+labtasker loop --name shared -- echo '%(lr)' < /dev/null
+labtasker server status
+labtasker server stop
+```
+
+Hosts that do not share that folder need the URL and the queue's password, once, in their own folder. Set a \
+password with `labtasker
+queue update --new-password secret` before; the queue is `default` unless another one was configured. Then on \
+each host:
+
+```text
+LABTASKER_PASSWORD=secret labtasker init --url http://head:9321 --queue-name default --yes
+labtasker health
+```
+
+In containers, the variables `LABTASKER_URL`, `LABTASKER_QUEUE` and `LABTASKER_PASSWORD` do the same. \
+Passwords and tasks travel in the clear
+unless the server has `--certfile` and `--keyfile`. Without them use a trusted network, or `ssh -L \
+9321:127.0.0.1:9321 head`.
+
+Loops survive a server that is away (`--server-lost`, 1h): results are kept and delivered. Start it again in \
+the same folder.
+
+## Slurm
+
+`labtasker sbatch` writes a job script of loops and submits it. Look at the script first, without `--dry-run` \
+it is submitted:
+
+```bash
+labtasker task submit --grid --name slurm -- --lr=0.1,0.01 --model=vit,resnet
+labtasker sbatch --dry-run --array=0-7 -t 4:00:00 -p gpu --gpus-per-task=1 --server --name slurm --drain-before 10m \\
+    -- python3 train.py '%(--*)'
+```
+
+- Run it in a folder that all nodes see. Options that neither it nor `loop` has go to Slurm's sbatch: `-t`, \
+`-p`, `-c`, `--mem`.
+- An array of 8 is eight loops, not eight tasks: submit as many tasks as you like, before or after.
+- `--server`: the first task of the array also runs the server. Leave it out where a server runs already.
+- Lines such as `module load` or `source venv/bin/activate`: run them before `sbatch`, the job inherits the \
+environment.
+- Time is up, `scancel`, preemption, requeue: jobs get a signal and `--grace` seconds, their tasks are pending \
+again and no retry is charged.
+  Submit the same array once more to go on.
+
+## PBS and others
+
+Any scheduler can start loops. Tell them how long they may run:
+
+```text
+#!/bin/bash
+#PBS -J 0-7
+#PBS -l select=1:ncpus=8:ngpus=1
+#PBS -l walltime=04:00:00
+cd "$PBS_O_WORKDIR"
+exec labtasker loop --name sweep1 --time-limit 4h --drain-before 10m -- python3 train.py '%(--*)'
+```
+
+Kubernetes: a Job with `parallelism`, the three variables above from a secret, command `labtasker loop --grace \
+45 -- ...`, and a
+`terminationGracePeriodSeconds` longer than the grace.
+
+## Time limits and long jobs
+
+- `loop --time-limit 4h` ends by then and hands back what runs; `--drain-before 10m` starts nothing in the \
+last ten minutes. Within Slurm the
+  limit is known.
+- A job that saves its state asks `labtasker.preempted()` or traps SIGTERM, keeps its checkpoint in \
+`$LABTASKER_TASK_DIR`, and exits with 75: see
+  [python.md](python.md). The folder is on the loop's host, or where the loop's folder is shared, on all.
+- `task submit --task-timeout 2h` or `loop --eta-max 2h` ends a run that takes longer, and counts it as failed.
+- `loop --idle-timeout 30m` keeps a loop for tasks that are still to be submitted.
+- `--retry-delay 1m` at submission waits before a failed task's next run.
+""",
+"references/filters.md": """\
+# Filters, fields, selecting tasks
+
+Read this when you select tasks by anything but name and status, look for hung ones, or need the fields that a \
+task has.
+
+`-f` takes a line of Python, the same in `task ls`, `count`, `update`, `delete`, `retry`, `cancel`, `wait`, \
+`loop` and in Python's `extra_filter`.
+`--name`, `-s` and `-f` together narrow each other.
+
+```bash
+labtasker task submit --grid --name grid-a --metadata '{"tags": ["v1", "urgent"]}' -- --lr=0.1,0.01 --model=vit,resnet
+labtasker task submit --name grid-b --priority 3 -- --opt.name=adam --opt.lr=0.1 --model=vit
+labtasker task ls -f 'args.lr > 0.05 and args.model == "vit"' --columns id,args
+labtasker task ls -f 'args.model in ["vit", "mlp"] or priority >= 3' -q
+labtasker task ls -f '"urgent" in list(metadata.tags)' -q
+labtasker task ls -f 'regex(task_name, "^grid-") and args.opt.name == "adam"' -q
+labtasker task ls -f 'exists(args.opt) and created_at >= date("3 hours ago")' -q
+labtasker task count --by args.model -f 'regex(task_name, "^grid-")'
+```
+
+- Operators: `== > >= < <= in`, `and`, `or`, parentheses, `+ - * / %`. Functions: `date("...")`, `regex(field, \
+"...")`, `exists(field)`, and
+  `"x" in list(field)` for a list.
+- Not there: `!=`, `not`, `is`, `&&`. For "other than": `args.lr < 0.1 or args.lr > 0.1`, a list of the rest, \
+or `-s` for statuses
+  (`-s pending,running`). For "has no such field": `exists(args.warmup, False)`.
+- A field that a task lacks fits no comparison, so `summary.acc < 0.5` leaves out tasks without `acc`.
+- Text stands in double quotes, the whole filter in single quotes. `True`, `False`, `None` as in Python.
+- Dates: `date("2 hours ago")`, `date("yesterday")`, `date("2026-11-28 14:00")`, `date("1h30m")` (from now).
+- A key with other letters: `summary["val/acc"]`.
+- The same as a query document: `-f '{"args.lr": {"$gt": 0.05}, "status": {"$ne": "failed"}}'`. There `$ne` \
+and `$not` exist.
+
+## Hung, urgent, unwanted, old
+
+```bash
+labtasker task ls -s running -f 'start_time < date("2 hours ago")' --columns id,name,start_time,last_heartbeat,worker_id
+labtasker task cancel -s running -f 'start_time < date("2 hours ago")' -y
+labtasker task update -s pending -f '"urgent" in list(metadata.tags)' -u priority=100 --quiet
+labtasker task cancel -s pending -f 'args.lr > 0.05 and args.model == "resnet"' -y
+labtasker task retry -f 'args.model == "vit"' -y
+labtasker task delete -s failed,cancelled -f 'last_modified < date("7 days ago")' -y
+labtasker task ls -S priority:desc -S created_at:asc --fmt csv --limit 100000 > all.csv
+```
+
+- A cancelled task that runs is ended within seconds; its summary stays. To run it again: `task update --id ID \
+--reset-pending --quiet`.
+- A task whose loop was killed is not hung: it is given out again half a minute after its last heartbeat.
+- `--dry-run` of `retry` and `cancel` shows which tasks match; for `update` and `delete` use `task ls` with \
+the same selectors before.
+- Higher `priority` runs first, then the task that has waited longest.
+
+## Fields
+
+`task_id`, `task_name`, `status`, `args`, `metadata`, `summary`, `priority`, `max_retries`, `retries` (failed \
+runs so far), `created_at`, `start_time`,
+`last_heartbeat`, `last_modified`, `worker_id`, `attempts` (the last runs: host, log, status, exit code), \
+`task_timeout`, `heartbeat_timeout`, `cmd`, `git`, `reason`
+(why it was handed back). `labtasker help filter` has them all with their meaning; `labtasker task get ID` \
+prints one task. `-S FIELD:desc` sorts by any of
+them, `--columns id,args.lr,summary.acc,duration` shows them.
+""",
+"references/python.md": """\
+# Labtasker from Python
+
+Read this when you write Python: nested configurations, dataclasses, checkpoints and resuming, reports by step, events,
+many tasks at once. `import labtasker` finds the module where it is installed, or where `labtasker.py` lies \
+beside the script.
+
+## A function as the job
+
+```python
+import labtasker
+from labtasker import Annotated, Required
+
+labtasker.submit_tasks([
+    {"task_name": "nested", "args": {"opt": {"name": "adam", "lr": 0.1}, "data": "cifar", "seed": seed},
+     "metadata": {"tags": ["v1"]}} for seed in range(2)], unique=True)
+
+class Optimizer:
+    def __init__(self, name, lr):
+        self.name, self.lr = name, lr
+
+@labtasker.loop(task_name="nested", extra_filter='"v1" in list(metadata.tags)')
+def main(opt: Annotated[dict, Required(resolver=lambda config: Optimizer(**config))],
+         seed: int = Required(), data: str = Required()):
+    return {"loss": opt.lr * (seed + 1), "curve": {"best": 0.5}}
+
+main()
+for task in labtasker.ls_tasks(task_name="nested", sort=[["summary.loss", 1]]):
+    print(task.args["opt"]["name"], task.summary["loss"])
+```
+
+- The parameters' names are the args' top-level keys, exactly. `Required(alias="opt.lr")` takes a nested value \
+for a parameter
+  of another name. A `resolver` gets the value as it was submitted; what it returns is not cast.
+- Casts follow the annotation: `int`, `float`, `bool`, `str`, `Path`, `Optional`, `List`, `Dict`, `Tuple`, \
+`Literal`, enums, dataclasses
+  (nested too) and NamedTuples. A value that does not fit fails the task, with the parameter's name.
+- Parameters without `Required()` are given at the call: `main(device="cuda:0")`.
+- `@labtasker.loop(required_fields=["lr"], pass_args_dict=True)` passes all args as one dict, and allows further keys.
+- An exception fails the run (`task.summary["labtasker_exception"]`), and it is tried again until \
+`max_retries` runs have failed.
+- The script is the worker: start it as often as runs should go on at once, `CUDA_VISIBLE_DEVICES=0 python3 \
+sweep.py &`.
+
+Submitting: `submit_task(args=..., task_name=..., metadata=..., priority=..., max_retries=...)` returns an \
+object with `.task_id`;
+`submit_tasks([...])` and `submit_grid({...})` return lists of ids and are one transaction: use them for more \
+than a few tasks.
+
+## Reports, checkpoints, resuming
+
+`report` also works in a script that a command loop starts, and does nothing where the script runs by itself:
+
+```bash
+cat > steps.py <<'EOF'
+import json, sys
+import labtasker
+
+lr = float(sys.argv[1]) if sys.argv[1:] else 0.1
+state = {"step": 0, "loss": 1.0}
+saved = labtasker.task_dir() / "state.json" if labtasker.is_enabled() else None
+if saved and saved.exists():
+    state = json.loads(saved.read_text())
+while state["step"] < 5:
+    state = {"step": state["step"] + 1, "loss": state["loss"] * (1 - lr)}
+    if not labtasker.report(step=state["step"], loss=state["loss"]):
+        break
+    if saved:
+        (saved.parent / "new").write_text(json.dumps(state))
+        (saved.parent / "new").replace(saved)  # all of it or none
+    if labtasker.preempted():
+        sys.exit(75)
+EOF
+python3 steps.py
+labtasker task submit --grid --name steps -- --lr=0.1,0.5
+labtasker loop --name steps -- python3 steps.py '%(lr)' < /dev/null
+labtasker task ls --name steps -S summary.loss --columns id,args,summary
+```
+
+- `report(step=None, **values)` merges the values into the summary and returns False when the job should end. \
+It never raises because
+  a server is away: what it is given is kept and delivered later.
+- `task_dir()` (`LABTASKER_TASK_DIR` for other programs) is a folder that all attempts of a task share. Write \
+checkpoints there.
+- `preempted()` is True once the loop was told to stop: save, then exit with 75. That hands the task back and \
+charges no retry.
+- `time_left()`: seconds until the loop's time limit, or None. `task_info()`: the Task that runs here \
+(`.args`, `.retries`, ...).
+- In a shell job: `labtasker report acc=0.9 --step 3`. Without either, a `summary.json` (a dict) written to \
+`$LABTASKER_LOG_DIR`.
+- To end a task early as not worth it, report and return normally; or `report_task_status(task_info().task_id, \
+"cancelled")`.
+
+## Listing, changing, deleting
+
+```python
+import labtasker
+from labtasker import TaskUpdateRequest
+
+task_id = labtasker.submit_task(task_name="edit", args={"lr": 0.1, "opt": {"name": "sgd"}}).task_id
+task = labtasker.get_task(task_id)
+print(task.status, task.args, task.metadata, task.summary, task.retries, task.created_at)
+
+labtasker.update_tasks([TaskUpdateRequest(task_id=task_id, args={"lr": 0.2}, priority=5)])  # merged into the args
+labtasker.update_tasks([TaskUpdateRequest(task_id=task_id, args={"lr": 0.3}, replace_fields=["args"])])  # all of them
+
+failed = labtasker.ls_tasks(status="failed", extra_filter="args.lr > 0.2", limit=10000).content
+labtasker.update_tasks([TaskUpdateRequest(task_id=one.task_id, args={"lr": 0.1}) for one in failed], \
+reset_pending=True)
+rows = labtasker.ls_tasks(task_name="edit").to_records()  # flat dicts: pandas.DataFrame(rows)
+labtasker.update_tasks([TaskUpdateRequest(task_id=task_id, status="cancelled")])
+labtasker.delete_task(task_id)
+```
+
+- `ls_tasks(...)` in a `for` goes through all that match; its `.content` has at most `limit` (100).
+- `summary`, `args` and `metadata` are always dicts: `task.summary.get("acc")`.
+- `reset_pending=True` also sets the retries to 0; `status="pending"` alone does not.
+- Errors are `labtasker.LabtaskerError`; `LabtaskerConnectError` where no server answers.
+
+## Events
+
+Every change of a task's status is an event. Give every wait a time:
+
+```python
+import labtasker
+
+with labtasker.connect_events() as listener:
+    labtasker.submit_task(task_name="event", args={"lr": 0.1})
+    while True:
+        response = listener.get_event(timeout=2)  # None after two quiet seconds
+        if response is None:
+            break
+        print(response.event.entity_id, response.event.old_state, "->", response.event.new_state)
+```
+
+`connect_events(after=response.id)` goes on where another listener stopped; `after="0.0"` begins with the \
+oldest event that is kept.
+""",
+}
