@@ -15670,7 +15670,7 @@ EXTRA_COMMANDS = {  # the commands of labtasker_cli.py, and what they are for
     "completion": "Print the script that completes commands, options, statuses, fields and ids in a shell. For bash, "
                   "put eval \"$(labtasker completion bash)\" into ~/.bashrc; for zsh the same into ~/.zshrc, after "
                   "compinit; for fish, write it to ~/.config/fish/completions/labtasker.fish.",
-    "skill install": "Write the skill for coding agents into a folder of skills. It replaces no other text unless told.",
+    "skill install": "Write the skill for coding agents into a folder of skills. Other texts there stay unless told.",
     "help skill": "Print the skill for coding agents, or a page that it refers to.",
     "help api": "Print the routes of the REST API.",
 }

@@ -1159,9 +1159,9 @@ def do_skill_install(options):
         there = {name: skill_text(os.path.join(folder, name)) for name in SKILL}
         others = [name for name in SKILL if there[name] not in (None, SKILL[name])]
         if others:
-            confirm("%s: the %s there %s of another version, or somebody's own. Replace %s?" % (
-                folder, " and ".join(others), *(("is", "it") if len(others) == 1 else ("are", "them"))),
-                "--yes to replace, or --dest DIR to write elsewhere", options.yes)
+            confirm("%s has another text already, of another version or somebody's own. Replace it?" % " and ".join(
+                os.path.join(folder, name) for name in others),
+                "--yes to replace it, or --dest DIR to write elsewhere", options.yes)
         written = [name for name in SKILL if there[name] != SKILL[name]]
         for name in sorted(written, key="SKILL.md".__eq__):  # SKILL.md last: it names the others
             write_skill(os.path.join(folder, name), SKILL[name])
