@@ -4370,6 +4370,96 @@ def count_tasks_op(store, queue, request, at):
     return [], answer
 
 
+TABLE_COLUMNS = ("n", "mean", "std", "min", "max", "best", "failed", "missing", "nan")
+
+
+class _Group:
+    """What is known of the records that share the values of the fields by which a table is made."""
+
+    __slots__ = ("keys", "numbers", "records", "failed", "missing", "nan")
+
+    def __init__(self, keys):
+        self.keys, self.numbers, self.records, self.failed, self.missing, self.nan = keys, [], [], 0, 0, 0
+
+    def add(self, value, record):
+        """Count a record by its value."""
+        if type(value) not in (int, float):
+            self.missing += 1
+        elif value != value:
+            self.nan += 1
+        else:
+            self.numbers.append(value)
+            self.records.append(record)
+
+    def row(self, by, best_of):
+        """Return the row of the table, a dict; `best_of` is min or max."""
+        numbers, mean, std = self.numbers, None, None
+        if numbers:
+            mean = _finite_or_nan(lambda: math.fsum(numbers) / len(numbers))
+            std = _finite_or_nan(lambda: math.sqrt(math.fsum((number - mean) ** 2 for number in numbers) / (
+                len(numbers) - 1))) if numbers[1:] else None
+        best = self.records[numbers.index(best_of(numbers))].task_id if numbers else None
+        return dict(zip(by, self.keys), n=len(numbers), mean=mean, std=std, min=min(numbers, default=None),
+                    max=max(numbers, default=None), best=best, failed=self.failed, missing=self.missing, nan=self.nan)
+
+
+def _finite_or_nan(compute):
+    """Return what `compute` does; NaN where infinite or far too large numbers leave no result."""
+    try:
+        return compute()
+    except (OverflowError, ValueError):
+        return math.nan
+
+
+def _field_reader(field):
+    """Return the function of a record that returns its value of a dotted field, or None."""
+    top, *path = field.split(".")
+    top_value, key = operator.attrgetter(top), path[0] if len(path) == 1 else None
+
+    def read(record):
+        value = top_value(record)
+        if type(value) is dict and key is not None:  # the quick way to what get_path returns
+            return value.get(key)
+        return get_path(format_time(value) if isinstance(value, Instant) else value, path)
+    return read
+
+
+def _group_key(value):
+    """Return what two values have in common if they belong to one group: True is no 1, but 1.0 is."""
+    return value if type(value) in (str, int, float) and value == value else (dump_json(value),)
+
+
+def group_rows(records, by, of, mode, statuses):
+    """Return a row for each group of the records with the same values of the fields `by`: a dict of these values and of
+    n, mean, std (of a sample; None for one), min, max, best (a task's id), failed, missing and nan.
+
+    All but `failed` are about the records with one of the `statuses` (None: any). The best mean comes first, the
+    largest one for the `mode` "max"; a group without a number comes last."""
+    read_keys, read_value, groups = list(map(_field_reader, by)), _field_reader(of), {}
+    for record in records:
+        is_counted = statuses is None or record.status in statuses
+        if not is_counted and record.status != "failed":
+            continue
+        keys = [read(record) for read in read_keys]
+        group_key = tuple(map(_group_key, keys))
+        group = groups.get(group_key)
+        if group is None:
+            group = groups[group_key] = _Group(keys)
+        group.failed += record.status == "failed"
+        if is_counted:
+            group.add(read_value(record), record)
+    sign, best_of = (-1, max) if mode == "max" else (1, min)
+    rows = [group.row(by, best_of) for group in groups.values()]
+    return sorted(rows, key=lambda row: (row["mean"] is None, row["mean"] != row["mean"], sign * (row["mean"] or 0)))
+
+
+def table_op(store, queue, request, at):
+    """Decide nothing; answer, outside the lock, the table of the tasks that match."""
+    tests, records = _tests(request, "task_id", "task_name"), list(queue.tasks.values())
+    return [], lambda: {"content": group_rows(
+        _matching(store, records, tests), request["by"], request["of"], request["mode"], request["statuses"])}
+
+
 def _mark(store):
     return "%s-%d" % (store.server_id, store.journal.file.n)  # if a line fails, no answer about it is sent
 
@@ -5859,6 +5949,21 @@ def _prepare_count(store, request):
     _read_task_filter(store, request)
 
 
+def _prepare_table(store, request):
+    known, by = visible(TASK_FIELDS), request["by"]
+    for name, fields in (("by", by), ("of", [request["of"]])):
+        if not fields or any(field.split(".")[0] not in known for field in fields):
+            raise InvalidFields([(["body", name], "should be of the fields of tasks: %s" % ", ".join(known))])
+    taken = [field for field in by if field in TABLE_COLUMNS or by.count(field) > 1]
+    if taken:
+        raise InvalidFields([(["body", "by"], "%s is given twice, or is a column of the table" % taken[0])])
+    if request["mode"] not in ("max", "min"):
+        raise InvalidFields([(["body", "mode"], "should be max or min")])
+    if not set(request["statuses"] or ()) <= set(TASK_STATES):
+        raise InvalidFields([(["body", "statuses"], "should be of %s" % ", ".join(TASK_STATES))])
+    _read_task_filter(store, request)
+
+
 def _prepare_updates(store, request):
     for at, update in enumerate(request["updates"]):
         update["task_id"] = update["task_id"] or update.pop("_id")
@@ -6291,6 +6396,12 @@ ROUTES = {
         prepare=_prepare_count,
         fields={"task_id": Arg("id"), "task_name": Arg("text"), "status": Arg("status"),
                 "extra_filter": Arg("filter"), "by": Arg("text", "status")}),
+    "POST " + TASKS_PATH + "/table": _route(
+        table_op, "a row for each group of the tasks that match: mean, spread and best of a value", writes=False,
+        prepare=_prepare_table,
+        fields={"by": Arg("texts", REQUIRED), "of": Arg("text", REQUIRED), "mode": Arg("text", "max"),
+                "statuses": Arg("texts"), "task_id": Arg("id"), "task_name": Arg("text"), "status": Arg("status"),
+                "extra_filter": Arg("filter")}),
     "POST " + TASKS_PATH + "/view": _route(
         _no_page, "chosen columns of the tasks that match, long values cut; and counts by status",
         prepare=_read_task_filter, run=_run_outside,
@@ -6845,8 +6956,9 @@ def _json_in_pieces(answer):
     """Return the JSON of an answer, made an item at a time: all at once would keep the interpreter from the loop."""
     if not isinstance(answer, dict) or not isinstance(answer.get("content"), list):
         return dump_json(answer)
-    rest = {key: value for key, value in answer.items() if key != "content"}
-    return '%s,"content":[%s]}' % (dump_json(rest)[:-1], ",".join([dump_json(item) for item in answer["content"]]))
+    head = dump_json({key: value for key, value in answer.items() if key != "content"})[:-1]
+    items = ",".join([dump_json(item) for item in answer["content"]])
+    return '%s%s"content":[%s]}' % (head, "," if head != "{" else "", items)
 
 
 def _http_answer(status, answer, request, keep):
@@ -9982,6 +10094,22 @@ def ls_tasks(task_id=None, task_name=None, status=None, extra_filter=None, limit
     [field, 1 or -1]. `.content` has at most `limit` tasks. Without a limit, `for task in ls_tasks():` and
     `.to_records()`, which pandas.DataFrame takes, continue to all tasks."""
     return _listing(TaskLsResponse, Task, locals())
+
+
+def table(by, of, mode="max", status="success", extra_filter=None, task_name=None):
+    """Return a list of dicts, one for each group of tasks with the same values of the fields `by`, the best mean first.
+
+    `table(["args.lr"], "summary.acc")` → [{"args.lr": 0.1, "n": 3, "mean": 0.91, "std": 0.02, "min", "max", "best": a
+    task's id, "failed", "missing", "nan"}, ...]. `mode`: "max" or "min" is best. `status`: one, a list, or None for
+    all; `failed` counts the failed tasks of the group in any case, `missing` the others without a number, `nan` those
+    that have NaN. `std` is that of a sample, None for one task."""
+    by, statuses = [by] if isinstance(by, str) else list(by), [status] if isinstance(status, str) else status
+    document = query_of(extra_filter)
+    tell_doubts(document, Task)
+    if client().extensions:
+        return ask_route("POST " + TASKS_PATH + "/table", by=by, of=of, mode=mode, statuses=statuses,
+                         extra_filter=document, task_name=task_name)["content"]
+    return group_rows(ls_tasks(extra_filter=document, task_name=task_name), by, of, mode, statuses)
 
 
 _SAMPLE = 1000  # tasks that are looked at to tell why a filter matches none
@@ -15659,7 +15787,7 @@ Past events
 # that scripts call too, and knows nothing of the journal or of HTTP. Commands that are a convenience are in
 # labtasker_cli.py. Uses 1 to 3, 5 to 14. Tests: test_cli.py, test_terminal.py.
 EACH_DAY = ("task", "loop", "watch", "init", "serve")  # the list of commands shows every command of these
-SELDOM = ("task harvest", "task history")  # of these, those that it shows in one line with the other nouns
+SELDOM = ("task count", "task harvest", "task history")  # of these, those that it shows in one line with the other nouns
 EVERY = 10 ** 9  # the limit of a listing that leaves nothing out
 EXTRA_COMMANDS = {  # the commands of labtasker_cli.py, and what they are for
     "watch": "Show counts, rate, running tasks and last failures, live. Keys open, cancel, retry.",
@@ -16304,6 +16432,48 @@ def do_task_count(options):
         return say(str(total))
     rows = [(field, "tasks")] + [(name, str(number)) for name, number in counts.items()] + [("total", str(total))]
     say(render_table(rows, painted=_painter(options)))
+
+
+def do_task_table(options):
+    for field in options.by:
+        _check_field(field, "--by")
+    _check_field(options.of, "--of")
+    query = without_none(task_name=options.task_name, extra_filter=filter_of(options))
+    statuses = options.status.split(",")
+    rows = table(options.by, options.of, options.mode, statuses, **query)
+    if options.fmt in WRITERS:
+        return say(WRITERS[options.fmt](rows, options.by + list(TABLE_COLUMNS) if options.fmt == "csv" else ()))
+    if not rows:
+        return _nothing_matches(query)
+    _note_absent([options.of] + options.by)
+    if options.fmt == "md":
+        return say(_markdown(_table_cells(rows, options.by, statuses)))
+    say(render_table(_table_cells(rows, options.by, statuses), screen_size()[0] if is_terminal(sys.stdout) else 10 ** 9,
+                     painted=_painter(options)))
+
+
+def _table_cells(rows, by, statuses):
+    """Return the rows of a table as rows of texts, below the names of its columns. Columns in which no task is counted
+    are left out."""
+    def failed_cell(row):
+        total = row["n"] + row["missing"] + row["nan"] + ("failed" not in statuses and row["failed"])
+        return "%d (%.0f%%)" % (row["failed"], 100 * row["failed"] / total) if row["failed"] else "0"
+
+    columns = list(TABLE_COLUMNS[:-3]) + [name for name in TABLE_COLUMNS[-3:] if any(row[name] for row in rows)]
+    heads = shortened({field: field for field in by}, r"^(args|summary|metadata)\.", TABLE_COLUMNS)
+    cells = {"best": lambda row: (row["best"] or "-")[:8], "failed": failed_cell}
+    lines = [[_brief_cell(row[field]) for field in by] + [
+        cells[name](row) if name in cells else "-" if row[name] is None else brief(row[name], 3 if name == "std" else 5)
+        for name in columns] for row in rows]
+    return [[heads[field] for field in by] + columns] + lines
+
+
+def _markdown(rows):
+    """Return rows of texts, of which the first is the header, as a table in Markdown."""
+    rows = [[clean(cell, "").replace("|", "\\|") for cell in row] for row in rows]
+    widths = [max(map(cells_wide, column)) for column in zip(*rows)]
+    lines = ["| %s |" % " | ".join(map(fitted, row, widths)) for row in rows]
+    return "\n".join(lines[:1] + ["|%s|" % "|".join("-" * (width + 2) for width in widths)] + lines[1:])
 
 
 # ---- Changing tasks: update, delete, retry
@@ -17371,7 +17541,7 @@ def choice(spelling, choices, **settings):
     return row
 
 
-def choices(spelling, words):
+def choices(spelling, words, **settings):
     """Return an option that takes one or several of `words`, joined by commas."""
     def read(text):
         found = [word.strip() for word in text.split(",")]
@@ -17379,7 +17549,7 @@ def choices(spelling, words):
             if word not in words:
                 raise UsageError("%s is none of %s%s" % (brief(word), ", ".join(words), hint(word, words)))
         return ",".join(dict.fromkeys(found))
-    row = option(spelling, "|".join(words) + ", or several joined by commas", type=typed(read))
+    row = option(spelling, "|".join(words) + ", or several joined by commas", type=typed(read), **settings)
     row[1]["type"].choices = tuple(words)  # for the shells' completion
     return row
 
@@ -17752,6 +17922,17 @@ COMMANDS = {
     "task count": Command(
         do_task_count, "Count tasks by status, or by another field.", "labtasker task count --by args.model",
         SELECT + [option("--by FIELD", "count by this field"), option("-q --quiet", "print only the total")] + _COLOUR),
+    "task table": Command(
+        do_task_table, "Compare groups of tasks by the mean of a value.",
+        "labtasker task table --by args.lr --of summary.acc", [
+            option("--by FIELD", "group by this field; repeatable", action="append", required=True),
+            option("--of FIELD", "the value that is compared, such as summary.acc", required=True),
+            option("--max", "the largest mean is best (default)", dest="mode", action="store_const", const="max",
+                   default="max"),
+            option("--min", "the smallest mean is best", dest="mode", action="store_const", const="min"),
+            option("--name --task-name NAME", "tasks with this name", dest="task_name"),
+            choices("-s --status STATUS", TASK_STATES, default="success"), _FILTER,
+            *_formats("table", "md")] + _COLOUR),
     "task update": Command(
         do_task_update, "Change fields of tasks, all in one transaction. Each update replaces that field only.",
         "labtasker task update -s failed -u args.lr=0.005 --reset-pending", SELECT + [
@@ -17905,8 +18086,8 @@ COMMANDS = {
 __all__ = """
     loop Required Annotated finish task_info current_task_id current_worker_id is_enabled get_labtasker_log_dir
     time_left preempted set_prompt_on_task_failure set_loop_internal_error_handler health_check create_queue
-    get_queue update_queue delete_queue submit_task submit_tasks submit_grid submit_sample as_completed
-    fetch_task get_task get_history report should_stop task_dir report_task_status refresh_task_heartbeat ls_tasks
+    get_queue update_queue delete_queue submit_task submit_tasks submit_grid submit_sample as_completed fetch_task
+    get_task get_history table report should_stop task_dir report_task_status refresh_task_heartbeat ls_tasks
     update_tasks delete_task create_worker ls_workers report_worker_status delete_worker connect_events EventListener
     Task Worker Queue TaskUpdateRequest LabtaskerError LabtaskerRuntimeError LabtaskerValueError LabtaskerTypeError
     LabtaskerNetworkError LabtaskerHTTPStatusError LabtaskerConnectError WorkerSuspended TaskCancelled api_models

@@ -23,7 +23,7 @@ def call(tmp_path):
 
 
 def test_every_route_says_what_it_does_and_its_fields_have_kinds():
-    assert len(L.ROUTES) == 31
+    assert len(L.ROUTES) == 32
     for key, route in L.ROUTES.items():
         assert route.meaning and key.split(" ")[0] in ("GET", "POST", "PUT", "DELETE")
         for arg in list(route.fields.values()) + list(route.query.values()):
@@ -405,6 +405,7 @@ DEFAULTS = {  # the page's; what is not here has none
     "POST " + ME + "/tasks": {"max_retries": 3, "priority": 0}, "POST " + ME + "/tasks/search": {"offset": 0, "limit": 100},
     "POST " + ME + "/tasks/view": {"offset": 0, "limit": 100, "spread": False, "choose": False},
     "POST " + ME + "/tasks/count": {"by": "status"}, "GET " + ME + "/mark": {"wait_s": 0},
+    "POST " + ME + "/tasks/table": {"mode": "max"},
     "POST " + ME + "/tasks/next": {"start_heartbeat": True, "wait_s": 0, "heartbeat_default": False, "left": False},
     "POST " + ME + "/tasks/{task_id}/heartbeat": {"wait_s": 0},
     "POST " + ME + "/workers": {"max_retries": 3}, "POST " + ME + "/workers/search": {"offset": 0, "limit": 100},
@@ -439,6 +440,7 @@ ANSWERS = [  # route, body or query, status, what the answer's objects hold; in 
     ("POST " + ME + "/workers", {"worker_name": "w"}, 201, {"worker_id"}), ("POST " + ME + "/tasks", {"args": {"a": 1}}, 201, {"task_id"}),
     ("POST " + ME + "/tasks", [{"args": {"a": 2}}], 201, {"task_ids"}),
     ("POST " + ME + "/tasks/view", {"columns": ["args.a"]}, 200, {"rows", "found", "counts", "queue", "fields", "at"}),
+    ("POST " + ME + "/tasks/table", {"by": ["args.a"], "of": "args.a"}, 200, {"content"}),
     ("POST " + ME + "/tasks/count", {}, 200, {"counts", "ended", "took_s", "mark"}), ("GET " + ME + "/mark", {}, 200, {"mark"}),
     ("POST " + ME + "/tasks/search", {}, 200, {"found", "content"}), ("POST " + ME + "/tasks/next", {"worker_id": "{w}"}, 200, {"found", "task"}),
     ("DELETE " + ME + "/tasks/next", {"fetch_id": "f"}, 204, None),

@@ -570,7 +570,8 @@ def test_a_server_without_the_extensions_is_not_asked_to_count(plain, monkeypatc
     L.fetch_task(heartbeat_timeout=60, extra_filter="args.i == 1")
     assert next(looks).counts == {"pending": 3, "running": 1}
     assert any(path.endswith("/search") for path in asked)
-    assert not any(path.endswith(("/count", "/mark")) for path in asked), asked
+    assert [(row["args.i"], row["n"], row["mean"]) for row in L.table("args.i", "priority", status=None)] == [(0, 5, 0), (1, 4, 0)]
+    assert not any(path.endswith(("/count", "/mark", "/table")) for path in asked), asked
 
 
 def test_looks_count_again_only_when_something_has_changed(folder, monkeypatch):

@@ -406,7 +406,7 @@ DOCUMENTED = """
     report_task_status refresh_task_heartbeat ls_tasks update_tasks delete_task create_worker ls_workers report_worker_status
     delete_worker connect_events EventListener TaskUpdateRequest LabtaskerError LabtaskerRuntimeError LabtaskerValueError
     LabtaskerTypeError LabtaskerNetworkError LabtaskerHTTPStatusError LabtaskerConnectError WorkerSuspended TaskCancelled
-    submit_tasks submit_grid submit_sample as_completed get_task time_left preempted report task_dir should_stop get_history
+    submit_tasks submit_grid submit_sample as_completed get_task time_left preempted report task_dir should_stop get_history table
 """.split()  # in the pages of the Python API, and in the README
 
 
