@@ -15787,7 +15787,7 @@ Past events
 # that scripts call too, and knows nothing of the journal or of HTTP. Commands that are a convenience are in
 # labtasker_cli.py. Uses 1 to 3, 5 to 14. Tests: test_cli.py, test_terminal.py.
 EACH_DAY = ("task", "loop", "watch", "init", "serve")  # the list of commands shows every command of these
-SELDOM = ("task count", "task harvest", "task history")  # of these, those that it shows in one line with the other nouns
+SELDOM = ("task count", "task harvest", "task history")  # those of them that share one line there
 EVERY = 10 ** 9  # the limit of a listing that leaves nothing out
 EXTRA_COMMANDS = {  # the commands of labtasker_cli.py, and what they are for
     "watch": "Show counts, rate, running tasks and last failures, live. Keys open, cancel, retry.",

@@ -411,7 +411,8 @@ DEFAULTS = {  # the page's; what is not here has none
     "POST " + ME + "/workers": {"max_retries": 3}, "POST " + ME + "/workers/search": {"offset": 0, "limit": 100},
     "DELETE " + ME + "/workers/{worker_id}": {"cascade_update": True}, "DELETE " + ME + "/tasks/next": {"hand_back": False},
 }
-REQUIRED = {"POST /api/v1/queues": {"queue_name", "password"}, "POST " + ME + "/tasks/{task_id}/status": {"status"},
+REQUIRED = {"POST " + ME + "/tasks/table": {"by", "of"},
+            "POST /api/v1/queues": {"queue_name", "password"}, "POST " + ME + "/tasks/{task_id}/status": {"status"},
             "POST " + ME + "/workers/{worker_id}/status": {"status"}, "DELETE " + ME + "/tasks/next": {"fetch_id"}}
 
 
@@ -542,7 +543,7 @@ def test_every_route_answers_with_its_status_and_fields(call):
         assert (got, answer if answer is None else set(answer)) == (status, fields), key
         known.setdefault("{t}", answer.get("task_id")) if answer and "task_id" in answer else None
         known.setdefault("{w}", answer.get("worker_id")) if answer and "worker_id" in answer else None
-        for one in (answer or {}).get("content") or ([answer["task"]] if answer and answer.get("task") else []):
+        for one in () if path.endswith("/table") else (answer or {}).get("content") or ([answer["task"]] if answer and answer.get("task") else []):
             assert set(one) == (WORKER if "workers" in path else TASK)
     assert seen == set(L.ROUTES)
 

@@ -1327,6 +1327,7 @@ ALONE = [
     ("task logs ID", None, 0, "out"),
     ("task count --by args.lr", None, 0, "total"),
     ("task table --by args.lr --of summary.acc", None, 0, "failed"),
+    ("task history ID --fmt json", None, 0, "[]"),
     ("task harvest ID --metric acc=nothing:([0-9]+)", None, 0, ""),
     ("report acc=1", None, 0, ""),
     ("task why ID", None, 0, "It failed for good"),
