@@ -10793,7 +10793,7 @@ class Placeholder(collections.namedtuple("Placeholder", "typed exact key name ki
         found = [(key, value) for key, value in flatten(args) if key not in BUILT_IN and not any(
             key == other or key.startswith(other + ".") for other in named)]
         if self.kind == "hydra":
-            return ["%s=%s" % (key, hydra_text(value)) for key, value in found]
+            return ["%s=%s" % (_hydra_key(key), hydra_text(value)) for key, value in found]
         return [word for key, value in found for word in _option_words(
             self._replace(name="--" + (key.replace("_", "-") if self.dashes else key)), value)]
 
@@ -10829,19 +10829,51 @@ _WORDS_OF = {
 }
 
 
+def _hydra_key(key, is_inner=False):
+    """Return a key that Hydra reads as itself; raises LabtaskerValueError for others. `is_inner`: of a list's dict."""
+    if not _HYDRA_KEY.match(key) or is_inner and re.match(r"(?i)(true|false|null|nan|inf)\Z|.*\.|\d", key):
+        raise LabtaskerValueError("%%(*): Hydra can't read the key %.80r%s" % (key, " within a list" * is_inner))
+    return key
+
+
 def hydra_text(value):
     """Return a value as the grammar of Hydra's overrides reads it: true, null, [1,2], {a:1}, a text quoted where it
     would be read as anything else. `${...}` stays an interpolation."""
     if isinstance(value, list):
         return "[%s]" % ",".join(map(hydra_text, value))
     if isinstance(value, dict):
-        return "{%s}" % ",".join("%s:%s" % (key, hydra_text(item)) for key, item in value.items())
+        return "{%s}" % ",".join("%s:%s" % (_hydra_key(key, True), hydra_text(item)) for key, item in value.items())
     if not isinstance(value, str):
         return json.dumps(value) if value is None or isinstance(value, bool) else str(value)
-    is_plain = re.match(r"(?!(?i:true|false|null|nan|inf)\Z)[A-Za-z_/][\w/.-]*\Z", value, re.ASCII)
-    if is_plain or re.match(r"\$\{[\w.:-]+\}\Z", value):
+    if re.match(r"(?!(?i:true|false|null|nan|inf)\Z)[A-Za-z_/][\w/.-]*\Z", value, re.ASCII):
         return value
-    return "'%s'" % re.sub(r"(\\*)('|\Z)", lambda found: 2 * found.group(1) + ("\\'" if found.group(2) else ""), value)
+    text, interpolations = _with_escapes(value)
+    if re.match(r"\$\{[\w.:-]+\}\Z", text):
+        return text
+    mark = "\"" if "'" in interpolations else "'"  # no \' in those: Hydra reads them in the word as it was typed, too
+    return mark + re.sub(r"(\\*)(%s|\Z)" % mark, lambda found: 2 * found.group(1) + (
+        "\\" + mark if found.group(2) else ""), text) + mark
+
+
+_INTERPOLATION = Pattern(r"""(?x) \$\{ [ ]* (?:
+      \.* (?: [\w\x1a-]+ | \[[\w\x1a-]+\] ) (?: \. [\w\x1a-]+ | \[[\w\x1a-]+\] )*
+    | [A-Za-z_][\w.]* : ARG (?: , ARG )* ) [ ]* \}""".replace("ARG", r"""(?:
+      (?: [A-Za-z0-9_\x1a \t/.+%*@?|:-] | \\[\\()[\]{}:=,\ \t] )*
+    | [ \t]* (?: '[^'\\{}$]*' | "[^"\\{}$]*" | \[[A-Za-z0-9_\x1a\ ,.]*\] ) [ \t]* )"""))
+_HYDRA_KEY = Pattern(r"(?a)[A-Za-z_][\w-]*(?:\.(?:[A-Za-z_][\w-]*|0|[1-9]\d*))*\Z")
+
+
+def _with_escapes(text):
+    """Return (the text, each `${` that begins no interpolation escaped as OmegaConf reads it; its interpolations)."""
+    masked, shorter = None, text
+    while shorter != masked:  # the innermost first
+        masked, shorter = shorter, _INTERPOLATION.sub(lambda found: "\x1a" * len(found.group()), shorter)
+    parts, end = [], 0
+    for found in re.finditer(r"(\\*)\$\{", masked):
+        parts += [text[end:found.start()], 2 * found.group(1), "\\${"]
+        end = found.end()
+    inside = "".join(one for one, mask in zip(text, masked) if mask == "\x1a")
+    return "".join(parts) + text[end:], inside
 
 
 class Template:
@@ -10949,8 +10981,13 @@ def _template_mistake(text, begin):
 
 
 def value_text(value):
-    """Return a value as text, dicts and lists as JSON."""
-    return json.dumps(value, ensure_ascii=False) if isinstance(value, (dict, list)) else str(value)
+    """Return a value as text, dicts and lists as JSON that is YAML too: LightningCLI and others read it so."""
+    if not isinstance(value, (dict, list)):
+        return str(value)
+    return _NOT_IN_YAML.sub(lambda found: "\\u%04x" % ord(found.group()), json.dumps(value, ensure_ascii=False))
+
+
+_NOT_IN_YAML = Pattern("[\x7f-\x9f\u2028\u2029\ufeff\ufffe\uffff]")
 
 
 # How a value is quoted depends on where its placeholder stands: outside quotes, or inside single or double ones.
