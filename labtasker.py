@@ -10806,7 +10806,8 @@ def _option_words(place, value):
 
 def _switch_words(place, value):
     if not (value is None or isinstance(value, bool)):
-        raise LabtaskerValueError("%s takes True, False or None, not %.80r" % (place.typed, value))
+        raise LabtaskerValueError("%s takes True, False or None, as --%s=False submits them, not %.80r" % (
+            place.typed, place.exact, value))
     return [] if value is None else [place.name if value else "--" + place.dashes + place.name[2:]]
 
 

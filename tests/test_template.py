@@ -310,7 +310,7 @@ def test_words_are_refused_within_quotes_and_within_a_word(text):
 @pytest.mark.parametrize("argv, args, says", [
     (["run", "%(*)"], {"k": [{"1": 1}]}, "Hydra can't read the key '1' within a list"), (["run", "%(*)"], {"3x": 1}, "Hydra can't read the key '3x'"),
     (["run", "%(k...)"], {"k": {"a": 1}}, "takes a list or a text"), (["run", "%(k...)"], {"k": "it's"}, "can't be split"),
-    (["run", "%(--[no-]k)"], {"k": 1}, "takes True, False or None"), (["%(k...)"], {"k": []}, "no words"), (["run", "%(--a.b)"], {"a": 1}, "have no 'a.b'")])
+    (["run", "%(--[no-]k)"], {"k": "false"}, "takes True, False or None, as --k=False submits them, not 'false'"), (["%(k...)"], {"k": []}, "no words"), (["run", "%(--a.b)"], {"a": 1}, "have no 'a.b'")])
 def test_a_value_that_can_not_become_words_fails_its_run_with_a_word(argv, args, says):
     with pytest.raises(labtasker.LabtaskerValueError, match=says):
         words_of(args, *argv)
