@@ -12356,120 +12356,6 @@ def _misfit(number, missing, extra, why_not):
     return "; ".join(parts)
 
 
-# ---- Slots: how many jobs at once, and which GPUs each of them sees
-
-
-SlotSpec = collections.namedtuple("SlotSpec", "environment facts label")
-# what differs between slots: {variable: value, None to unset it} for its jobs, the facts that its tasks' attempts
-# keep, and the label before each line of output
-SlotSpec.__new__.__defaults__ = ({}, {}, "")
-
-
-# GPUs are named as in the variable that says which of them are seen: by their index on the machine, or by their UUID
-# ("GPU-...", or "MIG-..." for a part of one). Where the variable is set, it lists all GPUs there are.
-
-_MAX_JOBS = 256  # of a loop: each takes several file descriptors
-
-
-def make_slots(jobs=None, gpus=None, per_gpu=None):
-    """Return a SlotSpec for each slot: `jobs` slots, or `per_gpu` for each GPU of `gpus` ("all", or names joined by
-    commas). With both, a job gets several GPUs or several jobs share one; each gets the same number."""
-    if per_gpu is not None and (not gpus or jobs is not None):
-        raise UsageError("--per-gpu K goes with --gpus, and without --jobs: each GPU has K slots")
-    sets, variable = [[]], None
-    if gpus:
-        variable = _gpu_variable()
-        chosen = _chosen_gpus(gpus, variable)
-        jobs = len(chosen) * (1 if per_gpu is None else per_gpu) if jobs is None else jobs
-        if jobs < 1 or jobs % len(chosen) and len(chosen) % jobs:
-            raise UsageError("%d jobs can't share %d GPUs evenly: %s" % (jobs, len(chosen), ",".join(chosen)))
-        gpus_per_job = max(1, len(chosen) // jobs)
-        sets = [chosen[i:i + gpus_per_job] for i in range(0, len(chosen), gpus_per_job)]
-    jobs = 1 if jobs is None else jobs
-    if not 1 <= jobs <= _MAX_JOBS:
-        raise UsageError("--jobs: 1 to %d at once, not %d" % (_MAX_JOBS, jobs))
-    return [_slot_spec(number, jobs, variable, sets[number % len(sets)]) for number in range(jobs)]
-
-
-def _slot_spec(number, jobs, variable, gpus):
-    label, names = "[slot %d] " % number if jobs > 1 else "", ",".join(gpus)
-    if not gpus:
-        return SlotSpec({}, {"slot": number} if jobs > 1 else {}, label)
-    unset = dict.fromkeys(GPU_VARIABLES[GPU_VARIABLES.index(variable) + 1:])
-    return SlotSpec(dict(unset, **{variable: names}), {"slot": number, "gpus": names}, label)
-
-
-# NVIDIA's driver reads only the last one. AMD's reads the last one if the second is not set, and counts its indices
-# among the GPUs that the first one leaves. So one is set for a job, and those after it are unset.
-GPU_VARIABLES = ("ROCR_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "CUDA_VISIBLE_DEVICES")
-
-
-def _gpu_variable():
-    """Return the name of the variable that says which GPUs a job sees: the one that is set, else that of the
-    machine's vendor."""
-    given = [name for name in GPU_VARIABLES if name in os.environ]
-    is_amd = os.path.exists("/dev/kfd") and not _gpu_files()
-    if not is_amd and ("CUDA_VISIBLE_DEVICES" in given or not given):
-        return "CUDA_VISIBLE_DEVICES"
-    if not given or "HIP_VISIBLE_DEVICES" in given:
-        return "HIP_VISIBLE_DEVICES"
-    return given[0]
-
-
-def _given_gpus(variable):
-    """Return the names of the GPUs that this process was given by the variable, else by Slurm; None if it has all.
-
-    Slurm's indices are those of the machine. If the system shows just as many GPUs as Slurm gave, they are
-    named as the system does."""
-    if variable in os.environ:
-        return list(itertools.takewhile(lambda name: name not in ("", "-1", "NoDevFiles"), (
-            name.strip() for name in os.environ[variable].split(","))))
-    given = os.environ.get("SLURM_STEP_GPUS") or os.environ.get("SLURM_JOB_GPUS") or ""
-    if not re.match(r"\d+(,\d+)*\Z", given):
-        return None
-    given, shown = given.split(","), listed_gpus()
-    return shown if len(shown) == len(given) else given
-
-
-def listed_gpus():
-    """Return the names of the GPUs that the system shows: indices, or the UUIDs of parts where there are such."""
-    names = []
-    for index, part in re.findall(r"^(?:GPU (\d+): | +MIG .*(MIG-[^)\s]+))", ask_program(["nvidia-smi", "-L"]), re.M):
-        if part and names and names[-1].isdigit():
-            names.pop()  # the GPU whose parts these are
-        names.append(index or part)
-    names = names or re.findall(r"^GPU\[(\d+)\]", ask_program(["rocm-smi", "--showid"]), re.M)
-    return list(collections.OrderedDict.fromkeys(names)) or _gpu_files()
-
-
-def _gpu_files():
-    names = os.listdir("/dev") if os.path.isdir("/dev") else []
-    return sorted((name[6:] for name in names if re.match(r"nvidia\d+\Z", name)), key=int)
-
-
-def _chosen_gpus(text, variable):
-    """Return the names of the GPUs that a text selects: "all", names of given ones, or their positions among these."""
-    given, words = _given_gpus(variable), [word.strip() for word in text.split(",")]
-    if words == ["all"]:
-        found = listed_gpus() if given is None else given
-        if not found:
-            raise UsageError("--gpus all: neither %s nor nvidia-smi, rocm-smi or /dev/nvidia0 shows one here; name "
-                             "them: --gpus 0,1" % variable)
-        return found
-    if len(set(words)) < len(words) or not all(re.match(r"[\w./:-]+\Z", word) for word in words):
-        raise UsageError("--gpus %s: \"all\", or indices and UUIDs joined by commas, each once (--per-gpu has several "
-                         "jobs on each)" % text)
-    if given is None:
-        return words
-    by_name = [[name for name in given if name == word or len(word) > 4 and name.startswith(word)] for word in words]
-    by_place = [given[int(word):][:1] if word.isdigit() else [] for word in words]
-    found = [names for names in (by_name, by_place) if all(len(one) == 1 for one in names)]
-    if not found:
-        raise UsageError("--gpus %s: given here are %s: name some of them, or count them from 0" % (
-            text, ",".join(given) or "none"))
-    return [one for one, in found[0]]
-
-
 # 12. Runs ####################################################################
 #
 # A run of a task, as its loop and as its job see it: its reports, the outbox where they wait while the
@@ -13744,6 +13630,123 @@ def _part_of_ends(ids):
 # Takes tasks and has them run: the loop and its slots, its time limit, and the two ways to run a task:
 # call a function, start a command. Knows nothing of argparse.
 # Uses 1 to 7, 10, 11, 12. Tests: test_worker.py, test_loop.py, test_signals.py, test_slots.py.
+
+
+# ---- Slots: how many jobs at once, and which GPUs each of them sees
+
+
+SlotSpec = collections.namedtuple("SlotSpec", "environment facts label")
+# what differs between slots: {variable: value, None to unset it} for its jobs, the facts that its tasks' attempts
+# keep, and the label before each line of output
+SlotSpec.__new__.__defaults__ = ({}, {}, "")
+
+
+# GPUs are named as in the variable that says which of them are seen: by their index on the machine, or by their UUID
+# ("GPU-...", or "MIG-..." for a part of one). Where the variable is set, it lists all GPUs there are.
+
+_MAX_JOBS = 256  # of a loop: each takes several file descriptors
+
+
+def make_slots(jobs=None, gpus=None, per_gpu=None):
+    """Return a SlotSpec for each slot: `jobs` slots, or `per_gpu` for each GPU of `gpus` ("all", or names joined by
+    commas). With both, a job gets several GPUs or several jobs share one; each gets the same number."""
+    if per_gpu is not None and (not gpus or jobs is not None):
+        raise UsageError("--per-gpu K goes with --gpus, and without --jobs: each GPU has K slots")
+    sets, variable = [[]], None
+    if gpus:
+        variable = _gpu_variable()
+        chosen = _chosen_gpus(gpus, variable)
+        jobs = len(chosen) * (1 if per_gpu is None else per_gpu) if jobs is None else jobs
+        if jobs < 1 or jobs % len(chosen) and len(chosen) % jobs:
+            raise UsageError("%d jobs can't share %d GPUs evenly: %s" % (jobs, len(chosen), ",".join(chosen)))
+        gpus_per_job = max(1, len(chosen) // jobs)
+        sets = [chosen[i:i + gpus_per_job] for i in range(0, len(chosen), gpus_per_job)]
+    jobs = 1 if jobs is None else jobs
+    if not 1 <= jobs <= _MAX_JOBS:
+        raise UsageError("--jobs: 1 to %d at once, not %d" % (_MAX_JOBS, jobs))
+    return [_slot_spec(number, jobs, variable, sets[number % len(sets)]) for number in range(jobs)]
+
+
+def _slot_spec(number, jobs, variable, gpus):
+    label, names = "[slot %d] " % number if jobs > 1 else "", ",".join(gpus)
+    if not gpus:
+        return SlotSpec({}, {"slot": number} if jobs > 1 else {}, label)
+    unset = dict.fromkeys(GPU_VARIABLES[GPU_VARIABLES.index(variable) + 1:])
+    return SlotSpec(dict(unset, **{variable: names}), {"slot": number, "gpus": names}, label)
+
+
+# NVIDIA's driver reads only the last one. AMD's reads the last one if the second is not set, and counts its indices
+# among the GPUs that the first one leaves. So one is set for a job, and those after it are unset.
+GPU_VARIABLES = ("ROCR_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "CUDA_VISIBLE_DEVICES")
+
+
+def _gpu_variable():
+    """Return the name of the variable that says which GPUs a job sees: the one that is set, else that of the
+    machine's vendor."""
+    given = [name for name in GPU_VARIABLES if name in os.environ]
+    is_amd = os.path.exists("/dev/kfd") and not _gpu_files()
+    if not is_amd and ("CUDA_VISIBLE_DEVICES" in given or not given):
+        return "CUDA_VISIBLE_DEVICES"
+    if not given or "HIP_VISIBLE_DEVICES" in given:
+        return "HIP_VISIBLE_DEVICES"
+    return given[0]
+
+
+def _given_gpus(variable):
+    """Return the names of the GPUs that this process was given by the variable, else by Slurm; None if it has all.
+
+    Slurm's indices are those of the machine. If the system shows just as many GPUs as Slurm gave, they are
+    named as the system does."""
+    if variable in os.environ:
+        return list(itertools.takewhile(lambda name: name not in ("", "-1", "NoDevFiles"), (
+            name.strip() for name in os.environ[variable].split(","))))
+    given = os.environ.get("SLURM_STEP_GPUS") or os.environ.get("SLURM_JOB_GPUS") or ""
+    if not re.match(r"\d+(,\d+)*\Z", given):
+        return None
+    given, shown = given.split(","), listed_gpus()
+    return shown if len(shown) == len(given) else given
+
+
+def listed_gpus():
+    """Return the names of the GPUs that the system shows: indices, or the UUIDs of parts where there are such."""
+    names = []
+    for index, part in re.findall(r"^(?:GPU (\d+): | +MIG .*(MIG-[^)\s]+))", ask_program(["nvidia-smi", "-L"]), re.M):
+        if part and names and names[-1].isdigit():
+            names.pop()  # the GPU whose parts these are
+        names.append(index or part)
+    names = names or re.findall(r"^GPU\[(\d+)\]", ask_program(["rocm-smi", "--showid"]), re.M)
+    return list(collections.OrderedDict.fromkeys(names)) or _gpu_files()
+
+
+def _gpu_files():
+    names = os.listdir("/dev") if os.path.isdir("/dev") else []
+    return sorted((name[6:] for name in names if re.match(r"nvidia\d+\Z", name)), key=int)
+
+
+def _chosen_gpus(text, variable):
+    """Return the names of the GPUs that a text selects: "all", names of given ones, or their positions among these."""
+    given, words = _given_gpus(variable), [word.strip() for word in text.split(",")]
+    if words == ["all"]:
+        found = listed_gpus() if given is None else given
+        if not found:
+            raise UsageError("--gpus all: neither %s nor nvidia-smi, rocm-smi or /dev/nvidia0 shows one here; name "
+                             "them: --gpus 0,1" % variable)
+        return found
+    if len(set(words)) < len(words) or not all(re.match(r"[\w./:-]+\Z", word) for word in words):
+        raise UsageError("--gpus %s: \"all\", or indices and UUIDs joined by commas, each once (--per-gpu has several "
+                         "jobs on each)" % text)
+    if given is None:
+        return words
+    by_name = [[name for name in given if name == word or len(word) > 4 and name.startswith(word)] for word in words]
+    by_place = [given[int(word):][:1] if word.isdigit() else [] for word in words]
+    found = [names for names in (by_name, by_place) if all(len(one) == 1 for one in names)]
+    if not found:
+        raise UsageError("--gpus %s: given here are %s: name some of them, or count them from 0" % (
+            text, ",".join(given) or "none"))
+    return [one for one, in found[0]]
+
+
+# ---- Deadlines
 
 
 class Limit:
