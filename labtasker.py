@@ -433,7 +433,16 @@ def tell(text):
     """Write a message for people to stderr, cleaned, with escapes for characters that its encoding lacks.
 
     Where stderr is closed, full or missing, the message is dropped and nothing fails."""
-    text = clean(without_login(as_started(str(text)))) + "\n"
+    _to_stderr(clean(without_login(as_started(str(text)))) + "\n")
+
+
+def tell_json(document):
+    """Write a dict to stderr as one line of JSON, its texts as `tell` writes them, in ASCII."""
+    _to_stderr(json.dumps({key: without_login(as_started(value)) if isinstance(value, str) else value
+                           for key, value in document.items()}) + "\n")
+
+
+def _to_stderr(text):
     try:
         try:
             sys.stderr.write(text)
@@ -4787,12 +4796,16 @@ def _updated(task, request, reset):
     status = request.get("status")
     if status is None or status == task.status:
         return fields, None
+    fields.update(_without_pause(task))
+    fields.update(status=set_by_hand(task, status), worker_id=None, run_id=None, run_end=None)
+    return fields, task.status
+
+
+def set_by_hand(task, status):
+    """Return the status that a task, or its record, gets by an update to `status`, or raise InvalidStateTransition."""
     if status == "running":
         raise illegal(TASK_MOVES, task.status, "running", "task " + task.task_id)
-    fields.update(_without_pause(task))
-    fields.update(status=move(TASK_MOVES, task.status, UPDATE_EVENTS[status], "task " + task.task_id),
-                  worker_id=None, run_id=None, run_end=None)
-    return fields, task.status
+    return move(TASK_MOVES, task.status, UPDATE_EVENTS[status], "task " + task.task_id)
 
 
 def update_tasks_op(store, queue, request, at):
@@ -8627,6 +8640,14 @@ def flatten(mapping, prefix=""):
 def load_config():
     """Return the Config in force: that of a loop in this process, else environment over file over defaults."""
     return _PINNED[-1].config if _PINNED else _read_config()
+
+
+def config_sources():
+    """Return {setting: the variable or the file that its value comes from}, without those that have their default."""
+    config = _read_config()
+    found = {key: config.source for key in (_read_settings(config.source) if config.source else ())}
+    found.update((key, row[1]) for key, row in SETTINGS.items() if row[1] and os.environ.get(row[1]))
+    return found
 
 
 _PINNED = []  # a PinnedConfig for each loop under way in this process
@@ -15246,8 +15267,9 @@ def as_yaml(rows):
 
 
 def _csv_cell(value):
-    """Return a value as a cell of CSV, in quotes if the csv module of any Python needs them; None is an empty cell."""
-    text = "" if value is None else str(value)
+    """Return a value as a cell of CSV, in quotes if the csv module of any Python needs them; None is an empty cell, a
+    dict or a list is JSON."""
+    text = "" if value is None else json.dumps(value) if isinstance(value, (dict, list)) else str(value)
     return '"%s"' % text.replace('"', '""') if re.search('[",\r\n]|\\A\\s|\\s\\Z', text) else text
 
 
@@ -15356,26 +15378,32 @@ def dict_of(text, what):
 
 # ---- Files, stdin, answers
 _SILENCE_S = 1.0  # without input on stdin for so long, a command says what it waits for
+PATIENCE_S = 10.0  # and then for so long, it gives up, unless it was asked to read stdin
 
 
-def read_text(path, what="what to do"):
+def read_text(path, what="what to do", patience_s=math.inf):
     """Return the text of a file, or of stdin for `-`, with its line ends unchanged; raises UsageError if it is no text.
 
-    If nothing comes from stdin, a note says that it waits for `what`."""
+    If nothing comes from stdin, a note says that it waits for `what`; after `patience_s` more UsageError is raised."""
     if path == "-":
-        _tell_silence(what)
+        _wait_for_stdin(what, patience_s)
         return decoded(sys.stdin.buffer.read(), "stdin", UsageError) if sys.stdin else ""
     return decoded(read_typed(path), path, UsageError)
 
 
-def _tell_silence(what):
-    """Write a note if nothing comes from stdin within _SILENCE_S."""
+def _wait_for_stdin(what, patience_s):
+    """Return when there is input on stdin, or its end. A note tells after _SILENCE_S without input what is read;
+    UsageError is raised after `patience_s` more."""
     import select
-    try:
-        is_silent = sys.stdin and not select.select([sys.stdin], [], [], _SILENCE_S)[0]
-    except (OSError, ValueError):  # it has no descriptor, or one that `select` does not take
-        return
-    if is_silent:
+    for wait_s, is_last in ((_SILENCE_S, False), (None if patience_s == math.inf else patience_s, True)):
+        try:
+            if not sys.stdin or select.select([sys.stdin], [], [], wait_s)[0]:
+                return
+        except (OSError, ValueError):  # it has no descriptor, or one that `select` does not take
+            return
+        if is_last:
+            raise UsageError("nothing came from standard input within %d s, where %s may come from; nothing was done"
+                             % (patience_s, what))
         note("reading %s from standard input ..." % what)
 
 
@@ -15666,33 +15694,47 @@ def _listed_submission(cells):
     for key, cell in cells.items():
         top, _, rest = key.partition(".")
         kind = TASK_FIELDS[top].kind if top in SUBMISSION_FIELDS else None
+        read = functools.partial(typed_value, what=key) if cell[0] in "[{" else literal
         if kind == "dict" and rest:
-            task.setdefault(top, {})[rest] = literal(cell)
+            task.setdefault(top, {})[rest] = read(cell)
         elif kind and not rest:
-            task[top] = cell if kind == "name" else literal(cell)
+            task[top] = cell if kind == "name" else read(cell)
     return task
 
 
-# ---- Exit codes
+# ---- Errors: their kinds and exit codes
+
+# What a command returns that ends with an error and has printed what a person needs: a key of ERROR_KINDS, and text and
+# hint for the error in JSON.
+Ended = collections.namedtuple("Ended", "kind text hint")
+Ended.__new__.__defaults__ = (None,)
 
 
-def code_for(error):
-    """Return the exit code, a key of EXIT_CODES, of a command that ended with this error."""
+def kind_of(error):
+    """Return the kind, a key of ERROR_KINDS, of an error that ended a command."""
     status = getattr(error, "status_code", None) or getattr(error, "status", None)
     if isinstance(error, (UsageError, SyntaxMistake, UnicodeDecodeError)) or status == 422:
-        return 2
-    is_damaged = isinstance(error, StoreDamaged) or re.search(_DAMAGED, str(error))  # a server sends only the message
-    is_away = isinstance(error, LabtaskerConnectError) or status in (401, 502, 503, 504)
-    return 3 if is_away and not is_damaged else 1
+        return "usage"
+    if isinstance(error, StoreDamaged) or re.search(_DAMAGED, str(error)):  # a server sends only the message
+        return "damaged"
+    if isinstance(error, LabtaskerConnectError) or status in (401, 502, 503, 504):
+        return "unauthorized" if status == 401 else "unreachable"
+    if status == 404 or isinstance(error, FileNotFoundError):
+        return "not_found"
+    return "refused" if isinstance(error, (LabtaskerError, OSError)) else "bug"
 
 
 _DAMAGED = "is damaged, and was|is not the header of a Labtasker journal|this one, version .*, does not know"
+ERROR_KINDS = {  # `kind` of an error as JSON: the exit code
+    "refused": 1, "not_found": 1, "damaged": 1, "bug": 1, "usage": 2, "unreachable": 3, "unauthorized": 3,
+    "tasks_failed": TASKS_FAILED, "timeout": 124,
+}
 EXIT_CODES = {
     0: "done",
     1: "refused, not found, damaged",
     2: "usage: the command line, a filter or a value is wrong",
     3: "the server or the store can't be reached, or the login is refused",
-    4: "tasks failed: task wait, loop --fail; failures in a row stopped a loop",
+    TASKS_FAILED: "tasks failed: task wait, loop --fail; failures in a row stopped a loop",
     124: "the time of task wait --timeout is up",
     130: "Ctrl-C",
 }
@@ -15832,7 +15874,7 @@ SELDOM = ("task count", "task harvest", "task history")  # those of them that sh
 EVERY = 10 ** 9  # the limit of a listing that leaves nothing out
 EXTRA_COMMANDS = {  # the commands of labtasker_cli.py, and what they are for
     "watch": "Show counts, rate, running tasks and last failures, live. Keys open, cancel, retry.",
-    "config": "Edit the configuration in $EDITOR; saved only if it is valid.",
+    "config": "Edit the configuration in $EDITOR; saved only if it is valid. Needs a terminal, but not with --show.",
     "sbatch": "Submit a Slurm job of loops, or an array of jobs; print its id. Options that neither this command "
               "nor labtasker loop has are passed to sbatch, such as -p, -t, -c, --mem, --gpus-per-task.",
     "server wait": "Wait until the configured store's server answers; print its URL. Exit 1 if none does.",
@@ -15870,23 +15912,49 @@ def extras_for(what):
     return extras()
 
 
-def explained(error):
-    """Return the message of an error, with what to do about it if the message itself does not say so."""
+def _explained(error):
+    """Return the message of an error, and what to do about it, or None if the message itself says so."""
     if isinstance(error, LabtaskerHTTPStatusError) and error.status_code == 401:
         config = load_config()
-        return "%s\nNo queue named %s, or wrong password. Both come from %s or from LABTASKER_QUEUE and " \
-               "LABTASKER_PASSWORD. To create the queue: labtasker queue create-from-config" % (
-                   error, config.queue_name, config.source or "no file")
+        return str(error), "No queue named %s, or wrong password. Both come from %s or from LABTASKER_QUEUE and " \
+                           "LABTASKER_PASSWORD. To create the queue: labtasker queue create-from-config" % (
+                               config.queue_name, config.source or "no file")
     if isinstance(error, FilterError) and "in quotes" in error.message:
-        return "%s\nIn a shell the whole filter stands in single quotes: -f 'args.model == \"resnet\"'" % error
+        return str(error), "In a shell the whole filter stands in single quotes: -f 'args.model == \"resnet\"'"
     if isinstance(error, LabtaskerError):
-        return re.sub("(task [0-9a-f-]{36}: )?InvalidStateTransition: ", "", str(error))
+        return re.sub("(task [0-9a-f-]{36}: )?InvalidStateTransition: ", "", str(error)), None
     if isinstance(error, UnicodeDecodeError):
-        return "what was typed is not UTF-8: %s" % error
+        return "what was typed is not UTF-8: %s" % error, None
     if isinstance(error, OSError):
-        return ": ".join(str(part) for part in (error.filename, error.strerror or error) if part)
-    return "%s: %s\nThis is a bug in labtasker %s. LABTASKER_DEBUG=1 shows where it happened." % (
-        type(error).__name__, error, __version__)
+        return ": ".join(str(part) for part in (error.filename, error.strerror or error) if part), None
+    where = "This is a bug in labtasker %s. LABTASKER_DEBUG=1 shows where it happened." % __version__
+    return "%s: %s" % (type(error).__name__, error), where
+
+
+_HINTS = Pattern(r"did you mean [^?\n]*\?|(?<=\()labtasker [^()]*(?=\))|is the server running\?.*|(?<=: )pass -.*")
+
+
+def tell_error(error, is_json):
+    """Write an error, or an Ended, to stderr; return the exit code. Only here errors become text or JSON."""
+    if isinstance(error, Ended):
+        kind, text, way_out = error
+    else:
+        kind, (text, way_out) = kind_of(error), _explained(error)
+    if is_json:
+        found = None if way_out else _HINTS.search(text)
+        tell_json({"error": text, "kind": kind, "exit": ERROR_KINDS[kind],
+                   "hint": way_out or (found.group() if found else None)})
+    elif not isinstance(error, Ended):
+        note("labtasker: error: " + "\n".join(filter(None, (text, way_out))))
+    return ERROR_KINDS[kind]
+
+
+def show_result(options, document, text=None):
+    """Print the result of a command: a dict in the format that was asked for, or else a text, if there is one."""
+    if options.fmt != "table":
+        say(record_text(document, options.fmt))
+    elif text:
+        say(text)
 
 
 # ---- Which tasks: ids, selectors, ids on stdin
@@ -15942,11 +16010,12 @@ def _full_id(word, find=ls_tasks):
     return word if word is None or len(word) == 36 else _id_that_starts(word, find)
 
 
-def _read_ids():
-    """Return the ids on stdin; raises UsageError if stdin is a terminal or has something else than ids."""
+def _read_ids(patience_s=math.inf):
+    """Return the ids on stdin; raises UsageError if stdin is a terminal, has something else than ids, or has nothing
+    within `patience_s`."""
     if sys.stdin is None or is_terminal(sys.stdin):
         raise UsageError("which tasks? Give ids (also on stdin), or select them with --id, --name, -s or -f")
-    words = list(dict.fromkeys(read_text("-", "task ids").split()))
+    words = list(dict.fromkeys(read_text("-", "task ids", patience_s).split()))
     if not words:
         note("No task ids came from standard input.")
     for word in words:
@@ -15961,7 +16030,7 @@ def _tasks_named(words):
     tasks = {t.task_id: t for t in ls_tasks(extra_filter={"_id": {"$in": ids}}, limit=EVERY).content} if ids else {}
     missing = [task_id for task_id in ids if task_id not in tasks]
     if missing:
-        raise NotFound("there is no task %s%s; nothing was done" % (
+        raise NotFound("there is no task %s%s; nothing was done (labtasker task ls lists them)" % (
             missing[0], " (and %d more are missing)" % (len(missing) - 1) if missing[1:] else ""))
     return [tasks[task_id] for task_id in dict.fromkeys(ids)]
 
@@ -15977,14 +16046,18 @@ def _nothing_matches(query, not_done=""):
 
 
 def _chosen_tasks(options, ids=(), limit=EVERY):
-    """Return the tasks that ids, selectors or ids on stdin name. Stdin is read only if neither of the others is
-    given."""
+    """Return the tasks that ids, selectors or ids on stdin name. Stdin is read only if neither of the others is given,
+    and no longer than PATIENCE_S without input, or for the id `-`, as long as it takes."""
+    if options.task_id == "-":
+        options.task_id, ids = None, list(ids) + ["-"]
     query = selectors(options)
     if ids and query:
         raise UsageError("give ids or selectors, not both")
     if query and set(query) != {"task_id"}:
         return ls_tasks(limit=limit, **query).content
-    return _tasks_named(list(query.values()) or ids or _read_ids())
+    if list(ids) == ["-"]:
+        return _tasks_named(_read_ids())
+    return _tasks_named(list(query.values()) or ids or _read_ids(PATIENCE_S))
 
 
 # ---- Listings: columns, formats, pages
@@ -16242,6 +16315,8 @@ def _listing_text(items, options):
     """Return tasks or workers as a table or in another format, with the columns that were chosen; raises UsageError
     if a column is no field."""
     columns = _column_names(options)
+    if options.quiet and options.fmt in ("json", "jsonl"):
+        return WRITERS[options.fmt]([{item.ID: getattr(item, item.ID)} for item in items], ())
     if options.quiet:
         return "\n".join(ids_of(items))
     if options.fmt == "table":
@@ -16264,7 +16339,7 @@ def _show_listing(items, options, note_none=lambda: note("Nothing matches.")):
 # ---- Submitting
 
 
-def metadata_of(options):
+def _metadata_of(options):
     """Return the dict that --metadata gives, or None."""
     return None if options.metadata is None else joined(dict_of(options.metadata, "--metadata"), {}, "metadata")
 
@@ -16298,7 +16373,7 @@ def _submissions(options):
         read = {"{": tasks_of_json, "[": tasks_of_list}.get(text.lstrip()[:1], tasks_of_csv)
         rows = read("stdin" if options.from_file == "-" else options.from_file, text)
     fields = without_none(**{name: getattr(options, name) for name in SUBMISSION_FIELDS})
-    fields.update(without_none(metadata=metadata_of(options)))
+    fields.update(without_none(metadata=_metadata_of(options)))
     tasks = [dict(row, **dict(fields, args=joined(row["args"], fixed))) for row in rows]
     if not tasks:
         raise UsageError("%s contains no task" % options.from_file)
@@ -16352,16 +16427,16 @@ def do_task_submit(options):
     new, ids, failed = unseen(tasks) if options.unique else (tasks, None, [])
     known = "; %d already there" % (len(tasks) - len(new)) if options.unique else ""
     if options.dry_run:
-        if new:
-            say(as_jsonl([{key: value for key, value in task.items() if key != "task_id"} for task in new]))
+        shown = [{key: value for key, value in task.items() if key != "task_id"} for task in new]
+        show_result(options, {"tasks": shown}, as_jsonl(shown))
         note("Would submit %s%s." % (tasks_in_words(new), known))
         _note_seed(is_new_seed, options)
         return _note_failed(failed)
     made = submit_tasks(new) if options.unique or new[1:] else [submit_task(**new[0]).task_id]
-    if options.quiet:
-        say("\n".join(ids or made))
-    else:
-        say("Submitted %s%s" % ("task " + made[0] if len(tasks) == len(made) == 1 else tasks_in_words(made), known))
+    done = "Submitted %s%s" % ("task " + made[0] if len(tasks) == len(made) == 1 else tasks_in_words(made), known)
+    show_result(options, {"task_ids": made, "submitted": len(made), "already_there": len(tasks) - len(new)},
+                "\n".join(ids or made) if options.quiet else done)
+    if not options.quiet:
         _note_seed(is_new_seed, options)
         _note_failed(failed)
 
@@ -16405,8 +16480,8 @@ def do_task_get(options):
 
 # How many tasks match. counts: {value of a field as text: number}. ended, took_s: the latest tasks to end, and the
 # seconds from the first of these ends until the count. mark: names the state that was counted, or None. at: when it was
-# counted, on the monotonic clock.
-Count = collections.namedtuple("Count", "counts ended took_s mark at")
+# counted, on the monotonic clock. values: [[value, number], ...].
+Count = collections.namedtuple("Count", "counts ended took_s mark at values")
 
 
 def counted(query, field="status"):
@@ -16415,12 +16490,20 @@ def counted(query, field="status"):
     tell_doubts(query["extra_filter"], Task)
     if not client().extensions:
         tasks = ls_tasks(limit=EVERY, **query).content
-        values = (get_path(task.to_dict(), field.split(".")) for task in tasks)
-        return Count(collections.Counter(map(brief, values)), 0, 0, None, at)
-    answer, counts = ask_route("POST " + TASKS_PATH + "/count", by=field, **query), collections.Counter()
-    for value, number in answer["counts"]:
+        values = [get_path(task.to_dict(), field.split(".")) for task in tasks]
+        found = {exact(value): value for value in values}
+        pairs_of = [[found[key], number] for key, number in collections.Counter(map(exact, values)).items()]
+        return Count(_by_text(pairs_of), 0, 0, None, at, pairs_of)
+    answer = ask_route("POST " + TASKS_PATH + "/count", by=field, **query)
+    return Count(_by_text(answer["counts"]), answer["ended"], answer["took_s"], answer["mark"], at, answer["counts"])
+
+
+def _by_text(values):
+    """Return {value as a text for a table: number} of [[value, number], ...]."""
+    counts = collections.Counter()
+    for value, number in values:
         counts[brief(value)] += number
-    return Count(counts, answer["ended"], answer["took_s"], answer["mark"], at)
+    return counts
 
 
 def _counted_in(query):
@@ -16462,17 +16545,20 @@ def poll_counts(query, wait_s, until=math.inf):
 def do_task_count(options):
     field = options.by or "status"
     _check_field(field, "--by")
-    counts = collections.Counter({} if options.by or options.status else dict.fromkeys(TASK_STATES, 0))
-    counts.update(counted(selectors(options), field).counts)
-    total = sum(counts.values())
+    found = counted(selectors(options), field)
+    missing = [] if options.by or options.status else [state for state in TASK_STATES if not found.counts[state]]
+    values = sorted(found.values + [[state, 0] for state in missing], key=lambda row: TASK_STATES.index(row[0])
+                    ) if field == "status" else found.values
+    counts, total = _by_text(values), sum(found.counts.values())
     if not total:
         _nothing_matches(selectors(options)) if selectors(options) else None
     elif options.by:
         _note_absent([field])
-    if options.quiet:
-        return say(str(total))
+    if options.fmt == "csv":
+        return say(as_csv([{field: value, "tasks": number} for value, number in values], [field, "tasks"]))
     rows = [(field, "tasks")] + [(name, str(number)) for name, number in counts.items()] + [("total", str(total))]
-    say(render_table(rows, painted=_painter(options)))
+    show_result(options, {"total": total, "by": field, "counts": values},
+                str(total) if options.quiet else render_table(rows, painted=_painter(options)))
 
 
 def do_task_table(options):
@@ -16584,36 +16670,62 @@ def _set_path(tree, path, value):
 def do_task_update(options):
     updates = updates_of((options.update or []) + (options.rest or []))
     by_hand = options.editor or not updates and not options.reset_pending
-    if by_hand and updates:
-        raise UsageError("--editor goes without -u and field=value")
+    if by_hand and (updates or options.dry_run):
+        raise UsageError("--editor goes without -u, field=value and --dry-run")
     if by_hand and not (options.editor or is_terminal(sys.stdin)):
         raise UsageError("what to change? Give -u field=value or --reset-pending; --editor opens them in $EDITOR")
     edit_tasks = by_hand and extras_for("--editor").edit_tasks
     tasks = _chosen_tasks(options, limit=options.limit)
+    changes = [change_of(task, updates) for task in tasks]
+    if options.dry_run:
+        for task, change in zip(tasks, changes):
+            if change.status not in (None, task.status) and not options.reset_pending:
+                set_by_hand(task, change.status)
+        return _show_dry_run(options, "update", tasks, tasks)
     if not tasks:
-        return _nothing_matches(selectors(options), "nothing was updated")
+        return _show_change(options, "updated", tasks)
     if by_hand:
         return edit_tasks(tasks, options)
     by_id = options.task_id is not None or not selectors(options)
     is_asked = not (options.yes or options.quiet or by_id and not is_terminal(sys.stdin))
     confirm("Update %s?" % tasks_in_words(tasks), "-y (--yes)", not is_asked)
-    update_tasks([change_of(task, updates) for task in tasks], reset_pending=options.reset_pending)
-    if not options.quiet:
-        say("Updated %s" % tasks_in_words(tasks))
+    update_tasks(changes, reset_pending=options.reset_pending)
+    _show_change(options, "updated", tasks, tasks)
+
+
+def _show_dry_run(options, verb, matching, tasks):
+    """Show which of the tasks that match a command would have changed."""
+    if options.fmt == "table":
+        _show_listing(tasks, options)
+        note("Would %s %s." % (verb, tasks_in_words(tasks)))
+    else:
+        show_result(options, {"matched": len(matching), "changed": 0, "task_ids": ids_of(tasks)})
+
+
+def _show_change(options, done, matching, changed=(), text=None):
+    """Show how many of the tasks that match a command has changed; where none matches, why, if that is plain.
+
+    `done` is what became of them, "updated" or the like; `text` says it to a person."""
+    if not matching:
+        _nothing_matches(selectors(options), "nothing was " + done)
+    text = matching and not options.quiet and (text or "%s %s" % (done.capitalize(), tasks_in_words(changed)))
+    show_result(options, {"matched": len(matching), "changed": len(changed)}, text)
 
 
 def do_task_delete(options):
-    tasks = _chosen_tasks(options, options.ids)
-    if not tasks:
-        return _nothing_matches(selectors(options), "nothing was deleted")
-    confirm("Delete %s for good?" % tasks_in_words(tasks), "-y (--yes)", options.yes)
+    tasks, gone = _chosen_tasks(options, options.ids), []
+    if options.dry_run:
+        return _show_dry_run(options, "delete", tasks, tasks)
+    if tasks:
+        confirm("Delete %s for good?" % tasks_in_words(tasks), "-y (--yes)", options.yes)
     for task in tasks:
         try:
             delete_task(task.task_id)
         except LabtaskerHTTPStatusError as error:
             if error.status_code != 404:  # somebody else has deleted it: that is what was wanted
                 raise
-    say("Deleted %s" % tasks_in_words(tasks))
+            gone.append(task)
+    _show_change(options, "deleted", tasks, [task for task in tasks if task not in gone])
 
 
 def do_task_retry(options):
@@ -16621,23 +16733,17 @@ def do_task_retry(options):
         options.status = "failed"
     tasks = _chosen_tasks(options, options.ids)
     if options.dry_run:
-        _show_listing(tasks, options)
-        return note("Would retry %s." % tasks_in_words(tasks))
-    if not tasks:
-        return _nothing_matches(selectors(options), "nothing was retried")
-    update_tasks([TaskUpdateRequest(_id=task.task_id) for task in tasks], reset_pending=True)
-    if not options.quiet:
-        say("%s pending again" % tasks_in_words(tasks))
+        return _show_dry_run(options, "retry", tasks, tasks)
+    if tasks:
+        update_tasks([TaskUpdateRequest(_id=task.task_id) for task in tasks], reset_pending=True)
+    _show_change(options, "retried", tasks, tasks, "%s pending again" % tasks_in_words(tasks))
 
 
 def do_task_cancel(options):
     tasks = _chosen_tasks(options, options.ids)
     left = [task for task in tasks if task.status in ("pending", "running")]
     if options.dry_run:
-        _show_listing(left, options)
-        return note("Would cancel %s." % tasks_in_words(left))
-    if not tasks:
-        return _nothing_matches(selectors(options), "nothing was cancelled")
+        return _show_dry_run(options, "cancel", tasks, left)
     running = sum(task.status == "running" for task in left)
     if left:
         is_by_id = options.ids or options.task_id is not None or not selectors(options)
@@ -16646,10 +16752,10 @@ def do_task_cancel(options):
         ids = {"_id": {"$in": ids_of(left)}, "status": {"$in": ["pending", "running"]}}
         left = ls_tasks(extra_filter=ids, limit=EVERY).content  # without those that ended before the answer was typed
         update_tasks([TaskUpdateRequest(_id=task.task_id, status="cancelled") for task in left])
-    if not options.quiet:
-        over = collections.Counter(task.status for task in tasks if task.status not in ("pending", "running"))
-        say("Cancelled %s%s" % (tasks_in_words(left), over and "; over already: " + ", ".join(
-            "%d %s" % (number, status) for status, number in over.items()) or ""))
+    over = collections.Counter(task.status for task in tasks if task.status not in ("pending", "running"))
+    rest = ", ".join("%d %s" % (number, status) for status, number in over.items())
+    text = "Cancelled %s%s" % (tasks_in_words(left), rest and "; over already: " + rest)
+    _show_change(options, "cancelled", tasks, left, text)
 
 
 # ---- Waiting: counts, rate and time left
@@ -16706,14 +16812,15 @@ def _paces(query, until=math.inf):
         time.sleep(max(0, min(30, until - monotonic(), max(REFRESH_S, 10 * (monotonic() - began)))))
 
 
-_TIME_IS_UP = 124  # the exit code
-
-
 def do_task_wait(options):
-    """Wait until nothing is pending or running; return TASKS_FAILED if a task failed, _TIME_IS_UP after --timeout."""
-    query, has_bar = selectors(options), is_terminal(sys.stderr) and not options.quiet
-    until = math.inf if options.timeout is None else monotonic() + options.timeout
-    last, idle_at, is_noted = collections.Counter(), math.inf, options.quiet  # is_noted: that no loop runs
+    """Wait until nothing is pending or running, or until --timeout; return what `_waited` does."""
+    is_json = options.fmt != "table"
+    query, is_quiet = selectors(options), options.quiet or is_json
+    has_bar, until = is_terminal(sys.stderr) and not is_quiet, math.inf
+    if options.timeout is not None:
+        until = monotonic() + options.timeout
+    last, idle_at = collections.Counter(), math.inf
+    is_noted = options.quiet or is_json and until < math.inf  # that no loop runs; the error in JSON tells it
     results = _paces(query, until) if has_bar else poll_counts(
         query, lambda: IDLE_WAIT_S if is_noted or last["running"] else _NO_LOOP_S, until)
     for result in results:  # a Pace or a Count
@@ -16725,17 +16832,29 @@ def do_task_wait(options):
             bar = progress(result, screen_size(sys.stderr)[0] - 1)
             sys.stderr.write("\r\x1b[K" + bar + ("\n" if is_over else "\r"))
             sys.stderr.flush()
-        elif (counts != last or not counts) and not options.quiet:
+        elif (counts != last or not counts) and not is_quiet:
             note(in_states(counts)) if counts else _nothing_matches(query)
         if is_over:
-            return TASKS_FAILED if counts["failed"] else 0
+            return _waited(options, counts)
         last, idle_at = counts, min(idle_at, monotonic()) if is_idle else math.inf
         if not is_noted and monotonic() - idle_at >= _NO_LOOP_S:
             is_noted = _note_no_loop(query, counts, "\r\x1b[K" * has_bar)
-    if not options.quiet:
+    if not is_quiet:
         note("\n" * has_bar + "The time is up: %s." % in_states(last))
         is_noted or last["running"] or _note_no_loop(query, last)
-    return _TIME_IS_UP
+    return _waited(options, last, _no_loop(query, last) if is_json and not last["running"] else None)
+
+
+def _waited(options, counts, way_out=None):
+    """Print how many tasks are in which state after the wait; return None, or the Ended of one whose time is up or that
+    tells of tasks that have failed."""
+    is_late, total = bool(counts["pending"] + counts["running"]), sum(counts.values())
+    if options.fmt != "table":
+        show_result(options, dict([(state, counts[state]) for state in TASK_STATES], timed_out=is_late))
+    if is_late:
+        return Ended("timeout", "the time is up: %s" % in_states(counts), way_out)
+    return Ended("tasks_failed", "%d of %d tasks failed" % (counts["failed"], total),
+                 "labtasker task ls -s failed") if counts["failed"] else None
 
 
 _NO_LOOP_S = 2.0  # with nothing running for so long there is no loop: less may be a loop between two tasks
@@ -16743,15 +16862,23 @@ _NO_LOOP_S = 2.0  # with nothing running for so long there is no loop: less may 
 
 def _note_no_loop(query, counts, head=""):
     """Note that no loop runs, unless one runs other tasks; return True."""
+    text = _no_loop(query, counts)
+    if text:
+        sys.stderr.write(head)
+        note(text)
+    return True
+
+
+def _no_loop(query, counts):
+    """Return text that says that no loop runs and which command starts one; None if a task runs or nobody knows."""
     try:
         if not ls_tasks(status="running", limit=1).content:
             task, = ls_tasks(limit=1, **dict(query, status="pending")).content
-            sys.stderr.write(head)
-            note("%d pending, no loop runs: start one, such as labtasker loop -- %s" % (
-                counts["pending"], _example_command(task)))
+            return "%d pending, no loop runs: start one, such as labtasker loop -- %s" % (
+                counts["pending"], _example_command(task))
     except (LabtaskerError, ValueError):  # the server is away, or no task is pending any more
         pass
-    return True
+    return None
 
 
 # ---- Why a task is not run
@@ -16760,8 +16887,9 @@ def _note_no_loop(query, counts, head=""):
 def do_task_why(options):
     task, = _tasks_named([options.task_id])
     lines = _in_the_way(task, options) if task.status == "pending" else [_what_became(task)]
-    for line in lines:
-        say(as_started(clean(line)))
+    reasons = [as_started(line) for line in lines]
+    show_result(options, {"task_id": task.task_id, "status": task.status, "reasons": reasons},
+                "\n".join(map(clean, reasons)))
 
 
 def _what_became(task):
@@ -16867,14 +16995,14 @@ def do_task_logs(options):
             task.task_id, task.attempts.index(attempt) + 1, len(task.attempts), attempt.get("host"),
             attempt.get("status", "running")))
     if is_followed:
-        _follow_log(path, lambda: options.follow and _is_under_way(task.task_id, run_id))
+        _follow_log(path, lambda: options.follow and _is_under_way(task.task_id, run_id), options.tail)
     if is_followed and not os.path.exists(path):  # the run is over, elsewhere
         time.sleep(LOOK_S)  # its output is kept after its report
         found = get_log(task.task_id, run_id)
         if found.get("text") is None:
             raise _no_output(path, attempt, False)
     if found.get("text") is not None:
-        _print_end_of_log(found)
+        _print_end_of_log(found, options.tail)
 
 
 def _no_output(path, attempt, goes_on):
@@ -16884,12 +17012,33 @@ def _no_output(path, attempt, goes_on):
         "; where the store does not lie beside it, its end comes with the run's end" if goes_on else ""))
 
 
-def _print_end_of_log(found):
-    """Print what `_log_of_run` has found; who reads it hears where there is more."""
-    if found["size"] > TAIL_BYTES:
+def _print_end_of_log(found, tail=None):
+    """Print what `_log_of_run` has found, or its last `tail` lines; who reads it hears where there is more."""
+    import io
+    data = found["text"].encode("utf-8", "replace")
+    begin = 0 if tail is None else _begin_of_tail(io.BytesIO(data), tail)
+    if found["size"] > TAIL_BYTES and not begin:
         note("this is the end of %d bytes; all of them are on %s: %s" % (found["size"], found["host"], found["path"]))
-    _print_output(found["text"].encode("utf-8", "replace"))
+    _print_output(data[begin:])
     sys.stdout.flush()
+
+
+def _begin_of_tail(file, lines):
+    """Return the offset at which the last `lines` lines of a file begin; it is read from its end."""
+    size = position = file.seek(0, os.SEEK_END)
+    while lines and position:
+        begin = max(0, position - TAIL_BYTES)
+        file.seek(begin)
+        data, at = file.read(position - begin), position - begin
+        if position == size and data.endswith(b"\n"):
+            at -= 1
+        while at >= 0 and lines:
+            at = data.rfind(b"\n", 0, at)
+            lines -= at >= 0
+        if not lines:
+            return begin + at + 1
+        position = begin
+    return position
 
 
 def _chosen_attempt(task, number):
@@ -16922,9 +17071,13 @@ def _is_under_way(task_id, run_id):
 _POLL_S, LOOK_S = 0.2, 1.0  # between two looks at a file that grows, and at the task whose output it is
 
 
-def _follow_log(path, goes_on):
-    """Print a file, and what is added to it while `goes_on()`; a person gets no control characters but colours."""
+def _follow_log(path, goes_on, tail=None):
+    """Print a file, or its last `tail` lines, and what is added to it while `goes_on()`; a person gets no control
+    characters but colours."""
     position, look_at, is_going = 0, 0, True
+    if tail is not None and os.path.exists(path):
+        with open_plain(path) as file:
+            position = _begin_of_tail(file, tail)
     while is_going:
         if time.monotonic() >= look_at:  # before the reading: what came until the end is printed too
             is_going, look_at = goes_on(), time.monotonic() + LOOK_S
@@ -17034,7 +17187,7 @@ def do_loop(options):
         raise UsageError("-- COMMAND, --cmd and --script-path exclude each other")
     if not (options.rest or options.shell or options.script_path):
         options.shell = "" if sys.stdin is None or is_terminal(sys.stdin) else read_text(
-            "-", "a script").replace("\r\n", "\n")
+            "-", "a script", PATIENCE_S).replace("\r\n", "\n")
         if not options.shell.strip():
             raise UsageError("what to run? labtasker loop -- python train.py --lr '%(lr)' (or --cmd, --script-path, "
                              "or a script on stdin)")
@@ -17095,8 +17248,9 @@ def do_server_status(options):
     shown = {"status": status, "url": "".join(told.get("addresses", ())[:1]), "store": path, "pid": told.get("pid"),
              "host": told.get("host"), "version": told.get("version"), "since": told.get("started_at")}
     say(record_text({name: value for name, value in shown.items() if value}, options.fmt).rstrip("\n"))
-    note(remark) if remark else None
-    return 0 if peer else 3
+    if remark and options.fmt not in ("json", "jsonl"):
+        note(remark)
+    return None if peer else Ended("unreachable", remark or "no server runs on " + path)
 
 
 def _state_of_server(path, found):
@@ -17138,19 +17292,17 @@ def do_server_stop(options):
 def do_health(options):
     began, missing = monotonic(), missing_store(load_config())
     if missing:
-        say(clean("unhealthy: " + missing))
-        return 3
-    try:
-        answer = health_check()
-    except LabtaskerConnectError as error:
-        note("labtasker: error: " + explained(error))
-        return 3
+        if options.fmt == "table":
+            say(clean("unhealthy: " + missing))
+        return Ended("unreachable", missing)
+    answer = health_check()
     spent_ms = 1000 * (monotonic() - began)
-    version = "version %s" % client().call("GET", "/").get("version") if client().extensions else "Labtasker 1.0"
+    version = client().call("GET", "/").get("version") if client().extensions else "1.0"
     healthy = answer.status == "healthy"
-    say(clean("%s: %s, %s, %.1f ms%s" % (answer.status, client().where, version, spent_ms,
-                                         "" if healthy else ", " + answer.database)))
-    return 0 if healthy else 3
+    show_result(options, {"status": answer.status, "store": client().where, "version": version}, clean(
+        "%s: %s, %s, %.1f ms%s" % (answer.status, client().where, "version " + version if client().extensions else (
+            "Labtasker 1.0"), spent_ms, "" if healthy else ", " + answer.database)))
+    return None if healthy else Ended("unreachable", "the store is not healthy: " + answer.database)
 
 
 # ---- Queues
@@ -17164,11 +17316,20 @@ def _secret_of(options):
 
 def do_queue_create(options):
     name = options.queue_name or ask("Queue name:", "--queue-name")
-    answer = create_queue(name, _secret_of(options), metadata_of(options))
+    if options.dry_run:
+        _check_queue_name(name)
+        return say("Would create queue " + name)
+    answer = create_queue(name, _secret_of(options), _metadata_of(options))
     say(answer.queue_id if options.quiet else "Created queue %s (%s)" % (name, answer.queue_id))
 
 
-def create_configured_queue(config, metadata=None):
+def do_queue_create_from_config(options):
+    config, metadata = load_config(), _metadata_of(options)
+    say("Would create queue %s, if it is not there yet" % config.queue_name if options.dry_run
+        else _create_configured_queue(config, metadata))
+
+
+def _create_configured_queue(config, metadata=None):
     """Return what was done: the queue of the configuration is there after this, and its password fits.
 
     A store without a server asks no password; it gets one that nobody knows, until `queue update` gives another."""
@@ -17192,18 +17353,20 @@ def do_queue_get(options):
     queue = get_queue()
     if options.quiet and not queue.queue_id:
         raise LabtaskerRuntimeError("queue %s has no id yet: the first task makes it" % queue.queue_name)
-    say(queue.queue_id if options.quiet else record_text(queue.to_dict()))
+    say(queue.queue_id if options.quiet and options.fmt == "yaml" else record_text(queue.to_dict(), options.fmt))
 
 
 def do_queue_update(options):
     if options.new_queue_name is options.new_password is options.metadata is None:
         raise UsageError("what to change? Give --new-queue-name, --new-password or --metadata")
     password, made_up = options.new_password, None
+    if options.dry_run:
+        return say("Would change of queue %s: %s" % (get_queue().queue_name, _changes_of_queue(options)))
     if password is True:
         password = is_terminal(sys.stdin) and answer_to("New password (empty: one is made up):", secret=True)
         made_up = None if password else os.urandom(8).hex()
     name = options.new_queue_name or made_up and get_queue().queue_name  # asked while the old password is right
-    update_queue(options.new_queue_name, made_up or password, metadata_of(options))
+    update_queue(options.new_queue_name, made_up or password, _metadata_of(options))
     if made_up:
         say("The password of queue %s is now: %s" % (name, made_up))
     elif not options.quiet:
@@ -17212,9 +17375,21 @@ def do_queue_update(options):
         note("The configuration still has the old name or password. To change it: labtasker config")
 
 
+def _changes_of_queue(options):
+    """Return what `queue update` would change; raises UsageError as it would."""
+    if options.new_queue_name is not None:
+        _check_queue_name(options.new_queue_name)
+    return ", ".join(filter(None, (
+        options.new_queue_name and "its name, to " + options.new_queue_name, options.new_password and "its password",
+        _metadata_of(options) and "its metadata, by " + pairs(_metadata_of(options)))))
+
+
 def do_queue_delete(options):
     name = get_queue().queue_name
     what = ", its tasks and its workers" if options.cascade else ""
+    if options.dry_run:
+        return say("Would delete queue %s%s (%d tasks, %d workers)" % (
+            name, what, sum(counted({}).counts.values()), len(ls_workers(limit=EVERY).content)))
     confirm("Delete the queue %s%s for good?" % (name, what), "-y (--yes)", options.yes)
     delete_queue(cascade_delete=options.cascade)
     say("Deleted queue %s" % name)
@@ -17224,7 +17399,10 @@ def do_queue_delete(options):
 
 
 def do_worker_create(options):
-    worker_id = create_worker(options.worker_name, metadata_of(options), options.max_retries)
+    if options.dry_run:
+        _metadata_of(options)
+        return say("Would create a worker" + (" named " + options.worker_name if options.worker_name else ""))
+    worker_id = create_worker(options.worker_name, _metadata_of(options), options.max_retries)
     say(worker_id if options.quiet else "Created worker %s" % worker_id)
 
 
@@ -17241,14 +17419,25 @@ def do_worker_ls(options):
         lambda: note("Nothing matches%s." % ("" if shown is given else ", loops that have ended left out (--all)")))
 
 
+def _worker_named(worker_id):
+    """Return the worker with this id; raises NotFound."""
+    for worker in ls_workers(worker_id=worker_id).content:
+        return worker
+    raise NotFound("there is no worker %s (labtasker worker ls lists them)" % worker_id)
+
+
 def do_worker_report(options):
     worker_id = _full_id(options.worker_id, ls_workers)
+    if options.dry_run:
+        return say("Would set worker %s %s; it is %s" % (worker_id, options.status, _worker_named(worker_id).status))
     report_worker_status(worker_id, options.status)
     say("Worker %s is %s" % (worker_id, options.status))
 
 
 def do_worker_delete(options):
     worker_id = _full_id(options.worker_id, ls_workers)
+    if options.dry_run:
+        return say("Would delete worker " + _worker_named(worker_id).worker_id)
     confirm("Delete worker %s?" % worker_id, "-y (--yes)", options.yes)
     delete_worker(worker_id, cascade_update=options.cascade_update)
     say("Deleted worker %s" % worker_id)
@@ -17258,14 +17447,73 @@ def do_worker_delete(options):
 
 
 def do_event_listen(options):
-    listener = connect_events(options.timeout, options.after)
+    listener, seen, failed = connect_events(options.timeout, options.after), 0, 0
     note("Connected; Ctrl-C ends it.")
-    for event in listener.iter_events():
-        if options.raw:
-            say(json.dumps(event.to_dict()))
+    for event in _heard(listener, options.until_idle) if options.most != 0 else ():
+        text = json.dumps(event.to_dict())
+        if options.exec:
+            failed += not _run_for_event(options.exec, text, options.exec_timeout, event)
         else:
-            say(clean(_event_line(event) if options.compact else _event_text(event)))
+            say(text if options.raw else clean(_event_line(event) if options.compact else _event_text(event)))
         sys.stdout.flush()
+        seen += 1
+        if seen == options.most:
+            break
+    return Ended("refused", "the command failed for %d of %d events" % (failed, seen)) if failed else None
+
+
+_QUIET_S = 1.0  # how long no event comes until it is looked whether anything is still to be done
+
+
+def _heard(listener, until_idle):
+    """Yield the events as they come; `until_idle`: until no task is pending or running, and no more events come."""
+    quiet = 0  # looks in a row after which nothing was to be done
+    while quiet < 2:
+        event = listener.get_event(_QUIET_S if until_idle else None)
+        if event is not None:
+            quiet = 0
+            yield event
+        elif not until_idle:
+            return
+        else:
+            quiet = quiet + 1 if listener.is_connected() and _is_idle() else 0
+
+
+def _is_idle():
+    """Return whether no task is pending or running; one can't say so of a server that is away."""
+    try:
+        counts = counted({}).counts
+        return not counts["pending"] + counts["running"]
+    except LabtaskerError as error:
+        if is_away(error):
+            return False
+        raise
+
+
+def _run_for_event(command, text, limit_s, response):
+    """Return whether a command of the shell, which got an event's JSON on its stdin, ended well and in time; a note
+    tells of one that did not. What it has started in its process group ends with the time, or with this process."""
+    import signal
+    import subprocess
+
+    def leave(number, _):
+        raise SystemExit(128 + number)
+    before = signal.signal(signal.SIGTERM, leave)
+    process = subprocess.Popen(command, shell=True, stdin=subprocess.PIPE, start_new_session=True)
+    try:
+        process.communicate(text.encode() + b"\n", timeout=limit_s)
+        code = process.returncode
+        why = code and ("exit code %d" % code if code > 0 else signal_name(-code))
+    except subprocess.TimeoutExpired:
+        why = "it took longer than %s (--exec-timeout)" % span(limit_s)
+    finally:
+        if process.poll() is None:
+            end_groups([process.pid], monotonic() + LOST_GRACE_S, time.sleep)
+            process.wait()
+        signal.signal(signal.SIGTERM, before)
+    if why:
+        note("labtasker: the command failed, %s, for the event %s" % (why, _event_line(response)))
+    return not why
 
 
 def _event_line(response):
@@ -17305,6 +17553,9 @@ def do_journal_repair(options):
     path = _journal_path(options)
     if not (Survey(path).bad or Survey(path).lost):
         return say(clean("%s: fine, nothing was changed" % path))
+    if options.dry_run:
+        return say(clean("%s: would be replaced by a file of its %d good lines; the damaged file would be kept" % (
+            path, Survey(path).lines)))
     confirm("Replace %s by a file of its good lines? The damaged file is kept." % path, "-y (--yes)", options.yes)
     found, damaged, aside, ids = repair_store(path)
     say(clean("%s: %d good lines are kept" % (path, found.lines)))
@@ -17428,7 +17679,7 @@ def _base_url(text):
 def _opened_queue(config, options):
     """Return the Config and what was done: its queue is there after this, and open to it."""
     use_client(Client(transport_for(config)))
-    return config, create_configured_queue(config)
+    return config, _create_configured_queue(config)
 
 
 # ---- Demo
@@ -17686,7 +17937,7 @@ def _command_help(path):
     row = COMMANDS[path]
     width = os.environ.get("COLUMNS", "")
     width = min(100, int(width)) if width.isdigit() else 80  # to ask the terminal takes a slow import
-    rows = [(spelled(flags, settings), settings["help"]) for flags, settings in row.options]
+    rows = [(spelled(flags, settings), settings["help"]) for flags, settings in row.options if settings["help"]]
     places = [("[%s ...]" if "nargs" in settings else "%s") % settings["metavar"]
               for flags, settings in row.options if not flags[0].startswith("-")]
     places = ["[options]"] * (len(places) < len(rows)) + places + [row.rest or ""]
@@ -17858,7 +18109,7 @@ def _run_command(words):
     options = parse(path, words)
     if os.getpid() == 1 and path in ("loop", "serve"):
         _leave_to_init()
-    if path.split()[0] in ("task", "worker", "health", "loop"):
+    if path.split()[0] in ("task", "worker", "health", "loop") and not getattr(options, "dry_run", False):
         bring_what_waits()
     return COMMANDS[path].run(options)
 
@@ -17877,14 +18128,16 @@ def main(argv=None):
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # closed by whoever started us
             setattr(sys, name, open(os.devnull, "w"))
+    words = sys.argv[1:] if argv is None else argv
+    is_json = _wants_json(words)
     try:
-        code = _run_command(sys.argv[1:] if argv is None else argv) or 0
+        code = _run_command(words) or 0
         sys.stdout.flush()
-        return code
+        return tell_error(code, is_json) if isinstance(code, Ended) else code
     except SystemExit as error:  # argparse after --help, or a person who said no
         return error.code or 0
     except KeyboardInterrupt:
-        note("")
+        is_json or note("")
         return 130
     except BrokenPipeError:  # whoever read our output has seen enough
         silence()
@@ -17892,8 +18145,15 @@ def main(argv=None):
     except Exception as error:
         if os.environ.get("LABTASKER_DEBUG"):
             raise
-        note("labtasker: error: " + explained(error))
-        return code_for(error)
+        return tell_error(error, is_json)
+
+
+def _wants_json(words):
+    """Return whether JSON is asked for, by words that may be wrong otherwise; what follows `--` is another's."""
+    words = words[:words.index("--")] if "--" in words else words
+    asked = [after for word, after in zip(words, words[1:] + [""]) if word == "--fmt"]
+    asked += [word[6:] for word in words if word.startswith("--fmt=")] + ["json"] * ("--json" in words)
+    return any(word in ("json", "jsonl") for word in asked)
 
 
 # ---- The table
@@ -17904,12 +18164,17 @@ _QUIET = option("-q --quiet", "print only ids")
 _SILENT = option("-q --quiet", "print nothing")
 _YES = option("-y --yes", "ask nothing")
 _DRY_RUN = option("--dry-run", "only show which tasks match")
+_IDLE = option("--dry-run", "check, and say what would be done; change nothing")
 
 
-def _formats(*first, **settings):
-    """Return the rows of --fmt and of --json, which is short for --fmt json."""
-    return [choice("--fmt FORMAT", first + FORMATS, **settings),
-            option("--json", "--fmt json", dest="fmt", action="store_const", const="json")]
+def formats(*first, **settings):
+    """Return the rows of --fmt and of --json, which is short for --fmt json and has no line of its own in the help."""
+    text = "|".join(first + FORMATS) + "; --json is --fmt json"
+    return [choice("--fmt FORMAT", first + FORMATS, help=text, **settings),
+            option("--json", None, dest="fmt", action="store_const", const="json")]
+
+
+_AS_TABLE = formats("table")
 
 
 _NO_PAGER = option("--no-pager", "do not use $PAGER")
@@ -17921,7 +18186,7 @@ SELECT = [option("--id --task-id ID", "the task with this id", dest="task_id"),
           choices("-s --status STATUS", TASK_STATES), _FILTER]
 _LIST = [option("--limit N", "show at most N (100)", type=count, default=100),
          option("--offset N", "skip the first N", type=count, default=0),
-         *_formats("table"),
+         *_AS_TABLE,
          option("-v --verbose", "more columns, no value cut"), _NO_PAGER] + _COLOUR
 QUEUE = [option("--queue-name NAME", "letters, digits, _ and -"),
          option("--password PASSWORD", "default: LABTASKER_PASSWORD, else it is asked for")]
@@ -17948,8 +18213,8 @@ COMMANDS = {
             option("--seed S", "the same number draws the same sample", type=count),
             option("--from FILE", "a task for each JSON line or CSV row; - is stdin", dest="from_file",
                    type=for_system),
-            option("--unique", "skip what has the same name and arguments as an existing task"),
-            option("--dry-run", "print what would be submitted, as JSON lines"), _QUIET],
+            option("--unique", "skip what is there already, by name and arguments"),
+            option("--dry-run", "print what would be submitted, as JSON lines"), _QUIET] + _AS_TABLE,
         "[-- --NAME=VALUE ...]"),
     "task ls": Command(
         do_task_ls, "List tasks, the least recently changed first.",
@@ -17959,10 +18224,11 @@ COMMANDS = {
             option("--piped-in", "only tasks whose ids are on stdin"), _QUIET] + _LIST),
     "task get": Command(
         do_task_get, "Show one task with all its fields.", "labtasker task get 3f2a",
-        [ID] + _formats(default="yaml") + [_NO_PAGER]),
+        [ID] + formats(default="yaml") + [_NO_PAGER]),
     "task count": Command(
         do_task_count, "Count tasks by status, or by another field.", "labtasker task count --by args.model",
-        SELECT + [option("--by FIELD", "count by this field"), option("-q --quiet", "print only the total")] + _COLOUR),
+        SELECT + [option("--by FIELD", "count by this field"), option("-q --quiet", "print only the total")] + _AS_TABLE
+        + _COLOUR),
     "task table": Command(
         do_task_table, "Compare groups of tasks by the mean of a value.",
         "labtasker task table --by args.lr --of summary.acc", [
@@ -17973,7 +18239,7 @@ COMMANDS = {
             option("--min", "the smallest mean is best", dest="mode", action="store_const", const="min"),
             option("--name --task-name NAME", "tasks with this name", dest="task_name"),
             choices("-s --status STATUS", TASK_STATES, default="success"), _FILTER,
-            *_formats("table", "md")] + _COLOUR),
+            *formats("table", "md")] + _COLOUR),
     "task update": Command(
         do_task_update, "Change fields of tasks, all in one transaction. Each update replaces that field only.",
         "labtasker task update -s failed -u args.lr=0.005 --reset-pending", SELECT + [
@@ -17981,37 +18247,40 @@ COMMANDS = {
                    action="append"),
             option("--reset-pending", "make them pending again, with retries at 0"),
             option("--editor", "open them in $EDITOR (the default without updates)"),
-            option("--limit N", "change at most N (all)", type=count),
-            _YES, option("-q --quiet", "ask nothing, print nothing")],
+            option("--limit N", "change at most N (all)", type=count), _DRY_RUN,
+            _YES, option("-q --quiet", "ask nothing, print nothing")] + _AS_TABLE,
         "[-- FIELD=VALUE ...]"),
     "task delete": Command(
         do_task_delete, "Delete tasks. If one of the ids is unknown, none is deleted.",
-        "labtasker task ls -s failed -q --limit 10000 | labtasker task delete -y", [_ID_ARGUMENTS] + SELECT + [_YES]),
+        "labtasker task ls -s failed -q --limit 10000 | labtasker task delete -y",
+        [_ID_ARGUMENTS] + SELECT + [_DRY_RUN, _YES, _SILENT] + _AS_TABLE),
     "task retry": Command(
         do_task_retry, "Make failed, or selected, tasks pending again. Resets their retries to 0.",
         "labtasker task retry -f 'args.model == \"vit\"' --dry-run",
         [option("ID", "task ids; without any, the selectors, else all failed ones", dest="ids", nargs="*", default=[])]
-        + SELECT + [_DRY_RUN, _YES, _QUIET]),
+        + SELECT + [_DRY_RUN, _YES, _QUIET] + _AS_TABLE),
     "task cancel": Command(
         do_task_cancel, "Cancel those of the tasks that are pending or running. What runs is ended within seconds.",
-        "labtasker task cancel --name grid -f 'args.lr > 0.5'", [_ID_ARGUMENTS] + SELECT + [_DRY_RUN, _YES, _SILENT]),
+        "labtasker task cancel --name grid -f 'args.lr > 0.5'", [_ID_ARGUMENTS] + SELECT + [_DRY_RUN, _YES, _SILENT]
+        + _AS_TABLE),
     "task wait": Command(
         do_task_wait, "Wait until no selected task is pending or running. Exit 4 if any failed.",
         "labtasker task wait --name grid && echo done", SELECT + [
             option("--timeout TIME", "wait no longer; exit 124", type=seconds),
-            option("--expect N", "exit 1 if fewer match", type=count), _SILENT]),
+            option("--expect N", "exit 1 if fewer match", type=count), _SILENT] + _AS_TABLE),
     "task why": Command(
         do_task_why, "Say why a task is not running, and its place in line.",
-        "labtasker task why 3f2a -- python train.py --lr '%(lr)'", [ID, _FILTER],
+        "labtasker task why 3f2a -- python train.py --lr '%(lr)'", [ID, _FILTER] + _AS_TABLE,
         "[-- COMMAND ...]"),
     "task logs": Command(
         do_task_logs, "Print the output of a task's last run, or of an earlier one.",
         "labtasker task logs 3f2a -f",
         [ID, option("-f --follow", "keep printing while it runs"),
+         option("--tail N", "print the last N lines", type=count),
          option("--attempt N", "the Nth of the attempts that the task keeps (the last)", type=count)]),
     "task history": Command(
         do_task_history, "Print the points that a task's runs have reported with a step.",
-        "labtasker task history 3f2a --fmt csv", [ID] + _formats("table", default="table") + [_NO_PAGER]),
+        "labtasker task history 3f2a --fmt csv", [ID] + formats("table", default="table") + [_NO_PAGER]),
     "task harvest": Command(
         do_task_harvest, "Take results from the output of last runs, as loop --metric does.",
         "labtasker task harvest --metric 'acc=accuracy: ([0-9.]+)' -s success",
@@ -18033,31 +18302,32 @@ COMMANDS = {
     "serve": Command(
         do_serve, "Run a server, so that several hosts share a store.", "labtasker serve --host 0.0.0.0 --port 9321",
         _options_of(SERVE_OPTIONS)),
-    "health": Command(do_health, "Say whether the server or store answers; exit 3 if not.", "labtasker health"),
+    "health": Command(
+        do_health, "Say whether the server or store answers; exit 3 if not.", "labtasker health", _AS_TABLE),
     "queue create": Command(do_queue_create, "Create a queue.",
-                            "labtasker queue create --queue-name sweep --password secret", QUEUE + [_METADATA, _QUIET]),
+                            "labtasker queue create --queue-name sweep --password secret",
+                            QUEUE + [_METADATA, _QUIET, _IDLE]),
     "queue create-from-config": Command(
-        lambda options: say(create_configured_queue(load_config(), metadata_of(options))),
-        "Create the configured queue where there is none yet.",
-        "labtasker queue create-from-config", [_METADATA]),
+        do_queue_create_from_config, "Create the configured queue where there is none yet.",
+        "labtasker queue create-from-config", [_METADATA, _IDLE]),
     "queue get": Command(
         do_queue_get, "Show the queue.",
-        "labtasker queue get", [option("-q --quiet", "print only its id")]),
+        "labtasker queue get", [option("-q --quiet", "print only its id")] + formats(default="yaml")),
     "queue update": Command(
         do_queue_update, "Rename the queue, change its password or metadata.",
         "labtasker queue update --new-queue-name sweep2", [
             option("--new-queue-name NAME", "letters, digits, _ and -"),
             option("--new-password PASSWORD", "1 to 100 letters; without any it is asked for, or made up and printed",
-                   nargs="?", const=True), _METADATA, _SILENT]),
+                   nargs="?", const=True), _METADATA, _SILENT, _IDLE]),
     "queue delete": Command(
         do_queue_delete, "Delete the queue.",
         "labtasker queue delete --cascade --yes",
-        [option("--cascade", "its tasks and workers too"), _YES]),
+        [option("--cascade", "its tasks and workers too"), _YES, _IDLE]),
     "worker create": Command(
         do_worker_create, "Register a worker and print its id.", "labtasker worker create --worker-name gpu0", [
             option("--worker-name --name NAME", "letters, digits, _ and -", dest="worker_name"), _METADATA,
             option("--max-retries N", "failed runs after which it gets no more tasks (3)", type=count, default=3),
-            _QUIET]),
+            _QUIET, _IDLE]),
     "worker ls": Command(
         do_worker_ls, "List workers.", "labtasker worker ls -s crashed", [
             option("--id --worker-id ID", "the worker with this id", dest="worker_id"),
@@ -18066,22 +18336,29 @@ COMMANDS = {
             option("--all", "those of loops that have ended, too"), _QUIET] + _LIST),
     "worker report": Command(
         do_worker_report, "Set a worker active, suspended or crashed.", "labtasker worker report ID active",
-        [_WORKER, choice("STATUS", WORKER_STATES, dest="status")]),
+        [_WORKER, choice("STATUS", WORKER_STATES, dest="status"), _IDLE]),
     "worker delete": Command(
         do_worker_delete, "Delete a worker.", "labtasker worker delete ID --yes", [
-            _WORKER, switch("cascade-update", "clear its id in its tasks (the default), or not", default=True), _YES]),
+            _WORKER, switch("cascade-update", "clear its id in its tasks (the default), or not", default=True), _YES,
+            _IDLE]),
     "event listen": Command(
         do_event_listen, "Print the state changes of tasks and workers until Ctrl-C. Reconnects.",
-        "labtasker event listen --compact", [
-            option("-c --compact", "one line for each event"), option("--raw", "one line of JSON for each event"),
+        "labtasker event listen --compact --until-idle", [
+            option("-c --compact", "one line for each event"),
+            option("--raw --json", "one line of JSON for each event", dest="raw"),
             option("--after ID", "begin after the event with this id; 0.0: with all that are kept (help events)"),
+            option("--max N", "end after N events", type=count, dest="most"),
+            option("--until-idle", "end once no task is pending or running"),
+            option("--exec CMD", "run CMD in a shell for each event, with its JSON on stdin, one at a time; print "
+                   "nothing. Exit 1 if it failed for any"),
+            option("--exec-timeout TIME", "end CMD after this time (1m); that is a failure", type=seconds, default=60),
             option("--timeout TIME", "give up connecting after this time (10)", type=seconds, default=10)]),
     "journal verify": Command(
         do_journal_verify, "Look for damage in a journal, even one in use. Exit 1 if there is any.",
         "labtasker journal verify --db-path old/journal.jsonl", [_JOURNAL]),
     "journal repair": Command(
         do_journal_repair, "Replace a damaged journal by its good lines. The damaged file is kept.",
-        "labtasker journal repair", [_JOURNAL, _YES]),
+        "labtasker journal repair", [_JOURNAL, _YES, _IDLE]),
     "journal compact": Command(
         do_journal_compact, "Compact a journal to its live data. This also happens automatically.",
         "labtasker journal compact", [_JOURNAL]),
@@ -18090,7 +18367,7 @@ COMMANDS = {
         "labtasker journal stats", [_JOURNAL]),
     "server status": Command(
         do_server_status, "Say whether the store's server runs, and where. Exit 3 if none answers.",
-        "labtasker server status", [_JOURNAL] + _formats(default="yaml")),
+        "labtasker server status", [_JOURNAL] + formats(default="yaml")),
     "server stop": Command(
         do_server_stop, "Stop the store's server, and wait for its end. Exit 1 if none runs on this host.",
         "labtasker server stop", [

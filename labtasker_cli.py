@@ -26,7 +26,7 @@ from labtasker import (
     main, monotonic, note, now, open_plain, option, pace, pace_of, pairs, parse, parse_filter, progress,
     read_server_file, read_text, recent_ends, record_text, row_of, say, screen_size, seconds, selectors,
     show, spent_s, store_folder, tail_of, tasks_in_words, typed_filter, typed_value, update_tasks, updates_of,
-    use_client, visible)
+    use_client, visible, METRICS, config_sources, formats, render_table, show_result)
 
 __all__ = ["main", "server_main"]
 
@@ -485,7 +485,9 @@ class Screen:
 
 def do_watch(options):
     query, where = selectors(options), "%s at %s" % (load_config().queue_name, client().where)
-    if not all(map(is_terminal, (sys.stdin, sys.stdout))) or os.environ.get("TERM", "dumb") == "dumb":
+    if options.once or not all(map(is_terminal, (sys.stdin, sys.stdout))):
+        return say("\n".join(picture(query, where, screen_size()[0] if is_terminal(sys.stdout) else 100)))
+    if os.environ.get("TERM", "dumb") == "dumb":
         return watch_plainly(Sweep(query), options.interval)
     watch = Watch(Feed(query, options.interval), query, where)
     with Screen() as screen:
@@ -497,6 +499,28 @@ def do_watch(options):
                     watch.press(key)
             except EOFError:
                 return 1
+
+
+class Look:
+    """What a Feed has after its first look; raises as `ls_tasks` does."""
+
+    def __init__(self, query):
+        sweep = Sweep(query)
+        sweep.refresh()
+        self.tasks = list(sweep.tasks.values())
+        self.workers = {one.worker_id: one for one in ls_workers(extra_filter=NOT_ENDED, limit=EVERY).content}
+
+    def seen(self):
+        return self.tasks, self.workers, None, 1
+
+
+def picture(query, where, width, height=40):
+    """Return the lines of one look: what `watch` shows on a terminal of that size, without the line of keys."""
+    lines = View(Look(query), query, where).lines(width, height)[:-2]
+    lines = [re.sub("\x1b\\[[0-9;]*m", "", line) for line in lines]
+    while not lines[-1]:
+        lines.pop()
+    return ["  " + line[2:] if line.startswith("> ") else line for line in lines]
 
 
 def watch_plainly(sweep, interval_s):
@@ -572,6 +596,11 @@ def without_marks(text):
 
 
 def do_config(options):
+    if options.show:
+        return show_config(options)
+    if not is_terminal(sys.stdin):
+        raise UsageError("config opens an editor, and no terminal is here: labtasker config --show prints the "
+                         "settings; labtasker init --url URL --queue-name NAME writes them")
     path = os.path.join(find_root(), CONFIG_NAME)
     if not os.path.exists(path):
         raise LabtaskerValueError("there is no %s: labtasker init writes it" % path)
@@ -581,6 +610,20 @@ def do_config(options):
         return 1
     Disk.create(path, [text.encode("utf-8")], keep=0o770)
     say("Wrote %s" % path)
+
+
+def show_config(options):
+    """Print the settings in force and where each comes from; no password."""
+    config, sources = load_config(), config_sources()
+    values = {key: getattr(config, row[0]) for key, row in SETTINGS.items()}
+    values.update((METRICS + "." + name, text) for name, text in (config.metrics or {}).items())
+    values["queue.password"] = config.password and "***"
+    from_root = "LABTASKER_ROOT" if os.environ.get("LABTASKER_ROOT") else "the nearest .labtasker from here upward"
+    rows = [("folder", config.root, from_root)] + [
+        (key, value, sources.get(key) or "default") for key, value in values.items()]
+    cells = [(key, "-" if value is None else str(value), source) for key, value, source in rows]
+    show_result(options, {key: {"value": value, "from": source} for key, value, source in rows},
+                render_table([("setting", "value", "from")] + cells))
 
 
 def checked_config(text):
@@ -725,7 +768,10 @@ def run_editor(path):
     """Return when $VISUAL, $EDITOR or vi was closed; raises LabtaskerRuntimeError where it failed."""
     import shlex
     import subprocess
-    command = shlex.split(os.environ.get("VISUAL") or os.environ.get("EDITOR") or "vi") + [path]
+    chosen = os.environ.get("VISUAL") or os.environ.get("EDITOR")
+    if not (chosen or is_terminal(sys.stdin)):
+        raise UsageError("no terminal is here for an editor: set $EDITOR to a command that edits by itself")
+    command = shlex.split(chosen or "vi") + [path]
     try:
         code = subprocess.call(command)
     except OSError as error:
@@ -1415,8 +1461,10 @@ def enter(path, run, example, options=(), rest=None, sort=None):
 
 
 enter("watch", do_watch, "labtasker watch --name grid", SELECT + [
-    option("--interval TIME", "time between two updates (2 s)", type=seconds, default=REFRESH_S)])
-enter("config", do_config, "EDITOR=nano labtasker config")
+    option("--interval TIME", "time between two updates (2 s)", type=seconds, default=REFRESH_S),
+    option("--once", "print it once and end, as it does without a terminal")])
+enter("config", do_config, "EDITOR=nano labtasker config", [
+    option("--show", "print the settings in force and where each comes from, no password"), *formats("table")])
 enter("sbatch", do_sbatch, "labtasker sbatch --array=0-7 -t 4:00:00 -- python train.py --lr '%(lr)'", [
             option("--dry-run", "print the script and submit nothing"),
             option("--server", "the first task also runs the server of the configured folder's store"),

@@ -437,16 +437,18 @@ def test_last_lines_of_a_log_are_what_a_terminal_would_show(tmp_path):
     assert labtasker_cli.last_lines(str(tmp_path / "none"), 3) == []
 
 
-@pytest.mark.slow
-def test_watch_without_a_terminal_prints_lines(home):
-    home.cli(*GRID)
-    watching = home.start_cli("watch", "--interval", "0.2")
-    wait_until(lambda: "0 of 4 done" in watching.log_path.read_text(), "the first line")
-    job = "test %(lr)%(model) != 0.2vit || { echo RuntimeError: out of memory; exit %(steps); }"
-    home.cli("loop", "-c", job, check=False)
-    shown = wait_until(lambda: "4 of 4 done" in watching.log_path.read_text() and watching.log_path.read_text(), "the last line")
-    assert re.search(r"failed: \w{8}  lr=0.2 model=vit steps=3  RuntimeError: out of memory", shown), shown
-    assert watching.poll() is None and "\x1b" not in shown
+def test_watch_without_a_terminal_prints_once_what_it_would_show_and_ends(home, capsys):
+    labtasker.submit_grid({"lr": [1, 2, 3]}, max_retries=1)
+    task = labtasker.fetch_task().task
+    labtasker.report_task_status(task.task_id, "failed", {"labtasker_error": "exit code 1"})
+    for words in ([], ["--once"]):
+        assert labtasker.main(["watch"] + words) == 0
+        shown = capsys.readouterr().out
+        for text in ("1 of 3 done, 1 failed", "Failed, the last first: 1", "exit code 1", "Pending, the next first: 2"):
+            assert text in shown
+        assert "\x1b" not in shown and "q: back" not in shown and "\n> " not in shown and not shown.endswith("\n\n")
+    assert labtasker.main(["watch", "--name", "none"]) == 0
+    assert "No task matches." in capsys.readouterr().out
 
 
 @pytest.fixture
