@@ -16670,10 +16670,10 @@ def _set_path(tree, path, value):
 def do_task_update(options):
     updates = updates_of((options.update or []) + (options.rest or []))
     by_hand = options.editor or not updates and not options.reset_pending
-    if by_hand and (updates or options.dry_run):
-        raise UsageError("--editor goes without -u, field=value and --dry-run")
     if by_hand and not (options.editor or is_terminal(sys.stdin)):
         raise UsageError("what to change? Give -u field=value or --reset-pending; --editor opens them in $EDITOR")
+    if by_hand and (updates or options.dry_run):
+        raise UsageError("--editor goes without -u, field=value and --dry-run")
     edit_tasks = by_hand and extras_for("--editor").edit_tasks
     tasks = _chosen_tasks(options, limit=options.limit)
     changes = [change_of(task, updates) for task in tasks]

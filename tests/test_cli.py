@@ -1152,7 +1152,7 @@ def test_config_is_kept_only_where_it_can_be_read(home):
     home.write("good.sh", "#!/bin/sh\nsed -i s/default/other/ \"$1\"\n").chmod(0o755)
     home.write("bad.sh", "#!/bin/sh\necho '= broken' >> \"$1\"\n").chmod(0o755)
     code, shown = on_terminal(home, ["config"], [("[Y/n]", "n\n")], env={"EDITOR": "./bad.sh"})
-    assert code == 1 and "line 9" in shown and path.read_text() == before, shown
+    assert code == 1 and "config.toml line 10" in shown and path.read_text() == before, shown
     assert [on_terminal(home, ["config"], env={"EDITOR": name})[0] for name in ("true", "no-such-editor")] == [1, 1]
     assert on_terminal(home, ["config"], env={"EDITOR": "./good.sh"})[0] == 0
     assert path.read_text() == before.replace("default", "other") and path.stat().st_mode & 0o777 == 0o600
