@@ -19,7 +19,7 @@ WORDS = {  # what stands behind a command to have it do something here; ONE is a
     "worker create": "--worker-name w", "worker report": "WORKER suspended", "worker delete": "-y WORKER", "journal repair": "-y",
     "loop": "-- true %(lr)", "init": "--yes", "report": "a=1", "completion": "bash", "sbatch": "--dry-run -- true", "config": "--show",
 }
-LISTED = "submit ls get count update delete retry cancel wait why".split()  # of `task`, which have --json
+LISTED = "submit ls get count update delete retry cancel wait why table history".split()  # of `task`, which have --json
 ENDLESS = ("serve", "event listen", "demo", "server wait", "help")  # what starts others, or goes on for ever; `help` has an own test
 UNDONE = ("journal compact", "queue pause", "queue resume")  # they change no task; what they do can be done again, or undone
 
@@ -87,7 +87,7 @@ def test_what_programs_read_is_json_in_both_forms(unattended, capsys):
             if code:
                 assert one_error(err)["exit"] == code, path
             rows = [json.loads(out)] if form != "--fmt=jsonl" and (out or not code) else [json.loads(line) for line in out.splitlines()]
-            assert rows or code or path.endswith(" ls"), path
+            assert rows or code or path.endswith((" ls", " table", " history")), path
             assert all(isinstance(row, (dict, list)) for row in rows), path
 
 
