@@ -8252,27 +8252,28 @@ def _run_server(server, certfile, announce, advise):
         ": " + server.upkeep.failure if server.upkeep.failure else ""))
 
 
-# What is known of a journal's server without asking it: its server.json, its entry as the owner, and where its process
-# is: "here", "elsewhere" (on another host, as far as that has not given the store up), or None where there is none.
-Serving = collections.namedtuple("Serving", "told owner place")
+# What the store's folder says of its server, without asking the server. announced: the content of server.json. owner:
+# the entry of the store's last owner. place: where the server's process is: "here", "elsewhere" (on another host that
+# has not released the store), or None if there is none.
+Serving = collections.namedtuple("Serving", "announced owner place")
 
 
 def serving(path):
-    """Return the Serving of a journal; raises OSError where its folder can't be read."""
+    """Return the Serving of a journal; raises OSError if its folder can't be read."""
     if not os.path.isdir(os.path.dirname(path)):
         return Serving({}, {}, None)
-    owner, told = Owner(os.path.realpath(path), False), read_server_file(os.path.dirname(path)) or {}
+    owner, announced = Owner(os.path.realpath(path), False), read_server_file(os.path.dirname(path)) or {}
     last = owner.epochs()[-1:]
-    found = owner.read(last[0]) if last else {}
-    if not found.get("server") or found.get("released"):
-        return Serving(told, found, None)
-    if found.get("host_id") != owner.host_id:
-        return Serving(told, found, "elsewhere")
-    return Serving(told, found, "here" if process_start(found.get("pid", 0)) == found.get("started") else None)
+    entry = owner.read(last[0]) if last else {}
+    if not entry.get("server") or entry.get("released"):
+        return Serving(announced, entry, None)
+    if entry.get("host_id") != owner.host_id:
+        return Serving(announced, entry, "elsewhere")
+    return Serving(announced, entry, "here" if process_start(entry.get("pid", 0)) == entry.get("started") else None)
 
 
 def shows_life(path):
-    """Return whether the owner of a journal moves its counter, watched for as long as a takeover would."""
+    """Return whether the owner of a journal changes its counter. Watches it for as long as a takeover would."""
     before, give_up_at = serving(path).owner, monotonic() + OWNER_LAPSE_S
     while monotonic() < give_up_at:
         if serving(path).owner != before:
@@ -8282,7 +8283,7 @@ def shows_life(path):
 
 
 def stop_process(owner, timeout_s):
-    """Return whether the process of a Serving's owner has ended within so many seconds after a SIGTERM."""
+    """Send SIGTERM to the process of a Serving's owner; return whether it has ended within `timeout_s`."""
     import signal
     pid, give_up_at = owner["pid"], monotonic() + timeout_s
     try:
@@ -14319,7 +14320,7 @@ class Slot:
             return run
         if left_s <= 0 and loop.idle_left_s() <= 0:
             loop.move("emptied")
-        until = min(began + min(wait_s, LOOK_S), loop.retry_at if loop.retry_at > -math.inf else math.inf)
+        until = min(began + min(wait_s, _IDLE_FETCH_S), loop.retry_at if loop.retry_at > -math.inf else math.inf)
         while seen and seen == _file_stamp() and monotonic() < until and not loop.is_in_vain():
             self.pause(min(_WATCH_S, wait_s))
         if not seen and monotonic() - began < 0.5 and not is_ended:  # the server did not wait
@@ -14503,7 +14504,7 @@ def _file_stamp():
 
 
 IDLE_WAIT_S = 50  # a wait for tasks on the server's side
-LOOK_S = OWNER_LAPSE_S / 3  # how often an idle loop without a server asks for tasks though its file did not change
+_IDLE_FETCH_S = OWNER_LAPSE_S / 3  # how often an idle loop without a server asks for tasks if the file did not change
 _WATCH_S = 0.5  # how often it looks whether the file has changed
 _ANSWER_S = 0.5  # how long the answer to a fetch is waited for before the server is told that nobody waits for it
 _END_WORKER_S = 2  # how long a loop tries to tell that it has ended
@@ -15869,8 +15870,8 @@ Past events
 # What each command does. A command takes the parsed options and returns its exit code (None: 0). It calls the functions
 # that scripts call too, and knows nothing of the journal or of HTTP. Commands that are a convenience are in
 # labtasker_cli.py. Uses 1 to 3, 5 to 14. Tests: test_cli.py, test_terminal.py.
-EACH_DAY = ("task", "loop", "watch", "init", "serve")  # the list of commands shows every command of these
-SELDOM = ("task count", "task harvest", "task history")  # those of them that share one line there
+EVERYDAY = ("task", "loop", "watch", "init", "serve")  # the list of commands shows every command of these
+SELDOM = ("task count", "task harvest", "task history")  # except these, which share a line
 EVERY = 10 ** 9  # the limit of a listing that leaves nothing out
 EXTRA_COMMANDS = {  # the commands of labtasker_cli.py, and what they are for
     "watch": "Show counts, rate, running tasks and last failures, live. Keys open, cancel, retry.",
@@ -16886,14 +16887,14 @@ def _no_loop(query, counts):
 
 def do_task_why(options):
     task, = _tasks_named([options.task_id])
-    lines = _in_the_way(task, options) if task.status == "pending" else [_what_became(task)]
+    lines = _obstacles(task, options) if task.status == "pending" else [_what_became(task)]
     reasons = [as_started(line) for line in lines]
     show_result(options, {"task_id": task.task_id, "status": task.status, "reasons": reasons},
                 "\n".join(map(clean, reasons)))
 
 
 def _what_became(task):
-    """Return what there is to say of a task that does not wait to be run."""
+    """Return a sentence on a task that is not pending: it runs, or how it ended."""
     if task.status == "running":
         return "It has been running for %s on worker %s%s." % (
             spent(task, "{1}, {0} in {2} runs,"), task.worker_id or "unknown",
@@ -16907,16 +16908,17 @@ def _what_became(task):
 
 
 def _with_error(task):
-    """Return ": why" of a task that failed, or nothing."""
+    """Return ": " and the error of a task that failed, or ""."""
     error = error_of(task)
     return ": " + error if error else ""
 
 
-def _in_the_way(task, options):
-    """Yield what keeps a pending task from being run: its place, the loops that run now, workers, the one asked for."""
+def _obstacles(task, options):
+    """Yield what keeps a pending task from being run: its place in line, the loops that run now, the workers, and the
+    loop that the command line describes."""
     queued = sorted(ls_tasks(status="pending", limit=EVERY).content,
-                    key=lambda one: (-one.priority, one.last_modified, one.created_at))
-    ahead = next((at for at, one in enumerate(queued) if one.task_id == task.task_id), 0)
+                    key=lambda other: (-other.priority, other.last_modified, other.created_at))
+    ahead = next((at for at, other in enumerate(queued) if other.task_id == task.task_id), 0)
     yield "Pending for %s, %s of %d in line (higher priority first, then the longest unchanged)." % (
         age(task.last_modified), _ordinal(ahead + 1), len(queued))
     if task.retries:
@@ -16931,18 +16933,19 @@ def _in_the_way(task, options):
     if not running:
         yield "Nothing runs in this queue: start a loop, such as labtasker loop -- %s" % _example_command(task)
     shown = set()
-    for one in running:
-        text = as_typed(one.cmd)
+    for other in running:
+        text = as_typed(other.cmd)
         if text and text not in shown:
             shown.add(text)
-            yield "A loop runs %s now: %s." % (text, "; ".join(_mismatches(one.cmd, task)) or "it would take the task")
+            misfit = "; ".join(_mismatches(other.cmd, task))
+            yield "A loop runs %s now: %s." % (text, misfit or "it would take the task")
     for worker in ls_workers(extra_filter=NOT_ENDED, limit=EVERY).content:
         if worker.status != "active":
             yield "Worker %s is %s, so it gets no tasks. To activate it: labtasker worker report %s active" % (
                 worker.worker_name or worker.worker_id[:8], worker.status, worker.worker_id[:8])
     if options.rest or options.extra_filter:
-        found = _mismatches(options.rest, task) + _unmet(task, filter_of(options))
-        yield "The loop that you describe: %s." % ("; ".join(found) or "it would take the task")
+        misfit = "; ".join(_mismatches(options.rest, task) + _unmet(task, filter_of(options)))
+        yield "The loop that you describe: %s." % (misfit or "it would take the task")
 
 
 def _ordinal(number):
@@ -16952,12 +16955,12 @@ def _ordinal(number):
 
 
 def _example_command(task):
-    """Return a command that takes just the task's arguments."""
+    """Return a command that takes exactly the task's arguments."""
     return "python train.py " + " ".join("--%s '%%(%s)'" % (key, key) for key, _ in flatten(task.args))
 
 
 def _mismatches(cmd, task):
-    """Return what keeps a command with placeholders from taking the task: no more, no less."""
+    """Return the reasons why a command with placeholders does not take the task; [] if it does."""
     try:
         keys = [key for text in ([cmd] if isinstance(cmd, str) else cmd or ()) for key in Template(text).keys]
     except LabtaskerError as error:
@@ -16985,40 +16988,41 @@ def do_task_logs(options):
     attempt = _chosen_attempt(task, options.attempt)
     path, run_id = log_path(task, attempt), attempt.get("run_id") or task.run_id
     goes_on = bool(attempt) and "end" not in attempt
-    is_near = os.path.exists(path)
-    found = {} if is_near else get_log(task.task_id, run_id)
-    is_followed = is_near or options.follow and goes_on
-    if found.get("text") is None and not is_followed:
+    is_here = os.path.exists(path)
+    log = {} if is_here else get_log(task.task_id, run_id)
+    is_followed = is_here or options.follow and goes_on
+    if log.get("text") is None and not is_followed:
         raise _no_output(path, attempt, goes_on)
     if attempt:
         note("task %s, attempt %d of %d on %s: %s" % (
             task.task_id, task.attempts.index(attempt) + 1, len(task.attempts), attempt.get("host"),
             attempt.get("status", "running")))
     if is_followed:
-        _follow_log(path, lambda: options.follow and _is_under_way(task.task_id, run_id), options.tail)
-    if is_followed and not os.path.exists(path):  # the run is over, elsewhere
-        time.sleep(LOOK_S)  # its output is kept after its report
-        found = get_log(task.task_id, run_id)
-        if found.get("text") is None:
+        _follow_log(path, lambda: options.follow and _is_running(task.task_id, run_id), options.tail)
+    if is_followed and not os.path.exists(path):  # the run has ended on another host
+        time.sleep(_ASK_S)  # the server stores its output only after its report
+        log = get_log(task.task_id, run_id)
+        if log.get("text") is None:
             raise _no_output(path, attempt, False)
-    if found.get("text") is not None:
-        _print_end_of_log(found, options.tail)
+    if log.get("text") is not None:
+        _print_end_of_log(log, options.tail)
 
 
 def _no_output(path, attempt, goes_on):
-    """Return the error that tells where a run's output is, as it is not here."""
+    """Return the error that says where a run's output is, if it is not on this host."""
     return LabtaskerRuntimeError("the output is not on this host: %s%s%s" % (
         path, "; the task ran on %s" % attempt["host"] if attempt.get("host") else "",
-        "; where the store does not lie beside it, its end comes with the run's end" if goes_on else ""))
+        "; the server gets the end of it when the run ends" if goes_on else ""))
 
 
-def _print_end_of_log(found, tail=None):
-    """Print what `_log_of_run` has found, or its last `tail` lines; who reads it hears where there is more."""
+def _print_end_of_log(log, tail=None):
+    """Print the answer of `get_log`, or its last `tail` lines; if that is only a part, a note says where the whole
+    output is."""
     import io
-    data = found["text"].encode("utf-8", "replace")
+    data = log["text"].encode("utf-8", "replace")
     begin = 0 if tail is None else _begin_of_tail(io.BytesIO(data), tail)
-    if found["size"] > TAIL_BYTES and not begin:
-        note("this is the end of %d bytes; all of them are on %s: %s" % (found["size"], found["host"], found["path"]))
+    if log["size"] > TAIL_BYTES and not begin:
+        note("only the end of %d bytes is shown; all of them are on %s: %s" % (log["size"], log["host"], log["path"]))
     _print_output(data[begin:])
     sys.stdout.flush()
 
@@ -17042,51 +17046,53 @@ def _begin_of_tail(file, lines):
 
 
 def _chosen_attempt(task, number):
-    """Return a task's last attempt or the `number`th that it keeps, {} where none is kept; raises where it has none."""
+    """Return a task's last attempt, or the `number`th that it keeps; {} if it keeps none; raises if it had no run."""
     if number is not None and not 1 <= number <= len(task.attempts):
-        raise LabtaskerValueError("task %s has %d attempts, and no %d" % (task.task_id, len(task.attempts), number))
+        raise LabtaskerValueError("task %s has %d attempts, no attempt %d" % (
+            task.task_id, len(task.attempts), number))
     if not task.attempts and not task.start_time:
         raise LabtaskerRuntimeError("task %s has not been run yet" % task.task_id)
     return task.attempts[(number or 0) - 1] if task.attempts else {}
 
 
 def log_path(task, attempt):
-    """Return where a run's output is: where its worker said, or in the configuration's folder here."""
+    """Return the path of a run's output: the one that its worker has reported, or that in the configuration's folder
+    here."""
     here = os.path.join(os.path.abspath(find_root()), "logs", task.task_id, attempt.get("run_id") or task.run_id or "",
                         "run.log")
-    told = attempt.get("log")
+    reported = attempt.get("log")
+    is_path = isinstance(reported, str) and os.path.isabs(reported) and "\0" not in reported
     try:
-        told = for_system(told) if isinstance(told, str) and os.path.isabs(told) and "\0" not in told else None
-    except UnicodeEncodeError:  # no path of anybody's
-        told = None
-    return told if told and (os.path.exists(told) or not os.path.exists(here)) else here
+        there = for_system(reported) if is_path else None
+    except UnicodeEncodeError:  # this system can't have such a path
+        there = None
+    return there if there and (os.path.exists(there) or not os.path.exists(here)) else here
 
 
-def _is_under_way(task_id, run_id):
+def _is_running(task_id, run_id):
     """Return whether the run goes on."""
     task = get_task(task_id)
     return task.status == "running" and task.run_id == run_id
 
 
-_POLL_S, LOOK_S = 0.2, 1.0  # between two looks at a file that grows, and at the task whose output it is
+_POLL_S, _ASK_S = 0.2, 1.0  # between two reads of a file that grows, and two requests for the task
 
 
 def _follow_log(path, goes_on, tail=None):
-    """Print a file, or its last `tail` lines, and what is added to it while `goes_on()`; a person gets no control
-    characters but colours."""
-    position, look_at, is_going = 0, 0, True
+    """Print a file, or its last `tail` lines, and what is added to it as long as `goes_on()` is true."""
+    position, ask_at, is_going = 0, 0, True
     if tail is not None and os.path.exists(path):
         with open_plain(path) as file:
             position = _begin_of_tail(file, tail)
     while is_going:
-        if time.monotonic() >= look_at:  # before the reading: what came until the end is printed too
-            is_going, look_at = goes_on(), time.monotonic() + LOOK_S
+        if time.monotonic() >= ask_at:  # before reading, so that the file is read once more after the run's end
+            is_going, ask_at = goes_on(), time.monotonic() + _ASK_S
         position = _print_from(path, position)
         time.sleep(_POLL_S if is_going else 0)
 
 
 def _print_from(path, position):
-    """Return the new position after printing what is in the file from there on."""
+    """Print the file from a position on; return the new position."""
     try:
         with open_plain(path) as file:
             file.seek(position)
@@ -17103,7 +17109,7 @@ _COLOURS = re.compile("\x1b\\[[0-9;]*m")
 
 
 def _print_output(data):
-    """Write a job's bytes to stdout: as they are, but to a terminal without what could play with it."""
+    """Write a job's bytes to stdout. On a terminal all control characters but colours are made harmless."""
     if is_terminal(sys.stdout):
         text = data.decode("utf-8", "replace")
         pieces = re.split("(%s)" % _COLOURS.pattern, text)
@@ -17139,20 +17145,20 @@ def do_task_harvest(options):
     is_all = not (options.ids or selectors(options))
     tasks = ls_tasks(limit=EVERY) if is_all else _chosen_tasks(options, options.ids)
     tasks = [task for task in tasks if task.start_time]
-    found = [(task, _printed_values(task, metrics, step)) for task in tasks]
-    changed = [TaskUpdateRequest(_id=task.task_id, summary=values) for task, values in found
+    results = [(task, _printed_values(task, metrics, step)) for task in tasks]
+    changed = [TaskUpdateRequest(_id=task.task_id, summary=values) for task, values in results
                if values and merge(task.summary or {}, values) != (task.summary or {})]
     if changed and not options.dry_run:
         update_tasks(changed)
-    without = [task for task, values in found if not values]
-    note("%s %s; %d had the values already; in the output of %d there are none%s" % (
+    without = [task for task, values in results if not values]
+    note("%s %s; %d had the values already; the output of %d has none%s" % (
         "Would change" if options.dry_run else "Changed", tasks_in_words(changed),
         len(tasks) - len(changed) - len(without), len(without),
         " (task logs %s)" % without[0].task_id[:8] if without else ""))
 
 
 def _printed_values(task, metrics, step=None):
-    """Return what metrics find in the output of a task's last run, as a summary; None where it is not here."""
+    """Return what metrics find in the output of a task's last run, as a summary; None if the output is not here."""
     printed = Printed(metrics, step)
     try:
         with open_plain(log_path(task, _chosen_attempt(task, None))) as file:
@@ -17168,8 +17174,8 @@ def _printed_values(task, metrics, step=None):
 def do_report(options):
     values = {}
     for word in options.values:
-        name, is_told, text = word.partition("=")
-        if not is_told:
+        name, equals, text = word.partition("=")
+        if not equals:
             raise UsageError("%s: write NAME=VALUE, like acc=0.9" % word)
         check_key(name, ["summary"])
         values[name] = literal(text)
@@ -17200,21 +17206,21 @@ def do_loop(options):
 
 
 def _journal_path(options):
-    """Return the journal that is meant: --db-path, else that of the store that is configured."""
+    """Return the path of the journal: --db-path, or that of the configured store."""
     return options.db_path or os.path.join(store_folder(load_config()) or find_root(), "journal.jsonl")
 
 
 def do_serve(options):
-    extras()  # which enters the page
+    extras()  # this adds the page's routes
     try:
-        return serve(advise=_way_in, **dict({name: getattr(options, name) for name in SERVE_OPTIONS},
+        return serve(advise=_advice_lines, **dict({name: getattr(options, name) for name in SERVE_OPTIONS},
                                             db_path=_journal_path(options)))
-    except StoreUnavailable as error:  # of a server that does not start this is the refusal, no store that is away
+    except StoreUnavailable as error:  # exit code 1: the server refuses to start, which is not "can't be reached"
         raise LabtaskerRuntimeError(str(error)) from None
 
 
-def _way_in(store, urls):
-    """Return the lines that tell who started a server how to use it: from the page, and from other hosts."""
+def _advice_lines(store, urls):
+    """Yield the lines that say how to use a server that has just started: on the page and from other hosts."""
     import shlex
     config, queues = load_config(), {queue.record.queue_name: queue.record for queue in store.state.queues.values()}
     known = [name for name in (config.queue_name, DEFAULT_QUEUE) if name in queues] + sorted(queues)
@@ -17238,52 +17244,54 @@ def _way_in(store, urls):
 
 def do_server_status(options):
     path, url = _journal_path(options), None if options.db_path else load_config().url
-    found = serving(path)
-    if not (found.told or found.place) and re.match("https?:", url or ""):
+    server = serving(path)
+    if not (server.announced or server.place) and re.match("https?:", url or ""):
         return do_health(options)
-    peer = living_server(os.path.dirname(path), DEFAULT_QUEUE) if found.told else None
-    status, remark = ("running", None) if peer else _state_of_server(path, found)
-    is_its = peer or found.place and found.told.get("pid") == found.owner.get("pid")  # its server.json
-    told = found.told if is_its else found.owner if found.place else {}
-    shown = {"status": status, "url": "".join(told.get("addresses", ())[:1]), "store": path, "pid": told.get("pid"),
-             "host": told.get("host"), "version": told.get("version"), "since": told.get("started_at")}
+    peer = living_server(os.path.dirname(path), DEFAULT_QUEUE) if server.announced else None
+    status, remark = ("running", None) if peer else _state_of_server(path, server)
+    is_its = peer or server.place and server.announced.get("pid") == server.owner.get("pid")  # server.json is its own
+    facts = server.announced if is_its else server.owner if server.place else {}
+    shown = {"status": status, "url": "".join(facts.get("addresses", ())[:1]), "store": path, "pid": facts.get("pid"),
+             "host": facts.get("host"), "version": facts.get("version"), "since": facts.get("started_at")}
     say(record_text({name: value for name, value in shown.items() if value}, options.fmt).rstrip("\n"))
     if remark and options.fmt not in ("json", "jsonl"):
         note(remark)
     return None if peer else Ended("unreachable", remark or "no server runs on " + path)
 
 
-def _state_of_server(path, found):
-    """Return (a word, what to know besides or None) for a journal's server that does not answer here."""
-    told, owner, place = found
-    who, urls = "process %s on host %s" % (owner.get("pid"), owner.get("host")), " ".join(told.get("addresses", ()))
-    is_up = told.get("pid") == owner.get("pid")
+def _state_of_server(path, server):
+    """Return (the state, a remark or None) of a journal's server that does not answer here."""
+    announced, owner, place = server
+    who = "process %s on host %s" % (owner.get("pid"), owner.get("host"))
+    urls, is_up = " ".join(announced.get("addresses", ())), announced.get("pid") == owner.get("pid")
     if place == "here":
         return ("hung", who + " does not answer at " + urls) if is_up else ("starting", who + " does not listen yet")
     if place and shows_life(path):
         return "elsewhere", "%s serves it, but does not answer here%s: ask on that host, or have it listen for " \
                             "others (labtasker serve --host 0.0.0.0)" % (who, urls and " at " + urls)
     if place:
-        return "lost", "%s served it, and shows no sign of life: it may be restarted here (labtasker serve)" % who
-    return "not running", told and "server.json was left by a server that ended without a word, process %s on host " \
-                                   "%s; the next one replaces it" % (told.get("pid"), told.get("host")) or None
+        return "lost", "%s served it and shows no sign of life: you can restart it here (labtasker serve)" % who
+    return "not running", announced and (
+        "server.json was left by a server that was killed, process %s on host %s; the next server replaces it"
+        % (announced.get("pid"), announced.get("host"))) or None
 
 
 def do_server_stop(options):
     path = _journal_path(options)
-    told, owner, place = found = serving(path)
+    announced, owner, place = server = serving(path)
     who = "process %s on host %s" % (owner.get("pid"), owner.get("host"))
     if place == "elsewhere":
         raise LabtaskerRuntimeError("%s is served by %s: stop it there (labtasker server stop)" % (path, who))
     if not place:
         url = None if options.db_path else load_config().url
-        note("labtasker: no server runs on %s%s" % (path, "; the one that is configured, %s, is stopped on its host" % (
-            url) if re.match("https?:", url or "") else ": " + _state_of_server(path, found)[1] if told else ""))
+        note("labtasker: no server runs on %s%s" % (path, "; stop the configured server, %s, on its own host" % url
+                                                    if re.match("https?:", url or "") else
+                                                    ": " + _state_of_server(path, server)[1] if announced else ""))
         return 1
     try:
         if not stop_process(owner, options.timeout):
-            raise LabtaskerRuntimeError("%s was told to stop, and has not ended yet: kill -9 %s ends it, which loses "
-                                        "nothing that was answered" % (who, owner["pid"]))
+            raise LabtaskerRuntimeError("%s was asked to stop and has not ended yet. kill -9 %s ends it; nothing that "
+                                        "it has acknowledged is lost" % (who, owner["pid"]))
     except PermissionError:
         raise LabtaskerRuntimeError("%s is another user's: only that user can stop it" % who) from None
     say("Stopped the server of %s, %s" % (path, who))
@@ -17309,7 +17317,7 @@ def do_health(options):
 
 
 def _secret_of(options):
-    """Return a password: --password's, LABTASKER_PASSWORD's, or one typed unseen."""
+    """Return the password of --password or LABTASKER_PASSWORD, or one that a person types without seeing it."""
     return options.password or os.environ.get("LABTASKER_PASSWORD") or ask(
         "Password of the queue:", "--password", secret=True)
 
@@ -17325,14 +17333,14 @@ def do_queue_create(options):
 
 def do_queue_create_from_config(options):
     config, metadata = load_config(), _metadata_of(options)
-    say("Would create queue %s, if it is not there yet" % config.queue_name if options.dry_run
+    say("Would create queue %s, if it does not exist" % config.queue_name if options.dry_run
         else _create_configured_queue(config, metadata))
 
 
 def _create_configured_queue(config, metadata=None):
-    """Return what was done: the queue of the configuration is there after this, and its password fits.
+    """Create the configuration's queue, or check that its password opens it; return a sentence on what was done.
 
-    A store without a server asks no password; it gets one that nobody knows, until `queue update` gives another."""
+    A store without a server needs no password: it gets a random one, until `queue update` sets another."""
     try:
         answer = create_queue(config.queue_name, config.password or new_id(), metadata)
         return "Created queue %s (%s)" % (config.queue_name, answer.queue_id)
@@ -17340,19 +17348,19 @@ def _create_configured_queue(config, metadata=None):
         if error.status_code != 409:
             raise
     try:
-        found = get_queue()
-        return "Queue %s exists already, and this configuration opens it (%s)" % (found.queue_name, found.queue_id)
+        queue = get_queue()
+        return "Queue %s exists already, and this configuration opens it (%s)" % (queue.queue_name, queue.queue_id)
     except LabtaskerHTTPStatusError as error:
         raise error if error.status_code != 401 else LabtaskerRuntimeError(
-            "the queue %s exists already, with another password: use that one, or another name. One that was used "
-            "without a server has none: labtasker queue update --new-password, in the server's folder, sets one"
+            "the queue %s exists already, with another password: use that one, or another name. A queue that was used "
+            "without a server has no password: labtasker queue update --new-password, in the server's folder, sets one"
             % config.queue_name)
 
 
 def do_queue_get(options):
     queue = get_queue()
     if options.quiet and not queue.queue_id:
-        raise LabtaskerRuntimeError("queue %s has no id yet: the first task makes it" % queue.queue_name)
+        raise LabtaskerRuntimeError("queue %s has no id yet: the first task creates it" % queue.queue_name)
     say(queue.queue_id if options.quiet and options.fmt == "yaml" else record_text(queue.to_dict(), options.fmt))
 
 
@@ -17365,14 +17373,14 @@ def do_queue_update(options):
     if password is True:
         password = is_terminal(sys.stdin) and answer_to("New password (empty: one is made up):", secret=True)
         made_up = None if password else os.urandom(8).hex()
-    name = options.new_queue_name or made_up and get_queue().queue_name  # asked while the old password is right
+    name = options.new_queue_name or made_up and get_queue().queue_name  # before the old password becomes wrong
     update_queue(options.new_queue_name, made_up or password, _metadata_of(options))
     if made_up:
         say("The password of queue %s is now: %s" % (name, made_up))
     elif not options.quiet:
         say("Updated the queue")
     if options.new_queue_name or (made_up or password) and not store_folder(load_config()):
-        note("The configuration still has the old name or password. To change it: labtasker config")
+        note("The configuration still has the old name or password. To change them: labtasker config")
 
 
 def _changes_of_queue(options):
@@ -17416,7 +17424,7 @@ def do_worker_ls(options):
     _show_listing(ls_workers(
         worker_id=_full_id(options.worker_id, ls_workers), worker_name=options.worker_name, limit=options.limit + 1,
         offset=options.offset, **query).content, options,
-        lambda: note("Nothing matches%s." % ("" if shown is given else ", loops that have ended left out (--all)")))
+        lambda: note("Nothing matches%s." % ("" if shown is given else " (without loops that have ended: --all)")))
 
 
 def _worker_named(worker_id):
@@ -17517,14 +17525,14 @@ def _run_for_event(command, text, limit_s, response):
 
 
 def _event_line(response):
-    """Return an event as one line: when, what, its id, and the step."""
+    """Return an event as one line: the time, task or worker, its id, the old and the new state."""
     event = response.event
     return "%s  %-6s  %s  %s -> %s" % (format_time(event.timestamp.timestamp())[:19].replace("T", " "),
                                        event.entity_type, event.entity_id, event.old_state, event.new_state)
 
 
 def _event_text(response):
-    """Return an event with what there is to know of its task or worker."""
+    """Return an event as two lines, with the name, arguments and summary of its task or worker."""
     data = response.event.entity_data
     known = [data.get("task_name") or data.get("worker_name"), pairs(data.get("args") or {}),
              pairs(data.get("summary") or {})]
@@ -17535,18 +17543,18 @@ def _event_text(response):
 
 
 def do_journal_verify(options):
-    found = Survey(_journal_path(options))
-    for piece in found.bad:
+    survey = Survey(_journal_path(options))
+    for piece in survey.bad:
         say("byte %d: %d bytes are %s" % (piece.offset, len(piece.data), piece.problem))
-    for first, last in found.lost:
+    for first, last in survey.lost:
         say("lines %d to %d are missing" % (first, last))
-    if found.rotten:
-        say(clean(as_started("%s is damaged: 'labtasker journal repair' saves what can be saved" % found.path)))
+    if survey.rotten:
+        say(clean(as_started("%s is damaged: 'labtasker journal repair' saves what can be saved" % survey.path)))
         return 1
-    check_known(found.path)
-    if found.bad or found.lost:
-        say("Those bytes were never acknowledged, or are being written just now. The next opening sets them aside.")
-    say(clean("%s: fine, %d lines, %d bytes" % (found.path, found.lines, found.size)))
+    check_known(survey.path)
+    if survey.bad or survey.lost:
+        say("Those bytes were never acknowledged, or are just being written. They are set aside at the next opening.")
+    say(clean("%s: fine, %d lines, %d bytes" % (survey.path, survey.lines, survey.size)))
 
 
 def do_journal_repair(options):
@@ -17557,12 +17565,12 @@ def do_journal_repair(options):
         return say(clean("%s: would be replaced by a file of its %d good lines; the damaged file would be kept" % (
             path, Survey(path).lines)))
     confirm("Replace %s by a file of its good lines? The damaged file is kept." % path, "-y (--yes)", options.yes)
-    found, damaged, aside, ids = repair_store(path)
-    say(clean("%s: %d good lines are kept" % (path, found.lines)))
-    for first, last in found.lost:
+    survey, damaged, aside, ids = repair_store(path)
+    say(clean("%s: %d good lines are kept" % (path, survey.lines)))
+    for first, last in survey.lost:
         say("lost: lines %d to %d" % (first, last))
-    for one in ids:
-        say("named in the bad bytes: " + one)
+    for found_id in ids:
+        say("named in the bad bytes: " + found_id)
     say(clean("the damaged file: %s" % damaged))
     say(clean("the bad bytes: %s" % aside))
 
@@ -17573,10 +17581,10 @@ def do_journal_compact(options):
 
 
 def do_journal_stats(options):
-    found = Survey(_journal_path(options))
-    rows = [["file", found.path], ["bytes", found.size], ["bytes of folded lines", found.header.get("tail", 0)],
-            ["lines since", found.lines], ["last line", found.n], ["known to be on disk", found.durable],
-            ["closed cleanly", "yes" if found.ended else "no"], ["bad pieces", len(found.bad)]]
+    survey = Survey(_journal_path(options))
+    rows = [["file", survey.path], ["bytes", survey.size], ["bytes of folded lines", survey.header.get("tail", 0)],
+            ["lines since", survey.lines], ["last line", survey.n], ["known to be on disk", survey.durable],
+            ["closed cleanly", "yes" if survey.ended else "no"], ["bad pieces", len(survey.bad)]]
     say(render_table([[str(cell) for cell in row] for row in rows]))
 
 
@@ -17587,28 +17595,28 @@ def do_init(options):
     root = os.environ.get("LABTASKER_ROOT") or os.path.join(os.getcwd(), ".labtasker")
     if not os.environ.get("LABTASKER_ROOT"):
         check_owner(root, root)
-    path, then = os.path.join(root, CONFIG_NAME), "labtasker task submit -- --lr=0.1"
+    path, next_step = os.path.join(root, CONFIG_NAME), "labtasker task submit -- --lr=0.1"
     confirm("%s exists already. Overwrite it?" % path, "--yes", options.yes or not os.path.exists(path))
     is_asking = is_terminal(sys.stdin) and not options.yes
     config = Config(root, *(_asked_settings if is_asking else _given_settings)(options))
     try:
-        config, said = (_asked_queue if is_asking else _opened_queue)(config, options)
-        say(said)
+        config, what_was_done = (_asked_queue if is_asking else _opened_queue)(config, options)
+        say(what_was_done)
     except LabtaskerConnectError as error:
         note(error)
         confirm("Keep this configuration anyway?", "--yes", options.yes)
-        then = "start the server (labtasker serve), then: labtasker queue create-from-config"
+        next_step = "start the server (labtasker serve), then: labtasker queue create-from-config"
     finally:
         use_client(None)
     say("Wrote %s" % write_config(root, config.url, config.queue_name, config.password))
-    winning = [name for _, name, _, _ in SETTINGS.values() if name and os.environ.get(name)]
-    if winning:
-        note("In this shell %s overrides that file." % " and ".join(winning))
-    say(as_started("Next: " + then))
+    variables = [name for _, name, _, _ in SETTINGS.values() if name and os.environ.get(name)]
+    if variables:
+        note("In this shell %s overrides that file." % " and ".join(variables))
+    say(as_started("Next: " + next_step))
 
 
 def _asked_settings(options):
-    """Return (url, queue name, password) from the options and, for what they lack, from a person, tested at once."""
+    """Return (url, queue name, password) from the options. What they lack a person is asked for, until it is valid."""
     while options.url is None:
         url = _base_url(ask("Server's URL, or nothing for a store in this folder [none]", "--url"))
         options.url = url if _is_reached(url) else None
@@ -17623,7 +17631,7 @@ def _asked_settings(options):
 
 
 def _is_reached(url):
-    """Return whether a server answers at a URL that a person typed, or is wanted although none does."""
+    """Return whether to use a URL that a person typed: a server answers there, or the person wants it anyway."""
     if not re.match("https?:", url):
         return True
     began = monotonic()
@@ -17637,11 +17645,11 @@ def _is_reached(url):
 
 
 def _asked_queue(config, options):
-    """Return as `_opened_queue` does, with another password where a person had to be asked for it again."""
+    """Return what `_opened_queue` does; if the queue has another password, a person is asked for it."""
     while True:
         try:
             return _opened_queue(config, options)
-        except LabtaskerRuntimeError as error:  # it is there, with another password
+        except LabtaskerRuntimeError as error:  # the queue exists, with another password
             if options.password or os.environ.get("LABTASKER_PASSWORD"):
                 raise
             note(error)
@@ -17649,7 +17657,7 @@ def _asked_queue(config, options):
 
 
 def _given_settings(options):
-    """Return (url, queue name, password) from the options; raises UsageError that names what lacks or is wrong."""
+    """Return (url, queue name, password) from the options; raises a UsageError that names what is missing or wrong."""
     for value, option in ((options.url, "--url"), (options.queue_name, "--queue-name")):
         if value is None and not options.yes:
             raise UsageError("not interactive: pass %s, or --yes for the defaults" % option)
@@ -17665,7 +17673,7 @@ def _check_queue_name(name):
 
 
 def _base_url(text):
-    """Return what a person typed as URL or folder, `http://` added to a bare host:port; raises UsageError."""
+    """Return a URL or folder that a person typed, with `http://` before a bare host:port; raises UsageError."""
     text = text.strip()
     if re.match(r"[\w.-]+:\d+\Z", text):
         text = "http://" + text
@@ -17677,7 +17685,7 @@ def _base_url(text):
 
 
 def _opened_queue(config, options):
-    """Return the Config and what was done: its queue is there after this, and open to it."""
+    """Create the configuration's queue, or check its password; return (config, a sentence on what was done)."""
     use_client(Client(transport_for(config)))
     return config, _create_configured_queue(config)
 
@@ -17723,7 +17731,7 @@ def do_demo(options):
 
 
 def _run_demo(folder):
-    """Run a sweep in `folder`: two workers, one failure, one ranking; raises LabtaskerRuntimeError where it fails."""
+    """Run a sweep in `folder`: two workers, one failure, one ranking; raises LabtaskerRuntimeError if it fails."""
     began = monotonic()
     with open(os.path.join(folder, "train.py"), "w") as file:
         file.write(_DEMO_SCRIPT)
@@ -17735,16 +17743,16 @@ def _run_demo(folder):
     store = StoreTransport(os.path.join(folder, ".labtasker"), DEFAULT_QUEUE)
     tasks = Client(store).call("POST", "/api/v1/queues/me/tasks/search", {})["content"]
     store.close()
-    done = sum(task["status"] == "success" for task in tasks)
+    successes = sum(task["status"] == "success" for task in tasks)
     retried = sum(task["retries"] == 1 for task in tasks)
     say("\n%d of %d tasks done by two workers, %d after a retry, in %.1f s." % (
-        done, len(tasks), retried, monotonic() - began))
-    if any(codes) or (done, retried) != (8, 1):
+        successes, len(tasks), retried, monotonic() - began))
+    if any(codes) or (successes, retried) != (8, 1):
         raise LabtaskerRuntimeError("the demo failed; exit codes: %s" % codes)
 
 
 def _demo_start(folder, words, suffix="", **streams):
-    """Return the process of a command of this program, shown first as one would type it."""
+    """Print a command of this program as one would type it, and start it; return its process."""
     import shlex
     import subprocess
     words = ["python3", "-m", "labtasker"] + words
@@ -17757,7 +17765,7 @@ def _demo_start(folder, words, suffix="", **streams):
 
 
 def _demo_workers(folder, words):
-    """Return the exit codes of two workers that run at once, their lines shown as they come."""
+    """Run two workers at once and print their lines as they come; return their exit codes."""
     import subprocess
     workers = []
 
@@ -17766,7 +17774,7 @@ def _demo_workers(folder, words):
             for line in worker.stdout:
                 say("[worker %d] %s" % (number, clean(line.rstrip("\n"))))
                 sys.stdout.flush()
-        except BrokenPipeError:  # who reads the demo has seen enough; the main thread says so
+        except BrokenPipeError:  # the reader has closed our stdout; the main thread handles that
             pass
     try:
         for _ in (1, 2):
@@ -17785,18 +17793,19 @@ def _demo_workers(folder, words):
 
 # 16. Command line ############################################################
 #
-# Commands as one table, from which parsers, help and dispatch derive; main(). labtasker_cli.py enters its commands into
+# Commands as one table, from which parsers, help and dispatch are made; main(). labtasker_cli.py adds its commands to
 # the table. Uses 1 to 15. Tests: test_cli.py, test_terminal.py.
 
 # ---- From words to options
 Command = collections.namedtuple("Command", "run help example options rest sort")
-Command.__new__.__defaults__ = ((), None, None)  # sort(words): (those that are its own, {attribute: what it keeps})
+Command.__new__.__defaults__ = ((), None, None)  # sort(words) returns (words to parse, {attribute: value to add})
 
 
 def option(spelling, help, **settings):
-    """Return one row of a command's options, such as `-f --flag` or `-n --number N`, as `add_argument` takes it.
+    """Return a row of a command's options from a spelling such as `-f --flag` or `-n --number N`.
 
-    A `dest` with a spelling that has no flag is an argument by its place."""
+    The row is (flags, settings), as `add_argument` takes them. A spelling without a flag is a positional argument and
+    needs a `dest`."""
     words = spelling.split()
     flags = [word for word in words if word.startswith("-")]
     if flags == words:
@@ -17807,12 +17816,12 @@ def option(spelling, help, **settings):
 
 
 def switch(name, help, default=None):
-    """Return the row of two options in one, `--name` and `--no-name`."""
+    """Return the row of an option with two flags, `--name` and `--no-name`."""
     return ["--" + name, "--no-" + name], {"action": "switch", "help": help, "default": default}
 
 
 def typed(read):
-    """Return the type of an option that is read so; what `read` raises is told with the option's name."""
+    """Return an argparse type from a function that reads text; argparse adds the option's name to its errors."""
     def option_type(text):
         import argparse
         try:
@@ -17829,47 +17838,47 @@ def choice(spelling, choices, **settings):
             raise UsageError("%s is none of %s%s" % (brief(text), ", ".join(choices), hint(text, choices)))
         return text
     row = option(spelling, settings.pop("help", "|".join(choices)), type=typed(read), **settings)
-    row[1]["type"].choices = tuple(choices)  # for the shells' completion
+    row[1]["type"].choices = tuple(choices)  # for completion in a shell
     return row
 
 
 def choices(spelling, words, **settings):
-    """Return an option that takes one or several of `words`, joined by commas."""
+    """Return an option that takes one or several of `words`, separated by commas."""
     def read(text):
-        found = [word.strip() for word in text.split(",")]
-        for word in found:
+        chosen = [word.strip() for word in text.split(",")]
+        for word in chosen:
             if word not in words:
                 raise UsageError("%s is none of %s%s" % (brief(word), ", ".join(words), hint(word, words)))
-        return ",".join(dict.fromkeys(found))
-    row = option(spelling, "|".join(words) + ", or several joined by commas", type=typed(read), **settings)
-    row[1]["type"].choices = tuple(words)  # for the shells' completion
+        return ",".join(dict.fromkeys(chosen))
+    row = option(spelling, "|".join(words) + ", or several with commas", type=typed(read), **settings)
+    row[1]["type"].choices = tuple(words)  # for completion in a shell
     return row
 
 
 @typed
 def count(text):
-    """Return a number that is not negative; the type of options that count."""
+    """Return a whole number >= 0; the type of options that count."""
     if not re.match(r"[0-9]+\Z", text):
-        raise UsageError("%s is no whole number from 0 on" % brief(text))
+        raise UsageError("%s is not a whole number from 0 on" % brief(text))
     return int(text)
 
 
 @typed
 def port(text):
-    """Return the number of a port."""
+    """Return a port number."""
     if not re.match(r"[0-9]{1,5}\Z", text, re.ASCII) or int(text) > 65535:
-        raise UsageError("%s is no port: a whole number from 0 to 65535" % brief(text))
+        raise UsageError("%s is no port number: it must be from 0 to 65535" % brief(text))
     return int(text)
 
 
 @typed
 def duration(text):
-    """Return a duration as it was typed, once it is known to be one: that is how it travels."""
+    """Return a duration as it was typed, which is how requests have it; raises if it is none."""
     return parse_duration(text) and text
 
 
 seconds = typed(parse_duration)
-_OPTION_KINDS = {  # of a row of LOOP_OPTIONS or SERVE_OPTIONS: what argparse is told besides
+_OPTION_KINDS = {  # kind of a row of LOOP_OPTIONS or SERVE_OPTIONS: its settings for `add_argument`
     "text": {}, "path": {"type": for_system}, "int": {"type": int}, "count": {"type": count}, "port": {"type": port},
     "seconds": {"type": seconds}, "duration": {"type": duration}, "list": {"action": "append"},
     "flag": {"action": "store_true"},
@@ -17877,7 +17886,7 @@ _OPTION_KINDS = {  # of a row of LOOP_OPTIONS or SERVE_OPTIONS: what argparse is
 
 
 def _option_of(name, row):
-    """Return the row of a command's option that a parameter of LOOP_OPTIONS or SERVE_OPTIONS is given by."""
+    """Return the row of a command's option for a row of LOOP_OPTIONS or SERVE_OPTIONS."""
     if row.kind == "switch":
         return switch(row.spelling, row.help)
     if isinstance(row.kind, tuple):
@@ -17886,12 +17895,12 @@ def _option_of(name, row):
 
 
 def _options_of(table):
-    """Return the rows of the options of a command that a table of parameters has."""
+    """Return the rows of a command's options for LOOP_OPTIONS or SERVE_OPTIONS."""
     return [_option_of(name, row) for name, row in table.items()]
 
 
 def make_parser(path):
-    """Return the parser of one command; only the one that was typed is ever built."""
+    """Return the parser of one command. Only that of the typed command is ever built."""
     import argparse
 
     class Parser(argparse.ArgumentParser):
@@ -17901,7 +17910,7 @@ def make_parser(path):
         def format_help(self):
             return _command_help(path) + "\n"
 
-        def _get_values(self, action, words):  # which takes the value of --name=-- for no value at all
+        def _get_values(self, action, words):  # argparse drops the value of --name=--, so refuse it
             if words == ["--"] and action.option_strings:
                 self.error("argument %s: -- is no value" % "/".join(action.option_strings))
             return super()._get_values(action, words)
@@ -17931,12 +17940,13 @@ def spelled(flags, settings):
 
 
 def _command_help(path):
-    """Return the help of a command: how it is typed, what it does, its options, an example. All of it, and the prompt
-    after it, is to fit a screen of 24 lines."""
+    """Return the help of a command: usage, what it does, its options, an example.
+
+    With the prompt after it, it must fit a screen of 24 lines."""
     import textwrap
     row = COMMANDS[path]
     width = os.environ.get("COLUMNS", "")
-    width = min(100, int(width)) if width.isdigit() else 80  # to ask the terminal takes a slow import
+    width = min(100, int(width)) if width.isdigit() else 80  # asking the terminal would need a slow import
     rows = [(spelled(flags, settings), settings["help"]) for flags, settings in row.options if settings["help"]]
     places = [("[%s ...]" if "nargs" in settings else "%s") % settings["metavar"]
               for flags, settings in row.options if not flags[0].startswith("-")]
@@ -17951,7 +17961,7 @@ def _command_help(path):
 
 
 def parse(path, words):
-    """Return the options of a command; what follows `--` goes to `rest`, where the command takes it."""
+    """Return the options of a command; what follows `--` goes to `rest` if the command takes that."""
     row, parser, rest = COMMANDS[path], make_parser(path), None
     if row.rest and "--" in words:
         cut = words.index("--")
@@ -17959,7 +17969,7 @@ def parse(path, words):
     words, others = row.sort(words) if row.sort else (words, {})
     options, extra = parser.parse_known_args(words)
     if extra and hasattr(options, "ids") and not any(word.startswith("-") for word in extra):
-        options.ids, extra = options.ids + extra, []  # argparse gives up on ids that stand on both sides of an option
+        options.ids, extra = options.ids + extra, []  # argparse does not take ids on both sides of an option
     if extra:
         parser.error(_unexpected(extra[0], path, options, rest))
     own = {flag: settings for flags, settings in row.options for flag in flags}
@@ -17968,16 +17978,17 @@ def parse(path, words):
 
 
 def _unexpected(word, path, options, rest):
-    """Return what is wrong with a word that a command does not take, and what was perhaps meant."""
+    """Return what is wrong with a word that a command does not take, and what may have been meant."""
     row, flag = COMMANDS[path], word.split("=")[0]
-    own = [each for flags, _ in row.options for each in flags if each.startswith("-")]
+    own = [name for flags, _ in row.options for name in flags if name.startswith("-")]
     others = [name for name, other in COMMANDS.items() for flags, _ in other.options if flag in flags]
     if getattr(options, "extra_filter", None) and (word in COMPARISONS or word in ("and", "or", "in", "=", "!=")):
         return "unexpected %s after -f %s: the filter has to be one word, in single quotes: -f 'args.lr == 0.1'" % (
             word, options.extra_filter)
     if "--id" in own and re.match(r"[0-9a-f-]{4,36}\Z", word):
         return "unexpected %s: a single task is chosen by --id %s" % (word, word)
-    like = {each.strip("-"): each for each in own}.get(nearest(flag.strip("-"), [each.strip("-") for each in own], 0.7))
+    bare = {name.strip("-"): name for name in own}
+    like = bare.get(nearest(flag.strip("-"), bare, 0.7))
     if flag.startswith("-") and (others or like or not row.rest or rest is not None):
         return "unknown option %s%s" % (flag, "; did you mean %s?" % like if like else others and (
             ", an option of %s" % ", ".join(others[:3])) or "")
@@ -17991,18 +18002,18 @@ def _unexpected(word, path, options, rest):
 
 
 def group(word):
-    """Return the commands that start with a word such as `task`; with "", all."""
+    """Return the commands that start with a word such as `task`; all for ""."""
     return [path for path in COMMANDS if COMMANDS[path].help and path.startswith(word and word + " ")]
 
 
-_SYNONYMS = {meant: word for word, others in (  # what people type, and what it is called here
+_SYNONYMS = {synonym: word for word, others in (  # other words that people type: the word that it has here
     ("ls", "list show"), ("delete", "rm remove del"), ("cancel", "kill stop abort"), ("submit", "add create new push"),
     ("retry", "rerun restart requeue reset"), ("get", "info describe"), ("logs", "log output"), ("count", "stats"),
-    ("loop", "run work worker start"), ("serve", "server"), ("update", "edit set")) for meant in others.split()}
+    ("loop", "run work worker start"), ("serve", "server"), ("update", "edit set")) for synonym in others.split()}
 
 
 def find_command(words):
-    """Return (path, the words after it); raises UsageError that offers the nearest command."""
+    """Return (path, the words after it); raises a UsageError that offers the nearest command."""
     for size in (2, 1):
         path = " ".join(words[:size])
         if path in EXTRA_COMMANDS:
@@ -18023,7 +18034,8 @@ def find_command(words):
 
 
 def _show_help(words):
-    """Show the help of the command that `words` spell, or the list of those that start so; UsageError for none."""
+    """Show the help of a command, or the list of commands that start with `words`; raises UsageError if there is
+    none."""
     path = " ".join(words)
     extras()
     if path not in COMMANDS and not group(path):
@@ -18038,20 +18050,20 @@ def help_of(path):
     if path in COMMANDS:
         return _command_help(path)
     listed = group(path) if path else [
-        name for word in EACH_DAY for name in group("") if name.split()[0] == word and name not in SELDOM]
+        name for word in EVERYDAY for name in group("") if name.split()[0] == word and name not in SELDOM]
     wide = max(map(len, listed))
     lines = ["usage: %s %sCOMMAND ...; COMMAND --help explains it" % (program(), path and path + " ")]
     lines += [""] * bool(path)
     lines += ["  %-*s  %s" % (wide, name, COMMANDS[name].help.split(". ")[0].rstrip(".")) for name in listed]
-    lines += ["  " + line for line in _the_rest()] if not path else []
+    lines += ["  " + line for line in _other_commands()] if not path else []
     return "\n".join(lines + ["example: " + COMMANDS[listed[0]].example.split("\n")[0]])
 
 
-def _the_rest():
-    """Return the lines of the list of commands for those that are not EACH_DAY's: one a noun that has several."""
+def _other_commands():
+    """Return the lines that list the commands other than EVERYDAY's, those with the same noun together."""
     nouns = {}
     for path in group(""):
-        if path in SELDOM or path.split()[0] not in EACH_DAY:
+        if path in SELDOM or path.split()[0] not in EVERYDAY:
             nouns.setdefault(path.split()[0], []).append(path.partition(" ")[2])
     rest = sorted(nouns, key=lambda noun: (noun == "help", list(nouns).index(noun)))
     single = [(noun + " " + nouns[noun][0]).strip() for noun in rest if not nouns[noun][1:]]
@@ -18061,14 +18073,14 @@ def _the_rest():
         lines[-1:] = ["%s; %s" % (lines[-1], text)] if has_room else lines[-1:] + [text]
     missing = ", ".join(name for name in EXTRA_COMMANDS if name not in COMMANDS)
     return [", ".join(single)] + lines + (
-        ["With labtasker_cli.py beside labtasker.py also: " + missing] if missing else [])
+        ["With labtasker_cli.py beside labtasker.py there are also: " + missing] if missing else [])
 
 
-def _leave_to_init():
-    """Return in a child, where this is process 1 of a container; process 1 stays to reap whatever becomes an orphan.
+def _become_init():
+    """Fork, for process 1 of a container, and return in the child. Process 1 itself only reaps ended processes.
 
-    A child of its own can't be told from an orphan by the one who waits for any. It passes signals on, but for those
-    of a terminal, which the child gets itself, and ends as the child does."""
+    The child must not reap orphans itself: a wait for any child would take its own jobs too. Process 1 passes signals
+    on, except those of a terminal, which the child gets itself, and ends with the child's exit code."""
     import signal
     every = set(signal.Signals) - {signal.SIGKILL, signal.SIGSTOP}
     before = signal.pthread_sigmask(signal.SIG_BLOCK, every)
@@ -18077,16 +18089,16 @@ def _leave_to_init():
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
         return
     while True:
-        told = signal.sigwaitinfo(every)
-        if told.si_signo != signal.SIGCHLD and told.si_code <= 0:  # over 0: from the kernel, as at Ctrl-C
-            os.kill(child, told.si_signo)
-        for pid, status in iter(_reaped, None):
+        received = signal.sigwaitinfo(every)
+        if received.si_signo != signal.SIGCHLD and received.si_code <= 0:  # over 0: from the kernel, as at Ctrl-C
+            os.kill(child, received.si_signo)
+        for pid, status in iter(_reap, None):
             if pid == child:
                 os._exit(os.WEXITSTATUS(status) if os.WIFEXITED(status) else 128 + os.WTERMSIG(status))
 
 
-def _reaped():
-    """Return (pid, status) of a child that has ended, or None."""
+def _reap():
+    """Reap a child that has ended; return (pid, status), or None if there is none."""
     try:
         pid, status = os.waitpid(-1, os.WNOHANG)
         return (pid, status) if pid else None
@@ -18095,7 +18107,7 @@ def _reaped():
 
 
 def _run_command(words):
-    """Return the exit code of the command that `words` spell, in UTF-8 whatever the locale."""
+    """Run a command line, which is UTF-8 whatever the locale is; return its exit code."""
     words = [os.fsencode(word).decode("utf-8") for word in words]
     if words[:1] in (["--version"], ["-V"]):
         return say("labtasker " + __version__)
@@ -18108,14 +18120,14 @@ def _run_command(words):
     path, words = find_command(words)
     options = parse(path, words)
     if os.getpid() == 1 and path in ("loop", "serve"):
-        _leave_to_init()
+        _become_init()
     if path.split()[0] in ("task", "worker", "health", "loop") and not getattr(options, "dry_run", False):
-        bring_what_waits()
+        deliver_outbox()
     return COMMANDS[path].run(options)
 
 
-def bring_what_waits():
-    """Deliver the reports that loops here could not; that the server is still away the command itself will tell."""
+def deliver_outbox():
+    """Deliver reports that loops here have saved. No error if the server is away: the command itself will report it."""
     try:
         if outbox_reports() and deliver_kept():
             note("Delivered results saved while the server was unreachable.")
@@ -18124,9 +18136,9 @@ def bring_what_waits():
 
 
 def main(argv=None):
-    """Return the exit code, one of EXIT_CODES. The only place that prints errors."""
+    """Run a command line; return its exit code, one of EXIT_CODES. The only place that prints errors."""
     for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:  # closed by whoever started us
+        if getattr(sys, name) is None:  # it was closed when this process started
             setattr(sys, name, open(os.devnull, "w"))
     words = sys.argv[1:] if argv is None else argv
     is_json = _wants_json(words)
@@ -18134,12 +18146,12 @@ def main(argv=None):
         code = _run_command(words) or 0
         sys.stdout.flush()
         return tell_error(code, is_json) if isinstance(code, Ended) else code
-    except SystemExit as error:  # argparse after --help, or a person who said no
+    except SystemExit as error:  # argparse after --help, or `confirm` after a no
         return error.code or 0
     except KeyboardInterrupt:
         is_json or note("")
         return 130
-    except BrokenPipeError:  # whoever read our output has seen enough
+    except BrokenPipeError:  # the reader of our output has closed it
         silence()
         return 0
     except Exception as error:
@@ -18158,7 +18170,7 @@ def _wants_json(words):
 
 # ---- The table
 ID = option("ID", "the task's id, or its first letters", dest="task_id")
-_ID_ARGUMENTS = option("ID", "task ids; without any, and no selectors, from stdin", dest="ids", nargs="*", default=[])
+_ID_ARGUMENTS = option("ID", "task ids; without ids and selectors, from stdin", dest="ids", nargs="*", default=[])
 _WORKER = option("ID", "the worker's id, or its first letters", dest="worker_id")
 _QUIET = option("-q --quiet", "print only ids")
 _SILENT = option("-q --quiet", "print nothing")
@@ -18189,7 +18201,7 @@ _LIST = [option("--limit N", "show at most N (100)", type=count, default=100),
          *_AS_TABLE,
          option("-v --verbose", "more columns, no value cut"), _NO_PAGER] + _COLOUR
 QUEUE = [option("--queue-name NAME", "letters, digits, _ and -"),
-         option("--password PASSWORD", "default: LABTASKER_PASSWORD, else it is asked for")]
+         option("--password PASSWORD", "default: LABTASKER_PASSWORD, else a prompt")]
 _JOURNAL = option("--db-path FILE", "the journal (that of the configured store)", type=for_system)
 _SILENCE = _option_of("heartbeat_timeout", LOOP_OPTIONS["heartbeat_timeout"])
 
@@ -18203,7 +18215,7 @@ def _field_option(name, field):
 
 COMMANDS = {
     "task submit": Command(
-        do_task_submit, "Queue a task, or many. Values are Python literals, else text; dots nest.",
+        do_task_submit, "Queue tasks. Values are Python literals, else text; a dot makes a nested key.",
         "labtasker task submit --name grid -- --lr=0.001 --opt.momentum=0.9\n"
         "labtasker task submit --grid -- --lr=0.1,0.01 --seed=1:5:1", [
             *[_field_option(name, field) for name, field in SUBMITTED.items() if field.flag],
@@ -18211,9 +18223,9 @@ COMMANDS = {
                    "stop included"),
             option("--sample N", "N tasks of random values: LOW:HIGH, log:LOW:HIGH, or a,b", type=count),
             option("--seed S", "the same number draws the same sample", type=count),
-            option("--from FILE", "a task for each JSON line or CSV row; - is stdin", dest="from_file",
+            option("--from FILE", "one task for each JSON line or CSV row; - is stdin", dest="from_file",
                    type=for_system),
-            option("--unique", "skip what is there already, by name and arguments"),
+            option("--unique", "skip tasks whose name and arguments already exist"),
             option("--dry-run", "print what would be submitted, as JSON lines"), _QUIET] + _AS_TABLE,
         "[-- --NAME=VALUE ...]"),
     "task ls": Command(
@@ -18241,7 +18253,7 @@ COMMANDS = {
             choices("-s --status STATUS", TASK_STATES, default="success"), _FILTER,
             *formats("table", "md")] + _COLOUR),
     "task update": Command(
-        do_task_update, "Change fields of tasks, all in one transaction. Each update replaces that field only.",
+        do_task_update, "Change fields of tasks in one transaction. All other fields stay.",
         "labtasker task update -s failed -u args.lr=0.005 --reset-pending", SELECT + [
             option("-u --update FIELD=VALUE", "repeatable: args.lr=0.005, 'metadata.tags=[\"v2\"]', status=cancelled",
                    action="append"),
@@ -18255,12 +18267,12 @@ COMMANDS = {
         "labtasker task ls -s failed -q --limit 10000 | labtasker task delete -y",
         [_ID_ARGUMENTS] + SELECT + [_DRY_RUN, _YES, _SILENT] + _AS_TABLE),
     "task retry": Command(
-        do_task_retry, "Make failed, or selected, tasks pending again. Resets their retries to 0.",
+        do_task_retry, "Make failed or selected tasks pending again. Resets their retries to 0.",
         "labtasker task retry -f 'args.model == \"vit\"' --dry-run",
-        [option("ID", "task ids; without any, the selectors, else all failed ones", dest="ids", nargs="*", default=[])]
+        [option("ID", "task ids; without ids and selectors, all failed ones", dest="ids", nargs="*", default=[])]
         + SELECT + [_DRY_RUN, _YES, _QUIET] + _AS_TABLE),
     "task cancel": Command(
-        do_task_cancel, "Cancel those of the tasks that are pending or running. What runs is ended within seconds.",
+        do_task_cancel, "Cancel the selected tasks that are pending or running. Jobs end within seconds.",
         "labtasker task cancel --name grid -f 'args.lr > 0.5'", [_ID_ARGUMENTS] + SELECT + [_DRY_RUN, _YES, _SILENT]
         + _AS_TABLE),
     "task wait": Command(
@@ -18277,26 +18289,27 @@ COMMANDS = {
         "labtasker task logs 3f2a -f",
         [ID, option("-f --follow", "keep printing while it runs"),
          option("--tail N", "print the last N lines", type=count),
-         option("--attempt N", "the Nth of the attempts that the task keeps (the last)", type=count)]),
+         option("--attempt N", "the Nth run that the task still has (the last)", type=count)]),
     "task history": Command(
         do_task_history, "Print the points that a task's runs have reported with a step.",
         "labtasker task history 3f2a --fmt csv", [ID] + formats("table", default="table") + [_NO_PAGER]),
     "task harvest": Command(
-        do_task_harvest, "Take results from the output of last runs, as loop --metric does.",
+        do_task_harvest, "Read results from the output of tasks, as loop --metric does.",
         "labtasker task harvest --metric 'acc=accuracy: ([0-9.]+)' -s success",
-        [option("ID", "task ids; without any, the selectors, else all tasks", dest="ids", nargs="*", default=[]),
+        [option("ID", "task ids; without ids and selectors, all tasks", dest="ids", nargs="*", default=[]),
          _option_of("metrics", LOOP_OPTIONS["metrics"]), _option_of("step", LOOP_OPTIONS["step"])]
         + SELECT + [option("--dry-run", "change nothing")]),
     "report": Command(
         do_report, "In a job: merge values into the summary of its task. Exit 1 if the job should end.",
         "labtasker report acc=0.9 --step 3",
-        [option("NAME=VALUE", "values are Python literals, else text; dots nest", dest="values", nargs="+"),
-         option("--step N", "the step that they belong to", type=literal)]),
+        [option("NAME=VALUE", "values are Python literals, else text; a dot makes a nested key", dest="values",
+                nargs="+"),
+         option("--step N", "the step that the values belong to", type=literal)]),
     "help template": Command(
-        lambda options: show(template_reference()), "Print the placeholders of commands, and the variables of a job.",
+        lambda options: show(template_reference()), "Print the placeholders of commands and the variables of a job.",
         "labtasker help template"),
     "loop": Command(
-        do_loop, "Run a command for each pending task whose arguments it takes. Then end.",
+        do_loop, "Run a command for each pending task whose arguments it takes. Ends when none is left.",
         "labtasker loop -- python train.py --lr '%(lr)' --model '%(model)'",
         _options_of(LOOP_OPTIONS), "[-- COMMAND ...]"),
     "serve": Command(
@@ -18308,7 +18321,7 @@ COMMANDS = {
                             "labtasker queue create --queue-name sweep --password secret",
                             QUEUE + [_METADATA, _QUIET, _IDLE]),
     "queue create-from-config": Command(
-        do_queue_create_from_config, "Create the configured queue where there is none yet.",
+        do_queue_create_from_config, "Create the configured queue if it does not exist.",
         "labtasker queue create-from-config", [_METADATA, _IDLE]),
     "queue get": Command(
         do_queue_get, "Show the queue.",
@@ -18317,12 +18330,12 @@ COMMANDS = {
         do_queue_update, "Rename the queue, change its password or metadata.",
         "labtasker queue update --new-queue-name sweep2", [
             option("--new-queue-name NAME", "letters, digits, _ and -"),
-            option("--new-password PASSWORD", "1 to 100 letters; without any it is asked for, or made up and printed",
-                   nargs="?", const=True), _METADATA, _SILENT, _IDLE]),
+            option("--new-password PASSWORD", "1 to 100 letters; without a value there is a prompt, or a random one is "
+                   "printed", nargs="?", const=True), _METADATA, _SILENT, _IDLE]),
     "queue delete": Command(
         do_queue_delete, "Delete the queue.",
         "labtasker queue delete --cascade --yes",
-        [option("--cascade", "its tasks and workers too"), _YES, _IDLE]),
+        [option("--cascade", "also delete its tasks and workers"), _YES, _IDLE]),
     "worker create": Command(
         do_worker_create, "Register a worker and print its id.", "labtasker worker create --worker-name gpu0", [
             option("--worker-name --name NAME", "letters, digits, _ and -", dest="worker_name"), _METADATA,
@@ -18333,7 +18346,7 @@ COMMANDS = {
             option("--id --worker-id ID", "the worker with this id", dest="worker_id"),
             option("--name --worker-name NAME", "workers with this name", dest="worker_name"),
             choices("-s --status STATUS", WORKER_STATES), _FILTER,
-            option("--all", "those of loops that have ended, too"), _QUIET] + _LIST),
+            option("--all", "also those whose loops have ended"), _QUIET] + _LIST),
     "worker report": Command(
         do_worker_report, "Set a worker active, suspended or crashed.", "labtasker worker report ID active",
         [_WORKER, choice("STATUS", WORKER_STATES, dest="status"), _IDLE]),
@@ -18346,7 +18359,7 @@ COMMANDS = {
         "labtasker event listen --compact --until-idle", [
             option("-c --compact", "one line for each event"),
             option("--raw --json", "one line of JSON for each event", dest="raw"),
-            option("--after ID", "begin after the event with this id; 0.0: with all that are kept (help events)"),
+            option("--after ID", "begin after the event with this id; 0.0: with the oldest (help events)"),
             option("--max N", "end after N events", type=count, dest="most"),
             option("--until-idle", "end once no task is pending or running"),
             option("--exec CMD", "run CMD in a shell for each event, with its JSON on stdin, one at a time; print "
@@ -18354,7 +18367,7 @@ COMMANDS = {
             option("--exec-timeout TIME", "end CMD after this time (1m); that is a failure", type=seconds, default=60),
             option("--timeout TIME", "give up connecting after this time (10)", type=seconds, default=10)]),
     "journal verify": Command(
-        do_journal_verify, "Look for damage in a journal, even one in use. Exit 1 if there is any.",
+        do_journal_verify, "Check a journal for damage, even one in use. Exit 1 if there is any.",
         "labtasker journal verify --db-path old/journal.jsonl", [_JOURNAL]),
     "journal repair": Command(
         do_journal_repair, "Replace a damaged journal by its good lines. The damaged file is kept.",
@@ -18369,9 +18382,9 @@ COMMANDS = {
         do_server_status, "Say whether the store's server runs, and where. Exit 3 if none answers.",
         "labtasker server status", [_JOURNAL] + formats(default="yaml")),
     "server stop": Command(
-        do_server_stop, "Stop the store's server, and wait for its end. Exit 1 if none runs on this host.",
+        do_server_stop, "Stop the store's server and wait until it has ended. Exit 1 if none runs on this host.",
         "labtasker server stop", [
-            _JOURNAL, option("--timeout TIME", "at most so long (1m)", type=seconds, default=60)]),
+            _JOURNAL, option("--timeout TIME", "wait no longer (1m)", type=seconds, default=60)]),
     "init": Command(
         do_init, "Write the configuration, test it, and create the queue.",
         "labtasker init --url http://head:9321 --queue-name sweep",
@@ -18388,7 +18401,7 @@ COMMANDS = {
         "Print the settings of config.toml, and the variables that override it.",
         "labtasker help settings"),
     "help events": Command(
-        lambda options: show(events_reference()), "Print how to hear events: shell, Python, HTTP; also past ones.",
+        lambda options: show(events_reference()), "Print how to receive events, also past ones: shell, Python, HTTP.",
         "labtasker help events"),
     "help exit": Command(
         lambda options: show(exit_reference()), "Print the exit codes.", "labtasker help exit"),
@@ -18400,7 +18413,7 @@ COMMANDS = {
                     [option("COMMAND", "words of a command, or a topic", dest="topic", nargs="*")]),
 }
 
-# The public API; an underscore marks what a section keeps to itself, all other names are for the sections above.
+# The public API. All other names without an underscore are for other sections and labtasker_cli.py.
 __all__ = """
     loop Required Annotated finish task_info current_task_id current_worker_id is_enabled get_labtasker_log_dir
     time_left preempted set_prompt_on_task_failure set_loop_internal_error_handler health_check create_queue

@@ -69,7 +69,7 @@ def test_what_is_kept_of_a_run_elsewhere_is_its_end_as_it_was(home, store, capsy
     assert L.main(["task", "logs", run.task_id]) == 0
     shown = capsys.readouterr()
     assert "04999" in shown.out[-20:]
-    assert "the end of %d bytes" % len(whole) in shown.err
+    assert "only the end of %d bytes" % len(whole) in shown.err
 
     L.delete_task(run.task_id)
     assert os.listdir(str(store / "logs")) == []

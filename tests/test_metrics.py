@@ -109,7 +109,7 @@ def test_harvest_reads_afterwards_what_was_printed_and_once_more_changes_nothing
         assert [labtasker.get_task(id_).summary["loss"] for id_ in ids] == [0.5, 1.5]
     assert labtasker.get_task(ids[0]).summary["own"] == 1 and not labtasker.get_task(waiting).summary
     assert both.cli("task", "harvest", check=False).returncode == 2
-    assert "of 2 there are none" in both.cli("task", "harvest", "--metric", "x=never (.)").stderr
+    assert "the output of 2 has none" in both.cli("task", "harvest", "--metric", "x=never (.)").stderr
 
 
 def test_metrics_of_the_configuration_hold_for_every_loop(home):

@@ -291,7 +291,7 @@ def test_what_is_left_of_a_server_is_not_taken_for_one(home, capsys, monkeypatch
     here = {"pid": os.getpid(), "host": "one", "host_id": L.host_id()}
     owner_of(home, **dict(here, started="another process with its number"))
     code, shown = said("status")
-    assert code == 3 and "status: not running" in shown and "server.json was left by a server that ended without a word" in shown
+    assert code == 3 and "status: not running" in shown and "server.json was left by a server that was killed" in shown
     code, shown = said("stop")
     assert code == 1 and "no server runs on" in shown  # and this process lives
     owner_of(home, **dict(here, started=L.process_start(os.getpid())))

@@ -598,10 +598,10 @@ def test_what_is_no_report_is_set_aside_named_once_and_holds_up_nothing(running,
     path = pathlib.Path(labtasker.outbox(), "1000000000.000000-x-1.json")
     path.write_bytes(ODD_REPORTS[name])
     keep(running, "success")
-    labtasker.bring_what_waits()
+    labtasker.deliver_outbox()
     assert task(running.task_id).status == "success" and path.with_suffix(".json.aside").read_bytes() == ODD_REPORTS[name]
     assert "renamed to %s.aside" % path.name in capsys.readouterr().err
-    labtasker.bring_what_waits()
+    labtasker.deliver_outbox()
     assert capsys.readouterr().err == "" and not labtasker.outbox_reports()
 
 
@@ -612,7 +612,7 @@ def test_what_is_no_plain_file_in_the_outbox_is_set_aside_and_never_waited_for(r
     {"pipe": lambda: os.mkfifo(str(path)), "folder": path.mkdir, "device": lambda: path.symlink_to("/dev/zero"),
      "link to nothing": lambda: path.symlink_to("nowhere")}[kind]()
     path.with_suffix(".json.aside").write_text("of an earlier one")
-    labtasker.bring_what_waits()
+    labtasker.deliver_outbox()
     assert "odd.json.aside-2" in capsys.readouterr().err and not labtasker.outbox_reports()
     assert path.with_suffix(".json.aside").read_text() == "of an earlier one"
 
