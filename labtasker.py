@@ -2004,9 +2004,9 @@ def misfits(required, shape):
 #
 # An append-only file of JSON lines: lock, append, sync, replay, replace, verify, repair. A line is a transaction:
 #   {"n":18,"durable":17,"at":1763800000.1,...,"crc":"89abcdef"}
-# `n` counts without gaps, `durable` is the last n known to be on disk when the line was written,
-# `crc` is the zlib.crc32 of the bytes before it. The first line names the format. After a compaction
-# it also says that the lines up to byte `tail` stand for the first `folded` ones: {"fold":1,...}.
+# `n` counts without gaps, `durable` is the last n known to be on disk when the line was written, `crc` is
+# the zlib.crc32 of the bytes before it. The first line names the format. After a compaction it also says
+# that the lines up to byte `tail`, {"fold":1,...} and so on, replace lines 1 to `folded`.
 # Knows nothing of what a line means. Uses 1. Tests: test_journal.py, test_faults.py.
 
 FORMAT = 1
@@ -2015,16 +2015,16 @@ FSYNC_MODES = {
     "interval": "answer once it is written, sync each second; a power cut loses up to a second",
     "never": "answer once it is written, let the system sync; a power cut loses up to half a minute on Linux",
 }
-_SYNC_INTERVAL_S = 1.0  # of --fsync interval
-READ_BYTES = 1 << 20  # read at a time when a journal is replayed
+_SYNC_INTERVAL_S = 1.0  # between syncs with --fsync interval
+READ_BYTES = 1 << 20  # how much is read at once when a journal is replayed
 _OWNER_BYTES = 512  # length of an owner file; its JSON is padded with blanks
-_BEAT_BYTES = 4096  # read of a beat file, which is one line
-_MOST_NOTE_BYTES = 64 << 10  # read of a file in which a process says who it is
-MOST_FILE_BYTES = 64 << 20  # read of any other JSON file: four times what a server takes as one request
+_BEAT_BYTES = 4096  # how much of a beat file is read; it has one line
+_MOST_NOTE_BYTES = 64 << 10  # how much is read of a file in which a process says who it is
+MOST_FILE_BYTES = 64 << 20  # how much is read of any other JSON file: four times the largest request to a server
 OWNER_LAPSE_S = 12.0  # how long another host's counter must stand still before its store is taken over
-HEADER_BYTES = 64 << 10  # a journal's first line is shorter
-_MARK_BYTES = 10  # at the end of a line, with its checksum, by which the line is recognised
-_ADOPT_BYTES = 256 << 10  # new lines that a compaction copies while writers wait
+HEADER_BYTES = 64 << 10  # more than the length of a journal's first line
+_MARK_BYTES = 10  # at the end of a line: the end of its checksum, which identifies the line
+_ADOPT_BYTES = 256 << 10  # at most so many bytes of new lines are copied by a compaction while writers wait
 
 
 class Disk:
@@ -2037,7 +2037,7 @@ class Disk:
 
     @staticmethod
     def sync(fd):
-        """Return when the file's data is on the disk itself; macOS has a call of its own for that."""
+        """Return once the file's data is on the disk itself. macOS has a call of its own for that."""
         if hasattr(fcntl, "F_FULLFSYNC"):
             fcntl.fcntl(fd, fcntl.F_FULLFSYNC)
         else:
@@ -2052,7 +2052,7 @@ class Disk:
 
     @classmethod
     def sync_folder(cls, path):
-        """Return when the names in the folder of `path` are on disk."""
+        """Return once the names in the folder of `path` are on disk."""
         fd = os.open(os.path.dirname(path) or ".", os.O_RDONLY)
         try:
             cls.sync(fd)
@@ -2064,8 +2064,9 @@ class Disk:
 
     @classmethod
     def create(cls, path, pieces, synced=True, keep=None):
-        """Put a file of these byte `pieces` on disk under `path`: all of it, or none. A power cut may lose a file that
-        is not `synced`. `keep`: see `replace`."""
+        """Put a file of these byte `pieces` on disk as `path`, completely or not at all.
+
+        A power cut may lose a file that is not `synced`. `keep`: see `replace`."""
         path = path if keep is None else real_path(path)
         draft = cls.draft(path, pieces, synced)
         try:
@@ -2083,13 +2084,13 @@ class Disk:
         fd = cls.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | getattr(os, "O_CLOEXEC", 0), 0o600)
         try:
             try:
-                waiting = bytearray()
+                buffer = bytearray()
                 for piece in pieces:
-                    waiting += piece
-                    if len(waiting) >= READ_BYTES:
-                        cls.write_all(fd, bytes(waiting))
-                        waiting.clear()
-                cls.write_all(fd, bytes(waiting))
+                    buffer += piece
+                    if len(buffer) >= READ_BYTES:
+                        cls.write_all(fd, bytes(buffer))
+                        buffer.clear()
+                cls.write_all(fd, bytes(buffer))
                 if synced:
                     cls.sync(fd)
             finally:
@@ -2101,11 +2102,11 @@ class Disk:
 
     @classmethod
     def replace(cls, draft, path, keep=0o7777, ask=None):
-        """Rename the file `draft` to `path`; the folder is still to be synced.
+        """Rename the file `draft` to `path`; the caller has to sync the folder.
 
-        Owner, group and the bits `keep` of the mode stay those of the file that was there, or PermissionError is raised
-        where this user may not set them. With `keep` None they are those of the draft. `ask` is called last, and raises
-        where the file must not be replaced."""
+        Owner, group and the bits `keep` of the mode stay those of the file that was there. PermissionError is raised if
+        this user may not set them. With `keep` None they are those of the draft. `ask` is called right before the
+        rename; it raises if the file must not be replaced."""
         if keep is not None and os.path.exists(path):
             cls.make_like(draft, path, keep)
         if ask:
@@ -2115,15 +2116,15 @@ class Disk:
     @staticmethod
     def make_like(path, model, keep=0o7777):
         """Give a file the owner, the group and the bits `keep` of the mode of the file `model`."""
-        made, there = os.stat(path), os.stat(model)
-        if (made.st_mode ^ there.st_mode) & 0o7777:
-            os.chmod(path, there.st_mode & keep)
-        if (made.st_uid, made.st_gid) != (there.st_uid, there.st_gid):
-            os.chown(path, there.st_uid, there.st_gid)
+        now_is, wanted = os.stat(path), os.stat(model)
+        if (now_is.st_mode ^ wanted.st_mode) & 0o7777:
+            os.chmod(path, wanted.st_mode & keep)
+        if (now_is.st_uid, now_is.st_gid) != (wanted.st_uid, wanted.st_gid):
+            os.chown(path, wanted.st_uid, wanted.st_gid)
 
     @classmethod
     def make_folder(cls, path):
-        """Make the folder, for its owner alone, and put its name on disk; one that exists stays as it is."""
+        """Make a folder that only its owner can use, and put its name on disk; one that exists stays as it is."""
         if os.path.isdir(path):
             return
         parent = os.path.dirname(os.path.abspath(path))
@@ -2139,21 +2140,22 @@ class Disk:
 
     @classmethod
     def sync_name(cls, folder):
-        """Put the name of a folder on disk, where this process may."""
+        """Put the name of a folder on disk, if this process may."""
         try:
             cls.sync_folder(os.path.abspath(folder))
-        except PermissionError:  # the parent can't be opened: its maker had to sync it
+        except PermissionError:  # this user can't open the parent, so somebody else has made and synced it
             pass
 
 
 def real_path(path):
-    """Return where a file is, or will be, whose name may be a symbolic link; a link to a folder or device stays."""
-    leads_on = os.path.islink(path) and (os.path.isfile(path) or not os.path.exists(path))
-    return os.path.realpath(path) if leads_on else os.path.abspath(path)
+    """Return the path of a file with symbolic links followed, also of one to be made; a link to a folder or a device
+    is not followed."""
+    is_followed = os.path.islink(path) and (os.path.isfile(path) or not os.path.exists(path))
+    return os.path.realpath(path) if is_followed else os.path.abspath(path)
 
 
 def discard(path):
-    """Remove a file, if it is there."""
+    """Remove a file if it exists."""
     try:
         os.unlink(path)
     except FileNotFoundError:
@@ -2174,7 +2176,7 @@ class FileLock:
         self.path = path
 
     def _open(self):
-        """Open the file; a new one gets the owner of the file that it locks, whoever makes it."""
+        """Open the file; a new one gets the owner and mode of the file that it locks."""
         is_new, locked = not os.path.exists(self.path), self.path.rpartition(".")[0]
         self.fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         opened = os.fstat(self.fd)
@@ -2182,11 +2184,11 @@ class FileLock:
         if is_new and os.path.exists(locked):
             try:
                 Disk.make_like(self.path, locked)
-            except OSError:  # this process can use it as it is
+            except OSError:  # this process can use the file anyway
                 pass
 
     def acquire(self, timeout_s):
-        """Return whether the lock was taken in `timeout_s` seconds; raise StoreUnavailable where locks don't work."""
+        """Return whether the lock was taken within `timeout_s`; raise StoreUnavailable if locks don't work here."""
         if self.fd is None:
             self._open()
         give_up_at, pause_s = monotonic() + timeout_s, 0.00005
@@ -2204,28 +2206,29 @@ class FileLock:
             pause_s = min(pause_s * 1.2, 0.005)
 
     def is_in_place(self):
-        """Return whether the locked file is the one that others would lock, or its folder is away."""
+        """Return whether the locked file is the one that others would lock; True if its folder is missing."""
         if self.fd is None:
             return True
         try:
-            there = os.stat(self.path)
-            return self.identity in (None, (there.st_dev, there.st_ino))
+            status = os.stat(self.path)
+            return self.identity in (None, (status.st_dev, status.st_ino))
         except FileNotFoundError:
             return not os.path.isdir(os.path.dirname(self.path))
 
     def noted(self):
-        """Return (last durable line, inode with a synced name), as the last holder left it; else zeros."""
+        """Return (last durable line, inode whose name is synced) as the last holder has noted them; else zeros."""
         if self.fd is None:
             return 0, 0
-        noted, _, check = os.pread(self.fd, 50, 0).rpartition(b" ")
-        return tuple(map(int, noted.split())) if noted and check == b"%08x" % zlib.crc32(noted) else (0, 0)
+        text, _, check = os.pread(self.fd, 50, 0).rpartition(b" ")
+        return tuple(map(int, text.split())) if text and check == b"%08x" % zlib.crc32(text) else (0, 0)
 
     def note(self, number, inode):
-        """Leave for the next holder what `noted` returns. It may be lost or out of date, which costs one sync, so it is
-        neither locked nor synced."""
-        noted = b"%020d %020d" % (number, inode)
+        """Write into the lock's file what `noted` returns to the next holder.
+
+        A note that is lost or out of date only costs that holder a sync, so it is neither locked nor synced."""
+        text = b"%020d %020d" % (number, inode)
         try:
-            os.pwrite(self.fd, b"%s %08x" % (noted, zlib.crc32(noted)), 0)
+            os.pwrite(self.fd, b"%s %08x" % (text, zlib.crc32(text)), 0)
         except OSError:  # a full disk
             pass
 
@@ -2233,7 +2236,7 @@ class FileLock:
         """Let others take the lock."""
         fcntl.flock(self.fd, fcntl.LOCK_UN)
 
-    def close(self, close=os.close):  # bound, as this module's names can be gone at the end of the process
+    def close(self, close=os.close):  # a default value: at the end of the process the module's names can be gone
         """Release the lock and close its file."""
         fd, self.fd = self.fd, None
         if fd is not None:
@@ -2243,7 +2246,7 @@ class FileLock:
 
 
 def host_id():
-    """Return a text that identifies this host's boot, and this pid namespace in it."""
+    """Return a text that identifies this host since its last boot, and the pid namespace of this process."""
     try:
         with open("/proc/sys/kernel/random/boot_id") as file:
             return "%s/%s" % (file.read().strip(), os.readlink("/proc/self/ns/pid"))
@@ -2252,8 +2255,8 @@ def host_id():
 
 
 def process_stat(pid):
-    """Return (state, process group, start) of a process of this host: a letter, a number, and a text in the kernel's
-    own count. Raises OSError where there is none, or no /proc."""
+    """Return (state, process group, start time) of a process of this host: a letter, a number, and a text in the
+    kernel's clock ticks. Raises OSError if there is no such process, or no /proc."""
     with open("/proc/%s/stat" % pid) as file:
         fields = file.read().rpartition(")")[2].split()
     if len(fields) < 20:
@@ -2262,7 +2265,7 @@ def process_stat(pid):
 
 
 def process_start(pid):
-    """Return when a living process of this host started, in the kernel's own count, or None when there is none."""
+    """Return when a living process of this host started, in the kernel's clock ticks; None if there is none."""
     try:
         if not os.path.isdir("/proc/self"):
             os.kill(pid, 0)
@@ -2278,8 +2281,8 @@ class OddFile(LabtaskerValueError):
 
 
 def open_plain(path):
-    """Return a binary file to read from, or raise OddFile where the path is a pipe, a device or a folder: reading those
-    may block, or never end."""
+    """Return a binary file to read from, or raise OddFile if the path is a pipe, a device or a folder: reading those
+    may block or never end."""
     import stat
     try:
         fd = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0)
@@ -2300,22 +2303,22 @@ def load_json(path, kinds, needed=(), most_bytes=MOST_FILE_BYTES):
     """Return the dict that a JSON file holds. `kinds`: {field: its type, or [type] for a list}. A field may be missing
     or None unless it is `needed`; other fields are allowed.
 
-    Raises OSError where the file can't be read, OddFile where it holds anything else."""
+    Raises OSError if the file can't be read, OddFile if it holds anything else."""
     with open_plain(path) as file:
         data = file.read(most_bytes + 1)
     if len(data) > most_bytes:
         raise OddFile("%s is over %d bytes" % (path, most_bytes))
     try:
-        found = json.loads(data.decode("utf-8"))
+        content = json.loads(data.decode("utf-8"))
     except (ValueError, RecursionError) as error:
         raise OddFile("%s is not JSON: %s" % (path, error)) from None
-    if not isinstance(found, dict):
+    if not isinstance(content, dict):
         raise OddFile("%s is not a JSON object" % path)
     for name, kind in (kinds or {}).items():
-        value = found.get(name)
+        value = content.get(name)
         if name in needed if value is None else not _is_kind(value, kind):
-            raise OddFile("%s: %s %s" % (path, name, "is missing" if value is None else "is not of its type"))
-    return found
+            raise OddFile("%s: %s %s" % (path, name, "is missing" if value is None else "has the wrong type"))
+    return content
 
 
 def _is_kind(value, kind):
@@ -2325,7 +2328,7 @@ def _is_kind(value, kind):
 
 
 def read_json(path, kinds=None, most_bytes=MOST_FILE_BYTES):
-    """Return what load_json does, or {} where that raises."""
+    """Return what load_json does, or {} if that raises."""
     try:
         return load_json(path, kinds, (), most_bytes)
     except (OSError, OddFile):
@@ -2338,12 +2341,12 @@ _OWNER_KINDS = {"host_id": str, "host": str, "pid": int, "started": str, "server
 
 
 def read_server_file(folder):
-    """Return what the server of the store in `folder` wrote about itself into server.json, or None."""
+    """Return what the server of the store in `folder` has written about itself into server.json, or None."""
     return read_json(os.path.join(folder, "server.json"), _SERVER_KINDS, _MOST_NOTE_BYTES) or None
 
 
 def read_beat(path):
-    """Return the text of a run's beat file, None where there is none that can be read."""
+    """Return the text of a run's beat file, or None if it can't be read."""
     try:
         with open_plain(path) as file:
             return file.read(_BEAT_BYTES).decode("ascii")
@@ -2352,20 +2355,20 @@ def read_beat(path):
 
 
 class Owner:
-    """Which host may write to a store. It serves file systems on which other hosts don't see a lock.
+    """Which host may write to a store. File locks are not enough: on some file systems other hosts don't see them.
 
     The file PATH.owner-EPOCH of the highest epoch names the owner. It is made by link(), so that only one process can
-    make it, and holds host, process and a counter that moves while the owner lives. An owner stops when its file is
-    gone or one of the next epoch is there. The processes of one host without a server share an epoch."""
+    make it. It holds host, process and a counter that changes while the owner lives. An owner stops once its file is
+    gone or there is a file of the next epoch. The processes of one host without a server share an epoch."""
 
     def __init__(self, path, is_server):
         self.path, self.is_server, self.host_id = path, is_server, host_id()
         self.epoch, self.count, self.moved_at = None, 0, -math.inf
-        self.process = None, None  # this one's id, and when it started
+        self.process = None, None  # the id of this process, and when it started
         self.files = {}  # epoch: the path of its owner file
-        self.used = None, None  # (descriptor of the owner file, with a shared lock; the process that took that)
-        self.stood_still = {}  # {run id: its beat file} of those that did not move while a silent owner was watched
-        self.unlock = self.lock = lambda: None  # of the journal: it is released while another owner is watched
+        self.used = None, None  # (descriptor of the owner file, which has a shared lock; process that took the lock)
+        self.stood_still = {}  # {run id: its beat file} of runs without a beat while a silent owner was watched
+        self.unlock = self.lock = lambda: None  # release and take the journal's lock, while another owner is watched
 
     def _file(self, epoch):
         if epoch not in self.files:
@@ -2379,7 +2382,7 @@ class Owner:
         return sorted(int(end) for end in ends if re.match(r"[0-9]{1,15}\Z", end))
 
     def read(self, epoch):
-        """Return what the owner of an epoch wrote about itself, {} when that can't be read."""
+        """Return what the owner of an epoch has written about itself; {} if it can't be read."""
         return read_json(self._file(epoch), _OWNER_KINDS, _MOST_NOTE_BYTES)
 
     def holds(self):
@@ -2388,10 +2391,11 @@ class Owner:
                 and not os.access(self._file(self.epoch + 1), os.F_OK))
 
     def claim(self, takeover=False):
-        """Return whether a new epoch began here; raise StoreUnavailable when another owner lives.
+        """Take the store for this host; return whether that began a new epoch; raise StoreUnavailable if another owner
+        lives.
 
-        Call it with the lock held: another server of this host can only live where locks don't work. Another host's
-        counter is watched on this host's clock, and the lock is released meanwhile."""
+        Call it with the lock held; then another server of this host can only live if locks don't work. Another host's
+        counter is watched by this host's clock; during that time the lock is released."""
         while True:
             last = (self.epochs() or [0])[-1]
             owner = self.read(last) if last else {"released": True}
@@ -2416,8 +2420,8 @@ class Owner:
                 return True
 
     def _is_silent(self, epoch, owner):
-        """Return whether another host's owner left its counter still for OWNER_LAPSE_S. The runs of that host whose
-        beats did not move either are over, and noted in `stood_still`."""
+        """Return whether the counter of another host's owner stands still for OWNER_LAPSE_S. That host's runs whose
+        beats stand still too are over; they are noted in `stood_still`."""
         def is_still():
             return self.read(epoch).get("count") == owner.get("count")
         give_up_at, before = monotonic() + OWNER_LAPSE_S, self._beats()
@@ -2442,14 +2446,14 @@ class Owner:
         return {name: text for name, text in texts if text}
 
     def _take(self, epoch):
-        """Return whether this process made the owner file of this epoch; older ones are removed."""
+        """Make the owner file of this epoch and remove older ones; return False if another process has made it."""
         draft = "%s.owner.new-%d" % (self.path, os.getpid())
         self._write(draft, os.O_CREAT | os.O_TRUNC)
         try:
             os.link(draft, self._file(epoch))
         except FileExistsError:
             return False
-        except OSError:  # no hard links here
+        except OSError:  # this file system has no hard links
             try:
                 self._write(self._file(epoch), os.O_CREAT | os.O_EXCL)
             except FileExistsError:
@@ -2463,15 +2467,15 @@ class Owner:
             if old < epoch:
                 try:
                     os.unlink(self._file(old))
-                except OSError:  # it is gone, or a folder that another program made
+                except OSError:  # it is gone, or it is a folder that another program has made
                     pass
         return True
 
     def renew(self, epoch):
-        """Return whether this process now owns the store in this epoch, which a line of the journal names.
+        """Own the store in this epoch, which a line of the journal names; return whether that succeeded.
 
-        False where another host took the store over: its owner file exists, even where this host's listing of the
-        folder is stale. There is none where the journal was copied here from another folder."""
+        It fails if another host has taken the store over: then the owner file exists, even if this host's listing of
+        the folder is out of date. It succeeds for a journal that was copied here from another folder."""
         return self._take(epoch) and self.epochs()[-1:] == [epoch]
 
     def _content(self, **more):
@@ -2484,8 +2488,8 @@ class Owner:
         return json.dumps(content).encode().ljust(_OWNER_BYTES)
 
     def _write(self, path, flags=0, **more):
-        """Write into a file who this is. Rewritten in place, which costs less than a new file; a torn read still shows
-        a change."""
+        """Write into a file who this process is. It is rewritten in place, which costs less than a new file. A reader
+        may see half of it, which still counts as a change."""
         fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC | flags, 0o600)
         try:
             os.write(fd, self._content(**more))
@@ -2493,7 +2497,7 @@ class Owner:
             os.close(fd)
 
     def move(self):
-        """Show that the owner lives, every few seconds at the most."""
+        """Show that the owner lives: change its counter, at most every few seconds."""
         if monotonic() - self.moved_at > OWNER_LAPSE_S / 4 and self.holds():
             try:
                 self._write(self._file(self.epoch))
@@ -2501,9 +2505,9 @@ class Owner:
                 pass
 
     def show(self):
-        """Move the counter for this host's processes without a server, from a living one that only reads.
+        """Change the counter for this host's processes without a server, from a process that only reads.
 
-        Raises nothing: a file that can't be seen is away for a moment, and another host waits for longer than that."""
+        Raises nothing: a file that can't be reached now may be back soon, and another host waits longer than that."""
         if monotonic() - self.moved_at <= OWNER_LAPSE_S / 4:
             return
         try:
@@ -2515,9 +2519,9 @@ class Owner:
             pass
 
     def _use(self):
-        """Take a shared lock on the owner file, which shows this host's other processes that the store is in use.
+        """Take a shared lock on the owner file. It shows this host's other processes that the store is in use.
 
-        Call it with the journal's lock held. A server needs none: its epoch is its own."""
+        Call it with the journal's lock held. A server needs no such lock: it shares its epoch with no process."""
         self._drop_use()
         if self.is_server:
             return
@@ -2526,7 +2530,7 @@ class Owner:
             fd = os.open(self._file(self.epoch), os.O_RDWR | os.O_CLOEXEC)
             fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
             self.used = fd, os.getpid()
-        except OSError:  # without such locks nobody releases the store
+        except OSError:  # without such locks no process here releases the store to other hosts
             if fd is not None:
                 os.close(fd)
 
@@ -2538,7 +2542,7 @@ class Owner:
     __del__ = _drop_use
 
     def is_last(self):
-        """Return whether no other process of this host uses the store; the journal's lock is held."""
+        """Return whether no other process of this host uses the store. Call it with the journal's lock held."""
         fd, pid = self.used
         if self.is_server or fd is None or pid != os.getpid():  # a forked process shares the lock of its parent
             return self.is_server
@@ -2559,18 +2563,18 @@ class Owner:
 
 
 def seal(text):
-    """Return the bytes of a line whose JSON text, without its closing brace, is `text`, with its checksum."""
+    """Return the bytes of a line with its checksum; `text` is its JSON text without the closing brace."""
     return b'%s,"crc":"%08x"}\n' % (text, zlib.crc32(text))
 
 
 def sealed(value):
-    """Return the bytes of the line of a JSON object."""
+    """Return the bytes of a line, with its checksum, that holds a JSON object."""
     kept = {key: item for key, item in value.items() if key != "crc"}
     return seal(json.dumps(kept, separators=(",", ":"))[:-1].encode())
 
 
 def unseal(line):
-    """Return the JSON value of a line, or None when the line is damaged."""
+    """Return the JSON value of a line, or None if the line is damaged."""
     if line[-19:-11] != b',"crc":"' or line[-3:] != b'"}\n' or b"%08x" % zlib.crc32(line[:-19]) != line[-11:-3]:
         return None
     try:
@@ -2580,13 +2584,13 @@ def unseal(line):
     return value if isinstance(value, dict) else None
 
 
-_read_json = json.JSONDecoder().raw_decode  # faster than json.loads: it looks for no white space around
+_read_json = json.JSONDecoder().raw_decode  # faster than json.loads, as it looks for no white space around the value
 
 
 def _unseal_all(lines):
-    """Return the JSON value of each of these lines, given without newlines, or None for a damaged one.
+    """Return the JSON value of each line, given without its newline; None for a damaged one.
 
-    When all are whole they are parsed as one text, which is faster."""
+    If none is damaged, all lines are parsed as one text, which is faster."""
     if all([line[-18:-10] == b',"crc":"' and line[-2:] == b'"}' and b"%08x" % zlib.crc32(line[:-18]) == line[-10:-2]
             for line in lines]):
         try:
@@ -2599,9 +2603,9 @@ def _unseal_all(lines):
 
 
 def last_durable(pieces):
-    """Return the highest `durable` of the whole lines found in damaged bytes, also in the middle of a line; else 0.
+    """Return the highest `durable` of the complete lines within damaged bytes, wherever they start; 0 if there is none.
 
-    Keeps only what may be a part of a line of the `pieces`: a crash can leave gigabytes of zeros."""
+    Only bytes that may belong to a line are kept in memory: a crash can leave gigabytes of zeros."""
     highest, held, begun = 0, bytearray(), False
     for piece in pieces:
         *ended, rest = piece.split(b"\n")
@@ -2610,7 +2614,7 @@ def last_durable(pieces):
             highest = max(highest, _durable_in(bytes(held)))
             held, begun = bytearray(), False
         cut = rest.rfind(b"\0") + 1
-        if cut:  # no line holds a zero
+        if cut:  # no line contains a zero byte
             held, begun = bytearray(), False
         held += rest[cut:]
         begin = 0 if begun else held.find(_LINE_BEGINS)
@@ -2623,7 +2627,7 @@ _LINE_BEGINS = b'{"n":'
 
 
 def _durable_in(data):
-    """Return the `durable` of the whole line at the end of these bytes, 0 where there is none."""
+    """Return the `durable` of the complete line at the end of these bytes; 0 if there is none."""
     begin = data.find(_LINE_BEGINS) if data[-19:-11] == b',"crc":"' else -1
     while begin >= 0:
         durable = (unseal(data[begin:]) or {}).get("durable")
@@ -2634,11 +2638,11 @@ def _durable_in(data):
 
 
 def is_newer(version, other):
-    """Return whether a version comes after another, or after None."""
+    """Return whether a version comes after another one, or after None."""
     if version == other:
         return False
-    one, two = ([int(digits) for digits in re.findall("[0-9]+", str(each or ""))] for each in (version, other))
-    return one > two
+    numbers, other_numbers = (list(map(int, re.findall("[0-9]+", str(text or "")))) for text in (version, other))
+    return numbers > other_numbers
 
 
 def newest(version, other):
@@ -2647,26 +2651,26 @@ def newest(version, other):
 
 
 def newer(path, version, what):
-    """Return the error of a journal that holds something this version does not know, with the way out."""
+    """Return the error for a journal that holds something this version does not know; it says what to do."""
     wrote = "Labtasker %s wrote" % version if is_newer(version, __version__) else "a newer Labtasker wrote"
     return StoreDamaged("%s: %s to it what this one, version %s, does not know (%s). Nothing was changed: go on with "
                         "the newer labtasker.py, copied here in this one's place" % (path, wrote, __version__, what))
 
 
 def check_format(path, header):
-    """Raise StoreDamaged where a journal's header names a format that this version does not know."""
+    """Raise StoreDamaged if a journal's header names a format that this version does not know."""
     number = header.get("format", FORMAT)
     if type(number) is not int or number > FORMAT:
         raise newer(path, header.get("version"), "journal format %s; it reads up to %d" % (number, FORMAT))
 
 
 def mark_text(mark):
-    """Return the checksum in the last bytes of a line, for a header to keep, or None where there is none."""
+    """Return the checksum in the last bytes of a line as text for a header; None if there are none."""
     return mark[:8].decode("latin-1") or None
 
 
 class _Batch:
-    """Lines that go to disk together. They are there once it is `done`, unless `error` says why they are not."""
+    """Lines that go to disk together. Once it is `done` they are there, unless `error` says why they are not."""
 
     __slots__ = ("lines", "done", "error")
 
@@ -2675,40 +2679,41 @@ class _Batch:
 
 
 def _header_line(fd):
-    """Return the first line of an open journal, whatever it is."""
+    """Return the first line of an open journal, whatever it holds."""
     return os.pread(fd, HEADER_BYTES, 0).partition(b"\n")[0] + b"\n"
 
 
 class JournalFile:
-    """The file as it is opened, read on, and healed, and how far it was read. `lock` guards every attribute."""
+    """The file for reading: it is opened, read from where the last read ended, and healed. `lock` guards every
+    attribute."""
 
     def __init__(self, path, lock=None, disk=Disk, mode=os.O_RDWR | os.O_APPEND):
         self.path, self.lock, self.disk, self.mode = os.path.abspath(path), lock, disk, mode
         self.fd = self.inode = None
         self.size = self.n = self.durable = 0  # bytes applied, last line's number, last number on disk
-        self.mark = b""  # the end of the last line applied: its checksum tells this history from any other
-        self.remains = b""  # what this process wrote after `size` and could not take back
+        self.mark = b""  # the end of the last line applied: its checksum identifies what was read so far
+        self.remains = b""  # what this process wrote after `size` and could not remove again
         self.seen = 0  # the file's length when it was last read, with a torn end that was reported then
-        self.folds = 0  # how many of the folded lines were read
-        self.heals = True  # whether a torn end is cut off, which a reader leaves alone
+        self.folds = 0  # how many folded lines were read
+        self.heals = True  # whether a torn end is cut off; False for a process that only reads
         self.reads_only = False  # whether the file is open for reading only
-        self.named = 0  # the inode whose name in the folder is known to be on disk
+        self.named = 0  # the inode of which it is known that its name in the folder is on disk
         self.header, self.notices = {}, []
 
     def exists(self):
-        """Return whether there is a journal to read; raises StoreDamaged where it is a folder, a pipe or a device: its
-        name must not be taken for the journal's, and reading it may never end."""
+        """Return whether there is a journal to read; raise StoreDamaged if the path is a folder, a pipe or a device:
+        it must not be replaced by a journal, and reading it may never end."""
         import stat
         try:
-            there = os.stat(self.path)
+            status = os.stat(self.path)
         except FileNotFoundError:
             return False
-        if not stat.S_ISREG(there.st_mode):
+        if not stat.S_ISREG(status.st_mode):
             raise StoreDamaged("%s is not a plain file, as a journal is" % self.path)
-        return there.st_size > 0
+        return status.st_size > 0
 
     def open(self):
-        """Open the file and read its header, or raise StoreDamaged; a missing or empty one is made."""
+        """Open the file and read its header, or raise StoreDamaged; a missing or empty file gets a header."""
         is_new = not self.exists() and bool(self.mode & os.O_RDWR)
         if is_new:
             self._make()
@@ -2729,7 +2734,7 @@ class JournalFile:
             self.size, self.n, self.mark = len(line), header.get("folded", 0), line[-1 - _MARK_BYTES:-1]
 
     def _open(self):
-        """Return a descriptor of the file; one for reading where this process may not write and does not have to."""
+        """Return a descriptor of the file. It is for reading only if this process may not write and need not."""
         self.reads_only = False
         try:
             return self.disk.open(self.path, self.mode | os.O_CLOEXEC)
@@ -2740,12 +2745,12 @@ class JournalFile:
         return self.disk.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
 
     def _make(self):
-        """Make an empty journal, with its name on disk, or raise OSError and leave none."""
+        """Make an empty journal and put its name on disk, or raise OSError and leave no file."""
         line = sealed({"journal": "labtasker", "format": FORMAT, "version": __version__, "store": new_id(),
                        "created_at": time.time()})
         try:
             self.disk.create(self.path, [line], keep=0o7777)
-            self.disk.sync_name(os.path.dirname(real_path(self.path)))  # its maker may have died before that
+            self.disk.sync_name(os.path.dirname(real_path(self.path)))  # who made the folder may have died before that
         except OSError:
             if self.exists():  # its name may not be on disk
                 with open(self.path, "rb") as file:
@@ -2755,7 +2760,7 @@ class JournalFile:
             raise
 
     def use(self, fd, header):
-        """Go on with another descriptor, of this file or of the one in its place."""
+        """Continue with another descriptor, of this file or of the one that has replaced it."""
         old, self.fd, self.header, self.inode = self.fd, fd, header, os.fstat(fd).st_ino
         if old is not None:
             os.close(old)
@@ -2771,7 +2776,7 @@ class JournalFile:
     def read_new(self):
         """Yield the value of each line after the last one read. Damage is set aside, or raises StoreDamaged.
 
-        Call it with the file's lock held: a half-written line is then one of a process that died."""
+        Call it with the file's lock held. Then a half-written line was left by a process that has died."""
         start = offset = self.size  # where the next line begins, and where its end is looked for
         self.seen, self.remains = os.fstat(self.fd).st_size, b""
         while offset < self.seen:
@@ -2791,43 +2796,44 @@ class JournalFile:
             self._heal()
 
     def _is_no_line(self, start, offset, at):
-        """Return whether a long stretch from `start`, whose newline is `at` bytes after `offset`, ends as no line does.
-        So damage is recognised without holding it in memory."""
+        """Return whether the bytes from `start` to a newline, `at` bytes after `offset`, are long and no line.
+
+        This recognises damage without holding it in memory: such bytes do not end with a checksum."""
         return at >= 0 and offset - start > READ_BYTES and os.pread(self.fd, 8, offset + at - 18) != b',"crc":"'
 
     def _is_next(self, value):
-        """Return whether this line comes next, and count it."""
+        """Return whether this line is the one that must come next; if so, count it."""
         if self.size < self.header.get("tail", 0):
             self.folds += value.get("fold") == self.folds + 1
             return value.get("fold") == self.folds
         n, durable = value.get("n"), value.get("durable")
         if type(n) is not int or type(durable) is not int or n != self.n + value.get("lost", 1):
-            return False  # `lost`: how many lines up to this one a repair could not save
+            return False  # `lost`: this line stands for so many lines that a repair could not save
         self.n, self.durable = n, max(self.durable, durable)
         return True
 
     def length(self):
-        """Return the file's length in bytes, None where the name leads to another file than the one that is open, or
-        the last line applied does not stand where it stood.
+        """Return the file's length in bytes; None if the path names another file than the open one, or if the last
+        line applied is no longer where it was.
 
-        Neither inode nor length tells that: a backup may be copied into the file, or grow in its place."""
+        Inode and length alone don't show that: somebody may copy a backup into the file."""
         try:
-            there = os.stat(self.path)
+            status = os.stat(self.path)
         except FileNotFoundError:
             return None
-        if there.st_ino != self.inode or os.pread(self.fd, _MARK_BYTES, self.size - 1 - _MARK_BYTES) != self.mark:
+        if status.st_ino != self.inode or os.pread(self.fd, _MARK_BYTES, self.size - 1 - _MARK_BYTES) != self.mark:
             return None
-        return there.st_size
+        return status.st_size
 
     def is_stale(self):
-        """Return whether others have done something since this process read the file; needs no lock."""
+        """Return whether others have written since this process read the file; needs no lock."""
         return self.fd is not None and self.exists() and self.length() not in (self.size, self.seen)
 
     def follow(self):
-        """Return whether this process can go on in the file that now stands in the place of the one it read.
+        """Open the file that has replaced the one read here; return whether this process can continue with it.
 
-        It can where that is the same store and holds all that was read here, folded or as lines. The checksum of the
-        last line read here shows it; a fold's header keeps that of the last line folded."""
+        It can if that is the same store and holds all that was read here, as lines or folded. The checksum of the
+        last line read here shows it; after a compaction the header has that of the last folded line."""
         store, n, durable, mark = self.header.get("store"), self.n, self.durable, self.mark
         self.rewind()
         if self.header.get("store") != store or self.n > n:
@@ -2845,13 +2851,13 @@ class JournalFile:
         return is_same
 
     def forget(self):
-        """Have the file opened and read from its first line next time."""
+        """Close the file; the next use opens it and reads it from its first line."""
         self.close()
         self.mark = self.remains = b""
         self.size = self.n = self.folds = self.durable = 0
 
     def rewind(self):
-        """Open what is there now, to be read from its first line."""
+        """Open the file that is there now, to be read from its first line."""
         self.forget()
         self.open()
 
@@ -2865,10 +2871,10 @@ class JournalFile:
             yield piece
 
     def _heal(self):
-        """Set the damaged end aside, or raise StoreDamaged when acknowledged lines are damaged.
+        """Set a damaged end aside, or raise StoreDamaged if acknowledged lines are damaged.
 
-        Damage at or before the `durable` of any later line is in acknowledged lines. A reader leaves the end where it
-        is: its writer may live."""
+        Lines up to the `durable` of any later line were acknowledged. A process that only reads leaves the end where
+        it is: another process may be writing it."""
         bad_n, end = self.n + 1, os.fstat(self.fd).st_size
         if self.size < self.header.get("tail", 0) or last_durable(self.bytes(self.size, end)) >= bad_n:
             raise StoreDamaged("%s: byte %d: line %d is damaged, and was on disk when later lines were written; "
@@ -2886,49 +2892,49 @@ class JournalFile:
 
 
 class _JournalWriter:
-    """What changes a journal's file: it writes, syncs, cuts back, and puts another file in its place.
+    """Writes to a journal's file: appends, syncs, truncates, and replaces it by another file.
 
     Nothing is written unless this process owns the store and the file is the one that was read."""
 
     def __init__(self, file, stops):
         self.file, self.lock = file, file.lock
         self.io = threading.Lock()  # held while the file is written to or replaced; taken before `lock`
-        self.is_owned = lambda: True  # whether this process still owns the store, asked around every write
-        self.stops = stops  # whether this process never writes again once the file is not as it left it
+        self.is_owned = lambda: True  # returns whether this process still owns the store; called around every write
+        self.stops = stops  # whether this process never writes again once another writer has changed the file
         self.fenced = None  # why this process must never write again
-        self.broken = None  # why the page cache can't be trusted, until the file was written anew
+        self.broken = None  # why the page cache can't be trusted, until the file is rewritten
         self.synced_at = 0.0
 
     def fence(self, text):
-        """Raise StoreUnavailable, now and at every later write: what stands there now is another's."""
+        """Raise StoreUnavailable, now and at every later write: the file belongs to another writer."""
         self.fenced = text
         raise StoreUnavailable(text)
 
     def check(self, end=None):
-        """Return the file's length, or raise StoreUnavailable unless this process owns the store and the file is the
-        one it knows: up to byte `end` (all that was applied), and after it only what this process wrote itself."""
+        """Return the file's length; raise StoreUnavailable unless this process owns the store and the file is the one
+        it knows. Up to byte `end` it must hold all that was applied, and after that only what this process wrote."""
         file = self.file
         end = file.size if end is None else end
         try:
             is_there = os.stat(file.path).st_ino == file.inode
         except OSError:
             raise _StoreAway(AWAY % file.path) from None
-        found = os.pread(file.fd, _MARK_BYTES + 2 + len(file.remains), file.size - 1 - _MARK_BYTES)
-        mark, rest = found[:_MARK_BYTES], found[_MARK_BYTES + 1:]
+        data = os.pread(file.fd, _MARK_BYTES + 2 + len(file.remains), file.size - 1 - _MARK_BYTES)
+        mark, rest = data[:_MARK_BYTES], data[_MARK_BYTES + 1:]
         if end != file.size:
             rest = os.pread(file.fd, len(file.remains) + 1, end)
         if is_there and mark == file.mark and file.remains.startswith(rest) and self.is_owned():
             return end + len(rest)
-        text = ("%s has another owner or another writer now, or other content: this process must not write to it; "
-                "start again to go on with what is there" % file.path)
+        text = ("%s has another owner, another writer or other content now: this process must not write to it; "
+                "start it again to continue with what is there" % file.path)
         if self.stops:
             self.fence(text)
         raise StoreUnavailable(text)
 
     def write(self, data):
-        """Return whether `data` now ends the file and nobody else's bytes do, or raise OSError or StoreUnavailable."""
+        """Append `data`; return whether nobody else has appended too; raise OSError or StoreUnavailable."""
         if self.broken:
-            self.write_anew()
+            self.rewrite()
         self.check()
         file = self.file
         file.remains = data
@@ -2936,7 +2942,7 @@ class _JournalWriter:
         return os.fstat(file.fd).st_size == file.size + len(data)
 
     def sync(self):
-        """Return when what was written is on disk; after an OSError the file has to be written anew."""
+        """Return once what was written is on disk; after an OSError the file has to be rewritten."""
         try:
             self.file.disk.sync(self.file.fd)
         except OSError as error:
@@ -2945,23 +2951,24 @@ class _JournalWriter:
         self.synced_at = monotonic()
 
     def cut_back(self):
-        """Remove what was written after the lines that count. At once, as without a server another process reads the
-        file next; where that fails, `broken` says why."""
+        """Remove what was written after the lines that count; if that fails, `broken` says why.
+
+        It is done at once, because without a server another process reads the file next."""
         try:
             self.check()
             self.file.disk.truncate(self.file.fd, self.file.size)
             self.file.remains = b""
             if self.broken:
-                self.write_anew()
-        except StoreUnavailable:  # what stands there now is another's
+                self.rewrite()
+        except StoreUnavailable:  # the file belongs to another writer now
             pass
         except OSError as problem:
             self.broken = self.broken or "the file could not be cut back: %s" % problem
 
-    def write_anew(self, end=None):
-        """Return when a copy of the lines known to be good, up to byte `end`, stands in the file's place.
+    def rewrite(self, end=None):
+        """Replace the file by a copy of its good lines, up to byte `end`.
 
-        After a failed sync the system may have dropped pages that it calls clean, so the old file is not
+        After a failed sync the system may have dropped written pages and count them as clean. So the old file is not
         written to again."""
         self.check(end)
         file, end = self.file, self.file.size if end is None else end
@@ -2977,10 +2984,10 @@ class _JournalWriter:
         self.broken, file.remains = None, b""
 
     def adopt(self, draft, offset):
-        """Return when the fold in the file `draft`, with the lines from byte `offset` on after it, is the journal.
+        """Replace the journal by `draft`, a file of folded lines, after appending the lines from byte `offset` on.
 
-        Writers wait only while the last piece is copied. Raises OSError, or StoreUnavailable where the file is not
-        the one that was folded; then the journal is as it was."""
+        Writers wait only while the last piece is copied. Raises OSError, or StoreUnavailable if the journal is not the
+        file that was folded; then it stays as it was."""
         file = self.file
         fd = file.disk.open(draft, os.O_RDWR | os.O_APPEND | os.O_CLOEXEC)
         try:
@@ -2996,7 +3003,7 @@ class _JournalWriter:
             os.close(fd)
 
     def _append_to(self, fd, offset):
-        """Return the offset up to which this file's bytes now stand in the file `fd`, synced."""
+        """Append this file's bytes from `offset` on to the file `fd` and sync that; return where they end."""
         end = self.file.size
         self._copy(fd, offset, end)
         return end
@@ -3007,15 +3014,15 @@ class _JournalWriter:
         self.file.disk.sync(fd)
 
     def _replace(self, draft, fd, end, size):
-        """Return when the file `draft`, open as `fd`, is the journal: the only way by which a file takes its place.
+        """Replace the journal by the file `draft`, open as `fd`. There is no other way to replace it.
 
-        It holds what the journal holds up to byte `end`; the lines applied here are its first `size` bytes. Raises
-        StoreUnavailable where `check` does, or OSError; up to the rename the journal is as it was then."""
+        The draft holds what the journal holds up to byte `end`; the lines applied here are its first `size` bytes.
+        Raises StoreUnavailable as `check` does, or OSError. If the rename was not reached, the journal is unchanged."""
         file, known = self.file, []
         file.disk.replace(draft, real_path(file.path), ask=lambda: known.append(self.check(end)))
         length = os.fstat(file.fd).st_size
         is_late = length > known[0]
-        if is_late:  # this process was stopped just then, and another owner wrote: its lines are in no other file
+        if is_late:  # this process was suspended, and another owner has written lines that only the old file has
             self._copy(fd, end, length)
         header = unseal(_header_line(fd))
         with self.lock:
@@ -3023,30 +3030,30 @@ class _JournalWriter:
             file.size, file.mark = size, os.pread(fd, _MARK_BYTES, size - 1 - _MARK_BYTES)
         try:
             file.disk.sync_folder(real_path(file.path))
-        except OSError as error:  # the old file might come back: nothing more is acknowledged on this one
+        except OSError as error:  # a crash might bring the old file back, so nothing more may be acknowledged
             self.broken = "the folder could not be synced: %s" % error
             raise
         file.named = file.inode
         if is_late or not self.is_owned():
-            self.fence("%s got another owner while this process, which may have been stopped, replaced it" % file.path)
+            self.fence("%s got another owner while this process replaced it: was it suspended?" % file.path)
 
 
 class Journal:
-    """The journal of a store, for the threads of one process: its file, the writer of that, and the batch that gathers.
+    """The journal of a store, for the threads of one process: its file, its writer, and the batch of new lines.
 
-    A line that can't be made durable is taken back: the `on_failed` that came with it is called, newest first, so that
-    memory and file agree before the next operation. Once a line is durable its `on_written` is called with the line's
-    number. Both are called with the lock held.
+    A line that can't be made durable is taken back: its `on_failed` is called, newest line first, so that memory and
+    file agree before the next operation. Once a line is durable, its `on_written` is called with the line's number.
+    Both are called with the lock held.
 
-    `shared`: the FileLock of processes that write by turns, held when `flush` is called. It is released before the
-    sync, so that the next process works meanwhile; that one's sync covers these lines too."""
+    `shared`: the FileLock of processes that take turns at writing. It is held when `flush` is called, and released
+    before the sync, so that the next process can work; that one's sync covers these lines too."""
 
     def __init__(self, path, lock, fsync="always", disk=Disk, shared=None):
         self.path, self.lock, self.fsync, self.shared = os.path.abspath(path), lock, fsync, shared
         self.file = JournalFile(path, lock, disk)
-        self.writer = _JournalWriter(self.file, stops=not shared)  # shared: the next operation reads what is there
-        self.batch = _Batch()  # what is added goes to disk with this one
-        self.writing = None  # the batch that is being written now
+        self.writer = _JournalWriter(self.file, stops=not shared)  # if shared, the next operation reads the file again
+        self.batch = _Batch()  # the lines to write next
+        self.writing = None  # the batch that is just being written
 
     @property
     def broken(self):
@@ -3055,7 +3062,7 @@ class Journal:
 
     @property
     def disk(self):
-        """What the file is read and written by: the seam where a test makes the disk fail."""
+        """The object that reads and writes the file. A test replaces it to make the disk fail."""
         return self.file.disk
 
     @disk.setter
@@ -3063,7 +3070,7 @@ class Journal:
         self.file.disk = disk
 
     def add(self, body, on_failed=None, on_written=None):
-        """Return the batch in which the line of this JSON object (bytes) is written, or raise StoreUnavailable.
+        """Add a line, a JSON object as bytes, to the batch to write next; return that, or raise StoreUnavailable.
 
         Call it with the lock held."""
         if self.writer.fenced:
@@ -3073,16 +3080,16 @@ class Journal:
         return self.batch
 
     def wait(self, batch):
-        """Return when the batch is on disk, or raise what went wrong.
+        """Return once the batch is on disk, or raise what went wrong.
 
-        Threads share syncs: while one of them syncs, what the others add gathers in the next batch."""
+        Threads share syncs: while one of them syncs, the others add to the next batch."""
         if not batch.done:
             self.flush()
         if batch.error:
             raise batch.error
 
     def flush(self):
-        """Return when all that was added before is on disk or taken back; the batch's `error` tells which."""
+        """Return once all lines that were added are on disk or taken back; the batch's `error` says which."""
         with self.writer.io:
             self._flush()
 
@@ -3097,12 +3104,12 @@ class Journal:
         is_synced, data = False, b""
         try:
             if self.fsync == "always" and file.durable < first - 1 and not (self.writer.broken or self.shared):
-                self.writer.sync()  # what a process wrote that died before its sync must not be taken for durable
+                self.writer.sync()  # for lines of a process that died before its sync: they are not durable yet
                 file.durable = first - 1
             data = b"".join(seal(b'{"n":%d,"durable":%d,' % (first + i, file.durable) + body[1:-1])
                             for i, (body, _, _) in enumerate(batch.lines))
             is_synced = self._write(data)
-        except Exception as error:  # whatever it is, those who wait must hear of it
+        except Exception as error:  # whatever it is, the waiting threads must get it
             with self.lock:
                 is_synced = self._is_saved(data) or self._take_back(batch, first, error)
         with self.lock:
@@ -3117,7 +3124,7 @@ class Journal:
         batch.done = True
 
     def _write(self, data):
-        """Return whether `data` was synced as well as written, or raise OSError or StoreUnavailable."""
+        """Write `data`; return whether it was also synced; raise OSError or StoreUnavailable."""
         is_alone = self.writer.write(data)
         if self.shared:
             self.shared.release()
@@ -3125,12 +3132,13 @@ class Journal:
         if self.fsync == "always" or is_due:
             self.writer.sync()
         if not (is_alone and self.writer.is_owned()):
-            self.writer.fence("%s got another owner or another writer while this process, which may have been stopped, "
-                              "wrote to it" % self.path)
+            self.writer.fence("%s got another owner or another writer while this process wrote to it: was it "
+                              "suspended?" % self.path)
         return self.fsync == "always" or is_due
 
     def _sync_read(self):
-        """Return when what others wrote, which this process has read, is on disk; one of them may have died before."""
+        """Return once the lines of others that this process has read are on disk: their writer may have died before
+        its sync."""
         self.shared.release()
         if self.file.durable < self.file.n and not self.writer.fenced:
             try:
@@ -3140,8 +3148,10 @@ class Journal:
             self.file.durable = self.file.n
 
     def _is_saved(self, data):
-        """Return whether lines that could not be synced are on disk after all: others have written after them, so they
-        can't be taken back, and the file was written anew with all that it holds."""
+        """Return whether lines that could not be synced are on disk after all.
+
+        If others have written after them, they can't be taken back. Then the file is rewritten with all that it
+        holds."""
         if not self.shared or self.writer.fenced:
             return False
         file = self.file
@@ -3149,29 +3159,29 @@ class Journal:
         try:
             if not self.writer.broken:
                 return False
-            if file.length() is None:  # another process was here first, if this is not another file
-                return self._stands(data)
+            if file.length() is None:  # another process may have rewritten the file already
+                return self._is_in_new_file(data)
             added = os.pread(file.fd, os.fstat(file.fd).st_size - file.size, file.size).split(b"\n")[:-1]
             end = file.size + sum(len(line) + 1 for line in added)
             if end <= file.size + len(data) or None in _unseal_all(added):
                 return False
-            self.writer.write_anew(end)
+            self.writer.rewrite(end)
         except (OSError, StoreUnavailable):
             return False
         self.writer.broken = None
         return True
 
-    def _stands(self, data):
-        """Return whether these lines are in the file that has taken the place of the one they were written to."""
-        there, last = JournalFile(self.path, mode=os.O_RDONLY), unseal(data[data.rfind(b"\n", 0, -1) + 1:])["n"]
-        there.open()
-        for _ in there.read_new():
-            if there.n >= last:
-                return there.n == last and there.mark == data[-1 - _MARK_BYTES:-1]
+    def _is_in_new_file(self, data):
+        """Return whether these lines are in the file that has replaced the one they were written to."""
+        file, last = JournalFile(self.path, mode=os.O_RDONLY), unseal(data[data.rfind(b"\n", 0, -1) + 1:])["n"]
+        file.open()
+        for _ in file.read_new():
+            if file.n >= last:
+                return file.n == last and file.mark == data[-1 - _MARK_BYTES:-1]
         return False
 
     def _take_back(self, batch, first, error):
-        """Remove the lines of `batch`, and what was added since, from memory and from the file."""
+        """Remove the lines of `batch`, and those added since, from memory and from the file."""
         newer, self.batch = self.batch, _Batch()
         for _, on_failed, _ in reversed(batch.lines + newer.lines):
             if on_failed:
@@ -3187,7 +3197,7 @@ class Journal:
             self.writer.cut_back()
 
     def settle(self):
-        """Sync what `--fsync interval` has left in the system's hands; called once a second."""
+        """Sync lines that were only written, with `--fsync interval`; called once a second."""
         with self.writer.io:
             with self.lock:
                 written = self.file.n - len(self.batch.lines)
@@ -3197,7 +3207,7 @@ class Journal:
                 self.file.durable = written
 
     def close(self, clean=False):
-        """Return when the file is closed; a clean close says at its end that all before it is on disk."""
+        """Close the file. A clean close adds a line that says that all before it is on disk."""
         if self.file.fd is None:
             return
         if clean and not (self.writer.broken or self.writer.fenced) and self.file.n:
@@ -3216,7 +3226,7 @@ AWAY = "%s is not there at the moment: was its folder removed, or is its file sy
 
 
 def store_error(path, error):
-    """Return the error to answer with when the disk refused to take a line."""
+    """Return the error to answer with if a line could not be written."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return StoreFull("no room for %s (%s): nothing of this request was kept; free some space and it goes on "
                          "by itself" % (path, error.strerror))
@@ -3225,23 +3235,23 @@ def store_error(path, error):
 
 def journal_header(fields, body):
     """Return the header line of a journal whose folded lines have `body` bytes."""
-    for tail in range(body, body + 1000):  # `tail` counts the header too, whose length depends on its digits
+    for tail in range(body, body + 1000):  # `tail` includes the header, whose length depends on the digits of `tail`
         line = sealed(dict(fields, tail=tail) if body else fields)
         if not body or len(line) + body == tail:
             return line
 
 
-# ---- Verify and repair: a journal is read, however damaged it is
+# ---- Verify and repair: read a journal, however damaged it is
 
 
 # A line of a file that may be damaged: its `value`, or the `problem` with it. `due` is the line number expected there
-# (0 for a folded line), `lost` how many lines are missing before it.
+# (0 for a folded line), `lost` the number of lines that are missing before it.
 Piece = collections.namedtuple("Piece", "offset data value problem due lost")
 
 
 def walk(path):
-    """Yield a Piece for each line of a journal file and its header. Only reads; others may write meanwhile."""
-    folds = n = offset = tail = 0  # n None: the header is lost, and with it where the numbers begin
+    """Yield a Piece for each line of a journal file and its header. Only reads; others may write at the same time."""
+    folds = n = offset = tail = 0  # n is None if the header is lost, so that the first line's number is unknown
     with open_plain(path) as file:
         for data in file:
             value = unseal(data)
@@ -3255,9 +3265,9 @@ def walk(path):
                 count = due = n = value.get("folded", 0)
                 tail = value.get("tail", 0)
             elif type(count) is not int or not (is_fold or type(value.get("durable")) is int):
-                problem = "no line with a checksum that fits" if data.endswith(b"\n") else "a line that is cut off"
+                problem = "no line with a correct checksum" if data.endswith(b"\n") else "a line that is cut off"
             elif count < due:
-                problem = "line %d once more" % count
+                problem = "line %d again" % count
             elif is_fold:
                 folds = count
             else:
@@ -3270,10 +3280,10 @@ def walk(path):
 
 
 class Survey:
-    """What is in a journal file: counts, `bad` pieces, `lost` ranges of line numbers. Only reads.
+    """The content of a journal file: counts, `bad` pieces, `lost` ranges of line numbers. Only reads.
 
-    `rotten` are those of both that had been acknowledged. Other damage is in a tail that was never known to be on disk;
-    the next opening sets it aside."""
+    `rotten` has the bad pieces and lost ranges that had been acknowledged. Other damage is in an end that was never
+    known to be on disk; the next opening sets it aside."""
 
     def __init__(self, path):
         self.path, self.size, self.lines, self.n, self.durable = path, 0, 0, 0, 0
@@ -3300,39 +3310,40 @@ class Survey:
 
 
 def file_identity(path):
-    """Return what changes when a file, or its content, is replaced."""
-    there = os.stat(path)
-    return there.st_dev, there.st_ino, there.st_size, there.st_mtime_ns
+    """Return a tuple that changes when a file, or its content, is replaced."""
+    status = os.stat(path)
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 
-def repair_file(found, ask):
-    """Repair the file that was surveyed. Return (path of the damaged file, path of the bad bytes). `ask` is called
-    last, and raises where the file must not be replaced."""
-    path, stamp = found.path, int(time.time() * 1000)
+def repair_file(survey, ask):
+    """Repair the file of a Survey; return (path of the damaged file, path of the bad bytes).
+
+    `ask` is called right before the file is replaced; it raises if that must not happen."""
+    path, stamp = survey.path, int(time.time() * 1000)
     damaged, aside, draft = ("%s.%s-%d" % (real_path(path), word, stamp)
                              for word in ("damaged", "bad", "repaired"))
     Disk.create(aside, (piece.data for piece in walk(path) if piece.problem))
     body = sum(len(data) for data, is_fold in _good_lines(path) if is_fold)
     first = next((piece.value["n"] for piece in walk(path) if not piece.problem and "n" in piece.value), 1)
-    header = found.header or {"journal": "labtasker", "format": FORMAT, "store": new_id(), "folded": first - 1}
+    header = survey.header or {"journal": "labtasker", "format": FORMAT, "store": new_id(), "folded": first - 1}
     header = dict(header, repaired_at=time.time())
     Disk.create(draft, itertools.chain([journal_header(header, body)], (data for data, _ in _good_lines(path))))
     try:
         os.link(real_path(path), damaged)
-    except OSError:  # no hard links here
+    except OSError:  # this file system has no hard links
         Disk.create(damaged, (piece.data for piece in walk(path)))
     try:
         Disk.replace(draft, real_path(path), ask=ask)
     except LabtaskerError:
-        for each in (draft, damaged, aside):
-            os.unlink(each)
+        for made in (draft, damaged, aside):
+            os.unlink(made)
         raise
     Disk.sync_folder(real_path(path))
     return damaged, aside
 
 
 def _good_lines(path):
-    """Yield (bytes, whether it is folded) of each good line, and of a line for each gap."""
+    """Yield (bytes, whether it is folded) of each good line, and of a line that stands for each gap."""
     folds = 0
     for piece in walk(path):
         if piece.problem or piece.offset == 0:
@@ -6628,84 +6639,82 @@ _SHOWN = {
 
 # 9. Server ###################################################################
 #
-# An event loop that borrows bind and accept of HTTPServer and the threads of ThreadingMixIn: a thread a connection
-# is slower, as the interpreter's lock changes hands several times a request, and workers that wait would take a
-# thread each. The loop accepts, reads, answers what is quick and writes all that it decided in one turn with one
-# sync; what takes long (a listing, hashing a password, a stream of events) goes to a thread with its connection.
-# Server holds the parts: Connections, Parked, Threads with their Gates, Requests, Answers, Writer, Upkeep, Log.
-# Knows nothing of the journal's format, and no field of a request. Uses 1 to 8. Tests: test_server.py,
-# test_loop.py, test_hostile.py, test_security.py, test_fuzz.py.
+# An event loop. It takes bind and accept from HTTPServer and threads from ThreadingMixIn. One thread for each
+# connection would be slower, as the interpreter's lock would change hands several times a request, and each
+# waiting worker would cost a thread. In one turn the loop accepts, reads, answers quick requests and writes all
+# that they changed with one sync. A slow request (a listing, hashing a password, a stream of events) goes to a
+# thread, with its connection. Server holds the parts: Connections, Parked, Threads with their Gates, Requests,
+# Answers, Writer, Upkeep, Log. Knows nothing of the journal's format, and no field of a request. Uses 1 to 8.
+# Tests: test_server.py, test_loop.py, test_hostile.py, test_security.py, test_fuzz.py.
 
 DEFAULT_PORT = 9321
-_MAX_HEAD_BYTES = 32768  # of a request's line and headers together: anyone may send them
-_MAX_HEADERS = 100  # as many as http.client takes
-_ROOM_BYTES = _MAX_HEAD_BYTES + 3 * QUICK_BYTES  # of what a peer sends without waiting for answers
-HELD_BYTES = 64 << 20  # of requests that are not whole and answers that are not read; over it the slowest are dropped
-_LARGE_BYTES = 48 << 20  # of bodies over QUICK_BYTES together: three of the longest; over it 503
-_HANDSHAKES = 16  # TLS handshakes in one turn of the loop: each is long arithmetic
-_GONE_S = 5.0  # a server whose file is not there for longer ends
-_QUIET_LOOK_S = OWNER_LAPSE_S / 3  # how often a server wakes that has no run to look after
-_IDLE_S = 3600.0  # a silent connection is closed after this; workers beat more often
-_SLOW_SENDER_S = 30.0  # a connection whose request's head is not whole after so long is closed
+_MAX_HEAD_BYTES = 32768  # of a request line and headers together, which come from anybody
+_MAX_HEADERS = 100  # http.client has the same limit
+_ROOM_BYTES = _MAX_HEAD_BYTES + 3 * QUICK_BYTES  # of requests that a peer sends without waiting for answers
+HELD_BYTES = 64 << 20  # of incomplete requests and unread answers; over it the slowest connections are dropped
+_LARGE_BYTES = 48 << 20  # of bodies over QUICK_BYTES at the same time: three of the largest; over it 503
+_HANDSHAKES = 16  # TLS handshakes in one turn of the loop, as each takes long
+_GONE_S = 5.0  # a server whose journal is missing for longer ends
+_QUIET_LOOK_S = OWNER_LAPSE_S / 3  # between chores of a server that has no runs
+_IDLE_S = 3600.0  # after which a silent connection is closed; heartbeats come more often
+_SLOW_SENDER_S = 30.0  # after which a connection is closed if a request's head is still incomplete
 _SLOW_BODY_S = 300.0  # the same for a body: 16 MiB at 55 KB/s
-_SLOW_LISTENER_S = 30.0  # a listener who reads nothing for so long is cut off
-LARGE_ANSWER_BYTES = 200000  # of an answer that holds up the loop: the next such one is for a thread
-_LINGER_BYTES = 16 << 20  # that are thrown away
+_SLOW_LISTENER_S = 30.0  # after which a listener that reads nothing is cut off
+LARGE_ANSWER_BYTES = 200000  # an answer over this holds up the loop: the next one to the same request is for a thread
+_LINGER_BYTES = 16 << 20  # at most so much of a refused request is read and thrown away
 _LINGER_S = 2.0  # for a peer to read why its request was refused while it still sends it
-WRONG_PASSWORD_S = 1.0  # until a wrong password is answered
-REST_S = 0.1  # after a wrong password was hashed, so that guessing keeps half a core busy at most
+WRONG_PASSWORD_S = 1.0  # before a wrong password is answered
+REST_S = 0.1  # after a wrong password was hashed, so that guessing keeps at most half a core busy
 _SLOW_ANSWER_S = 1.0  # an answer that takes longer is logged
-LOG_LINES_S = 50  # lines of log a second, but for errors: what is refused must not fill a disk
-MAX_CONNECTIONS = 65536  # and what RLIMIT_NOFILE leaves; beyond, the longest silent are closed
+LOG_LINES_S = 50  # lines of log a second, not counting errors: refusals must not fill a disk
+MAX_CONNECTIONS = 65536  # or what RLIMIT_NOFILE allows; over it the connections that are silent longest are closed
 _SPARE_FILES = 64  # of RLIMIT_NOFILE: for the journal, compaction, modules to import
-_RETRY_AFTER_S = 1  # what a 503 asks for
-_SWEEP_S = 5.0  # between looks for such connections
-STOP_GRACE_S = 4.0  # for requests that run when the server is told to stop
-_SWITCH_S = 0.0005  # after which a thread that scans hands the interpreter over, more often than by default
+_RETRY_AFTER_S = 1  # in the header Retry-After of a 503
+_SWEEP_S = 5.0  # between searches for connections that are silent or slow for too long
+STOP_GRACE_S = 4.0  # for running requests when the server must stop
+_SWITCH_S = 0.0005  # the interpreter's switch interval: threads that scan must let the loop run often
 _EXTENSIONS_HEADER = "Labtasker-Extensions"
-_SAFE_METHODS = ("GET", "HEAD")  # change nothing
-_CHALLENGE = 'WWW-Authenticate: Basic realm="labtasker", charset="UTF-8"'  # many clients send nothing without a realm
+_SAFE_METHODS = ("GET", "HEAD")  # they change nothing
+_CHALLENGE = 'WWW-Authenticate: Basic realm="labtasker", charset="UTF-8"'  # many clients send no login without a realm
 _STREAM_HEADERS = (b"Content-Type: text/event-stream\r\nCache-Control: no-cache, no-store, no-transform\r\n"
-                   b"X-Accel-Buffering: no\r\n\r\n")  # a proxy must neither keep events back nor compress them
+                   b"X-Accel-Buffering: no\r\n\r\n")  # a proxy must neither delay events nor compress them
 _WANTS_PAGE = Pattern(r"text/html(?!\s*;\s*q=0(\.0*)?\s*(,|\Z))", re.IGNORECASE)  # an Accept header
 
-# Threads, by what they are for: how many at a time, for one user, in line, in line for one user.
+# What threads do: how many at a time, of these for one user, in line, of these for one user.
 _GATES = {
-    "passwords": (1, 1, 200, 20),  # that were not right before: each is hashed
-    "strangers": (1, 1, 100, 20),  # the same for queues that are not there, and new queues: they hold up nobody else
+    "passwords": (1, 1, 200, 20),  # hashing passwords, except those that are known to be right
+    "strangers": (1, 1, 100, 20),  # the same for unknown and new queues, apart so that they delay nobody else
     "streams": (200, 50, 0, 0),  # listeners for events
-    "work": (4, 2, 2000, 500),  # listings, large bodies, and what else takes long: they share one interpreter
-    "answers": (1, 1, 4000, 1000),  # large ones, to be written as JSON
+    "work": (4, 2, 2000, 500),  # listings, large bodies and other slow requests; few, as they share one interpreter
+    "answers": (1, 1, 4000, 1000),  # making the JSON of large answers
 }
 
 
-# A server and the clients that can read its server.json know each other by the key in it, which is never sent: on each
-# connection both prove that they have it. A proof covers a number that each side drew for this connection, so that an
-# old proof is worth nothing, and the address, so that one who listens elsewhere can't pass the server's own proof on.
+# A server and the clients that can read its server.json recognise each other by the key in it. The key is never sent:
+# on each connection both prove that they have it. A proof covers a number that each side draws for this connection, so
+# that an old proof is worthless, and the server's address, so that another program can't pass on the server's proof.
 
-_INTRODUCTION = Pattern(r"/\?nonce=([0-9a-f]{32,128})\Z")  # the target of the request that begins it
+_INTRODUCTION = Pattern(r"/\?nonce=([0-9a-f]{32,128})\Z")  # the target of the request with which a client begins this
 
 
 def new_nonce():
-    """Return a number that nobody has drawn before, as text."""
+    """Return a new random number as text."""
     return os.urandom(16).hex()
 
 
 def prove(key, side, nonces, address):
-    """Return the proof of one side, "server" or "client", that it has the key; `address` is that of the server's end
-    of the connection as this side sees it.
+    """Return the proof, an HMAC with SHA-256, that one side, "server" or "client", has the key.
 
-    An HMAC by SHA-256."""
+    `address` is that of the server's end of the connection, as this side sees it."""
     sha256 = _sha256()
     padded = key.encode().ljust(64, b"\0")
-    text = "\n".join(("labtasker", side) + nonces + (_whereabouts(address),))
+    text = "\n".join(("labtasker", side) + nonces + (_address_text(address),))
     inner = sha256(bytes(byte ^ 0x36 for byte in padded) + text.encode("utf-8", "surrogatepass")).digest()
     return sha256(bytes(byte ^ 0x5c for byte in padded) + inner).hexdigest()
 
 
 def _sha256():
-    """Return SHA-256 without hashlib where that can be: the library which hashlib loads takes longer than the rest of a
-    command."""
+    """Return SHA-256, without hashlib if possible: loading its library takes longer than the rest of a command."""
     for name in ("_sha2", "_sha256", "hashlib"):  # the first is Python 3.12's
         try:
             return __import__(name).sha256
@@ -6713,19 +6722,19 @@ def _sha256():
             pass
 
 
-def _whereabouts(address):
-    """Return text that is the same for both ends of a connection. A loopback address is one within its host, or its
-    container, alone."""
+def _address_text(address):
+    """Return an address as text that is the same at both ends of a connection. For a loopback address it includes the
+    host, or container, within which the address is valid."""
     host = address[0].partition("%")[0]
     host = host[7:] if host.startswith("::ffff:") else host
-    place = "%s %d" % (host, address[1])
+    text = "%s %d" % (host, address[1])
     if host.startswith("127.") or host == "::1":
         try:
             with open("/proc/sys/kernel/random/boot_id") as file:
-                return "%s %s %s" % (place, file.read().strip(), os.readlink("/proc/self/ns/net"))
+                return "%s %s %s" % (text, file.read().strip(), os.readlink("/proc/self/ns/net"))
         except OSError:
-            return "%s %s" % (place, os.uname().nodename if hasattr(os, "uname") else "")
-    return place
+            return "%s %s" % (text, os.uname().nodename if hasattr(os, "uname") else "")
+    return text
 
 
 class _BadHead(LabtaskerError):
@@ -6739,15 +6748,16 @@ class _HeadTooLarge(_BadHead):
 
 
 class Busy(LabtaskerError):
-    """More is asked at once than there is room for; later it may be less."""
+    """Too many requests of a kind at once; the client may try again later."""
 
     status = 503
 
 
 class RequestHead(collections.namedtuple("RequestHead", "fields length login extensions close keep_alive foreign")):
-    """A request's headers: all `fields` by their names in small letters, and what the server looks at, read out.
+    """A request's headers: all `fields` by their lower-case names, and the values that the server uses.
 
-    `login` is (name, password), or None. `foreign` says why a browser sent it for another site's page, or None."""
+    `login` is (name, password) or None. If a browser sent the request for another site's page, `foreign` says how that
+    is known; else it is None."""
 
     __slots__ = ()
 
@@ -6755,7 +6765,7 @@ class RequestHead(collections.namedtuple("RequestHead", "fields length login ext
 def read_head(block, own_names=()):
     """Return the RequestHead of a request's header lines, as bytes; raise _BadHead or TooLarge.
 
-    Strict, and without email.parser, which costs more than all the rest of a request."""
+    It is strict. It does not use email.parser, which costs more than the rest of a request."""
     fields = {}
     lines = block.decode("latin-1").split("\r\n") if block else []
     if len(lines) > _MAX_HEADERS:
@@ -6764,16 +6774,16 @@ def read_head(block, own_names=()):
         name, colon, value = line.partition(":")
         name = name.lower()
         if not colon or not name or name != name.strip() or "\n" in line or "\r" in line or "\0" in line:
-            raise _BadHead("a header that is none")
+            raise _BadHead("a malformed header")
         if name in fields and name in ("content-length", "host", "authorization"):
             raise _BadHead("two %s headers" % name)
         value = value.strip()
         fields[name] = fields[name] + "," + value if name == "connection" and name in fields else value
     if "transfer-encoding" in fields:
-        raise _BadHead("Transfer-Encoding is not taken here: send a Content-Length")
+        raise _BadHead("Transfer-Encoding is not supported: send a Content-Length")
     length = fields.get("content-length", "0")
     if not re.match(r"[0-9]+\Z", length):
-        raise _BadHead("a Content-Length that is no number")
+        raise _BadHead("the Content-Length is not a number")
     if len(length) > 18 or int(length) > MAX_BODY_BYTES:
         raise TooLarge("a body of over %d bytes" % MAX_BODY_BYTES)
     options = [option.strip() for option in fields.get("connection", "").lower().split(",")]
@@ -6783,12 +6793,12 @@ def read_head(block, own_names=()):
 
 
 def _foreign(fields, own_names):
-    """Return why a request was sent by a browser for a page of another site, or None.
+    """Return the reason if a browser has sent a request for a page of another site, else None.
 
-    Browsers alone send Origin, and with every request that changes something: without one any Host will do, so that
-    aliases, tunnels and proxies need no settings. With one, the page has to be this server's own, and its Host an
-    address or one of `own_names`: any other name can be made to lead here by whoever owns it (DNS rebinding).
-    Where Host is another than the page's and the browser knows that both are of one origin, a proxy has changed it."""
+    Only browsers send Origin, and they send it with every request that changes something. Without it any Host is
+    accepted, so that aliases, tunnels and proxies need no settings. With it, the page must be this server's own, and
+    Host must be an address or one of `own_names`: the owner of any other name can make it point here (DNS rebinding).
+    If Host is not the page's but the browser says that both have one origin, a proxy has changed Host."""
     site = fields.get("sec-fetch-site", "")
     if site in ("cross-site", "same-site"):
         return "a page of another site"
@@ -6816,7 +6826,7 @@ def _basic_login(header):
 
 
 class _HeaderCache:
-    """The RequestHeads of the latest header blocks: a client sends the same ones again and again."""
+    """A cache of RequestHeads by header block: a client sends the same block again and again."""
 
     def __init__(self, own_names=()):
         self.known = {}  # header block as bytes: RequestHead
@@ -6835,27 +6845,27 @@ class _HeaderCache:
 
 
 class HttpRequest(collections.namedtuple("HttpRequest", "method target head keep body started is_old")):
-    """A whole request, whether its connection stays open after it, and whether it `is_old`: HTTP/1.0."""
+    """A complete request. `keep`: whether its connection stays open after it; `is_old`: whether it is HTTP/1.0."""
 
     __slots__ = ()
 
     def path_and_query(self):
-        """Return (path, {name: value}) of what is asked for; a browser that asks for / is shown the page."""
+        """Return (path, {name: value of the query}); for / a browser gets the path of the page."""
         path, _, query = self.target.partition("?")
-        if "://" in path and not path.startswith("/"):  # the absolute form, which proxies are sent
+        if "://" in path and not path.startswith("/"):  # the absolute form, which clients send to proxies
             path = "/" + path.split("/", 3)[3] if path.count("/") > 2 else "/"
-        fields, asked = self.head.fields, {}
+        fields, values = self.head.fields, {}
         if query or "%" in path:
             from urllib.parse import parse_qsl, unquote
-            path, asked = unquote(path), dict(parse_qsl(query))
-        asked.update((field, fields[header]) for header, field in HEADER_FIELDS.items() if header in fields)
-        return "/page" if path == "/" and _WANTS_PAGE.search(fields.get("accept", "")) else path, asked
+            path, values = unquote(path), dict(parse_qsl(query))
+        values.update((field, fields[header]) for header, field in HEADER_FIELDS.items() if header in fields)
+        return "/page" if path == "/" and _WANTS_PAGE.search(fields.get("accept", "")) else path, values
 
 
-# How long it may last, since when, and {event: next state}.
+# most_s: how long the state may last. since: the attribute that says since when. moves: {event: next state}.
 ConnectionState = collections.namedtuple("ConnectionState", "most_s since moves")
 
-# What has no entry can't happen; every state ends with "drop" too, in closed.
+# An event without an entry is illegal. In every state "drop" leads to closed.
 CONNECTION_STATES = {
     "handshake": ConnectionState(_SLOW_SENDER_S, "heard_at", {"secured": "idle"}),
     "idle": ConnectionState(_IDLE_S, "heard_at", {
@@ -6881,7 +6891,7 @@ _ANSWERED_SOON = ("answering", "refused")
 
 
 class Connection:
-    """A peer: what it has sent and was not read yet, what is to be sent to it, and where it stands.
+    """A connection: the bytes that were received and not used yet, those still to send, and its state.
 
     Its states are those of CONNECTION_STATES:
 
@@ -6902,27 +6912,27 @@ class Connection:
 
     def __init__(self, sock, peer, is_tls):
         self.sock, self.peer, self.inbox, self.outbox = sock, peer, bytearray(), b""
-        self.line = self.head = None  # of a request whose body is not all there
+        self.line = self.head = None  # request line and RequestHead of a request with an incomplete body
         self.state = "handshake" if is_tls else "idle"
-        self.entered_at = self.heard_at = monotonic()  # when it came into this state; when bytes last moved
-        self.has_ended = False  # whether the peer sends no more
-        self.waiting = None  # the Waiting of its request
-        self.authenticated = False  # whether it has shown a right password
-        self.held_bytes = 0  # its part in Connections.held_bytes
-        self.reserved_bytes = 0  # its large body's part in Connections.large_bytes
-        self.discard_bytes = 0  # how many are still thrown away of one that was refused while it sent
-        self.gate = None  # (gate, user) that its request went through to a thread
-        self.proof = None  # what is on this connection the password of one who has the server's key
+        self.entered_at = self.heard_at = monotonic()  # when it came into this state; when it last sent or took bytes
+        self.has_ended = False  # whether the peer has closed its sending side
+        self.waiting = None  # the Waiting of a parked request
+        self.authenticated = False  # whether a request on it had a right password
+        self.held_bytes = 0  # its part of Connections.held_bytes
+        self.reserved_bytes = 0  # its large body's part of Connections.large_bytes
+        self.discard_bytes = 0  # after a refusal: how many bytes of its request are still read and thrown away
+        self.gate = None  # (gate, user) by which a thread has it
+        self.proof = None  # the client's proof that it has the server's key: the password on this connection
 
     def move(self, event):
-        """Go to the state that `event` leads to; raise RuntimeError where the table has no such move."""
+        """Go to the state that `event` leads to; raise RuntimeError if the table has no such move."""
         moves = CONNECTION_STATES[self.state].moves
         if event not in moves:
-            raise RuntimeError("a connection in the state %r met the event %r" % (self.state, event))
+            raise RuntimeError("a connection in the state %r does not allow the event %r" % (self.state, event))
         self.state, self.entered_at = moves[event], monotonic()
 
     def next_request(self, heads):
-        """Return the next whole HttpRequest, or None when more bytes must come first; raise _BadHead or TooLarge."""
+        """Return the next HttpRequest, or None until it is complete; raise _BadHead or TooLarge."""
         if self.head is None:
             end = self.inbox.find(b"\r\n\r\n")
             if end > _MAX_HEAD_BYTES or end < 0 and len(self.inbox) > _MAX_HEAD_BYTES:
@@ -6954,19 +6964,18 @@ class Connection:
         return HttpRequest(method, target, head, keep, body, monotonic(), is_old)
 
     def _without_proof(self, head):
-        """Return a RequestHead whose login is a LocalName without a password, where its password is this connection's
-        proof."""
+        """Return a RequestHead. If its password is this connection's proof, the login becomes (LocalName, None)."""
         name, password = head.login or ("", "")
         return head._replace(login=(LocalName(name), None)) if name and same_secret(password, self.proof) else head
 
     def is_over(self, moment):
-        """Return whether it has been in its state for longer than that may last."""
+        """Return whether its state has lasted for too long."""
         state = CONNECTION_STATES[self.state]
         return moment - getattr(self, state.since) > state.most_s
 
 
 def _json_in_pieces(answer):
-    """Return the JSON of an answer, made an item at a time: all at once would keep the interpreter from the loop."""
+    """Return the JSON of an answer. Items are converted one by one, so that the loop's thread can run in between."""
     if not isinstance(answer, dict) or not isinstance(answer.get("content"), list):
         return dump_json(answer)
     head = dump_json({key: value for key, value in answer.items() if key != "content"})[:-1]
@@ -6975,7 +6984,7 @@ def _json_in_pieces(answer):
 
 
 def _http_answer(status, answer, request, keep):
-    """Return the bytes of an answer in JSON types, or of a Page; of a stream, its head."""
+    """Return the bytes of an answer, which is a Page or of JSON types. For a Stream return the head alone."""
     is_page = isinstance(answer, Page)
     if is_page and answer.etag and request.head.fields.get("if-none-match") == answer.etag:
         status = 304
@@ -6996,11 +7005,11 @@ def _http_answer(status, answer, request, keep):
     return start if request is not None and request.method == "HEAD" else start + body
 
 
-_STARTS = {}  # (status, extensions, keep, is_old): the bytes that such an answer starts with
+_STARTS = {}  # (status, extensions, keep, is_old): the first bytes of such an answer
 
 
 def _http_start(status, extensions, keep, is_old):
-    """Return the first lines of an answer. HTTP/1.0 closes a connection unless the answer says that it is kept."""
+    """Return the first lines of an answer. HTTP/1.0 closes the connection unless the answer says otherwise."""
     from http.client import responses
     headers = [(True, "HTTP/1.1 %d %s" % (status, responses.get(status, ""))),
                (status == 401, _CHALLENGE), (status == 503, "Retry-After: %d" % _RETRY_AFTER_S),
@@ -7010,14 +7019,14 @@ def _http_start(status, extensions, keep, is_old):
 
 
 def _write_now(text):
-    """Return whether all of the text was written to stderr, where that takes no waiting; raise nothing."""
+    """Write a text to stderr without waiting; return whether all of it was written; raise nothing."""
     import select
     try:
         fd = sys.stderr.fileno()
-    except (OSError, ValueError, AttributeError):  # a notebook's, one that was closed, none
+    except (OSError, ValueError, AttributeError):  # stderr is a notebook's, closed, or None
         return bool(sys.stderr and not sys.stderr.closed and sys.stderr.write(text))
     data = text.encode("utf-8", "backslashreplace")
-    with _LOG_LOCK:  # of two threads that see room for one line the other would wait
+    with _LOG_LOCK:  # if two threads saw room for one line, the second would have to wait
         try:
             while data:
                 if hasattr(select, "poll"):
@@ -7025,7 +7034,7 @@ def _write_now(text):
                     poll.register(fd, select.POLLOUT)
                     if not poll.poll(0):
                         return False
-                data = data[os.write(fd, data[:getattr(select, "PIPE_BUF", 512)]):]  # a pipe with room has room for it
+                data = data[os.write(fd, data[:getattr(select, "PIPE_BUF", 512)]):]  # a writable pipe takes that much
             return True
         except OSError:  # a full disk, a pipe without a reader
             return False
@@ -7036,34 +7045,36 @@ _LOG_LEVELS = ("debug", "info", "warning", "error")
 
 
 class Log:
-    """A server's log: lines on stderr. The server goes on where they can't be written."""
+    """A server's log: lines on stderr. The server goes on if they can't be written."""
 
     def __init__(self, level):
         self.level = level
         self.second = self.count = 0  # the second of the last lines, and how many there were in it
-        self.unwritten = 0  # lines since the last one that could be written
+        self.unwritten = 0  # lines that could not be written since the last one that could
 
-    def tell(self, line):
-        """Write a line to stderr without waiting for whoever reads a pipe there; what has no room is counted."""
+    def write(self, line):
+        """Write a line to stderr. If that is a pipe without room it does not wait, but counts the line as lost."""
         lost = "labtasker: %d lines of this log could not be written\n" % self.unwritten if self.unwritten else ""
         self.unwritten = 0 if _write_now(lost + clean(without_login(line)) + "\n") else self.unwritten + 1
 
     def say(self, level, text):
-        """Print a log line, where its level is asked for; of those that are no errors LOG_LINES_S in a second."""
+        """Print a log line if its level is logged; at most LOG_LINES_S a second unless it is an error."""
         if _LOG_LEVELS.index(level) < _LOG_LEVELS.index(self.level):
             return
         stamp, second = time.strftime("%Y-%m-%d %H:%M:%S"), int(monotonic())
         if second != self.second:
             if self.count > LOG_LINES_S:
-                self.tell("%s warning %d more lines like these" % (stamp, self.count - LOG_LINES_S))
+                self.write("%s warning %d more lines like these" % (stamp, self.count - LOG_LINES_S))
             self.second, self.count = second, 0
         self.count += level not in ("debug", "error")
         if self.count <= LOG_LINES_S or level in ("debug", "error"):
-            self.tell("%s %s %s" % (stamp, level, text))
+            self.write("%s %s %s" % (stamp, level, text))
 
     def note(self, conn, request, status):
-        """Log who asked what and how long it took: all at level debug, else what failed, was refused or slow, and what
-        changes a queue. Passwords stand in headers and bodies, which are not logged."""
+        """Log a request: who sent it, what, and how long the answer took.
+
+        At level debug all are logged, else those that failed, were refused or slow, or change a queue. Headers and
+        bodies are never logged: they have passwords."""
         took_s, changes_queue, words = 0, False, "a request that was not read"
         if request is not None:
             took_s, path = monotonic() - request.started, request.target.partition("?")[0]
@@ -7078,7 +7089,8 @@ class Log:
         self.say(level, "%s %s -> %d in %.1f ms" % (conn.peer, words, status, took_s * 1000))
 
     def bug(self, error):
-        """Return the answer to a request that met one: the log says where, the client hears that it is not its own."""
+        """Log the traceback of an unexpected error; return the answer, which says that the mistake is not the
+        client's."""
         import traceback
         self.say("error", "".join(traceback.format_exception(type(error), error, error.__traceback__)))
         return {"detail": "a bug in labtasker %s: %s" % (__version__, type(error).__name__)}
@@ -7094,14 +7106,14 @@ class _Waker:
         self.receiver.setblocking(False)
 
     def wake(self):
-        """Have the loop take a turn."""
+        """Make the loop take a turn."""
         try:
             self.sender.send(b"w")
-        except OSError:  # it is full of such bytes, or closed
+        except OSError:  # it is full, so the loop will wake anyway, or it is closed
             pass
 
     def drain(self):
-        """Read what woke the loop."""
+        """Read the bytes that woke the loop."""
         try:
             while self.receiver.recv(4096):
                 pass
@@ -7114,20 +7126,20 @@ class _Waker:
         self.receiver.close()
 
 
-# A request that waits until `give_up_at` for a change of `key`; without a key its `row`, an Outgoing, leaves then.
+# A request that waits until `give_up_at` for a change of `key`. Without a key its `row`, an Outgoing, is sent then.
 Waiting = collections.namedtuple("Waiting", "give_up_at key call request row")
 
 
 class _Parked:
-    """The connections whose requests wait, by the key of what they wait for. For the loop's thread alone."""
+    """The connections whose requests wait, by the key that they wait for. Only the loop's thread uses it."""
 
     def __init__(self, watched_keys):
-        self.watched_keys = watched_keys  # the store's
+        self.watched_keys = watched_keys  # the store's: keys whose changes it notes
         self.by_key = {}  # key: {connection: None}, the oldest first
         self.give_up_at = math.inf  # when the first of them gives up
 
     def add(self, conn, waiting):
-        """Keep a connection until what it waits for changes, or it gives up."""
+        """Park a connection until its key changes, or it gives up."""
         conn.move("wait")
         conn.waiting = waiting
         self.by_key.setdefault(waiting.key, collections.OrderedDict())[conn] = None
@@ -7135,28 +7147,28 @@ class _Parked:
         self.give_up_at = min(self.give_up_at, waiting.give_up_at)
 
     def remove(self, conn):
-        """Return the Waiting of a connection, or None, and forget that it waited."""
+        """Remove a connection; return its Waiting, or None if it was not parked."""
         waiting, conn.waiting = conn.waiting, None
         if waiting:
-            there = self.by_key[waiting.key]
-            del there[conn]
-            if not there:
+            conns = self.by_key[waiting.key]
+            del conns[conn]
+            if not conns:
                 del self.by_key[waiting.key]
                 self.watched_keys.discard(waiting.key)
         return waiting
 
     def due(self, at):
         """Return the connections that give up at `at` or earlier."""
-        found = [conn for there in self.by_key.values() for conn in there if conn.waiting.give_up_at <= at]
-        self.give_up_at = min((conn.waiting.give_up_at for there in self.by_key.values() for conn in there
-                               if conn.waiting.give_up_at > at), default=math.inf)
-        return found
+        parked = [conn for conns in self.by_key.values() for conn in conns]
+        self.give_up_at = min((conn.waiting.give_up_at for conn in parked if conn.waiting.give_up_at > at),
+                              default=math.inf)
+        return [conn for conn in parked if conn.waiting.give_up_at <= at]
 
 
 def _listener(host, port):
-    """Return an HTTPServer that listens, or raise LabtaskerRuntimeError saying who has the port.
+    """Return an HTTPServer that listens, or raise a LabtaskerRuntimeError that says who uses the port.
 
-    Its class is made here, so that only a server pays for the import. What it is given as a request is a job."""
+    Its class is made here, so that only a server imports it. `process_request` runs a job in a thread."""
     import http.server
     import socket
     import socketserver
@@ -7171,14 +7183,14 @@ def _listener(host, port):
             socketserver.TCPServer.server_bind(self)
 
         def finish_request(self, job, peer):
-            """Do a thread's work."""
+            """Run a job in its thread."""
             job()
 
         def shutdown_request(self, job):
-            """Leave the connection open: the loop has it back."""
+            """Leave the connection open: it goes back to the loop."""
     try:
         return Listener((host, port), None)
-    except (OSError, OverflowError, ValueError, TypeError) as error:  # the others: of what is no port, no host
+    except (OSError, OverflowError, ValueError, TypeError) as error:  # all but OSError: not a port or a host
         is_busy = getattr(error, "errno", None) == errno.EADDRINUSE
         raise LabtaskerRuntimeError("can't listen on %s port %s: %s%s" % (
             host, port, getattr(error, "strerror", None) or error,
@@ -7186,36 +7198,39 @@ def _listener(host, port):
 
 
 class _Connections:
-    """The connections that the loop listens to. Bounds on bytes, connections and time keep a peer that sends much,
-    slowly or never from the others. For the loop's thread alone."""
+    """The connections that the loop listens to. Only the loop's thread uses it.
+
+    Limits of bytes, connections and time protect the others from a peer that sends much, slowly or nothing."""
 
     def __init__(self, listener, tls, log, parked, most):
         import selectors
         self.listener, self.tls, self.log, self.parked, self.most = listener, tls, log, parked, most
-        self.later = (BlockingIOError, InterruptedError)  # from a socket that has nothing, or no room, just now
+        self.later = (BlockingIOError, InterruptedError)  # errors of a socket that has no data, or no room, just now
         if tls:
             import ssl
             self.later += (ssl.SSLWantReadError, ssl.SSLWantWriteError)
         listener.socket.setblocking(False)
         self.selector = selectors.DefaultSelector()
         self.selector.register(listener.socket, selectors.EVENT_READ, self.accept_all)
-        self.all, self.away = set(), 0  # but for those that threads have or that wait for one; how many these are
-        self.held_bytes = self.large_bytes = 0  # of unfinished requests and unread answers; of large bodies
-        self.handshakes, self.eager = 0, []  # in this turn; connections with a request in hand that have had their turn
-        self.swept_at, self.due_at = monotonic(), math.inf  # when they were swept; when that is due earlier than usual
+        self.all = set()  # all connections except those that a thread has or that wait for one
+        self.away = 0  # how many connections a thread has, or wait for one
+        self.held_bytes = self.large_bytes = 0  # of incomplete requests and unread answers; of large bodies
+        self.handshakes = 0  # in this turn
+        self.eager = []  # connections that have already sent their next request, which is for the next turn
+        self.swept_at, self.due_at = monotonic(), math.inf  # the last sweep; the next one if it is earlier than usual
         self.is_stopping = False
 
     def close(self):
-        """Close what they are listened to with."""
+        """Close the listening socket and the selector."""
         self.listener.socket.close()
         self.selector.close()
 
     def accept_all(self):
-        """Take in the connections that wait."""
+        """Accept the connections that wait."""
         for _ in range(100):
             try:
                 sock, address = self.listener.get_request()
-            except OSError as error:  # no more, or none that stayed, or no file descriptor for it
+            except OSError as error:  # no more, or the peer has gone, or no file descriptor is left
                 if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
                     self.make_room()
                 return
@@ -7225,25 +7240,25 @@ class _Connections:
                 sock.setsockopt(6, 1, 1)  # TCP_NODELAY
                 if self.tls:
                     sock = self.tls.wrap_socket(sock, server_side=True, do_handshake_on_connect=False)
-                self.take_in(Connection(sock, address[0], bool(self.tls)))
+                self.register(Connection(sock, address[0], bool(self.tls)))
             except OSError:
                 sock.close()
 
-    def take_in(self, conn):
+    def register(self, conn):
         """Listen to a connection."""
         conn.sock.setblocking(False)
         self.selector.register(conn.sock, 1, conn)  # EVENT_READ
         self.all.add(conn)
 
-    def let_go(self, conn):
-        """Listen to a connection no more."""
+    def unregister(self, conn):
+        """Stop listening to a connection."""
         if conn in self.all:
             self.all.discard(conn)
             self.selector.unregister(conn.sock)
 
     def drop(self, conn):
         """Close a connection and forget it."""
-        self.let_go(conn)
+        self.unregister(conn)
         self.parked.remove(conn)
         self.release(conn)
         self.held_bytes -= conn.held_bytes
@@ -7255,13 +7270,13 @@ class _Connections:
             pass
 
     def release(self, conn):
-        """Give back the room that was kept for a connection's large body."""
+        """Free the bytes that were reserved for a connection's large body."""
         self.large_bytes -= conn.reserved_bytes
         conn.reserved_bytes = 0
 
     def receive(self, conn):
-        """Return whether there are new bytes of a request in a connection's inbox, or it has ended its sending while a
-        request of it is answered."""
+        """Read from a connection; return whether its inbox has new bytes, or whether the peer has closed its sending
+        side while its request is answered."""
         try:
             if conn.state == "handshake":
                 self.handshakes += 1
@@ -7274,10 +7289,10 @@ class _Connections:
                 data += conn.sock.recv(65536)
         except self.later:
             return False
-        except OSError:  # reset, or TLS broken off
+        except OSError:  # the peer has reset it, or TLS has failed
             self.drop(conn)
             return False
-        if not data and conn.state in _ANSWERED_SOON:  # it may still read: what was done for it must not be lost
+        if not data and conn.state in _ANSWERED_SOON:  # the peer may still read the answer
             conn.has_ended = True
             return True
         if not data or len(conn.inbox) > _ROOM_BYTES + conn.reserved_bytes:
@@ -7293,7 +7308,7 @@ class _Connections:
         return False
 
     def send(self, conn, data):
-        """Send what is waiting, or else this; what does not go out now goes when the peer has read."""
+        """Send the bytes that wait in the outbox, or `data` if none do. What can't be sent now waits in the outbox."""
         data = conn.outbox or data
         try:
             sent = conn.sock.send(data)
@@ -7314,11 +7329,11 @@ class _Connections:
         conn.move("sent")
         if conn.state == "lingering":
             self.linger(conn)
-        elif conn.inbox:  # in the next turn, so that all have theirs
+        elif conn.inbox:  # its next request is for the next turn, so that no connection keeps the others waiting
             self.eager.append(conn)
 
     def linger(self, conn):
-        """Give a peer that still sends time to read its last answer."""
+        """Give a peer that is still sending time to read its last answer."""
         try:
             conn.sock.shutdown(1)
         except OSError:
@@ -7328,45 +7343,46 @@ class _Connections:
         self.due_at = min(self.due_at, conn.heard_at + _LINGER_S)
 
     def count(self, conn):
-        """Note how many bytes of a connection are held, and drop some where all is too much."""
-        held = len(conn.inbox) + len(getattr(conn.outbox, "obj", conn.outbox))  # a view keeps all that it is a part of
+        """Count the bytes that are held for a connection, and drop some connections if the sum is too large."""
+        held = len(conn.inbox) + len(getattr(conn.outbox, "obj", conn.outbox))  # a memoryview keeps its whole object
         self.held_bytes += held - conn.held_bytes
         conn.held_bytes = held
         if self.held_bytes > HELD_BYTES:
             self.drop_slowest()
 
     def drop_slowest(self):
-        """Drop those with bytes held until a quarter is free, strangers first, then by how long nothing moved; one
-        may hold as much as it will."""
-        holding = sorted((conn for conn in self.all if conn.held_bytes), key=_worth)
+        """Drop connections with held bytes until a quarter of the limit is free: strangers first, then those that have
+        been silent longest. The last one stays, however much it holds."""
+        holding = sorted((conn for conn in self.all if conn.held_bytes), key=_keep_order)
         for conn in holding[:-1]:
             if self.held_bytes >= HELD_BYTES * 3 // 4:
                 self.drop(conn)
-        self.log.say("warning", "over %d MiB of requests and answers under way: the slowest connections were closed" % (
-            HELD_BYTES >> 20))
+        self.log.say("warning", "over %d MiB of unfinished requests and unread answers: the slowest connections were "
+                                "closed" % (HELD_BYTES >> 20))
 
     def make_room(self):
-        """Close a hundredth of the connections: strangers first, then the longest silent."""
-        for conn in heapq.nsmallest(1 + len(self.all) // 100, self.all, key=_worth):
+        """Close a hundredth of the connections: strangers first, then those that have been silent longest."""
+        for conn in heapq.nsmallest(1 + len(self.all) // 100, self.all, key=_keep_order):
             self.drop(conn)
-        if not self.all:  # threads have them all
+        if not self.all:  # threads have all of them
             time.sleep(REST_S)
-        self.log.say("warning", "%d connections are all there can be: the longest silent were closed" % self.most)
+        self.log.say("warning", "the limit of %d connections is reached: the longest silent were closed" % self.most)
 
     def sweep(self):
-        """Close the connections that were silent, or slow, for longer than their state may last."""
+        """Close the connections whose state has lasted for too long: they are silent or slow."""
         moment = self.swept_at = monotonic()
         self.due_at = math.inf
         for conn in [conn for conn in self.all if conn.is_over(moment)]:
             self.drop(conn)
 
 
-def _worth(conn):
+def _keep_order(conn):
+    """Return a sort key: the connection to close first has the smallest one."""
     return conn.authenticated, conn.heard_at
 
 
-def _has_left(sock):
-    """Return whether the peer of a socket that does not block has closed."""
+def _has_closed(sock):
+    """Return whether the peer of a non-blocking socket has closed it."""
     import socket
     try:
         return not socket.socket.recv(sock, 1, socket.MSG_PEEK)
@@ -7377,32 +7393,33 @@ def _has_left(sock):
 
 
 class Gate:
-    """Lets `most` requests run in threads at a time, `each` of them for one user; `line` wait, `own_line` for one.
+    """Limits how many requests run in threads: `most` at a time, `user_most` of them for one user. The others wait in
+    line: at most `line`, `user_line` of them for one user.
 
-    Users take turns, so that one who asks for much holds up nobody else. Only the loop's thread uses it."""
+    Users take turns, so that many requests of one user don't delay the others. Only the loop's thread uses it."""
 
-    def __init__(self, most, each, line, own_line):
-        self.most, self.each, self.line, self.own_line = most, each, line, own_line
-        self.running = collections.Counter()
+    def __init__(self, most, user_most, line, user_line):
+        self.most, self.user_most, self.line, self.user_line = most, user_most, line, user_line
+        self.running = collections.Counter()  # user: how many run
         self.count = self.in_line = 0
-        self.waiting = collections.OrderedDict()  # user: deque of what waits
+        self.waiting = collections.OrderedDict()  # user: deque of items that wait
 
     def enter(self, user, item):
-        """Take something in, or raise Busy."""
+        """Put an item in line, or raise Busy."""
         own = self.waiting.get(user, ())
-        is_free = self.count < self.most and self.running[user] < self.each and not own
-        if not is_free and (self.in_line >= self.line or len(own) >= self.own_line):
+        is_free = self.count < self.most and self.running[user] < self.user_most and not own
+        if not is_free and (self.in_line >= self.line or len(own) >= self.user_line):
             raise Busy("too many such requests at once: try again")
         self.waiting.setdefault(user, collections.deque()).append(item)
         self.in_line += 1
 
     def begin(self):
-        """Return what may run now, and count it as running."""
-        found = []
+        """Return the items that may run now, and count them as running."""
+        started = []
         for user in list(self.waiting) if self.count < self.most else ():
             own = self.waiting[user]
-            while own and self.count < self.most and self.running[user] < self.each:
-                found.append(own.popleft())
+            while own and self.count < self.most and self.running[user] < self.user_most:
+                started.append(own.popleft())
                 self.count += 1
                 self.running[user] += 1
             self.waiting.move_to_end(user)
@@ -7410,27 +7427,26 @@ class Gate:
                 del self.waiting[user]
             if self.count >= self.most:
                 break
-        self.in_line -= len(found)
-        return found
+        self.in_line -= len(started)
+        return started
 
     def leave(self, user):
-        """Note that something of a user's ended."""
+        """Note that an item of a user has ended."""
         self.count -= 1
         self.running[user] -= 1
         if not self.running[user]:
             del self.running[user]
 
-
     def empty(self):
-        """Return what waits, which waits no more."""
-        found = [item for own in self.waiting.values() for item in own]
+        """Remove all items in line; return them."""
+        items = [item for own in self.waiting.values() for item in own]
         self.waiting.clear()
         self.in_line = 0
-        return found
+        return items
 
 
 def _start_thread(work, name):
-    """Return whether a thread that does `work` was started: a process may have as many as it is allowed."""
+    """Start a thread that does `work`; return False if this process may have no more threads."""
     try:
         threading.Thread(target=work, name=name, daemon=True).start()
         return True
@@ -7439,10 +7455,10 @@ def _start_thread(work, name):
 
 
 class _Threads:
-    """Gives requests that take long to threads, with their connections, and has them back.
+    """Gives slow requests to threads, with their connections, and takes the connections back.
 
     A thread's work is a function (connection, request, ...). It returns what the loop does next with the connection:
-    (function, what it is given after the connection), or None to close it. Where it raises, that is `refuse`."""
+    (function, its arguments after the connection), or None to close it. If it raises, the loop calls `refuse`."""
 
     def __init__(self, listener, connections, wake, refuse):
         self.listener, self.connections, self.wake, self.refuse = listener, connections, wake, refuse
@@ -7450,57 +7466,57 @@ class _Threads:
         self.returned = collections.deque()  # (connection, what to do next) from threads
 
     def hand_over(self, conn, kind, user, work, request, *more):
-        """Have a thread do this work for a connection, or put it in line for one; raise Busy when that is full."""
+        """Have a thread do this work for a connection, or put it in line for one; raise Busy if the line is full."""
         gate = self.gates[kind]
         gate.enter(user, (conn, work, request) + more)
         conn.move("hand over")
         conn.gate = gate, user
-        self.connections.let_go(conn)
+        self.connections.unregister(conn)
         self.connections.away += 1
         self.start(gate)
 
     def start(self, gate):
-        """Start a thread for each whose turn it is, unless nobody is there any more to hear."""
+        """Start a thread for each job whose turn it is, unless its peer has closed the connection."""
         for job in gate.begin():
             conn, _, request = job[:3]
-            if _has_left(conn.sock):
+            if _has_closed(conn.sock):
                 self.give_back(conn, None)
                 continue
             try:
                 self.listener.process_request(functools.partial(self.run, job), conn.peer)  # ThreadingMixIn's
-            except (RuntimeError, MemoryError) as error:  # no more threads
+            except (RuntimeError, MemoryError) as error:  # no more threads can be started
                 self.give_back(conn, (self.refuse, request, Busy(str(error))))
 
     def run(self, job):
-        """Do a thread's work."""
+        """Run a job in its thread."""
         conn, work, request, *more = job
         try:
-            then = work(conn, request, *more)
+            next_step = work(conn, request, *more)
         except Exception as error:
-            then = (self.refuse, request, error)
-        self.give_back(conn, then)
+            next_step = (self.refuse, request, error)
+        self.give_back(conn, next_step)
 
-    def give_back(self, conn, then):
-        """Give a connection back to the loop, which goes on with it so."""
-        self.returned.append((conn, then))
+    def give_back(self, conn, next_step):
+        """Give a connection back to the loop, with what to do next."""
+        self.returned.append((conn, next_step))
         self.wake()
 
     def take_back(self):
-        """Return the next connection that a thread is done with and what is to be done with it, or None."""
+        """Return the next (connection, what to do next) that a thread has given back, or None."""
         if not self.returned:
             return None
-        conn, then = self.returned.popleft()
+        conn, next_step = self.returned.popleft()
         (gate, user), conn.gate = conn.gate, None
         self.connections.away -= 1
         gate.leave(user)
         self.start(gate)
-        return conn, then
+        return conn, next_step
 
     def is_working(self):
         """Return whether a thread has a connection."""
         return any(gate.count for gate in self.gates.values())
 
-    def end_lines(self):
+    def drop_waiting(self):
         """Close the connections that wait for a thread."""
         for gate in self.gates.values():
             for conn, *_ in gate.empty():
@@ -7509,7 +7525,7 @@ class _Threads:
 
 
 class _Writer:
-    """The thread that writes the journal while the loop takes in more; where there is none, the loop writes."""
+    """The thread that writes the journal while the loop receives more; if it could not be started, the loop writes."""
 
     def __init__(self, journal, wake):
         self.journal, self.wake = journal, wake
@@ -7517,27 +7533,29 @@ class _Writer:
         self.wanted = threading.Semaphore(0)
 
     def start(self):
-        """Start the thread, if one is to be had."""
+        """Start the thread, if possible."""
         self.is_there = _start_thread(self.run, "journal writer")
 
     def stop(self):
-        """End the thread, and write what is left."""
+        """End the thread and write what is left."""
         self.is_stopping, self.is_writing = True, False
         self.wanted.release()
         self.journal.flush()
 
-    def write(self, undone, connected):
-        """Have what was decided written: here, when half of those connected wait for it, else by the thread, so that
-        what the loop takes in meanwhile goes down together with the next sync."""
-        if undone and not self.is_writing:
-            if 2 * undone >= connected or not self.is_there:
+    def write(self, waiting, connected):
+        """Have new lines written, for which so many of the connections wait.
+
+        If that is half of them, this thread writes. Else the writer's thread does: what the loop receives meanwhile
+        shares the next sync."""
+        if waiting and not self.is_writing:
+            if 2 * waiting >= connected or not self.is_there:
                 self.journal.flush()
             else:
                 self.is_writing = True
                 self.wanted.release()
 
     def run(self):
-        """Write whenever the loop says so."""
+        """Write whenever the loop wants it."""
         while True:
             self.wanted.acquire()
             if self.is_stopping:
@@ -7550,31 +7568,31 @@ class _Writer:
 
 
 class _Logins:
-    """Who a request is from, as far as that is known without hashing a password."""
+    """Finds out who has sent a request, as far as that needs no hashing of a password."""
 
     def __init__(self, store, key):
         self.store, self.key = store, key
 
     def known_caller(self, login):
-        """Return the caller's queue when no password has to be hashed to know it, or None; raise Unauthorized without a
+        """Return the caller's queue, or None if the password has to be hashed first; raise Unauthorized without a
         login."""
         if login is None:
             raise Unauthorized("Invalid credentials")
         name, password = login
-        if password is None:  # the connection's proof was right
+        if password is None:  # the password was the connection's proof
             return name
         if len(password) == len(self.key) and same_secret(password, self.key):
             return LocalName(name)
         return self.store.known_login(name, password)
 
     def password_gate(self, login):
-        """Return the gate of one whose password has to be hashed."""
+        """Return the gate for a login whose password has to be hashed."""
         name, state = (login or (None,))[0], self.store.state
         return "passwords" if name in state.names or name in state.queues else "strangers"
 
     def user_of(self, conn, kind, login):
-        """Return whose turn at a gate a request takes: of one whose password is known to be right the queue's, however
-        it was named; of others that of the address and the name."""
+        """Return the user for whom a request waits at a gate: the queue if the password is known to be right, else the
+        peer's address with the name."""
         caller = self.known_caller(login) if kind in ("work", "answers") and login else None
         return self.store.state.id_of(caller) or (conn.peer, (login or (None,))[0])
 
@@ -7583,62 +7601,62 @@ Outgoing = collections.namedtuple("Outgoing", "conn request keep batch status an
 
 
 class _Answers:
-    """The answers of a turn: written down, logged and sent at its end."""
+    """The answers of a turn. They are sent once their changes are on disk, and logged."""
 
     def __init__(self, store, log, logins, connections, threads, writer):
         self.store, self.log, self.logins = store, log, logins
         self.connections, self.threads, self.writer = connections, threads, writer
-        self.waiting = []  # an Outgoing each, which leaves once its batch is on disk
-        self.heavy = set()  # (login, target) of requests whose answers are large
+        self.waiting = []  # of Outgoing; each is sent once its batch is on disk
+        self.heavy = set()  # (login, target) of requests whose answers were large
 
     def add(self, conn, request, keep, batch, status, answer):
-        """Have a request answered at the end of this turn."""
+        """Send an answer at the end of this turn, or once its batch is on disk."""
         self.waiting.append(Outgoing(conn, request, keep, batch, status, answer))
 
     def refuse(self, conn, request, error):
-        """Have a request answered with an error."""
+        """Answer a request with an error at the end of this turn."""
         self.waiting.append(self.refusal(conn, request, error))
 
     def refusal(self, conn, request, error):
-        """Return the Outgoing of an error: one of Labtasker's own, or a bug, which ends the connection."""
+        """Return the Outgoing for an error: one of Labtasker's own, or a bug, which ends the connection."""
         if isinstance(error, LabtaskerError):
             return Outgoing(conn, request, request is not None and request.keep, None, *shown_error(error))
         return Outgoing(conn, request, False, None, 500, self.log.bug(error))
 
     def take_ready(self):
-        """Return the answers that may leave; the others wait for the writer."""
+        """Return the answers that may be sent; the others wait for the writer."""
         if self.waiting:
-            undone = sum(row.batch is not None and not row.batch.done for row in self.waiting)
-            self.writer.write(undone, len(self.connections.all))
+            unwritten = sum(row.batch is not None and not row.batch.done for row in self.waiting)
+            self.writer.write(unwritten, len(self.connections.all))
         ready = [row for row in self.waiting if row.batch is None or row.batch.done]
         if ready:
             self.waiting = [row for row in self.waiting if not (row.batch is None or row.batch.done)]
         return ready
 
     def deliver(self, conn, request, keep, batch, status, answer):
-        """Send an answer; that the batch could not be written is another one."""
+        """Send an answer, or the error if its batch could not be written."""
         if batch is not None and batch.error:
             status, answer = shown_error(batch.error)
-        asked = request and (request.head.login, request.target)
-        if asked in self.heavy and answer and conn.state == "answering":
+        asked_for = request and (request.head.login, request.target)
+        if asked_for in self.heavy and answer and conn.state == "answering":
             user = self.logins.user_of(conn, "answers", request.head.login)
             return self.threads.hand_over(conn, "answers", user, self.make, request, keep, status, answer)
         _, data, keep = self.make(conn, request, keep, status, answer)
-        if len(data) > LARGE_ANSWER_BYTES and asked:
+        if len(data) > LARGE_ANSWER_BYTES and asked_for:
             if len(self.heavy) > 1000:
                 self.heavy.clear()
-            self.heavy.add(asked)
+            self.heavy.add(asked_for)
         self.reply(conn, data, keep)
 
     def make(self, conn, request, keep, status, answer):
-        """Make the bytes of an answer; may be a thread's work."""
+        """Make and log the bytes of an answer; return (`reply`, the bytes, keep). A thread may call it."""
         keep = keep and not (self.store.closing or conn.has_ended)
         self.log.note(conn, request, status)
         return self.reply, _http_answer(status, answer, request, keep), keep
 
     def reply(self, conn, data, keep):
-        """Send the bytes of an answer; the next request has its turn then."""
-        if conn.state == "closed":  # nobody is there any more
+        """Send the bytes of an answer; after that the connection's next request is read."""
+        if conn.state == "closed":
             return
         conn.move("reply" if keep else "last reply")
         self.connections.release(conn)
@@ -7646,15 +7664,15 @@ class _Answers:
 
 
 class _Requests:
-    """What the loop does with requests: answers them, parks those that wait for something to change, gives those that
-    take long to threads. What leads to an answer may raise; that is one too."""
+    """What the loop does with requests: it answers quick ones, parks those that wait for a change, and gives slow ones
+    to threads. An error on the way is sent as the answer."""
 
     def __init__(self, store, heads, logins, connections, parked, threads, answers):
         self.store, self.heads, self.logins, self.connections = store, heads, logins, connections
         self.parked, self.threads, self.answers = parked, threads, answers
 
     def read(self, conn):
-        """Take the next whole request that a connection has sent; a thread takes the connection with it."""
+        """Handle the next request of a connection, if it is complete."""
         try:
             request = conn.next_request(self.heads) if conn.state in READING else None
             if request is not None:
@@ -7669,35 +7687,35 @@ class _Requests:
             self.connections.count(conn)
 
     def read_body(self, conn):
-        """Let the body come that was to come when its sender's password was looked at."""
+        """Read a large body, now that its sender's password is known to be right."""
         conn.move("want body")
         self.read(conn)
 
     def admit_body(self, conn):
-        """Let a large body come, from one whose password is known to be right; strangers' is looked at first."""
+        """Allow a large body if its sender's password is known to be right; else have the password checked first."""
         method, target, _ = conn.line
         request = HttpRequest(method, target, conn.head, False, b"", monotonic(), False)
         if self.find(request)[0].open:
             raise TooLarge("a body of over %d bytes" % QUICK_BYTES)
         if self.logins.known_caller(conn.head.login) is None:
-            return self.hand_over(conn, self.logins.password_gate(conn.head.login), self.look_at_password, request)
+            return self.hand_over(conn, self.logins.password_gate(conn.head.login), self.check_password, request)
         if self.connections.large_bytes + conn.head.length > _LARGE_BYTES:
-            raise Busy("large bodies from others are on their way: try again")
+            raise Busy("too many large requests at once: try again")
         conn.authenticated, conn.reserved_bytes = True, conn.head.length
         self.connections.large_bytes += conn.reserved_bytes
         self.send_100_continue(conn)
 
     @staticmethod
     def send_100_continue(conn):
-        """Tell one who asked that its body is welcome."""
+        """Tell a peer that asks first to send its body."""
         if not conn.inbox and conn.head.fields.get("expect", "").lower() == "100-continue":
             try:
                 conn.sock.send(b"HTTP/1.1 100 Continue\r\n\r\n")
-            except OSError:  # it hears it from the answer then, or is gone
+            except OSError:  # the peer has gone, or will send the body after a pause
                 pass
 
     def attempt(self, conn, request, action, *more):
-        """Do something that leads to an answer; an error is one."""
+        """Call `action`, which leads to an answer; an error that it raises is the answer."""
         try:
             action(conn, request, *more)
         except Exception as error:
@@ -7706,34 +7724,34 @@ class _Requests:
     @staticmethod
     def has_left(conn):
         """Return whether the peer of a connection has closed it."""
-        return _has_left(conn.sock)
+        return _has_closed(conn.sock)
 
     def hand_over(self, conn, gate, work, request):
-        """Have a thread do this work for a connection; raise Busy when too many wait for one."""
+        """Have a thread do this work for a connection; raise Busy if too many wait for a thread."""
         self.threads.hand_over(conn, gate, self.logins.user_of(conn, gate, request.head.login), work, request)
 
     def take(self, conn, request):
-        """Answer a request, or park it, or give it to a thread."""
+        """Answer a request, park it, or give it to a thread."""
         head = request.head
         if head.foreign and request.method not in _SAFE_METHODS:
-            raise Forbidden("sent by %s: nothing is changed for it" % head.foreign)
+            raise Forbidden("refused, as it was sent by %s" % head.foreign)
         introduction = _INTRODUCTION.match(request.target)
         if introduction:
             return self.introduce(conn, request, introduction.group(1))
         call = self.quick_call(request)
         if call is not None and call.route.waits and call.route.waits.gives and self.has_left(conn):
-            return self.connections.drop(conn)  # the task would be given to nobody
+            return self.connections.drop(conn)  # nobody would get the fetched task
         if call is not None:
             conn.authenticated = conn.authenticated or call.caller is not None
             return self.begin(conn, request, call, self.until(wait_of(call)))
         route, work = self.find(request)[0], self.answer_slowly
         gate = route.gate
         if not route.open and self.logins.known_caller(head.login) is None:
-            gate, work = self.logins.password_gate(head.login), self.look_at_password
+            gate, work = self.logins.password_gate(head.login), self.check_password
         self.hand_over(conn, gate, work, request)
 
     def introduce(self, conn, request, nonce):
-        """Answer the welcome with a proof that this server has its key, and know from now on the client's."""
+        """Answer with a proof that this server has its key; from now on the client's proof is its password."""
         nonces, address = (nonce, new_nonce()), conn.sock.getsockname()
         conn.proof = prove(self.logins.key, "client", nonces, address)
         _, welcome, _ = begin_call(self.store, Call(find_route("GET", "/")[0], None, {}))
@@ -7741,7 +7759,7 @@ class _Requests:
         self.answers.add(conn, request, request.keep, None, 200, answer)
 
     def quick_call(self, request):
-        """Return the Call of a request that the loop itself answers, or None; raise what is wrong with it."""
+        """Return the Call of a request that the loop can answer itself, or None; raise if the request is invalid."""
         if not is_light(request.body):
             return None
         route, ids, query = self.find(request)
@@ -7752,15 +7770,15 @@ class _Requests:
         return call if is_quick(self.store, call) else None
 
     def begin(self, conn, request, call, give_up_at):
-        """Run a call: its answer leaves at the end of this turn, unless it waits for something."""
+        """Run a call. Its answer is sent at the end of this turn, unless it waits for a change."""
         self.finish(conn, request, call, give_up_at, begin_call(self.store, call))
 
     def begin_again(self, conn, request, call, give_up_at, key):
-        """Run a call again that waited for this key."""
+        """Run a call again that waited for a change of this key."""
         self.finish(conn, request, call, give_up_at, retry_call(self.store, call, key))
 
     def finish(self, conn, request, call, give_up_at, begun):
-        """Have what `begin_call` returned answered, or the request wait for another answer."""
+        """Send the answer that `begin_call` returned, or park the request if it has to wait for another one."""
         batch, answer, key = begun
         if key and give_up_at > monotonic():
             return self.parked.add(conn, Waiting(give_up_at, key, call, request, None))
@@ -7768,47 +7786,48 @@ class _Requests:
         self.answers.add(conn, request, request.keep, batch, status, answer)
 
     def until(self, wait_s):
-        """Return when a request that may wait so long gives up. Those that wait long give up together, up to a second
-        late, so that the server wakes once for many."""
+        """Return when a request that may wait for `wait_s` gives up.
+
+        Long waits end at whole seconds, up to a second late, so that the server wakes once for many of them."""
         if not wait_s or self.store.closing:
             return -math.inf
         return monotonic() + wait_s if wait_s < 10 else math.ceil(monotonic() + wait_s)
 
     def retry(self, conn, is_last=False):
-        """Run a parked request again; return whether it waits on."""
+        """Run a parked request again; return whether it still waits."""
         give_up_at, key, call, request, row = self.parked.remove(conn)
         conn.move("wake")
         if row:
             self.answers.waiting.append(row)
         elif not (is_last or is_quick(self.store, call)):
-            self.attempt(conn, request, self.look_through, call, give_up_at)
+            self.attempt(conn, request, self.retry_in_thread, call, give_up_at)
         else:
             request = request._replace(started=monotonic())
             self.attempt(conn, request, self.begin_again, call, -math.inf if is_last else give_up_at, key)
         return conn.waiting is not None
 
-    def look_through(self, conn, request, call, give_up_at):
-        """Have a thread look through what is new for a parked fetch, which goes on then."""
+    def retry_in_thread(self, conn, request, call, give_up_at):
+        """Have a thread scan the tasks that are new for a parked fetch, which is then run again."""
         def work(conn, request):
             make_quick(self.store, call)
             return self.attempt, request, self.begin, call, give_up_at
         self.hand_over(conn, "work", work, request)
 
     def delay(self, conn, request, error):
-        """Have a request answered in a while: a wrong password is."""
+        """Answer a request with an error after WRONG_PASSWORD_S."""
         conn.discard_bytes = _LINGER_BYTES if conn.head is not None else 0
         row = self.answers.refusal(conn, request, error)
         self.parked.add(conn, Waiting(monotonic() + WRONG_PASSWORD_S, None, None, request, row))
 
     def give_up(self, at):
-        """Answer the parked requests whose time is over at `at`."""
+        """Answer the parked requests that give up at `at` or earlier."""
         for conn in self.parked.due(at):
             if conn.waiting:
                 self.retry(conn, is_last=True)
 
     def retry_all(self, key):
-        """Run the requests again that wait for this key, the oldest first; of two that wish for the same, the second
-        is not tried when the first found nothing."""
+        """Run the requests again that wait for this key, the oldest first. If one finds nothing, others with the same
+        wish are not tried."""
         in_vain = set()
         for conn in list(self.parked.by_key.get(key, ())):
             wish = conn.waiting and wish_of(self.store, conn.waiting.call)
@@ -7818,15 +7837,15 @@ class _Requests:
     @staticmethod
     def find(request):
         """Return (route, ids, query) of an HttpRequest's method and target."""
-        path, asked = request.path_and_query()
-        return find_route("GET" if request.method == "HEAD" else request.method, path) + (asked,)
+        path, query = request.path_and_query()
+        return find_route("GET" if request.method == "HEAD" else request.method, path) + (query,)
 
     def call(self, request, caller, route, ids, query):
         """Return the Call of an HttpRequest whose route was found."""
         return read_call(self.store, caller, route, ids, parse_json(request.body) if request.body else None, query)
 
-    def look_at_password(self, conn, request):
-        """Find out whether a password is right: then its request is taken, or its body read. Work for a thread."""
+    def check_password(self, conn, request):
+        """Check a password. If it is right, the request is handled or its body is read. Work for a thread."""
         try:
             self.store.login(*request.head.login)
         except Unauthorized as error:
@@ -7835,13 +7854,13 @@ class _Requests:
         return (self.read_body,) if conn.head is not None else (self.attempt, request, self.take)
 
     def answer_slowly(self, conn, request):
-        """Answer a request, however long that takes. Work for a thread."""
+        """Answer a slow request. Work for a thread."""
         route, ids, query = self.find(request)
         login = request.head.login
         caller = None if route.open else self.logins.known_caller(login) or self.store.login(*login)
         call = self.call(request, caller, route, ids, query)
         make_quick(self.store, call)
-        if wait_of(call):  # here it would hold a thread: the loop waits with it
+        if wait_of(call):  # back to the loop, as waiting here would keep the thread busy
             return self.attempt, request, self.begin, call, self.until(wait_of(call))
         status, answer = shown(route, run_call(self.store, call), request.head.extensions)
         if not isinstance(answer, Stream) or request.method == "HEAD":
@@ -7857,23 +7876,23 @@ class _Requests:
 
 
 class _Upkeep:
-    """What a server does for its store from time to time."""
+    """The regular chores of a server for its store."""
 
     def __init__(self, store, log):
         self.store, self.log = store, log
-        self.due_at = monotonic()  # when the next look is due, time-outs aside
+        self.due_at = monotonic()  # when the chores are due next, apart from time-outs
         self.is_compacting = False
         self.problem_since = self.failure = None  # since when the store can't be written to; why the server ends
 
-    def look(self):
-        """Look for time-outs, show that the owner lives, and have the journal compacted when that is worth it."""
+    def run(self):
+        """Handle time-outs, show that the owner lives, and start a compaction if the journal is bloated."""
         store = self.store
         store.release_delayed()
         try:
             store.look_for_timeouts()
             store.owner.move()
             store.journal.settle()
-        except (StoreUnavailable, OSError):  # a full disk: the next look tries again
+        except (StoreUnavailable, OSError):  # a full disk: the next time it is tried again
             store.next_timeout_at = max(store.next_timeout_at, monotonic() + LOOK_INTERVAL_S)
         self.check_store()
         if not self.is_compacting and store.file.is_bloated():
@@ -7885,7 +7904,7 @@ class _Upkeep:
         self.due_at = monotonic() + (LOOK_INTERVAL_S if is_busy else _QUIET_LOOK_S)
 
     def check_store(self):
-        """Say once that the store can't be written to; note a failure where that is for good, or its file is away."""
+        """Log once that the store can't be written to. If it stays so, or another owner has it, note a failure."""
         problem = self.store.file.problem()
         if problem and not self.problem_since:
             self.problem_since = monotonic()
@@ -7897,7 +7916,7 @@ class _Upkeep:
             self.failure = self.failure or problem
 
     def compact(self):
-        """Compact the store's journal and log what came of it."""
+        """Compact the store's journal and log the result."""
         before = self.store.journal.file.size
         try:
             self.store.file.compact()
@@ -7911,9 +7930,9 @@ class _Upkeep:
 
 
 class Server:
-    """The loop: the turns in which one thread attends to all connections.
+    """The event loop: one thread that serves all connections in turns.
 
-    `allow_hosts` are names under which browsers may show its pages; `most` connections are open at a time."""
+    `allow_hosts`: names under which browsers may show its pages; `most`: how many connections may be open."""
 
     def __init__(self, host, port, store, tls, level, allow_hosts=(), most=MAX_CONNECTIONS):
         import selectors
@@ -7923,7 +7942,7 @@ class Server:
         self.store, self.log, self.stopping = store, Log(level), False
         store.warn = lambda text: self.log.say("warning", text)
         self.id = store.server_id = new_id()
-        self.key = os.urandom(24).hex()  # it stands in server.json, for who may read that
+        self.key = os.urandom(24).hex()  # written into server.json, for whoever may read that
         self.parked = _Parked(store.watched_keys)
         self.listener = _listener(host, port)
         self.connections = _Connections(self.listener, tls, self.log, self.parked,
@@ -7931,7 +7950,7 @@ class Server:
         self.waker = _Waker()
         self.connections.selector.register(self.waker.receiver, selectors.EVENT_READ, self.take_back)
         self.wake = store.on_wake = self.waker.wake
-        self.threads = _Threads(self.listener, self.connections, self.wake, lambda *given: self.answers.refuse(*given))
+        self.threads = _Threads(self.listener, self.connections, self.wake, lambda *args: self.answers.refuse(*args))
         self.writer = _Writer(store.journal, self.wake)
         logins = _Logins(store, self.key)
         self.answers = _Answers(store, self.log, logins, self.connections, self.threads, self.writer)
@@ -7939,7 +7958,7 @@ class Server:
         self.upkeep = _Upkeep(store, self.log)
 
     def close(self):
-        """Close what the loop works with."""
+        """Close the sockets and the selector."""
         self.connections.close()
         self.waker.close()
 
@@ -7948,20 +7967,20 @@ class Server:
         return min(self.upkeep.due_at, self.connections.due_at, self.store.due_at())
 
     def serve_forever(self):
-        """Answer until `stopping` is set and what runs has ended, or its grace is over."""
+        """Answer requests until `stopping` is set and running requests have ended, or STOP_GRACE_S is over."""
         sys.setswitchinterval(_SWITCH_S)
         self.writer.start()
-        gc.disable()  # requests leave no cycles behind (a test counts them); a search through a million tasks is long
+        gc.disable()  # requests leave no cycles (a test counts them), and a collection takes long with many tasks
         while not self.stopping:
             self.turn(min(self.due_at(), self.parked.give_up_at) - monotonic())
             self.do_chores()
         self.connections.selector.unregister(self.listener.socket)
-        with self.store.lock:  # streams end
+        with self.store.lock:  # this ends the streams
             self.store.closing = True
             self.store.changed.notify_all()
         self.connections.is_stopping = True
         self.requests.give_up(math.inf)
-        self.threads.end_lines()
+        self.threads.drop_waiting()
         give_up_at = monotonic() + STOP_GRACE_S
         self.writer.stop()
         self.turn(0)
@@ -7970,14 +7989,14 @@ class Server:
             self.turn(0.05)
 
     def turn(self, timeout_s):
-        """Take in what has come within so many seconds, write what was decided, send the answers."""
+        """Take one turn: wait up to `timeout_s` for bytes, handle the requests, write changes, send answers."""
         connections = self.connections
         eager, connections.eager, connections.handshakes = connections.eager, [], 0
         timeout_s = 0 if eager else max(0, timeout_s)
         self.store.awake_until = monotonic() + timeout_s
-        found = connections.selector.select(timeout_s)
+        selected = connections.selector.select(timeout_s)
         self.store.notice_sleep()
-        for key, events in found:
+        for key, events in selected:
             if isinstance(key.data, Connection):
                 self.guard(key.data, self.attend, key.data, events)
             else:
@@ -7987,7 +8006,7 @@ class Server:
         self.settle()
 
     def attend(self, conn, events):
-        """Take what a connection has sent; send what it waits for."""
+        """Receive what a connection has sent; send the rest of its answer."""
         if events & 2 and conn.outbox:  # EVENT_WRITE
             self.connections.send(conn, b"")
         if events & 1 and not conn.outbox and conn.state != "closed" and self.connections.receive(conn):
@@ -7995,34 +8014,34 @@ class Server:
                 return self.store.journal.flush()
             self.requests.read(conn)
 
-    def guard(self, conn, action, *given):
-        """Do something for a connection; what fails there, also by a bug, is the end of no other."""
+    def guard(self, conn, action, *args):
+        """Call `action` for a connection; an error in it, even a bug, ends only this connection."""
         try:
-            action(*given)
+            action(*args)
         except Exception as error:
             if not isinstance(error, Busy):
                 self.log.bug(error)
             self.connections.drop(conn)
 
     def take_back(self):
-        """Go on with the connections that threads are done with."""
+        """Continue with the connections that threads have given back."""
         self.waker.drain()
         while self.threads.returned:
-            conn, then = self.threads.take_back()
-            if then is None:
+            conn, next_step = self.threads.take_back()
+            if next_step is None:
                 self.connections.drop(conn)
             else:
-                self.guard(conn, self.go_on, conn, *then)
+                self.guard(conn, self.resume, conn, *next_step)
 
-    def go_on(self, conn, action, *given):
-        """Listen to a connection again that a thread had, and do what comes next."""
+    def resume(self, conn, action, *args):
+        """Listen again to a connection that a thread had, and do the next step."""
         conn.move("return")
-        self.connections.take_in(conn)
+        self.connections.register(conn)
         conn.heard_at = monotonic()
-        action(conn, *given)
+        action(conn, *args)
 
     def settle(self):
-        """Have the journal written and the answers sent; then those who wait for what has changed get theirs."""
+        """Have the journal written and the answers sent; then run the parked requests whose keys have changed."""
         if self.parked.give_up_at <= monotonic():
             self.requests.give_up(monotonic())
         while self.answers.waiting or self.store.changed_keys:
@@ -8037,10 +8056,10 @@ class Server:
                 self.requests.retry_all(key)
 
     def do_chores(self):
-        """Do what is due, if anything is."""
+        """Do the chores that are due."""
         if monotonic() < self.due_at():
             return
-        self.upkeep.look()
+        self.upkeep.run()
         self.stopping = self.stopping or self.upkeep.failure is not None
         if monotonic() >= min(self.connections.due_at, self.connections.swept_at + _SWEEP_S):
             self.connections.sweep()
@@ -8048,7 +8067,7 @@ class Server:
 
 
 def _raise_file_limit():
-    """Return how many files this process may have open: as many as its hard limit allows."""
+    """Raise the limit of open files to what the hard limit allows; return it."""
     try:
         import resource
         _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -8056,12 +8075,12 @@ def _raise_file_limit():
         wanted = wanted if hard == resource.RLIM_INFINITY else min(hard, wanted)
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
         return wanted
-    except (ImportError, ValueError, OSError):  # where there is no such limit, or it can't be raised
+    except (ImportError, ValueError, OSError):  # there is no such limit, or it can't be raised
         return 256
 
 
 def _port_owner(port):
-    """Return words about which process listens on a port, as far as /proc tells."""
+    """Return words that say which process listens on a port, or "" if /proc does not tell."""
     import glob
     inodes = set()
     for name in glob.glob("/proc/net/tcp*"):
@@ -8073,7 +8092,7 @@ def _port_owner(port):
         try:
             if os.readlink(link) in inodes:
                 return "; process %s has it" % link.split("/")[2]
-        except OSError:  # it is another user's, or gone
+        except OSError:  # the process is another user's, or gone
             continue
     return "; a process of another user has it" if inodes else ""
 
@@ -8082,26 +8101,27 @@ def _addresses(server, scheme):
     """Return the URLs under which the server can be reached."""
     host, port = server.listener.socket.getsockname()[:2]
     hosts = _names_of_host() if host in ("0.0.0.0", "::") else [host]
-    return ["%s://%s:%d" % (scheme, "[%s]" % one if ":" in one else one, port) for one in hosts]
+    return ["%s://%s:%d" % (scheme, "[%s]" % name if ":" in name else name, port) for name in hosts]
 
 
 def _names_of_host():
-    """Return this host's name and addresses, those first that are of use to other hosts: not a name that stands for an
-    address of this host's own, as many systems have it."""
+    """Return this host's name and addresses, those first that other hosts can use.
+
+    On many systems the host's name leads to a loopback address; then it comes after the other addresses."""
     import socket
-    name, found = socket.gethostname(), set()
+    name, resolved = socket.gethostname(), set()
     try:
-        found = {row[4][0] for row in socket.getaddrinfo(name, None, socket.AF_INET)}
-    except OSError:  # a host that can't resolve its own name
+        resolved = {row[4][0] for row in socket.getaddrinfo(name, None, socket.AF_INET)}
+    except OSError:  # this host can't resolve its own name
         pass
-    outer = {address for address in found if not address.startswith("127.")}
+    outer = {address for address in resolved if not address.startswith("127.")}
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
         try:
-            sock.connect(("192.0.2.1", 9))  # which sends nothing: the system chooses the address to send from
+            sock.connect(("192.0.2.1", 9))  # this sends nothing: the system only chooses the address to send from
             outer.add(sock.getsockname()[0])
-        except OSError:  # it has no network
+        except OSError:  # there is no network
             pass
-    names = [name] + sorted(outer) if outer & found else sorted(outer) + [name]
+    names = [name] + sorted(outer) if outer & resolved else sorted(outer) + [name]
     return names + ["127.0.0.1"]
 
 
@@ -8118,13 +8138,13 @@ def _tls(certfile, keyfile):
     return context
 
 
-Option = collections.namedtuple("Option", "spelling kind default help")  # kind: a word of OPTION_KINDS, or the choices
+Option = collections.namedtuple("Option", "spelling kind default help")  # kind: a key of _OPTION_KINDS, or the choices
 
 
 class Options:
-    """The parameters that a table {name: Option} has, as attributes: what is given, else the row's default.
+    """The parameters of a table {name: Option} as attributes, with the given value or the row's default.
 
-    Raises LabtaskerTypeError for a name that the table lacks."""
+    Raises LabtaskerTypeError for a name that the table does not have."""
 
     def __init__(self, table, given):
         for name in given:
@@ -8153,13 +8173,13 @@ SERVE_OPTIONS = {  # each is a parameter of serve() and an option of the command
 
 
 def serve(db_path, advise=None, **given):
-    """Return an exit code once the server was told to stop by SIGTERM or Ctrl-C; as a daemon, once it listens.
+    """Serve until SIGTERM or Ctrl-C and return the exit code; as a daemon, return once it listens.
 
-    `advise(store, urls)` returns more to print then; `given`: the other parameters of SERVE_OPTIONS. Raises what keeps
-    it from starting."""
+    `advise(store, urls)` returns more lines to print at the start; `given`: other parameters of SERVE_OPTIONS. Raises
+    what keeps the server from starting."""
     options = Options(SERVE_OPTIONS, given)
     import warnings
-    warnings.simplefilter("ignore")  # re has some about patterns, which are other people's: not for the log
+    warnings.simplefilter("ignore")  # such as those of re about patterns in a client's filter: not for the log
     announce = None
     if options.daemon:
         folder = os.path.dirname(os.path.abspath(db_path))
@@ -8177,7 +8197,7 @@ def serve(db_path, advise=None, **given):
 
 
 def _serve_store(db_path, options, advise, announce):
-    """Return the exit code of a server that has done its work."""
+    """Run a server until it stops; return its exit code."""
     store = Store(db_path, is_server=True, fsync=options.fsync)
     tls = _tls(options.certfile, options.keyfile)
     store.file.open(options.takeover)
@@ -8197,19 +8217,20 @@ def _serve_store(db_path, options, advise, announce):
 
 
 def _to_background(log):
-    """Return the file to `_announce` in, in a new process without a terminal; None in this one once that listens.
-    Raises LabtaskerRuntimeError saying why it does not."""
+    """Fork a process without a terminal. Return in it the file for `_announce`; return None here once it listens.
+
+    If it does not, raise a LabtaskerRuntimeError that says why."""
     log_fd = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
     read_fd, write_fd = os.pipe()
     if os.fork():
         os.close(write_fd)
         os.close(log_fd)
         with os.fdopen(read_fd) as file:
-            told = json.loads(file.read() or "{}")
-        if "text" not in told:
+            announced = json.loads(file.read() or "{}")
+        if "text" not in announced:
             raise LabtaskerRuntimeError("the server did not start: %s; its log is %s" % (
-                told.get("why", "its process ended without a word"), log))
-        return tell(told["text"])
+                announced.get("why", "its process ended without a message"), log))
+        return tell(announced["text"])
     os.close(read_fd)
     os.setsid()
     for fd, source in ((0, os.open(os.devnull, os.O_RDONLY)), (1, log_fd), (2, log_fd)):
@@ -8217,34 +8238,35 @@ def _to_background(log):
     return os.fdopen(write_fd, "w")
 
 
-def _announce(file, **told):
-    """Tell whoever started a daemon what has become of it."""
+def _announce(file, **outcome):
+    """Tell the process that started a daemon that it listens, or why it does not."""
     with file:
-        json.dump(told, file)
+        json.dump(outcome, file)
 
 
 def _run_server(server, certfile, announce, advise):
-    """Serve until a signal comes; who may read the folder finds the server there, and trusts its certificate."""
+    """Serve until a signal comes. server.json tells clients that can read it the address, and which certificate to
+    trust."""
     import signal
 
     def stop(number, frame):
-        for each in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(each, signal.SIG_IGN)
+        for signum in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(signum, signal.SIG_IGN)
         server.stopping = True
         server.wake()
     store, urls = server.store, _addresses(server, "https" if certfile else "http")
-    told = {"server": server.id, "key": server.key, "pid": os.getpid(), "host": os.uname().nodename,
-            "host_id": host_id(), "addresses": urls, "started_at": format_time(now()), "version": __version__,
-            "ca_file": certfile and os.path.abspath(certfile)}
+    facts = {"server": server.id, "key": server.key, "pid": os.getpid(), "host": os.uname().nodename,
+             "host_id": host_id(), "addresses": urls, "started_at": format_time(now()), "version": __version__,
+             "ca_file": certfile and os.path.abspath(certfile)}
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, stop)
-    Disk.create(os.path.join(store.folder, "server.json"), [json.dumps(told, indent=1).encode() + b"\n"])
+    Disk.create(os.path.join(store.folder, "server.json"), [json.dumps(facts, indent=1).encode() + b"\n"])
     for notice in store.journal.file.notices:
         server.log.say("warning", notice)
     text = "labtasker: listening on %s, store %s" % (" ".join(urls), store.path)
     text += "".join("\n" + line for line in (advise(store, urls) if advise else ()))
     for line in text.split("\n"):
-        server.log.tell(as_started(line))
+        server.log.write(as_started(line))
     if announce:
         _announce(announce, text=text)
     server.serve_forever()

@@ -256,7 +256,7 @@ def test_help_tells_every_option(path):
 def test_help_on_retry_says_what_it_does_without_ids():
     """It reads no ids from stdin, unlike the other commands that take some."""
     text = " ".join(labtasker.help_of("task retry").split())
-    assert "without any, the selectors, else all failed ones" in text and "stdin" not in text
+    assert "without ids and selectors, all failed ones" in text and "stdin" not in text
 
 
 def test_help_settings_names_every_variable_that_is_read_from_the_environment_of_a_user():
@@ -1282,7 +1282,7 @@ def test_labtasker_alone_does_the_work_and_says_what_it_lacks(alone, home):
     assert run_alone(alone, home, "task", "ls", "-q").lines == [t["task_id"] for t in home.tasks()]
     for words in (["help"], ["--help"], ["help", "task"], ["task", "--help"], ["task", "ls", "--help"]):
         assert "task ls" in run_alone(alone, home, *words).stdout
-    assert "labtasker_cli.py beside labtasker.py also: watch, config, sbatch" in run_alone(alone, home, "help").stdout
+    assert "labtasker_cli.py beside labtasker.py there are also: watch, config, sbatch" in run_alone(alone, home, "help").stdout
     assert "did you mean config" in run_alone(alone, home, "confg", check=False).stderr
 
 

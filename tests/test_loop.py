@@ -99,7 +99,7 @@ def test_the_states_of_a_connection_are_those_of_its_table():
     assert all(row.moves["drop"] == "closed" and set(row.moves.values()) <= set(L.CONNECTION_STATES) for row in L.CONNECTION_STATES.values())
     conn = L.Connection(Wire(), "test", False)
     for event in ("sent", "reply", "nosuch"):
-        with pytest.raises(RuntimeError, match="'idle' met the event '%s'" % event):
+        with pytest.raises(RuntimeError, match="'idle' does not allow the event '%s'" % event):
             conn.move(event)
     assert conn.state == "idle"
 

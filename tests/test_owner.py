@@ -561,7 +561,7 @@ def test_a_server_writes_nothing_into_what_was_put_in_its_files_place(tmp_path, 
     way(store.path, content)
     for _ in range(2):
         status, answer = submit(store)
-        assert status == 503 and "start again" in answer["detail"]
+        assert status == 503 and "start it again" in answer["detail"]
     with pytest.raises(L.LabtaskerRuntimeError, match="could not be compacted"):
         store.file.compact()
     store.file.close()
