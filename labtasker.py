@@ -18028,10 +18028,10 @@ def group(word):
     return [path for path in COMMANDS if COMMANDS[path].help and path.startswith(word and word + " ")]
 
 
-_SYNONYMS = {synonym: word for word, others in (  # other words that people type: the word that it has here
+_SYNONYMS = {name: word for word, others in (  # a word that people type: the word that it is here
     ("ls", "list show"), ("delete", "rm remove del"), ("cancel", "kill stop abort"), ("submit", "add create new push"),
     ("retry", "rerun restart requeue reset"), ("get", "info describe"), ("logs", "log output"), ("count", "stats"),
-    ("loop", "run work worker start"), ("serve", "server"), ("update", "edit set")) for synonym in others.split()}
+    ("loop", "run work worker start"), ("serve", "server"), ("update", "edit set")) for name in others.split()}
 
 
 def find_command(words):
