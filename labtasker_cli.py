@@ -3934,7 +3934,9 @@ labtasker task submit --grid --dry-run -- --lr=1e-3,0.01 --model=vit,resnet --au
 labtasker task submit --grid --unique --name sweep1 -- --lr=1e-3,0.01 --model=vit,resnet --aug=True,False
 ```
 
-No grid? `--from FILE` takes JSON lines (`{"lr": 0.1, "opt": {"name": "adam"}}`) or CSV with a header, `-` is stdin.
+No grid? `--sample 20 --seed 1 -- --lr=log:1e-4:1e-1 --layers=2:8 --model=vit,resnet` draws 20 random tasks. \
+`--from FILE` takes
+JSON lines (`{"lr": 0.1, "opt": {"name": "adam"}}`) or CSV with a header; `-` is stdin.
 
 **2. Try one.** `'%(--*)'` passes all args as `--key=VALUE`, True as a bare `--key`, False and None not at all.
 `--metric NAME=REGEX` takes the result from the output (group 1, a number).
@@ -3953,7 +3955,10 @@ nohup labtasker loop --name sweep1 -j 2 --metric 'acc=acc=([0-9.]+)' -- python3 
     > loop.log 2>&1 < /dev/null &
 ```
 
-`-j 2` runs two at once; `--gpus all` one a GPU (it sets `CUDA_VISIBLE_DEVICES`), `--gpus 0,1 --per-gpu 2` four.
+`-j 2` runs two at once; `--gpus all` one a GPU (it sets `CUDA_VISIBLE_DEVICES`), `--gpus 0,1 --per-gpu 2` \
+four. On Slurm
+`labtasker sbatch --dry-run --array=0-7 -t 4:00:00 -- python3 train.py '%(--*)'` prints the job script; see \
+references/cluster.md.
 
 **4. Wait with a limit**, never without. `--expect N` fails where fewer than N tasks match, as with a mistyped name.
 
@@ -3963,8 +3968,8 @@ tail -n 3 loop.log
 labtasker task count --name sweep1
 ```
 
-Exit codes of `wait`: 0 all succeeded, 4 some failed, 124 time is up: wait again if something runs, read `loop.log` if
-nothing does. Longer than your shell lets a command run? Wait in several calls.
+Exit codes of `wait`: 0 none failed, 4 some failed, 124 time is up: wait again if something runs, read `loop.log` if
+nothing does. Where it may take longer than your shell lets a command run, wait in several calls.
 
 **5. Rank and export.**
 
@@ -3972,9 +3977,12 @@ nothing does. Longer than your shell lets a command run? Wait in several calls.
 labtasker task ls --name sweep1 -s success -S summary.acc:desc --limit 5 --columns id,args,summary.acc
 labtasker task ls --name sweep1 -s success -S summary.acc:desc --limit 100000 --fmt csv > results.csv
 labtasker task ls --name sweep1 -s success -S summary.acc:desc --limit 1 --json
+labtasker task table --name sweep1 --by args.model --of summary.acc
 ```
 
-`--json` is a list of objects, `--fmt jsonl` one a line; results are on stdout, notes on stderr.
+`--json` is a list of objects, `--fmt jsonl` one a line; results are on stdout, notes on stderr. `task table` \
+compares groups:
+number, mean, deviation and best of each, `--min` where less is better.
 
 ## The same in Python
 
@@ -4011,17 +4019,24 @@ labtasker task submit --name bad --max-retries 1 -- --lr=0.1 --model=no-such
 labtasker loop --name bad -- python3 train.py '%(--*)' > bad.log 2>&1 < /dev/null
 labtasker task ls -s failed
 labtasker task logs "$(labtasker task ls -s failed --limit 1 -q)" | tail -n 20
-labtasker task update -s failed --name bad -u args.model=vit --reset-pending --quiet
+labtasker task update -s failed --name bad -u args.model=vit --reset-pending -y
 labtasker loop --name bad -- python3 train.py '%(--*)' > bad.log 2>&1 < /dev/null
 ```
 
 - The script was wrong, the args are right: mend it, then `labtasker task retry --name bad -y` (failed ones \
 only), run the loop.
 - `task update` changes just the field named: `-u args.lr=0.05 -u priority=10 -u 'metadata.tags=["v2"]'`.
-- A crashed or killed loop needs no repair: start the loop again. What it was running is given out again once its
-  heartbeat has been missing for half a minute.
-- To stop something: `labtasker task cancel ID` or `task cancel --name sweep1 -s pending`. A running job is \
-ended in seconds.
+- A crashed or killed loop, or host, needs no repair: start the loop again, with `--idle-timeout 1m`. What ran \
+is given out again
+  after half a minute without its heartbeat, and a loop that finds nothing pending before that would end. The job
+  begins anew unless it keeps checkpoints in `$LABTASKER_TASK_DIR`, a folder that all runs of the task share.
+- Ctrl-C, SIGTERM and time limits hand back what runs at once, and charge no retry.
+- To stop something: `labtasker task cancel ID` or `task cancel --name sweep1 -s pending -y`. A running job is \
+ended in seconds. Hung
+  ones: `task cancel --name sweep1 -s running -f 'start_time < date("2 hours ago")' -y`; the loop goes on with \
+the next.
+- What must run first: `--priority 10` at submission, or `task update --name sweep1 -f 'args.lr < 0.01' -u \
+priority=10 -y`.
 
 ## When a loop ran nothing
 
@@ -4046,13 +4061,18 @@ pass the word
   False, `--aug=` an empty text. `--no-aug` at submission is an arg named `no_aug`.
 - **Values are read as Python**: `1e-3` is the number 0.001 and comes out as `0.001`; `True`, `None` and \
 `[1,2]` are not text.
-  A comma separates values only with `--grid`; there write a list as one value per task with `--from`.
+  A comma separates values only with `--grid`; without it `--lr=1,2` is one task with a list. In a grid lists have
+  brackets: `--layers='[1,2],[3,4]'` is two values.
 - `%(key)` for a key with a dash: submitted as `--learning-rate=1`, the arg is `learning_rate`.
-- **`--max-retries 3` means three runs** in all, not three more.
-- **A loop exits with 0 even if all its tasks failed**; ask `task wait` or `task count`, or use `loop --fail` (4).
+- **`--max-retries 3` means three runs** in all, not three more. Errors that come back are run three times for \
+nothing: `--max-retries 1`.
+- **A loop exits with 0 even if all its tasks failed**; ask `task wait` or `task count`, or use `loop --fail` \
+(4). `task wait` takes
+  cancelled ones for done.
 - **`task ls` shows 100** unless `--limit` says more, the least recently changed first unless `-S` says otherwise.
-- **Several at once need `-y`** where no terminal is: `update`, `delete`, `retry`. Without it: exit code 2, \
-nothing changed.
+- **What changes tasks by selectors needs `-y`** where no terminal is: `update`, `cancel`, `delete`, `retry`. \
+Without it: exit code 2,
+  and nothing is changed.
 - **Filters alone do not widen `retry`**: it takes failed ones. For others: `task update -s success ... \
 --reset-pending`.
 - **There is no `!=` and no `not` in filters**; dates are `date("3 hours ago")`. See references/filters.md.
@@ -4221,7 +4241,7 @@ and `$not` exist.
 ```bash
 labtasker task ls -s running -f 'start_time < date("2 hours ago")' --columns id,name,start_time,last_heartbeat,worker_id
 labtasker task cancel -s running -f 'start_time < date("2 hours ago")' -y
-labtasker task update -s pending -f '"urgent" in list(metadata.tags)' -u priority=100 --quiet
+labtasker task update -s pending -f '"urgent" in list(metadata.tags)' -u priority=100 -y
 labtasker task cancel -s pending -f 'args.lr > 0.05 and args.model == "resnet"' -y
 labtasker task retry -f 'args.model == "vit"' -y
 labtasker task delete -s failed,cancelled -f 'last_modified < date("7 days ago")' -y
@@ -4229,7 +4249,7 @@ labtasker task ls -S priority:desc -S created_at:asc --fmt csv --limit 100000 > 
 ```
 
 - A cancelled task that runs is ended within seconds; its summary stays. To run it again: `task update --id ID \
---reset-pending --quiet`.
+--reset-pending -y`.
 - A task whose loop was killed is not hung: it is given out again half a minute after its last heartbeat.
 - `--dry-run` of `retry` and `cancel` shows which tasks match; for `update` and `delete` use `task ls` with \
 the same selectors before.
@@ -4291,8 +4311,9 @@ sweep.py &`.
 
 Submitting: `submit_task(args=..., task_name=..., metadata=..., priority=..., max_retries=...)` returns an \
 object with `.task_id`;
-`submit_tasks([...])` and `submit_grid({...})` return lists of ids and are one transaction: use them for more \
-than a few tasks.
+`submit_tasks([...])`, `submit_grid({...})` and `submit_sample({"lr": "log:1e-4:1e-1"}, 20, seed=1)` return \
+lists of ids and are one
+transaction each: use them for more than a few tasks. Skip what is there already with `unique=True`.
 
 ## Reports, checkpoints, resuming
 
@@ -4322,11 +4343,15 @@ python3 steps.py
 labtasker task submit --grid --name steps -- --lr=0.1,0.5
 labtasker loop --name steps -- python3 steps.py '%(lr)' < /dev/null
 labtasker task ls --name steps -S summary.loss --columns id,args,summary
+labtasker task history "$(labtasker task ls --name steps -S summary.loss --limit 1 -q)" --fmt csv
 ```
 
 - `report(step=None, **values)` merges the values into the summary and returns False when the job should end. \
 It never raises because
-  a server is away: what it is given is kept and delivered later.
+  a server is away: what it is given is kept and delivered later. With a `step` the values are also a point of \
+the task's
+  history (`get_history(task_id)`). For a script that nobody changes: `loop --metric 'loss=loss ([0-9.]+)' \
+--step 'epoch (\\d+)'`.
 - `task_dir()` (`LABTASKER_TASK_DIR` for other programs) is a folder that all attempts of a task share. Write \
 checkpoints there.
 - `preempted()` is True once the loop was told to stop: save, then exit with 75. That hands the task back and \
@@ -4363,6 +4388,24 @@ labtasker.delete_task(task_id)
 - `summary`, `args` and `metadata` are always dicts: `task.summary.get("acc")`.
 - `reset_pending=True` also sets the retries to 0; `status="pending"` alone does not.
 - Errors are `labtasker.LabtaskerError`; `LabtaskerConnectError` where no server answers.
+
+## Waiting for results, comparing them
+
+Where a loop runs elsewhere, here in the background, `as_completed` yields the tasks as they end, in whatever way:
+
+```python
+import subprocess
+import labtasker
+
+ids = labtasker.submit_grid({"x": [1, 2], "y": [1, 2]}, task_name="wait")
+loop = subprocess.Popen(["labtasker", "loop", "--name", "wait", "--", "labtasker", "report", "z=%(x)", \
+"w=%(y)"], stdin=subprocess.DEVNULL)
+for task in labtasker.as_completed(ids, timeout=120):  # TimeoutError at the end of the time
+    print(task.status, task.args, task.summary)
+loop.wait()
+for row in labtasker.table(by=["args.x"], of="summary.z", mode="max", task_name="wait"):
+    print(row["args.x"], row["n"], row["mean"], row["std"], row["best"])
+```
 
 ## Events
 

@@ -173,7 +173,7 @@ def test_the_skill_keeps_the_limits_of_its_form():
 # What it names ################################################################
 
 
-OF_OTHERS = set("--lr --model --aug --no-aug --modle --learning-rate --key --opt "  # of jobs
+OF_OTHERS = set("--lr --model --aug --no-aug --modle --learning-rate --key --opt --layers "  # of jobs
                 "--array --gpus-per-task --mem -t -p -c".split())  # of Slurm
 SPAN = re.compile(r"`([^`\n]+)`")
 
@@ -341,7 +341,9 @@ def check_filters(folder, shown):
 def check_python(folder, shown):
     assert [task.summary["loss"] for task in tasks_in(folder, task_name="nested", sort=[["args.seed", 1]])] == [0.1, 0.2]
     assert [round(task.summary["loss"], 5) for task in tasks_in(folder, task_name="steps", sort=[["args.lr", 1]])] == [0.59049, 0.03125]
-    assert tasks_in(folder, task_name="edit") == [] and "created -> pending" in shown
+    assert tasks_in(folder, task_name="edit") == [] and "created -> pending" in shown and "5,2" in shown
+    assert [task.summary for task in tasks_in(folder, task_name="wait", sort=[["args.x", 1], ["args.y", 1]])][1:3] == [
+        {"z": 1, "w": 2}, {"z": 2, "w": 1}]
 
 
 CHECKS = dict(zip(PAGES, (check_skill, check_cluster, check_filters, check_python)))
