@@ -3980,9 +3980,12 @@ labtasker task ls --name sweep1 -s success -S summary.acc:desc --limit 1 --json
 labtasker task table --name sweep1 --by args.model --of summary.acc
 ```
 
-`--json` is a list of objects, `--fmt jsonl` one a line; results are on stdout, notes on stderr. `task table` \
-compares groups:
-number, mean, deviation and best of each, `--min` where less is better.
+`task table` compares groups: number, mean, deviation and best of each; `--min` where less is better.
+
+For programs: `submit`, `ls`, `get`, `count`, `update`, `delete`, `retry`, `cancel`, `wait`, `why`, `table`, \
+`history` and `health` take `--json`,
+also `--fmt jsonl` and `csv`. Results are on stdout, notes on stderr; an error is then one JSON line on \
+stderr, with `error`, `kind` and `exit`.
 
 ## The same in Python
 
@@ -4018,12 +4021,13 @@ A run fails by its exit code or an exception. The loop tries it again until it h
 labtasker task submit --name bad --max-retries 1 -- --lr=0.1 --model=no-such
 labtasker loop --name bad -- python3 train.py '%(--*)' > bad.log 2>&1 < /dev/null
 labtasker task ls -s failed
-labtasker task logs "$(labtasker task ls -s failed --limit 1 -q)" | tail -n 20
+labtasker task logs "$(labtasker task ls -s failed --limit 1 -q)" --tail 20
+labtasker task update -s failed --name bad -u args.model=vit --reset-pending --dry-run
 labtasker task update -s failed --name bad -u args.model=vit --reset-pending -y
 labtasker loop --name bad -- python3 train.py '%(--*)' > bad.log 2>&1 < /dev/null
 ```
 
-- The script was wrong, the args are right: mend it, then `labtasker task retry --name bad -y` (failed ones \
+- The script was wrong, the args are right: mend it, then `labtasker task retry --name bad` (failed ones \
 only), run the loop.
 - `task update` changes just the field named: `-u args.lr=0.05 -u priority=10 -u 'metadata.tags=["v2"]'`.
 - A crashed or killed loop, or host, needs no repair: start the loop again, with `--idle-timeout 1m`. What ran \
@@ -4035,6 +4039,10 @@ is given out again
 ended in seconds. Hung
   ones: `task cancel --name sweep1 -s running -f 'start_time < date("2 hours ago")' -y`; the loop goes on with \
 the next.
+- To act on each change: `timeout 1h labtasker event listen --until-idle --compact`, or with `--exec 'CMD'`, \
+which gets each event as
+  JSON on stdin. It ends once nothing is pending or running. It begins with now; `--after 0.0` begins with all \
+that is kept.
 - What must run first: `--priority 10` at submission, or `task update --name sweep1 -f 'args.lr < 0.01' -u \
 priority=10 -y`.
 
@@ -4070,15 +4078,16 @@ nothing: `--max-retries 1`.
 (4). `task wait` takes
   cancelled ones for done.
 - **`task ls` shows 100** unless `--limit` says more, the least recently changed first unless `-S` says otherwise.
-- **What changes tasks by selectors needs `-y`** where no terminal is: `update`, `cancel`, `delete`, `retry`. \
-Without it: exit code 2,
-  and nothing is changed.
+- **`update`, `cancel` and `delete` by selectors need `-y`** where no terminal is. Without it: exit code 2, \
+and nothing is changed.
 - **Filters alone do not widen `retry`**: it takes failed ones. For others: `task update -s success ... \
 --reset-pending`.
 - **There is no `!=` and no `not` in filters**; dates are `date("3 hours ago")`. See references/filters.md.
-- **Never unattended**: `watch`, `config`, `task update` without an update, `event listen`, `loop \
---idle-timeout` with a long
-  time, `task logs -f`, `serve` without `--daemon`, `wait` without `--timeout`. They don't end, or want a terminal.
+- **Never unattended**: `watch` without `--once`, `config` without `--show`, `task update` without an update, \
+`event listen` without
+  `--until-idle` or `--max`, `task logs -f`, `serve` without `--daemon`, `wait` without `--timeout`. They \
+don't end, or want a
+  terminal.
 - **Environment variables stand before the loop**: `OMP_NUM_THREADS=1 labtasker loop -- ...`. Pipes and `&&` inside the
   job: `loop -c 'python3 a.py --lr %(lr) && python3 b.py'`; values are quoted there, so put no quotes around `%(lr)`.
 - **A result that is not reported is not there**: check the summary of the first task before running the rest. Output
@@ -4243,7 +4252,7 @@ labtasker task ls -s running -f 'start_time < date("2 hours ago")' --columns id,
 labtasker task cancel -s running -f 'start_time < date("2 hours ago")' -y
 labtasker task update -s pending -f '"urgent" in list(metadata.tags)' -u priority=100 -y
 labtasker task cancel -s pending -f 'args.lr > 0.05 and args.model == "resnet"' -y
-labtasker task retry -f 'args.model == "vit"' -y
+labtasker task retry -f 'args.model == "vit"'
 labtasker task delete -s failed,cancelled -f 'last_modified < date("7 days ago")' -y
 labtasker task ls -S priority:desc -S created_at:asc --fmt csv --limit 100000 > all.csv
 ```
@@ -4251,8 +4260,7 @@ labtasker task ls -S priority:desc -S created_at:asc --fmt csv --limit 100000 > 
 - A cancelled task that runs is ended within seconds; its summary stays. To run it again: `task update --id ID \
 --reset-pending -y`.
 - A task whose loop was killed is not hung: it is given out again half a minute after its last heartbeat.
-- `--dry-run` of `retry` and `cancel` shows which tasks match; for `update` and `delete` use `task ls` with \
-the same selectors before.
+- `--dry-run` of `update`, `delete`, `retry` and `cancel` shows which tasks match, and changes nothing.
 - Higher `priority` runs first, then the task that has waited longest.
 
 ## Fields
