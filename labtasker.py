@@ -3359,50 +3359,49 @@ def _good_lines(path):
 
 # 5. State ####################################################################
 #
-# The queues in memory and their indexes, how a line of the journal changes them, and the events that follow
-# from that. `State.apply` changes them, live and at replay; nothing else does. Uses 1 to 4. Tests: test_service.py,
-# test_curves.py.
+# The queues in memory and their indexes, how a line of the journal changes them, and the events that result.
+# Only `State.apply` changes them, live and at replay. Uses 1 to 4. Tests: test_service.py, test_curves.py.
 
-MOST_LOOKED_AT = 1000  # tasks with a pause that a fetch which finds nothing examines one by one
+MOST_LOOKED_AT = 1000  # up to so many tasks with a pause are examined one by one by a fetch that finds nothing
 MAX_STANDING = 200  # standing requests of a queue
 PREDICATE_BYTES = 64  # memory of a compiled filter for each character of its text
-_TAKING_BYTES = 200000  # memory for the required fields that a queue was asked for
-FEW_PATHS = 5000  # paths in the shapes of a queue's args that can be searched at each fetch
-_QUICK_ENTRIES = 500  # new tasks that a fetch by a standing request may examine
+_TAKING_BYTES = 200000  # memory of the cache `Pending.taking`
+FEW_PATHS = 5000  # up to so many paths in the shapes of a queue's args are searched at each fetch
+_QUICK_ENTRIES = 500  # up to so many new tasks are examined by a fetch in the loop's thread
 MAX_EVENTS = 10000  # latest events that are kept in memory for listeners
-_MAX_LOG = 100000  # newly pending tasks that are remembered for the standing requests to read
+_MAX_LOG = 100000  # newly pending tasks that are kept for the standing requests to read
 
-dump_json = json.JSONEncoder(separators=(",", ":"), check_circular=False).encode  # what came as JSON has no circles
+dump_json = json.JSONEncoder(separators=(",", ":"), check_circular=False).encode  # values that came as JSON are trees
 
 
 class Beats:
-    """When each run began and was last heard of, on the monotonic clock. `runs` is {run id: (began, last heard of)}.
+    """When each run began and when its last heartbeat came, on the monotonic clock.
 
-    A run that is not known (a server has just started) has its full time before it."""
+    `runs` is {run id: (began, last heartbeat)}. A run that is not known, as after a server's start, counts as new."""
 
     def __init__(self, runs):
         self.runs = runs
 
     def start(self, run_id):
-        """Record that a run began; on a full disk its clock starts when writing works again."""
+        """Record that a run began. On a full disk its time starts when writing works again."""
         try:
             self.runs[run_id] = monotonic(), monotonic()
         except OSError:
             pass
 
     def touch(self, run_id):
-        """Record that a run was heard of now, or raise StoreUnavailable."""
+        """Record a heartbeat of a run, or raise StoreUnavailable."""
         try:
             self.runs[run_id] = (self.runs.get(run_id) or (monotonic(),))[0], monotonic()
         except OSError as error:
             raise store_error("the heartbeat of " + run_id, error)
 
-    def pardon(self, slept_s):
-        """Give every run its full time again, after `slept_s` in which nothing could be received."""
+    def extend(self, slept_s):
+        """Give every run its full time again, after `slept_s` in which no heartbeat could be received."""
         self.runs.update([(run_id, (began + slept_s, monotonic())) for run_id, (began, _) in self.runs.items()])
 
     def ages(self, run_id):
-        """Return (seconds since the run began, seconds since it was heard of), or None for one that is not known."""
+        """Return (seconds since the run began, seconds since its last heartbeat), or None for an unknown run."""
         known = self.runs.get(run_id)
         return known and (monotonic() - known[0], monotonic() - known[1])
 
@@ -3410,8 +3409,8 @@ class Beats:
 class BeatFiles:
     """The `runs` of Beats for the processes that share a store without a server: a small file for each run.
 
-    The file holds a host's id and monotonic times of that host. Another host's times can't be compared with this
-    host's clock, so this clock measures how long its file stays unchanged. `stood_still`: see Owner."""
+    The file holds a host's id and times of that host's monotonic clock. They mean nothing to another host, which
+    measures with its own clock how long the file stays unchanged. `stood_still`: see Owner."""
 
     MOST_SEEN = 10000
 
@@ -3421,7 +3420,7 @@ class BeatFiles:
         self.seen = {}  # {run id of another host: (its file, since when that is unchanged)}
 
     def get(self, run_id):
-        """Return (began, last heard of), or None."""
+        """Return (began, last heartbeat), or None."""
         text = read_beat(os.path.join(self.folder, run_id))
         try:
             host, began, last = (text or "").split()
@@ -3440,7 +3439,7 @@ class BeatFiles:
     def _unchanged_since(self, run_id, text):
         known, since = self.seen.get(run_id, (None, None))
         if known != text:
-            if len(self.seen) >= self.MOST_SEEN:  # runs that are over have no file
+            if len(self.seen) >= self.MOST_SEEN:  # forget runs that are over: they have no file
                 self.seen = {key: seen for key, seen in self.seen.items()
                              if os.path.exists(os.path.join(self.folder, key))}
             since = monotonic()
@@ -3452,14 +3451,16 @@ class BeatFiles:
             self.write(run_id, times, os.O_CREAT)
         except FileNotFoundError:
             try:
-                os.mkdir(self.folder, 0o700)  # not makedirs: the store's folder may be away
-            except FileExistsError:  # another was faster
+                os.mkdir(self.folder, 0o700)  # not makedirs: it must fail if the store's folder is missing
+            except FileExistsError:  # another process was faster
                 pass
             self.write(run_id, times, os.O_CREAT)
 
     def write(self, run_id, times, flags):
-        """Write a run's times. Rewritten in place with the same length, which needs no room on a full disk; a torn read
-        gives a time in between, or none, as for a run that is not known."""
+        """Write a run's times.
+
+        The file is rewritten in place with the same length, which works on a full disk. A reader that sees half of it
+        gets a time in between, or none, as for an unknown run."""
         fd = os.open(os.path.join(self.folder, run_id), os.O_WRONLY | os.O_CLOEXEC | os.O_NONBLOCK | flags, 0o600)
         try:
             os.write(fd, ("%s %20.6f %20.6f\n" % ((self.host_id,) + times)).encode())
@@ -3467,12 +3468,12 @@ class BeatFiles:
             os.close(fd)
 
     def show(self, run_id):
-        """Record that a run with a file is alive. Needs no lock, which another process may hold for long."""
+        """Record that a run with a file is alive. It takes no lock: another process may hold that for long."""
         known = self.get(run_id)
         if known and math.isfinite(known[0]):
             try:
                 self.write(run_id, (known[0], monotonic()), 0)
-            except OSError:  # it is over, or the folder is away
+            except OSError:  # the run is over, or the folder is missing
                 pass
 
     def pop(self, run_id, default=None):
@@ -3485,7 +3486,7 @@ class BeatFiles:
             pass
 
     def clear(self):
-        """Forget all runs: a server took the store and keeps their times in memory."""
+        """Forget all runs: a server has taken the store and keeps their times in memory."""
         for name in os.listdir(self.folder) if os.path.isdir(self.folder) else ():
             self.pop(name)
 
@@ -3498,7 +3499,7 @@ class BoundedCache(dict):
         self.most_bytes, self.held_bytes = most_bytes, 0
 
     def keep(self, key, value, size_bytes):
-        """Return the value, and remember it unless it alone is too large."""
+        """Return the value; keep it unless it is too large for the cache."""
         if self.held_bytes + size_bytes > self.most_bytes:
             self.clear()
             self.held_bytes = 0
@@ -3513,8 +3514,8 @@ def _weight_bytes(texts):
     return sum(map(len, texts)) + 100 * len(texts) + 100
 
 
-_SHAPES = BoundedCache(4 << 20)  # keys of args whose values are no dicts: shape
-_TAKEN = BoundedCache(4 << 20)  # (required fields, shape): whether they take it
+_SHAPES = BoundedCache(4 << 20)  # keys of args without nested dicts: their shape
+_TAKEN = BoundedCache(4 << 20)  # (required fields, shape): whether a fetch with the former takes the latter
 
 
 def shape_of(args):
@@ -3536,16 +3537,16 @@ def takes(required, shape):
 
 
 class _Standing:
-    """A request that fetches repeat: its matches in order, and how far it has read the log.
+    """A fetch that workers repeat: the tasks that match it, in order, and how far it has read the log.
 
     With `predicate` None all tasks with the required fields match."""
 
-    __slots__ = ("required", "predicate", "heap", "cursor", "ready", "size_bytes", "purge_at", "asked_at")
+    __slots__ = ("required", "predicate", "heap", "cursor", "ready", "size_bytes", "purge_at", "used_at")
 
     def __init__(self, required, text, predicate, cursor):
         self.required, self.predicate, self.heap, self.cursor, self.ready = required, predicate, [], cursor, False
         self.size_bytes = _weight_bytes(required) + PREDICATE_BYTES * len(text or "")  # without its heap
-        self.purge_at, self.asked_at = 100, monotonic()
+        self.purge_at, self.used_at = 100, monotonic()
 
     def weight_bytes(self):
         """Return about how many bytes of memory it takes."""
@@ -3553,25 +3554,26 @@ class _Standing:
 
 
 class Pending:
-    """The pending tasks of a queue, each shape of args a heap in the order of fetching.
+    """The pending tasks of a queue: for each shape of args a heap in the order of fetching.
 
-    Heaps delete lazily: an entry is valid while its task is pending and still has the entry's priority and times.
-    Entries hold ids only, so that they keep no deleted task in memory. A heap is rebuilt when most of it is stale, and
-    removed with its last task."""
+    Entries are deleted lazily: an entry is valid while its task is pending and still has the entry's priority and
+    times. Entries hold ids, not tasks, so that deleted tasks don't stay in memory. A heap is rebuilt when most of it is
+    stale, and removed with its last task."""
 
     def __init__(self, tasks):
         self.tasks = tasks  # the queue's {task id: record}
         self.heaps = {}  # shape: heap of (-priority, last_modified, created_at, task id)
         self.counts = {}  # shape: how many tasks are pending
-        self.paths = 0  # in all shapes together: searching the shapes costs as much
+        self.paths = 0  # the number of paths in all shapes: what searching the shapes costs
         self.taking = BoundedCache(_TAKING_BYTES)  # required fields: the heaps of the shapes that they take
-        self.standing = collections.OrderedDict()  # (required fields, filter): Standing, the latest asked for last
+        self.standing = collections.OrderedDict()  # (required fields, filter): Standing, the latest used last
         self.log, self.log_start = [], 0  # entries that became pending, for the standing requests
-        # {task id: entry} of the tasks that nobody gets before their not_before; a heap of (not_before, entry) of them
-        self.resting, self.delayed = {}, []
+        self.resting = {}  # {task id: entry} of the tasks that can't be fetched before their not_before
+        self.delayed = []  # a heap of (not_before, entry) of these tasks
 
     def alive(self, entry):
-        """Return the task of an entry, or None where the entry is stale or the task has a pause."""
+        """Return the task of an entry that can be fetched; None if the entry is stale or the task's pause is not
+        over."""
         task = self.tasks.get(entry[3])
         if task is None or task.status != "pending" or task.last_modified != entry[1] or task.priority != -entry[0]:
             return None
@@ -3581,7 +3583,7 @@ class Pending:
         """Add a record that became, or stays, pending."""
         entry = (-task.priority, task.last_modified, task.created_at, task.task_id)
         if task.not_before is None:
-            return self._place(entry, task)
+            return self._add(entry, task)
         self.resting[task.task_id] = entry
         heapq.heappush(self.delayed, (task.not_before, entry))
         if len(self.delayed) > 20 + 3 * len(self.resting):
@@ -3593,12 +3595,12 @@ class Pending:
         return self.resting.get(entry[3]) is entry
 
     def release(self, at):
-        """Put the tasks whose pause is over at the time `at` among those to be fetched."""
+        """Make the tasks available whose pause is over at the time `at`."""
         while self.delayed and self.delayed[0][0] <= at:
             entry = heapq.heappop(self.delayed)[1]
             if self.rests(entry):
                 del self.resting[entry[3]]
-                self._place(entry, self.tasks[entry[3]])
+                self._add(entry, self.tasks[entry[3]])
 
     def next_release(self):
         """Return when the next pause is over, or None."""
@@ -3607,16 +3609,16 @@ class Pending:
         return self.delayed[0][0] if self.delayed else None
 
     def next_delayed(self, required, predicate):
-        """Return when the pause of the first task that fits a fetch is over, None without one.
+        """Return when the first pause of a task that fits a fetch is over; None if there is none.
 
-        Where many tasks have a pause it may be that of a task which does not fit: the fetch is then repeated."""
+        If many tasks have a pause, it may be that of a task which does not fit; then the fetch is repeated in vain."""
         if len(self.resting) > MOST_LOOKED_AT:
             return self.next_release()
         tasks = map(self.tasks.get, self.resting)
         return min((task.not_before for task in tasks if (predicate is None or predicate(task)) and takes(
             required, shape_of(task.args))), default=None)
 
-    def _place(self, entry, task):
+    def _add(self, entry, task):
         shape = shape_of(task.args)
         heap = self.heaps.get(shape)
         if heap is None:
@@ -3632,7 +3634,7 @@ class Pending:
                 self._trim()
 
     def retire(self, task):
-        """Remove a record that is no longer pending, or that another one replaces."""
+        """Remove a record that is no longer pending or was replaced."""
         shape = shape_of(task.args)
         count = self.counts[shape] = self.counts[shape] - 1
         heap = self.heaps[shape]
@@ -3648,15 +3650,15 @@ class Pending:
         heapq.heapify(heap)
 
     def _trim(self):
-        """Drop the older half of the log, and the standing requests that had not read it."""
+        """Drop the older half of the log, and the standing requests that have not read it."""
         cut = len(self.log) // 2
         self.log_start += cut
         del self.log[:cut]
-        self.forget(lambda asked: asked.cursor < self.log_start)
+        self.forget(lambda standing: standing.cursor < self.log_start)
 
     def forget(self, is_over):
-        """Drop the standing requests that are over, and the log with the last of them."""
-        for key in [key for key, asked in self.standing.items() if is_over(asked)]:
+        """Drop the standing requests that are over, and with the last of them the log."""
+        for key in [key for key, standing in self.standing.items() if is_over(standing)]:
             del self.standing[key]
         if not self.standing:
             self.log_start += len(self.log)
@@ -3668,15 +3670,16 @@ class Pending:
         return heap[0] if heap else None
 
     def is_quick(self, required, text):
-        """Return whether the next task is found without examining many: there is no filter and there are few shapes, or
-        a standing request that has nearly caught up."""
+        """Return whether finding the next task examines only a few: without a filter if there are few shapes, else if a
+        standing request has read nearly all of the log."""
         if text is None and self.paths <= FEW_PATHS:
             return True
-        asked = self.standing.get((required, text))
-        return bool(asked and asked.ready and self.log_start + len(self.log) - asked.cursor <= _QUICK_ENTRIES)
+        standing = self.standing.get((required, text))
+        unread = standing and self.log_start + len(self.log) - standing.cursor
+        return bool(standing and standing.ready and unread <= _QUICK_ENTRIES)
 
     def first(self, required):
-        """Return the pending record that is next for these required fields, or None."""
+        """Return the next pending record that a fetch with these required fields takes, or None."""
         if self.paths > FEW_PATHS:
             return self.first_matching(required, None, None)
         heaps = self.taking.get(required)
@@ -3689,60 +3692,60 @@ class Pending:
     def first_matching(self, required, text, predicate):
         """Return the next record that also matches `predicate`, whose document as text is `text`."""
         self.catch_up(*self.begin_standing(required, text, predicate))
-        asked = self.standing[required, text]
-        top = self._top(asked.heap)
+        standing = self.standing[required, text]
+        top = self._top(standing.heap)
         return self.tasks[top[3]] if top else None
 
     def begin_standing(self, required, text, predicate):
-        """Return (Standing of the request, whether it is new, [(shape or None, entries it has not read)], the cursor
-        after these)."""
-        asked, end = self.standing.get((required, text)), self.log_start + len(self.log)
-        if asked is not None:
+        """Return (the request's Standing, whether it is new, [(shape or None, entries to read)], the cursor after
+        these)."""
+        standing, end = self.standing.get((required, text)), self.log_start + len(self.log)
+        if standing is not None:
             self.standing.move_to_end((required, text))
-            asked.asked_at = monotonic()
-            if asked.ready:
-                return asked, False, [(None, self.log[asked.cursor - self.log_start:])], end
+            standing.used_at = monotonic()
+            if standing.ready:
+                return standing, False, [(None, self.log[standing.cursor - self.log_start:])], end
         if len(self.standing) >= MAX_STANDING:
             self.standing.popitem(last=False)
-        asked = self.standing[required, text] = _Standing(required, text, predicate, end)
-        return asked, True, [(shape, list(heap)) for shape, heap in self.heaps.items()], end
+        standing = self.standing[required, text] = _Standing(required, text, predicate, end)
+        return standing, True, [(shape, list(heap)) for shape, heap in self.heaps.items()], end
 
-    def matches(self, asked, lists):
-        """Return the entries in `lists` that match. Needs no lock: what changes meanwhile is in the log."""
+    def matches(self, standing, lists):
+        """Return the entries in `lists` that match. Needs no lock: tasks that change meanwhile are in the log."""
         matching = []
         for shape, entries in lists:
-            if shape is not None and not takes(asked.required, shape):
+            if shape is not None and not takes(standing.required, shape):
                 continue
             for entry in entries:
                 task = self.alive(entry)
-                if task and (asked.predicate is None or asked.predicate(task)) and (
-                        shape is not None or takes(asked.required, shape_of(task.args))):
+                if task and (standing.predicate is None or standing.predicate(task)) and (
+                        shape is not None or takes(standing.required, shape_of(task.args))):
                     matching.append(entry)
         return matching
 
-    def catch_up(self, asked, is_new, lists, end, found=None):
-        """Add to a Standing what it had not read; `found` are the matches where they are known."""
-        found = self.matches(asked, lists) if found is None else found
+    def catch_up(self, standing, is_new, lists, end, matching=None):
+        """Add to a Standing the matching entries that it had not read; `matching`: these, if they are known."""
+        matching = self.matches(standing, lists) if matching is None else matching
         if is_new:
-            asked.heap, asked.ready = found, True
-            heapq.heapify(asked.heap)
-        elif asked.cursor < end:
-            for entry in found:
-                heapq.heappush(asked.heap, entry)
-        asked.cursor = max(asked.cursor, end)
-        if len(asked.heap) > asked.purge_at:
-            self._purge(asked.heap)
-            asked.purge_at = 100 + 3 * len(asked.heap)
+            standing.heap, standing.ready = matching, True
+            heapq.heapify(standing.heap)
+        elif standing.cursor < end:
+            for entry in matching:
+                heapq.heappush(standing.heap, entry)
+        standing.cursor = max(standing.cursor, end)
+        if len(standing.heap) > standing.purge_at:
+            self._purge(standing.heap)
+            standing.purge_at = 100 + 3 * len(standing.heap)
 
 
 class LocalName(str):
-    """The name of a queue, from a caller who may read the store's file and so needs no password."""
+    """The name of a queue, from a caller that needs no password because it can read the store's file."""
 
 
 class CallerQueueId(str):
-    """The id of a queue, from a caller who gave its password; `stored` is the hash that the password matched.
+    """The id of a queue, from a caller that gave its password; `stored` is the hash that the password matched.
 
-    It is of no use once the queue has another password."""
+    It becomes invalid when the queue gets another password."""
 
     def __new__(cls, queue_id, stored):
         made = super().__new__(cls, queue_id)
@@ -3751,20 +3754,21 @@ class CallerQueueId(str):
 
 
 _MOST_POINTS = 1000  # of a task's history
-_ID_BYTES = 8  # kept of a point's id, by which a repeat is known
+_ID_BYTES = 8  # how much is kept of a point's id, to recognise one that is sent again
 
 
 class Curve(collections.namedtuple("Curve", "points every since run ids")):
     """A task's history. It is never changed: a new point makes a new Curve.
 
-    `points`: (step, at, keys, value, ...) each, in the order in which they came; `keys` is shared by points alike.
-    `every`: of so many new points one stays; `since`: how many came after the last that stays. The newest is always
-    there. `run`: the id of the run that the newest is of. `ids`: digests of the ids of the latest points, joined."""
+    `points`: a tuple of (step, at, keys, value, ...), in the order in which they came; points with the same keys share
+    `keys`. `every`: only each `every`-th new point stays for good; `since`: how many came after the last that stays.
+    The newest point is always there. `run`: the id of the newest point's run. `ids`: digests of the ids of the latest
+    points, joined."""
 
     __slots__ = ()
 
     def knows(self, point_id):
-        """Return whether a point with this id was added."""
+        """Return whether a point with this id was added already."""
         digest = _digest(point_id)
         at = self.ids.find(digest)
         while at % _ID_BYTES and at >= 0:
@@ -3772,8 +3776,9 @@ class Curve(collections.namedtuple("Curve", "points every since run ids")):
         return at >= 0
 
     def plus(self, point):
-        """Return the curve with another point: a dict with step, at and values, with its id if it has one. With the id
-        of a `run`, which then begins, the points at or beyond its step are dropped."""
+        """Return the curve with another point, a dict of step, at, values, and its id if it has one.
+
+        If it has a `run`, it is that run's first point: then points at or beyond its step are dropped."""
         curve = self._resumed(point["run"], point["step"]) if "run" in point else self
         points, every, since = curve.points, curve.every, curve.since
         kept, distance = points[:-1] if since else points, since + 1
@@ -3793,19 +3798,19 @@ class Curve(collections.namedtuple("Curve", "points every since run ids")):
         return [(point[0], point[1], dict(zip(point[2], point[3:]))) for point in self.points]
 
     def in_json(self):
-        """Return the curve as a compacted journal has it, of which `of_json` makes it again."""
+        """Return the curve as a compacted journal holds it; `of_json` reads it."""
         return {"points": self.content(), "every": self.every, "since": self.since, "run": self.run,
                 "ids": self.ids.hex()}
 
     @staticmethod
     def of_json(value):
-        """Return the Curve that `in_json` has made a value of."""
+        """Return the Curve for a value that `in_json` has returned."""
         return Curve(tuple(_packed(*point) for point in value["points"]), value["every"], value["since"], value["run"],
                      bytes.fromhex(value["ids"]))
 
 
 NO_CURVE = Curve((), 1, 0, None, b"")
-_KEYS = BoundedCache(1 << 20)  # keys of a point's values: the same, shared by all points that have them
+_KEYS = BoundedCache(1 << 20)  # keys of a point's values: the one tuple that all points with these keys share
 
 
 def _digest(point_id):
@@ -3814,27 +3819,27 @@ def _digest(point_id):
 
 
 def _packed(step, at, values):
-    """Return a point as a curve holds it."""
+    """Return a point as a Curve holds it."""
     keys = tuple(values)
     keys = _KEYS.get(keys) or _KEYS.keep(keys, keys, _weight_bytes(keys))
     return (step, float(at), keys) + tuple(values.values())
 
 
 class QueueState:
-    """A queue in memory: its record, its tasks in the order of their last change, its workers, the indexes.
+    """A queue in memory: its record, its tasks in the order of their last change, its workers, and the indexes.
 
-    Only `put_task` and `put_worker` change it: they keep the indexes and return what was there."""
+    Only `put_task` and `put_worker` change it. They keep the indexes up to date and return the old record."""
 
     def __init__(self, record):
         self.record = record
         self.tasks, self.workers = {}, {}
         self.running = {}  # task id: record
         self.fetches = {}  # fetch id: task id, of running tasks
-        self.ended_fetches = collections.OrderedDict()  # ids of fetches that nobody waits for: they get no task
+        self.ended_fetches = collections.OrderedDict()  # ids of fetches that were given up: they get no task
         self.pending = Pending(self.tasks)
 
     def put_task(self, task_id, new):
-        """Put the record, or None, in the place of the one under this id, which is returned."""
+        """Replace the record with this id by another one, or by None; return the old one."""
         old = self.tasks.pop(task_id, None)
         was, rested = old and old.status, self.pending.resting.pop(task_id, None)
         if was == "running":
@@ -3848,12 +3853,12 @@ class QueueState:
                 self.running[task_id] = new
                 if new.fetch_id:
                     self.fetches[new.fetch_id] = task_id
-        if was == "pending" and not rested:  # after the new one: their shape stays where it is the same
+        if was == "pending" and not rested:  # after adding the new one, so that a shape that both have stays
             self.pending.retire(old)
         return old
 
     def put_worker(self, worker_id, new):
-        """Put the record, or None, in the place of the one under this id, which is returned."""
+        """Replace the record with this id by another one, or by None; return the old one."""
         old = self.workers.pop(worker_id, None)
         if new is not None:
             self.workers[worker_id] = new
@@ -3867,7 +3872,7 @@ class QueueState:
 
 
 def revised(record, fields):
-    """Return a new record with these fields changed; numbers become Instants where the field is a time.
+    """Return a copy of a record with these fields changed; numbers become Instants if the field is a time.
 
     It is faster than namedtuple's `_replace`."""
     values, places = list(record), record.places
@@ -3901,7 +3906,7 @@ _TASK_TIMES = [name for name, field in TASK_FIELDS.items() if field.kind == "tim
 
 
 class State:
-    """All queues. `apply` is the only thing that changes them, live and at replay: the fold over the journal."""
+    """All queues. Only `apply` changes them, live and at replay."""
 
     def __init__(self):
         self.queues, self.names = {}, {}  # {queue id: QueueState}, {queue name: queue id}
@@ -3912,12 +3917,13 @@ class State:
         self.names.clear()
 
     def id_of(self, caller):
-        """Return the id of a caller's queue, or None where no queue has that LocalName. A queue may be named like the
-        id of another, so ids and names are kept apart."""
+        """Return the id of a caller's queue, or None if no queue has that LocalName.
+
+        The type tells names from ids, because a queue's name may be equal to the id of another queue."""
         return self.names.get(caller) if isinstance(caller, LocalName) else caller
 
     def put_queue(self, queue_id, new):
-        """Put the queue, or None, in the place of the one under this id, which is returned."""
+        """Replace the queue with this id by another one, or by None; return the old one."""
         old = self.queues.pop(queue_id, None)
         if old is not None:
             self.names.pop(old.record.queue_name, None)
@@ -3927,7 +3933,7 @@ class State:
         return old
 
     def apply(self, queue_id, changes):
-        """Apply changes. Return [(put, id, old record, new record)], oldest first, by which they can be undone."""
+        """Apply changes; return [(put, id, old record, new record)], oldest first, with which they can be undone."""
         done = []
         for change in changes:
             put, key, new = RECORDS[change[0]].apply(self, queue_id, *change[1:])
@@ -3936,7 +3942,7 @@ class State:
 
     @staticmethod
     def put_back(done):
-        """Undo what `apply` did; tasks return to their places in the order of last changes."""
+        """Undo what `apply` did; `done` is what it returned. The tasks are sorted by their last change again."""
         queues = {}
         for put, key, old, _ in reversed(done):
             put(key, old)
@@ -3949,14 +3955,14 @@ class State:
 
 
 def _apply_queue(state, queue_id, fields):
-    there = state.queues.get(queue_id)
-    if there is None:
+    queue = state.queues.get(queue_id)
+    if queue is None:
         return state.put_queue, queue_id, QueueState(revised(QueueRecord(queue_id=queue_id), fields))
-    return state.put_queue, queue_id, there.with_record(revised(there.record, fields))
+    return state.put_queue, queue_id, queue.with_record(revised(queue.record, fields))
 
 
 def _queue_of(state, queue_id):
-    """Return the queue of a line. One whose creation a repair could not save gets a name, so that it can be found."""
+    """Return the queue of a line. If a repair could not save its creation, a queue with a made-up name is created."""
     queue = state.queues.get(queue_id)
     if queue is None:
         queue = QueueState(QueueRecord(queue_id=queue_id, queue_name="recovered-" + queue_id))
@@ -3973,7 +3979,7 @@ def _apply_task(state, queue_id, task_id, fields, old_state=None):
         record = revised(record, fields)
     elif "created_at" in fields:
         record = new_task(queue_id, task_id, fields)
-    return queue.put_task, task_id, record  # None: a repair could not save its creation
+    return queue.put_task, task_id, record  # record is None if a repair could not save the task's creation
 
 
 def _apply_point(state, queue_id, task_id, fields, old_state, point):
@@ -4013,15 +4019,17 @@ RECORDS = {
 }
 
 
-# The keys of a line. Any other is a newer version's: a process that does not know it ignores it, but does not compact
-# it away. A line that must not be ignored has `needs`: the format that a reader has to know.
+# The keys of a line. A newer version may write other keys: a process that does not know a key ignores it, but does not
+# compact its line away. A line that must not be ignored has `needs`: the format that a reader has to know.
 LINE_KEYS = {"n", "durable", "at", "queue", "changes", "crc", "fold", "lost", "end", "epoch", "owner", "version",
              "needs"}
 
 
 def replay_line(state, line, path, version):
-    """Apply the changes of a journal's line and return what State.apply does. Raise StoreDamaged where this version
-    does not know what the line says; the state is then of no use. `version`: the newest that wrote to the file."""
+    """Apply the changes of a journal's line; return what State.apply does. `version`: the newest one that wrote to the
+    file.
+
+    Raises StoreDamaged if this version does not understand the line; then the state must not be used any more."""
     if type(line.get("needs", 0)) is int and line.get("needs", 0) <= FORMAT:
         try:
             return state.apply(line["queue"], line["changes"])
@@ -4033,7 +4041,7 @@ def replay_line(state, line, path, version):
 
 
 def check_known(path):
-    """Return when the journal can be opened by this version, or raise StoreDamaged."""
+    """Raise StoreDamaged if this version can't open the journal, or does not understand a line of it."""
     source, state = JournalFile(path, mode=os.O_RDONLY), State()
     source.open()
     for line, version in lines_with_versions(source):
@@ -4042,50 +4050,50 @@ def check_known(path):
 
 
 def lines_with_versions(source):
-    """Yield (line, version) for each new line of a journal's file: the newest version that it names up to there."""
+    """Yield (line, version) for each new line of a journal; the version is the newest one named so far."""
     version = source.header.get("version")
     for line in source.read_new():
         version = newest(line.get("version"), version)
         yield line, version
 
 
-# The k-th step of a state machine on line n: a task or worker went from `old_state` to its record's status.
+# The k-th transition on line n: a task or worker went from `old_state` to the status of `record`.
 Transition = collections.namedtuple("Transition", "n k at queue_id kind old_state record")
 
 
 def transitions_of(n, at, queue_id, changes, done):
-    """Return the Transitions on a line, from its changes and what applying them did."""
-    if n is None:  # a folded line: its steps are gone
+    """Return the Transitions on a line; `done` is what State.apply has returned for its changes."""
+    if n is None:  # a folded line has the state, not the transitions
         return []
     steps = [(change, new) for change, (_, _, _, new) in zip(changes, done) if len(change) > 3 and change[3] and new]
     return [Transition(n, k, at, queue_id, change[0], change[3], new) for k, (change, new) in enumerate(steps)]
 
 
 def follow(store, queue_id, after, pause_s):
-    """Yield the Transitions of a queue, an id or a LocalName, after the event `after`, (n, k).
+    """Yield the Transitions of a queue, given as an id or a LocalName, after the event `after`, (n, k).
 
-    Yields None after every `pause_s` without an event, and a Transition with text for a record where events were
-    compacted away. Ends when the store closes, and when the queue is deleted or has another password."""
-    quiet_since, there = monotonic(), store.state.id_of(queue_id)
+    Yields None after every `pause_s` without an event. If events were compacted away, yields a Transition with a text
+    instead of a record. Ends when the store closes, the queue is deleted, or it gets another password."""
+    quiet_since, known_id = monotonic(), store.state.id_of(queue_id)
 
     def is_over():
-        has_login = isinstance(queue_id, (CallerQueueId, LocalName)) and there is not None
-        return store.closing or has_login and not store.is_open_to(queue_id, there)
+        has_login = isinstance(queue_id, (CallerQueueId, LocalName)) and known_id is not None
+        return store.closing or has_login and not store.is_open_to(queue_id, known_id)
     while not is_over():
         gap, news, last = _news(store, after)
         for event in _older_events(store.path, after, last) if gap else news:
             after = (event.n, event.k)
-            there = there or store.state.id_of(queue_id)  # the queue of a LocalName may be made later
+            known_id = known_id or store.state.id_of(queue_id)  # the queue of a LocalName may be created later
             if is_over():
                 return
-            if event.queue_id in (there, None):
+            if event.queue_id in (known_id, None):
                 yield event
                 quiet_since = monotonic()
         if not gap and not news:
             store.wait_for(lambda: _news(store, after)[2] > after or is_over(), quiet_since + pause_s - monotonic())
             if not store.is_server and store.journal.file.exists():
                 store.file.with_file_lock(lambda: None, writes=False)
-        if monotonic() - quiet_since >= pause_s:  # other queues' events are no sign of life
+        if monotonic() - quiet_since >= pause_s:  # events of other queues don't count
             yield None
             quiet_since = monotonic()
 
@@ -4097,7 +4105,7 @@ def last_event(store):
 
 
 def _news(store, after):
-    """Return (whether events after `after` are only in the file, those in memory, the last event's id)."""
+    """Return (whether only the file has the events after `after`, the events in memory, the last event's id)."""
     with store.lock:
         events = store.file.replica.events
         last = (events[-1].n, events[-1].k) if events else (store.journal.file.header.get("folded", 0), -1)
@@ -4109,10 +4117,11 @@ def _news(store, after):
 
 
 def _older_events(path, after, last):
-    """Yield the Transitions after `after` up to `last` from the journal's file. Where some are gone, the first one says
-    so: it has no queue, and text for a record."""
+    """Yield the Transitions after `after` up to `last` from the journal's file.
+
+    If some are gone, the first one says so: it has no queue, and a text instead of a record."""
     source, state = JournalFile(path, mode=os.O_RDONLY), State()
-    source.open()  # closed when this ends
+    source.open()  # it is closed with the object
     folded = source.header.get("folded", 0)
     if folded > after[0]:
         text = ("the events after %d.%d up to line %d were compacted away; list the tasks to see what became of them"
@@ -5483,7 +5492,7 @@ class Store:
         late_s = monotonic() - self.awake_until
         if late_s > _SLEPT_S:
             with self.lock:
-                self.beats.pardon(late_s)
+                self.beats.extend(late_s)
                 self.awake_until = monotonic()
 
     def look_for_timeouts(self, queue_id=None):
@@ -5548,15 +5557,15 @@ class Store:
                 pending = self._queue(queue_id, False).pending
                 begun = pending.begin_standing(
                     required_of(request), request.get("filter_text"), request.get("predicate"))
-            found = pending.matches(begun[0], begun[2])
+            matching = pending.matches(begun[0], begun[2])
             with self.lock:
-                pending.catch_up(*begun, found=found)
+                pending.catch_up(*begun, matching=matching)
                 self._bound_standing(pending)
 
     def _bound_standing(self, latest):
         """Drop the standing requests that were not used for longest, where those of all queues take too much memory."""
-        held = [(asked.asked_at, asked.weight_bytes(), queue.pending, key) for queue in self.state.queues.values()
-                for key, asked in queue.pending.standing.items()]
+        held = [(standing.used_at, standing.weight_bytes(), queue.pending, key) for queue in self.state.queues.values()
+                for key, standing in queue.pending.standing.items()]
         total_bytes = sum(weight_bytes for _, weight_bytes, _, _ in held)
         if total_bytes > STANDING_BYTES:
             for _, weight_bytes, pending, key in sorted(held, key=operator.itemgetter(0))[:-1]:
@@ -5569,7 +5578,7 @@ class Store:
         with self.lock:
             for queue in self.state.queues.values():
                 if queue.pending.standing:
-                    queue.pending.forget(lambda asked: monotonic() - asked.asked_at > UNUSED_S)
+                    queue.pending.forget(lambda standing: monotonic() - standing.used_at > UNUSED_S)
 
     def predicate(self, document, fields):
         """Return (predicate, text) of a query document."""
