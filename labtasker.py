@@ -12371,13 +12371,15 @@ class Account:
         return row
 
     def line(self, task, tail="", label="", width=math.inf):
-        """Return a line about a task, at most `width` cells: the arguments in which tasks differ stand first."""
+        """Return a line about a task, at most `width` cells. If it has to be cut, the arguments in which tasks differ
+        come first; else all are in the task's own order, which does not change from line to line."""
         row = self._row(task)
-        keys = sorted(row, key=lambda key: key not in self.differing)
-        text = " ".join(row[key] for key in keys if key or "" in self.differing) or brief(as_typed(task.cmd or ""))
-        head = "" if self.total is None else "[%d/%d] " % (
+        place = "" if self.total is None else "[%d/%d] " % (
             self.tasks.get(task.task_id, (self.begun,))[0], max(self.total, self.begun))
-        return _squeezed("%s%s%s " % (label, head, task.task_id[:8]), text, tail, width)
+        head, keys = "%s%s%s " % (label, place, task.task_id[:8]), [key for key in row if key or "" in self.differing]
+        if cells_wide(clean(" ".join([head] + [row[key] for key in keys]) + tail, "")) - 1 > width:
+            keys.sort(key=lambda key: key not in self.differing)
+        return _squeezed(head, " ".join(row[key] for key in keys) or brief(as_typed(task.cmd or "")), tail, width)
 
 
 def as_typed(cmd):
@@ -12403,8 +12405,8 @@ def _misfit(number, missing, extra, why_not):
     they, lack, have = ("it", "lacks", "has") if number == 1 else ("they", "lack", "have")
     meant = {key: nearest(key, extra) for key in missing}
     rest, guesses = [key for key in extra if key not in meant.values()], list(filter(None, meant.values()))
-    parts = ["%s %s %s%s" % (they, lack, ", ".join(missing), ", did you mean %s?" % ", ".join(guesses)
-                             if guesses else "")] if missing else []
+    parts = ["%s %s %s%s" % (they, lack, ", ".join(missing), " but %s %s: is one of these names misspelt?" % (
+        have, ", ".join(guesses)) if guesses else "")] if missing else []
     parts += ["%s also %s %s, %s" % (they, have, ", ".join(rest), why_not(rest))] if rest else []
     return "; ".join(parts)
 
@@ -16115,10 +16117,20 @@ def _last_line(text):
     return text.strip().split("\n")[-1].strip()
 
 
+def _told_error(task):
+    """Return the error of a Task as `error_of` does; if it is only the exit code of a command that has failed, with the
+    last line of its output, if that is on this host."""
+    error = error_of(task)
+    if not error.startswith("exit code") or getattr(task, "status", None) != "failed" or not extras():
+        return error
+    words = extras().last_words(task)
+    return error if words in ("", error) else "%s: %s" % (error, words)
+
+
 def outcome(task):
     """Return a task's summary as short text, with the error first."""
     rest = {key: value for key, value in task.summary.items() if key not in ERRORS}
-    return " ".join(filter(None, (error_of(task), pairs(rest))))
+    return " ".join(filter(None, (_told_error(task), pairs(rest))))
 
 
 TASK_COLUMNS = {
@@ -16282,6 +16294,8 @@ def telling_table(tasks, ids, options, room):
     """Return Tasks as a table of the columns in which they differ, below the lines of `alike_lines`."""
     kept = [_sorting(word)[0] for word in getattr(options, "sort", None) or () if not word.startswith("task_id")]
     rows = [row_of(task) for task in tasks]
+    for row, task in zip(rows, tasks):
+        row.update({"error": _told_error(task)} if "error" in row else {})
     for field in kept:
         for row, task in zip(rows, tasks):
             value = _field_of(task, field)

@@ -266,6 +266,16 @@ def test_logs_print_the_end_that_was_asked_for(home, capfd):
         assert capfd.readouterr().out.replace("\r", "") == shown
 
 
+def test_a_list_of_failed_tasks_tells_the_last_line_of_a_command_that_says_only_its_exit_code(home, capsys):
+    task = labtasker.submit_task(args={"x": 1}, max_retries=1)
+    assert labtasker.command_loop(shell="echo OutOfMemory: tried to allocate %(x) GiB; exit 3") == 0
+    capsys.readouterr()
+    assert labtasker.main(["task", "ls", "-s", "failed"]) == 0
+    assert "exit code 3: OutOfMemory: tried to allocate 1 GiB" in capsys.readouterr().out
+    found = labtasker.ls_tasks().content
+    assert "exit code 3: OutOfMemory: tried" in labtasker.telling_table(found, [task.task_id[:8]], labtasker.parse("task ls", []), 80)
+
+
 def test_a_listener_ends_after_so_many_events_or_once_nothing_is_to_be_done(home, capsys, monkeypatch):
     monkeypatch.setattr(labtasker, "_QUIET_S", 0.05)
     ids = labtasker.submit_tasks([{"args": {"x": x}} for x in (1, 2)])

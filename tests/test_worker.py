@@ -1105,16 +1105,18 @@ def asked(task_id, name=None, retries=0, **args):
                            "interruptions": 0, "cmd": "train"})
 
 
-def test_a_task_keeps_its_number_and_what_differs_stands_first():
+def test_a_task_keeps_its_number_and_its_arguments_their_order_unless_the_line_is_cut():
     account = labtasker.Account()
     account.begin(asked("a" * 36, model="vit", lr=0.1, seed=1), 2, 0)
     assert account.line(asked("a" * 36, model="vit", lr=0.1, seed=1)) == "[1/3] aaaaaaaa model=vit lr=0.1 seed=1"
     account.end("a" * 36, "retry")
     account.begin(asked("b" * 36, model="vit", lr=0.1, seed=2), None, 0)
-    assert account.line(asked("b" * 36, model="vit", lr=0.1, seed=2)) == "[2/3] bbbbbbbb seed=2 model=vit lr=0.1"
+    assert account.line(asked("b" * 36, model="vit", lr=0.1, seed=2)) == "[2/3] bbbbbbbb model=vit lr=0.1 seed=2"
+    assert account.line(asked("b" * 36, model="vit", lr=0.1, seed=2), width=40) == "[2/3] bbbbbbbb model=vit lr=0.1 seed=2"
+    assert account.line(asked("b" * 36, model="vit", lr=0.1, seed=2), ": failed", width=45) == "[2/3] bbbbbbbb seed=2 model=vit lr=0.1: failed"[:43] + ".."
     account.end("b" * 36, "success")
     account.begin(asked("a" * 36, model="vit", lr=0.1, seed=1), 1, 9)
-    assert account.line(asked("a" * 36, model="vit", lr=0.1, seed=1)).startswith("[1/3] aaaaaaaa seed=1 ")
+    assert account.line(asked("a" * 36, model="vit", lr=0.1, seed=1)).startswith("[1/3] aaaaaaaa model=vit ")
     account.end("a" * 36, "failed")
     account.begin(asked("c" * 36, "other", extra=1), 1, 99)  # one more has come meanwhile
     assert account.line(asked("c" * 36, "other", extra=1)) == "[3/4] cccccccc other extra=1"
@@ -1167,7 +1169,7 @@ def train(lr=Required(), data="here", *, steps: int = 5):
     (["lr"], labtasker.JobCommand(["x", "%(lr)"]).why_not, [{"lr": 1, "steps": n} for n in range(6)],
      ["6 pending tasks were not taken: they also have steps, which the command lacks (task why 0000)"]),
     (["modle", "lr"], labtasker.JobCommand(["x"]).why_not, [{"model": "vit", "lr": 1}],
-     ["1 pending task was not taken: it lacks modle, did you mean model? (task why 0000)"]),
+     ["1 pending task was not taken: it lacks modle but has model: is one of these names misspelt? (task why 0000)"]),
     (["opt"], labtasker.JobCommand(["x"]).why_not, [{"a": {"b": 1}}, {"opt": {"lr": 1}}, {"opt": 3, "z": 1}],
      ["1 pending task was not taken: it lacks opt; it also has a.b, which the command lacks (task why 0000)",
       "1 pending task was not taken: it also has z, which the command lacks (task why 0002)"]),
