@@ -12580,6 +12580,41 @@ def deliver_kept(run=None):
     return count
 
 
+_END_FILE = "ended-"  # begins the name of a file in the outbox: the worker that it names has ended with its loop
+
+
+def keep_end(worker_id):
+    """Save in the outbox that a loop's own worker has ended. If that fails, the loop ends all the same."""
+    config = load_config()
+    try:
+        if not os.path.isdir(outbox()):
+            os.mkdir(outbox(), 0o700)
+        Disk.create(os.path.join(outbox(), _END_FILE + worker_id), [json.dumps(
+            {"worker_id": worker_id, "queue": config.queue_name, "store": _store_name(config)}).encode()])
+    except OSError:
+        pass
+
+
+def deliver_ends():
+    """Note which loops' workers have ended, as the outbox has it, in this queue; raise if the server is away."""
+    try:
+        paths = [os.path.join(outbox(), name) for name in os.listdir(outbox()) if name.startswith(_END_FILE)]
+    except OSError:
+        return
+    config = load_config() if paths else None
+    for path in paths:
+        told = read_json(path, {"worker_id": str, "queue": str, "store": str})
+        if told and (told.get("queue"), told.get("store")) != (config.queue_name, _store_name(config)):
+            continue
+        try:
+            if NAME.match(told.get("worker_id") or ""):
+                end_worker(told["worker_id"])
+        except LabtaskerHTTPStatusError as error:  # it was deleted, if the server is not away
+            if is_away(error) or error.status_code == 401:
+                raise
+        _remove(path)
+
+
 _REPORT_KINDS = {"task_id": str, "run_id": str, "worker_id": str, "status": str, "summary": dict, "reason": str,
               "attempt": dict, "delay_s": float, "final": bool, "took_s": float, "queue": str, "store": str,
               "log": bool, "points": [dict]}
@@ -13966,26 +14001,30 @@ class Loop:
             thread.join(LEAVING_S)
         elif not self.is_unheard and (self.waiting or self.unanswered):
             self.settle(self.wake.pause)
-        if self.own_worker and not (self.is_unheard or self.waiting):
-            self._end_worker()
+        if self.own_worker and (self.is_unheard or self.waiting or not self._end_worker()):
+            keep_end(self.own_worker)
         if self.waiting:
             remark("%s is saved in %s; the next labtasker command here delivers it once the server is back" % (
                 ", ".join("the report of task " + run.task_id for run in self.waiting.values()), outbox()))
         self.beats.close()
 
     def _end_worker(self):
-        """Note that the loop's own worker has ended; a server that does not answer is not waited for."""
+        """Return whether the server has heard that the loop's own worker has ended; it is not waited for long."""
+        answers = []
+
         def end():
             try:
                 end_worker(self.own_worker)
-            except LabtaskerError:
-                pass
+                answers.append(True)
+            except LabtaskerError as error:
+                answers.append(not is_away(error))
         try:
             thread = threading.Thread(target=end, daemon=True)
             start_thread(thread)
             thread.join(_END_WORKER_S)
         except LabtaskerRuntimeError:  # no thread is left
             pass
+        return answers == [True]
 
     def mend(self, held):
         """Reopen files of the loop that a function has closed, in the thread that runs the loop."""
@@ -14007,6 +14046,7 @@ class Loop:
         """Deliver what waits in the outbox, and stop the heartbeats of this loop's runs that are delivered."""
         if outbox_reports():
             deliver_kept()
+        deliver_ends()
         with self.lock:
             for run in [run for run in self.waiting.values() if not outbox_reports(run)]:
                 self.beats.drop(self.waiting.pop(run.key))
@@ -18176,6 +18216,7 @@ def deliver_outbox():
     try:
         if outbox_reports() and deliver_kept():
             note("Delivered results saved while the server was unreachable.")
+        deliver_ends()
     except LabtaskerError:
         pass
 

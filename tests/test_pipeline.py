@@ -276,6 +276,23 @@ def test_a_list_of_failed_tasks_tells_the_last_line_of_a_command_that_says_only_
     assert "exit code 3: OutOfMemory: tried" in labtasker.telling_table(found, [task.task_id[:8]], labtasker.parse("task ls", []), 80)
 
 
+def test_a_loop_that_leaves_while_its_server_is_away_has_ended_once_the_server_is_back(home, capsys, monkeypatch):
+    def away(worker_id):
+        raise labtasker.LabtaskerConnectError("no answer")
+    labtasker.submit_task(args={"x": 1})
+    with monkeypatch.context() as broken:
+        broken.setattr(labtasker, "end_worker", away)
+        assert labtasker.command_loop(shell="true %(x)") == 0
+        assert labtasker.main(["worker", "ls", "-q"]) == 0
+        worker_id = capsys.readouterr().out.strip()
+    assert os.listdir(labtasker.outbox()) == ["ended-" + worker_id], "it is kept until it can be told"
+    (home.folder / "outbox" / "ended-odd").write_text("{}")
+    (home.folder / "outbox" / "ended-other").write_text(json.dumps({"worker_id": "x", "queue": "another", "store": "elsewhere"}))
+    assert labtasker.main(["worker", "ls", "-q"]) == 0
+    assert capsys.readouterr().out == "" and labtasker.ls_workers().content[0].ended_at
+    assert os.listdir(labtasker.outbox()) == ["ended-other"], "another store's waits for a command there"
+
+
 def test_a_listener_ends_after_so_many_events_or_once_nothing_is_to_be_done(home, capsys, monkeypatch):
     monkeypatch.setattr(labtasker, "_QUIET_S", 0.05)
     ids = labtasker.submit_tasks([{"args": {"x": x}} for x in (1, 2)])
