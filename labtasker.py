@@ -12754,7 +12754,7 @@ class Run:
         self.current_path = None  # for a function's run: the file that names what its loop runs now
         self.printed = None  # a Printed if values are read from what the job prints
         self.noted = {}  # what this process wrote into summary.json
-        self.task_dir = os.path.join(os.path.dirname(self.log_dir), _TASK_FOLDER)
+        self.task_dir = os.path.join(os.path.dirname(self.log_dir), TASK_FOLDER)
 
     def attempt(self):
         """Return which run of its task this is, from 1 on."""
@@ -12959,7 +12959,7 @@ JOB_VARIABLES = collections.OrderedDict([  # variable: what `help loop` says of 
     ("PYTHONPATH", "with the folder of labtasker.py at its end, so that `import labtasker` works"),
 ])
 _STOP_FILE = "stop.json"
-_TASK_FOLDER = "files"  # beside the folders of a task's runs: the folder that all of them share
+TASK_FOLDER = "files"  # beside the folders of a task's runs: the folder that all of them share
 _ENDS_OF_JOBS = ("success", "failed", "cancelled", "pending")  # the statuses that a job may give to its own task
 RUNS = {}  # thread ident -> its Run; in a job's process: (task id, run id) -> Run
 _CURRENT_PATHS = {}  # (process, thread) that calls functions -> its current.json, in the folder of its first run
@@ -15246,6 +15246,15 @@ def spent_s(task):
     return sum(runs_s(task)) if task.start_time is not None and task.status != "pending" else None
 
 
+def folders_of(task):
+    """Return {"workdir": the folder in which the last run ran, if `--workdir` gave it one, "task_dir": the one that all
+    its runs share}, as the last run's host has them, of a Task or a task's record; None for what is not known."""
+    last = task.attempts[-1] if task.attempts else {}
+    log = last.get("log")
+    shared = isinstance(log, str) and re.match(r"(?s)(.+[/\\])[^/\\]+[/\\]run\.log\Z", log)
+    return {"workdir": last.get("workdir"), "task_dir": shared.group(1) + TASK_FOLDER if shared else None}
+
+
 def spent(task, many="{0}, last {1}"):
     """Return how long a task took. If it was resumed: `many`, with the sum, the last run and the number of runs."""
     times_s = runs_s(task)
@@ -15849,9 +15858,15 @@ def settings_reference():
 
 
 def job_reference():
-    """Return the reference of the variables that a loop gives to its jobs."""
-    return "A job has these variables (help template: the placeholders in its command):\n\n" + render_table(
-        [[name, meaning] for name, meaning in JOB_VARIABLES.items()])
+    """Return the reference of the variables that a loop gives to its jobs, and of what it reads in their output."""
+    return "A job has these variables (help template: the placeholders in its command):\n\n%s\n\n%s" % (render_table(
+        [[name, meaning] for name, meaning in JOB_VARIABLES.items()]), """\
+--metric and --step need not be typed again: each loop and `task harvest` here also look for what
+the file config.toml in the folder .labtasker has in a table [%s]:
+
+    [%s]
+    acc = "accuracy: ([0-9.]+)"
+    step = "epoch ([0-9]+)\"""" % (METRICS, METRICS))
 
 
 def template_reference():
@@ -16236,7 +16251,7 @@ def _column_names(options):
     words = [word.strip() for word in (options.columns or "").split(",") if word.strip()]
     for word in words:
         if word not in SHORT and word not in TASK_COLUMNS:
-            _check_field(word, "--columns", list(SHORT) + ["age", "duration"])
+            _check_field(word, "--columns", list(SHORT) + list(_COMPUTED))
     return words
 
 
@@ -16260,10 +16275,17 @@ def _brief_cell(value):
     return "-" if value is None else pairs(value) if isinstance(value, dict) else brief(value)
 
 
+_COMPUTED = {  # columns that are no fields of a task: the function that makes a JSON value of a Task
+    "age": lambda task: round(now() - task.created_at.timestamp(), 3),
+    "duration": spent_s,
+    "workdir": lambda task: folders_of(task)["workdir"],
+    "task_dir": lambda task: folders_of(task)["task_dir"],
+}
+
+
 def _field_of(task, word):
     """Return the JSON value of a task's field. The field may be dotted, or a name that the table has for it."""
-    computed = {"age": lambda: round(now() - task.created_at.timestamp(), 3), "duration": lambda: spent_s(task)}
-    return computed[word]() if word in computed else get_path(task.to_dict(), SHORT.get(word, word).split("."))
+    return _COMPUTED[word](task) if word in _COMPUTED else get_path(task.to_dict(), SHORT.get(word, word).split("."))
 
 
 def _painter(options):
@@ -16560,7 +16582,8 @@ def do_task_get(options):
     task, = _tasks_named([options.task_id])
     times_s = runs_s(task)
     shown = dict(task.to_dict(), **without_none(duration=round(sum(times_s), 3) if times_s else None,
-                                                last_duration=round(times_s[-1], 3) if times_s[1:] else None))
+                                                last_duration=round(times_s[-1], 3) if times_s[1:] else None,
+                                                **folders_of(task)))
     show(record_text(shown, options.fmt), options.no_pager)
 
 
@@ -17230,30 +17253,40 @@ def do_task_harvest(options):
     is_all = not (options.ids or selectors(options))
     tasks = ls_tasks(limit=EVERY) if is_all else _chosen_tasks(options, options.ids)
     tasks = [task for task in tasks if task.start_time]
-    results = [(task, _printed_values(task, metrics, step)) for task in tasks]
-    changed = [TaskUpdateRequest(_id=task.task_id, summary=values) for task, values in results
+    results = [(task,) + _printed_values(task, metrics, step) for task in tasks]
+    changed = [TaskUpdateRequest(_id=task.task_id, summary=values) for task, values, _ in results
                if values and merge(task.summary or {}, values) != (task.summary or {})]
     if changed and not options.dry_run:
         update_tasks(changed)
-    without = [task for task, values in results if not values]
-    note("%s %s; %d had the values already; the output of %d has none%s" % (
+    without, away, cut = ([task for task, values, kind in results if wanted(values, kind)] for wanted in (
+        lambda values, kind: not values and kind, lambda values, kind: not kind, lambda values, kind: kind == "end"))
+    words = "%s %s; %d had the values already; the output of %d has none%s" % (
         "Would change" if options.dry_run else "Changed", tasks_in_words(changed),
-        len(tasks) - len(changed) - len(without), len(without),
-        " (task logs %s)" % without[0].task_id[:8] if without else ""))
+        len(tasks) - len(changed) - len(without) - len(away), len(without),
+        " (task logs %s)" % without[0].task_id[:8] if without else "")
+    note(words + ("; the output of %d is not here (task logs %s)" % (len(away), away[0].task_id[:8]) if away else ""))
+    if cut:
+        note("Of the output of %s only the last %d KiB are here: run this on the host that has it all (task logs %s)." % (
+            tasks_in_words(cut), TAIL_BYTES >> 10, cut[0].task_id[:8]))
 
 
 def _printed_values(task, metrics, step=None):
-    """Return what metrics find in the output of a task's last run, as a summary; None if the output is not here."""
-    printed = Printed(metrics, step)
+    """Return (what metrics find in the output of a task's last run, as a summary; how much of that output is here: "all",
+    "end" or "")."""
+    printed, attempt, kind = Printed(metrics, step), _chosen_attempt(task, None), "all"
+    feed = printed.channel()
     try:
-        with open_plain(log_path(task, _chosen_attempt(task, None))) as file:
-            feed = printed.channel()
+        with open_plain(log_path(task, attempt)) as file:
             for data in iter(lambda: file.read(1 << 20), b""):
                 feed(data)
-            feed(None)
     except OSError:
-        return None
-    return unflatten(printed.values, "summary")
+        kept = get_log(task.task_id, attempt.get("run_id") or task.run_id)
+        if kept.get("text") is None:
+            return {}, ""
+        feed(kept["text"].encode("utf-8", "replace"))
+        kind = "end" if kept["size"] > TAIL_BYTES else "all"
+    feed(None)
+    return unflatten(printed.values, "summary"), kind
 
 
 def do_report(options):

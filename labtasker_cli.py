@@ -21,8 +21,8 @@ from labtasker import (
     LabtaskerHTTPStatusError, LabtaskerRuntimeError, LabtaskerValueError, OddFile, Page, Sweep,
     SyntaxMistake, TaskUpdateRequest, UsageError, order_key, last_seen, alike_lines, as_typed, ask, brief,
     cells_wide, change_of, choice, choose_columns, clean, client, compile_query, confirm, duration, enter_page,
-    error_of, filter_of, find_root, fitted, flatten, for_system, format_time, get_path, group, health_check, hint,
-    ids_of, in_order, is_away, is_terminal, joined, lay_out, load_config, log_path, ls_tasks, ls_workers,
+    error_of, filter_of, find_root, fitted, flatten, folders_of, for_system, format_time, get_path, group, health_check,
+    hint, ids_of, in_order, is_away, is_terminal, joined, lay_out, load_config, log_path, ls_tasks, ls_workers,
     main, monotonic, note, now, open_plain, option, pace, pace_of, pairs, parse, parse_filter, progress,
     read_server_file, read_text, recent_ends, record_text, row_of, say, screen_size, seconds, selectors,
     show, spent_s, store_folder, tail_of, tasks_in_words, typed_filter, typed_value, update_tasks, updates_of,
@@ -1435,6 +1435,8 @@ MADE_UP = {  # columns that are no fields of a task
     "duration": spent_s,
     "error": lambda record: error_of(record) or None,
     "host": lambda record: record.attempts[-1].get("host") if record.attempts else None,
+    "workdir": lambda record: folders_of(record)["workdir"],
+    "task_dir": lambda record: folders_of(record)["task_dir"],
 }
 
 
@@ -3028,7 +3030,8 @@ function showTask(task) {
 function partsOf(task) {
   const {args, summary, metadata, attempts: runs, ...rest} = task, attempts = runs || [];
   const title = task.task_name || task.task_id.slice(0, 8), hasRun = Boolean(task.start_time || attempts.length);
-  return [["head", title, () => taskHead(title)], ["facts", rest, () => [taskButtons(task), taskFacts(task)]],
+  return [["head", title, () => taskHead(title)], ["facts", [rest, foldersOf(attempts)],
+    () => [taskButtons(task), taskFacts(task, foldersOf(attempts))]],
     ["error", summary, () => errorOf(summary)], ["args", args, () => valuesOf("Args", args)],
     ["summary", summary, () => valuesOf("Summary", reported(summary))],
     ["metadata", metadata, () => valuesOf("Metadata", metadata)],
@@ -3054,7 +3057,13 @@ function facts(rows) {
     .map(([name, value]) => [el("dt", {}, el("bdi", {}, oneLine(name))), el("dd", {}, value)]));
 }
 
-function taskFacts(task) {
+/** The folder in which the last run ran, if it was given one, and the folder that all runs share. */
+function foldersOf(attempts) {
+  const {workdir, log} = attempts[attempts.length - 1] || {};
+  return {workdir, shared: asText(log || "").replace(/[^/\\]+[/\\]run\.log$/, "files")};
+}
+
+function taskFacts(task, folders) {
   const time = (iso) => iso && moment(iso, "whole"), fixed = (text) => text && el("span", {class: "mono"}, text);
   const limits = [task.task_timeout && `${span(task.task_timeout)} for a run`,
     task.heartbeat_timeout && `${span(task.heartbeat_timeout)} of silence`];
@@ -3066,6 +3075,7 @@ function taskFacts(task) {
     ["Priority", String(task.priority)], ["Failed runs", `${task.retries} of ${task.max_retries}`],
     ["Interruptions", task.interruptions ? String(task.interruptions) : ""], ["Handed back", task.reason],
     ["Worker", fixed(task.worker_id)], ["Commit", fixed(task.git)],
+    ["Ran in", fixed(folders.workdir && asText(folders.workdir))], ["Folder of its runs", fixed(folders.shared)],
     ["Command", command && longText(command, "mono")], ["Time limits", limits.filter(Boolean).join(", ")]]);
 }
 

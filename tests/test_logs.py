@@ -71,8 +71,24 @@ def test_what_is_kept_of_a_run_elsewhere_is_its_end_as_it_was(home, store, capsy
     assert "04999" in shown.out[-20:]
     assert "only the end of %d bytes" % len(whole) in shown.err
 
+    assert L.main(["task", "harvest", "--metric", "n=caf. (0[0-9]+)"]) == 0
+    said = capsys.readouterr().err
+    assert "Changed 1 task;" in said and "Of the output of 1 task only the last 64 KiB are here" in said
+    assert L.get_task(run.task_id).summary == {"n": 4999}
+
     L.delete_task(run.task_id)
     assert os.listdir(str(store / "logs")) == []
+
+
+def test_harvest_counts_apart_what_is_not_here_and_says_nothing_of_an_end_that_is_all(home, store, capsys):
+    for output in (b"acc 0.5\n", b"nothing\n", None):
+        L.submit_task(args={"n": 1})
+        report(begun(home, output))
+    L.Disk.rename(str(home.cwd / ".labtasker" / "logs"), str(home.cwd / "hidden"))
+    assert L.main(["task", "harvest", "--metric", "acc=acc ([0-9.]+)"]) == 0
+    said = capsys.readouterr().err
+    assert "Changed 1 task; 0 had the values already; the output of 1 has none" in said
+    assert "; the output of 1 is not here (task logs " in said and "KiB" not in said
 
 
 def test_only_the_ends_of_a_tasks_last_runs_are_kept_and_go_with_it(home, store):

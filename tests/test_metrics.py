@@ -220,6 +220,10 @@ def test_each_run_has_its_facts_a_folder_to_work_in_and_one_that_its_task_keeps(
         assert at == folder and attempt == words[4] == str(number) and task_dir == words[5]
         assert words[0] == id_ and words[1] == task.attempts[number - 1]["run_id"] and words[2:4] == ["grid", "0"]
     assert len(lines) == 2 and [one["workdir"] for one in task.attempts] == [folder] * 2
+    shown = json.loads(both.cli("task", "get", id_, "--fmt", "json").stdout)
+    assert (shown["workdir"], shown["task_dir"]) == (folder, task_dir)
+    row = json.loads(both.cli("task", "ls", "--columns", "workdir,task_dir", "--fmt", "jsonl").stdout)
+    assert (row["workdir"], row["task_dir"]) == (folder, task_dir)
 
 
 def test_a_program_is_found_from_the_loops_folder_wherever_the_job_runs(home):

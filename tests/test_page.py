@@ -218,10 +218,10 @@ def view(server, **fields):
 def test_a_view_is_short_whatever_the_tasks_hold(server):
     ids = submit(server, "long", 3, metadata={"text": "x" * 10 ** 6, "deep": {"a": list(range(10 ** 5))},
                                               "nan": float("nan")})
-    answer = view(server, columns=["args.i", "metadata.text", "metadata.deep", "metadata.nan", "args.none", "duration"],
-                  sort=[["args.i", 1]], limit=2)
+    answer = view(server, columns=["args.i", "metadata.text", "metadata.deep", "metadata.nan", "args.none", "duration",
+                                   "workdir", "task_dir"], sort=[["args.i", 1]], limit=2)
     assert [row[0] for row in answer["rows"]] == ids[:2] and answer["found"] == 3 and answer["counts"] == {"pending": 3}
-    assert len(json.dumps(answer)) < 5000 and math.isnan(answer["rows"][0][5]) and answer["rows"][0][6:] == [None, None]
+    assert len(json.dumps(answer)) < 5000 and math.isnan(answer["rows"][0][5]) and answer["rows"][0][6:] == [None] * 4
     assert {"args.i", "args.case", "metadata.text", "metadata.nan"} <= set(answer["fields"])
     assert [row[0] for row in view(server, sort=[["args.i", -1]], limit=2, offset=2)["rows"]] == ids[:1]
     change(server, ids, args={"text": "y" * 10 ** 6, "many": {"k%d" % at: at for at in range(3000)}, "list": list(range(10 ** 5))})
@@ -809,7 +809,7 @@ def test_a_task_is_shown_whole(person, load, hand, size):
     article = person.sees(person.named("article", "Task"))
     person.sees(person.named("heading", case + "-0", article))
     for words in ("failed", one, "for the paper", "adam", "[0.9,0.999]", "2 of 2", "ValueError: no <b>luck</b> today",
-                  "Traceback"):
+                  "Traceback", "Folder of its runs", "/logs/%s/files" % one):
         person.says(article, words)
     log = person.page.locator("#log")
     person.says(log, "the first line")

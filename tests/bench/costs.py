@@ -1,5 +1,6 @@
 """Costs: of a command, as a whole process; of a server that has nothing to do."""
 import functools
+import json
 import os
 import selectors
 import subprocess
@@ -45,6 +46,46 @@ def command(name):
 def importing():
     """Return the milliseconds that `import labtasker` adds to an interpreter's start, and the goal."""
     return [one - other for one, other in zip(starts()["import"], starts()["pass"])], 20
+
+
+PRINTS = """
+import json, os, sys, time
+lines, per_s = int(sys.argv[1]), float(sys.argv[2])
+begin = time.perf_counter()
+for number in range(lines):
+    print("step %d: train loss %.4f, val loss %.4f, 12.3 ms" % (number, 1 / (number + 1), 2 / (number + 1)))
+    if per_s and number % 1000 == 999:
+        time.sleep(max(0, begin + number / per_s - time.perf_counter()))
+sys.stdout.flush()
+took_s = time.perf_counter() - begin
+with open(os.path.join(os.environ["LABTASKER_LOG_DIR"], "summary.json"), "w") as file:
+    json.dump({"lines_per_s": lines / took_s}, file)
+"""
+METRICS = ["--metric", "loss=val loss ([0-9.]+)", "--metric", "train=train loss ([0-9.]+)", "--step", "step ([0-9]+)"]
+
+
+def printing(end, per_s=0):
+    """Return the lines a second of a job that prints `per_s` (0: what it can) into a pipe or a pty, with and without
+    --metric, in turn."""
+    place = Workshop.place()
+    with open(os.path.join(place, "prints.py"), "w") as file:
+        file.write(PRINTS)
+    found = {True: [], False: []}
+    for number in range(2 * SIZES["jobs"]):
+        with_metric = number % 2 == 0
+        run_in(place, ["task", "submit", "--name", "job%d" % number, "--", "--lines=%d" % SIZES["printed"]])
+        run_in(place, ["loop", "--use-pty" if end == "pty" else "--no-use-pty"] + METRICS * with_metric + [
+            "--", sys.executable, "prints.py", "%(lines)", str(per_s)])
+        summary = json.loads(run_in(place, ["task", "ls", "--name", "job%d" % number, "--fmt", "jsonl"]))["summary"]
+        assert ("loss" in summary) == with_metric, summary
+        found[with_metric].append(summary["lines_per_s"])
+    return found[True], found[False]
+
+
+def run_in(place, words):
+    """Return what one of our commands prints."""
+    return subprocess.run(LABTASKER + words, cwd=place, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, check=True,
+                          stderr=subprocess.DEVNULL, env=peers.environment(PYTHONPATH=str(peers.ROOT))).stdout
 
 
 def spent(pid):

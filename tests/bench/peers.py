@@ -26,10 +26,12 @@ SIZES = {
     "cycles": 200,  # of submit, fetch and report, in a round
     "lines": 100000,  # of a journal that is opened; tasks in a store without a server
     "starts": 30,  # of each command
+    "jobs": 5, "printed": 300000,  # jobs that print, of each kind, and their lines
     "idle_s": 60.0,
 }
 QUICK = {"rounds": 1, "seconds": 0.1, "tasks": {"First": (8, 1), "Second": (8, 1)}, "batch": 1, "many": 4000,
-         "few": 1000, "cycles": 4, "lines": 400, "starts": 2, "idle_s": 1.0}
+         "few": 1000, "cycles": 4, "lines": 400, "starts": 2, "jobs": 1,
+         "printed": 2000, "idle_s": 1.0}
 
 
 class Missing(Exception):
