@@ -17266,13 +17266,13 @@ def do_task_harvest(options):
         " (task logs %s)" % without[0].task_id[:8] if without else "")
     note(words + ("; the output of %d is not here (task logs %s)" % (len(away), away[0].task_id[:8]) if away else ""))
     if cut:
-        note("Of the output of %s only the last %d KiB are here: run this on the host that has it all (task logs %s)." % (
+        note("Of the output of %s only the last %d KiB are here. The host of the run has all (task logs %s)." % (
             tasks_in_words(cut), TAIL_BYTES >> 10, cut[0].task_id[:8]))
 
 
 def _printed_values(task, metrics, step=None):
-    """Return (what metrics find in the output of a task's last run, as a summary; how much of that output is here: "all",
-    "end" or "")."""
+    """Return (what metrics find in the output of a task's last run, as a summary; how much of that output is here:
+    "all", "end" or "")."""
     printed, attempt, kind = Printed(metrics, step), _chosen_attempt(task, None), "all"
     feed = printed.channel()
     try:
