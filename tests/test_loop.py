@@ -110,7 +110,7 @@ def test_a_connection_is_closed_after_the_time_that_its_state_may_last(loop, clo
             continue
         conn = loop.client()
         conn.state, loop.server.connections.all = state, {conn}
-        loop.server.connections.let_go = loop.server.connections.all.discard
+        loop.server.connections.unregister = loop.server.connections.all.discard
         most_s = min(row.most_s, 1e6)
         clock.at += most_s
         loop.server.connections.sweep()

@@ -361,7 +361,7 @@ def test_help_shows_the_limits_that_can_be_set():
 def test_a_cross_site_request_is_answered_403_by_a_server(server):
     for headers in ({"Origin": "http://evil.example"}, {"Sec-Fetch-Site": "cross-site"}):
         status, answer, _ = server.http("POST", ME + "/tasks", {"args": {"a": 1}}, headers)
-        assert status == 403 and "nothing is changed" in answer["detail"]
+        assert status == 403 and "sent by a page of another site" in answer["detail"]
     assert server.http("POST", ME + "/tasks", {"args": {"a": 1}}, {"Origin": server.url})[0] == 201
 
 
@@ -513,7 +513,7 @@ def test_an_empty_key_or_none_lets_nobody_be_the_server(tmp_path):
 
 def test_every_message_passes_one_filter(capsys):
     evil = "a\x1b[2J\x9b31m\u202e\u2066\u061c\u200f\ufeff\r\x07\ud800 see http://user:hunter2@host/x and ftp://u:hunt/er2@x@h"
-    for speak in (L.tell, L.note, L.remark, L.Log("info").tell):
+    for speak in (L.tell, L.note, L.remark, L.Log("info").write):
         speak(evil)
         shown = capsys.readouterr().err
         assert shown.rstrip("\n").isprintable() and "hunter2" not in shown and "er2" not in shown, (speak, shown)
