@@ -168,6 +168,10 @@ class FilterError(SyntaxMistake):
     """A mistake in a filter."""
 
 
+class RuleError(SyntaxMistake):
+    """A mistake in a rule that stops tasks early."""
+
+
 class TemplateError(SyntaxMistake):
     """A mistake in a command template with its `%(key)` placeholders."""
 
@@ -1759,6 +1763,8 @@ TASK_FIELDS = {
     "priority": Field("int", 0, False, "higher is fetched first", "set", "set", "--priority N"),
     "retry_delay": Field("seconds", None, True, "pause before its first retry; doubles with each further one, up to "
                          "an hour; null: none", "set", "set", "--retry-delay TIME"),
+    "stop": Field("stop", None, True, "rule that stops it early, such as asha:loss:min; in full asha:METRIC:"
+                  "min|max[:eta=3][:from=1] or median:METRIC:min|max[:from=1][:after=5]; null: none", "set", "set", "--stop RULE"),
     "metadata": Field("dict", {}, False, "the submitter's notes: tags and the like", "unflatten", "merge",
                       "--metadata DICT"),
     "args": Field("dict", {}, False, "the job's arguments", "unflatten", "merge", "--args DICT"),
@@ -1767,14 +1773,16 @@ TASK_FIELDS = {
     "summary": Field("dict", {}, False, "what the job reported", None, "merge"),
     "worker_id": Field("id", None, False, "the worker that runs it; null when none does"),
     "run_id": Field("id", None, True, "its current run; the last one until the task is reset, cancelled or fetched"),
-    "run_end": Field("text", None, True, "how that run ended: success, failed, cancelled, pending or timeout"),
+    "run_end": Field("text", None, True, "how that run ended: success, failed, cancelled, pending, timeout or "
+                     "stopped"),
     "interruptions": Field("count", 0, True, "runs that were handed back; they charge no retry"),
-    "reason": Field("text", None, True, "why the last run was handed back"),
+    "reason": Field("text", None, True, "why the last run was handed back or stopped early"),
     "not_before": Field("time", None, True, "no loop gets it before then: its job asked so, or a run failed"),
     "attempts": Field("list", [], True, "its last runs: host, pid, worker_id, git, log, start, end, status, exit_code"),
     "git": Field("commit", None, True, "the commit it was submitted from, with -dirty where files were changed since",
                  "note"),
     "curve": Field("curve", None, None, "its history: the points that it reported with a step, at most 1,000"),
+    "rungs": Field("list", None, None, "what its rule asha has recorded: [value, step of its point] for each rung"),
     "fetch_id": Field("id", None, None, "the client's id of the fetch that started the run"),
     "digest": Field("int", None, None, "checksum of the submission, by which a repeat of it is known"),
 }
@@ -1891,6 +1899,62 @@ def covers(required, shape):
         return False
     return "*" in required or all(
         any(path[:size] in prefixes for size in range(1, len(path) + 1)) for path in shape)
+
+
+# Rules that stop a task early, in comparison with the tasks that have the same name and the same rule.
+
+# `metric`: the dotted key; `path`: its parts; `is_max`: the larger value is the better one; `options`: {name: number}
+Rule = collections.namedtuple("Rule", "kind metric path is_max options")
+_RULE_OPTIONS = {  # kind of rule: {option: (default, what its value has to be, whether it is that)}
+    "asha": {"eta": (3, "a number from 2 on", lambda value: value >= 2),
+             "from": (1, "a number over 0", lambda value: value > 0)},
+    "median": {"from": (1, "a number over 0", lambda value: value > 0),
+               "after": (5, "a whole number from 0 on", lambda value: type(value) is int and value >= 0)},
+}
+_RULE_FORM = "write asha:METRIC:min|max[:eta=3][:from=1] or median:METRIC:min|max[:from=1][:after=5]"
+
+
+@functools.lru_cache(1000)
+def parse_rule(text):
+    """Return the Rule that the text of `stop` means, or raise RuleError."""
+    words, columns = text.split(":"), [0]
+    for word in words:
+        columns.append(columns[-1] + len(word) + 1)
+
+    def refuse(place, why, within=0):
+        raise RuleError("%s; %s" % (why, _RULE_FORM), text, min(len(text), columns[place] + within))
+    kind = words[0]
+    if kind not in _RULE_OPTIONS:
+        refuse(0, "the rules are asha and median, not %s%s" % (cut(repr(kind)), hint(kind, _RULE_OPTIONS)))
+    path = words[1].split(".") if words[1:] else []
+    if not all(path) or not path:
+        refuse(1, "a metric is missing: the key of a value that is reported, such as loss")
+    if words[2:3] not in (["min"], ["max"]):
+        refuse(2, "min or max expected: which values of %s are better" % cut(words[1]))
+    options = {name: row[0] for name, row in _RULE_OPTIONS[kind].items()}
+    for place, word in enumerate(words[3:], 3):
+        name, equals, number = word.partition("=")
+        if name not in options or not equals:
+            refuse(place, "%s has the options %s, not %s%s" % (
+                kind, " and ".join("%s=%s" % (key, row[0]) for key, row in _RULE_OPTIONS[kind].items()),
+                cut(repr(word)), hint(name, options)))
+        if any(other.startswith(name + "=") for other in words[3:place]):
+            refuse(place, "%s is there twice" % name)
+        _, wanted, fits = _RULE_OPTIONS[kind][name]
+        is_number = re.match(r"[0-9]{1,15}(\.[0-9]{1,15})?(e[+-]?[0-9]{1,2})?\Z", number, re.ASCII)
+        value = (int if number.isdigit() else float)(number) if is_number else None
+        if value is None or not fits(value):
+            refuse(place, "%s should be %s" % (name, wanted), len(name) + 1)
+        options[name] = value
+    return Rule(kind, words[1], tuple(path), words[2] == "max", options)
+
+
+def rule_of(text):
+    """Return the Rule that a task has; None without one, and for one that only a newer version knows."""
+    try:
+        return None if text is None else parse_rule(text)
+    except RuleError:
+        return None
 
 
 # Comparisons of a filter that can never be true: their author is told, since all that is seen of them is nothing.
@@ -3825,6 +3889,47 @@ def _packed(step, at, values):
     return (step, float(at), keys) + tuple(values.values())
 
 
+class Group:
+    """The tasks of a queue that a rule compares: those with the same name and the same text of `stop`."""
+
+    def __init__(self):
+        self.count = 0  # tasks
+        self.rungs = []  # for each rung what is recorded there: [numbers, sorted; how many NaN]
+        self.succeeded = {}  # {task id: record} of those that have
+        self.means, self.medians = {}, {}  # what was computed of these: {task id: ...} and {step: ...}
+
+    def record(self, rungs, count):
+        """Add the records of a task (count 1), or take them out (-1)."""
+        from bisect import bisect_left
+        for place, (value, _) in enumerate(rungs or ()):
+            if place == len(self.rungs):
+                self.rungs.append([[], 0])
+            numbers = self.rungs[place][0]
+            if value != value:
+                self.rungs[place][1] += count
+            elif count > 0:
+                numbers.insert(bisect_left(numbers, value), value)
+            else:
+                del numbers[bisect_left(numbers, value)]
+
+    def succeed(self, task_id, record):
+        """Put the record of a task that has succeeded, or None."""
+        if record is not None:
+            self.succeeded[task_id] = record
+        elif self.succeeded.pop(task_id, None) is None:
+            return
+        self.means.pop(task_id, None)
+        self.medians.clear()
+
+    def rank(self, place, value, is_max):
+        """Return (how many records at a rung are better than a value, how many there are). NaN is worst."""
+        from bisect import bisect_left, bisect_right
+        numbers, number_nan = self.rungs[place] if place < len(self.rungs) else ((), 0)
+        better = len(numbers) if value != value else (
+            len(numbers) - bisect_right(numbers, value) if is_max else bisect_left(numbers, value))
+        return better, len(numbers) + number_nan
+
+
 class QueueState:
     """A queue in memory: its record, its tasks in the order of their last change, its workers, and the indexes.
 
@@ -3837,10 +3942,13 @@ class QueueState:
         self.fetches = {}  # fetch id: task id, of running tasks
         self.ended_fetches = collections.OrderedDict()  # ids of fetches that were given up: they get no task
         self.pending = Pending(self.tasks)
+        self.groups = {}  # {(task name, stop): Group} of the tasks that have a rule
 
     def put_task(self, task_id, new):
         """Replace the record with this id by another one, or by None; return the old one."""
         old = self.tasks.pop(task_id, None)
+        if (old is not None and old.stop) or (new is not None and new.stop):
+            self._regroup(task_id, old, new)
         was, rested = old and old.status, self.pending.resting.pop(task_id, None)
         if was == "running":
             del self.running[task_id]
@@ -3856,6 +3964,24 @@ class QueueState:
         if was == "pending" and not rested:  # after adding the new one, so that a shape that both have stays
             self.pending.retire(old)
         return old
+
+    def _regroup(self, task_id, old, new):
+        """Keep the groups current where a record takes the place of another."""
+        was, now_is = (record and record.stop and (record.task_name, record.stop) for record in (old, new))
+        if was == now_is and old.rungs is new.rungs and "success" not in (old.status, new.status):
+            return
+        if was:
+            self.groups[was].record(old.rungs, -1)
+            self.groups[was].count -= 1
+            self.groups[was].succeed(task_id, None)
+        if now_is:
+            group = self.groups.setdefault(now_is, Group())
+            group.record(new.rungs, 1)
+            group.count += 1
+            if new.status == "success":
+                group.succeed(task_id, new)
+        if was and not self.groups[was].count:
+            del self.groups[was]
 
     def put_worker(self, worker_id, new):
         """Replace the record with this id by another one, or by None; return the old one."""
@@ -4555,7 +4681,7 @@ def fetch_task_op(store, queue, request, at):
               "fetch_id": request.get("fetch_id"), "last_heartbeat": at if request["start_heartbeat"] else None}
     fields.update(_without_pause(task))
     if task.curve and task.run_end != "pending":  # only a run that was handed back is resumed
-        fields["curve"] = None
+        fields.update(curve=None, rungs=None)
     if request.get("cmd"):
         fields["cmd"] = request["cmd"]
     is_wished = not (request.get("heartbeat_default") and task.heartbeat_timeout is not None)
@@ -4635,18 +4761,27 @@ def report_task_op(store, queue, request, at):
     """Decide what a report does: end a run, hand it back, cancel a task, or merge its summary and add a point to its
     history. Answer whether the job should go on, and the status and reason of the task after it."""
     task = _task(queue, request["task_id"])
-    changes = _reported(queue, task, request, at)
-    point, doubt = _point_of(task, request, at)
-    if point and task.curve and task.curve.knows(point.get("id", "")):
+    if _is_of_stopped(task, request):  # its values don't count any more; how its process ended is kept
+        changes, point, doubt = _changed(task, _attempt_with(task, request.get("attempt")), None, at), None, None
+    else:
+        changes = _reported(queue, task, request, at)
+        point, doubt = _point_of(task, request, at)
+    if point and "id" in point and task.curve and task.curve.knows(point["id"]):
         changes = []
     elif point:
-        changes = _with_point(task, changes, point, at)
+        changes = _with_point(queue, task, changes, point, at)
     now_is = dict({"status": task.status, "reason": task.reason}, **dict(
         pair for change in changes if change[1] == task.task_id for pair in change[2].items()))
     answer = ForExtended(go=now_is["status"] == "running", status=now_is["status"], reason=now_is["reason"])
     if doubt:
         answer["notification"] = [{"type": "warning", "details": doubt}]
     return changes, answer
+
+
+def _is_of_stopped(task, request):
+    """Return whether a report is of the run that was stopped early."""
+    return task.run_end == "stopped" and (request.get("run_id") == task.run_id or (
+        request.get("run_id") is None and request["status"] == "running"))
 
 
 def step_of(value):
@@ -4669,12 +4804,190 @@ def _point_of(task, request, at):
     return point, None
 
 
-def _with_point(task, changes, point, at):
-    """Return the changes of a report, with its point."""
-    if changes and changes[0][0] == "task" and changes[0][3] is not None:  # one that ends the run
-        return [["point", task.task_id, {}, None, point]] + changes
-    fields = changes[0][2] if changes else {"last_modified": at}
-    return [["point", task.task_id, fields, None, point]] + changes[1:]
+def _with_point(queue, task, changes, point, at):
+    """Return the changes of a report with its point, and with what follows from that by the task's rule."""
+    fields, stopped = {}, None
+    if task.stop:
+        fields, stopped = _judged(queue, task, point)
+    if changes and changes[0][3] is not None:  # it ends the run
+        return [["point", task.task_id, fields, None, point]] + changes
+    fields = dict(changes[0][2] if changes else {"last_modified": at}, **fields)
+    changes = [["point", task.task_id, fields, None, point]]
+    if stopped:
+        end = {"status": move(TASK_MOVES, task.status, "cancel", "task " + task.task_id), "worker_id": None,
+               "reason": stopped, "run_end": "stopped", "last_modified": after(at, 1)}
+        changes.append(["task", task.task_id, dict(end, **_attempt_over(task, at, "cancelled", stopped)), task.status])
+    return changes
+
+
+# Rules that stop a task early. A rule is a function (queue, task, rule, point, value of the metric) that returns (fields
+# of the task that are new, why it is stopped or None).
+
+STOPPED = "stopped early: "  # how the reason of a task begins that a rule has stopped
+
+
+def _judged(queue, task, point):
+    """Return (fields of the task that are new, the reason why it is stopped or None) for a point that is added."""
+    rule, fields = rule_of(task.stop), {}
+    if "run" in point and task.rungs:  # the points at or beyond this step are dropped, and what they had recorded
+        kept = [row for row in task.rungs if row[1] < point["step"]]
+        fields = {"rungs": _rungs_of(task.stop, task.curve, kept, point["step"])}
+    value = _number_at(point["values"], rule.path) if rule else None
+    if value is None:
+        return fields, None
+    added, why = _RULES[rule.kind](queue, revised(task, fields) if fields else task, rule, point, value)
+    text = why and "%s%s, step %s, %s %s" % (STOPPED, rule.kind, shown_number(point["step"]), rule.metric, why)
+    return dict(fields, **added), text
+
+
+def _number_at(values, path):
+    """Return the number at a path in the values of a point, None without one."""
+    value = get_path(values, path)
+    return value if type(value) in (int, float) else None
+
+
+def shown_number(value):
+    """Return a number as a reason shows it."""
+    return str(value) if type(value) is int else "%.6g" % value
+
+
+def _recorded(rungs, rule, step, value):
+    """Return the records of a task with those of another point: one at each rung that it is the first to reach."""
+    rungs = list(rungs or ())
+    while _rung(rule, len(rungs)) <= step:
+        rungs.append([value, step])
+    return rungs
+
+
+def _rung(rule, place):
+    """Return the step of a rung."""
+    try:
+        return rule.options["from"] * rule.options["eta"] ** place
+    except OverflowError:
+        return math.inf
+
+
+def _rungs_of(stop, curve, rungs=None, before=math.inf):
+    """Return the records of a history's points at steps `before` one, after those that are known; None without any."""
+    rule = rule_of(stop)
+    for step, _, values in curve.content() if curve and rule and rule.kind == "asha" else ():
+        value = _number_at(values, rule.path)
+        if value is not None and step < before:
+            rungs = _recorded(rungs, rule, step, value)
+    return rungs or None
+
+
+def _asha(queue, task, rule, point, value):
+    """The point is recorded at the rungs that it is the first to reach. The highest decides: the task goes on if fewer
+    than one of eta of the records there are better."""
+    rungs = _recorded(task.rungs, rule, point["step"], value)
+    if len(rungs) == len(task.rungs or ()):
+        return {}, None
+    group, before = queue.groups[task.task_name, task.stop], queue.tasks[task.task_id].rungs or ()
+    better, others = group.rank(len(rungs) - 1, value, rule.is_max)
+    if len(before) >= len(rungs):  # what it had recorded here is dropped with this point, and is still in the group
+        better -= _is_worse(value, before[len(rungs) - 1][0], rule.is_max)
+        others -= 1
+    if better < max(1, (others + 1) // rule.options["eta"]):
+        return {"rungs": rungs}, None
+    return {"rungs": rungs}, "%s is %s of %d" % (shown_number(value), ordinal(better + 1), others + 1)
+
+
+def ordinal(number):
+    """Return "1st", "2nd", "11th"."""
+    is_th = number % 100 in (11, 12, 13) or number % 10 not in (1, 2, 3)
+    return "%d%s" % (number, "th" if is_th else ("st", "nd", "rd")[number % 10 - 1])
+
+
+def _is_worse(value, other, is_max):
+    """Return whether a value is worse than another; NaN is worst."""
+    return other == other and (value != value or (value < other if is_max else value > other))
+
+
+def _median(queue, task, rule, point, value):
+    """The task is stopped if its best value is worse than the median of the means of those that succeeded."""
+    if point["step"] < rule.options["from"]:
+        return {}, None
+    count, median = _median_at(queue.groups[task.task_name, task.stop], rule, point["step"])
+    if count < max(1, rule.options["after"]) or not _is_worse(value, median, rule.is_max):
+        return {}, None
+    best = _best((task.curve or NO_CURVE).plus(point), rule)
+    if not _is_worse(best, median, rule.is_max):
+        return {}, None
+    return {}, "%s at best is worse than %s, the median of %d" % (shown_number(best), shown_number(median), count)
+
+
+def _best(curve, rule):
+    """Return the best value of a rule's metric in a history; None without any."""
+    values = [_number_at(values, rule.path) for _, _, values in curve.content()]
+    values = [value for value in values if value is not None]
+    numbers = [value for value in values if value == value]
+    return (max if rule.is_max else min)(numbers) if numbers else values[0] if values else None
+
+
+def _median_at(group, rule, step):
+    """Return (of how many tasks that succeeded there are points up to a step, the median of their means or None)."""
+    if step not in group.medians:
+        if len(group.medians) > _MOST_MEDIANS:
+            group.medians.clear()
+        means = [_mean_up_to(group, task, rule, step) for task in group.succeeded.values()]
+        numbers = sorted(mean for mean in means if mean is not None and mean == mean)
+        nans = [mean for mean in means if mean is not None and mean != mean]
+        ordered = nans + numbers if rule.is_max else numbers + nans
+        middle = ordered[(len(ordered) - 1) // 2:len(ordered) // 2 + 1]
+        group.medians[step] = len(ordered), _mean(middle) if middle else None
+    return group.medians[step]
+
+
+_MOST_MEDIANS = 10000  # steps for which a group's median is kept
+
+
+def _mean(values):
+    try:
+        return math.fsum(values) / len(values)
+    except (OverflowError, ValueError):  # infinite, of both signs or in between
+        return sum(values) / len(values)
+
+
+def _mean_up_to(group, task, rule, step):
+    """Return the mean of a task's values at steps up to this one, None where it has none."""
+    from bisect import bisect_right
+    if task.task_id not in group.means:
+        rows = [(at, _number_at(values, rule.path)) for at, _, values in (task.curve or NO_CURVE).content()]
+        rows = sorted((row for row in rows if row[1] is not None), key=operator.itemgetter(0))
+        group.means[task.task_id] = [row[0] for row in rows], [row[1] for row in rows], {}
+    steps, values, known = group.means[task.task_id]
+    count = bisect_right(steps, step)
+    if count and count not in known:
+        known[count] = _mean(values[:count])
+    return known.get(count)
+
+
+_RULES = {"asha": _asha, "median": _median}
+
+
+def _standing(queue, task):
+    """Return what a task's rule has to say of it now, None without a rule."""
+    if not rule_of(task.stop):
+        return None
+    rule, points = rule_of(task.stop), (task.curve or NO_CURVE).content()
+    group, best = queue.groups[task.task_name, task.stop], _best(task.curve or NO_CURVE, rule)
+    if best is None:
+        return "%s: %s, so it is not compared." % (task.stop, "none of its %d points has a number %s" % (
+            len(points), rule.metric) if points else "it has reported nothing with a step")
+    if rule.kind == "median":
+        step = max(step for step, _, _ in points)
+        count, median = _median_at(group, rule, step)
+        return "%s: its best %s is %s; %d tasks that succeeded have points up to step %s%s (it is compared from %d on)." % (
+            task.stop, rule.metric, shown_number(best), count, shown_number(step),
+            ", the median of their means is %s" % shown_number(median) if count else "", rule.options["after"])
+    if not task.rungs:
+        return "%s: it has reached no rung; the first is step %s." % (task.stop, shown_number(rule.options["from"]))
+    value, step = task.rungs[-1]
+    better, count = group.rank(len(task.rungs) - 1, value, rule.is_max)
+    return "%s: at rung %s (step %s) its %s %s is %s of %d, of which %d go on; the next rung is step %s." % (
+        task.stop, shown_number(_rung(rule, len(task.rungs) - 1)), shown_number(step), rule.metric, shown_number(value),
+        ordinal(better + 1), count, max(1, count // rule.options["eta"]), shown_number(_rung(rule, len(task.rungs))))
 
 
 def _reported(queue, task, request, at):
@@ -4780,7 +5093,8 @@ def heartbeat_op(store, queue, request, at):
     run_id, worker_id = request.get("run_id"), request.get("worker_id")
     if task.status != "running" or (run_id is not None and run_id != task.run_id):
         if request.get("answer") == "status":
-            return [], {"status": task.status if task.status != "running" else "taken"}
+            is_stopped = task.run_end == "stopped" and run_id == task.run_id
+            return [], {"status": "stopped" if is_stopped else task.status if task.status != "running" else "taken"}
         raise NotFound("task %s is not running (it is %s)" % (task.task_id, task.status))
     if worker_id is not None and worker_id != task.worker_id:
         raise Forbidden("task %s is not run by worker %s" % (task.task_id, worker_id))
@@ -4806,6 +5120,8 @@ def _updated(task, request, reset):
             fields[name] = new if name in replaced else merge(getattr(task, name), new)
         elif field.updated == "set" and (value is not None or name in replaced and name in request):
             fields[name] = field.default if value is None else value
+    if fields.get("stop", task.stop) != task.stop:
+        fields["rungs"] = _rungs_of(fields["stop"], task.curve)
     if reset:
         fields.update(_RESET, **_without_pause(task))
         summary = fields.get("summary", task.summary)
@@ -4894,9 +5210,10 @@ WORKER_EVENTS = {"active": "activate", "suspended": "suspend", "crashed": "crash
 
 
 def get_history_op(store, queue, request, at):
-    """Decide nothing; answer, outside the lock, the points of a task's history."""
-    curve = _task(queue, request["task_id"]).curve or NO_CURVE
-    return [], lambda: {"content": [
+    """Decide nothing; answer, outside the lock, the points of a task's history, and what its rule has to say of it."""
+    task = _task(queue, request["task_id"])
+    curve, standing = task.curve or NO_CURVE, _standing(queue, task)
+    return [], lambda: {"standing": standing, "content": [
         {"step": step, "at": format_time(at), **{key: value for key, value in values.items() if key not in _POINTS_OWN}}
         for step, at, values in curve.content()]}
 
@@ -5876,6 +6193,7 @@ KINDS = {
     "attempt": _kind("an object of names with texts and numbers, of at most %d bytes" % _ATTEMPT_BYTES, _is_attempt),
     "log": _kind("text of at most %d letters" % LOG_LETTERS, lambda value: isinstance(value, str)
                  and len(value) <= LOG_LETTERS, is_shown=False),
+    "stop": _type("text", str),  # its content is checked by `parse_rule`
     "step": lambda value: value,  # what is none is told as a warning: no run ends for it
     "commit": _text("a commit's id, with -dirty where files were changed since", Pattern(r"[0-9a-f]{7,64}(-dirty)?\Z")),
     "event_id": _text("an event's id, like 17.0", EVENT_ID),
@@ -5919,6 +6237,8 @@ def checked(spec, given, where):
         except ValueError as error:
             problems.append((where + [name], str(error)))
             found[name] = None
+    if given.get("stop", "") is None and "replace_fields" in spec:  # plain clients, whose null means nothing, lack it
+        found["replace_fields"] = (found["replace_fields"] or []) + ["stop"]
     problems += [(where + [name], "is required") for name in spec.required if found[name] is REQUIRED]
     if problems:
         raise InvalidFields(sorted(problems, key=lambda problem: list(spec).index(problem[0][-1])))
@@ -5997,8 +6317,14 @@ def _prepare_table(store, request):
     _read_task_filter(store, request)
 
 
+def _prepare_submission(store, request):
+    for task in request["tasks"]:
+        parse_rule(task["stop"]) if task["stop"] is not None else None
+
+
 def _prepare_updates(store, request):
     for at, update in enumerate(request["updates"]):
+        parse_rule(update["stop"]) if update["stop"] is not None else None
         update["task_id"] = update["task_id"] or update.pop("_id")
         if not update["task_id"]:
             raise InvalidFields([(["body", at, "task_id"], "is required")])
@@ -6416,7 +6742,7 @@ ROUTES = {
         query={"cascade_delete": Arg("bool", False)}),
     "POST " + TASKS_PATH: _route(
         submit_tasks_op, "submit a task, or a list of them in one transaction", status=201,
-        fields=_SUBMISSION, body="either", quick=_always),
+        fields=_SUBMISSION, body="either", prepare=_prepare_submission, quick=_always),
     "PUT " + TASKS_PATH: _route(
         update_tasks_op, "update tasks, all or none", body="list", prepare=_prepare_updates,
         query={"reset_pending": Arg("bool", True)},
@@ -9797,6 +10123,8 @@ class TaskUpdateRequest(_Response):
         if given.get("summary") is not None:
             given["summary"] = plain_summary(given["summary"])
         checked(self.FIELDS, given, ["update"])
+        if given.get("stop") is not None:
+            parse_rule(given["stop"])
         super().__init__(task_id=task_id, _given=given, **dict(dict.fromkeys(self.FIELDS), **given))
 
     def to_dict(self):
@@ -9939,6 +10267,8 @@ def _submitted(task):
             raise LabtaskerTypeError("a submission has no field %r; did you mean %s? It has %s" % (
                 name, _as_argument(name, task[name], nearest(name, SUBMITTED)),
                 ", ".join(each for each, field in SUBMITTED.items() if field.flag)))
+    if isinstance(task.get("stop"), str):
+        parse_rule(task["stop"])
     return without_none(**dict({"task_id": new_id(), "git": code_version()}, **task))
 
 
@@ -11889,33 +12219,77 @@ def read_metrics(texts, step=None):
 
 class Printed:
     """The values that metrics find in the streams of one job, as they come: the latest of each in `values`. A carriage
-    return ends a line as well."""
+    return ends a line as well.
+
+    With a metric for the step, `points` has (step, values) of each line that has values. What stands in lines that were
+    overwritten, as by a progress bar, counts with the next whole line, or when the step changes."""
+
+    MOST_POINTS = 100  # that wait to be taken; of more, every second is left out
 
     def __init__(self, metrics, step=None, on_value=lambda: None):
         self.metrics, self.step_metric, self.on_value = metrics, step, on_value
         self.values, self.step = {}, None
+        self.points, self.point = [], {}  # `point`: the values of the step under way that are not in `points` yet
+        self.lock = threading.Lock()  # guards points: there may be several streams
 
     def channel(self):
         """Return a function that takes the bytes of one stream; None ends it."""
         rest = bytearray()
 
         def feed(data):
-            data = (data or b"\n").replace(b"\r", b"\n")
-            cut = data.rfind(b"\n") + 1
+            data = (data or b"\n").replace(b"\r\n", b"\n")
+            cut = max(data.rfind(b"\n"), data.rfind(b"\r")) + 1
             if cut:
                 self._read(bytes(rest) + data[:cut])
                 del rest[:]
             rest.extend(data[cut:cut + max(0, _LINE_BYTES - len(rest))])
         return feed
 
+    def take(self):
+        """Return the points that wait; they wait no longer."""
+        with self.lock:
+            points, self.points = self.points, []
+        return points
+
     def _read(self, lines):
-        step = self.step_metric and self.step_metric.last(lines)
-        self.step = self.step if step is None else step
-        found = {name: metric.last(lines) for name, metric in self.metrics.items()}
-        found = {name: value for name, value in found.items() if value is not None}
-        if found:
+        if self.step_metric:
+            with self.lock:
+                found = self._read_lines(lines)
+        else:
+            lines = lines.replace(b"\r", b"\n")
+            found = {name: metric.last(lines) for name, metric in self.metrics.items()}
+            found = {name: value for name, value in found.items() if value is not None}
             self.values.update(found)
+        if found:
             self.on_value()
+
+    def _read_lines(self, lines):
+        """Return whether there were values in the lines."""
+        has_found = False
+        if not any(metric.literal in lines for metric in itertools.chain([self.step_metric], self.metrics.values())):
+            lines = b"\n" if b"\n" in lines else b""
+        for line in re.findall(b"[^\r\n]*[\r\n]", lines):
+            line, is_whole = line[:-1] + b"\n", line.endswith(b"\n")
+            step = self.step_metric.last(line)
+            if step is not None and step != self.step:
+                self.end_point()
+                self.step = step
+            found = {name: metric.last(line) for name, metric in self.metrics.items()}
+            found = {name: value for name, value in found.items() if value is not None}
+            has_found = has_found or bool(found)
+            self.values.update(found)
+            self.point.update(found)
+            if is_whole:
+                self.end_point()
+        return has_found
+
+    def end_point(self):
+        """Have the values of the step under way wait as a point."""
+        if self.point and self.step is not None:
+            self.points.append((self.step, self.point))
+            if len(self.points) > self.MOST_POINTS:
+                del self.points[-2::-2]
+        self.point = {}
 
 
 class RunLog:
@@ -12297,7 +12671,7 @@ def _squeezed(head, text, tail, width):
 
 _OPEN = ("pending", "retry")  # what became of a task that is to be run again
 _ENDS = {"pending": "requeued", "retry": "to be retried",  # how a loop calls what became of a task
-         "taken": "taken over by another worker"}
+         "taken": "taken over by another worker", "stopped": "stopped early"}
 _ENDINGS = {"success": "success in %s", "failed": "failed in %s", "retry": "failed in %s",
             "pending": "requeued after %s, uncharged"}  # what the line of a run that took so long says
 
@@ -12663,7 +13037,7 @@ def _deliver_one(report, is_its_store, run=None):
     try:
         for point in report.pop("points", None) or [{}]:
             answer = deliver(**dict(report, **point))
-            run.hear(report["status"], answer) if run else None
+            run.hear(answer) if run else None
     except LabtaskerHTTPStatusError as error:
         if is_away(error):
             raise
@@ -12683,7 +13057,7 @@ def post(run, report, pause=time.sleep, limit_s=lambda: SERVER_LOST_S):
             deliver_kept(run)
             if not outbox_reports(run):  # otherwise this one has to wait for them
                 if not run.is_end_saved:
-                    run.hear(report["status"], deliver(run.task_id, run_id=run.run_id, **report))
+                    run.hear(deliver(run.task_id, run_id=run.run_id, **report))
                 return True
         except LabtaskerError as error:
             if not is_away(error):
@@ -12694,7 +13068,7 @@ def post(run, report, pause=time.sleep, limit_s=lambda: SERVER_LOST_S):
         keep_report(run, timed)
         return False
     except OSError:  # the disk is full
-        run.hear(report["status"], retry_while_away(
+        run.hear(retry_while_away(
             lambda: deliver(run.task_id, run_id=run.run_id, **timed), pause, limit_s))
         return True
 
@@ -12808,13 +13182,13 @@ class Run:
         point = {} if step is None else {"step": step, "point_id": new_id()}
         post(self, dict(point, status=status, summary=summary, worker_id=worker_id or self.worker_id))
         self.note_summary(summary)
-        if status != "running":
+        if status != "running" and not self.stopped:
             self.note_end(status)
 
-    def hear(self, status, answer):
-        """Note from the answer to a report of `status` whether the run was stopped."""
-        if answer and answer.get("status") == "cancelled" != status:
-            self.stopped = answer.get("reason") or "cancelled"
+    def hear(self, answer):
+        """Note from the answer to a report whether the run was stopped."""
+        if answer and answer.get("status") == "cancelled" and str(answer.get("reason")).startswith(STOPPED):
+            self.stopped = answer["reason"]
 
     def results(self, summary):
         """Return the summary to report when the run is over: `summary`, the values that the job has printed, and those
@@ -14194,9 +14568,22 @@ class Loop:
     def on_lost(self, key, status):
         """Note that someone else has ended a run, and wake the loop; the heartbeats' thread calls it."""
         for run in list(self.wake.runs):
-            if run.key == key and status != "success" and not run.ended_by_job():
+            if run.key == key and status == "stopped":
+                self._end_stopped(run)
+            elif run.key == key and status != "success" and not run.ended_by_job():
                 run.lost = status
                 self.wake.nudge()
+
+    def _end_stopped(self, run):
+        """Have a run that was stopped early end: its job may leave by itself within the grace."""
+        def lose():
+            if run in self.wake.runs:
+                run.lost = "cancelled"
+                self.wake.nudge()
+        run.stopped = run.stopped or STOPPED.rstrip(": ")
+        timer = threading.Timer(self.options.grace_s, lose)
+        timer.daemon = True
+        start_thread(timer)
 
     def handed_back(self, facts=None):
         """Return the Outcome of a run that the loop has to hand back, as it is leaving."""
@@ -14480,6 +14867,8 @@ class Slot:
             results = {key: value for key, value in (outcome.summary or {}).items() if key not in ERRORS}
             if run.run_id and (facts or results or run.has_log_elsewhere()):
                 _send_outcome(self, run, Outcome(status, results or None), facts)
+        elif status is None and run.stopped:
+            _send_outcome(self, run, Outcome("cancelled"), facts)
         elif status is None:
             send_log_of_lost(run) if run.has_log_elsewhere() and not self.wake.stop else None
         else:
@@ -14490,8 +14879,10 @@ class Slot:
         if run.ended or status is None:
             why = "its job was stopped" if not run.ended else (
                 "as reported by the job itself" if outcome.status != run.ended else "")
+        if run.stopped:
+            state, status, why = "stopped", "cancelled", run.stopped[len(STOPPED):]
         self.tell(run, ending(run.task, state, run.spent_s(), read_json(run.path("summary.json")), why))
-        run.note_end(status or run.lost or "lost", **dict(facts, reason=outcome.reason or facts.get("reason")))
+        run.note_end(status or run.lost or "lost", **dict(facts, reason=run.stopped or outcome.reason or facts.get("reason")))
         with loop.lock:
             loop.account.end(run.task_id, state)
 
@@ -14838,7 +15229,8 @@ def _interrupt(wake, run, signum):
             run.move("raise")
             raise KeyboardInterrupt(signal_name(wake.stop))
     elif run.lost:
-        raise TaskCancelled("task %s is %s: nobody waits for this run any more" % (run.task_id, run.lost))
+        raise TaskCancelled("task %s is %s: nobody waits for this run any more" % (
+            run.task_id, run.stopped or run.lost))
 
 
 def _outcome_of_answer(run, answer):
@@ -14861,7 +15253,7 @@ def _outcome_of_answer(run, answer):
 
 def _outcome_of_error(loop_, run, error):
     import signal
-    if run.lost:
+    if run.lost or run.stopped and not issubclass(type(error), KeyboardInterrupt):
         return Outcome(None)
     is_interrupt = issubclass(type(error), KeyboardInterrupt)
     if is_interrupt and run.state != "raised":  # raised by the function itself
@@ -14918,20 +15310,29 @@ class _Reporter:
         start_thread(self.thread)
 
     def _live(self):
-        while not self.over.is_set():
+        is_over = False
+        while not is_over:
             self.news.wait()
             self.news.clear()
-            if self.over.is_set():
-                return
+            is_over = self.over.is_set()
             try:
-                post(self.run, {"status": "running", "summary": plain_summary(dict(self.printed.values)),
-                                "worker_id": self.run.worker_id})
+                points = self.printed.take()
+                for step, values in points:
+                    self._post(values, step)
+                if not (points or is_over):
+                    self._post(dict(self.printed.values))
             except (LabtaskerError, OSError):  # the run was lost; any other reason comes with the report of its end
                 return
             self.over.wait(self.PERIOD_S)
 
+    def _post(self, values, step=None):
+        point = {} if step_of(step) is None else {"step": step, "point_id": new_id()}
+        if not self.run.stopped:
+            post(self.run, dict(point, status="running", summary=plain_summary(values), worker_id=self.run.worker_id))
+
     def end(self):
         """Return once no report is on its way."""
+        self.printed.end_point()
         self.over.set()
         self.news.set()
         self.thread.join(LEAVING_S)
@@ -16996,7 +17397,9 @@ def _no_loop(query, counts):
 def do_task_why(options):
     task, = _tasks_named([options.task_id])
     lines = _obstacles(task, options) if task.status == "pending" else [_what_became(task)]
-    reasons = [as_started(line) for line in lines]
+    standing = ask_route("GET " + TASKS_PATH + "/{task_id}/history", task_id=task.task_id)["standing"] if vars(
+        task).get("stop") else None
+    reasons = [as_started(line) for line in itertools.chain(lines, [standing] * bool(standing))]
     show_result(options, {"task_id": task.task_id, "status": task.status, "reasons": reasons},
                 "\n".join(map(clean, reasons)))
 
@@ -17012,6 +17415,8 @@ def _what_became(task):
         return "It failed for good, after %d of %d runs%s. %s" % (
             task.retries, task.max_retries, _with_error(task), again)
     took = spent(task, "{0} in {2} runs, the last {1}")
+    if vars(task).get("run_end") == "stopped":
+        return "It was %s. %s" % (task.reason, again)
     return "It is over: %s%s. %s" % (task.status, took and " after " + took, again)
 
 
@@ -17028,7 +17433,7 @@ def _obstacles(task, options):
                     key=lambda other: (-other.priority, other.last_modified, other.created_at))
     ahead = next((at for at, other in enumerate(queued) if other.task_id == task.task_id), 0)
     yield "Pending for %s, %s of %d in line (higher priority first, then the longest unchanged)." % (
-        age(task.last_modified), _ordinal(ahead + 1), len(queued))
+        age(task.last_modified), ordinal(ahead + 1), len(queued))
     if task.retries:
         yield "It failed %d of %d times%s." % (task.retries, task.max_retries, _with_error(task))
     if vars(task).get("reason"):
@@ -17054,12 +17459,6 @@ def _obstacles(task, options):
     if options.rest or options.extra_filter:
         misfit = "; ".join(_mismatches(options.rest, task) + _unmet(task, filter_of(options)))
         yield "The loop that you describe: %s." % (misfit or "it would take the task")
-
-
-def _ordinal(number):
-    """Return "1st", "2nd", "11th"."""
-    is_th = number % 100 in (11, 12, 13) or number % 10 not in (1, 2, 3)
-    return "%d%s" % (number, "th" if is_th else ("st", "nd", "rd")[number % 10 - 1])
 
 
 def _example_command(task):

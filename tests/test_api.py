@@ -371,6 +371,7 @@ BAD_VALUES = {  # kind of field: values that are none
     "event_id": ["x", "1", "1.x"], "answer": ["x"], "texts": ["x", [1]],
     "attempt": [1, [], "x", {"a": {}}, {"a": "x" * 3000}], "commit": [1, [], "x" * 1000], "log": [1, [], "x" * 10 ** 6],
     "step": [],  # what is none is told as a warning
+    "stop": [1, [], {}],
     "cmd": [1, [1], {}], "sort": ["x", [["a", 2]], [["a"]], [[1, 1]], {}],
 }
 
@@ -447,7 +448,7 @@ ANSWERS = [  # route, body or query, status, what the answer's objects hold; in 
     ("DELETE " + ME + "/tasks/next", {"fetch_id": "f"}, 204, None),
     ("POST " + ME + "/tasks/{t}/heartbeat", {}, 204, None), ("POST " + ME + "/tasks/{t}/heartbeat", {"answer": "status"}, 200, {"status"}),
     ("POST " + ME + "/tasks/{t}/status", {"status": "success"}, 200, set()), ("GET " + ME + "/tasks/{t}", {}, 200, TASK),
-    ("GET " + ME + "/tasks/{t}/history", {}, 200, {"content"}),
+    ("GET " + ME + "/tasks/{t}/history", {}, 200, {"content", "standing"}),
     ("GET " + ME + "/tasks/{t}/log", {}, 200, {"run_id", "text", "size", "host", "path"}),
     ("PUT " + ME + "/tasks", [{"_id": "{t}"}], 200, {"found", "content"}), ("DELETE " + ME + "/tasks/{t}", {}, 204, None),
     ("POST " + ME + "/workers/search", {}, 200, {"found", "content"}), ("POST " + ME + "/workers/{w}/status", {"status": "suspended"}, 200, set()),
