@@ -3889,7 +3889,7 @@ def _packed(step, at, values):
     return (step, float(at), keys) + tuple(values.values())
 
 
-class Group:
+class _Group:
     """The tasks of a queue that a rule compares: those with the same name and the same text of `stop`."""
 
     def __init__(self):
@@ -3975,7 +3975,7 @@ class QueueState:
             self.groups[was].count -= 1
             self.groups[was].succeed(task_id, None)
         if now_is:
-            group = self.groups.setdefault(now_is, Group())
+            group = self.groups.setdefault(now_is, _Group())
             group.record(new.rungs, 1)
             group.count += 1
             if new.status == "success":
@@ -4836,7 +4836,7 @@ def _judged(queue, task, point):
     if value is None:
         return fields, None
     added, why = _RULES[rule.kind](queue, revised(task, fields) if fields else task, rule, point, value)
-    text = why and "%s%s, step %s, %s %s" % (STOPPED, rule.kind, shown_number(point["step"]), rule.metric, why)
+    text = why and "%s%s, step %s, %s %s" % (STOPPED, rule.kind, _shown_number(point["step"]), rule.metric, why)
     return dict(fields, **added), text
 
 
@@ -4846,7 +4846,7 @@ def _number_at(values, path):
     return value if type(value) in (int, float) else None
 
 
-def shown_number(value):
+def _shown_number(value):
     """Return a number as a reason shows it."""
     return str(value) if type(value) is int else "%.6g" % value
 
@@ -4890,7 +4890,7 @@ def _asha(queue, task, rule, point, value):
         others -= 1
     if better < max(1, (others + 1) // rule.options["eta"]):
         return {"rungs": rungs}, None
-    return {"rungs": rungs}, "%s is %s of %d" % (shown_number(value), ordinal(better + 1), others + 1)
+    return {"rungs": rungs}, "%s is %s of %d" % (_shown_number(value), ordinal(better + 1), others + 1)
 
 
 def ordinal(number):
@@ -4914,7 +4914,7 @@ def _median(queue, task, rule, point, value):
     best = _best((task.curve or NO_CURVE).plus(point), rule)
     if not _is_worse(best, median, rule.is_max):
         return {}, None
-    return {}, "%s at best is worse than %s, the median of %d" % (shown_number(best), shown_number(median), count)
+    return {}, "%s at best is worse than %s, the median of %d" % (_shown_number(best), _shown_number(median), count)
 
 
 def _best(curve, rule):
@@ -4979,15 +4979,15 @@ def _standing(queue, task):
         step = max(step for step, _, _ in points)
         count, median = _median_at(group, rule, step)
         return "%s: its best %s is %s; %d tasks that succeeded have points up to step %s%s (it is compared from %d on)." % (
-            task.stop, rule.metric, shown_number(best), count, shown_number(step),
-            ", the median of their means is %s" % shown_number(median) if count else "", rule.options["after"])
+            task.stop, rule.metric, _shown_number(best), count, _shown_number(step),
+            ", the median of their means is %s" % _shown_number(median) if count else "", rule.options["after"])
     if not task.rungs:
-        return "%s: it has reached no rung; the first is step %s." % (task.stop, shown_number(rule.options["from"]))
+        return "%s: it has reached no rung; the first is step %s." % (task.stop, _shown_number(rule.options["from"]))
     value, step = task.rungs[-1]
     better, count = group.rank(len(task.rungs) - 1, value, rule.is_max)
     return "%s: at rung %s (step %s) its %s %s is %s of %d, of which %d go on; the next rung is step %s." % (
-        task.stop, shown_number(_rung(rule, len(task.rungs) - 1)), shown_number(step), rule.metric, shown_number(value),
-        ordinal(better + 1), count, max(1, count // rule.options["eta"]), shown_number(_rung(rule, len(task.rungs))))
+        task.stop, _shown_number(_rung(rule, len(task.rungs) - 1)), _shown_number(step), rule.metric, _shown_number(value),
+        ordinal(better + 1), count, max(1, count // rule.options["eta"]), _shown_number(_rung(rule, len(task.rungs))))
 
 
 def _reported(queue, task, request, at):

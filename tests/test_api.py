@@ -122,7 +122,8 @@ def test_fields_beyond_the_protocol_are_shown_to_those_who_ask_for_them(call):
     plain = call("POST", ME + "/tasks/next", {"heartbeat_timeout": 9}, extensions=False)[1]["task"]
     assert set(plain) == TASK
     extended = call("POST", ME + "/tasks/search", {})[1]["content"][0]
-    assert set(extended) - TASK == {"run_id", "run_end", "interruptions", "reason", "not_before", "attempts", "git", "retry_delay"}
+    assert set(extended) - TASK == {"run_id", "run_end", "interruptions", "reason", "not_before", "attempts", "git", "retry_delay",
+                                    "stop"}
     assert set(call("GET", ME)[1]) == {"queue_id", "queue_name", "created_at", "last_modified", "metadata"}
 
 
