@@ -3889,7 +3889,7 @@ def _packed(step, at, values):
     return (step, float(at), keys) + tuple(values.values())
 
 
-class _Group:
+class _Peers:
     """The tasks of a queue that a rule compares: those with the same name and the same text of `stop`."""
 
     def __init__(self):
@@ -3942,7 +3942,7 @@ class QueueState:
         self.fetches = {}  # fetch id: task id, of running tasks
         self.ended_fetches = collections.OrderedDict()  # ids of fetches that were given up: they get no task
         self.pending = Pending(self.tasks)
-        self.groups = {}  # {(task name, stop): Group} of the tasks that have a rule
+        self.groups = {}  # {(task name, stop): _Peers} of the tasks that have a rule
 
     def put_task(self, task_id, new):
         """Replace the record with this id by another one, or by None; return the old one."""
@@ -3975,7 +3975,7 @@ class QueueState:
             self.groups[was].count -= 1
             self.groups[was].succeed(task_id, None)
         if now_is:
-            group = self.groups.setdefault(now_is, _Group())
+            group = self.groups.setdefault(now_is, _Peers())
             group.record(new.rungs, 1)
             group.count += 1
             if new.status == "success":
