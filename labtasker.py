@@ -1764,7 +1764,8 @@ TASK_FIELDS = {
     "retry_delay": Field("seconds", None, True, "pause before its first retry; doubles with each further one, up to "
                          "an hour; null: none", "set", "set", "--retry-delay TIME"),
     "stop": Field("stop", None, True, "rule that stops it early, such as asha:loss:min; in full asha:METRIC:"
-                  "min|max[:eta=3][:from=1] or median:METRIC:min|max[:from=1][:after=5]; null: none", "set", "set", "--stop RULE"),
+                  "min|max[:eta=3][:from=1] or median:METRIC:min|max[:from=1][:after=5]; null: none", "set",
+                  "set", "--stop RULE"),
     "metadata": Field("dict", {}, False, "the submitter's notes: tags and the like", "unflatten", "merge",
                       "--metadata DICT"),
     "args": Field("dict", {}, False, "the job's arguments", "unflatten", "merge", "--args DICT"),
@@ -4820,8 +4821,8 @@ def _with_point(queue, task, changes, point, at):
     return changes
 
 
-# Rules that stop a task early. A rule is a function (queue, task, rule, point, value of the metric) that returns (fields
-# of the task that are new, why it is stopped or None).
+# Rules that stop a task early. A rule is a function (queue, task, rule, point, value of the metric) that returns
+# (fields of the task that are new, why it is stopped or None).
 
 STOPPED = "stopped early: "  # how the reason of a task begins that a rule has stopped
 
@@ -4968,26 +4969,38 @@ _RULES = {"asha": _asha, "median": _median}
 
 def _standing(queue, task):
     """Return what a task's rule has to say of it now, None without a rule."""
-    if not rule_of(task.stop):
+    rule, curve = rule_of(task.stop), task.curve or NO_CURVE
+    if rule is None:
         return None
-    rule, points = rule_of(task.stop), (task.curve or NO_CURVE).content()
-    group, best = queue.groups[task.task_name, task.stop], _best(task.curve or NO_CURVE, rule)
+    group, best = queue.groups[task.task_name, task.stop], _best(curve, rule)
     if best is None:
-        return "%s: %s, so it is not compared." % (task.stop, "none of its %d points has a number %s" % (
-            len(points), rule.metric) if points else "it has reported nothing with a step")
-    if rule.kind == "median":
-        step = max(step for step, _, _ in points)
-        count, median = _median_at(group, rule, step)
-        return "%s: its best %s is %s; %d tasks that succeeded have points up to step %s%s (it is compared from %d on)." % (
-            task.stop, rule.metric, _shown_number(best), count, _shown_number(step),
-            ", the median of their means is %s" % _shown_number(median) if count else "", rule.options["after"])
-    if not task.rungs:
-        return "%s: it has reached no rung; the first is step %s." % (task.stop, _shown_number(rule.options["from"]))
-    value, step = task.rungs[-1]
-    better, count = group.rank(len(task.rungs) - 1, value, rule.is_max)
-    return "%s: at rung %s (step %s) its %s %s is %s of %d, of which %d go on; the next rung is step %s." % (
-        task.stop, _shown_number(_rung(rule, len(task.rungs) - 1)), _shown_number(step), rule.metric, _shown_number(value),
-        ordinal(better + 1), count, max(1, count // rule.options["eta"]), _shown_number(_rung(rule, len(task.rungs))))
+        text = "none of its %d points has a number %s" % (len(curve.points), rule.metric) if curve.points else (
+            "it has reported nothing with a step")
+        return "%s: %s, so it is not compared." % (task.stop, text)
+    return "%s: %s." % (task.stop, _STANDINGS[rule.kind](group, task, rule, best))
+
+
+def _asha_standing(group, task, rule, best):
+    rungs = task.rungs or ()
+    next_rung = _shown_number(_rung(rule, len(rungs)))
+    if not rungs:
+        return "it has reached no rung; the first is step " + next_rung
+    value, step = rungs[-1]
+    better, count = group.rank(len(rungs) - 1, value, rule.is_max)
+    return "at rung %s (step %s) its %s %s is %s of %d, of which %d go on; the next rung is step %s" % (
+        _shown_number(_rung(rule, len(rungs) - 1)), _shown_number(step), rule.metric, _shown_number(value),
+        ordinal(better + 1), count, max(1, count // rule.options["eta"]), next_rung)
+
+
+def _median_standing(group, task, rule, best):
+    step = max(point[0] for point in task.curve.points)
+    count, median = _median_at(group, rule, step)
+    return "its best %s is %s; %d tasks that succeeded have points up to step %s, %d are needed%s" % (
+        rule.metric, _shown_number(best), count, _shown_number(step), rule.options["after"],
+        "; the median of their means is " + _shown_number(median) if count else "")
+
+
+_STANDINGS = {"asha": _asha_standing, "median": _median_standing}
 
 
 def _reported(queue, task, request, at):
@@ -14882,7 +14895,8 @@ class Slot:
         if run.stopped:
             state, status, why = "stopped", "cancelled", run.stopped[len(STOPPED):]
         self.tell(run, ending(run.task, state, run.spent_s(), read_json(run.path("summary.json")), why))
-        run.note_end(status or run.lost or "lost", **dict(facts, reason=run.stopped or outcome.reason or facts.get("reason")))
+        facts["reason"] = run.stopped or outcome.reason or facts.get("reason")
+        run.note_end(status or run.lost or "lost", **facts)
         with loop.lock:
             loop.account.end(run.task_id, state)
 
