@@ -3967,8 +3967,9 @@ nohup labtasker loop --name sweep1 -j 2 --metric 'acc=acc=([0-9.]+)' -- python3 
 
 `-j 2` runs two at once; `--gpus all` one a GPU (it sets `CUDA_VISIBLE_DEVICES`), `--gpus 0,1 --per-gpu 2` \
 four. On Slurm
-`labtasker sbatch --dry-run --array=0-7 -t 4:00:00 -- python3 train.py '%(--*)'` prints the job script; see \
-references/cluster.md.
+`labtasker sbatch --dry-run --server --array=0-7 -t 4:00:00 --name sweep1 -- python3 train.py '%(--*)'` prints \
+the job's script,
+without `--dry-run` it submits it; see references/cluster.md.
 
 **4. Wait with a limit**, never without. `--expect N` fails where fewer than N tasks match, as with a mistyped name.
 
@@ -4074,9 +4075,11 @@ queue. Correct the command, or the tasks: `-u 'args={"lr": 0.1, "model": "vit"}'
 
 - **Options of labtasker stand before `--`**, the task's args or the job's command after it.
 - **Quote placeholders** (`'%(lr)'`) and filters (`-f 'args.model == "vit"'`: the text inside in double quotes).
-- **A switch** (`action="store_true"`) is `'%(--aug)'`, with values True and False. `--aug '%(aug)'` would \
-pass the word
-  False, `--aug=` an empty text. `--no-aug` at submission is an arg named `no_aug`.
+- **A switch** (`action="store_true"`) is `'%(--aug)'` or in `'%(--*)'`, with values True and False. `--aug \
+'%(aug)'` would pass the
+  word False, `--aug=` an empty text. `--no-aug` at submission is an arg named `no_aug`. A pair \
+`--aug/--no-aug` that is on by
+  default: `'%(--[no-]aug)' '%(--*)'`, since False alone passes nothing.
 - **Values are read as Python**: `1e-3` is the number 0.001 and comes out as `0.001`; `True`, `None` and \
 `[1,2]` are not text.
   A comma separates values only with `--grid`; without it `--lr=1,2` is one task with a list. In a grid lists have

@@ -20,6 +20,8 @@ def test_install_gives_three_commands_one_module_and_nothing_else(tmp_path, home
     for name in ("labtasker", "lt"):
         assert labtasker.__version__ in run([bin_folder / name, "--version"], home.cwd, env=env).stdout
     assert "--port" in run([bin_folder / "labtasker-server", "serve", "--help"], home.cwd, env=env).stdout
+    skill = (ROOT / "skills" / "labtasker" / "SKILL.md").read_text(encoding="utf-8")
+    assert run([bin_folder / "labtasker", "help", "skill"], home.cwd, env=env).stdout == skill
     run([bin_folder / "labtasker", "task", "submit", "--", "--lr=0.1"], home.cwd, env=env)
     assert [t["args"] for t in home.tasks()] == [{"lr": 0.1}]
     shown = run([bin_folder / "python", "-c", """
