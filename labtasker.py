@@ -6199,6 +6199,7 @@ KINDS = {
     "int": _int_between(-2 ** 63, 2 ** 63 - 1), "count": _int_between(0, 2 ** 31),
     "whole": _whole,
     "status": _one_of(TASK_STATES), "worker_status": _one_of(WORKER_STATES),
+    "extreme": _one_of(("max", "min")),
     "worker_report": _one_of(WORKER_STATES + ("ended",)), "answer": _one_of(("status",)),
     "texts": _kind("a list of text", _is_texts),
     "cmd": _kind("text or a list of text", lambda value: isinstance(value, str) or _is_texts(value)),
@@ -6779,6 +6780,12 @@ ROUTES = {
         prepare=_read_task_filter, run=_run_outside,
         fields=dict(_PAGE, status=Arg("status"), columns=Arg("texts"), spread=Arg("bool", False),
                     choose=Arg("bool", False))),
+    "POST " + TASKS_PATH + "/curves": _route(
+        _no_page, "the curve of one value for the tasks that match, thinned to some points",
+        prepare=_read_task_filter, run=_run_outside,
+        fields={"extra_filter": Arg("filter"), "status": Arg("status"), "columns": Arg("texts"),
+                "value": Arg("text"), "best": Arg("extreme"), "limit": Arg("whole", 1000),
+                "points": Arg("whole", 200000), "since": Arg("seconds")}),
     "POST " + TASKS_PATH + "/next": _route(
         fetch_task_op, "fetch the next task that matches, and run it", prepare=_prepare_fetch, run=_run_fetch,
         waits=_FOR_A_TASK, quick=_unless_new_request,
@@ -15715,6 +15722,41 @@ def in_states(counts):
     return ", ".join("%d %s" % (counts[state], state) for state in TASK_STATES if counts[state])
 
 
+_BLOCKS, _PLAIN_BLOCKS = "▁▂▃▄▅▆▇█", "_.-:=+*#"
+
+
+def sparkline(values, width=24, stream=None):
+    """Return numbers as a line of at most `width` signs, the last of them the last number; a blank is no finite number.
+
+    Where the encoding of the stream (stdout) lacks blocks, the signs are ASCII."""
+    signs = _BLOCKS
+    try:
+        signs.encode(getattr(stream or sys.stdout, "encoding", None) or "ascii")
+    except (UnicodeEncodeError, LookupError):
+        signs = _PLAIN_BLOCKS
+    shown = [value if type(value) in (int, float) and value - value == 0 else None
+             for value in values[::-(-(-len(values) // width) or 1)][::-1]]
+    finite = [value for value in shown if value is not None]
+    low, high = (min(finite), max(finite)) if finite else (0, 0)
+    size = high / 2 - low / 2  # by halves, which can't be too large for a float
+
+    def place(value):
+        return int((value / 2 - low / 2) / size * (len(signs) - 0.01)) if size else len(signs) // 2
+    return "".join(" " if value is None else signs[place(value)] for value in shown)
+
+
+def curve_lines(points):
+    """Return a line for each number that points of a history have: its name, its curve, its last value and step."""
+    curves = {}
+    for point in points:
+        for name, value in flatten({key: value for key, value in point.items() if key not in ("step", "at")}):
+            if type(value) in (int, float):
+                curves.setdefault(name, []).append((point["step"], value))
+    width = max(map(len, curves), default=0)
+    return ["%-*s  %s  %s at step %s" % (width, name, sparkline([value for _, value in curve]), brief(curve[-1][1]),
+                                        brief(curve[-1][0])) for name, curve in curves.items()]
+
+
 # ---- Formats: yaml, csv
 
 
@@ -16999,7 +17041,10 @@ def do_task_get(options):
     shown = dict(task.to_dict(), **without_none(duration=round(sum(times_s), 3) if times_s else None,
                                                 last_duration=round(times_s[-1], 3) if times_s[1:] else None,
                                                 **folders_of(task)))
-    show(record_text(shown, options.fmt), options.no_pager)
+    text = record_text(shown, options.fmt)
+    if options.fmt == "yaml" and task.start_time:  # comments, as a sparkline is no data
+        text = "\n".join([text] + ["# " + line for line in curve_lines(get_history(task.task_id))])
+    show(text, options.no_pager)
 
 
 # How many tasks match. counts: {value of a field as text: number}. ended, took_s: the latest tasks to end, and the

@@ -19,12 +19,12 @@ from labtasker import (
     COMMANDS, CONFIG_NAME, CONTROL, EVERY, EXTRA_COMMANDS, NOT_ENDED, REFRESH_S, REQUIRED, ROUTES, SELECT,
     SETTINGS, TASK_FIELDS, TASK_STATES, UPDATABLE, Command, Disk, Instant, JobCommand, LabtaskerError,
     LabtaskerHTTPStatusError, LabtaskerRuntimeError, LabtaskerValueError, OddFile, Page, Sweep,
-    SyntaxMistake, TaskUpdateRequest, UsageError, order_key, last_seen, alike_lines, as_typed, ask, brief,
+    SyntaxMistake, TaskUpdateRequest, UsageError, order_key, last_seen, alike_lines, as_typed, ask, ask_route, brief,
     cells_wide, change_of, choice, choose_columns, clean, client, compile_query, confirm, duration, enter_page,
     error_of, filter_of, find_root, fitted, flatten, folders_of, for_system, format_time, get_path, group, health_check,
     hint, ids_of, in_order, is_away, is_terminal, joined, lay_out, load_config, log_path, ls_tasks, ls_workers,
     main, monotonic, note, now, open_plain, option, pace, pace_of, pairs, parse, parse_filter, progress,
-    read_server_file, read_text, recent_ends, record_text, row_of, say, screen_size, seconds, selectors,
+    read_server_file, read_text, recent_ends, record_text, row_of, say, screen_size, seconds, selectors, sparkline,
     show, spent_s, store_folder, tail_of, tasks_in_words, typed_filter, typed_value, update_tasks, updates_of,
     use_client, visible, METRICS, config_sources, formats, render_table, show_result)
 
@@ -114,12 +114,19 @@ KEYS = {  # key: (method of Watch, words in the last line)
     "esc": ("go_back", ""), "backspace": ("go_back", ""), "q": ("quit", "q: back"),
 }
 UNWATCHED = ("status", "error", "created_at")  # what sections and last words tell, and what changes with every look
+CURVE_SIGNS, LEAST_ROOM, MOST_CURVES = 12, 60, 100  # of a curve; columns of a terminal with curves; that are asked for
 SAMPLE_ROWS = 100  # that the widths of columns are made for, beside those shown
 SECTIONS = (  # status, title, the time by which they stand, whether the latest is first
     ("running", "Running", "start_time", False), ("failed", "Failed, the last first", "last_modified", True),
     ("pending", "Pending, the next first", "last_modified", False),
     ("success", "Done, the last first", "last_modified", True),
     ("cancelled", "Cancelled, the last first", "last_modified", True))
+
+
+def curve_text(numbers):
+    """Return numbers as a sparkline and the last of them; "" without any."""
+    there = [number for number in numbers if number is not None]
+    return "%s %s" % (sparkline(numbers, CURVE_SIGNS), brief(there[-1], 4)) if there else ""
 
 
 def styled(text, *styles):
@@ -135,6 +142,7 @@ class Feed:
         self.sweep, self.interval_s = Sweep(query), interval_s
         self.lock = threading.Lock()  # guards the next line, and which sweep is the present one
         self.tasks, self.workers, self.error, self.looks = {}, {}, None, 0
+        self.wanted, self.curves = [], (None, {})  # ids of tasks; (a value, {id: its numbers by steps})
         self.wake = threading.Event()
         threading.Thread(target=self._run, name="labtasker watch", daemon=True).start()
 
@@ -146,6 +154,7 @@ class Feed:
                 sweep.refresh()
                 workers, error = {one.worker_id: one for one in ls_workers(
                     extra_filter=NOT_ENDED, limit=EVERY).content}, None
+                self.curves = curves_of(self.wanted)
             except Exception as problem:  # the next look may go well
                 workers, error = self.workers, problem
             with self.lock:
@@ -158,11 +167,29 @@ class Feed:
         with self.lock:
             return list(self.tasks.values()), self.workers, self.error, self.looks
 
+    def want_curves(self, ids):
+        """Look for the curves of these tasks from now on; at once where nobody wanted any."""
+        is_first, self.wanted = bool(ids and not self.wanted), ids
+        if is_first:
+            self.wake.set()
+
     def ask(self, query):
         """Look for other tasks from now on."""
         with self.lock:
             self.sweep, self.tasks = Sweep(query), {}
         self.wake.set()
+
+
+def curves_of(ids):
+    """Return (the value that most of these tasks report by steps or None, {task id: [number]})."""
+    if not ids or not client().extensions:
+        return None, {}
+    try:
+        found = ask_route("POST /api/v1/queues/me/tasks/curves", limit=len(ids), points=CURVE_SIGNS * len(ids),
+                          extra_filter={"task_id": {"$in": ids}})
+    except (LabtaskerHTTPStatusError, ValueError):  # a server without this file
+        return None, {}
+    return found["value"], {row[0]: row[3] for row in found["rows"] if row[3]}
 
 
 class View:
@@ -258,11 +285,21 @@ class View:
     def _columns(self, tasks, room):
         """Return (the line of heads, {task id: line}), aligned: the columns that tell all tasks apart."""
         rows = [self.rows[task.task_id] for task in tasks]
-        columns = lay_out(rows + self.sample, self.told, room - 10)
+        curves = self._curves_of(tasks, room)
+        width = max(map(cells_wide, curves), default=-2) + 2
+        columns = lay_out(rows + self.sample, self.told, room - 10 - width)
         table = [["id"] + [task.task_id[:8] for task in tasks]] + [cells[:1 + len(tasks)] for cells in columns.values()]
-        widths = [8] + [max(map(cells_wide, cells)) for cells in columns.values()]
+        table += [curves] if curves else []
+        widths = [8] + [max(map(cells_wide, cells)) for cells in table[1:]]
         head, *lines = ["  ".join(map(fitted, line, widths)) for line in zip(*table)]
         return head, {task.task_id: line for task, line in zip(tasks, lines)}
+
+    def _curves_of(self, tasks, room):
+        """Return the cells of a column with the curves of the tasks that run, below their value's name; or []."""
+        self.feed.want_curves([task.task_id for task in tasks if task.status == "running"][:MOST_CURVES])
+        value, curves = self.feed.curves
+        shown = [curve_text(curves.get(task.task_id, ())) for task in tasks]
+        return [value] + shown if any(shown) and room >= LEAST_ROOM else []
 
     def _told(self, task):
         """Return what a row tells of a task: a worker by its name."""
@@ -283,6 +320,10 @@ class View:
     def _task(self, width, room):
         task = self.tasks.get(self.chosen)
         lines = (record_text(task.to_dict()) if task else "It is gone.").split("\n")
+        self.feed.want_curves([self.chosen])
+        value, curves = self.feed.curves
+        if self.chosen in curves:
+            lines.insert(0, "%s  %s" % (value, curve_text(curves[self.chosen])))
         self.top = max(0, min(self.top, len(lines) - room))
         return [fitted(clean(line, ""), width).rstrip() for line in lines[self.top:self.top + room]]
 
@@ -512,6 +553,10 @@ class Look:
 
     def seen(self):
         return self.tasks, self.workers, None, 1
+
+    def want_curves(self, ids):
+        """Look for the curves of these tasks."""
+        self.curves = curves_of(ids)
 
 
 def picture(query, where, width, height=40):
@@ -1258,6 +1303,7 @@ SAMPLE, MOST_PATHS = 300, 400  # tasks that are looked at for what fields there 
 MOST_ALIKE = 60  # fields of which it is told that they are the same in all tasks
 MOST_CHOSEN_OF = 100  # tasks, beside those shown, that are looked at for which columns tell them apart
 CELL, MOST_ROWS, MOST_COLUMNS = 300, 20000, 200  # letters of a cell; rows, columns of a view
+LEAST_POINTS, MOST_POINTS = 20, 1000  # of a curve that is shown, whatever their number
 
 POLICY = "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src 'self' data:; " \
          "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
@@ -1300,8 +1346,26 @@ def view_tasks(store, caller, request):
 
 def viewed(store, records, request, at):
     """Return what `view_tasks` answers, from a list of records in the order of their last change; outside the lock."""
-    everything = collections.Counter(record.status for record in records)
-    chosen, counts, fields = records, everything, fields_of(records)
+    chosen, overview = matched(store, records, request, at)
+    names = request["columns"] or []
+    if request["spread"]:
+        both = [value_of(name) for name in names[:2]]
+        chosen = [record for record in chosen if all(get(record) is not None for get in both)]
+    getters, shown = [column_of(name, store) for name in names], rows_of(store, chosen, request)
+    answer = dict(overview, found=len(chosen),
+                  rows=[[record.task_id, record.status] + [get(record) for get in getters] for record in shown])
+    if request["choose"]:
+        others = chosen[::len(chosen) // MOST_CHOSEN_OF + 1]
+        looked_at = {record.task_id: record for record in shown + others}
+        answer["chosen"] = chosen_of(store, looked_at.values(), request["sort"] or ())
+    return answer
+
+
+def matched(store, records, request, at):
+    """Return (the records that the filter and the status leave, what every view answers of them); raises
+    LabtaskerValueError where too many columns are asked for."""
+    chosen, fields = records, fields_of(records)
+    counts = everything = collections.Counter(record.status for record in records)
     if request["extra_filter"] is not None:
         seen = (last_seen(store, record) if record.status == "running" else record for record in records)
         chosen = list(filter(request["predicate"], seen))
@@ -1309,21 +1373,90 @@ def viewed(store, records, request, at):
         fields = dict(fields_of(chosen), **fields)  # what is asked for stands first
     if request["status"]:
         chosen = [record for record in chosen if record.status == request["status"]]
-    names = request["columns"] or []
-    if len(names) > MOST_COLUMNS:
-        raise LabtaskerValueError("%d columns: at most %d are shown" % (len(names), MOST_COLUMNS))
-    if request["spread"]:
-        both = [value_of(name) for name in names[:2]]
-        chosen = [record for record in chosen if all(get(record) is not None for get in both)]
-    getters, shown = [column_of(name, store) for name in names], rows_of(store, chosen, request)
-    answer = {"rows": [[record.task_id, record.status] + [get(record) for get in getters] for record in shown],
-              "found": len(chosen), "counts": counts, "queue": pace_of(everything, *recent_ends(records, at))._asdict(),
-              "fields": fields, "at": at}
-    if request["choose"]:
-        others = chosen[::len(chosen) // MOST_CHOSEN_OF + 1]
-        looked_at = {record.task_id: record for record in shown + others}
-        answer["chosen"] = chosen_of(store, looked_at.values(), request["sort"] or ())
-    return answer
+    if len(request["columns"] or ()) > MOST_COLUMNS:
+        raise LabtaskerValueError("%d columns: at most %d are shown" % (len(request["columns"]), MOST_COLUMNS))
+    return chosen, {"counts": counts, "fields": fields, "at": at,
+                    "queue": pace_of(everything, *recent_ends(records, at))._asdict()}
+
+
+def view_curves(store, caller, request):
+    """Return the curves of the tasks that match: {rows: [[task id, status, cell..., [step], [value]]], names: [value
+    that points have], value: the one that is shown, found: how many tasks have it, until: a time} and what `view_tasks`
+    says of all.
+
+    Where more than `limit` have it, a sample is answered, always the same, and with `best` the best of all. `points`
+    are shared among the curves. The steps and values of a task that has not changed since the time `since` are null:
+    an `until` that was answered before."""
+    def decide(store, queue, request, at):
+        records = list(queue.tasks.values())
+        return [], lambda: curves_viewed(store, records, request, at)
+    return store.transact(decide, caller, request, False)
+
+
+def curves_viewed(store, records, request, at):
+    """Return what `view_curves` answers, from a list of records; outside the lock."""
+    chosen, overview = matched(store, records, request, at)
+    chosen = [record for record in chosen if record.curve and record.curve.points]
+    names = names_of_curves(chosen)
+    value = request["value"] or next(iter(names), None)
+    path = value.split(".") if value else []
+    chosen = [record for record in chosen
+              if value and any(path[0] in point[2] for point in reversed(record.curve.points))]
+    getters = [column_of(name, store) for name in request["columns"] or ()]
+    shown = sampled_curves(chosen, path, request)
+    most, since = min(MOST_POINTS, max(LEAST_POINTS, request["points"] // max(1, len(shown)))), request["since"]
+    return dict(overview, names=names, value=value, found=len(chosen), until=float(at), rows=[
+        [record.task_id, record.status] + [get(record) for get in getters]
+        + ([None, None] if since is not None and record.last_modified < since
+           else series_of(record.curve, path, most)) for record in shown])
+
+
+def keys_of_curve(curve):
+    """Return the keys of a curve's points, those that many points share once."""
+    return set(point[2] for point in curve.points)
+
+
+def names_of_curves(records):
+    """Return the dotted names of the numbers that points have, what rules stop by first, then the most common."""
+    found, stopping = collections.Counter(), collections.Counter()
+    for record in records[::len(records) // SAMPLE + 1]:
+        for keys in keys_of_curve(record.curve):
+            point = next(point for point in record.curve.points if point[2] is keys or point[2] == keys)
+            for name, value in flatten(dict(zip(keys, point[3:]))):
+                found[name] += type(value) in (int, float)
+        rule = (getattr(record, "stop", None) or "").split(":")
+        stopping.update(rule[1:2])
+    names = sorted((name for name in found if found[name]), key=lambda name: (-stopping[name], -found[name]))
+    return names[:MOST_PATHS]
+
+
+def sampled_curves(records, path, request):
+    """Return the records whose curves are shown: all, or a sample with the best among them."""
+    import heapq
+    limit, way = min(request["limit"], MOST_ROWS), request["best"]
+    if len(records) <= limit:
+        return records
+
+    def key(record):
+        value = get_path(record.summary, path)
+        return (value if way == "min" else -value) if type(value) in (int, float) and value == value else float("inf")
+    best = heapq.nsmallest(limit // 10, records, key) if way else []
+    there = {record.task_id for record in best}
+    sample = heapq.nsmallest(limit, records, lambda record: zlib.crc32(record.task_id.encode()))
+    return (best + [record for record in sample if record.task_id not in there])[:limit]
+
+
+def series_of(curve, path, most):
+    """Return [[step], [value]] of one value of a curve, in the order of the steps; of some `most` of its points, the
+    newest among them. What is no finite number is null."""
+    top, rest = path[0], path[1:]
+    points = [point for point in curve.points if top in point[2]]
+    points = points[::-(-(-len(points) // most) or 1)][::-1]
+    if any(one[0] > other[0] for one, other in zip(points, points[1:])):
+        points.sort(key=operator.itemgetter(0))
+    values = [get_path(point[3 + point[2].index(top)], rest) for point in points]
+    return [[point[0] for point in points], [
+        value if type(value) in (int, float) and value - value == 0 else None for value in values]]
 
 
 def chosen_of(store, records, sort):
@@ -1490,6 +1623,7 @@ enter_page("GET /page", page_html)
 enter_page("GET /page.css", page_css)
 enter_page("GET /page.js", page_js)
 enter_page("POST /api/v1/queues/me/tasks/view", view_tasks)
+enter_page("POST /api/v1/queues/me/tasks/curves", view_curves)
 
 
 # ---- The page: its parts, as the browser gets them
@@ -1536,6 +1670,7 @@ PAGE_HTML = r"""<!DOCTYPE html>
       <a id="to-tasks" href="#view=tasks">Tasks</a>
       <a id="to-plot" href="#view=plot">Plot</a>
       <a id="to-grid" href="#view=grid">Grid</a>
+      <a id="to-curves" href="#view=curves">Curves</a>
       <a id="to-workers" href="#view=workers">Workers</a>
     </nav>
     <p id="connection" class="away"><span class="dot"></span><span id="connection-text">Connecting</span></p>
@@ -1624,6 +1759,21 @@ PAGE_HTML = r"""<!DOCTYPE html>
       <p id="grid-note" class="quiet note"></p>
       <div id="grid-drawing" class="drawing"></div>
       <details id="grid-data"><summary>The data as a table</summary></details>
+    </section>
+
+    <section id="curves" aria-label="Curves" hidden>
+      <form class="tools">
+        <label>Value <select id="curves-value"></select></label>
+        <label>Colour <select id="curves-colour"></select></label>
+        <label>Best <select id="curves-best"><option value="max">Highest</option><option value="min">Lowest</option>
+          </select></label>
+        <label class="tick"><input id="curves-logy" type="checkbox"> Log vertical</label>
+        <label class="tick"><input id="curves-logx" type="checkbox"> Log horizontal</label>
+      </form>
+      <p id="curves-note" class="quiet note"></p>
+      <p id="curves-legend" class="quiet"></p>
+      <div id="curves-drawing" class="drawing"></div>
+      <details id="curves-data"><summary>The data as a table</summary></details>
     </section>
 
     <section id="workers" aria-label="Workers" hidden>
@@ -1842,10 +1992,14 @@ tr:hover > .kept { background: var(--raised); }
 .drawing text { fill: var(--quiet); font-size: 0.857rem; }
 .drawing .title { fill: var(--text); }
 .drawing .axis { stroke: var(--strong); } .drawing .tick { stroke: var(--line); }
+.drawing canvas { position: absolute; inset: 0; width: 100%; height: 100%; }
+.drawing .line { fill: none; stroke: var(--c, var(--c0)); stroke-width: 2; stroke-linejoin: round;
+  pointer-events: none; }
+.drawing .line.best { stroke-width: 3.5; } .drawing .line.pointed { stroke: var(--text); stroke-width: 2.5; }
 .drawing a { outline: none; cursor: pointer; text-decoration: none; }
-#plot-legend { display: flex; flex-wrap: wrap; gap: 0.214rem 1.286rem; }
-#plot-legend:not(:empty) { padding-bottom: 0.643rem; }
-#plot-legend span { display: inline-flex; align-items: center; gap: 0.429rem; }
+#plot-legend, #curves-legend { display: flex; flex-wrap: wrap; gap: 0.214rem 1.286rem; }
+#plot-legend:not(:empty), #curves-legend:not(:empty) { padding-bottom: 0.643rem; }
+#plot-legend span, #curves-legend span { display: inline-flex; align-items: center; gap: 0.429rem; }
 .mark { fill: var(--c, var(--c0)); fill-opacity: 0.62; }
 td button.plain { padding: 0; }
 .drawing a:hover .mark, .drawing a:focus .mark { fill-opacity: 1; stroke: var(--text); stroke-width: 2; }
@@ -1944,8 +2098,9 @@ PAGE_JS = r"""// The page of a Labtasker server. Reads downward: what a section 
 //   10. Drawings   what plot and grid share: scales, axes, points to walk through
 //   11. Plot       a field against an arg
 //   12. Grid       two args, coloured by a metric
-//   13. Workers    and what each runs
-//   14. Views      the table that names them, keys, start
+//   13. Curves     a value over steps, a line for each task
+//   14. Workers    and what each runs
+//   15. Views      the table that names them, keys, start
 
 // 1. Elements #################################################################
 
@@ -2173,8 +2328,17 @@ function readJson(text) {
     (piece) => /^"|^-?\d{1,15}$|^-?\d.*[.eE]/.test(piece) ? piece : `"${piece}"`));
 }
 
+/** JSON of many numbers: as readJson where it has what JavaScript does not know. */
+function readNumbers(text) {
+  try {
+    return JSON.parse(text);
+  } catch {
+    return readJson(text);
+  }
+}
+
 /** Returns the answer to a request; throws Refused or Away. */
-async function ask(method, path, body, {signal, as = login} = {}) {
+async function ask(method, path, body, {signal, as = login, read = readJson} = {}) {
   let answer, text;
   try {
     answer = await fetch(path, {method, signal, credentials: "omit", cache: "no-store",
@@ -2196,7 +2360,7 @@ async function ask(method, path, body, {signal, as = login} = {}) {
     }
     throw new Refused(answer.status, detail);
   }
-  return text ? readJson(text) : null;
+  return text ? read(text) : null;
 }
 
 const view = (request, options) => ask("POST", `${ME}/tasks/view`, request, options);
@@ -2325,7 +2489,8 @@ function showConnection() {
 // 4. Address ##################################################################
 
 const DEFAULTS = {view: "tasks", filter: "", status: "", sort: "created_at", way: "-1", page: "1", columns: "",
-  task: "", run: "", x: "", y: "", colour: "", logx: "", logy: "", gx: "", gy: "", metric: "", how: "mean"};
+  task: "", run: "", x: "", y: "", colour: "", logx: "", logy: "", gx: "", gy: "", metric: "", how: "mean",
+  curve: "", best: "", clogx: "", clogy: ""};
 let at = {...DEFAULTS};
 
 function readAddress() {
@@ -3332,12 +3497,13 @@ function walkable(group, next) {
   group.addEventListener("pointerout", hideTip);
 }
 
-/** Draws: axes and the like, then a group of links to walk through; the focus stays on the same one. */
-function drawIn(place, room, title, parts, group, next) {
+/** Draws: axes and the like, then a group of links to walk through; the focus stays on the same one. `under` lies below
+    all. */
+function drawIn(place, room, title, parts, group, next, under = null) {
   const focused = place.contains(document.activeElement) ? document.activeElement.dataset.id : null;
   const titleId = `${place.id}-title`;
   hideTip();
-  fill(place, svg("svg", {viewBox: `0 0 ${room.whole.width} ${room.whole.height}`, role: "group",
+  fill(place, under, svg("svg", {viewBox: `0 0 ${room.whole.width} ${room.whole.height}`, role: "group",
     "aria-labelledby": titleId}, svg("title", {id: titleId}, title), parts, group));
   walkable(group, next);
   const again = focused && [...group.querySelectorAll("a")].find((link) => link.dataset.id === focused);
@@ -3647,7 +3813,274 @@ function addressOf({ids}, pairs) {
 
 const literal = (value) => (typeof value === "boolean" ? (value ? "True" : "False") : JSON.stringify(value));
 
-// 13. Workers #################################################################
+// 13. Curves ##################################################################
+
+const MOST_CURVES = 1000;
+const MOST_WALKED = 200;  // curves, the best first, whose ends are links
+const PAINT_MS = 8;  // of a frame: many curves are painted in several
+const NEAR = 24;  // px between a pointer and the curve that it points to
+const LOW_IS_GOOD = /loss|err|mse|mae|perplexity|ppl|nll|fid|wer|cer|time|second|memory/i;
+const STOPPED = /^stopped early/;  // the reason of tasks that a rule has ended
+
+let curving = null;  // what was asked and answered last, with what is drawn of it
+let painting = 0;  // which painting is under way: an older one ends
+
+async function loadCurves(signal) {
+  await knowFields(signal);
+  const others = [...ofKind("args", "metadata"), "host"], colour = at.colour;
+  chooseField($("curves-colour"), [["", "None"], ...asOptions(["status", ...others])], colour, "");
+  const key = JSON.stringify([at.filter, at.status, at.curve, at.best, colour]);
+  const before = curving && curving.key === key ? curving : null;
+  const best = at.best || (LOW_IS_GOOD.test(at.curve || (before && before.value) || "") ? "min" : "max");
+  const look = (since) => ask("POST", `${ME}/tasks/curves`, {value: at.curve || null, limit: MOST_CURVES, since, best,
+    columns: ["task_name", "reason", ...(colour ? [colour] : [])], ...matching()}, {signal, read: readNumbers});
+  let answer = await look(before && before.until);
+  const isKnown = (row) => row[row.length - 1] || before.curves.has(row[0]);
+  if (before && !answer.rows.every(isKnown)) answer = await look(null);
+  showOverview(answer);
+  const text = JSON.stringify([answer.rows, at.clogx, at.clogy, [...chosen]]);
+  if (before && before.text === text && answer.rows.every((row) => !row[row.length - 1])) {
+    before.until = answer.until;
+    return;
+  }
+  const found = answer.rows.map((row) => curveOf(row, before, colour));
+  curving = {key, text, colour, until: answer.until, found: answer.found, value: answer.value, names: answer.names,
+    curves: new Map(found.map((curve) => [curve.id, curve]))};
+  drawCurves();
+}
+
+/** A row of the answer as a curve; its points are those from before where the answer has none. */
+function curveOf(row, before, colour) {
+  const [id, status, name, reason] = row, values = row[row.length - 1], steps = row[row.length - 2];
+  const isStopped = status === "cancelled" && STOPPED.test(reason || "");
+  const shade = colour === "status" ? status : colour ? row[4] : null;
+  const head = {id, status, name: name || id.slice(0, 8), isStopped, reason, shade};
+  if (!values) return {...before.curves.get(id), ...head};
+  const there = values.map((value, index) => index).filter((index) => typeof values[index] === "number");
+  const numbers = there.map((index) => values[index]);
+  const last = there.length ? there[there.length - 1] : -1;
+  return {...head, steps, values, numbers: there.length, low: Math.min(...numbers), high: Math.max(...numbers),
+    last: last < 0 ? null : values[last], lastStep: last < 0 ? null : steps[last]};
+}
+
+/** Does a lower value mean a better one? */
+const isLowBest = () => (at.best ? at.best === "min" : LOW_IS_GOOD.test(curving.value || ""));
+
+/** The curves that have a number, the best first, by their last values. */
+function rankedCurves() {
+  const way = isLowBest() ? 1 : -1;
+  return [...curving.curves.values()].filter((curve) => curve.numbers)
+    .sort((one, other) => way * (one.last - other.last) || (one.id < other.id ? -1 : 1));
+}
+
+function drawCurves() {
+  if (!login || !curving || at.view !== "curves") return;
+  const ranked = rankedCurves(), place = $("curves-drawing"), {value, colour} = curving;
+  chooseField($("curves-value"), asOptions(curving.names), at.curve, value);
+  $("curves-best").value = isLowBest() ? "min" : "max";
+  setText($("curves-note"), curvesNote(ranked));
+  if (!ranked.length) {
+    painting += 1;
+    curving.drawing = null;
+    fill(place);
+    fill($("curves-legend"));
+    return listData($("curves-data"), [], []);
+  }
+  const scaleY = curvesScale(ranked, (curve) => curve.values, at.clogy, 6, $("curves-logy"));
+  const room = roomIn(place, scaleY), count = Math.max(3, room.width / room.unit / 90);
+  const scaleX = curvesScale(ranked, (curve) => curve.steps, at.clogx || "0", count, $("curves-logx"));
+  const shades = shadesOf(colour, ranked), draw = {room, scaleX, scaleY, shades, value, colour, ranked};
+  for (const curve of ranked) placeCurve(curve, draw);
+  curving.drawing = draw;
+  fill($("curves-legend"), curvesLegend(ranked, draw));
+  const group = svg("g", {role: "list", "aria-label": "Curves"}, ranked.slice(0, MOST_WALKED).map(
+    (curve, index) => curveLink(curve, index, draw)));
+  const canvas = place.querySelector("canvas") || el("canvas", {"aria-hidden": "true"});
+  const under = [svg("svg", {viewBox: `0 0 ${room.whole.width} ${room.whole.height}`, "aria-hidden": "true"},
+    axes(room, scaleX, scaleY, "step", value)), canvas];
+  drawIn(place, room, `${value} over steps, ${many(ranked.length, "task")}`,
+    [broughtForward(ranked, draw)], group,
+    (index, key) => stepAlong(Math.min(MOST_WALKED, ranked.length), index, key), under);
+  paintCurves(canvas, draw);
+  listCurves(ranked);
+}
+
+/** The scale of an axis; on a log scale what is not above 0 has no place. */
+function curvesScale(ranked, numbersOf, wish, count, box) {
+  let low = Infinity, lowAbove = Infinity, high = -Infinity;
+  for (const curve of ranked) {
+    for (const number of numbersOf(curve)) {
+      if (typeof number !== "number") continue;
+      if (number < low) low = number;
+      if (number > high) high = number;
+      if (number > 0 && number < lowAbove) lowAbove = number;
+    }
+  }
+  const scale = scaleOf([wish === "1" && high > 0 ? lowAbove : low, high], wish, count);
+  box.disabled = high <= 0;
+  box.checked = scale.log;
+  return scale;
+}
+
+function curvesNote(ranked) {
+  if (!curving.value) return "No task has reported a value with its step yet: labtasker.report(step=3, loss=0.7).";
+  if (!ranked.length) return `No task has a number of ${curving.value} yet.`;
+  const shown = ranked.length, of = curving.found > curving.curves.size
+    ? `${grouped(shown)} of ${grouped(curving.found)} tasks, a fair sample` : many(shown, "task");
+  const stopped = ranked.filter((curve) => curve.isStopped).length;
+  return `${of}${stopped ? `; ${grouped(stopped)} stopped early, which are pale` : ""}. ` +
+    "Enter opens a task, arrows walk from the best on.";
+}
+
+function curvesLegend(ranked, {shades, value}) {
+  const [best] = ranked;
+  return [el("span", {}, "best ", taskLink(best.id, best.name), ` ${value} ${shortNumber(best.last)} at step ` +
+    shortNumber(best.lastStep)), shades.legend];
+}
+
+/** Where the points of a curve are, in px. */
+function placeCurve(curve, {room, scaleX, scaleY}) {
+  const x = new Float32Array(curve.steps.length), y = new Float32Array(curve.steps.length);
+  curve.steps.forEach((step, index) => {
+    const value = curve.values[index];
+    x[index] = room.left + room.width * scaleX.place(step);
+    y[index] = typeof value === "number" ? room.top + room.height * (1 - scaleY.place(value)) : NaN;
+  });
+  Object.assign(curve, {x, y});
+}
+
+/** Calls move(x, y) or line(x, y) along a curve; a point that stands alone is a short line. */
+function trace({x, y}, move, line) {
+  for (let index = 0, isDown = false; index < x.length; index++) {
+    if (!isFinite(x[index]) || !isFinite(y[index])) {
+      isDown = false;
+      continue;
+    }
+    if (isDown) line(x[index], y[index]);
+    else move(x[index], y[index]);
+    if (!isDown && !(index + 1 < x.length && isFinite(y[index + 1]))) line(x[index] + 1.5, y[index]);
+    isDown = true;
+  }
+}
+
+function pathOf(curve) {
+  const parts = [];
+  const say = (letter) => (x, y) => parts.push(`${letter}${x.toFixed(1)} ${y.toFixed(1)}`);
+  trace(curve, say("M"), say("L"));
+  return parts.join("");
+}
+
+/** The best curve and those of selected tasks, above all others. */
+function broughtForward(ranked, {shades}) {
+  const line = (curve, kind) => svg("path", {class: `line ${kind} k${shades.of(curve.shade).kind}`, d: pathOf(curve)});
+  const selected = ranked.filter((curve) => chosen.has(curve.id));
+  return svg("g", {"aria-hidden": "true"}, selected.map((curve) => line(curve, "selected")), line(ranked[0], "best"),
+    svg("path", {id: "curve-pointed", class: "line pointed", d: ""}));
+}
+
+/** Paints all curves, a few at a time so that nothing waits for them; what was there stays until all are painted. */
+function paintCurves(canvas, {room, shades, ranked}) {
+  const turn = ++painting, ratio = devicePixelRatio || 1, {width, height} = room.whole;
+  const style = getComputedStyle(document.documentElement);
+  const sheet = el("canvas", {width: Math.round(width * ratio), height: Math.round(height * ratio)});
+  const pen = sheet.getContext("2d"), colours = SHAPES.map((_, kind) => style.getPropertyValue(`--c${kind}`));
+  colours.push(style.getPropertyValue(`--c${OTHER}`));
+  const strength = Math.max(0.2, Math.min(0.9, 12 / ranked.length ** 0.6));
+  pen.scale(ratio, ratio);
+  pen.lineJoin = "round";
+  pen.lineWidth = 1.3;
+  let left = ranked.length;  // the best is painted last, above the others
+  const paint = () => {
+    if (turn !== painting) return;
+    for (const until = performance.now() + PAINT_MS; left && performance.now() < until;) {
+      const curve = ranked[--left], {kind, opacity = 1} = shades.of(curve.shade);
+      pen.strokeStyle = colours[kind];
+      pen.globalAlpha = strength * opacity * (curve.isStopped ? 0.35 : 1);
+      pen.beginPath();
+      trace(curve, (x, y) => pen.moveTo(x, y), (x, y) => pen.lineTo(x, y));
+      pen.stroke();
+    }
+    if (left) return requestAnimationFrame(paint);
+    canvas.width = sheet.width;
+    canvas.height = sheet.height;
+    canvas.getContext("2d").drawImage(sheet, 0, 0);
+    canvas.dataset.painted = String(ranked.length);
+  };
+  paint();
+}
+
+/** What is said of a curve. */
+function curveWords(curve, {value, colour}) {
+  const shade = colour && colour !== "status" ? `${titleOf(colour)} ${shortValue(curve.shade)}` : "";
+  return [curve.name, `${value} ${shortNumber(curve.last)} at step ${shortNumber(curve.lastStep)}`,
+    curve.isStopped ? curve.reason : curve.status, shade].filter(Boolean).join("\n");
+}
+
+/** The end of a curve: a link to its task, which brings the curve forward while it has the focus. */
+function curveLink(curve, index, draw) {
+  const {kind, shape, opacity = 1} = draw.shades.of(curve.shade);
+  const last = curve.values.lastIndexOf(curve.last), hasPlace = isFinite(curve.x[last]) && isFinite(curve.y[last]);
+  const end = hasPlace ? last : curve.x.findIndex((x, index) => isFinite(x) && isFinite(curve.y[index]));
+  const words = curveWords(curve, draw);
+  const link = svg("a", {href: address({view: "tasks", task: curve.id, run: ""}), "aria-label": words,
+    "data-id": curve.id, focus: () => pointTo(curve), blur: () => pointTo(null)},
+  end < 0 ? null : svg("path", {class: "mark", d: SHAPES[shape](3), opacity: opacity * (curve.isStopped ? 0.35 : 1),
+    transform: `translate(${curve.x[end]} ${curve.y[end]})`}));
+  return svg("g", {role: "listitem", class: `k${kind}`}, link);
+}
+
+function pointTo(curve) {
+  const line = $("curve-pointed");
+  if (line) line.setAttribute("d", curve ? pathOf(curve) : "");
+}
+
+/** The curve that is nearest to a place in the drawing, or null. */
+function curveAt(left, top) {
+  const {ranked, room} = curving.drawing;
+  let nearest = null, least = NEAR * room.unit;
+  for (const curve of ranked) {
+    const {x, y} = curve;
+    let low = 0, high = x.length - 1;
+    while (low < high) {
+      const middle = (low + high) >> 1;
+      if (x[middle] < left) low = middle + 1;
+      else high = middle;
+    }
+    const before = Math.max(0, low - 1), width = x[low] - x[before];
+    const share = width > 0 ? Math.min(1, Math.max(0, (left - x[before]) / width)) : 0;
+    const height = isFinite(y[before]) ? y[before] + share * (y[low] - y[before]) : y[low];
+    const across = Math.max(0, x[0] - left, left - x[x.length - 1]), far = Math.hypot(across, height - top);
+    if (far < least) [nearest, least] = [curve, far];
+  }
+  return nearest;
+}
+
+function onCurves(event) {
+  if (!curving || !curving.drawing || event.target.closest("a")) return;
+  const box = $("curves-drawing").getBoundingClientRect();
+  const curve = event.type === "pointerleave" ? null : curveAt(event.clientX - box.left, event.clientY - box.top);
+  if (event.type === "click") {
+    if (curve) go({view: "tasks", task: curve.id, run: ""});
+    return;
+  }
+  pointTo(curve);
+  if (curve) showTip(curveWords(curve, curving.drawing), event.clientX, event.clientY);
+  else hideTip();
+  $("curves-drawing").style.cursor = curve ? "pointer" : "";
+}
+
+/** Fills the table below the curves: where it is closed, once it is opened. */
+function listCurves(ranked) {
+  const {value, colour} = curving, isLow = isLowBest(), isOfArg = colour && colour !== "status";
+  $("curves-data").ontoggle = () => listCurves(ranked);
+  if (!$("curves-data").open) return;
+  listData($("curves-data"), ["Task", "Status", ...(isOfArg ? [colour] : []), value, "At step",
+    isLow ? "Lowest" : "Highest", "Points"], ranked.map((curve) => [taskLink(curve.id, curve.name),
+    curve.isStopped ? "stopped early" : curve.status, ...(isOfArg ? [curve.shade] : []), curve.last, curve.lastStep,
+    isLow ? curve.low : curve.high, curve.numbers]));
+}
+
+// 14. Workers #################################################################
 
 const MOST_WORKERS = 200;
 const WORKER_COLUMNS = [["Worker", "", innerWidth < 800 ? 9 : 12], ["Runs", "", innerWidth < 800 ? 9 : 14],
@@ -3723,12 +4156,13 @@ async function changeWorker(row, status) {
   refresher.now();
 }
 
-// 14. Views ###################################################################
+// 15. Views ###################################################################
 
 const VIEWS = {
   tasks: {title: "Tasks", load: loadTasks, arrive: arriveAtTasks},
   plot: {title: "Plot", load: loadPlot, arrive: () => drawPlot()},
   grid: {title: "Grid", load: loadGrid, arrive: () => drawGrid()},
+  curves: {title: "Curves", load: loadCurves, arrive: () => drawCurves()},
   workers: {title: "Workers", load: loadWorkers},
 };
 
@@ -3749,7 +4183,8 @@ function tickRow() {
 const KEYS = [  // keys, what they do, how; in tasks alone where the last is true
   ["/", "Go to the filter", () => { $("filter").focus(); $("filter").select(); }],
   ["1", "Tasks", () => go({view: "tasks"})], ["2", "Plot", () => go({view: "plot"})],
-  ["3", "Grid", () => go({view: "grid"})], ["4", "Workers", () => go({view: "workers"})],
+  ["3", "Grid", () => go({view: "grid"})], ["4", "Curves", () => go({view: "curves"})],
+  ["5", "Workers", () => go({view: "workers"})],
   ["j", "Next task", () => stepRows(1), true], ["k", "Task before", () => stepRows(-1), true],
   ["x", "Select the task, or not", tickRow, true], ["a", "Select all on this page, or none", press("pick-all"), true],
   ["n", "Next page", press("next"), true], ["p", "Previous page", press("previous"), true],
@@ -3788,7 +4223,7 @@ function showApp() {
   $("login-password").value = "";
   setText($("queue-name"), login.queue);
   fields = [];
-  choice = latest = plotted = gridded = null;
+  choice = latest = plotted = gridded = curving = null;
   chosen.clear();
   stream.last = null;
   stream.start();
@@ -3840,11 +4275,16 @@ function start() {
   for (const button of $("selection").querySelectorAll("[data-action]")) button.addEventListener("click",
       () => act(button.dataset.action, [...chosen]));
   for (const [id, key] of [["plot-x", "x"], ["plot-y", "y"], ["plot-colour", "colour"], ["grid-x", "gx"],
-      ["grid-y", "gy"], ["grid-metric", "metric"], ["grid-how", "how"]]) {
-    on(id, "change", () => go({[key]: $(id).value, ...(key === "x" ? {logx: ""} : key === "y" ? {logy: ""} : {})}));
+      ["grid-y", "gy"], ["grid-metric", "metric"], ["grid-how", "how"], ["curves-value", "curve"],
+      ["curves-colour", "colour"], ["curves-best", "best"]]) {
+    const also = own({x: {logx: ""}, y: {logy: ""}, curve: {clogy: "", best: ""}}, key);
+    on(id, "change", () => go({[key]: $(id).value, ...also}));
   }
-  for (const key of ["logx", "logy"]) on(`plot-${key}`, "change",
-      () => go({[key]: $(`plot-${key}`).checked ? "1" : "0"}));
+  for (const key of ["logx", "logy"]) {
+    on(`plot-${key}`, "change", () => go({[key]: $(`plot-${key}`).checked ? "1" : "0"}));
+    on(`curves-${key}`, "change", () => go({[`c${key}`]: $(`curves-${key}`).checked ? "1" : "0"}));
+  }
+  for (const kind of ["pointermove", "pointerleave", "click"]) on("curves-drawing", kind, onCurves);
   for (const form of document.querySelectorAll("form.tools")) form.addEventListener("submit",
       (event) => event.preventDefault());
   addEventListener("hashchange", arrive);
@@ -3853,6 +4293,8 @@ function start() {
   document.addEventListener("visibilitychange", onVisibility);
   new ResizeObserver(() => drawPlot()).observe($("plot-drawing"));
   new ResizeObserver(() => drawGrid()).observe($("grid-drawing"));
+  new ResizeObserver(() => drawCurves()).observe($("curves-drawing"));
+  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => drawCurves());
   login = remembered();
   if (login) showApp();
   else showLogin(sessionStorage.getItem(REASON) || "");

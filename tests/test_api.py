@@ -23,7 +23,7 @@ def call(tmp_path):
 
 
 def test_every_route_says_what_it_does_and_its_fields_have_kinds():
-    assert len(L.ROUTES) == 32
+    assert len(L.ROUTES) == 33
     for key, route in L.ROUTES.items():
         assert route.meaning and key.split(" ")[0] in ("GET", "POST", "PUT", "DELETE")
         for arg in list(route.fields.values()) + list(route.query.values()):
@@ -369,7 +369,7 @@ BAD_VALUES = {  # kind of field: values that are none
     "filter": [1, []], "seconds": [0, -1, "60", True, float("inf"), float("nan")], "duration": ["soon", "", 0, [], "-1h"], "wait": ["x", []],
     "bool": ["maybe", 2, [], ""], "int": ["x", 1.5, True, 2 ** 63], "count": [-1, 1.5, "3", 2 ** 31 + 1], "whole": [-1, "x", 1.5, "-1"],
     "status": ["done", 1, "created"], "worker_status": ["failed", 1, "ended"], "worker_report": ["failed", 1],
-    "event_id": ["x", "1", "1.x"], "answer": ["x"], "texts": ["x", [1]],
+    "event_id": ["x", "1", "1.x"], "answer": ["x"], "extreme": ["best", 1], "texts": ["x", [1]],
     "attempt": [1, [], "x", {"a": {}}, {"a": "x" * 3000}], "commit": [1, [], "x" * 1000], "log": [1, [], "x" * 10 ** 6],
     "step": [],  # what is none is told as a warning
     "stop": [1, [], {}],
@@ -406,6 +406,7 @@ DEFAULTS = {  # the page's; what is not here has none
     "DELETE " + ME: {"cascade_delete": False}, "PUT " + ME + "/tasks": {"reset_pending": True},
     "POST " + ME + "/tasks": {"max_retries": 3, "priority": 0}, "POST " + ME + "/tasks/search": {"offset": 0, "limit": 100},
     "POST " + ME + "/tasks/view": {"offset": 0, "limit": 100, "spread": False, "choose": False},
+    "POST " + ME + "/tasks/curves": {"limit": 1000, "points": 200000},
     "POST " + ME + "/tasks/count": {"by": "status"}, "GET " + ME + "/mark": {"wait_s": 0},
     "POST " + ME + "/tasks/table": {"mode": "max"},
     "POST " + ME + "/tasks/next": {"start_heartbeat": True, "wait_s": 0, "heartbeat_default": False, "left": False},
@@ -444,6 +445,7 @@ ANSWERS = [  # route, body or query, status, what the answer's objects hold; in 
     ("POST " + ME + "/tasks", [{"args": {"a": 2}}], 201, {"task_ids"}),
     ("POST " + ME + "/tasks/view", {"columns": ["args.a"]}, 200, {"rows", "found", "counts", "queue", "fields", "at"}),
     ("POST " + ME + "/tasks/table", {"by": ["args.a"], "of": "args.a"}, 200, {"content"}),
+    ("POST " + ME + "/tasks/curves", {}, 200, {"rows", "names", "value", "found", "until", "counts", "queue", "fields", "at"}),
     ("POST " + ME + "/tasks/count", {}, 200, {"counts", "ended", "took_s", "mark"}), ("GET " + ME + "/mark", {}, 200, {"mark"}),
     ("POST " + ME + "/tasks/search", {}, 200, {"found", "content"}), ("POST " + ME + "/tasks/next", {"worker_id": "{w}"}, 200, {"found", "task"}),
     ("DELETE " + ME + "/tasks/next", {"fetch_id": "f"}, 204, None),

@@ -232,6 +232,117 @@ def test_a_view_is_short_whatever_the_tasks_hold(server):
         assert status in (400, 422) and word in json.dumps(answer), answer
 
 
+def with_curves(ask, count, steps, value=lambda i, step: i + 1 / (step + 1), begin=0):
+    """Submit tasks that report values by steps and stay running; return their ids. `ask(method, path, body)` answers."""
+    ids = ask("POST", "/tasks", [{"task_name": "curve-%d" % i, "args": {"i": i, "model": "ab"[i % 2]}} for i in range(count)])["task_ids"]
+    for i, task_id in enumerate(ids):
+        ask("POST", "/tasks/next", {"eta_max": "1h", "start_heartbeat": False, "extra_filter": {"task_id": task_id}})
+        for step in range(begin, steps):
+            ask("POST", "/tasks/%s/status" % task_id, {"status": "running", "step": step, "summary": {
+                "loss": value(i, step), "val": {"acc": i / 10}}})
+    return ids
+
+
+@pytest.fixture
+def ask(tmp_path):
+    """Return a function that gets the answer of a store in this process, where the page's parts are entered."""
+    import labtasker_cli
+    store = labtasker.Store(str(tmp_path / "journal.jsonl"), fsync="never")
+    assert labtasker_cli.view_curves
+
+    def ask(method, path, body=None):
+        status, answer = labtasker.answer_call(store, lambda: labtasker.LocalName(labtasker.DEFAULT_QUEUE), method, ME + path, body)
+        assert status < 300, answer
+        return answer
+    return ask
+
+
+def test_curves_of_many_tasks_are_one_answer(ask):
+    ids = with_curves(ask, 3, 5)
+    ask("POST", "/tasks", {"args": {"i": 9}})
+    found = ask("POST", "/tasks/curves", {"columns": ["task_name", "args.model"]})
+    assert (found["value"], found["names"], found["found"], found["counts"]) == ("loss", ["loss", "val.acc"], 3, {"running": 3, "pending": 1})
+    assert found["rows"] == [[ids[i], "running", "curve-%d" % i, "ab"[i % 2], [0, 1, 2, 3, 4], [i + 1 / (step + 1) for step in range(5)]]
+                             for i in range(3)]
+    nested = ask("POST", "/tasks/curves", {"value": "val.acc", "extra_filter": "args.i == 2", "status": "running"})
+    assert nested["rows"] == [[ids[2], "running", [0, 1, 2, 3, 4], [0.2] * 5]] and nested["found"] == 1
+    assert ask("POST", "/tasks/curves", {"value": "nosuch"})["rows"] == ask("POST", "/tasks/curves", {"status": "failed"})["rows"] == []
+    with pytest.raises(AssertionError, match="median"):
+        ask("POST", "/tasks/curves", {"best": "median"})
+
+
+def test_curves_are_thinned_and_sampled_with_the_newest_and_the_best_among_them(ask):
+    ids = with_curves(ask, 12, 100, lambda i, step: float("nan") if step == 99 and i == 1 else 100 - step + i)
+    rows = ask("POST", "/tasks/curves", {"points": 12 * 30})["rows"]
+    assert all(len(steps) == len(values) <= 30 and steps[-1] == 99 and steps == sorted(steps) for _, _, steps, values in rows)
+    assert rows[0][3][-1] == 1 and rows[1][3][-1] is None, "what is no finite number is null"
+    for best, wanted in (("min", ids[0]), ("max", ids[11])):
+        found = ask("POST", "/tasks/curves", {"limit": 10, "best": best})
+        assert found["found"] == 12 and len(found["rows"]) == 10 and wanted in [row[0] for row in found["rows"]]
+        assert found["rows"] == ask("POST", "/tasks/curves", {"limit": 10, "best": best})["rows"], "a sample is always the same"
+
+
+def test_of_curves_only_what_changed_since_is_sent_again(ask):
+    ids = with_curves(ask, 2, 3)
+    first = ask("POST", "/tasks/curves", {})
+    ask("POST", "/tasks/%s/status" % ids[0], {"status": "running", "step": 1.5, "summary": {"loss": 7}})
+    second = ask("POST", "/tasks/curves", {"since": first["until"]})
+    assert {row[0]: row[2:] for row in second["rows"]} == {ids[0]: [[0, 1, 1.5, 2], [1, 0.5, 7, 1 / 3]], ids[1]: [None, None]}
+    assert {tuple(row[2:]) for row in ask("POST", "/tasks/curves", {"since": second["until"] + 1})["rows"]} == {(None, None)}
+
+
+@pytest.mark.slow
+def test_the_view_of_curves(chromium, server):
+    """By mouse and by keys, on a phone and on a desk, light and dark: drawn, walked through, coloured, listed, live."""
+    ids = with_curves(lambda *words: asked(server, *words, wanted=201 if words[1] == "/tasks" else 200), 12, 20)
+    change(server, ids[3:4], status="cancelled")
+    for step, (size, scheme) in enumerate((("desk", "light"), ("narrow", "dark")), 20):
+        with chromium.session(size, scheme) as session:
+            person = Person(session.tab(), browser.Mouse, server)
+            page = person.page
+            person.open()
+            person.press("Curves", role="link")
+            painted = page.locator("#curves-drawing canvas[data-painted='12']")
+            painted.wait_for()
+            said = page.locator("#curves-note")
+            person.says(said, "12 tasks.")
+            assert page.evaluate("""() => { const sheet = document.querySelector('#curves-drawing canvas');
+                const dots = sheet.getContext('2d').getImageData(0, 0, sheet.width, sheet.height).data;
+                return dots.some(one => one > 0); }"""), "nothing was painted"
+            person.says(page.locator("#curves-legend"), "best curve-0 loss 0.05 at step 19")
+            assert page.locator("#curves-best").input_value() == "min" and page.locator("#curves-value").input_value() == "loss"
+            person.hand.choose(person.named("combobox", "Colour"), "args.model")
+            person.says(page.locator("#curves-legend"), re.compile("best.*a.*b"))
+            person.hand.choose(person.named("combobox", "Best"), "Highest")
+            person.says(page.locator("#curves-legend"), "best curve-11")
+            links = page.locator("#curves-drawing").get_by_role("link")
+            wait_until(lambda: links.count() == 12, "the curves' ends are links")
+            links.first.focus()
+            assert page.locator("#curve-pointed").get_attribute("d").startswith("M") and "curve-11" in page.locator("#tip").text_content()
+            page.keyboard.press("ArrowRight")
+            person.says(page.locator("#tip"), "curve-10")
+            tick = page.get_by_label("Log horizontal").filter(visible=True)
+            tick.check()
+            wait_until(lambda: "clogx=1" in page.evaluate("location.hash"), "the steps above 0 are drawn")
+            tick.uncheck()
+            page.get_by_text("The data as a table").filter(visible=True).click()
+            rows = page.locator("#curves-data tbody tr")
+            wait_until(lambda: rows.count() == 12, "the table")
+            assert rows.first.locator("td").all_text_contents() == ["curve-11", "running", "b", "11.05", "19", "12", "20"]
+            assert not person.tab.axe() + person.tab.sideways() + person.tab.crooked()
+            person.tab.shoot("%s-%s-curves" % (size, scheme))
+            report(server, ids[5], "running", step=step, summary={"loss": 99})
+            person.says(page.locator("#curves-legend"), "best curve-5 loss 99 at step %d" % step)
+            box = page.locator("#curves-drawing").bounding_box()
+            page.mouse.click(box["x"] + box["width"] / 2, box["y"] + 2)  # far from any curve
+            assert page.evaluate("location.hash").startswith("#view=curves")
+            links.nth(1).focus()
+            page.keyboard.press("Enter")
+            person.sees(person.named("heading", "curve-11"))
+            assert not person.tab.errors
+            report(server, ids[5], "running", step=step + 0.5, summary={"loss": 5})
+
+
 @pytest.mark.slow
 def test_a_log_is_read_beside_the_store_and_nowhere_else(server):
     (one,) = submit(server, "log", 1)
@@ -495,7 +606,7 @@ def test_nothing_of_a_queue_outlives_its_login_also_while_the_server_is_slow(chr
         assert not page.evaluate(HOLDS, word) and not page.evaluate("location.hash")
         person.log_in(*other)
         person.sees(person.named("heading", other[0]))
-        for view in ("tasks", "plot", "grid", "workers"):
+        for view in ("tasks", "plot", "grid", "curves", "workers"):
             page.evaluate("view => { location.hash = '#view=' + view }", view)
             person.sees(page.locator("#app"))
             assert not page.evaluate(HOLDS, word), view
@@ -1332,7 +1443,7 @@ def test_two_thousand_changes_a_second_do_not_freeze_it(person):
 @pytest.mark.parametrize("size", sorted(browser.SIZES))
 def test_nothing_moves_while_it_updates(person, size):
     """Each view is watched while workers run and submissions come; that a new task's row moves those below is right."""
-    for address in ("", "#view=plot", "#view=grid", "#view=workers", "#status=success&sort=last_modified"):
+    for address in ("", "#view=plot", "#view=grid", "#view=curves", "#view=workers", "#status=success&sort=last_modified"):
         person.open(address)
         person.page.wait_for_timeout(2500)  # what moves when it comes is of no interest
         person.page.evaluate("seen.shift = 0, seen.shifts = []")

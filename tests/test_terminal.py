@@ -319,11 +319,31 @@ def test_a_sweep_asks_only_for_what_changed(home, monkeypatch):
     assert len(sweep.tasks) == 50
 
 
+def test_a_sparkline_ends_with_the_last_number_and_does_without_blocks_where_they_are_lacking():
+    line = labtasker.sparkline
+    assert line([0, 1, 2, 3, 4, 5, 6, 7]) == "▁▂▃▄▅▆▇█" and line([2, float("nan"), None, 1, float("inf")]) == "█  ▁ "
+    assert line([]) == "" and line([3]) == line([3, 3])[0] == "▅" and line([-1e308, 1e308]) == "▁█"
+    assert len(line(range(1000), 10)) <= 10 and line([0] * 999 + [1], 10)[-1] == "█"
+    assert line([0, 1, 7], stream=io.TextIOWrapper(io.BytesIO(), "ascii")) == "_.#"
+
+
+def test_a_task_is_shown_with_its_curves_as_comments(home, capsys):
+    task_id = labtasker.submit_task(args={"lr": 1}).task_id
+    task = labtasker.fetch_task(eta_max="1h").task
+    for step, loss in enumerate([3, 2.5, 1.125]):
+        labtasker.send_report(task_id, "running", {"loss": loss, "val": {"acc": step / 10}}, run_id=task.run_id, step=step)
+    assert labtasker.main(["task", "get", task_id]) == 0
+    assert capsys.readouterr().out.splitlines()[-2:] == ["# loss     █▆▁  1.125 at step 2", "# val.acc  ▁▄█  0.2 at step 2"]
+    labtasker.main(["task", "get", task_id, "--json"])
+    assert "#" not in capsys.readouterr().out
+
+
 class Still:
     """A Feed that looked once."""
 
     def __init__(self, tasks, workers=(), error=None):
         self.found, self.asked = (tasks, {one.worker_id: one for one in workers}, error, 1), []
+        self.curves, self.wanted = (None, {}), []
 
     def seen(self):
         return self.found
@@ -331,12 +351,42 @@ class Still:
     def ask(self, query):
         self.asked.append(query)
 
+    def want_curves(self, ids):
+        self.wanted = ids
+
 
 def plain(lines):
     return [re.sub("\x1b\\[[0-9;]*m", "", line) for line in lines]
 
 
 MANY = [("running", 1, 1), ("running", 2, 2), ("failed", 1, 5), ("success", 1, 3)] + [("pending", None, 0)] * 60
+
+
+def test_what_runs_has_its_curve_beside_it_and_an_open_task_above_all():
+    feed = Still(some_tasks(MANY))
+    watch = labtasker_cli.Watch(feed, {}, "q")
+    assert "loss" not in "".join(plain(watch.lines(100, 24))) and feed.wanted == ["00000000", "00000001"]
+    feed.curves = "loss", {"00000001": [3, None, 2, 0.123456]}
+    shown = plain(watch.lines(100, 24))
+    assert any(line.rstrip().endswith("loss") for line in shown) and all(labtasker.cells_wide(line) <= 100 for line in shown)
+    assert [line.split()[0] for line in shown if line.rstrip().endswith("█ ▆▁ 0.1235")] == ["00000001"]
+    assert "0.1235" not in "".join(plain(watch.lines(50, 24))), "a narrow screen keeps its columns"
+    watch.press("down"), watch.lines(100, 24), watch.press("enter")
+    assert "loss  █ ▆▁ 0.1235" in plain(watch.lines(100, 24)) and feed.wanted == ["00000001"]
+
+
+def test_the_curves_of_what_runs_are_one_request(home, monkeypatch):
+    ids = labtasker.submit_tasks([{"args": {"i": i}} for i in range(3)])
+    for task_id in ids[:2]:
+        task = labtasker.fetch_task(eta_max="1h", extra_filter={"task_id": task_id}).task
+        for step in range(40):
+            labtasker.send_report(task_id, "running", {"loss": 40 - step}, run_id=task.run_id, step=step)
+    value, curves = labtasker_cli.curves_of(ids)
+    assert value == "loss" and set(curves) == set(ids[:2]) and all(numbers[-1] == 1 and len(numbers) <= 20 for numbers in curves.values())
+    assert labtasker_cli.curves_of([]) == (None, {})
+    monkeypatch.setattr(labtasker_cli, "ask_route", lambda *_, **__: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        labtasker_cli.curves_of(ids)
 
 
 @pytest.mark.parametrize("width, height", [(80, 24), (40, 12), (200, 60), (20, 8), (80, 400)])
@@ -447,6 +497,11 @@ def test_watch_without_a_terminal_prints_once_what_it_would_show_and_ends(home, 
         for text in ("1 of 3 done, 1 failed", "Failed, the last first: 1", "exit code 1", "Pending, the next first: 2"):
             assert text in shown
         assert "\x1b" not in shown and "q: back" not in shown and "\n> " not in shown and not shown.endswith("\n\n")
+    running = labtasker.fetch_task(eta_max="1h").task
+    for step in range(3):
+        labtasker.send_report(running.task_id, "running", {"loss": 3 - step}, run_id=running.run_id, step=step)
+    labtasker.main(["watch"])
+    assert "█▄▁ 1" in capsys.readouterr().out
     assert labtasker.main(["watch", "--name", "none"]) == 0
     assert "No task matches." in capsys.readouterr().out
 
