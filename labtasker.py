@@ -15942,7 +15942,7 @@ def _wait_for_stdin(what, patience_s):
         except (OSError, ValueError):  # it has no descriptor, or one that `select` does not take
             return
         if is_last:
-            raise UsageError("nothing came from standard input within %d s, where %s may come from; nothing was done"
+            raise UsageError("nothing came from standard input within %d s (expected: %s); nothing was done"
                              % (patience_s, what))
         note("reading %s from standard input ..." % what)
 
@@ -16365,7 +16365,11 @@ def exit_reference():
     """Return the exit codes and what they mean."""
     return "Exit codes\n\n" + "\n".join("%5d  %s" % row for row in EXIT_CODES.items()) + as_started(
         "\n\nA loop that a signal stops ends with 128 and the signal's number: 143 for\nSIGTERM. In a script:\n\n"
-        "    labtasker task wait --name grid\n    case $? in 0) echo all right;; 4) echo some failed;; esac")
+        "    labtasker task wait --name grid\n    case $? in 0) echo all right;; 4) echo some failed;; esac\n\n"
+        "With --json or --fmt jsonl an error is one line of JSON on stderr, also where\n"
+        "there is a result on stdout:\n\n"
+        '    {"error": TEXT, "kind": KIND, "exit": CODE, "hint": TEXT or null}\n\nThe kinds, with their exit codes:\n\n'
+        ) + "\n".join("    %-12s  %d" % row for row in ERROR_KINDS.items())
 
 
 def events_reference():
@@ -18747,7 +18751,8 @@ def _wants_json(words):
 
 # ---- The table
 ID = option("ID", "the task's id, or its first letters", dest="task_id")
-_ID_ARGUMENTS = option("ID", "task ids; without ids and selectors, from stdin", dest="ids", nargs="*", default=[])
+_ID_ARGUMENTS = option(
+    "ID", "task ids; without ids and selectors, or for -, from stdin", dest="ids", nargs="*", default=[])
 _WORKER = option("ID", "the worker's id, or its first letters", dest="worker_id")
 _QUIET = option("-q --quiet", "print only ids")
 _SILENT = option("-q --quiet", "print nothing")
