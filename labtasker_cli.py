@@ -4430,7 +4430,7 @@ nothing does. Where it may take longer than your shell lets a command run, wait 
 labtasker task ls --name sweep1 -s success -S summary.acc:desc --limit 5 --columns id,args,summary.acc
 labtasker task ls --name sweep1 -s success -S summary.acc:desc --limit 100000 --fmt csv > results.csv
 labtasker task ls --name sweep1 -s success -S summary.acc:desc --limit 1 --json
-labtasker task table --name sweep1 --by args.model --of summary.acc
+labtasker task tabel --name sweep1 --by args.model --of summary.acc
 ```
 
 `task table` compares groups: number, mean, deviation and best of each; `--min` where less is better.
@@ -4442,7 +4442,8 @@ stderr, with `error`, `kind` and `exit`.
 
 ## The same in Python
 
-For nested configurations, functions, and where the caller is a script anyway. Parameters marked with `Required()` are
+Use this for nested configurations, for functions, and where the caller is a script anyway. Parameters marked \
+with `Required()` are
 filled from the task's args and cast to their annotation. The dict that the function returns is the task's summary.
 
 ```python
@@ -4466,6 +4467,36 @@ A nested configuration is one arg that is a dict: `{"opt": {"name": "adam", "lr"
 as `--opt.name=adam --opt.lr=0.1` and use it as `'%(opt.lr)'`; `'%(--*)'` writes `--opt.lr=0.1`, `'%(*)'` \
 `opt.lr=0.1` (Hydra).
 
+## Curves and early stopping
+
+A script that prints a value with each epoch can be stopped when it does worse than the others. `--step` finds \
+the epoch:
+
+```bash
+cat > curve.py <<'EOF'
+import sys
+loss = 1.0
+for epoch in range(1, 10):
+    loss *= 1 - float(sys.argv[1])
+    print("epoch %d loss %.4f" % (epoch, loss))
+EOF
+labtasker task submit --grid --name early --stop asha:loss:min:from=3 -- --lr=0.5,0.1
+labtasker loop --name early --metric 'loss=loss ([0-9.]+)' --step 'epoch (\\d+)' -- python3 curve.py '%(lr)' > \
+early.log 2>&1 < /dev/null
+labtasker task ls --name early --columns id,status,args,summary,reason
+labtasker task history "$(labtasker task ls --name early -s success --limt 1 -q)" --fmt csv
+```
+
+- `asha:METRIC:min:eta=3:from=1` compares at the steps 1, 3, 9, ... with the tasks of the same name and rule, \
+and lets the best third
+  go on, of fewer than six only the best. `median:METRIC:min:from=1:after=5` stops what is worse than the \
+median of those that have
+  ended. `max` where more is better. `from` is the first step at which a run can be judged.
+- What was stopped is `cancelled`, its `reason` says why, its summary stays: rank with `-s success,cancelled`.
+- A script that may be changed does without patterns: `if not labtasker.report(step=epoch, loss=loss): break`. \
+`report` does
+  nothing where the script runs by itself.
+
 ## Fix and run again
 
 A run fails by its exit code or an exception. The loop tries it again until it has failed `--max-retries` times (3).
@@ -4484,9 +4515,10 @@ labtasker loop --name bad -- python3 train.py '%(--*)' > bad.log 2>&1 < /dev/nul
 only), run the loop.
 - `task update` changes just the field named: `-u args.lr=0.05 -u priority=10 -u 'metadata.tags=["v2"]'`.
 - A crashed or killed loop, or host, needs no repair: start the loop again, with `--idle-timeout 1m`. What ran \
-is given out again
-  after half a minute without its heartbeat, and a loop that finds nothing pending before that would end. The job
-  begins anew unless it keeps checkpoints in `$LABTASKER_TASK_DIR`, a folder that all runs of the task share.
+is pending again half
+  a minute after its last heartbeat, and counts one failed run; without that option the loop would end before. \
+The job begins
+  anew unless it keeps checkpoints in `$LABTASKER_TSK_DIR`, a folder that all runs of the task share.
 - Ctrl-C, SIGTERM and time limits hand back what runs at once, and charge no retry.
 - To stop something: `labtasker task cancel ID` or `task cancel --name sweep1 -s pending -y`. A running job is \
 ended in seconds. Hung
@@ -4494,8 +4526,9 @@ ended in seconds. Hung
 the next.
 - To act on each change: `timeout 1h labtasker event listen --until-idle --compact`, or with `--exec 'CMD'`, \
 which gets each event as
-  JSON on stdin. It ends once nothing is pending or running. It begins with now; `--after 0.0` begins with all \
-that is kept.
+  JSON on stdin (`.event.entity_type` is task or worker, `.event.entity_id`, `.event.new_state`, \
+`.event.entity_data` the task). It
+  ends once nothing is pending or running. It begins with now; `--after 0.0` begins with all that is kept.
 - What must run first: `--priority 10` at submission, or `task update --name sweep1 -f 'args.lr < 0.01' -u \
 priority=10 -y`.
 
@@ -4516,6 +4549,7 @@ queue. Correct the command, or the tasks: `-u 'args={"lr": 0.1, "model": "vit"}'
 ## Gotchas
 
 - **Options of labtasker stand before `--`**, the task's args or the job's command after it.
+- **A command without placeholders takes every task**, and runs the same for each. Write `'%(--*)'` or each key.
 - **Quote placeholders** (`'%(lr)'`) and filters (`-f 'args.model == "vit"'`: the text inside in double quotes).
 - **A switch** (`action="store_true"`) is `'%(--aug)'` or in `'%(--*)'`, with values True and False. `--aug \
 '%(aug)'` would pass the
@@ -4527,8 +4561,8 @@ queue. Correct the command, or the tasks: `-u 'args={"lr": 0.1, "model": "vit"}'
   A comma separates values only with `--grid`; without it `--lr=1,2` is one task with a list. In a grid lists have
   brackets: `--layers='[1,2],[3,4]'` is two values.
 - `%(key)` for a key with a dash: submitted as `--learning-rate=1`, the arg is `learning_rate`.
-- **`--max-retries 3` means three runs** in all, not three more. Errors that come back are run three times for \
-nothing: `--max-retries 1`.
+- **`--max-retries 3` means three runs** in all, not three more. Where an error would only come back: \
+`--max-retries 1`.
 - **A loop exits with 0 even if all its tasks failed**; ask `task wait` or `task count`, or use `loop --fail` \
 (4). `task wait` takes
   cancelled ones for done.
@@ -4544,7 +4578,7 @@ and nothing is changed.
 don't end, or want a
   terminal.
 - **Environment variables stand before the loop**: `OMP_NUM_THREADS=1 labtasker loop -- ...`. Pipes and `&&` inside the
-  job: `loop -c 'python3 a.py --lr %(lr) && python3 b.py'`; values are quoted there, so put no quotes around `%(lr)`.
+  job: `loop -c 'python3 a.py --lr %(lr) && python3 b.py'`; values need no quotes there.
 - **A result that is not reported is not there**: check the summary of the first task before running the rest. Output
   already there is read afterwards by `labtasker task harvest --metric 'acc=acc=([0-9.]+)' --name sweep1`.
 - Ids can be shortened to their first letters. `-q` prints ids alone, for pipes: `task ls -s failed -q | \
@@ -4823,8 +4857,9 @@ charges no retry.
 (`.args`, `.retries`, ...).
 - In a shell job: `labtasker report acc=0.9 --step 3`. Without either, a `summary.json` (a dict) written to \
 `$LABTASKER_LOG_DIR`.
-- To end a task early as not worth it, report and return normally; or `report_task_status(task_info().task_id, \
-"cancelled")`.
+- `submit_grid(..., stop="asha:loss:min:from=3")` stops bad ones early: `report` then returns False, \
+`should_stop()` True. To give up a task
+  yourself: `report_task_status(task_info().task_id, "cancelled")`.
 
 ## Listing, changing, deleting
 

@@ -175,6 +175,7 @@ def test_the_skill_keeps_the_limits_of_its_form():
 
 OF_OTHERS = set("--lr --model --aug --no-aug --modle --learning-rate --key --opt --layers "  # of jobs
                 "--array --gpus-per-task --mem -t -p -c".split())  # of Slurm
+TAKES = {"sbatch": ["sbatch", "loop"]}  # whose options a command takes, where not just its own
 SPAN = re.compile(r"`([^`\n]+)`")
 
 
@@ -198,11 +199,12 @@ def unknown_options(text):
     labtasker.extras()
     every = {flag for command in labtasker.COMMANDS.values() for flags, _ in command.options for flag in flags}
     try:
-        words = shlex.split(text.replace("labtasker ", "", 1) if text.startswith("labtasker ") else text)
+        words = shlex.split(text)
     except ValueError:
         words = text.split()
-    path, rest = command_of(words)
-    known = {flag for flags, _ in labtasker.COMMANDS[path].options for flag in flags} if path else every
+    path, rest = command_of(words[words[:1] == ["labtasker"]:])
+    known = set.union(*({flag for flags, _ in labtasker.COMMANDS[name].options for flag in flags}
+                        for name in TAKES.get(path, [path]))) if path else every
     known = known | OF_OTHERS | {"--help", "--version"}
     found = [re.match(r"--?[a-zA-Z][\w-]*", word) for word in itertools.takewhile(lambda word: word != "--", rest)]
     return [match.group() for match in found if match and match.group() not in known]
@@ -236,7 +238,8 @@ def test_every_option_function_and_variable_that_it_names_exists():
         said, typed = spans(page)
         said = list(itertools.chain.from_iterable(text.split(" | ") for text in said))
         commands = [text for text in said if command_of(text.replace("labtasker ", "", 1).split())[0] or text.startswith("-")]
-        commands += re.findall(r"(?:^|[|;(] *|\$\()(labtasker [^|;)<>\n]*)", "\n".join(typed), re.M)
+        typed = re.sub(r'"\$\((.*?)\)"(.*)', r"ID\2\n\1", "\n".join(typed))  # a command within another on a line of its own
+        commands += re.findall(r"(?:^|[|;] *)(labtasker [^|;<>\n]*)", typed, re.M)
         assert len(commands) > 2
         assert {text: unknown_options(text) for text in commands if unknown_options(text)} == {}, page
         for text in commands:
@@ -320,9 +323,12 @@ def check_skill(folder, shown):
     assert len(sweep) == 8 and {task.status for task in sweep} == {"success"}
     assert sweep[0].args == {"lr": 0.01, "model": "vit", "aug": True} and sweep[0].summary == {"acc": 0.85}
     assert len((folder / "results.csv").read_text().splitlines()) == 9
-    assert "exit code 0" in shown and "KeyError: 'no-such'" in shown and "did you mean modle?" in shown
+    for text in ("exit code 0\n", "KeyError: 'no-such'", "it lacks model"):
+        assert text in shown, shown
     assert {task.args["model"]: task.status for task in tasks_in(folder, task_name="bad")} == {"vit": "success"}
     assert [task.status for task in tasks_in(folder, task_name="typo")] == ["cancelled"]
+    assert {task.args["lr"]: task.status for task in tasks_in(folder, task_name="early")} == {0.5: "success", 0.1: "cancelled"}
+    assert "stopped early: asha, step 3, loss 0.729 is 2nd of 2" in shown
     assert {task.status for task in tasks_in(folder, task_name="sweep2")} == {"success"}
 
 
