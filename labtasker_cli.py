@@ -4430,7 +4430,7 @@ nothing does. Where it may take longer than your shell lets a command run, wait 
 labtasker task ls --name sweep1 -s success -S summary.acc:desc --limit 5 --columns id,args,summary.acc
 labtasker task ls --name sweep1 -s success -S summary.acc:desc --limit 100000 --fmt csv > results.csv
 labtasker task ls --name sweep1 -s success -S summary.acc:desc --limit 1 --json
-labtasker task tabel --name sweep1 --by args.model --of summary.acc
+labtasker task table --name sweep1 --by args.model --of summary.acc
 ```
 
 `task table` compares groups: number, mean, deviation and best of each; `--min` where less is better.
@@ -4484,7 +4484,7 @@ labtasker task submit --grid --name early --stop asha:loss:min:from=3 -- --lr=0.
 labtasker loop --name early --metric 'loss=loss ([0-9.]+)' --step 'epoch (\\d+)' -- python3 curve.py '%(lr)' > \
 early.log 2>&1 < /dev/null
 labtasker task ls --name early --columns id,status,args,summary,reason
-labtasker task history "$(labtasker task ls --name early -s success --limt 1 -q)" --fmt csv
+labtasker task history "$(labtasker task ls --name early -s success --limit 1 -q)" --fmt csv
 ```
 
 - `asha:METRIC:min:eta=3:from=1` compares at the steps 1, 3, 9, ... with the tasks of the same name and rule, \
@@ -4518,7 +4518,7 @@ only), run the loop.
 is pending again half
   a minute after its last heartbeat, and counts one failed run; without that option the loop would end before. \
 The job begins
-  anew unless it keeps checkpoints in `$LABTASKER_TSK_DIR`, a folder that all runs of the task share.
+  anew unless it keeps checkpoints in `$LABTASKER_TASK_DIR`, a folder that all runs of the task share.
 - Ctrl-C, SIGTERM and time limits hand back what runs at once, and charge no retry.
 - To stop something: `labtasker task cancel ID` or `task cancel --name sweep1 -s pending -y`. A running job is \
 ended in seconds. Hung
