@@ -321,17 +321,24 @@ def _is_plain(value, is_free=False):
     for key, item in value.items():
         if type(item) is dict or type(item) is list and any(type(each) in (dict, list) for each in item):
             return False
-        if key not in _PLAIN_KEYS:
-            if not (type(key) is str and NAME.match(key)):
-                if is_free and type(key) is str and "." not in key and FREE_KEY.match(key):
-                    continue
+        if key not in _PLAIN_KEYS and not is_plain_key(key):
+            if not (is_free and type(key) is str and "." not in key and FREE_KEY.match(key)):
                 return False
-            if len(_PLAIN_KEYS) < 10000:
-                _PLAIN_KEYS.add(key)
     return True
 
 
-_PLAIN_KEYS = set()  # keys that have been checked; all tasks of a sweep have the same keys
+def is_plain_key(key):
+    """Return whether a key is a text of letters, digits, `_` and `-`. Keys that are, are remembered: all tasks of a
+    sweep have the same ones."""
+    if key not in _PLAIN_KEYS:
+        if not (type(key) is str and NAME.match(key)):
+            return False
+        if len(_PLAIN_KEYS) < 10000:
+            _PLAIN_KEYS.add(key)
+    return True
+
+
+_PLAIN_KEYS = set()
 
 
 def _nested(value, where):
@@ -593,6 +600,7 @@ def monotonic():
 # day in the machine's zone; hours and smaller units are exact.
 
 UTC = datetime.timezone.utc
+_from_own_text = getattr(datetime.datetime, "fromisoformat", None)  # not in Python 3.6
 _EPOCH = datetime.datetime(1970, 1, 1, tzinfo=UTC)
 _ISO = Pattern(r"(\d{4})([-/])(\d\d?)\2(\d\d?)(?:[T ](\d\d?):(\d\d)(?::(\d\d)(?:[.,](\d+))?)?)?"
                r" ?(Z|UTC|[+-]\d\d(?::?\d\d)?)?\Z", re.IGNORECASE | re.ASCII)
@@ -621,6 +629,11 @@ def _second_text(second):
 @functools.lru_cache(1000)  # as `format_time`
 def parse_time(text):
     """Return the Instant that ISO 8601 text means, or raise ValueError. Without a zone it is UTC."""
+    if len(text) == 32 and text[4] + text[7] + text[10] + text[26:] == "--T+00:00" and _from_own_text:
+        try:
+            return Instant(_from_own_text(text).timestamp())  # as `format_time` writes it
+        except ValueError:  # the rest of it is something else
+            pass
     found = _ISO.match(text)
     if not found:
         raise ValueError("%r is not an ISO 8601 time, such as 2026-11-22T06:00:00+00:00" % text)
@@ -1822,7 +1835,7 @@ def _record_type(name, fields):
     """Return the type of a record with these fields and `unknown`: those of a newer version, a dict or None."""
     record = collections.namedtuple(name, list(fields) + ["unknown"])
     record.__new__.__defaults__ = tuple(field.default for field in fields.values()) + (None,)
-    record.places = {key: (at, field.kind == "time") for at, (key, field) in enumerate(fields.items())}
+    record.times = [key for key, field in fields.items() if field.kind == "time"]
     return record
 
 
@@ -2090,6 +2103,7 @@ OWNER_LAPSE_S = 12.0  # how long another host's counter must stand still before 
 HEADER_BYTES = 64 << 10  # more than the length of a journal's first line
 _MARK_BYTES = 10  # at the end of a line: the end of its checksum, which identifies the line
 _ADOPT_BYTES = 256 << 10  # at most so many bytes of new lines are copied by a compaction while writers wait
+_CHECK_HOLDS_S = 0.02  # a process that writes later than this after it looked looks again: it may have been stopped
 
 
 class Disk:
@@ -2627,6 +2641,20 @@ class Owner:
             self._drop_use()
 
 
+def json_writer(item_separator=", ", key_separator=": ", sort_keys=False):
+    """Return a function from a value to its JSON text. It does not look for circles: one raises RecursionError.
+
+    `JSONEncoder.encode` makes its C encoder anew at each call; here it is made once."""
+    plain = json.JSONEncoder(separators=(item_separator, key_separator), sort_keys=sort_keys, check_circular=False)
+    try:
+        encode = json.encoder.c_make_encoder(None, plain.default, json.encoder.encode_basestring_ascii, None,
+                                             key_separator, item_separator, sort_keys, False, True)
+        encode({}, 0)
+    except (TypeError, AttributeError):  # another Python's encoder, or none
+        return plain.encode
+    return lambda value: "".join(encode(value, 0))
+
+
 def seal(text):
     """Return the bytes of a line with its checksum; `text` is its JSON text without the closing brace."""
     return b'%s,"crc":"%08x"}\n' % (text, zlib.crc32(text))
@@ -2969,6 +2997,7 @@ class _JournalWriter:
         self.fenced = None  # why this process must never write again
         self.broken = None  # why the page cache can't be trusted, until the file is rewritten
         self.synced_at = 0.0
+        self.checked_at = -math.inf  # when a process that has the file lock last began to check the same as `check`
 
     def fence(self, text):
         """Raise StoreUnavailable, now and at every later write: the file belongs to another writer."""
@@ -3000,7 +3029,9 @@ class _JournalWriter:
         """Append `data`; return whether nobody else has appended too; raise OSError or StoreUnavailable."""
         if self.broken:
             self.rewrite()
-        self.check()
+        checked_at, self.checked_at = self.checked_at, -math.inf
+        if monotonic() - checked_at > _CHECK_HOLDS_S:
+            self.check()
         file = self.file
         file.remains = data
         file.disk.write_all(file.fd, data)
@@ -3436,7 +3467,7 @@ _QUICK_ENTRIES = 500  # up to so many new tasks are examined by a fetch in the l
 MAX_EVENTS = 10000  # latest events that are kept in memory for listeners
 _MAX_LOG = 100000  # newly pending tasks that are kept for the standing requests to read
 
-dump_json = json.JSONEncoder(separators=(",", ":"), check_circular=False).encode  # values that came as JSON are trees
+dump_json = json_writer(",", ":")
 
 
 class Beats:
@@ -4002,14 +4033,16 @@ def revised(record, fields):
     """Return a copy of a record with these fields changed; numbers become Instants if the field is a time.
 
     It is faster than namedtuple's `_replace`."""
-    values, places = list(record), record.places
-    for name, value in fields.items():
-        if name not in places:
-            values[-1] = dict(values[-1] or {}, **{name: value})
-            continue
-        at, is_time = places[name]
-        values[at] = Instant(value) if is_time and type(value) is not Instant and value is not None else value
-    return record._make(values)
+    values = dict(zip(record._fields, record))
+    values.update(fields)
+    if len(values) > len(record) or "unknown" in fields:
+        new = {name: values.pop(name) for name in fields if name == "unknown" or name not in record._fields}
+        values["unknown"] = dict(record.unknown or {}, **new)
+    for name in record.times:
+        value = values[name]
+        if type(value) is not Instant and value is not None:
+            values[name] = Instant(value)
+    return record._make(values.values())
 
 
 def new_task(queue_id, task_id, fields):
@@ -4417,6 +4450,9 @@ _NESTED_INPUT, _NOTED_INPUT = [[name for name, field in SUBMITTED.items() if fie
                                for how in ("unflatten", "note")]
 
 
+_sorted_json = json_writer(sort_keys=True)
+
+
 def _submission(request, at):
     """Return (task id, fields) of a task to be created."""
     if not request["args"] and not request["cmd"]:
@@ -4431,8 +4467,9 @@ def _submission(request, at):
             fields[name] = value
     task_id = request["task_id"]
     if task_id:
-        content = {key: value for key, value in fields.items() if key != "created_at"}
-        fields["digest"] = zlib.crc32(json.dumps(content, sort_keys=True).encode())
+        content = dict(fields)
+        del content["created_at"]
+        fields["digest"] = zlib.crc32(_sorted_json(content).encode())
     for name in _NOTED_INPUT:
         if request[name]:
             fields[name] = request[name]
@@ -5476,11 +5513,12 @@ class StoreFile:
             self.owner.lock = lambda: self.lock_file(self.LOCK_TIMEOUT_S)
             self.owner.lock()
             try:
+                checked_at = monotonic()
                 begun = writes and not self.owner.holds() and self.owner.claim()
                 self.file.heals = writes
                 self._read_on(writes and self.file.fd is None and not self.file.exists())
                 if writes:
-                    self.journal.writer.is_owned = self.owner.holds
+                    self.journal.writer.is_owned, self.journal.writer.checked_at = self.owner.holds, checked_at
                     self._name_file()
                 if begun:
                     self._begin_epoch()
@@ -6302,7 +6340,7 @@ def _prepare_fetch(store, request):
         raise InvalidFields([(["body", "required_fields"], "should be at most %d fields of %d letters together" % (
             _MAX_REQUIRED, _REQUIRED_BYTES))])
     for key in required:
-        if key != "*":
+        if key != "*" and not is_plain_key(key):
             check_key(key, ["required_fields"])
     _read_task_filter(store, request)
     if len(request.get("filter_text", "")) > _FETCH_FILTER_BYTES:
@@ -6971,8 +7009,12 @@ def shown_error(error):
 def in_json(answer, extensions):
     """Return an operation's answer with its records as plain dicts."""
     if isinstance(answer, tuple):
-        return {name: format_time(answer[at]) if is_time and answer[at] is not None else answer[at]
-                for at, name, is_time in _SHOWN[type(answer), extensions]}
+        names, take, times = _SHOWN[type(answer), extensions]
+        found = dict(zip(names, take(answer)))
+        for name in times:
+            if found[name] is not None:
+                found[name] = format_time(found[name])
+        return found
     if isinstance(answer, list):
         return [in_json(item, extensions) for item in answer]
     if isinstance(answer, ForExtended) and not extensions:
@@ -6983,10 +7025,17 @@ def in_json(answer, extensions):
     return answer
 
 
-# (record type, with extensions): [(place in the record, field, whether it is a time)]
+def _shown_fields(record, fields, extensions):
+    """Return (the names of the fields that a client is shown, a function from a record to their values, the names of
+    those that are times)."""
+    names = [name for name, field in fields.items() if field.extension is False or (extensions and field.extension)]
+    times = [name for name in names if fields[name].kind == "time"]
+    return names, operator.itemgetter(*map(record._fields.index, names)), times
+
+
+# (record type, with extensions): what a client is shown of it
 _SHOWN = {
-    (record, extensions): [(at, name, field.kind == "time") for at, (name, field) in enumerate(fields.items())
-                           if field.extension is False or (extensions and field.extension)]
+    (record, extensions): _shown_fields(record, fields, extensions)
     for record, fields in ((TaskRecord, TASK_FIELDS), (WorkerRecord, WORKER_FIELDS), (QueueRecord, QUEUE_FIELDS))
     for extensions in (False, True)
 }
@@ -9602,7 +9651,7 @@ def ready(files, timeout_s=None, is_output=False):
 def _as_json(value):
     """Return the JSON text of a request's body, or raise LabtaskerTypeError naming the value that can't be sent."""
     try:
-        text = json.dumps(value)
+        text = _to_json_text(value)
         if not _LONG_NUMBER.search(text):  # Plain finds the numbers that a store can't keep, and where they are
             return text
     except (TypeError, ValueError, RecursionError):
@@ -9610,7 +9659,8 @@ def _as_json(value):
     return json.dumps(Plain(refuse_odd).value(value, []))
 
 
-_LONG_NUMBER = Pattern(r"[0-9]{19}")
+_LONG_NUMBER = Pattern(r"[0-9][0-9]{18}")  # its first digit apart: the search then skips what is none
+_to_json_text = json_writer()
 
 
 def plain_summary(summary):
@@ -9965,9 +10015,15 @@ class _Answer(_Response):
     FIELDS = {}
 
     def __init__(self, values):
-        super().__init__(_values=values, **{
-            name: _in_python(field, values.get(name)) if field.kind in ("time", "dict") else values.get(name)
-            for name, field in self.FIELDS.items()})
+        found, (dicts, times) = vars(self), _dicts_and_times(type(self))
+        found["_values"] = values
+        found.update(zip(self.FIELDS, map(values.get, self.FIELDS)))
+        for name in dicts:
+            if found[name] is None:
+                found[name] = {}
+        for name in times:
+            if found[name] is not None:
+                found[name] = _datetime_of(found[name])
 
     def to_dict(self):
         """Return the fields in JSON types, times as ISO 8601 text."""
@@ -9979,10 +10035,16 @@ class _Answer(_Response):
     __hash__ = None
 
 
-def _in_python(field, value):
-    if field.kind == "time" and value is not None:
-        return to_datetime(parse_time(value))
-    return {} if field.kind == "dict" and value is None else value
+@functools.lru_cache(None)
+def _dicts_and_times(kind):
+    """Return the names of the fields of an _Answer's class that are dicts, and of those that are times."""
+    return [[name for name, field in kind.FIELDS.items() if field.kind == wanted] for wanted in ("dict", "time")]
+
+
+@functools.lru_cache(1000)  # as parse_time
+def _datetime_of(text):
+    """Return the aware datetime that ISO 8601 text means."""
+    return to_datetime(parse_time(text))
 
 
 class Task(_Answer):
@@ -10171,14 +10233,25 @@ def without_none(**values):
 def ask_route(route, **fields):
     """Return the answer to a route of ROUTES. Its row says whether a field goes into the path, the URL's query or the
     body. None is not sent."""
-    (method, path), fields = route.split(" "), without_none(**fields)
+    method, path, places, query_names, has_body = _way_of(route)
+    body = {}
     for name, value in fields.items():
-        if isinstance(value, (_Answer, TaskSubmitResponse)) and name.endswith("_id"):
+        if isinstance(value, _Response) and name.endswith("_id"):
             raise LabtaskerTypeError("%s is the text of an id, not a %s; did you mean its .%s?" % (
                 name, type(value).__name__, name))
-    path = re.sub(r"{(\w+)}", lambda match: str(fields.pop(match.group(1))), path)
-    query = {name: fields.pop(name) for name in ROUTES[route].query if name in fields}
-    return client().call(method, path, fields if ROUTES[route].fields else None, query)
+        if value is not None:
+            body[name] = value
+    for name in places:
+        path = path.replace("{%s}" % name, str(body.pop(name)))
+    query = {name: body.pop(name) for name in query_names if name in body}
+    return client().call(method, path, body if has_body else None, query)
+
+
+@functools.lru_cache(None)
+def _way_of(route):
+    """Return (method, path, the fields in the path, those in the query, whether others are a body) of a route."""
+    method, path = route.split(" ")
+    return method, path, re.findall(r"{(\w+)}", path), tuple(ROUTES[route].query), bool(ROUTES[route].fields)
 
 
 _DOUBTED = set()  # what this process was told of filters
@@ -10289,7 +10362,7 @@ def _submitted(task):
                 ", ".join(each for each, field in SUBMITTED.items() if field.flag)))
     if isinstance(task.get("stop"), str):
         parse_rule(task["stop"])
-    return without_none(**dict({"task_id": new_id(), "git": code_version()}, **task))
+    return dict({"task_id": new_id(), "git": code_version()}, **task)
 
 
 def _parts(items, size, doing):
@@ -10309,7 +10382,7 @@ def submit_tasks(tasks, unique=False):
         tasks = [dict(task, args=Plain(refuse_odd).value(task.get("args"), ["args"])) for task in tasks]
         new, ids, _ = unseen(tasks)
         return submit_tasks(new) and ids if new else ids
-    tasks, ids = [_submitted(task) for task in tasks], []
+    tasks, ids = [without_none(**_submitted(task)) for task in tasks], []
     if not client().extensions:
         plain = {name: field.default for name, field in SUBMITTED.items() if field.kind in ("count", "int")}
         return [ask_route("POST " + TASKS_PATH, **dict(plain, **task))["task_id"]
