@@ -642,6 +642,12 @@ def parse_time(text):
     return _instant(wall, _zone(zone) or UTC)
 
 
+@functools.lru_cache(1000)  # as parse_time
+def datetime_of(text):
+    """Return the aware datetime that ISO 8601 text means."""
+    return to_datetime(parse_time(text))
+
+
 def _clock(hour, minute, second, fraction):
     """Return (hour, minute, second, microsecond) from texts, of which the last ones may be empty."""
     return int(hour or 0), int(minute or 0), int(second or 0), int(((fraction or "") + "000000")[:6])
@@ -6885,6 +6891,13 @@ def path_readings(path):
             yield "/".join(parts[:6] + ["{%s}" % name] + parts[7:]), {name: parts[6]}
 
 
+@functools.lru_cache(None)
+def way_of(route):
+    """Return (method, path, the fields in the path, those in the query, whether others are a body) of a route."""
+    method, path = route.split(" ")
+    return method, path, re.findall(r"{(\w+)}", path), tuple(ROUTES[route].query), bool(ROUTES[route].fields)
+
+
 def find_route(method, path):
     """Return (route, {name: value} of the ids in the path), or raise NotFound or MethodNotAllowed."""
     for template, ids in path_readings(path):
@@ -10018,12 +10031,8 @@ class _Answer(_Response):
         found, (dicts, times) = vars(self), _dicts_and_times(type(self))
         found["_values"] = values
         found.update(zip(self.FIELDS, map(values.get, self.FIELDS)))
-        for name in dicts:
-            if found[name] is None:
-                found[name] = {}
-        for name in times:
-            if found[name] is not None:
-                found[name] = _datetime_of(found[name])
+        found.update((name, {}) for name in dicts if found[name] is None)
+        found.update((name, datetime_of(found[name])) for name in times if found[name] is not None)
 
     def to_dict(self):
         """Return the fields in JSON types, times as ISO 8601 text."""
@@ -10039,12 +10048,6 @@ class _Answer(_Response):
 def _dicts_and_times(kind):
     """Return the names of the fields of an _Answer's class that are dicts, and of those that are times."""
     return [[name for name, field in kind.FIELDS.items() if field.kind == wanted] for wanted in ("dict", "time")]
-
-
-@functools.lru_cache(1000)  # as parse_time
-def _datetime_of(text):
-    """Return the aware datetime that ISO 8601 text means."""
-    return to_datetime(parse_time(text))
 
 
 class Task(_Answer):
@@ -10233,7 +10236,7 @@ def without_none(**values):
 def ask_route(route, **fields):
     """Return the answer to a route of ROUTES. Its row says whether a field goes into the path, the URL's query or the
     body. None is not sent."""
-    method, path, places, query_names, has_body = _way_of(route)
+    method, path, places, query_names, has_body = way_of(route)
     body = {}
     for name, value in fields.items():
         if isinstance(value, _Response) and name.endswith("_id"):
@@ -10245,13 +10248,6 @@ def ask_route(route, **fields):
         path = path.replace("{%s}" % name, str(body.pop(name)))
     query = {name: body.pop(name) for name in query_names if name in body}
     return client().call(method, path, body if has_body else None, query)
-
-
-@functools.lru_cache(None)
-def _way_of(route):
-    """Return (method, path, the fields in the path, those in the query, whether others are a body) of a route."""
-    method, path = route.split(" ")
-    return method, path, re.findall(r"{(\w+)}", path), tuple(ROUTES[route].query), bool(ROUTES[route].fields)
 
 
 _DOUBTED = set()  # what this process was told of filters
@@ -17748,14 +17744,14 @@ def _print_from(path, position):
     return position
 
 
-_COLOURS = re.compile("\x1b\\[[0-9;]*m")
+_COLOURS = Pattern("\x1b\\[[0-9;]*m")
 
 
 def _print_output(data):
     """Write a job's bytes to stdout. On a terminal all control characters but colours are made harmless."""
     if is_terminal(sys.stdout):
         text = data.decode("utf-8", "replace")
-        pieces = re.split("(%s)" % _COLOURS.pattern, text)
+        pieces = re.split("(%s)" % _COLOURS.text, text)
         sys.stdout.write("".join(piece if _COLOURS.match(piece) else clean(piece) for piece in pieces))
     else:
         sys.stdout.flush()
