@@ -3843,7 +3843,7 @@ async function loadCurves(signal) {
     before.until = answer.until;
     return;
   }
-  const found = answer.rows.map((row) => curveOf(row, before, colour));
+  const found = apart(answer.rows.map((row) => curveOf(row, before, colour)));
   curving = {key, text, colour, until: answer.until, found: answer.found, value: answer.value, names: answer.names,
     curves: new Map(found.map((curve) => [curve.id, curve]))};
   drawCurves();
@@ -3861,6 +3861,13 @@ function curveOf(row, before, colour) {
   const last = there.length ? there[there.length - 1] : -1;
   return {...head, steps, values, numbers: there.length, low: Math.min(...numbers), high: Math.max(...numbers),
     last: last < 0 ? null : values[last], lastStep: last < 0 ? null : steps[last]};
+}
+
+/** Returns the curves; where tasks share a name, their ids tell them apart. */
+function apart(curves) {
+  const names = new Set(curves.map((curve) => curve.name));
+  if (names.size === curves.length) return curves;
+  return curves.map((curve) => ({...curve, name: `${curve.name} ${curve.id.slice(0, 8)}`}));
 }
 
 /** Does a lower value mean a better one? */
