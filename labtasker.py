@@ -18018,7 +18018,7 @@ def do_queue_update(options):
         raise UsageError("what to change? Give --new-queue-name, --new-password or --metadata")
     password, made_up = options.new_password, None
     if options.dry_run:
-        return say("Would change of queue %s: %s" % (get_queue().queue_name, _changes_of_queue(options)))
+        return say("Would update queue %s: %s" % (get_queue().queue_name, _changes_of_queue(options)))
     if password is True:
         password = is_terminal(sys.stdin) and answer_to("New password (empty: one is made up):", secret=True)
         made_up = None if password else os.urandom(8).hex()
@@ -18037,8 +18037,8 @@ def _changes_of_queue(options):
     if options.new_queue_name is not None:
         _check_queue_name(options.new_queue_name)
     return ", ".join(filter(None, (
-        options.new_queue_name and "its name, to " + options.new_queue_name, options.new_password and "its password",
-        _metadata_of(options) and "its metadata, by " + pairs(_metadata_of(options)))))
+        options.new_queue_name and "name " + options.new_queue_name, options.new_password and "another password",
+        _metadata_of(options) and "metadata " + pairs(_metadata_of(options)))))
 
 
 def do_queue_delete(options):

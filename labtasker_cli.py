@@ -663,7 +663,8 @@ def show_config(options):
     values = {key: getattr(config, row[0]) for key, row in SETTINGS.items()}
     values.update((METRICS + "." + name, text) for name, text in (config.metrics or {}).items())
     values["queue.password"] = config.password and "***"
-    from_root = "LABTASKER_ROOT" if os.environ.get("LABTASKER_ROOT") else "the nearest .labtasker from here upward"
+    from_root = "LABTASKER_ROOT" if os.environ.get("LABTASKER_ROOT") else (
+        "the nearest .labtasker from here upward" if os.path.isdir(config.root) else "default: the first task makes it")
     rows = [("folder", config.root, from_root)] + [
         (key, value, sources.get(key) or "default") for key, value in values.items()]
     cells = [(key, "-" if value is None else str(value), source) for key, value, source in rows]
