@@ -3856,7 +3856,7 @@ class CallerQueueId(str):
 
 
 _MOST_POINTS = 1000  # of a task's history
-_ID_BYTES = 8  # how much is kept of a point's id, to recognise one that is sent again
+ID_BYTES = 8  # how much is kept of a point's id, to recognise one that is sent again
 
 
 class Curve(collections.namedtuple("Curve", "points every since run ids")):
@@ -3873,7 +3873,7 @@ class Curve(collections.namedtuple("Curve", "points every since run ids")):
         """Return whether a point with this id was added already."""
         digest = _digest(point_id)
         at = self.ids.find(digest)
-        while at % _ID_BYTES and at >= 0:
+        while at % ID_BYTES and at >= 0:
             at = self.ids.find(digest, at + 1)
         return at >= 0
 
@@ -3886,7 +3886,7 @@ class Curve(collections.namedtuple("Curve", "points every since run ids")):
         kept, distance = points[:-1] if since else points, since + 1
         if len(kept) >= _MOST_POINTS:
             kept, distance, every = kept[::2], distance + every, 2 * every
-        ids = curve.ids[-_ID_BYTES * (_MOST_POINTS - 1):] + _digest(point["id"]) if "id" in point else curve.ids
+        ids = curve.ids[-ID_BYTES * (_MOST_POINTS - 1):] + _digest(point["id"]) if "id" in point else curve.ids
         kept += (_packed(point["step"], point["at"], point["values"]),)
         return Curve(kept, every, distance % every, curve.run, ids)
 
@@ -3895,9 +3895,10 @@ class Curve(collections.namedtuple("Curve", "points every since run ids")):
         has_newest = bool(kept) and kept[-1] is self.points[-1]
         return Curve(kept, self.every if kept else 1, self.since if has_newest else 0, run, self.ids)
 
-    def content(self):
-        """Return [(step, at, values)] of the points."""
-        return [(point[0], point[1], dict(zip(point[2], point[3:]))) for point in self.points]
+    def content(self, most=None):
+        """Return [(step, at, values)] of the points, or of so many of the latest."""
+        points = self.points if most is None else self.points[-most:]
+        return [(point[0], point[1], dict(zip(point[2], point[3:]))) for point in points]
 
     def in_json(self):
         """Return the curve as a compacted journal holds it; `of_json` reads it."""
@@ -3917,7 +3918,7 @@ _KEYS = BoundedCache(1 << 20)  # keys of a point's values: the one tuple that al
 
 def _digest(point_id):
     import hashlib
-    return hashlib.blake2b(point_id.encode("utf-8", "surrogatepass"), digest_size=_ID_BYTES).digest()
+    return hashlib.blake2b(point_id.encode("utf-8", "surrogatepass"), digest_size=ID_BYTES).digest()
 
 
 def _packed(step, at, values):
@@ -5402,6 +5403,8 @@ class _Replica:
         for line in file.read_new():
             if "changes" in line:
                 done = replay_line(self.state, line, file.path, self.version_seen)
+                if len(done) == 1 and line["changes"][0][0] == "point":  # no event; and it would keep each older curve
+                    continue
                 latest.append((line, done))
                 count += len(done)
                 if count > 3 * MAX_EVENTS:
@@ -6011,10 +6014,16 @@ def _kept(record):
     return kept
 
 
+def _curve_bytes(curve):
+    """Return about how many bytes a history takes in a folded journal."""
+    return len(curve.points) * (len(dump_json(curve.content(1))) + 2 * ID_BYTES) if curve else 0
+
+
 def _live_bytes(queue):
     """Return about how many bytes a queue takes in a folded journal, estimated from a sample of its tasks."""
     sample = list(itertools.islice(queue.tasks.values(), 200))
-    mean = sum(len(dump_json(_kept(task))) + 60 for task in sample) / max(1, len(sample))
+    mean = sum(len(dump_json(_kept(task._replace(curve=None)))) + 60 + _curve_bytes(task.curve) for task in sample
+               ) / max(1, len(sample))
     return int(mean * len(queue.tasks)) + 400 * len(queue.workers)
 
 
@@ -6028,7 +6037,12 @@ def _fold_lines(state):
         while changes:
             count += 1
             yield sealed({"fold": count, "queue": queue_id, "changes": changes})
-            changes = [["task", key, _kept(task), None] for key, task in itertools.islice(tasks, FOLD_CHANGES)]
+            changes, weight = [], 0
+            for key, task in tasks:
+                changes.append(["task", key, _kept(task), None])
+                weight += 1 + (len(task.curve.points) // 10 if task.curve else 0)
+                if weight >= FOLD_CHANGES:
+                    break
 
 
 def fold(path, draft):

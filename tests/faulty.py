@@ -30,6 +30,9 @@ SETTINGS = {  # name: (value of the quick version, meaning)
     "CUTS_NET": (150, "operations through a proxy that cuts connections"),
     "SOAK": (20, "seconds in which workers, jobs and server are killed and stopped"),
     "SOAK_WORKERS": (8, "loops that run at once meanwhile"),
+    "CURVES": (150, "random histories of which rules and a plain model judge the points"),
+    "CURVE_SOAK": (5, "seconds in which the workers that report points, and their server, are killed"),
+    "CURVE_WORKERS": (5, "loops that report points meanwhile"),
     "SEED": (1, "where the dice start"),
 }
 ME = "/api/v1/queues/me"

@@ -3,18 +3,21 @@ import collections
 import fractions
 import json
 import math
-import os
 import random
 import statistics
 import sys
+import time
 import types
 
 import pytest
 
+import faulty
+import harness
 import labtasker
 import labtasker as L
 from labtasker import Required
 from test_service import clock, door  # noqa: F401: fixtures
+from test_signals import pass_time
 
 
 def history(door, task, *names):
@@ -413,7 +416,7 @@ def play(random, engine, model):
 
 def test_rules_decide_as_a_plain_model_does_and_a_replay_gives_the_same():
     stopped, kinds = 0, collections.Counter()
-    for seed in range(int(os.environ.get("LT_TEST_CURVES", "150"))):
+    for seed in range(faulty.setting("CURVES")):
         engine, model = Engine(), Model()
         stopped += play(random.Random(seed), engine, model)
         now_are, lines = repr(list(engine.tasks().items())), engine.lines
@@ -629,3 +632,69 @@ def test_a_job_that_prints_faster_than_points_are_sent_keeps_the_newest_and_a_pa
         feed(b"step %d loss 1\n" % step)
     found = [step for step, _ in printed.take()]
     assert found[-1] == 999 and 50 <= len(found) <= 100 and found == sorted(found)
+
+
+def test_a_compaction_keeps_each_task_also_where_long_histories_part_its_lines():
+    state = L.State()
+    state.apply("q", [["queue", {"queue_id": "q", "queue_name": "q", "created_at": 1, "last_modified": 1}]])
+    for number in range(350):
+        state.apply("q", [["task", "t%d" % number, {"status": "pending", "created_at": number + 1, "args": {"a": 1}}, "created"]])
+        for step in range(150 if number % 7 == 0 else number % 3):
+            state.apply("q", [["point", "t%d" % number, {}, None, point(step)]])
+    lines, again = [json.loads(line.decode()) for line in L._fold_lines(state)], L.State()
+    for line in lines:
+        again.apply("q", line["changes"])
+    assert list(again.queues["q"].tasks.items()) == list(state.queues["q"].tasks.items())
+    assert all(len(line["changes"]) <= 100 and len(json.dumps(line)) < 2e5 for line in lines)
+
+
+REPORTER = """
+import labtasker, os
+from labtasker import Required
+
+@labtasker.loop(heartbeat_timeout=3600)
+def main(n=Required()):
+    with open(os.path.join(os.environ["ACKED"], "%s" % labtasker.current_task_id()), "a") as acked:
+        for step in range(400):
+            if labtasker.report(step=step, loss=step / 3):
+                acked.write("%d\\n" % step)
+                acked.flush()
+main()
+"""
+
+
+@pytest.mark.slow
+def test_every_acknowledged_point_is_there_after_workers_and_server_were_killed(server_home, tmp_path):
+    dice, place, server = faulty.dice("points"), server_home, server_home.server
+    acked = tmp_path / "acked"
+    acked.mkdir()
+    labtasker.submit_tasks([{"args": {"n": n}} for n in range(2000)])
+    script, port = place.write("reporter.py", REPORTER), int(server.url.rpartition(":")[2])
+
+    def begin():
+        return place.start(sys.executable, script, env={"ACKED": str(acked)})
+    workers, kills = [begin() for _ in range(faulty.setting("CURVE_WORKERS"))], 0
+    harness.wait_until(lambda: any(path.stat().st_size for path in acked.iterdir()), "a worker reports", 60)
+    until = time.monotonic() + faulty.setting("CURVE_SOAK")
+    while time.monotonic() < until or not kills:
+        pass_time(dice.uniform(0.5, 1.5))
+        workers = [one if one.poll() is None else begin() for one in workers]  # one that finds no server at its start ends
+        if dice.random() < 0.2:
+            server.kill()
+            pass_time(dice.uniform(0, 0.5))
+            server.start(port)
+        else:
+            at = dice.randrange(len(workers))
+            harness.end_group(workers[at])
+            workers[at], kills = begin(), kills + 1
+    for worker in workers:
+        harness.end_group(worker)
+    harness.wait_until(lambda: labtasker.deliver_kept() is not None and not labtasker.outbox_reports(), "the outbox is empty", 60)
+    told = 0
+    for path in sorted(acked.iterdir()):
+        there = [point["step"] for point in labtasker.get_history(path.name)]
+        steps = [int(line) for line in path.read_text().split("\n")[:-1]]
+        told += len(steps)
+        assert there == sorted(set(there)) and not set(steps) - set(there), (path.name, len(steps), len(there))
+    print("%d points of %d tasks, %d kills of workers" % (told, len(list(acked.iterdir())), kills))
+    assert told > 100 and kills

@@ -17,8 +17,10 @@ import traceback
 
 import costs
 import peers
+import points
 import rates
 import sizes
+import stopping
 
 Goal = collections.namedtuple("Goal", "row what sign limit measure arguments")
 
@@ -55,6 +57,13 @@ GOALS = [Goal(*goal[:5], goal[5:]) for goal in (
     ("memory", "an empty server, MB / 30", "<=", 1, sizes.memory, "empty"),
     ("opening", "a store of a million tasks, s / 10", "<=", 1, sizes.opening, "tasks"),
     ("opening", "a store of 100,000 lines, s / 0.8", "<=", 1, sizes.opening, "lines"),
+    ("points", "1,000 workers, a point a second: p99, ms / 250", "<=", 1, points.p99),
+    ("points", "bytes a point of 2 values, opened / 300", "<=", 1, points.bytes_a_point),
+    ("stop", "epochs of 200 settings, asha / all run", "<=", 0.3, stopping.spent, "asha"),
+    ("stop", "... regret of the best loss / 0.02", "<=", 1, stopping.regret, "asha"),
+    ("stop", "epochs, median / all run", "<=", 0.6, stopping.spent, "median"),
+    ("stop", "... regret / 0.02", "<=", 1, stopping.regret, "median"),
+    ("stop", "epochs, no rule / all run", "<=", 1, stopping.spent, "none"),
     ("embedded", "submits/s, 4 processes / append and sync", ">=", 0.5, rates.embedded, "submit"),
     ("embedded", "fetch+report/s, 4 processes / same", ">=", 0.25, rates.embedded, "pairs"),
     ("cli", "task submit, no server, ms / python -c pass", "<=", 5, costs.command, "embedded"),

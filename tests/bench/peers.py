@@ -19,6 +19,8 @@ PEERS = os.environ.get("LT_BENCH_PEERS") or os.path.join(tempfile.gettempdir(), 
 LOGIN = ("bench", "secret")
 SIZES = {
     "rounds": 5,
+    "settings": 200, "seeds": 10,  # of the sweeps that rules stop early
+    "workers": 1000, "report_s": 60, "curves": 50,  # that report once a second, for so long; of 1,000 points each
     "seconds": 1.0,  # that clients submit for, in a round
     "tasks": {"First": (500, 1), "Second": (1000, 2)},  # of a slow peer: so many in all, rounds
     "batch": 25,  # requests of 1,000 tasks, by each of 4 clients
@@ -29,7 +31,8 @@ SIZES = {
     "jobs": 5, "printed": 300000,  # jobs that print, of each kind, and their lines
     "idle_s": 60.0,
 }
-QUICK = {"rounds": 1, "seconds": 0.1, "tasks": {"First": (8, 1), "Second": (8, 1)}, "batch": 1, "many": 4000,
+QUICK = {"rounds": 1, "settings": 20, "seeds": 2, "workers": 20, "report_s": 2, "curves": 2,
+         "seconds": 0.1, "tasks": {"First": (8, 1), "Second": (8, 1)}, "batch": 1, "many": 4000,
          "few": 1000, "cycles": 4, "lines": 400, "starts": 2, "jobs": 1,
          "printed": 2000, "idle_s": 1.0}
 
