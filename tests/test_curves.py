@@ -649,13 +649,14 @@ def test_a_compaction_keeps_each_task_also_where_long_histories_part_its_lines()
 
 
 REPORTER = """
-import labtasker, os
+import labtasker, os, time
 from labtasker import Required
 
 @labtasker.loop(heartbeat_timeout=3600)
 def main(n=Required()):
     with open(os.path.join(os.environ["ACKED"], "%s" % labtasker.current_task_id()), "a") as acked:
-        for step in range(400):
+        for step in range(200):
+            time.sleep(0.05)
             if labtasker.report(step=step, loss=step / 3):
                 acked.write("%d\\n" % step)
                 acked.flush()
