@@ -12321,78 +12321,107 @@ def read_metrics(texts, step=None):
 
 
 class Printed:
-    """The values that metrics find in the streams of one job, as they come: the latest of each in `values`. A carriage
-    return ends a line as well.
+    """The values that metrics find in the streams of one job: the latest of each in `values`. A carriage return ends a
+    line as well. What comes is searched by `take`, at the end of a stream, or when there is much of it: a job may print
+    its lines one at a time, and fast.
 
     With a metric for the step, `points` has (step, values) of each line that has values. What stands in lines that were
     overwritten, as by a progress bar, counts with the next whole line, or when the step changes."""
 
     MOST_POINTS = 100  # that wait to be taken; of more, every second is left out
 
-    def __init__(self, metrics, step=None, on_value=lambda: None):
-        self.metrics, self.step_metric, self.on_value = metrics, step, on_value
+    def __init__(self, metrics, step=None, on_output=lambda: None):
+        self.metrics, self.step_metric, self.on_output = metrics, step, on_output
+        self.lock = threading.Lock()  # guards what was found: there may be several streams
         self.values, self.step = {}, None
         self.points, self.point = [], {}  # `point`: the values of the step under way that are not in `points` yet
-        self.lock = threading.Lock()  # guards points: there may be several streams
+        self.waiting = threading.Lock()  # guards `unread`; whoever has the other lock may take it too
+        self.unread, self.has_unread = [], False  # what each stream has brought since it was searched
 
     def channel(self):
         """Return a function that takes the bytes of one stream; None ends it."""
-        rest = bytearray()
+        unread = bytearray()
+        self.unread.append(unread)
 
         def feed(data):
-            data = (data or b"\n").replace(b"\r\n", b"\n")
-            cut = max(data.rfind(b"\n"), data.rfind(b"\r")) + 1
-            if cut:
-                self._read(bytes(rest) + data[:cut])
-                del rest[:]
-            rest.extend(data[cut:cut + max(0, _LINE_BYTES - len(rest))])
+            with self.waiting:
+                unread.extend(data or b"\n" * bool(unread))
+                size, is_first, self.has_unread = len(unread), not self.has_unread, True
+            if data is None:
+                with self.lock:
+                    self._search_all()
+            elif size > _UNREAD_BYTES:
+                with self.lock:
+                    self._search(unread, _LINES_BYTES >> 2)
+            if is_first:
+                self.on_output()
         return feed
 
-    def take(self):
-        """Return the points that wait; they wait no longer."""
+    def take(self, is_over=False):
+        """Return the points that wait, with the one under way if the job `is_over`; they wait no longer."""
         with self.lock:
+            self.has_unread = False
+            self._search_all()
+            if is_over:
+                self._end_point()
             points, self.points = self.points, []
         return points
 
-    def _read(self, lines):
+    def _search_all(self):
+        for unread in self.unread:
+            self._search(unread, _LINES_BYTES)
+
+    def _search(self, unread, most):
+        """Search the lines of a stream that have ended, the last `most` bytes line by line if there are steps; of the
+        rest stays as much as is of use. Meanwhile the stream goes on."""
+        with self.waiting:
+            lines = bytes(unread).replace(b"\r\n", b"\n")
+            cut = max(lines.rfind(b"\n"), lines.rfind(b"\r")) + 1
+            unread[:] = lines[cut:cut + _LINE_BYTES]
+        begin, early = cut, cut - most
         if self.step_metric:
-            with self.lock:
-                found = self._read_lines(lines)
-        else:
-            lines = lines.replace(b"\r", b"\n")
-            found = {name: metric.last(lines) for name, metric in self.metrics.items()}
-            found = {name: value for name, value in found.items() if value is not None}
-            self.values.update(found)
-        if found:
-            self.on_value()
+            begin = max(lines.rfind(b"\n", 0, early), lines.rfind(b"\r", 0, early)) + 1 if early > 0 else 0
+        if begin:
+            self._skim(lines[:begin].replace(b"\r", b"\n"))
+        if begin < cut:
+            self._read_lines(lines[begin:cut])
+
+    def _skim(self, lines):
+        """Take the last step and the last value of each metric from many lines at once."""
+        self._end_point()
+        step = self.step_metric and self.step_metric.last(lines)
+        self.step = self.step if step is None else step
+        found = {name: metric.last(lines) for name, metric in self.metrics.items()}
+        self.values.update({name: value for name, value in found.items() if value is not None})
 
     def _read_lines(self, lines):
-        """Return whether there were values in the lines."""
-        has_found = False
+        """Take the points of lines, each looked at for itself."""
         if not any(metric.literal in lines for metric in itertools.chain([self.step_metric], self.metrics.values())):
             lines = b"\n" if b"\n" in lines else b""
         for line in re.findall(b"[^\r\n]*[\r\n]", lines):
             line, is_whole = line[:-1] + b"\n", line.endswith(b"\n")
             step = self.step_metric.last(line)
             if step is not None and step != self.step:
-                self.end_point()
+                self._end_point()
                 self.step = step
             found = {name: metric.last(line) for name, metric in self.metrics.items()}
             found = {name: value for name, value in found.items() if value is not None}
-            has_found = has_found or bool(found)
             self.values.update(found)
             self.point.update(found)
             if is_whole:
-                self.end_point()
-        return has_found
+                self._end_point()
 
-    def end_point(self):
+    def _end_point(self):
         """Have the values of the step under way wait as a point."""
         if self.point and self.step is not None:
             self.points.append((self.step, self.point))
             if len(self.points) > self.MOST_POINTS:
                 del self.points[-2::-2]
         self.point = {}
+
+
+_UNREAD_BYTES = 1 << 20  # of a stream, that wait to be searched
+_LINES_BYTES = 1 << 16  # of these, in which each line is looked at for itself
 
 
 class RunLog:
@@ -15409,7 +15438,8 @@ class _Reporter:
 
     def __init__(self, run, metrics, step=None):
         self.run, self.news, self.over = run, threading.Event(), threading.Event()
-        self.printed = run.printed = Printed(metrics, step, self.news.set)
+        self.printed, self.reported = Printed(metrics, step, self.news.set), {}
+        run.printed = self.printed
         self.thread = threading.Thread(target=self._live, daemon=True)
         start_thread(self.thread)
 
@@ -15420,11 +15450,13 @@ class _Reporter:
             self.news.clear()
             is_over = self.over.is_set()
             try:
-                points = self.printed.take()
+                points = self.printed.take(is_over)
                 for step, values in points:
                     self._post(values, step)
-                if not (points or is_over):
-                    self._post(dict(self.printed.values))
+                values = dict(self.printed.values)
+                if not (points or is_over) and values != self.reported:
+                    self._post(values)
+                self.reported = values
             except (LabtaskerError, OSError):  # the run was lost; any other reason comes with the report of its end
                 return
             self.over.wait(self.PERIOD_S)
@@ -15436,7 +15468,6 @@ class _Reporter:
 
     def end(self):
         """Return once no report is on its way."""
-        self.printed.end_point()
         self.over.set()
         self.news.set()
         self.thread.join(LEAVING_S)

@@ -38,6 +38,36 @@ def test_the_last_number_of_a_line_that_matches_is_the_value_wherever_the_stream
         assert printed([text[i:i + 1] for i in range(len(text))], LOSS).values == values
 
 
+def test_what_comes_is_searched_when_it_is_asked_for_or_much():
+    told, lines = [], b"loss: 1\n" * 100
+    found = Printed(*read_metrics([LOSS]), on_output=lambda: told.append(1))
+    feed = found.channel()
+    for _ in range(10):
+        feed(lines)
+    assert told == [1] and found.values == {}
+    assert found.take() == [] and found.values == {"loss": 1}
+    feed(b"loss: 2")
+    assert told == [1, 1] and found.take() == [] and found.values == {"loss": 1}, "a line that has no end yet"
+    feed(b"5\n" + b"x" * (1 << 21))
+    assert found.values == {"loss": 25} and len(found.unread[0]) < 1 << 20
+
+
+def test_the_end_of_one_stream_ends_no_line_of_another():
+    found = Printed(*read_metrics([LOSS], r"step (.)"))
+    out, err = found.channel(), found.channel()
+    out(b"step 1 loss: 9\r")
+    err(None)
+    out(b"step 1 loss: 1\n")
+    assert found.take() == [(1, {"loss": 1})]
+
+
+def test_of_very_much_at_once_the_last_lines_are_points_and_all_have_values():
+    text = b"acc: 3\nstep 0 loss: 9\n" + b"x" * 100 + b"".join(b"step %d loss: %d\n" % (n, n) for n in range(50000))
+    found = printed([text], LOSS, "acc=acc: (.)", step=r"step (\d+)")
+    points = found.take()
+    assert points[-1] == (49999, {"loss": 49999}) and 50 <= len(points) <= 100 and found.values == {"acc": 3, "loss": 49999}
+
+
 def test_nan_is_a_value():
     assert math.isnan(printed([b"loss: nan\n"], LOSS).values["loss"])
 
@@ -93,6 +123,8 @@ def test_what_a_script_prints_and_writes_is_in_its_summary_though_it_knows_nothi
     assert [task.status for task in tasks] == ["success", "failed", "success", "success"]
     for n, task in enumerate(tasks, 1):
         assert task.summary["loss"] == n / 2 and task.summary["acc"] == {"top1": 50 + n}
+        points = labtasker.get_history(task.task_id)
+        assert [(point["step"], point["loss"]) for point in points] == [(1, n), (2, n / 2)]
     assert tasks[0].summary["own"] == 1 and tasks[1].summary["deep"] == {"x": 1} and "labtasker_error" in tasks[1].summary
     assert "own" not in tasks[2].summary and run.stderr.count("values are not reported") == 2
 
