@@ -15848,8 +15848,9 @@ def sparkline(values, width=24, stream=None):
         signs.encode(getattr(stream or sys.stdout, "encoding", None) or "ascii")
     except (UnicodeEncodeError, LookupError):
         signs = _PLAIN_BLOCKS
-    shown = [value if type(value) in (int, float) and value - value == 0 else None
-             for value in values[::-(-(-len(values) // width) or 1)][::-1]]
+    wide = min(width, len(values))
+    shown = [values[(place + 1) * len(values) // wide - 1] for place in range(wide)]
+    shown = [value if type(value) in (int, float) and value - value == 0 else None for value in shown]
     finite = [value for value in shown if value is not None]
     low, high = (min(finite), max(finite)) if finite else (0, 0)
     size = high / 2 - low / 2  # by halves, which can't be too large for a float

@@ -301,6 +301,7 @@ def test_the_view_of_curves(chromium, server):
             person = Person(session.tab(), browser.Mouse, server)
             page = person.page
             person.open()
+            pick(person, "curve-4")
             person.press("Curves", role="link")
             painted = page.locator("#curves-drawing canvas[data-painted='12']")
             painted.wait_for()
@@ -311,6 +312,8 @@ def test_the_view_of_curves(chromium, server):
                 return dots.some(one => one > 0); }"""), "nothing was painted"
             person.says(page.locator("#curves-legend"), "best curve-0 loss 0.05 at step 19")
             assert page.locator("#curves-best").input_value() == "min" and page.locator("#curves-value").input_value() == "loss"
+            assert [line.get_attribute("class") for line in page.locator("#curves-drawing .line").all()] == [
+                "line selected k0", "line best k0", "line pointed"]
             person.hand.choose(person.named("combobox", "Colour"), "args.model")
             person.says(page.locator("#curves-legend"), re.compile("best.*a.*b"))
             person.hand.choose(person.named("combobox", "Best"), "Highest")

@@ -323,7 +323,7 @@ def test_a_sparkline_ends_with_the_last_number_and_does_without_blocks_where_the
     line = labtasker.sparkline
     assert line([0, 1, 2, 3, 4, 5, 6, 7]) == "▁▂▃▄▅▆▇█" and line([2, float("nan"), None, 1, float("inf")]) == "█  ▁ "
     assert line([]) == "" and line([3]) == line([3, 3])[0] == "▅" and line([-1e308, 1e308]) == "▁█"
-    assert len(line(range(1000), 10)) <= 10 and line([0] * 999 + [1], 10)[-1] == "█"
+    assert [len(line(range(number), 10)) for number in (9, 10, 11, 19, 1000)] == [9, 10, 10, 10, 10] and line([0] * 999 + [1], 10)[-1] == "█"
     assert line([0, 1, 7], stream=io.TextIOWrapper(io.BytesIO(), "ascii")) == "_.#"
 
 
