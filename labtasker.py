@@ -148,6 +148,23 @@ class TaskCancelled(LabtaskerError):
     """Raised in a running job when its task is cancelled, or given to another worker, from outside."""
 
 
+class TransientError(LabtaskerError):
+    """Raised in a job: what it needs is missing for now. Its task is pending again without a charged retry, and no loop
+    gets it within `delay_s`: a number of seconds, or text like "10 min"."""
+
+    def __init__(self, text="", delay_s=0):
+        super().__init__(text)
+        self.delay_s = float(parse_duration(delay_s)) if delay_s else 0.0
+
+
+class TaskError(LabtaskerError):
+    """Raised in a job: its task can't succeed. It fails for good, whatever its max_retries."""
+
+
+class FatalWorkerError(LabtaskerError):
+    """Raised in a job: this machine can't run any task. The task is handed back, and the loop ends with 1."""
+
+
 class UsageError(LabtaskerValueError):
     """An invalid command line: exit code 2."""
 
@@ -1785,6 +1802,10 @@ TASK_FIELDS = {
     "stop": Field("stop", None, True, "rule that stops it early, such as asha:loss:min; in full asha:METRIC:"
                   "min|max[:eta=3][:from=1] or median:METRIC:min|max[:from=1][:after=5]; null: none", "set",
                   "set", "--stop RULE"),
+    "after": Field("ids", [], True, "ids of tasks that have to succeed first; help after", "set", "set",
+                   "--after ID,..."),
+    "after_any": Field("ids", [], True, "ids of tasks that have to end first, however", "set", "set",
+                       "--after-any ID,..."),
     "metadata": Field("dict", {}, False, "the submitter's notes: tags and the like", "unflatten", "merge",
                       "--metadata DICT"),
     "args": Field("dict", {}, False, "the job's arguments", "unflatten", "merge", "--args DICT"),
@@ -1796,7 +1817,10 @@ TASK_FIELDS = {
     "run_end": Field("text", None, True, "how that run ended: success, failed, cancelled, pending, timeout or "
                      "stopped"),
     "interruptions": Field("count", 0, True, "runs that were handed back; they charge no retry"),
-    "reason": Field("text", None, True, "why the last run was handed back or stopped early"),
+    "reason": Field("text", None, True, "why the last run failed, was handed back or stopped early, or why it "
+                    "was cancelled"),
+    "failure": Field("failure", None, True, "how its last run failed: oom, killed, signal, exit, timeout, exception or "
+                     "lost; null: it did not"),
     "not_before": Field("time", None, True, "no loop gets it before then: its job asked so, or a run failed"),
     "attempts": Field("list", [], True, "its last runs: host, pid, worker_id, git, log, start, end, status, exit_code"),
     "git": Field("commit", None, True, "the commit it was submitted from, with -dirty where files were changed since",
@@ -1822,8 +1846,9 @@ QUEUE_FIELDS = {
     "queue_id": Field("id", None, False, "UUID4"),
     "queue_name": Field("name", None, False, "letters, digits, _ and -, at most 100"),
     "created_at": Field("time", None, False, "when it was created"),
-    "last_modified": Field("time", None, False, "when its name, password or metadata last changed"),
+    "last_modified": Field("time", None, False, "when its name, password or metadata last changed, or it was paused"),
     "metadata": Field("dict", {}, False, "notes"),
+    "paused_at": Field("time", None, True, "since when it gives out no task; null: it does"),
     "password": Field("text", None, None, "PBKDF2 of its password; null: the store's own users only"),
 }
 
@@ -1867,6 +1892,15 @@ WORKER_MOVES = {
     "suspended": {"activate": "active"},
     "crashed": {"activate": "active", "crash": "crashed"},
 }
+FAILURES = (  # how a run fails
+    "oom",  # out of memory on a GPU, or killed by the kernel for that
+    "killed",  # by SIGKILL otherwise
+    "signal",  # by another one
+    "exit",  # with an exit code
+    "timeout",  # it took longer than its task_timeout
+    "exception",  # that nobody caught
+    "lost")  # its worker was not heard of any more
+NAMED_FAILURES = ("oom", "exception")  # whose reason says more than the exit code
 TASK_STATES = tuple(state for state in TASK_MOVES if state != "created")
 WORKER_STATES = tuple(state for state in WORKER_MOVES if state != "created")
 
@@ -1885,6 +1919,24 @@ _BY_HAND = {  # event of what a person sets, or a job reports: the status, which
     "succeed": "success", "fail": "failed", "retry": "failed", "requeue": "pending", "reset": "pending",
     "hand_back": "pending", "cancel": "cancelled", "succeed_late": "success", "hand_back_late": "pending",
     "activate": "active", "suspend": "suspended", "crash": "crashed"}
+
+
+WAITS = ("after", "after_any")  # the fields in which a task names those that it waits for
+_OVER = ("success", "failed", "cancelled")
+
+
+def waits(task):
+    """Return whether a task may have to wait for others: it is pending, names some, and no run of it has begun."""
+    return task.status == "pending" and task.run_id is None and bool(task.after or task.after_any)
+
+
+def is_done_for(field, task, other):
+    """Return whether what a task waits for in a field of WAITS has come: `other` is that task, None where it is gone.
+
+    A task that ran once before minds no more that one that it waited for is gone."""
+    if other is None:
+        return field == "after_any" or task.start_time is not None
+    return other.status in (_OVER if field == "after_any" else ("success",))
 
 
 def illegal(moves, state, wanted, what):
@@ -1980,8 +2032,8 @@ def rule_of(text):
 # Comparisons of a filter that can never be true: their author is told, since all that is seen of them is nothing.
 
 _SORTS_OF_KIND = {kind: sort for sort, kinds in (  # kind of a field: what its values are
-    ("a time", "time"), ("a number", "seconds count int"), ("a dict", "dict"), ("a list", "list"),
-    ("a text", "id name status worker_status text commit")) for kind in kinds.split()}
+    ("a time", "time"), ("a number", "seconds count int"), ("a dict", "dict"), ("a list", "list ids"),
+    ("a text", "id name status worker_status failure text commit")) for kind in kinds.split()}
 _SORTS = {bool: "true or false", int: "a number", float: "a number", str: "a text", dict: "a dict", list: "a list",
           Instant: "a time"}
 _ORDERINGS = {"$eq": "==", "$gt": ">", "$gte": ">=", "$lt": "<", "$lte": "<="}
@@ -2028,8 +2080,9 @@ def doubts(document, fields, states):
         if dot:
             found += ["%s is never there: %s is %s, which has no keys" % (field, top, held)] * (
                 held not in ("a dict", "a list", None))
-        elif given and top in fields and fields[top].kind in ("status", "worker_status"):
-            found += _unknown_status(field, sign, value, states)
+        elif given and top in fields and fields[top].kind in ("status", "worker_status", "failure"):
+            known = FAILURES if fields[top].kind == "failure" else states
+            found += _unknown_status(field, sign, value, known)
         elif held not in (None, "a list") and given not in (None, held):
             found.append(never(field, held, sign, value))
     for field in itertools.islice(_calculated_with(document), MOST_COMPARED):
@@ -2045,8 +2098,9 @@ def _unknown_status(field, sign, value, states):
         is_known = any(re.search(value, one) for one in states) if sign == "regex" else sign != "==" or value in states
     except Exception:  # it is no pattern, or none that can be compiled: who does that tells it
         return []
-    return [] if is_known else ["%s is never true%s The statuses are %s" % (
-        as_compared(field, sign, value), hint(value, states) or ".", ", ".join(states))]
+    return [] if is_known else ["%s is never true%s The %s are %s" % (
+        as_compared(field, sign, value), hint(value, states) or ".", "failures" if states is FAILURES else "statuses",
+        ", ".join(states))]
 
 
 def as_compared(field, sign, value):
@@ -3656,14 +3710,15 @@ class _Standing:
 
 
 class Pending:
-    """The pending tasks of a queue: for each shape of args a heap in the order of fetching.
+    """The pending tasks of a queue that wait for no others: for each shape of args a heap in the order of fetching.
 
     Entries are deleted lazily: an entry is valid while its task is pending and still has the entry's priority and
     times. Entries hold ids, not tasks, so that deleted tasks don't stay in memory. A heap is rebuilt when most of it is
     stale, and removed with its last task."""
 
-    def __init__(self, tasks):
+    def __init__(self, tasks, blocked=()):
         self.tasks = tasks  # the queue's {task id: record}
+        self.blocked = blocked  # ids of those that wait for others
         self.heaps = {}  # shape: heap of (-priority, last_modified, created_at, task id)
         self.counts = {}  # shape: how many tasks are pending
         self.paths = 0  # the number of paths in all shapes: what searching the shapes costs
@@ -3679,7 +3734,12 @@ class Pending:
         task = self.tasks.get(entry[3])
         if task is None or task.status != "pending" or task.last_modified != entry[1] or task.priority != -entry[0]:
             return None
-        return None if entry[3] in self.resting else task
+        return None if entry[3] in self.resting or entry[3] in self.blocked else task
+
+    def withdraw(self, task):
+        """Take back a record that was offered: it waits for others now."""
+        if not self.resting.pop(task.task_id, None):
+            self.retire(task)
 
     def offer(self, task):
         """Add a record that became, or stays, pending."""
@@ -3840,6 +3900,70 @@ class Pending:
             standing.purge_at = 100 + 3 * len(standing.heap)
 
 
+class _Blocked:
+    """Which pending tasks of a queue wait for others, and which others. What a task waits for is found when it becomes
+    pending; each end of a task releases those that it was the last for. So they cost a fetch nothing."""
+
+    def __init__(self, tasks):
+        self.tasks = tasks  # the queue's {task id: record}
+        self.missing = {}  # task id: for how many others it waits; without those that wait for none any more
+        self.behind = {field: {} for field in WAITS}  # id: the one task that waits for it, or a dict of several
+
+    def enter(self, task):
+        """Add a task that `waits`; return whether it is blocked."""
+        missing = 0
+        for field in WAITS:
+            behind = self.behind[field]
+            for other_id in dict.fromkeys(getattr(task, field)):
+                missing += not is_done_for(field, task, self.tasks.get(other_id))
+                there = behind.setdefault(other_id, task.task_id)
+                if type(there) is dict:
+                    there[task.task_id] = None
+                elif there != task.task_id:
+                    behind[other_id] = {there: None, task.task_id: None}
+        if missing:
+            self.missing[task.task_id] = missing
+        return missing > 0
+
+    def leave(self, task):
+        """Remove a task that was added; return whether it was blocked."""
+        for field in WAITS:
+            behind = self.behind[field]
+            for other_id in dict.fromkeys(getattr(task, field)):
+                there = behind.get(other_id)
+                if type(there) is dict:
+                    there.pop(task.task_id, None)
+                if there == task.task_id or there == {}:
+                    del behind[other_id]
+        return self.missing.pop(task.task_id, 0) > 0
+
+    def those_behind(self, task_id, field):
+        """Return the ids of the tasks that wait for one, and were not begun; a list."""
+        there = self.behind[field].get(task_id, ())
+        return [there] if type(there) is str else list(there)
+
+    def is_waited_for(self, task_id):
+        """Return whether a task waits for this one."""
+        return task_id in self.behind["after"] or task_id in self.behind["after_any"]
+
+    def follow(self, task_id, old, new):
+        """Return [(task, whether it is blocked now)] of those for which that changes as a task became another record;
+        None is one that is gone."""
+        changed = []
+        for field in WAITS:
+            for child_id in self.those_behind(task_id, field):
+                child = self.tasks.get(child_id)
+                if child is None or child_id == task_id:  # itself, in a journal that no version has written
+                    continue
+                step = is_done_for(field, child, new) - is_done_for(field, child, old)
+                was = self.missing.pop(child_id, 0)
+                if was - step:
+                    self.missing[child_id] = was - step
+                if (was > 0) != (was - step > 0):
+                    changed.append((child, was - step > 0))
+        return changed
+
+
 class LocalName(str):
     """The name of a queue, from a caller that needs no password because it can read the store's file."""
 
@@ -3980,7 +4104,8 @@ class QueueState:
         self.running = {}  # task id: record
         self.fetches = {}  # fetch id: task id, of running tasks
         self.ended_fetches = collections.OrderedDict()  # ids of fetches that were given up: they get no task
-        self.pending = Pending(self.tasks)
+        self.blocked = _Blocked(self.tasks)
+        self.pending = Pending(self.tasks, self.blocked.missing)
         self.groups = {}  # {(task name, stop): _Peers} of the tasks that have a rule
 
     def put_task(self, task_id, new):
@@ -3988,20 +4113,25 @@ class QueueState:
         old = self.tasks.pop(task_id, None)
         if (old is not None and old.stop) or (new is not None and new.stop):
             self._regroup(task_id, old, new)
-        was, rested = old and old.status, self.pending.resting.pop(task_id, None)
+        was, is_held = old and old.status, self.pending.resting.pop(task_id, None)
+        if old is not None and waits(old):
+            is_held = self.blocked.leave(old) or is_held
         if was == "running":
             del self.running[task_id]
             self.fetches.pop(old.fetch_id, None)
         if new is not None:
             self.tasks[task_id] = new
             if new.status == "pending":
-                self.pending.offer(new)
+                if not (waits(new) and self.blocked.enter(new)):
+                    self.pending.offer(new)
             elif new.status == "running":
                 self.running[task_id] = new
                 if new.fetch_id:
                     self.fetches[new.fetch_id] = task_id
-        if was == "pending" and not rested:  # after adding the new one, so that a shape that both have stays
+        if was == "pending" and not is_held:  # after adding the new one, so that a shape that both have stays
             self.pending.retire(old)
+        for child, is_blocked in self.blocked.follow(task_id, old, new) if self.blocked.is_waited_for(task_id) else ():
+            (self.pending.withdraw if is_blocked else self.pending.offer)(child)
         return old
 
     def _regroup(self, task_id, old, new):
@@ -4119,6 +4249,12 @@ class State:
             ordered = sorted(queue.tasks.items(), key=lambda item: item[1].last_modified)
             queue.tasks.clear()
             queue.tasks.update(ordered)
+
+
+def has_pending(queue, done):
+    """Return whether what `State.apply` did may have made a task of the queue one that can be fetched."""
+    return any(isinstance(new, TaskRecord) and new.status == "pending" or queue and queue.blocked.is_waited_for(key)
+               for _, key, _, new in done)
 
 
 def _apply_queue(state, queue_id, fields):
@@ -4325,7 +4461,8 @@ def same_secret(one, other):
 
 
 def _overdue(store, queue):
-    """Return ([(task, words)] of the running tasks whose time is over, seconds until the next run can time out)."""
+    """Return ([(task, its failure, words)] of the running tasks whose time is over, seconds until the next run can time
+    out)."""
     overdue, next_in_s = [], math.inf
     for task in queue.running.values():
         if task.heartbeat_timeout is None and task.task_timeout is None:
@@ -4337,9 +4474,9 @@ def _overdue(store, queue):
         ran_s, silent_s = ages
         has_beats = task.heartbeat_timeout is not None and task.last_heartbeat is not None
         if has_beats and silent_s > task.heartbeat_timeout:
-            overdue.append((task, "no heartbeat for %g seconds (heartbeat_timeout)" % task.heartbeat_timeout))
+            overdue.append((task, "lost", "no heartbeat for %g seconds (heartbeat_timeout)" % task.heartbeat_timeout))
         elif task.task_timeout is not None and ran_s > task.task_timeout:
-            overdue.append((task, "still running after %g seconds (task_timeout)" % task.task_timeout))
+            overdue.append((task, "timeout", "still running after %g seconds (task_timeout)" % task.task_timeout))
         else:
             next_in_s = min(next_in_s, task.heartbeat_timeout - silent_s if has_beats else math.inf,
                             math.inf if task.task_timeout is None else task.task_timeout - ran_s)
@@ -4349,8 +4486,9 @@ def _overdue(store, queue):
 def expire_runs_op(store, queue, request, at):
     """Decide that the overdue runs failed. Answer in how many seconds the next run can time out."""
     changes, strikes, (overdue, next_in_s) = [], collections.Counter(), _overdue(store, queue)
-    for task, words in sorted(overdue, key=lambda row: row[0].created_at):
-        fields = {"summary": dict(task.summary, labtasker_error=words), "run_end": "timeout"}
+    for task, failure, words in sorted(overdue, key=lambda row: row[0].created_at):
+        fields = {"summary": dict(task.summary, labtasker_error=words), "run_end": "timeout", "failure": failure,
+                  "reason": words}
         fields.update(_attempt_over(task, at, "timeout", words))
         changes.append(_failed(task, fields, after(at, len(changes))))
         strikes[task.worker_id] += 1
@@ -4384,6 +4522,12 @@ def _strike(queue, worker_id, count, at):
         fields["status"] = move(WORKER_MOVES, "active", event, "worker " + worker_id)
         return [["worker", worker_id, fields, "active"]]
     return [["worker", worker_id, fields, None]]
+
+
+def decide(operation, store, queue, request, at):
+    """Return (changes, answer) of an operation, with the changes that follow for tasks that wait for others."""
+    changes, answer = operation(store, queue, request, at)
+    return changes + (settle(queue, changes, at) if changes and queue else []), answer
 
 
 # Operations: queues
@@ -4429,8 +4573,10 @@ def get_queue_op(store, queue, request, at):
 
 
 def update_queue_op(store, queue, request, at):
-    """Decide a new name, password or metadata of a queue."""
-    fields = {"last_modified": at}
+    """Decide a new name, password or metadata of a queue, or to pause it. One that is paused stays so since then."""
+    fields, is_paused = {"last_modified": at}, queue.record.paused_at is not None
+    if request.get("paused") not in (None, is_paused):
+        fields["paused_at"] = at if request["paused"] else None
     new_name = request.get("new_queue_name")
     if new_name is not None:
         if store.state.names.get(new_name, queue.record.queue_id) != queue.record.queue_id:
@@ -4483,6 +4629,138 @@ def _submission(request, at):
     return task_id or new_id(), fields
 
 
+# Tasks that wait for others. What a task waits for is decided here, in the transaction that brings it about; which of
+# them are blocked is for State alone.
+
+
+class _Over:
+    """The tasks of a queue as they will be after the changes of a transaction."""
+
+    def __init__(self, queue, changes):
+        self.queue, self.fields = queue, {}  # {task id: its new fields, None where it is gone}
+        for change in changes:
+            if change[0] == "task":
+                self.note(change[1], change[2])
+            elif change[0] == "task-":
+                self.fields[change[1]] = None
+
+    def note(self, task_id, fields):
+        """Note new fields of a task."""
+        self.fields[task_id] = dict(self.fields.get(task_id) or {}, **fields)
+
+    def get(self, task_id, name):
+        """Return a field of a task; its default where the task has none or is not there."""
+        fields = self.fields.get(task_id, {})
+        there = fields is not None and name not in fields and self.queue.tasks.get(task_id)
+        return getattr(there, name) if there else (fields or {}).get(name, TASK_FIELDS[name].default)
+
+    def can_wait(self, task_id):
+        """Return whether a task is pending, and no run of it has begun."""
+        return self.get(task_id, "status") == "pending" and self.get(task_id, "run_id") is None
+
+    def why_in_vain(self, task_id, other_id):
+        """Return why it is in vain that a task waits for the success of another, or None."""
+        status = self.get(other_id, "status")
+        if status is None:
+            return "is not there any more" if self.get(task_id, "start_time") is None else None
+        return {"failed": "failed", "cancelled": "was cancelled"}.get(status)
+
+
+def settle(queue, changes, at):
+    """Return the changes that follow from those of a transaction for the tasks that wait for others.
+
+    A task that waits in vain for the success of another, as that failed for good, was cancelled or is gone, is
+    cancelled with that as its reason; then so are those that wait for it. A task that waits for one which has succeeded
+    and is deleted now does not name it any more."""
+    waiting = [change[1] for change in changes if change[0] == "task" and _is_to_wait(queue, *change[1:3])]
+    if not (waiting or queue.blocked.behind["after"]):
+        return []
+    over, added, behind = _Over(queue, changes), [], {}  # behind: what is not in the index yet
+    for task_id in waiting:
+        for other_id in over.get(task_id, "after"):
+            behind.setdefault(other_id, []).append(task_id)
+
+    def change(task_id, old_state, **fields):
+        fields["last_modified"] = after(at, len(changes) + len(added))
+        added.append(["task", task_id, fields, old_state])
+        over.note(task_id, fields)
+
+    def look(task_id, other_id):
+        """Cancel a task that waits in vain for another."""
+        why = over.why_in_vain(task_id, other_id)
+        if not why or not over.can_wait(task_id) or other_id not in over.get(task_id, "after"):
+            return
+        root = roots.get(other_id)
+        words = "it waited for task %s, which %s%s" % (other_id, why, " as " + root if root else "")
+        roots[task_id] = root or "task %s %s" % (other_id, why)
+        change(task_id, "pending", status=move(TASK_MOVES, "pending", "cancel", "task"), reason=words)
+        agenda.append(task_id)
+
+    agenda, roots = collections.deque(over.fields), {}  # roots: {cancelled here: the end that began it}
+    for task_id in waiting:
+        for other_id in over.get(task_id, "after"):
+            look(task_id, other_id)
+    while agenda:
+        other_id = agenda.popleft()
+        there = queue.tasks.get(other_id)
+        has_succeeded = over.fields[other_id] is None and there is not None and there.status == "success"
+        for task_id in queue.blocked.those_behind(other_id, "after") + behind.get(other_id, []):
+            names = over.get(task_id, "after")
+            if has_succeeded and over.can_wait(task_id) and other_id in names:
+                change(task_id, None, after=[name for name in names if name != other_id])
+            else:
+                look(task_id, other_id)
+    return added
+
+
+def _is_to_wait(queue, task_id, fields):
+    """Return whether a change may make a task wait: it names others, or is pending again."""
+    if fields.get("after"):
+        return True
+    there = queue.tasks.get(task_id) if fields.get("status") == "pending" else None
+    return bool(there and there.after)
+
+
+def _check_waits(queue, task, fields):
+    """Raise BadRequest where an update makes a task wait that is not pending, or for one that is not there; an update
+    that changes nothing is dropped from `fields`."""
+    for field in [field for field in WAITS if field in fields]:
+        if fields[field] == getattr(task, field):
+            del fields[field]
+            continue
+        if fields.get("status", task.status) != "pending":
+            raise BadRequest("it is %s: only a pending task can wait for others (%s)" % (task.status, field))
+        for other_id in fields[field]:
+            if other_id not in queue.tasks:
+                raise BadRequest("%s names task %s, which is not in queue %s" % (
+                    field, other_id, queue.record.queue_name))
+
+
+def _circle(queue, now_are, begin):
+    """Return the ids of a circle of tasks that would wait for each other, None without one. Only updates of the tasks
+    `begin` can have closed it."""
+    def names(task_id):
+        task = now_are.get(task_id) or queue.tasks.get(task_id)
+        return iter(list(task.after) + list(task.after_any) if task else ())
+    done = set()
+    for task_id in begin:
+        path, way = {task_id: None}, [(task_id, names(task_id))]  # path: an ordered set
+        while way:
+            at_id, rest = way[-1]
+            next_id = next(rest, None)
+            if next_id in path:
+                ids = list(path)
+                return ids[ids.index(next_id):] + [next_id]
+            if next_id is None:
+                done.add(at_id)
+                del path[at_id]
+                way.pop()
+            elif next_id not in done:
+                path[next_id] = None
+                way.append((next_id, names(next_id)))
+    return None
+
+
 def submit_tasks_op(store, queue, request, at):
     """Decide to create tasks, all or none. One that exists with the same content was submitted before, and counts."""
     changes, ids = [], {}
@@ -4494,6 +4772,11 @@ def submit_tasks_op(store, queue, request, at):
             if known != fields.get("digest"):
                 raise Conflict("task %s is there already, with other content" % task_id)
         else:
+            for field in WAITS:
+                for other_id in fields.get(field, ()):
+                    if other_id not in queue.tasks and other_id not in ids:
+                        raise NotFound("%s: there is no task %s in queue %s; nothing was submitted" % (
+                            field, other_id, queue.record.queue_name))
             changes.append(["task", task_id, fields, "created"])
         ids[task_id] = fields.get("digest")
     return changes, {"task_ids": list(ids)} if request["many"] else {"task_id": next(iter(ids))}
@@ -4717,14 +5000,16 @@ def fetch_task_op(store, queue, request, at):
     if repeated is not None and repeated.worker_id == worker_id:
         return [], {"found": True, "task": repeated}
     is_ended = request.get("fetch_id") in queue.ended_fetches
+    if queue.record.paused_at is not None:
+        return [], {"found": False, "task": None, "paused": True}
     queue.pending.release(at)
     task = None if is_ended else _next_task(store, queue, request)
     if task is None:
         return [], _nothing_found(queue, request, at)
     fields = {"status": move(TASK_MOVES, task.status, "fetch", "task"), "start_time": at, "last_modified": at,
-              "summary": {}, "worker_id": worker_id, "run_id": new_id(), "run_end": None, "reason": None,
+              "summary": {}, "worker_id": worker_id, "run_id": new_id(), "run_end": None,
               "fetch_id": request.get("fetch_id"), "last_heartbeat": at if request["start_heartbeat"] else None}
-    fields.update(_without_pause(task))
+    fields.update(_without_pause(task), **{name: None for name in ("reason", "failure") if getattr(task, name)})
     if task.curve and task.run_end != "pending":  # only a run that was handed back is resumed
         fields.update(curve=None, rungs=None)
     if request.get("cmd"):
@@ -5094,7 +5379,7 @@ def _report_late(task, request, at):
     next_status = move(TASK_MOVES, task.status, _LATE_REPORTS[status], "task " + task.task_id)
     summary = {key: value for key, value in task.summary.items() if key != "labtasker_error"}
     fields = dict(_summarised(task._replace(summary=summary), request), status=next_status, run_end=status,
-                  retries=max(0, task.retries - 1), **_without_pause(task))
+                  retries=max(0, task.retries - 1), failure=None, reason=None, **_without_pause(task))
     fields.setdefault("summary", summary)
     if status == "pending":
         fields.update(interruptions=task.interruptions + 1, reason=request.get("reason"), **_pause(request, at))
@@ -5112,8 +5397,18 @@ def _report_over(queue, task, fields, request, at):
 
 
 def _report_failed(queue, task, fields, request, at):
-    change = _failed(task, dict(fields, run_end="failed"), at, request.get("final"))
+    change = _failed(task, dict(fields, run_end="failed", **_why_failed(request)), at, request.get("final"))
     return [change] + (_strike(queue, task.worker_id, 1, at) if task.worker_id else [])
+
+
+def _why_failed(request):
+    """Return the fields that say how a run failed. A worker that knows no failures has told it in the summary, or not
+    at all."""
+    summary = request.get("summary") or {}
+    raised, failure = summary.get("labtasker_exception"), "exception" if "labtasker_exception" in summary else "exit"
+    words = summary.get("labtasker_error") or (raised.get("type") if isinstance(raised, dict) else raised)
+    return {"failure": request.get("failure") or failure, "reason": request.get("reason") or (
+        words if isinstance(words, str) else None)}
 
 
 def _report_running(queue, task, fields, request, at):
@@ -5163,7 +5458,7 @@ def heartbeat_op(store, queue, request, at):
 ERRORS = ("labtasker_error", "labtasker_exception")  # keys of a summary: a job's end and `finish` write them
 # status in an update: the event that leads to it
 UPDATE_EVENTS = {"pending": "requeue", "success": "succeed", "failed": "fail", "cancelled": "cancel"}
-_RESET = {"retries": 0, "worker_id": None, "run_id": None, "run_end": None, "reason": None}
+_RESET = {"retries": 0, "worker_id": None, "run_id": None, "run_end": None, "reason": None, "failure": None}
 
 
 def _updated(task, request, reset):
@@ -5209,6 +5504,7 @@ def update_tasks_op(store, queue, request, at):
         try:
             task = now_are.get(task_id) or _task(queue, task_id)
             fields, old_state = _updated(task, update, request["reset_pending"])
+            _check_waits(queue, task, fields)
         except LabtaskerError as error:
             problems.append("task %s: %s" % (task_id, error))
             continue
@@ -5217,9 +5513,17 @@ def update_tasks_op(store, queue, request, at):
         fields["last_modified"] = after(at, len(changes))  # also where nothing else changes, as 1.0.1 has it
         changes.append(["task", task_id, fields, old_state])
         now_are[task_id] = revised(task, dict(fields))
+    named = [change[1] for change in changes if not change[2].keys().isdisjoint(WAITS)]
+    circle = _circle(queue, now_are, named) if not problems else None
+    if circle:
+        problems.append("task %s would wait for itself: %s" % (circle[0], " after ".join(circle)))
     if problems:
         raise BadRequest("; ".join(problems) + (" (nothing was updated)" if len(request["updates"]) > 1 else ""))
-    return changes, {"found": bool(now_are), "content": list(now_are.values())}
+    settled = settle(queue, changes, at)
+    for _, task_id, fields, _ in settled:
+        if task_id in now_are:
+            now_are[task_id] = revised(now_are[task_id], dict(fields))
+    return changes + settled, {"found": bool(now_are), "content": list(now_are.values())}
 
 
 def delete_task_op(store, queue, request, at):
@@ -5781,7 +6085,7 @@ class Store:
     def _decide(self, operation, queue_id, request, writes):
         queue = None if queue_id is None else self._queue(queue_id, writes)
         at = now()
-        changes, answer = operation(self, queue, request, at)
+        changes, answer = decide(operation, self, queue, request, at)
         if changes:
             return self._commit(queue.record.queue_id if queue else changes[0][1]["queue_id"], changes, at), answer
         journal = self.journal
@@ -5819,7 +6123,7 @@ class Store:
         """Wake the requests that wait for a task in `done`, for its queue, or for a pending task there. A change of the
         queue's own record wakes all of its requests, as its password may have changed."""
         keys = {(queue_id, key) for _, key, _, _ in done} | {(queue_id, "change")}
-        if any(isinstance(new, TaskRecord) and new.status == "pending" for _, _, _, new in done):
+        if has_pending(self.state.queues.get(queue_id), done):
             keys.add((queue_id, "pending"))
         if (queue_id, queue_id) in keys:
             keys |= {key for key in self.watched_keys if key and key[0] in (queue_id, None)}
@@ -6119,6 +6423,7 @@ MAX_CONTAINERS = 300000  # lists and objects in a body; each takes a hundred byt
 _MAX_WAIT_S = 60  # a long poll
 _MAX_REQUIRED, _REQUIRED_BYTES = 1000, 20000  # required fields of a fetch, and their total length
 _FETCH_FILTER_BYTES = 256 << 10  # of a fetch's filter, which is kept for the next fetch
+_MOST_WAITED_FOR = 10000  # others that a task may wait for
 _MAX_SORTS = 16  # fields that a listing is sorted by; each of them sorts the whole list
 _ATTEMPT_BYTES = 2000  # of what a worker reports about a run
 TAIL_BYTES, MOST_TAILS = 1 << 16, 5  # kept of a run's output; runs of a task for which it is kept
@@ -6216,6 +6521,15 @@ def _is_texts(value):
     return isinstance(value, list) and all(isinstance(item, str) for item in value)
 
 
+def _ids(value):
+    """Return a list of ids, each once."""
+    if not isinstance(value, list) or not all(isinstance(item, str) and NAME.match(item) for item in value):
+        raise ValueError("should be a list of ids, not %.120r" % (value,))
+    if len(value) > _MOST_WAITED_FOR:
+        raise ValueError("should be at most %d ids, not %d" % (_MOST_WAITED_FOR, len(value)))
+    return list(dict.fromkeys(value))
+
+
 def _is_sort(value):
     return isinstance(value, list) and len(value) <= _MAX_SORTS and all(
         isinstance(pair, (list, tuple)) and len(pair) == 2 and isinstance(pair[0], str) and pair[1] in (1, -1)
@@ -6256,10 +6570,10 @@ KINDS = {
     "duration": lambda value: _seconds(parse_duration(value) if isinstance(value, str) else value),
     "int": _int_between(-2 ** 63, 2 ** 63 - 1), "count": _int_between(0, 2 ** 31),
     "whole": _whole,
-    "status": _one_of(TASK_STATES), "worker_status": _one_of(WORKER_STATES),
+    "status": _one_of(TASK_STATES), "failure": _one_of(FAILURES), "worker_status": _one_of(WORKER_STATES),
     "extreme": _one_of(("max", "min")),
     "worker_report": _one_of(WORKER_STATES + ("ended",)), "answer": _one_of(("status",)),
-    "texts": _kind("a list of text", _is_texts),
+    "texts": _kind("a list of text", _is_texts), "ids": _ids,
     "cmd": _kind("text or a list of text", lambda value: isinstance(value, str) or _is_texts(value)),
     "sort": _kind("a list of at most %d [field, 1 or -1]" % _MAX_SORTS, _is_sort),
     "attempt": _kind("an object of names with texts and numbers, of at most %d bytes" % _ATTEMPT_BYTES, _is_attempt),
@@ -6807,8 +7121,9 @@ ROUTES = {
                 "metadata": Arg("dict")}),
     "GET " + QUEUE_PATH: _route(get_queue_op, "the queue", writes=False, quick=_always),
     "PUT " + QUEUE_PATH: _route(
-        update_queue_op, "rename a queue, change its password or metadata", prepare=_hash_new_password,
-        fields={"new_queue_name": Arg("name"), "new_password": Arg("password"), "metadata_update": Arg("dict")}),
+        update_queue_op, "rename or pause a queue, change its password or metadata", prepare=_hash_new_password,
+        fields={"new_queue_name": Arg("name"), "new_password": Arg("password"), "metadata_update": Arg("dict"),
+                "paused": _ours("bool")}),
     "DELETE " + QUEUE_PATH: _route(
         delete_queue_op, "delete a queue, its tasks and workers", status=204, run=_run_deletion,
         query={"cascade_delete": Arg("bool", False)}),
@@ -6865,7 +7180,7 @@ ROUTES = {
         fields={"status": Arg("status", REQUIRED), "worker_id": Arg("id"), "summary": Arg("dict"),
                 "run_id": _ours("id"), "reason": _ours("text"), "attempt": _ours("attempt"), "log": _ours("log"),
                 "delay_s": _ours("seconds"), "final": _ours("bool"), "took_s": _ours("seconds"),
-                "step": _ours("step"), "point_id": _ours("id")}),
+                "step": _ours("step"), "point_id": _ours("id"), "failure": _ours("failure")}),
     "GET " + TASKS_PATH + "/{task_id}/history": _route(
         get_history_op, "the points that a task's runs have reported with a step", writes=False),
     "POST " + TASKS_PATH + "/{task_id}/heartbeat": _route(
@@ -7048,7 +7363,7 @@ def in_json(answer, extensions):
         return {}
     if isinstance(answer, dict) and ("content" in answer or "task" in answer):
         return {key: in_json(value, extensions) if isinstance(value, (tuple, list)) else value
-                for key, value in answer.items() if extensions or key != "retry_in_s"}
+                for key, value in answer.items() if extensions or key not in ("retry_in_s", "paused")}
     return answer
 
 
@@ -10112,7 +10427,7 @@ class TaskSubmitResponse(_Response):
 
 class TaskFetchResponse(_Response):
     """`.found`, `.task` (a Task or None), `.retry_in_s` (seconds until a task that waits may be fetched, or None),
-    `.left` (how many more pending tasks fit, or None)"""
+    `.left` (how many more pending tasks fit, or None), `.paused` (True: the queue gives out nothing)"""
 
 
 class HealthCheckResponse(_Response):
@@ -10334,6 +10649,14 @@ def update_queue(new_queue_name=None, new_password=None, metadata_update=None):
     return Queue(ask_route("PUT " + QUEUE_PATH, **locals()))
 
 
+def pause_queue(paused=True):
+    """Pause the configured queue, or let it go on, and return it. Raises LabtaskerRuntimeError where the server knows
+    no pauses."""
+    if not client().extensions:
+        raise LabtaskerRuntimeError("%s runs a server of Labtasker 1.0.1, which can't pause a queue" % client().where)
+    return Queue(ask_route("PUT " + QUEUE_PATH, paused=bool(paused)))
+
+
 def delete_queue(cascade_delete=True):
     """Delete the configured queue, with its tasks and workers."""
     ask_route("DELETE " + QUEUE_PATH, cascade_delete=bool(cascade_delete))
@@ -10344,14 +10667,17 @@ def submit_task(task_name=None, args=None, metadata=None, cmd=None, heartbeat_ti
     """Submit a task and return its `.task_id`.
 
     The keys of `args` must be exactly those that the job requires. The timeouts are in seconds; a higher priority is
-    fetched first. `ours` are further fields of a submission, such as `retry_delay`; an unknown one raises
+    fetched first. `ours` are further fields of a submission: `retry_delay`; `after`, a list of tasks that have to
+    succeed first, and `after_any`, those that have to end (`labtasker help after`). An unknown one raises
     LabtaskerTypeError. The id is made here, so that the request can be repeated when its answer is lost."""
     fields = locals()
     fields.update(fields.pop("ours"))
     if isinstance(task_name, dict):
         raise LabtaskerTypeError("submit_task: task_name is text, not a dict; did you mean submit_task(args=%s)?"
                                  % cut(repr(task_name)))
-    return TaskSubmitResponse(task_id=ask_route("POST " + TASKS_PATH, **_submitted(fields))["task_id"])
+    task = _submitted(fields)
+    _check_can_wait([task], "submitted")
+    return TaskSubmitResponse(task_id=ask_route("POST " + TASKS_PATH, **task)["task_id"])
 
 
 def _as_argument(name, value, like=None):
@@ -10372,7 +10698,22 @@ def _submitted(task):
                 ", ".join(each for each, field in SUBMITTED.items() if field.flag)))
     if isinstance(task.get("stop"), str):
         parse_rule(task["stop"])
-    return dict({"task_id": new_id(), "git": code_version()}, **task)
+    named = {field: _ids_in(task[field]) for field in WAITS if task.get(field) is not None}
+    return dict({"task_id": new_id(), "git": code_version()}, **dict(task, **named))
+
+
+def _ids_in(value):
+    """Return the ids that are given as a list, or as one, of texts, Tasks, or answers of submit_task."""
+    is_one = isinstance(value, (str, _Answer, TaskSubmitResponse)) or not hasattr(value, "__iter__")
+    return [getattr(item, "task_id", item) for item in ([value] if is_one else value)]
+
+
+def _check_can_wait(tasks, done):
+    """Raise LabtaskerRuntimeError where tasks are to wait for others and the server knows nothing of that."""
+    field = next((field for field in WAITS if any(task.get(field) for task in tasks)), None)
+    if field and not client().extensions:
+        raise LabtaskerRuntimeError("%s runs a server of Labtasker 1.0.1, in which no task waits for another: it does "
+                                    "not know %s; nothing was %s" % (client().where, field, done))
 
 
 def _parts(items, size, doing):
@@ -10393,6 +10734,7 @@ def submit_tasks(tasks, unique=False):
         new, ids, _ = unseen(tasks)
         return submit_tasks(new) and ids if new else ids
     tasks, ids = [without_none(**_submitted(task)) for task in tasks], []
+    _check_can_wait(tasks, "submitted")
     if not client().extensions:
         plain = {name: field.default for name, field in SUBMITTED.items() if field.kind in ("count", "int")}
         return [ask_route("POST " + TASKS_PATH, **dict(plain, **task))["task_id"]
@@ -10455,7 +10797,7 @@ def fetch_task(worker_id=None, eta_max=None, heartbeat_timeout=None, start_heart
     # The transport waits so much longer.
     answer = client().call("POST", TASKS_PATH + "/next", body, without_none(wait_s=wait_s))
     return TaskFetchResponse(found=answer["found"], task=answer.get("task") and Task(answer["task"]),
-                             retry_in_s=answer.get("retry_in_s"), left=answer.get("left"))
+                             retry_in_s=answer.get("retry_in_s"), left=answer.get("left"), paused=answer.get("paused"))
 
 
 def end_fetch(fetch_id, hand_back=None):
@@ -10468,12 +10810,13 @@ def end_fetch(fetch_id, hand_back=None):
 
 
 def send_report(task_id, status, summary=None, worker_id=None, run_id=None, reason=None, attempt=None, delay_s=None,
-                final=None, log=None, took_s=None, step=None, point_id=None):
+                final=None, log=None, took_s=None, step=None, point_id=None, failure=None):
     """Report on a task as report_task_status does, for the given run and worker. The run took `took_s`.
 
     A task that is handed back is not fetched for `delay_s`; one that failed with `final` is not retried. `log` is the
     end of the run's output, as `packed_log` returns it. With `step` the summary is also a point of the history, once
-    for each `point_id`. Return {go, status, reason}, {} from a server without the extensions."""
+    for each `point_id`. `failure` is one of FAILURES. Return {go, status, reason}, {} from a server without the
+    extensions."""
     return ask_route("POST " + TASKS_PATH + "/{task_id}/status", **locals())
 
 
@@ -10645,6 +10988,7 @@ def update_tasks(task_updates, reset_pending=False):
             raise LabtaskerTypeError("update_tasks takes TaskUpdateRequests, not %s; did you mean TaskUpdateRequest("
                                      "task_id=..., priority=1)?" % cut(repr(update)))
         bodies.append((TaskUpdateRequest(**update) if isinstance(update, dict) else update).to_dict())
+    _check_can_wait(bodies, "updated")
     size, content = TRANSACTION_TASKS, []
     if not client().extensions:
         bodies, size = [_by_dotted_keys(body) for body in bodies], PLAIN_LIMIT
@@ -12023,10 +12367,10 @@ def _write_script(text, folder):
     return path
 
 
-Outcome = collections.namedtuple("Outcome", "status summary reason fatal facts delay_s is_final")
+Outcome = collections.namedtuple("Outcome", "status summary reason fatal facts delay_s is_final failure")
 # status None: nothing to report; fatal: why the loop must end; facts: what the task's attempt keeps of the end;
 # delay_s: the least pause of a task that its job handed back; is_final: another run would fail alike
-Outcome.__new__.__defaults__ = (None, None, None, None, 0, False)
+Outcome.__new__.__defaults__ = (None, None, None, None, 0, False, "exit")
 
 
 def outcome_of_exit(code):
@@ -12075,9 +12419,14 @@ def _readable(make, otherwise):
 
 
 def failure_text(summary):
-    """Return why a run failed, in one line."""
-    raised = summary.get("labtasker_exception", {})
-    return summary.get("labtasker_error") or "%s: %s" % (raised.get("type"), raised.get("message"))
+    """Return why a run failed, in one line. Of an exception's message it is the first line, as hints may follow; the
+    last one where the first only leads up to it with a colon."""
+    raised = summary.get("labtasker_exception")
+    if not isinstance(raised, dict):
+        return str(summary.get("labtasker_error") or "").strip().split("\n")[-1].strip()
+    message = [line.strip() for line in str(raised.get("message") or "").split("\n") if line.strip()]
+    told = message[-1:] if message and message[0].endswith(":") else message[:1]
+    return ": ".join([str(raised.get("type"))] + told)
 
 
 def signal_name(signum):
@@ -12894,13 +13243,22 @@ def as_typed(cmd):
     return cmd if isinstance(cmd, str) else " ".join(map(shlex.quote, cmd or ()))
 
 
+def _waiting_tasks(tasks):
+    """Yield a line about those of the tasks that fit a loop, and wait for others."""
+    found = [task for task in tasks if getattr(task, "run_id", None) is None and (
+        getattr(task, "after", ()) or getattr(task, "after_any", ()))]
+    if found:
+        yield "%d pending task%s for others (task why %s)" % (
+            len(found), " waits" if len(found) == 1 else "s wait", found[0].task_id[:8])
+
+
 def left_tasks(required, pending, hidden, why_not):
     """Yield why a loop leaves pending tasks that its filter lets through, and those that it does not, a line for each
     reason; `why_not(keys)` says why its job gets none of these."""
     reasons = collections.OrderedDict()
     for task in pending:
         reasons.setdefault(misfits(required, paths_of(task.args)), []).append(task)
-    reasons.pop(((), ()), None)  # they fit, and came or came back just now
+    yield from _waiting_tasks(reasons.pop(((), ()), ()))  # the others fit, and came or came back just now
     found = [(tasks, _misfit(len(tasks), missing, extra, why_not)) for (missing, extra), tasks in reasons.items()]
     for tasks, why in found + [(hidden, "the loop's name or filter leaves out all that are pending")] * bool(hidden):
         yield "%d pending task%s not taken: %s (task why %s)" % (
@@ -12947,7 +13305,7 @@ def retry_while_away(action, pause, limit_s):
 
 
 def deliver(task_id, status, summary=None, worker_id=None, run_id=None, reason=None, attempt=None, delay_s=None,
-            final=None, log=False, took_s=None, step=None, point_id=None):
+            final=None, log=False, took_s=None, step=None, point_id=None, failure=None):
     """Send a report of a run; return the answer, or None. With `log` it includes the end of the run's output.
 
     A server without the extensions gets a PUT of the task instead, for what the plain protocol can't report."""
@@ -12956,7 +13314,7 @@ def deliver(task_id, status, summary=None, worker_id=None, run_id=None, reason=N
         attempt = dict(attempt or {}, log_bytes=size) if packed else attempt
         try:
             return send_report(task_id, status, summary, worker_id, run_id, reason, attempt, delay_s, final, packed,
-                               took_s, step, point_id)
+                               took_s, step, point_id, failure)
         except LabtaskerHTTPStatusError as error:  # a 1.0.1 server refuses the status that the task already has
             if client().extensions or error.status_code not in (400, 500) or get_task(task_id).status != status:
                 raise
@@ -12974,11 +13332,17 @@ def end_of_log(task_id, run_id):
     host."""
     if not (NAME.match(task_id) and NAME.match(run_id or "")):
         return None, None
+    data, size = read_end(os.path.join(os.path.abspath(load_config().root), "logs", task_id, run_id, "run.log"))
+    return (None, None) if data is None else (packed_log(data), size)
+
+
+def read_end(path):
+    """Return (the last TAIL_BYTES of a file, its size), (None, None) where it can't be read."""
     try:
-        with open_plain(os.path.join(os.path.abspath(load_config().root), "logs", task_id, run_id, "run.log")) as file:
+        with open_plain(path) as file:
             size = file.seek(0, os.SEEK_END)
             file.seek(max(0, size - TAIL_BYTES - 1))
-            return packed_log(end_of_text(file.read(TAIL_BYTES + 1), TAIL_BYTES)), size
+            return end_of_text(file.read(TAIL_BYTES + 1), TAIL_BYTES), size
     except (OSError, OddFile):
         return None, None
 
@@ -13123,7 +13487,7 @@ def deliver_ends():
 
 _REPORT_KINDS = {"task_id": str, "run_id": str, "worker_id": str, "status": str, "summary": dict, "reason": str,
               "attempt": dict, "delay_s": float, "final": bool, "took_s": float, "queue": str, "store": str,
-              "log": bool, "points": [dict]}
+              "log": bool, "points": [dict], "failure": str}
 
 
 def _read_saved_report(path):
@@ -13261,6 +13625,7 @@ class Run:
         self.printed = None  # a Printed if values are read from what the job prints
         self.noted = {}  # what this process wrote into summary.json
         self.task_dir = os.path.join(os.path.dirname(self.log_dir), TASK_FOLDER)
+        self.known_by = None  # the line by which one knows the failure of a job
 
     def attempt(self):
         """Return which run of its task this is, from 1 on."""
@@ -13452,6 +13817,134 @@ def _python_path():
     if os.path.basename(folder) in ("site-packages", "dist-packages"):  # the job's Python may be another one
         return given
     return folder if not given else given if folder in given.split(os.pathsep) else given + os.pathsep + folder
+
+
+# How a run failed, read from its exit code, its exception, or the end of its output.
+
+_GPU_OOM = Pattern(  # as PyTorch, TensorFlow, JAX and CuPy have it, and the libraries below them
+    r"\b(?:CUDA|HIP|XPU|MPS backend) out of memory|\b(?:CUDA|HIP) error: out of memory|"
+    r"(?:CUDA|HIP)_ERROR_OUT_OF_MEMORY|"
+    r"(?:cudaErrorMemoryAllocation|hipErrorOutOfMemory)\b|\bCU[A-Z]{3,6}_STATUS_ALLOC_FAILED|"
+    r"RESOURCE_EXHAUSTED: .*(?:[Oo]ut of memory|[Aa]llocat|reserve)|\bResourceExhaustedError: .*(?:OOM|allocat)|"
+    r"\bOOM when allocating tensor|\bOut of memory (?:while trying to allocate|allocating) [0-9]|"
+    r"\b(?:torch|cupy)[\w.]*OutOfMemoryError\b")
+_ERROR_LINE = Pattern(r"[A-Za-z_][\w.]*(?:\([\w.]+\))?(?::\s.*|:?)\Z")
+_SURE_ERROR = Pattern(r"[A-Za-z_][\w.]*(?:Error|Exception)(?::\s|:?\Z)")
+_WRAPPING = Pattern(r"[\w.]*\b(?:ChildFailedError|CalledProcessError|ProcessRaisedException|ProcessExitedException)\b")
+_CHAINED = Pattern(r"Traceback \(most recent call last\):|During handling of the above exception|"
+                   r"The above exception was the direct cause")
+_RANK = Pattern(r"\[(?:rank|default)\d+\]: ?|\([^()]*\bpid=\d+[^()]*\) ?|\d+: ")  # before each line of one of several
+_PAINT = Pattern("\x1b\\[[0-9;?]*[A-Za-z]")
+_MOST_LINES, _MOST_HINTS = 100, 30  # lines of an output's end that are read; lines after an exception's
+_MOST_BETWEEN = 3  # lines between a traceback and its exception's
+_KILL_NUMBER, _CRASHES = 9, (4, 6, 7, 8, 9, 11)  # a shell's exit code 128 + one of these: what it ran died of it
+
+
+def _names_error(lines, at):
+    """Return whether a line is the one below a traceback that names the exception. Lines of stdout may have come
+    between the two."""
+    if not _ERROR_LINE.match(lines[at]) or _CHAINED.match(lines[at]):
+        return False
+    above, between = at - 1, _MOST_BETWEEN if _SURE_ERROR.match(lines[at]) else 0
+    while above >= 0 and between and not lines[above][:1].isspace() and not _SURE_ERROR.match(lines[above]):
+        above, between = above - 1, between - 1
+    while above >= 0 and lines[above][:1].isspace() and not lines[above].lstrip().startswith("File "):
+        above -= 1
+    return above >= 0 and (lines[above].lstrip().startswith("File ") and lines[above][0].isspace()
+                           or lines[above].startswith(("\u2570", "Traceback (most recent call last)")))
+
+
+def failure_in(text):
+    """Return (whether a GPU was out of memory, the line that says so or names the exception, the last line) as the end
+    of a job's output has it; None for a line that is not there.
+
+    Hints may follow the exception, and exceptions that only say that another process failed. It is out of memory where
+    the exception says so, one that it is chained to, or a line after it; not where that was caught long before."""
+    lines = [_RANK.sub("", _PAINT.sub("", line).rstrip(), 1) for line in text.splitlines()[-_MOST_LINES:]]
+    last = next((line.strip() for line in reversed(lines) if line.strip()), None)
+    named = [at for at in range(len(lines)) if _names_error(lines, at)]
+    named = [at for at in named if not _WRAPPING.match(lines[at])] or named
+    at = named[-1] if named else None
+    if at is None or len(lines) - at > _MOST_HINTS and not any(
+            _WRAPPING.match(line) for line in lines[at:]):
+        at, told = None, lines[-_MOST_HINTS:]
+    else:
+        told, begin = lines[at:], at
+        while begin > 0 and (not lines[begin - 1] or lines[begin - 1][0].isspace() or begin - 1 in named
+                             or _CHAINED.match(lines[begin - 1])):
+            begin -= 1
+            told += [lines[begin]] * (begin in named)
+    oom = next((line for line in told if not line[:1].isspace() and _GPU_OOM.search(line)), None)
+    return bool(oom), oom or (None if at is None else lines[at]), last
+
+
+def failure_of_error(error):
+    """Return "oom" for an exception that tells of a GPU out of memory, itself or one that it is chained to, else
+    "exception"."""
+    for _ in range(10):
+        kind = type(error)
+        words = result_or(lambda: "%s.%s: %s" % (kind.__module__, kind.__name__, error), "")
+        if _GPU_OOM.search(str(words)[:_TEXT_LENGTH]):
+            return "oom"
+        error = result_or(lambda: error.__cause__ or error.__context__, None)
+        if error is None:
+            break
+    return "exception"
+
+
+def classed(outcome, code, text, is_out_of_memory):
+    """Return (the Outcome of a job that ended with an exit code, with its failure and the reason; the line by which one
+    knows it). `text` is the end of its output; `is_out_of_memory`: the kernel has killed something for that."""
+    if outcome.status != "failed":
+        return outcome, None
+    number = -code if code < 0 else code - 128 if code - 128 in _CRASHES else 0
+    is_oom, line, last = failure_in(text)
+    words = failure_text(outcome.summary)
+    if code > 128 and number:
+        words += " (%s)" % signal_name(number)
+    if is_oom:
+        failure, words = "oom", line
+    elif number == _KILL_NUMBER and is_out_of_memory:
+        failure, words = "oom", "out of memory: the kernel has killed it (%s)" % words
+    elif number:
+        failure = "killed" if number == _KILL_NUMBER else "signal"
+    elif code == 1 and line:
+        failure, words = "exception", line
+    else:
+        failure = "exit"
+    return outcome._replace(failure=failure, reason=clean(cut(words, _TEXT_LENGTH), "")), line or last or words
+
+
+_TEXT_LENGTH = 300  # letters of a failure's reason
+
+
+def oom_kills():
+    """Return how many processes of this one's cgroup the kernel has killed as memory ran out, None where that can't be
+    read."""
+    for path in _oom_counters():
+        try:
+            with open(path) as file:
+                return int(re.search(r"^oom_kill (\d+)", file.read(), re.M).group(1))
+        except (OSError, ValueError, AttributeError):
+            continue
+    return None
+
+
+@functools.lru_cache(None)
+def _oom_counters():
+    """Return the paths of the files that count the kills in this process's cgroup: version 2, then version 1. Within a
+    container its path may be that of the host, and its files stand in the root."""
+    try:
+        with open("/proc/self/cgroup") as file:
+            groups = [line.rstrip("\n").split(":", 2) for line in file]
+    except OSError:
+        return []
+    found = []
+    for _, kinds, path in filter(lambda row: len(row) == 3, groups):
+        folder, name = ("", "memory.events") if not kinds else ("memory/", "memory.oom_control")
+        if not kinds or "memory" in kinds.split(","):
+            found += ["/sys/fs/cgroup/%s%s%s/%s" % (folder, place.strip("/"), "", name) for place in (path, "")]
+    return found
 
 
 JOB_VARIABLES = collections.OrderedDict([  # variable: what `help loop` says of it
@@ -14396,6 +14889,7 @@ SLOT_MOVES = {
 
 
 _GRACE_S = 10  # from the signal that stops the loop to KILL
+_MOST_FAILURES = 10  # in a row
 LOOP_OPTIONS = {  # each is a parameter of command_loop(), an option of the command, and an attribute of Loop.options
     "shell": Option("-c --cmd TEXT", "text", None, "a command line for the shell"),
     "script_path": Option("--script-path FILE", "text", None, "a script for a shell or Python"),
@@ -14417,6 +14911,8 @@ LOOP_OPTIONS = {  # each is a parameter of command_loop(), an option of the comm
     "drain_before_s": Option("--drain-before TIME", "seconds", 0, "start no job in the last TIME before the end"),
     "max_tasks": Option("--max-tasks N", "count", None, "end after N tasks"),
     "fail": Option("--fail", "flag", False, "exit with 4 if a task that it ran has failed"),
+    "max_consecutive_failures": Option("--max-consecutive-failures N", "count", _MOST_FAILURES,
+                                       "end with 4 after N quick failures in a row; 0: never (%d)" % _MOST_FAILURES),
     "idle_timeout_s": Option("--idle-timeout TIME", "seconds", None, "wait this long for new tasks, then end"),
     "grace_s": Option("--grace TIME", "seconds", _GRACE_S, "time between a job's stop signal and KILL (%d)" % _GRACE_S),
     "server_lost_s": Option("--server-lost TIME", "seconds", SERVER_LOST_S,
@@ -14453,11 +14949,13 @@ class Loop:
         self.main_thread_calls = collections.deque()
         self.state, self.taken = "starting", 0
         self.fatal, self.error = None, None  # why it failed: what is said, what is raised
+        self.row, self.is_broken = _FailureRow(self.options.max_consecutive_failures), False
         self.is_unheard = False  # it leaves without the answer to a request
         self.waiting = {}  # {key of a run whose report waits in the outbox: Run}
         self.unanswered = set()  # ids of fetches that may have been given a task without anybody having heard of it
         self.idle_since, self.pinned = None, None
         self.waits_for_pauses = self.options.idle_timeout_s is None  # else no longer than that
+        self.is_paused = False  # the queue, as the last fetch has told
         self.retry_at = -math.inf  # when a task that is there has had its pause, as the last fetch has told
         self.resting = {}  # {task id: (pause, its end)} of what jobs here handed back to a server that knows no pauses
 
@@ -14496,7 +14994,7 @@ class Loop:
         if self.wake.stop and self.state != "timed_out":
             return 128 + self.wake.stop
         has_failed = self.options.fail and self.account.counts()["failed"]
-        return 1 if self.state == "failed" else TASKS_FAILED if has_failed else 0
+        return TASKS_FAILED if self.is_broken or has_failed and self.state != "failed" else int(self.state == "failed")
 
     def leave(self):
         """Try to deliver what waits, as long as there is time; print where the rest is saved."""
@@ -14666,7 +15164,7 @@ class Loop:
 
     def idle_left_s(self):
         """Return how long to wait for tasks; infinity while tasks run, as they may be requeued or submit others."""
-        if self.wake.runs or self.waits_for_pauses and self.retry_at > -math.inf:
+        if self.wake.runs or self.waits_for_pauses and (self.is_paused or self.retry_at > -math.inf):
             return math.inf
         return self.idle_since + (self.options.idle_timeout_s or 0) - monotonic()
 
@@ -14696,6 +15194,10 @@ class Loop:
         if answer.retry_in_s is not None:
             ends.append(monotonic() + answer.retry_in_s)
         self.retry_at = min(ends, default=-math.inf) if not answer.found else -math.inf
+        if bool(answer.paused) != self.is_paused:
+            self.is_paused = bool(answer.paused)
+            remark("the queue is paused: no task is started until labtasker queue resume" if self.is_paused else
+                   "the queue goes on")
 
     def on_lost(self, key, status):
         """Note that someone else has ended a run, and wake the loop; the heartbeats' thread calls it."""
@@ -14716,6 +15218,19 @@ class Loop:
         timer = threading.Timer(self.options.grace_s, lose)
         timer.daemon = True
         start_thread(timer)
+
+    def counted(self, run, outcome):
+        """Return the Outcome of a run; a quick failure after so many in a row that the loop was stopped is handed back
+        instead. Before the report: of slots that fail at once, none may report one too many."""
+        with self.lock:
+            if self.row.is_full() and outcome.status == "failed" and run.spent_s() < _QUICK_S:
+                return Outcome("pending", reason="the loop was stopped by failures in a row")
+            status = None if run.stopped else run.ended_by_job() or outcome.status
+            self.row.note(run.task_id, status, run.spent_s(), run.known_by or outcome.reason)
+            is_news, self.is_broken = self.row.is_full() and not self.is_broken, self.row.is_full()
+        if is_news:
+            self.fail(self.row.told())
+        return outcome
 
     def handed_back(self, facts=None):
         """Return the Outcome of a run that the loop has to hand back, as it is leaving."""
@@ -14739,6 +15254,33 @@ def _tell_left(loop):
         return
     for text in lines:
         remark(text)
+
+
+class _FailureRow:
+    """The failures in a row of a loop: {task id: the line by which one knows it}. Each is of another task, and came
+    within _QUICK_S. After `most` of them something is wrong with this machine; 0: never. The loop's lock guards it."""
+
+    def __init__(self, most):
+        self.most, self.tasks = most, collections.OrderedDict()
+
+    def note(self, task_id, status, took_s, line):
+        """Note how a run ended. What was handed back or cancelled says nothing about the machine."""
+        if status == "failed" and took_s < _QUICK_S:
+            self.tasks[task_id] = line
+        elif status in ("failed", "success") and not self.is_full():
+            self.tasks.clear()
+
+    def is_full(self):
+        """Return whether the loop has to stop."""
+        return 0 < self.most <= len(self.tasks)
+
+    def told(self):
+        """Return why the loop stops: the host, and what the runs said."""
+        lines = list(self.tasks.values())
+        said = cut(clean(lines[-1] or "nothing", ""), _REASON_LIMIT)
+        return "%d tasks in a row failed within %g s each on %s, %s: %s\nlabtasker: look what is wrong with this " \
+            "machine; --max-consecutive-failures 0 goes on" % (
+                len(lines), _QUICK_S, _host_name(), "all with" if len(set(lines)) == 1 else "the last with", said)
 
 
 class _Fetch:
@@ -14992,8 +15534,10 @@ class Slot:
         facts = dict(outcome.facts or {})
         if status is not None:
             outcome = outcome._replace(summary=run.results(outcome.summary))
-        if status == "failed":
-            facts["reason"] = failure_text(outcome.summary or {})[:_REASON_LIMIT]
+        if status == "failed" and not outcome.reason:
+            outcome = outcome._replace(reason=failure_text(outcome.summary or {})[:_REASON_LIMIT])
+        outcome = loop.counted(run, outcome)
+        status = outcome.status
         if run.ended_by_job():
             status = run.ended
             results = {key: value for key, value in (outcome.summary or {}).items() if key not in ERRORS}
@@ -15007,14 +15551,14 @@ class Slot:
             status = _send_outcome(self, run, outcome, facts)
             run.note_summary(outcome.summary)
         state = _state_after(run, status, outcome.is_final and not run.ended)
-        why = outcome.reason or facts.get("reason")
+        why = outcome.reason
         if run.ended or status is None:
             why = "its job was stopped" if not run.ended else (
                 "as reported by the job itself" if outcome.status != run.ended else "")
         if run.stopped:
             state, status, why = "stopped", "cancelled", run.stopped[len(STOPPED):]
         self.tell(run, ending(run.task, state, run.spent_s(), read_json(run.path("summary.json")), why))
-        facts["reason"] = run.stopped or outcome.reason or facts.get("reason")
+        facts["reason"] = run.stopped or outcome.reason
         run.note_end(status or run.lost or "lost", **facts)
         with loop.lock:
             loop.account.end(run.task_id, state)
@@ -15061,7 +15605,8 @@ def _send_outcome(slot, run, outcome, facts):
         delivered = slot.post(run, dict({
             "status": outcome.status, "summary": outcome.summary, "worker_id": run.worker_id,
             "reason": outcome.reason, "attempt": facts or None, "delay_s": slot.loop.pause_of(run, outcome),
-            "final": outcome.is_final or None}, **log))
+            "final": outcome.is_final or None,
+            "failure": outcome.failure if outcome.status == "failed" else None}, **log))
     except LabtaskerHTTPStatusError as error:
         if error.status_code not in (404, 409) + _UNTAKEN:
             raise
@@ -15112,6 +15657,7 @@ TASKS_FAILED = 4  # the exit code where tasks have failed for good, if that was 
 _MOST_LEFT = 1000  # pending tasks that a loop that ends looks at
 _OWN_SIGNAL_S = 1  # after a job died of a signal: how long the loop waits for the same one
 _REASON_LIMIT = 300  # letters of the reason that an attempt keeps
+_QUICK_S = 30.0  # a failure that takes longer is the task's own
 FIRST_PAUSE_S, _LONGEST_HAND_BACK_S = 1.0, 60.0  # of a task whose job can't work now; doubled each time
 _WORKER_MAX_RETRIES = 1000000  # of a loop's own worker: its tasks fail for reasons of their own
 LOOP_SETTINGS = {"on_internal_error": None, "prompt_on_failure": False}
@@ -15179,7 +15725,7 @@ def ask_to_go_on():
 
 def loop(required_fields=None, extra_filter=None, cmd=None, worker_id=None, create_worker_kwargs=None, eta_max=None,
          heartbeat_timeout=None, pass_args_dict=False, grace=None, time_limit=None, drain_before=None, task_name=None,
-         fail=False, quiet=False, verbose=False):
+         fail=False, quiet=False, verbose=False, max_consecutive_failures=_MOST_FAILURES):
     """Return a decorator: calling the function then runs it for one pending task after another until none is left.
 
     Parameters marked with Required() are filled from the task's args; others are given at the call. With
@@ -15190,6 +15736,8 @@ def loop(required_fields=None, extra_filter=None, cmd=None, worker_id=None, crea
     starts no task.
     `task_name`: take only tasks with this name. `fail`: exit with 4 if a task has failed for good. `quiet`: print one
     line a task, what the function prints goes to the run's log alone; `verbose`: print whole ids and all arguments.
+    `max_consecutive_failures`: exit with 4 after so many quick failures in a row, of as many tasks; 0: never. The
+    function may raise TransientError, TaskError and FatalWorkerError.
 
     As process 1 of a container it does not reap the orphans that a function leaves: they can't be told from processes
     that the function itself waits for. Give the container an init there: `docker run --init`."""
@@ -15209,7 +15757,7 @@ def loop(required_fields=None, extra_filter=None, cmd=None, worker_id=None, crea
             request = fetch_request(wanted.fields, extra_filter, cmd, worker_id, eta_max, heartbeat_timeout, task_name)
             code = Loop(lambda slot, run: _run_function(slot, run, lambda args: wanted.call(args, given, named)),
                         request, create_worker_kwargs, why_not=wanted.why_not, fail=fail, quiet=quiet, verbose=verbose,
-                        **times).run()
+                        max_consecutive_failures=max_consecutive_failures, **times).run()
             if code:
                 sys.exit(code)
         return run_loop
@@ -15381,7 +15929,7 @@ def _outcome_of_answer(run, answer):
     error = "the function returned %s, which nobody runs: call it in a plain function, as asyncio.run(f(...)) or " \
             "for _ in f(...) does" % word.get(kind, "an awaitable")
     remark("task %s: %s" % (run.task_id, error))
-    return Outcome("failed", {"labtasker_error": error})
+    return Outcome("failed", {"labtasker_error": error}, failure="exception")
 
 
 def _outcome_of_error(loop_, run, error):
@@ -15396,10 +15944,21 @@ def _outcome_of_error(loop_, run, error):
     code = _code_of_exit(error)
     if code is not None:
         return outcome_of_exit(code)
-    summary, is_final = {"labtasker_exception": exception_summary(error)}, issubclass(type(error), UnfitArgs)
+    if issubclass(type(error), TransientError):
+        return Outcome("pending", reason=_brief_error(error), delay_s=min(error.delay_s, MAX_DELAY_S))
+    if issubclass(type(error), FatalWorkerError):
+        why = _brief_error(error)
+        return Outcome("pending", reason=why, fatal="no more tasks are run on %s: %s" % (_host_name(), why))
+    summary = {"labtasker_exception": exception_summary(error)}
+    is_final = issubclass(type(error), (UnfitArgs, TaskError))
     remark("task %s raised\n%s" % (run.task_id, summary["labtasker_exception"]["traceback"].rstrip()))
     fatal = None if ask_to_go_on() else "stopped after a failure, as you asked"
-    return Outcome("failed", summary, fatal=fatal, is_final=is_final)
+    return Outcome("failed", summary, fatal=fatal, is_final=is_final, failure=failure_of_error(error))
+
+
+def _brief_error(error):
+    """Return what an exception of a job says, in one line."""
+    return cut(failure_text({"labtasker_exception": exception_summary(error)}), _REASON_LIMIT)
 
 
 def _code_of_exit(error):
@@ -15477,7 +16036,7 @@ def _run_job(slot, run, command, use_pty=True, metrics=None, step=None):
     """Return the Outcome of the command in a process group of its own.
 
     If it can't be started, the task fails where its args are the reason; else it is handed back."""
-    output = script = None
+    output, script, kills = None, None, oom_kills()
     reporter = _Reporter(run, metrics, step) if metrics else None
     try:
         output = Output(RunLog(run.path("run.log")), use_pty, slot.spec.label, reporter and reporter.printed,
@@ -15504,7 +16063,11 @@ def _run_job(slot, run, command, use_pty=True, metrics=None, step=None):
         run.leave_task_dir()
     facts = dict(exit_facts(process.returncode), **({"workdir": folder} if folder else {}))
     if is_own_end and not _is_of_own_signal(slot, process.returncode):
-        return outcome_of_exit(process.returncode)._replace(facts=facts)
+        outcome = outcome_of_exit(process.returncode)._replace(facts=facts)
+        data = read_end(run.path("run.log"))[0] if outcome.status == "failed" else None
+        text, is_out_of_memory = (data or b"").decode("utf-8", "replace"), (oom_kills() or 0) > (kills or 0)
+        outcome, run.known_by = classed(outcome, process.returncode, text, is_out_of_memory)
+        return outcome
     return Outcome(None, facts=facts) if run.lost else slot.loop.handed_back(facts)
 
 
@@ -16453,6 +17016,46 @@ def template_reference():
         "Facts of the run:", "", render_table(facts), "", job_reference()])
 
 
+def after_reference():
+    """Return what tasks that wait for others do."""
+    return as_started("""\
+A task may wait for others before its first run:
+
+    teacher=$(labtasker task submit -q -- --model=teacher)
+    labtasker task submit --after $teacher --grid -- --student=1:8:1
+    labtasker task submit --after-any ID,ID -- --what=report
+
+--after      It is given to no loop until all of these have succeeded.
+--after-any  ... until all of these have ended, however.
+
+In Python: submit_task(args, after=[...], after_any=[...]). A list of tasks in
+one request may name earlier ones of the list by the task_id that it gives them.
+
+A task of --after fails for good, is cancelled, or is deleted
+    What waits for it is cancelled, and so is what waits for that, all in one
+    transaction. The reason of each says which task it was.
+It had failed or was cancelled before
+    The new task is cancelled at once. One that is not there is refused.
+It has succeeded and is deleted
+    What waits for it does not name it any more.
+A task of --after-any is deleted
+    That is an end like any other.
+A task is reset (task retry)
+    What waits for it and was not begun waits again; what was begun goes on, and
+    what is over stays so. A cancelled task that is reset waits, or is cancelled
+    again where a task of --after has still failed. Only its first run waits: one
+    that has begun before, and is pending again, waits for nothing.
+`after` and `after_any` of a pending task are updated
+    labtasker task update ID... -u after=ID,ID  (None: it waits for nothing.)
+    What would wait for itself is refused, and so is an id that is not there.
+A compaction keeps all of this. A repair that lost a task
+    What waits for its success waits until `after` is changed, or it is
+    cancelled; `task why` names the lost one. --after-any takes it for deleted.
+
+labtasker task why ID says what a task waits for. A server of Labtasker 1.0.1
+knows nothing of it: nothing is sent to it then.""")
+
+
 def journal_reference():
     """Return the reference of the journal's format: its lines, and the changes on them."""
     rows = [["change", "followed by", "meaning"]] + [[name, row.fields, row.meaning] for name, row in RECORDS.items()]
@@ -16736,16 +17339,10 @@ def show(text, no_pager=False):
 
 
 def error_of(task):
-    """Return the last line of the error in a task's summary, after the exception's type; "" if there is none."""
-    raised = task.summary.get("labtasker_exception")
-    if isinstance(raised, dict):
-        return "%s: %s" % (raised.get("type"), _last_line(str(raised.get("message"))))
-    return _last_line(str(task.summary.get("labtasker_error") or ""))
-
-
-def _last_line(text):
-    """Return the last line of a text that is not blank, or ""."""
-    return text.strip().split("\n")[-1].strip()
+    """Return what went wrong in the last run of a task, in one line, or nothing."""
+    is_told = task.summary.get("labtasker_exception") or task.summary.get("labtasker_error")
+    is_named = getattr(task, "failure", None) in NAMED_FAILURES and task.reason
+    return is_told and (is_named or failure_text(task.summary)) or ""
 
 
 def _told_error(task):
@@ -17058,6 +17655,7 @@ def _submissions(options):
         rows = read("stdin" if options.from_file == "-" else options.from_file, text)
     fields = without_none(**{name: getattr(options, name) for name in SUBMISSION_FIELDS})
     fields.update(without_none(metadata=_metadata_of(options)))
+    fields.update({field: _named_ids(fields[field]) for field in WAITS if field in fields})
     tasks = [dict(row, **dict(fields, args=joined(row["args"], fixed))) for row in rows]
     if not tasks:
         raise UsageError("%s contains no task" % options.from_file)
@@ -17305,10 +17903,17 @@ def updates_of(words):
             raise UsageError(_not_updatable(field, text if equals else None))
         if field in updates:
             raise UsageError("the field %s is updated twice" % field)
-        is_name = TASK_FIELDS[top].kind in ("name", "status") and text not in ("null", "None")
-        updates[field] = text if is_name else typed_value(text, field)
+        kind = TASK_FIELDS[top].kind if text not in ("null", "None") else None
+        is_text = kind in ("name", "status")
+        updates[field] = _named_ids([text]) if kind == "ids" else text if is_text else typed_value(text, field)
     joined(updates, {}, "updates")
     return updates
+
+
+def _named_ids(texts):
+    """Return the ids of tasks that are typed in texts, joined by commas or blanks; first letters are enough."""
+    words = [word for text in texts for word in text.replace(",", " ").split()]
+    return [_full_id(word) for word in dict.fromkeys(words)]
 
 
 def _not_updatable(field, text):
@@ -17562,7 +18167,7 @@ def _no_loop(query, counts):
     try:
         if not ls_tasks(status="running", limit=1).content:
             task, = ls_tasks(limit=1, **dict(query, status="pending")).content
-            return "%d pending, no loop runs: start one, such as labtasker loop -- %s" % (
+            return _pause_of_queue() or "%d pending, no loop runs: start one, such as labtasker loop -- %s" % (
                 counts["pending"], _example_command(task))
     except (LabtaskerError, ValueError):  # the server is away, or no task is pending any more
         pass
@@ -17574,7 +18179,11 @@ def _no_loop(query, counts):
 
 def do_task_why(options):
     task, = _tasks_named([options.task_id])
-    lines = _obstacles(task, options) if task.status == "pending" else [_what_became(task)]
+    lines = [_what_became(task)]
+    if task.status == "pending":
+        awaited = list(_awaited(task))
+        lines = awaited + list(_obstacles(task, options))[bool(awaited):]  # it has no place in line
+        lines = list(filter(None, [_pause_of_queue()])) + lines
     standing = ask_route("GET " + TASKS_PATH + "/{task_id}/history", task_id=task.task_id)["standing"] if vars(
         task).get("stop") else None
     reasons = [as_started(line) for line in itertools.chain(lines, [standing] * bool(standing))]
@@ -17595,7 +18204,27 @@ def _what_became(task):
     took = spent(task, "{0} in {2} runs, the last {1}")
     if vars(task).get("run_end") == "stopped":
         return "It was %s. %s" % (task.reason, again)
-    return "It is over: %s%s. %s" % (task.status, took and " after " + took, again)
+    why = ": " + task.reason if task.status == "cancelled" and vars(task).get("reason") else ""
+    return "It is over: %s%s%s. %s" % (task.status, took and " after " + took, why, again)
+
+
+def _awaited(task):
+    """Yield what a pending task waits for, a line for each field of WAITS."""
+    names = {field: vars(task).get(field) or [] for field in WAITS if vars(task).get("run_id") is None}
+    ids = list(itertools.chain(*names.values()))
+    found = ls_tasks(extra_filter={"_id": {"$in": ids}}, limit=EVERY).content if ids else ()
+    there = {one.task_id: one for one in found}
+    for field, others in names.items():
+        to_come = ["%s (%s)" % (other_id[:8], there[other_id].status if other_id in there else "gone")
+                   for other_id in others if not is_done_for(field, task, there.get(other_id))]
+        if to_come:
+            more = ", and %d more" % (len(to_come) - _MOST_NAMED) if len(to_come) > _MOST_NAMED else ""
+            yield "It waits until %s %s: %s%s." % (
+                "this task has" if len(to_come) == 1 else "each of these %d tasks has" % len(to_come),
+                "succeeded" if field == "after" else "ended", ", ".join(to_come[:_MOST_NAMED]), more)
+
+
+_MOST_NAMED = 10  # of the tasks that one waits for
 
 
 def _with_error(task):
@@ -17614,7 +18243,7 @@ def _obstacles(task, options):
         age(task.last_modified), ordinal(ahead + 1), len(queued))
     if task.retries:
         yield "It failed %d of %d times%s." % (task.retries, task.max_retries, _with_error(task))
-    if vars(task).get("reason"):
+    if vars(task).get("reason") and not vars(task).get("failure"):
         yield "Its last run was requeued: %s." % task.reason
     not_before = vars(task).get("not_before")
     if not_before and not_before.timestamp() > now():
@@ -18057,6 +18686,24 @@ def do_queue_get(options):
     if options.quiet and not queue.queue_id:
         raise LabtaskerRuntimeError("queue %s has no id yet: the first task creates it" % queue.queue_name)
     say(queue.queue_id if options.quiet and options.fmt == "yaml" else record_text(queue.to_dict(), options.fmt))
+
+
+def do_queue_pause(options):
+    queue = pause_queue()
+    show_result(options, queue.to_dict(), "Paused queue %s: what runs goes on, and nothing more is started"
+                % queue.queue_name)
+
+
+def do_queue_resume(options):
+    queue = pause_queue(False)
+    show_result(options, queue.to_dict(), "Queue %s goes on" % queue.queue_name)
+
+
+def _pause_of_queue():
+    """Return a sentence on the pause of the queue, or nothing."""
+    paused_at = vars(get_queue()).get("paused_at")
+    return "The queue has been paused for %s and gives out nothing: labtasker queue resume ends that." % age(
+        paused_at) if paused_at else ""
 
 
 def do_queue_update(options):
@@ -18576,7 +19223,7 @@ seconds = typed(parse_duration)
 _OPTION_KINDS = {  # kind of a row of LOOP_OPTIONS or SERVE_OPTIONS: its settings for `add_argument`
     "text": {}, "path": {"type": for_system}, "int": {"type": int}, "count": {"type": count}, "port": {"type": port},
     "seconds": {"type": seconds}, "duration": {"type": duration}, "list": {"action": "append"},
-    "flag": {"action": "store_true"},
+    "flag": {"action": "store_true"}, "ids": {"action": "append"},
 }
 
 
@@ -19023,6 +19670,11 @@ COMMANDS = {
     "queue get": Command(
         do_queue_get, "Show the queue.",
         "labtasker queue get", [option("-q --quiet", "print only its id")] + formats(default="yaml")),
+    "queue pause": Command(
+        do_queue_pause, "Have the queue give out no task. What runs goes on; loops wait.", "labtasker queue pause",
+        _AS_TABLE),
+    "queue resume": Command(
+        do_queue_resume, "Have a paused queue give out tasks again.", "labtasker queue resume", _AS_TABLE),
     "queue update": Command(
         do_queue_update, "Rename the queue, change its password or metadata.",
         "labtasker queue update --new-queue-name sweep2", [
@@ -19100,6 +19752,8 @@ COMMANDS = {
     "help events": Command(
         lambda options: show(events_reference()), "Print how to receive events, also past ones: shell, Python, HTTP.",
         "labtasker help events"),
+    "help after": Command(
+        lambda options: show(after_reference()), "Print what tasks that wait for others do.", "labtasker help after"),
     "help exit": Command(
         lambda options: show(exit_reference()), "Print the exit codes.", "labtasker help exit"),
     "help journal": Command(
@@ -19118,7 +19772,8 @@ __all__ = """
     get_task get_history table report should_stop task_dir report_task_status refresh_task_heartbeat ls_tasks
     update_tasks delete_task create_worker ls_workers report_worker_status delete_worker connect_events EventListener
     Task Worker Queue TaskUpdateRequest LabtaskerError LabtaskerRuntimeError LabtaskerValueError LabtaskerTypeError
-    LabtaskerNetworkError LabtaskerHTTPStatusError LabtaskerConnectError WorkerSuspended TaskCancelled api_models
+    LabtaskerNetworkError LabtaskerHTTPStatusError LabtaskerConnectError WorkerSuspended TaskCancelled TransientError
+    TaskError FatalWorkerError api_models
 """.split()
 
 

@@ -16,7 +16,8 @@ import time
 import zlib
 
 from labtasker import (
-    COMMANDS, CONFIG_NAME, CONTROL, EVERY, EXTRA_COMMANDS, NOT_ENDED, REFRESH_S, REQUIRED, ROUTES, SELECT,
+    COMMANDS, CONFIG_NAME, CONTROL, EVERY, EXTRA_COMMANDS, NAMED_FAILURES, NOT_ENDED, REFRESH_S, REQUIRED, ROUTES,
+    SELECT,
     SETTINGS, TASK_FIELDS, TASK_STATES, UPDATABLE, Command, Disk, Instant, JobCommand, LabtaskerError,
     LabtaskerHTTPStatusError, LabtaskerRuntimeError, LabtaskerValueError, OddFile, Page, Sweep,
     SyntaxMistake, TaskUpdateRequest, UsageError, order_key, last_seen, alike_lines, as_typed, ask, ask_route, brief,
@@ -96,9 +97,15 @@ def shown_lines(text, limit):
     return [clean(re.sub("\x1b\\[[0-9;?]*[A-Za-z]", "", line), "").expandtabs(4) for line in lines[-limit:]]
 
 
+def is_named(task):
+    """Return whether the error of a task's last run is known by more than its exit code."""
+    is_raised = isinstance(task.summary.get("labtasker_exception"), dict)
+    return is_raised or getattr(task, "failure", None) in NAMED_FAILURES
+
+
 def last_words(task):
     """Return the last line of what a failed task raised, else of its log, else of the error in its summary."""
-    path = None if isinstance(task.summary.get("labtasker_exception"), dict) else last_log(task)
+    path = None if is_named(task) else last_log(task)
     lines = [line for line in last_lines(path, 20, 4096) if line.strip()] if path else []
     return lines[-1].strip() if lines else clean(error_of(task), "")
 
@@ -1336,18 +1343,20 @@ def page_js(store, caller, request):
 
 def view_tasks(store, caller, request):
     """Return columns of the tasks that match: {rows: [[task id, status, cell...]], counts: {status: number}, queue:
-    {counts, per_s, eta_s}, fields: {dotted path: whether of numbers}, found: number}.
+    {counts, per_s, eta_s, paused}, fields: {dotted path: whether of numbers}, found: number}.
 
     A cell is null, true, false, a number or text of bounded length. `counts` are those that the filter matches,
     whatever their status. With `spread` the rows are a sample of those with values in the first two columns. With
     `choose` there is {chosen: {columns, telling, same, letters}} of the rows and others, as `chosen_of` returns it."""
     return store.transact(lambda store, queue, request, at: (
-        [], lambda records=list(queue.tasks.values()): viewed(store, records, request, at)), caller, request, False)
+        [], lambda records=list(queue.tasks.values()): viewed(store, queue.record, records, request, at)),
+        caller, request, False)
 
 
-def viewed(store, records, request, at):
-    """Return what `view_tasks` answers, from a list of records in the order of their last change; outside the lock."""
-    chosen, overview = matched(store, records, request, at)
+def viewed(store, of_queue, records, request, at):
+    """Return what `view_tasks` answers, from a queue's own record and those of its tasks in the order of their last
+    change; outside the lock."""
+    chosen, overview = matched(store, of_queue, records, request, at)
     names = request["columns"] or []
     if request["spread"]:
         both = [value_of(name) for name in names[:2]]
@@ -1362,7 +1371,7 @@ def viewed(store, records, request, at):
     return answer
 
 
-def matched(store, records, request, at):
+def matched(store, of_queue, records, request, at):
     """Return (the records that the filter and the status leave, what every view answers of them); raises
     LabtaskerValueError where too many columns are asked for."""
     chosen, fields = records, fields_of(records)
@@ -1377,7 +1386,8 @@ def matched(store, records, request, at):
     if len(request["columns"] or ()) > MOST_COLUMNS:
         raise LabtaskerValueError("%d columns: at most %d are shown" % (len(request["columns"]), MOST_COLUMNS))
     return chosen, {"counts": counts, "fields": fields, "at": at,
-                    "queue": pace_of(everything, *recent_ends(records, at))._asdict()}
+                    "queue": dict(pace_of(everything, *recent_ends(records, at))._asdict(),
+                                  paused=of_queue.paused_at is not None)}
 
 
 def view_curves(store, caller, request):
@@ -1390,13 +1400,13 @@ def view_curves(store, caller, request):
     an `until` that was answered before."""
     def decide(store, queue, request, at):
         records = list(queue.tasks.values())
-        return [], lambda: curves_viewed(store, records, request, at)
+        return [], lambda: curves_viewed(store, queue.record, records, request, at)
     return store.transact(decide, caller, request, False)
 
 
-def curves_viewed(store, records, request, at):
-    """Return what `view_curves` answers, from a list of records; outside the lock."""
-    chosen, overview = matched(store, records, request, at)
+def curves_viewed(store, of_queue, records, request, at):
+    """Return what `view_curves` answers, from a queue's own record and those of its tasks; outside the lock."""
+    chosen, overview = matched(store, of_queue, records, request, at)
     chosen = [record for record in chosen if record.curve and record.curve.points]
     names = names_of_curves(chosen)
     value = request["value"] or next(iter(names), None)
@@ -1537,7 +1547,7 @@ def column_of(field, store):
 def failure_of(store, record):
     """Return the last line of what a record's last run raised, else wrote, else of its error; None without an error."""
     said = error_of(record) or None
-    if not said or isinstance(record.summary.get("labtasker_exception"), dict):
+    if not said or is_named(record):
         return said
     key = (store.folder, record.task_id, record.run_id)
     if key not in LAST_WORDS and record.run_id:
@@ -1675,6 +1685,7 @@ PAGE_HTML = r"""<!DOCTYPE html>
       <a id="to-workers" href="#view=workers">Workers</a>
     </nav>
     <p id="connection" class="away"><span class="dot"></span><span id="connection-text">Connecting</span></p>
+    <button id="pause" type="button" title="A paused queue gives out no task; what runs goes on" hidden>Pause</button>
     <button id="help" type="button" aria-label="Keyboard shortcuts" title="Keyboard shortcuts (?)">?</button>
     <button id="logout" type="button">Log out</button>
   </header>
@@ -2634,7 +2645,7 @@ function showOverview(answer) {
   latest = answer;
   fields = Object.keys(answer.fields);
   numeric = new Set(fields.filter((name) => answer.fields[name]));
-  const {counts, per_s: perSecond, eta_s: eta} = answer.queue, shown = answer.counts;
+  const {counts, per_s: perSecond, eta_s: eta, paused} = answer.queue, shown = answer.counts;
   const total = sum(counts), done = total - (counts.pending || 0) - (counts.running || 0);
   $("states").style.setProperty("--digits", `${grouped(total).length}ch`);
   for (const button of $("states").children) {
@@ -2645,12 +2656,26 @@ function showOverview(answer) {
   const share = total ? Math.floor(100 * done / total) : 0;
   setText($("done"), total ? `${share}%` : "–");
   setText($("rate"), counts.running ? rate(perSecond) : "–");
-  setText($("eta"), eta === null ? "–" : span(eta));
+  setText($("eta"), paused ? "paused" : eta === null ? "–" : span(eta));
+  $("pause").hidden = false;
+  setText($("pause"), paused ? "Resume" : "Pause");
   $("bar").style.background = barOf(counts, total);
   $("bar").setAttribute("aria-label", `${done} of ${total} done: ` +
     STATES.map((state) => `${counts[state] || 0} ${state}`).join(", "));
   document.title = `${total ? `${share}% · ` : ""}${login.queue} · Labtasker`;
   clearFilterError();
+}
+
+/** Pauses the queue, or lets it go on. */
+async function switchPause() {
+  const paused = !latest.queue.paused;
+  try {
+    await ask("PUT", ME, {paused});
+    notify(paused ? "The queue is paused: no task is given out." : "The queue goes on.");
+    refresher.now();
+  } catch (error) {
+    complain(error);
+  }
 }
 
 /** The bar: how much of the whole has which status, in colours. */
@@ -3239,10 +3264,18 @@ function taskFacts(task, folders) {
     ["Changed", time(task.last_modified)],
     ["Last heard of", task.status === "running" ? time(task.last_heartbeat) : ""],
     ["Priority", String(task.priority)], ["Failed runs", `${task.retries} of ${task.max_retries}`],
-    ["Interruptions", task.interruptions ? String(task.interruptions) : ""], ["Handed back", task.reason],
+    ["Interruptions", task.interruptions ? String(task.interruptions) : ""], ["Failure", task.failure],
+    ["Reason", task.reason], ["After", waitsFor(task.after)], ["After the end of", waitsFor(task.after_any)],
     ["Worker", fixed(task.worker_id)], ["Commit", fixed(task.git)],
     ["Ran in", fixed(folders.workdir && asText(folders.workdir))], ["Folder of its runs", fixed(folders.shared)],
     ["Command", command && longText(command, "mono")], ["Time limits", limits.filter(Boolean).join(", ")]]);
+}
+
+/** Links to the tasks that one waits for. */
+function waitsFor(ids) {
+  if (!ids || !ids.length) return "";
+  const more = ids.length > MOST_ROWS ? `and ${grouped(ids.length - MOST_ROWS)} more` : "";
+  return el("span", {}, ...ids.slice(0, MOST_ROWS).flatMap((id) => [taskLink(id), " "]), more);
 }
 
 /** A summary without what is shown as the error. */
@@ -4269,6 +4302,7 @@ function start() {
   makeStates();
   on("login-form", "submit", onLogin);
   on("logout", "click", () => forget());
+  on("pause", "click", switchPause);
   on("help", "click", showHelp);
   on("away-now", "click", () => { stream.stop(); stream.start(); });
   on("filter-form", "submit", onFilter);

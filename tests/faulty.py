@@ -188,9 +188,10 @@ def contents(state):
     for queue in state.queues.values():
         times = [task.last_modified for task in queue.tasks.values()]
         assert times == sorted(times), "the tasks are not in the order of their last change"
+        queue.pending.release(L.now())  # as the next fetch does
     return {queue_id: [repr(part) for part in (
         queue.record, sorted(queue.tasks.items(), key=lambda item: (item[1].last_modified, item)), sorted(queue.workers.items()), sorted(queue.running),
-        sorted(queue.fetches.items()), queue.pending.first(()))] for queue_id, queue in state.queues.items()}
+        sorted(queue.fetches.items()), sorted(queue.blocked.missing.items()), queue.pending.first(()))] for queue_id, queue in state.queues.items()}
 
 
 def check_same(found, wanted, words):

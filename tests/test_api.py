@@ -123,8 +123,10 @@ def test_fields_beyond_the_protocol_are_shown_to_those_who_ask_for_them(call):
     assert set(plain) == TASK
     extended = call("POST", ME + "/tasks/search", {})[1]["content"][0]
     assert set(extended) - TASK == {"run_id", "run_end", "interruptions", "reason", "not_before", "attempts", "git", "retry_delay",
-                                    "stop"}
-    assert set(call("GET", ME)[1]) == {"queue_id", "queue_name", "created_at", "last_modified", "metadata"}
+                                    "stop", "after", "after_any", "failure"}
+    queue = {"queue_id", "queue_name", "created_at", "last_modified", "metadata"}
+    assert set(call("GET", ME)[1]) == queue | {"paused_at"}
+    assert set(call("GET", ME, extensions=False)[1]) == queue
 
 
 def test_times_are_iso_with_a_zone(call):
@@ -371,6 +373,7 @@ BAD_VALUES = {  # kind of field: values that are none
     "status": ["done", 1, "created"], "worker_status": ["failed", 1, "ended"], "worker_report": ["failed", 1],
     "event_id": ["x", "1", "1.x"], "answer": ["x"], "extreme": ["best", 1], "texts": ["x", [1]],
     "attempt": [1, [], "x", {"a": {}}, {"a": "x" * 3000}], "commit": [1, [], "x" * 1000], "log": [1, [], "x" * 10 ** 6],
+    "ids": ["x", [1], [""], ["a/b"], {}], "failure": ["hunger", 1, "", "OOM"],
     "step": [],  # what is none is told as a warning
     "stop": [1, [], {}],
     "cmd": [1, [1], {}], "sort": ["x", [["a", 2]], [["a"]], [[1, 1]], {}],

@@ -408,6 +408,7 @@ DOCUMENTED = """
     delete_worker connect_events EventListener TaskUpdateRequest LabtaskerError LabtaskerRuntimeError LabtaskerValueError
     LabtaskerTypeError LabtaskerNetworkError LabtaskerHTTPStatusError LabtaskerConnectError WorkerSuspended TaskCancelled
     submit_tasks submit_grid submit_sample as_completed get_task time_left preempted report task_dir should_stop get_history table
+    TransientError TaskError FatalWorkerError
 """.split()  # in the pages of the Python API, and in the README
 
 

@@ -15,7 +15,7 @@ pytestmark = pytest.mark.slow  # they run on one Python, the others have the qui
 
 EPISODE = 2500  # operations
 KEPT = [1006]  # episodes that found something
-STEP_S = 1e-5  # by which the clock moves at each request
+STEP_S = 1e-3  # by which the clock moves at each request
 BIG_STEP_S = 400.0  # time passes in multiples of this, and time-outs are in between: nothing hangs on STEP_S
 
 
@@ -44,6 +44,7 @@ FILTERS = [  # (as sent, the same in Python)
     ({"args.c": {"$exists": False}}, lambda task: "c" not in task["args"]),
     ("args.a >= 2 and priority < 2", lambda task: task["args"].get("a", 0) >= 2 and task["priority"] < 2),
     ("exists(args.n.x) or status == \"success\"", lambda task: "x" in task["args"].get("n", {}) or task["status"] == "success"),
+    ({"failure": {"$in": ["exit", "lost"]}}, lambda task: task["failure"] in ("exit", "lost")),
     ({"interruptions": 0, "summary.k": {"$ne": 1}}, lambda task: task["interruptions"] == 0 and task["summary"].get("k") != 1),
 ]
 MOVES = {"pending": {"cancelled"}, "running": {"success", "failed", "pending", "cancelled"}, "success": {"cancelled"},
@@ -75,6 +76,11 @@ def takes(required, args):
     return not required or (there and covered)
 
 
+def waits(task):
+    """Return whether a task may have to wait for others: no run of it has begun."""
+    return task["status"] == "pending" and task["run_id"] is None
+
+
 class Model:
     """What the service should hold. Each method is an operation: it returns the answer expected, or raises No(status).
 
@@ -99,7 +105,10 @@ class Model:
     def create_queue(self, name, metadata):
         if name in self.queues:
             raise No(409)
-        self.queues[name] = {"metadata": metadata, "tasks": {}, "workers": {}}
+        self.queues[name] = {"metadata": metadata, "tasks": {}, "workers": {}, "paused": False}
+
+    def pause(self, name, paused):
+        self.queue(name)["paused"] = paused
 
     def update_queue(self, name, new_name, metadata):
         queue = self.queue(name)
@@ -126,15 +135,18 @@ class Model:
             if there and there["_content"] != one:
                 raise No(409)
             if not there:
+                if any(other not in queue["tasks"] and other not in new for other in one.get("after", []) + one.get("after_any", [])):
+                    raise No(404)
                 new[one["task_id"]] = self.new_task(one, place)
         queue["tasks"].update(new)
+        self.settle(queue)
 
     def new_task(self, one, place):
         at = round(self.clock.day + place * 1e-6, 6)
         task = {"task_id": one["task_id"], "status": "pending", "task_name": None, "created_at": at, "start_time": None,
                 "last_modified": at, "heartbeat_timeout": None, "task_timeout": None, "max_retries": 3, "retries": 0,
                 "priority": 0, "metadata": {}, "args": {}, "cmd": "", "summary": {}, "worker_id": None, "run_id": None,
-                "interruptions": 0, "_content": one, "_fetch": None, "_end": None, "_began": 0, "_heard": 0}
+                "interruptions": 0, "after": [], "after_any": [], "retry_delay": None, "not_before": None, "failure": None, "_content": one, "_fetch": None, "_end": None, "_began": 0, "_heard": 0}
         task.update(one)
         return task
 
@@ -151,21 +163,64 @@ class Model:
         for task in queue["tasks"].values():
             if request.get("fetch_id") and task["_fetch"] == request["fetch_id"] and task["status"] == "running":
                 return task
-        task = self.choice(queue, request)
+        task = None if queue["paused"] else self.choice(queue, request)
         if task:
             self.begin(task, request, answer)
         return task
 
     def choice(self, queue, request):
         wanted = next((test for sent, test in FILTERS if sent == request.get("extra_filter")), lambda task: True)
-        found = [task for task in queue["tasks"].values() if task["status"] == "pending"
+        found = [task for task in queue["tasks"].values() if task["status"] == "pending" and not self.is_held(queue, task)
                  and takes(request.get("required_fields") or (), task["args"]) and wanted(task)]
         return min(found, key=lambda task: (-task["priority"], task["last_modified"], task["created_at"]), default=None)
+
+    # tasks that wait for others
+
+    def is_held(self, queue, task):
+        """Return whether a pending task has a pause, or waits for others."""
+        others = [queue["tasks"].get(other) for other in task["after_any"]] if waits(task) else ()
+        return (task["not_before"] or 0) > self.clock.day or any(
+            other and other["status"] in ("pending", "running") for other in others) or waits(task) and any(
+            other["status"] != "success" if other else task["start_time"] is None
+            for other in map(queue["tasks"].get, task["after"]))
+
+    def settle(self, queue):
+        """Cancel what waits in vain, until nothing does."""
+        def in_vain(task):
+            others = map(queue["tasks"].get, task["after"])
+            return waits(task) and any(other["status"] in ("failed", "cancelled") if other else task["start_time"] is None
+                                       for other in others)
+        found = True
+        while found:
+            found = [task for task in queue["tasks"].values() if in_vain(task)]
+            for task in found:
+                task.update(status="cancelled", last_modified=self.clock.day, _settled=True)
+
+    def check_waits(self, tasks, new, task, one, fields):
+        for key in ("after", "after_any"):
+            if key in fields and fields[key] != task[key]:
+                status = fields.get("status", task["status"])
+                if status != "pending" or any(other not in tasks for other in fields[key]):
+                    raise No(400)
+
+    def check_circles(self, tasks, begin):
+        def ahead(task_id):
+            task = tasks.get(task_id)
+            return task["after"] + task["after_any"] if task else []
+        for task_id in begin:
+            seen, rest = set(), ahead(task_id)
+            while rest:
+                one = rest.pop()
+                if one == task_id:
+                    raise No(400)
+                if one not in seen:
+                    seen.add(one)
+                    rest += ahead(one)
 
     def begin(self, task, request, answer):
         beats = request.get("start_heartbeat", True)
         task.update(status="running", start_time=self.clock.day, last_modified=self.clock.day, summary={},
-                    worker_id=request.get("worker_id"), run_id=(answer.get("task") or {}).get("run_id"), _end=None,
+                    failure=None, not_before=None, worker_id=request.get("worker_id"), run_id=(answer.get("task") or {}).get("run_id"), _end=None,
                     _fetch=request.get("fetch_id"), _began=self.clock.mono, _heard=self.clock.mono)
         if request.get("cmd"):
             task["cmd"] = request["cmd"]
@@ -187,38 +242,48 @@ class Model:
             if summary:
                 self.change(task, summary=merged(task["summary"], summary))
         elif is_late:
-            self.report_late(task, status, summary)
+            self.report_late(task, status, summary, request.get("delay_s"))
         else:
             if status not in MOVES[task["status"]]:
                 raise No(400)
-            self.end(name, task, status, merged(task["summary"], summary), request.get("reason"))
+            self.end(name, task, status, merged(task["summary"], summary), request.get("delay_s"))
+            self.settle(self.queues[name])
 
-    def report_late(self, task, status, summary):
+    def report_late(self, task, status, summary, delay_s):
         """A report on a run that is over: its repeat, or the late success or handing back of one that was given up on."""
         if status == task["_end"] or (status, task["_end"]) == ("failed", "timeout"):
             return
         if task["_end"] != "timeout" or status not in ("success", "pending"):
             raise No(409)
         kept = {key: value for key, value in task["summary"].items() if key != "labtasker_error"}
-        self.change(task, status=status, _end=status, summary=merged(kept, summary), retries=max(0, task["retries"] - 1))
+        self.change(task, status=status, _end=status, summary=merged(kept, summary), retries=max(0, task["retries"] - 1),
+                    failure=None, not_before=None)
         if status == "pending":
             task["interruptions"] += 1
+            self.pause_task(task, delay_s)
 
-    def end(self, name, task, status, summary, reason):
+    def pause_task(self, task, delay_s):
+        task["not_before"] = round(task["last_modified"] + delay_s, 6) if delay_s else None
+
+    def end(self, name, task, status, summary, delay_s):
         """End the run of a task, or cancel it."""
         worker_id = task["worker_id"]
         self.change(task, worker_id=None, _end=status, summary=summary)
         if status == "failed":
-            self.fail(name, task, worker_id)
+            self.fail(name, task, worker_id, "exit")
         elif status == "pending":
             task["interruptions"] += 1
             task["status"] = "failed" if task["interruptions"] >= 100 else "pending"
+            self.pause_task(task, delay_s if task["status"] == "pending" else None)
         else:
             task["status"] = status
 
-    def fail(self, name, task, worker_id):
+    def fail(self, name, task, worker_id, failure):
         task["retries"] += 1
         task["status"] = "pending" if task["retries"] < task["max_retries"] else "failed"
+        task["failure"] = failure
+        if task["status"] == "pending":
+            self.pause_task(task, min(3600, (task["retry_delay"] or 0) * 2 ** (task["retries"] - 1)))
         worker = self.queues[name]["workers"].get(worker_id)
         if worker:
             worker["retries"] += 1
@@ -249,11 +314,13 @@ class Model:
             task = new.get(one["task_id"]) or tasks.get(one["task_id"])
             if not task:
                 raise No(400)
-            new[one["task_id"]] = self.updated(dict(task), one, reset)
+            new[one["task_id"]] = self.updated(dict(task), one, reset, tasks)
+        self.check_circles(dict(tasks, **new), [one["task_id"] for one in updates if {"after", "after_any"}.intersection(one)])
         tasks.update(new)
+        self.settle(self.queue(name))
         return list(new)
 
-    def updated(self, task, one, reset):
+    def updated(self, task, one, reset, tasks):
         fields = {key: value for key, value in one.items() if key not in ("task_id", "replace_fields", "status")}
         for key in ("args", "metadata", "summary"):
             if key in fields and key not in one.get("replace_fields", ()):
@@ -261,19 +328,24 @@ class Model:
         status = one.get("status")
         if reset:
             summary = fields.get("summary", task["summary"])
-            fields.update(status="pending", retries=0, worker_id=None, run_id=None, _end=None, summary={
+            fields.update(status="pending", retries=0, worker_id=None, run_id=None, _end=None, not_before=None, failure=None, summary={
                 key: value for key, value in summary.items() if not key.startswith("labtasker_e")})
         elif status not in (None, task["status"]):
             if status == "running" or status not in MOVES[task["status"]] | ({"pending"} - {task["status"]}):
                 raise No(400)
-            fields.update(status=status, worker_id=None, run_id=None, _end=None)
+            fields.update(status=status, worker_id=None, run_id=None, _end=None, not_before=None)
+        self.check_waits(tasks, None, task, one, fields)
         self.change(task, self.changed, **fields)  # `last_modified` moves also where nothing else does
         self.changed += 1
         return task
 
     def delete(self, name, task_id):
-        self.task(name, task_id)
-        del self.queues[name]["tasks"][task_id]
+        gone, queue = self.task(name, task_id), self.queues[name]
+        del queue["tasks"][task_id]
+        for task in queue["tasks"].values():
+            if gone["status"] == "success" and waits(task) and task_id in task["after"]:
+                task.update(after=[one for one in task["after"] if one != task_id], last_modified=self.clock.day, _settled=True)
+        self.settle(queue)
 
     # workers
 
@@ -312,7 +384,9 @@ class Model:
                 worker_id, text = task["worker_id"], {"labtasker_error": None}
                 self.change(task, place, worker_id=None, _end="timeout", summary=dict(task["summary"], **text))
                 place += 1
-                self.fail(name, task, worker_id)
+                self.fail(name, task, worker_id, "lost" if task["_beats"] and (task["heartbeat_timeout"] or silent) < silent
+                          else "timeout")
+        self.settle(self.queues[name])
 
     def restart(self):
         """A server starts: every run has its full time again."""
@@ -378,6 +452,7 @@ class Episode:
             name = name if queue in self.model.queues else "create_queue" if self.dice.random() < 0.2 else "get"
             try:
                 getattr(self, name)(queue)
+                self.learn_order()
                 if self.step % 400 == 399:
                     self.compare_all()
             except Exception as error:
@@ -398,6 +473,16 @@ class Episode:
         assert status < 400, "status %d, the model takes it: %s" % (status, answer)
         return answer, wanted
 
+    def learn_order(self):
+        """Take over when the tasks changed that others' ends have changed, all at the same moment: in whatever order."""
+        for name, queue in self.model.queues.items():
+            for task in [task for task in queue["tasks"].values() if task.pop("_settled", False)]:
+                found = self.service(name, "GET", "tasks/" + task["task_id"])[1]
+                self.compare(dict(task, last_modified=None), dict(found, last_modified=None))
+                at = float(L.parse_time(found["last_modified"]))
+                assert 0 <= at - task["last_modified"] < STEP_S, (at, task)
+                task["last_modified"] = at
+
     def pick(self, kind, name):
         """Return an id that is or was there, now and then one that never was."""
         found = [one for queue, one in self.known[kind][-60:] if queue == name]
@@ -409,13 +494,16 @@ class Episode:
             args["n"] = {self.dice.choice("xy"): 1}
         return args
 
-    def some_task(self):
+    def some_task(self, name=None):
         dice, task = self.dice, {"args": self.some_args()}
         for key, value in (("priority", dice.randrange(-1, 4)), ("max_retries", dice.randrange(4)), ("cmd", ["run", "it"]),
                            ("metadata", {"tags": ["x", "y"]}), ("heartbeat_timeout", 1000.0), ("task_timeout", 3000.0),
-                           ("task_name", "name-%d" % dice.randrange(3))):
+                           ("task_name", "name-%d" % dice.randrange(3)), ("retry_delay", 150.0)):
             if dice.random() < 0.3:
                 task[key] = value
+        for key in ("after", "after_any"):
+            if name and dice.random() < 0.25:
+                task[key] = list(dict.fromkeys(self.pick("tasks", name) for _ in range(dice.choice((1, 1, 2)))))
         return dict(task, task_id=self.new_id())
 
     def new_id(self):
@@ -424,7 +512,9 @@ class Episode:
     # operations
 
     def submit(self, name):
-        tasks = [self.some_task() for _ in range(self.dice.choice((1, 1, 1, 2, 4)))]
+        tasks = [self.some_task(name) for _ in range(self.dice.choice((1, 1, 1, 2, 4)))]
+        if len(tasks) > 1 and self.dice.random() < 0.5:  # a list may name its own earlier tasks
+            tasks[-1].setdefault("after", []).append(tasks[0]["task_id"])
         if self.known["old"] and self.dice.random() < 0.1:
             tasks.append(dict(self.dice.choice(self.known["old"])))
         if self.dice.random() < 0.03:
@@ -439,7 +529,7 @@ class Episode:
 
     def submit_unnamed(self, name):
         """Without an id of the client's: the service makes one."""
-        task = self.some_task()
+        task = self.some_task(name)
         del task["task_id"]
         answer, _ = self.both(lambda answer: self.model.submit(name, [dict(task, task_id=(answer or {}).get("task_id"))]),
                               name, "POST", "tasks", task)
@@ -474,6 +564,8 @@ class Episode:
             request["worker_id"] = self.pick("workers", name)
         if dice.random() < 0.4:
             request["summary"] = dice.choice(({"k": 1}, {"k": 2, "deep": {"a": 1}}, {"deep.b": 2}, {}))
+        if request["status"] == "pending" and dice.random() < 0.3:
+            request["delay_s"] = 300.0
         plain = dict(request, summary={"deep": {"b": 2}} if "deep.b" in request.get("summary", ()) else request.get("summary"))
         self.both(lambda answer: self.model.report(name, task_id, plain), name, "POST", "tasks/%s/status" % task_id, request)
 
@@ -499,6 +591,9 @@ class Episode:
                                ("max_retries", 5), ("cmd", "new"), ("heartbeat_timeout", 1500.0), ("task_name", "renamed")):
                 if dice.random() < 0.2:
                     one[key] = value
+            for key in ("after", "after_any"):
+                if dice.random() < 0.15:
+                    one[key] = list(dict.fromkeys(self.pick("tasks", name) for _ in range(dice.randrange(3))))
             if dice.random() < 0.2:
                 one["replace_fields"] = ["args", "metadata"]
             updates.append(one)
@@ -506,6 +601,7 @@ class Episode:
         answer, ids = self.both(lambda answer: self.model.update(name, updates, reset), name, "PUT", "tasks", updates,
                                 {"reset_pending": "true" if reset else "false"})
         if answer:
+            self.learn_order()
             assert [task["task_id"] for task in answer["content"]] == ids
             for task in answer["content"]:
                 self.compare(self.model.task(name, task["task_id"]), task)
@@ -565,6 +661,10 @@ class Episode:
         self.both(lambda answer: self.model.update_queue(name, new_name, metadata), name, "PUT", "",
                   {"new_queue_name": new_name, "metadata_update": metadata})
 
+    def pause(self, name):
+        paused = self.dice.random() < 0.3
+        self.both(lambda answer: self.model.pause(name, paused), name, "PUT", "", {"paused": paused})
+
     def delete_queue(self, name):
         if self.dice.random() < 0.2:
             self.both(lambda answer: self.model.delete_queue(name), name, "DELETE", "")
@@ -604,7 +704,7 @@ class Episode:
         """AssertionError unless a task as it was answered is the model's."""
         for key, value in wanted.items():
             got = found.get(key) if not key.startswith("_") else value
-            if key in ("created_at", "start_time", "last_modified") and value is not None:
+            if key in ("created_at", "start_time", "last_modified", "not_before") and value is not None:
                 assert got and abs(L.parse_time(got) - value) < 3e-6, "%s is %s, the model has %s: %s" % (
                     key, got, L.format_time(L.Instant(value)), found)
             elif key == "summary" and "labtasker_error" in value:
@@ -643,7 +743,7 @@ STATUSES = ("pending", "running", "success", "failed", "cancelled")
 REQUIRED = [["a"], ["a", "*"], ["a", "b"], ["b", "c"], ["*"], ["n"], ["n.x", "*"], ["a", "b", "c", "n"], []]
 ACTS = (["submit"] * 14 + ["submit_unnamed"] * 4 + ["fetch"] * 22 + ["report"] * 20 + ["heartbeat"] * 6 + ["update"] * 6
         + ["delete"] * 3 + ["tidy"] + ["get"] * 4 + ["search"] * 4 + ["create_worker"] * 2 + ["report_worker"] * 2
-        + ["delete_worker"] + ["create_queue", "update_queue", "delete_queue", "time_passes", "time_passes"])
+        + ["delete_worker"] + ["create_queue", "update_queue", "delete_queue", "time_passes", "time_passes"] + ["pause"] * 2)
 ACTS = ACTS * 10 + ["restart"] * 2 + ["compact"] * 3
 
 

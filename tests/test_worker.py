@@ -296,7 +296,7 @@ if sys.version_info >= (3, 11):
 def test_an_exception_of_whatever_kind_fails_its_task_and_the_loop_goes_on(home):
     ids, seen = submit(len(ODD_ERRORS) + 2, max_retries=1), []
 
-    @labtasker.loop()
+    @labtasker.loop(max_consecutive_failures=0)
     def main(n=Required()):
         seen.append(n)
         if n < len(ODD_ERRORS):
