@@ -10941,39 +10941,6 @@ def table(by, of, mode="max", status="success", extra_filter=None, task_name=Non
     return group_rows(ls_tasks(extra_filter=document, task_name=task_name), by, of, mode, statuses)
 
 
-_SAMPLE = 1000  # tasks that are looked at to tell why a filter matches none
-
-
-def unmatched(query):
-    """Return why no task matches a query of ls_tasks, a sentence for each comparison of its filter with a key that no
-    task has, or with a constant of another sort than the values there."""
-    document = query_of(query.get("extra_filter"))
-    compared = [each for each in itertools.islice(comparisons(document), MOST_COMPARED)
-                if each[0].split(".")[0] in ("args", "metadata", "summary") and "." in each[0]]
-    others = {name: value for name, value in query.items() if name != "extra_filter"}
-    rows = [dict(flatten({top: getattr(task, top) for top in ("args", "metadata", "summary") if getattr(task, top)}))
-            for task in (ls_tasks(limit=_SAMPLE, **others).content if compared else ())]
-    return list(dict.fromkeys(filter(None, (_unmatched(rows, *each) for each in compared)))) if rows else []
-
-
-def _unmatched(rows, field, sign, value):
-    """Return why a comparison matches none of the rows, {dotted field: value}, or None where that is not plain."""
-    held = [row[field] for row in rows if field in row]
-    keys = dict.fromkeys(key for row in rows for key in row)
-    if not held:
-        is_within = any(key.startswith(field + ".") for key in keys) or re.search(r"\.\d+(\.|\Z)", field)
-        like = nearest(field, keys) or next((key for key in keys if key.split(".")[-1] == field.split(".")[-1]), None)
-        return None if is_within else "no task has %s%s" % (field, "; did you mean %s?" % like if like else "")
-    sorts = {sort_of(item) for each in held for item in (each if isinstance(each, list) else [each])}
-    given = "a text" if sign == "regex" else sort_of(value)
-    if given and given not in sorts and len(sorts) == 1 and None not in sorts and "a dict" not in sorts:
-        return never(field, sorts.pop(), sign, value, " in each task that has it")
-    texts = {each.lower(): each for each in held if isinstance(each, str)}
-    like = texts.get(nearest(value.lower(), texts)) if sign == "==" and given == "a text" else None
-    return "no task has %s; did you mean %s?" % (
-        as_compared(field, sign, value), json.dumps(like)) if like not in (None, value) else None
-
-
 def update_tasks(task_updates, reset_pending=False):
     """Carry out all of these TaskUpdateRequests, or none, and return a Listing of the Tasks after it.
 
@@ -15078,21 +15045,9 @@ class Loop:
             return "stopped" if self.state == "failed" else "--max-tasks reached"
         if self.state != "done":
             return "no more tasks are started, as the time is up in " + left
-        longer = self._longer()
+        longer = _longer(self)
         but = ", but %d pending may take longer than the %s left" % (longer, left) if longer else ""
         return ("done" if self.account.runs else "no matching tasks") + but
-
-    def _longer(self):
-        """Return how many pending tasks, up to 100, match but for a task_timeout longer than the time left."""
-        given, longest_s = self.request.get("extra_filter"), self.limit.longest_s(self.request, monotonic())
-        longer = {"task_timeout": {"$gt": longest_s}}
-        if longest_s == math.inf:
-            return 0
-        try:
-            tasks = ls_tasks(status="pending", extra_filter={"$and": [given, longer]} if given else longer, limit=100)
-        except LabtaskerError:  # how it ends is told all the same
-            return 0
-        return sum(covers(self.request.get("required_fields") or (), paths_of(task.args)) for task in tasks.content)
 
     def _register(self):
         """Create a worker if none was named, and complete the request of every fetch."""
@@ -15219,19 +15174,6 @@ class Loop:
         timer.daemon = True
         start_thread(timer)
 
-    def counted(self, run, outcome):
-        """Return the Outcome of a run; a quick failure after so many in a row that the loop was stopped is handed back
-        instead. Before the report: of slots that fail at once, none may report one too many."""
-        with self.lock:
-            if self.row.is_full() and outcome.status == "failed" and run.spent_s() < _QUICK_S:
-                return Outcome("pending", reason="the loop was stopped by failures in a row")
-            status = None if run.stopped else run.ended_by_job() or outcome.status
-            self.row.note(run.task_id, status, run.spent_s(), run.known_by or outcome.reason)
-            is_news, self.is_broken = self.row.is_full() and not self.is_broken, self.row.is_full()
-        if is_news:
-            self.fail(self.row.told())
-        return outcome
-
     def handed_back(self, facts=None):
         """Return the Outcome of a run that the loop has to hand back, as it is leaving."""
         why = "the loop was leaving" if not self.wake.stop else "the time of the loop was up" if (
@@ -15254,6 +15196,39 @@ def _tell_left(loop):
         return
     for text in lines:
         remark(text)
+
+
+_SAMPLE = 1000  # tasks that are looked at to tell why a filter matches none
+
+
+def unmatched(query):
+    """Return why no task matches a query of ls_tasks, a sentence for each comparison of its filter with a key that no
+    task has, or with a constant of another sort than the values there."""
+    document = query_of(query.get("extra_filter"))
+    compared = [each for each in itertools.islice(comparisons(document), MOST_COMPARED)
+                if each[0].split(".")[0] in ("args", "metadata", "summary") and "." in each[0]]
+    others = {name: value for name, value in query.items() if name != "extra_filter"}
+    rows = [dict(flatten({top: getattr(task, top) for top in ("args", "metadata", "summary") if getattr(task, top)}))
+            for task in (ls_tasks(limit=_SAMPLE, **others).content if compared else ())]
+    return list(dict.fromkeys(filter(None, (_unmatched(rows, *each) for each in compared)))) if rows else []
+
+
+def _unmatched(rows, field, sign, value):
+    """Return why a comparison matches none of the rows, {dotted field: value}, or None where that is not plain."""
+    held = [row[field] for row in rows if field in row]
+    keys = dict.fromkeys(key for row in rows for key in row)
+    if not held:
+        is_within = any(key.startswith(field + ".") for key in keys) or re.search(r"\.\d+(\.|\Z)", field)
+        like = nearest(field, keys) or next((key for key in keys if key.split(".")[-1] == field.split(".")[-1]), None)
+        return None if is_within else "no task has %s%s" % (field, "; did you mean %s?" % like if like else "")
+    sorts = {sort_of(item) for each in held for item in (each if isinstance(each, list) else [each])}
+    given = "a text" if sign == "regex" else sort_of(value)
+    if given and given not in sorts and len(sorts) == 1 and None not in sorts and "a dict" not in sorts:
+        return never(field, sorts.pop(), sign, value, " in each task that has it")
+    texts = {each.lower(): each for each in held if isinstance(each, str)}
+    like = texts.get(nearest(value.lower(), texts)) if sign == "==" and given == "a text" else None
+    return "no task has %s; did you mean %s?" % (
+        as_compared(field, sign, value), json.dumps(like)) if like not in (None, value) else None
 
 
 class _FailureRow:
@@ -15281,6 +15256,33 @@ class _FailureRow:
         return "%d tasks in a row failed within %g s each on %s, %s: %s\nlabtasker: look what is wrong with this " \
             "machine; --max-consecutive-failures 0 goes on" % (
                 len(lines), _QUICK_S, _host_name(), "all with" if len(set(lines)) == 1 else "the last with", said)
+
+
+def _longer(loop):
+    """Return how many pending tasks, up to 100, match but for a task_timeout longer than the time left."""
+    given, longest_s = loop.request.get("extra_filter"), loop.limit.longest_s(loop.request, monotonic())
+    longer = {"task_timeout": {"$gt": longest_s}}
+    if longest_s == math.inf:
+        return 0
+    try:
+        tasks = ls_tasks(status="pending", extra_filter={"$and": [given, longer]} if given else longer, limit=100)
+    except LabtaskerError:  # how it ends is told all the same
+        return 0
+    return sum(covers(loop.request.get("required_fields") or (), paths_of(task.args)) for task in tasks.content)
+
+
+def _after_row(loop, run, outcome):
+    """Return the Outcome of a run; a quick failure after so many in a row that the loop was stopped is handed back
+    instead. It is called before the report: of slots that fail at once none may report one too many."""
+    with loop.lock:
+        if loop.row.is_full() and outcome.status == "failed" and run.spent_s() < _QUICK_S:
+            return Outcome("pending", reason="the loop was stopped by failures in a row")
+        status = None if run.stopped else run.ended_by_job() or outcome.status
+        loop.row.note(run.task_id, status, run.spent_s(), run.known_by or outcome.reason)
+        is_news, loop.is_broken = loop.row.is_full() and not loop.is_broken, loop.row.is_full()
+    if is_news:
+        loop.fail(loop.row.told())
+    return outcome
 
 
 class _Fetch:
@@ -15536,7 +15538,7 @@ class Slot:
             outcome = outcome._replace(summary=run.results(outcome.summary))
         if status == "failed" and not outcome.reason:
             outcome = outcome._replace(reason=failure_text(outcome.summary or {})[:_REASON_LIMIT])
-        outcome = loop.counted(run, outcome)
+        outcome = _after_row(loop, run, outcome)
         status = outcome.status
         if run.ended_by_job():
             status = run.ended
