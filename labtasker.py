@@ -5316,9 +5316,10 @@ def _asha_standing(group, task, rule, best):
         return "it has reached no rung; the first is step " + next_rung
     value, step = rungs[-1]
     better, count = group.rank(len(rungs) - 1, value, rule.is_max)
-    return "at rung %s (step %s) its %s %s is %s of %d, of which %d go on; the next rung is step %s" % (
+    return "at rung %s (step %s) its %s %s is %s of %d, of which %s on; the next rung is step %s" % (
         _shown_number(_rung(rule, len(rungs) - 1)), _shown_number(step), rule.metric, _shown_number(value),
-        ordinal(better + 1), count, max(1, count // rule.options["eta"]), next_rung)
+        ordinal(better + 1), count, "1 goes" if count < 2 * rule.options["eta"] else "%d go" % (
+            count // rule.options["eta"]), next_rung)
 
 
 def _median_standing(group, task, rule, best):
@@ -13582,7 +13583,7 @@ class Run:
         self.stopped = None  # why it was stopped early, once that was heard
         self.events = []  # those that have changed the state
         self.away_until = 0  # until then the server counts as away and is not asked
-        self.saved = None  # (path, summary) of the report in the outbox that later summaries are merged with
+        self.saved = None  # (path, reports) of the file in the outbox that later reports of the run join
         self.is_end_saved = False  # whether the report that ends the run was ever saved in the outbox
         self.may_send_log = True  # False after a refusal: the report may have been too long with the log in it
         self.log_dir = log_dir or os.path.join(os.path.abspath(load_config().root), "logs", task_id, self.key)
@@ -17704,6 +17705,7 @@ def do_task_submit(options):
     _check_ways(options)
     is_new_seed = options.sample is not None and options.seed is None
     options.seed = new_seed() if is_new_seed else options.seed
+    parse_rule(options.stop) if options.stop is not None else None
     notes = _notes_on_arguments(options)
     tasks = _submissions(options)
     for text in notes:

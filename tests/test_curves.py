@@ -508,6 +508,7 @@ def test_a_rule_is_given_to_every_way_of_submitting(home, capsys):
     labtasker.submit_task(args={"a": 2}, stop="median:val.acc:max:after=2")
     code, out = cli(capsys, "task", "submit", "--stop", "asha:loss:mni", "--", "--a=1")
     assert code == 2 and out.err.rstrip().endswith("^")
+    assert cli(capsys, "task", "submit", "--dry-run", "--stop", "asha", "--", "--a=1")[0] == 2
     with pytest.raises(L.RuleError):
         labtasker.submit_task(args={"a": 2}, stop="never")
     assert cli(capsys, "task", "update", "-y", "-f", "args.a == 1", "-u", "stop=asha")[0] == 2
