@@ -5613,23 +5613,23 @@ def delete_worker_op(store, queue, request, at):
 # operation, applies its changes and has the journal make them durable. Uses 1 to 6. Tests: test_service.py,
 # test_owner.py, test_compaction.py.
 
-TRANSACTION_TASKS = 10000  # tasks one transaction may submit or update: keeps a line readable, a lock short
-_SLEPT_S = 2.0  # a server that wakes so much later than planned was stopped, and received nothing meanwhile
+TRANSACTION_TASKS = 10000  # at most so many tasks in one transaction: it keeps a line readable and a lock short
+_SLEPT_S = 2.0  # a server that wakes later than planned by so much was suspended, and received no heartbeats
 STANDING_BYTES = 128 << 20  # memory for the standing requests of all queues
-UNUSED_S = 1800.0  # how long a standing request is kept while nobody asks for it
+UNUSED_S = 1800.0  # after which an unused standing request is dropped
 _FILTERS_BYTES = 32 << 20  # memory for compiled filters
-SPARE_BYTES = 16 << 20  # how much longer than twice its live data a journal may become
+SPARE_BYTES = 16 << 20  # a journal is compacted when it is longer than twice its live data and this
 LOOK_BYTES = 4 << 20  # how far a journal grows before its live data is estimated again
-FOLD_CHANGES = 100  # changes on a line of a folded journal, which a person should be able to read
+FOLD_CHANGES = 100  # changes on a line of a folded journal; few, so that a person can read it
 DEFAULT_QUEUE = "default"  # the queue of a store without a server, made at the first write
-_LET_GO_S = 0.2  # how long a process that ends tries to release its store
-_SERVER_LOCK_S = 1.0  # a file that is locked for longer may be a server's
-_EMBEDDED_POLL_S = 0.1  # how often a waiting process without a server looks at the file
-_MAX_RELEASE_S = 60.0  # how often the ends of pauses are computed again: the wall clock may be set
-LOOK_INTERVAL_S = 1.0  # time-outs are not looked for more often
+_RELEASE_TRY_S = 0.2  # how long a process that ends tries to release its store
+_SERVER_LOCK_S = 1.0  # a file that stays locked for longer may be a server's
+_EMBEDDED_POLL_S = 0.1  # how often a waiting process without a server checks the file for changes
+_MAX_RELEASE_S = 60.0  # how often the ends of pauses are computed again, as the wall clock may be set
+LOOK_INTERVAL_S = 1.0  # the shortest time between two searches for time-outs
 
 
-_STARTED = """
+_CALL_FUNCTION = """
 import importlib.util, json, sys
 spec = importlib.util.spec_from_file_location("labtasker", sys.argv[1])
 module = sys.modules["labtasker"] = importlib.util.module_from_spec(spec)
@@ -5643,15 +5643,15 @@ if answer is not None:
 def in_python(function, *words):
     """Return the words of a command that calls a function of this file and prints its answer, unless None, as JSON.
 
-    Every process of the program is started so: isolated (-I) and with this very file. It never imports a module from
-    the working folder or from PYTHONPATH."""
+    All processes of this program are started in this way: isolated (-I) and with this very file. They never import a
+    module from the working folder or from PYTHONPATH."""
     options = ["-B"] if sys.dont_write_bytecode else []
     if getattr(sys, "pycache_prefix", None):
         options += ["-X", "pycache_prefix=" + sys.pycache_prefix]
-    return [sys.executable, "-I"] + options + ["-c", _STARTED, THIS_FILE, function] + list(words)
+    return [sys.executable, "-I"] + options + ["-c", _CALL_FUNCTION, THIS_FILE, function] + list(words)
 
 
-PIPE = -1  # subprocess.PIPE, without importing that
+PIPE = -1  # subprocess.PIPE, without importing subprocess
 
 
 def start_program(words, **options):
@@ -5661,14 +5661,14 @@ def start_program(words, **options):
     return subprocess.Popen(words, start_new_session=True, **dict(streams, **options))
 
 
-def _start_process(function, words, is_heard):
-    """Return the Popen of a process that calls a function of this file; where it `is_heard`, its answer can be read."""
-    output = {"stdout": PIPE, "stderr": PIPE} if is_heard else {}
+def _start_process(function, words, has_pipes):
+    """Return the Popen of a process that calls a function of this file; its answer can be read if it `has_pipes`."""
+    output = {"stdout": PIPE, "stderr": PIPE} if has_pipes else {}
     return start_program(in_python(function, *words), universal_newlines=True, **output)
 
 
 def in_other_process(function, *words):
-    """Return the answer, as JSON text, of a function of this file called in another process; raise its error."""
+    """Call a function of this file in another process; return its answer as JSON text, or raise its error."""
     process = _start_process(function, words, True)
     answer, problem = process.communicate()
     if process.returncode:
@@ -5677,33 +5677,33 @@ def in_other_process(function, *words):
 
 
 def refusal(path):
-    """Return why this process may not write to the store at `path`, or make it where there is none, or None."""
-    there = path
-    while not os.path.exists(there):
-        there = os.path.dirname(there)
-    asked = {there, os.path.dirname(os.path.realpath(there)) if os.path.isfile(there) else there}
-    if all(os.access(one, os.W_OK) for one in asked):
+    """Return why this process may not write to the store at `path`, or create it; None if it may."""
+    existing = path
+    while not os.path.exists(existing):
+        existing = os.path.dirname(existing)
+    needed = {existing, os.path.dirname(os.path.realpath(existing)) if os.path.isfile(existing) else existing}
+    if all(os.access(name, os.W_OK) for name in needed):
         return None
-    is_read_only = os.statvfs(there).f_flag & os.ST_RDONLY
+    is_read_only = os.statvfs(existing).f_flag & os.ST_RDONLY
     return "%s can't be written: %s" % (path, "its file system is mounted read-only" if is_read_only
                                         else "this user may only read it")
 
 
 class _Replica:
-    """What a process has read of a journal: the state, the latest events, the newest version and epoch named there."""
+    """What a process has read of a journal: the state, the latest events, the newest version and epoch."""
 
     def __init__(self):
         self.state, self.version_seen, self.epoch_seen = State(), None, 0
         self.events = collections.deque(maxlen=MAX_EVENTS)  # the latest Transitions that are on disk
 
     def clear(self):
-        """Forget all."""
+        """Forget everything."""
         self.version_seen, self.epoch_seen = None, 0
         self.state.clear()
         self.events.clear()
 
     def read(self, file):
-        """Apply the lines that are new in the JournalFile."""
+        """Apply the new lines of a JournalFile."""
         latest, count = collections.deque(), 0  # the lines of the last MAX_EVENTS events
         for line in file.read_new():
             if "changes" in line:
@@ -5723,12 +5723,12 @@ class _Replica:
 
 
 class StoreFile:
-    """A store as it lies in its folder: the lock, the owner, the journal, and the state that the journal describes.
+    """A store in its folder: the lock, the owner, the journal, and the state that results from the journal.
 
-    `lock` guards all attributes. A server holds the file's lock for its life. Embedded, the lock is taken for one
-    operation, which first reads what others have added."""
+    `lock` guards all attributes. A server holds the file's lock as long as it lives. Without a server the lock is taken
+    for one operation, which first reads what others have added."""
 
-    LOCK_TIMEOUT_S = 30.0  # embedded peers hold the lock briefly
+    LOCK_TIMEOUT_S = 30.0  # without a server others hold the lock only briefly
 
     def __init__(self, path, is_server=False, fsync="always"):
         self.path, self.is_server = os.path.abspath(path), is_server
@@ -5741,10 +5741,10 @@ class StoreFile:
         self.owner = Owner(self.real_path, is_server)
         self.owner.unlock = self.file_lock.release
         self.replica, self.look_again_bytes = _Replica(), SPARE_BYTES
-        self.expected = None  # the id of the store that has to be here; see check_expected
+        self.expected = None  # the id that the store must have; see check_expected
 
     def open(self, takeover=False):
-        """Take the store for a server, or raise StoreUnavailable when another process has it."""
+        """Take the store for a server, or raise StoreUnavailable if another process has it."""
         self.owner.lock = lambda: self.lock_file(2.0)
         self.owner.lock()
         folder, name = os.path.split(self.real_path)
@@ -5752,7 +5752,7 @@ class StoreFile:
         try:
             self.owner.claim(takeover)
             for other in os.listdir(folder):
-                if other.startswith(drafts):  # of a process that died
+                if other.startswith(drafts):  # left by a process that died
                     os.unlink(os.path.join(folder, other))
             self.file.open()
             self.replica.version_seen = self.file.header.get("version")
@@ -5765,13 +5765,13 @@ class StoreFile:
         BeatFiles(os.path.dirname(self.real_path)).clear()
 
     def _begin_epoch(self):
-        """Write into the journal that it has a new owner; a former one that reads it stops."""
+        """Write into the journal that it has a new owner. A former owner that reads this stops."""
         self.journal.writer.is_owned = self.owner.holds
         self.replica.epoch_seen = self.owner.epoch
-        self._tell(epoch=self.owner.epoch, owner=os.uname().nodename)
+        self._add_line(epoch=self.owner.epoch, owner=os.uname().nodename)
 
-    def _tell(self, **line):
-        """Write a line without changes. It names this version where that is newer than those before."""
+    def _add_line(self, **line):
+        """Write a line without changes. It names this version if that is newer than all before."""
         if is_newer(__version__, self.replica.version_seen):
             self.replica.version_seen = line["version"] = __version__
         self.journal.add(dump_json(dict({"at": now()}, **line)).encode(), None)
@@ -5782,16 +5782,16 @@ class StoreFile:
             self.journal.flush()
             self.journal.close(clean=True)
             self.owner.release()
-        self.let_go()
+        self.release()
         self.journal.close()
         self.file_lock.close()
 
-    def let_go(self):
-        """Release the store for other hosts, if this is the last process of this host that wrote without a server."""
-        if self.owner.used[1] != os.getpid() or not self.lock.acquire(timeout=_LET_GO_S):
+    def release(self):
+        """Release the store for other hosts if no other process of this host uses it without a server."""
+        if self.owner.used[1] != os.getpid() or not self.lock.acquire(timeout=_RELEASE_TRY_S):
             return
         try:
-            if self.file_lock.acquire(_LET_GO_S):  # else another process of this host uses it
+            if self.file_lock.acquire(_RELEASE_TRY_S):  # else another process of this host uses it
                 try:
                     self.owner.release()
                 finally:
@@ -5802,14 +5802,15 @@ class StoreFile:
             self.lock.release()
 
     def catch_up(self):
-        """Apply the lines that others have added. Cyclic garbage collection is off meanwhile, as records form no
-        cycles; what was loaded is frozen."""
+        """Apply the lines that others have added.
+
+        Records form no cycles, so the cyclic garbage collector is off meanwhile and ignores what was loaded."""
         was_on, before = gc.isenabled(), self.file.size
         gc.disable()
         try:
             self.replica.read(self.file)
-        except StoreDamaged:  # the next operation reads the file from its beginning, and fails the same way
-            self._start_anew()
+        except StoreDamaged:  # the next operation reads the file from its beginning and fails in the same way
+            self._forget_all()
             raise
         finally:
             if self.file.size - before > READ_BYTES and hasattr(gc, "freeze"):  # not in Python 3.6
@@ -5818,9 +5819,9 @@ class StoreFile:
                 gc.enable()
 
     def with_file_lock(self, action, writes=True):
-        """Return action(), called with the file's lock held after reading what others have written; embedded.
+        """Take the file's lock, read what others have written, and return action(). For stores without a server.
 
-        Reading needs no ownership of the store, and no lock where this process may not write."""
+        Reading does not need to own the store, and needs no lock if this process may not write."""
         with self.lock:
             if not writes and self.file_lock.fd is None and refusal(self.path):
                 return self._unlocked(action)
@@ -5830,7 +5831,7 @@ class StoreFile:
                 checked_at = monotonic()
                 begun = writes and not self.owner.holds() and self.owner.claim()
                 self.file.heals = writes
-                self._read_on(writes and self.file.fd is None and not self.file.exists())
+                self._read_new(writes and self.file.fd is None and not self.file.exists())
                 if writes:
                     self.journal.writer.is_owned, self.journal.writer.checked_at = self.owner.holds, checked_at
                     self._name_file()
@@ -5841,7 +5842,7 @@ class StoreFile:
                         raise StoreUnavailable("%s was taken over by another host" % self.path)
                     self._begin_epoch()
                 elif writes and is_newer(__version__, self.replica.version_seen):
-                    self._tell()
+                    self._add_line()
                 answer = action()
                 if writes:
                     self.owner.move()
@@ -5856,17 +5857,18 @@ class StoreFile:
                     self.file_lock.release()
 
     def _unlocked(self, action):
-        """Return action() after reading the file; a line that is being written is left for the next time."""
+        """Read the file without its lock and return action(); a line that is just being written is read next time."""
         try:
             self.file.heals = False
-            self._read_on()
+            self._read_new()
             return action()
         except OSError as error:
             raise LabtaskerRuntimeError("%s can't be read (%s)" % (self.path, error.strerror))
 
     def check_expected(self):
-        """Raise StoreUnavailable if the store that gave this process a run is missing, or another one is in its place.
-        It counts as away, like a server: its tasks still exist."""
+        """Raise StoreUnavailable if the store from which this process has a run is missing or replaced by another.
+
+        Then it counts as away, as a server would: its tasks still exist."""
         try:
             inode, store_id = os.stat(self.path).st_ino, self.file.header.get("store")
             if self.file.fd is None or inode != self.file.inode:
@@ -5880,15 +5882,15 @@ class StoreFile:
                                    "may be away" % self.path)
 
     def lock_file(self, timeout_s):
-        """Take the file's lock, or raise StoreUnavailable that says who has it or what is wrong with the folder.
+        """Take the file's lock, or raise a StoreUnavailable that says who has it or what is wrong with the folder.
 
-        A server of this host holds the lock for life, so it is not waited for."""
+        A server of this host holds the lock as long as it lives, so there is no point in waiting for it."""
         try:
             if self.file_lock.fd is None and not self.expected:
                 self.file.exists()
                 Disk.make_folder(self.folder)
             if self.file_lock.acquire(min(timeout_s, _SERVER_LOCK_S)):
-                return None if self.file_lock.is_in_place() else self._lock_anew(timeout_s)
+                return None if self.file_lock.is_in_place() else self._lock_again(timeout_s)
             server = read_server_file(self.folder) or {}
             is_served = server.get("host_id") == host_id() and process_start(server.get("pid", 0)) is not None
             if not (is_served and not self.is_server) and self.file_lock.acquire(timeout_s - _SERVER_LOCK_S):
@@ -5897,18 +5899,18 @@ class StoreFile:
             raise store_error(self.path, error)
         who = ": a server on %s, process %s, at %s (labtasker server status tells more)" % (
             server.get("host"), server.get("pid"), " ".join(server.get("addresses", ())))
-        is_told = server and (is_served or server.get("host_id") != host_id())  # else it was left by one that is gone
-        raise StoreUnavailable("%s is in use by another process%s" % (self.path, who if is_told else ""))
+        may_live = server and (is_served or server.get("host_id") != host_id())  # else server.json is a dead server's
+        raise StoreUnavailable("%s is in use by another process%s" % (self.path, who if may_live else ""))
 
-    def _lock_anew(self, timeout_s):
-        """Lock the file that others lock: this process has one that was removed, or whose folder was replaced."""
+    def _lock_again(self, timeout_s):
+        """Open and lock the lock's file again: the one that is open was removed, or its folder was replaced."""
         self.file_lock.close()
         self.lock_file(timeout_s)
 
     def problem(self):
-        """Return why a server can't write to its store, or None; the writer's `fenced` says where that is for good.
+        """Return why a server can't write to its store, or None. If the writer is `fenced`, it never can again.
 
-        Nothing is checked while the file is written to or replaced: the writer checks it."""
+        While the file is written to or replaced nothing is checked: the writer itself checks it then."""
         journal = self.journal
         if journal.writer.fenced or not self.is_server or not journal.writer.io.acquire(False):
             return journal.writer.fenced
@@ -5923,15 +5925,15 @@ class StoreFile:
         return journal.writer.fenced
 
     def _name_file(self):
-        """Put the file's name on disk; the process that made the file may have died before that."""
+        """Put the file's name on disk: the process that created the file may have died before that."""
         if self.file.named != self.file.inode:
             self.file.disk.sync_folder(real_path(self.path))
             self.file.named = self.file.inode
 
-    def _read_on(self, is_new=False):
-        """Read what others have added to the file, or put in its place; the file's lock is held."""
-        if self.file.reads_only and self.file.heals:  # a file open for reading is to be written
-            self._start_anew()
+    def _read_new(self, is_new=False):
+        """Read what others have added to the file, or the file that has replaced it. The file's lock is held."""
+        if self.file.reads_only and self.file.heals:  # it is open for reading only, and will be written now
+            self._forget_all()
         length = None if self.file.fd is None else self.file.length()
         if length is None:
             self._change_file() if self.file.fd is not None else self.file.open()
@@ -5948,33 +5950,35 @@ class StoreFile:
         self.file.notices = []
 
     def _change_file(self):
-        """Go on in the file that is now in the place of the one that this process read. Memory is kept where that file
-        holds all that was read, as after a compaction; else the file is read anew."""
+        """Continue with the file that has replaced the one read here.
+
+        If it holds all that was read, as after a compaction, the state is kept. Else the file is read from its
+        beginning."""
         file, lines, last = self.file, self.file.n, self.file.header
         if not file.exists():
-            raise StoreUnavailable("%s was removed or emptied while this process had it open: put it back; or start "
-                                   "again, for a new store" % self.path)
-        self.look_again_bytes, can_go_on = SPARE_BYTES, False
+            raise StoreUnavailable("%s was removed or emptied while this process had it open: put it back, or start "
+                                   "the process again for a new store" % self.path)
+        self.look_again_bytes, has_all = SPARE_BYTES, False
         try:
-            can_go_on = file.follow()
+            has_all = file.follow()
         finally:
-            if not can_go_on:
-                is_known = file.header.get("store") == last.get("store") and file.header.get("folded", 0) > lines
-                self._start_anew()
-        if can_go_on:
+            if not has_all:
+                is_later = file.header.get("store") == last.get("store") and file.header.get("folded", 0) > lines
+                self._forget_all()
+        if has_all:
             return
-        if not is_known:  # else others have written and compacted since
-            file.notices.append("%s is not the file that this process had read: another was put in its place, or "
-                                   "its content changed; it is read anew" % self.path)
+        if not is_later:  # a later one is no surprise: others have written to the store and compacted it
+            file.notices.append("%s is not the file that this process has read: it was replaced, or its content "
+                                "changed; it is read from its beginning" % self.path)
         file.open()
 
-    def _start_anew(self):
+    def _forget_all(self):
         """Forget what was read."""
         self.replica.clear()
         self.file.forget()
 
     def is_bloated(self):
-        """Return whether most of the file is stale; estimated every few megabytes."""
+        """Return whether most of the file is stale. This is estimated each time the file has grown by LOOK_BYTES."""
         with self.lock:
             if self.file.size < self.look_again_bytes:
                 return False
@@ -5983,8 +5987,8 @@ class StoreFile:
             return self.file.size > 2 * live + SPARE_BYTES
 
     def compact(self):
-        """Compact the file; a server has another process do the folding."""
-        draft = "%s.fold-%d" % (self.real_path, os.getpid())  # a name of its own: others may compact too
+        """Compact the file. A server has another process fold the lines."""
+        draft = "%s.fold-%d" % (self.real_path, os.getpid())  # a name of its own, as other processes may compact too
         try:
             if self.is_server:
                 _, offset = json.loads(in_other_process("fold", self.path, draft))
@@ -5994,14 +5998,14 @@ class StoreFile:
                 self.with_file_lock(lambda: self.journal.writer.adopt(draft, offset))
         except (OSError, StoreUnavailable) as error:
             why = error.strerror if isinstance(error, OSError) else error
-            raise LabtaskerRuntimeError("%s could not be compacted (%s); it is as it was" % (self.path, why))
+            raise LabtaskerRuntimeError("%s could not be compacted (%s); it is unchanged" % (self.path, why))
         finally:
             if os.path.exists(draft):
                 os.unlink(draft)
         self.look_again_bytes = self.file.size + LOOK_BYTES
 
-    def compact_apart(self):
-        """Start a process that compacts the store, without waiting for it."""
+    def start_compaction(self):
+        """Start a process that compacts the store; don't wait for it."""
         _start_process("compact", [self.path], False)
 
 
@@ -6012,35 +6016,37 @@ class Store:
         file = self.file = StoreFile(path, is_server, fsync)
         self.path, self.folder, self.lock, self.is_server = file.path, file.folder, file.lock, is_server
         self.journal, self.owner, self.state = file.journal, file.owner, file.replica.state
-        self.server_id = None  # of the server that holds it
+        self.server_id = None  # the id of the server that holds the store
         self.changed, self.closing = threading.Condition(self.lock), False
         self.beats = Beats({} if is_server else BeatFiles(os.path.dirname(file.real_path), self.owner.stood_still))
         # Instants on the monotonic clock:
         self.looked_at = -math.inf  # when time-outs were last looked for
         self.timeouts_at, self.next_timeout_at = {}, -math.inf  # {queue id: its earliest time-out}; the earliest of all
         self.next_release_at = -math.inf  # the earliest end of a task's pause
-        self.awake_until = math.inf  # when this process meant to wake at the latest; a server sets it before it waits
+        self.awake_until = math.inf  # the latest instant at which a server planned to wake; set before it waits
         self.filters = BoundedCache(_FILTERS_BYTES)  # (document as text, names of fields): predicate
-        self.logins = {}  # (name or id of a queue, a right password): the CallerQueueId of the queue
-        self.watched_keys, self.changed_keys = set(), set()  # keys that parked requests wait for; those changed since
+        self.logins = {}  # (name or id of a queue, its password): the CallerQueueId of the queue
+        self.watched_keys, self.changed_keys = set(), set()  # keys that parked requests wait for; those that changed
         self.on_wake, self.warn = lambda: None, tell
-        self.collecting = threading.Lock()  # held while the tasks are searched for a new filter
+        self.collecting = threading.Lock()  # held while all tasks are searched for a new standing request
 
     def open(self, takeover=False):
-        """Open the file, which makes this process its owner; raises as `StoreFile.open` does."""
+        """Open the file and become its owner; raises as `StoreFile.open` does."""
         self.file.open(takeover)
 
     def close(self):
-        """Give the file up."""
+        """Close the file and release the store."""
         self.file.close()
 
     def compact(self):
-        """Return whether the file was compacted; raises as `StoreFile.compact` does."""
+        """Compact the file; raises as `StoreFile.compact` does."""
         return self.file.compact()
 
     def begin(self, operation, queue_id, request, writes=True):
-        """Run an operation. Return (batch, answer): the answer may be sent once the batch is on disk, without a batch
-        at once. An answer that is a function is to be called for it."""
+        """Run an operation; return (batch, answer).
+
+        The answer may be sent once the batch is on disk, or at once if the batch is None. If the answer is a function,
+        its result is the answer."""
         def decide():
             return self._decide(operation, queue_id, request, writes)
         if self.file.expected:
@@ -6051,26 +6057,26 @@ class Store:
         return self.file.with_file_lock(decide, writes)
 
     def transact(self, operation, queue_id, request, writes=True):
-        """Return the operation's answer once everything it did, and everything it saw, is on disk; or raise."""
+        """Run an operation; return its answer once all that it changed or saw is on disk; or raise."""
         return self.finish(*self.begin(operation, queue_id, request, writes))
 
     def finish(self, batch, answer):
-        """Return the answer that `begin` gave with this batch, once that is on disk; or raise."""
+        """Return the answer that `begin` returned, once its batch is on disk; or raise."""
         if callable(answer):
             answer = answer()
         if batch:
             self.journal.wait(batch)
         if not self.is_server and not self.journal.file.reads_only and self.file.is_bloated():
-            self.file.compact_apart()
+            self.file.start_compaction()
         return answer
 
     def _queue(self, queue_id, writes):
-        """Return the queue of an id or a LocalName, or raise Unauthorized; the first write makes the default queue."""
-        there = self.state.id_of(queue_id)
-        if there is not None:
-            queue = self.state.queues[there] if self.is_open_to(queue_id, there) else None
+        """Return the queue of an id or a LocalName, or raise Unauthorized; a first write creates the default queue."""
+        known_id = self.state.id_of(queue_id)
+        if known_id is not None:
+            queue = self.state.queues[known_id] if self.is_open_to(queue_id, known_id) else None
         elif queue_id != DEFAULT_QUEUE:
-            raise Unauthorized("no queue %r in %s: make it with 'labtasker queue create-from-config'"
+            raise Unauthorized("no queue %r in %s: create it with 'labtasker queue create-from-config'"
                                % (str(queue_id), self.path))
         elif not writes:
             queue = QueueState(QueueRecord(queue_name=str(queue_id)))
@@ -6093,7 +6099,7 @@ class Store:
         return (journal.batch if journal.batch.lines else journal.writing), answer
 
     def _commit(self, queue_id, changes, at):
-        """Apply these changes to memory and return the batch that makes them durable."""
+        """Apply changes to the state; return the batch that makes them durable."""
         body = dump_json({"at": at, "queue": queue_id, "changes": changes}).encode()
         done = self.state.apply(queue_id, changes)
 
@@ -6121,8 +6127,9 @@ class Store:
             self.beats.runs.pop(task.run_id, None)
 
     def _wake(self, queue_id, done):
-        """Wake the requests that wait for a task in `done`, for its queue, or for a pending task there. A change of the
-        queue's own record wakes all of its requests, as its password may have changed."""
+        """Wake the requests that wait for a task in `done`, for its queue, or for a pending task of the queue.
+
+        If the queue's own record has changed, all of its requests wake, as its password may be another one now."""
         keys = {(queue_id, key) for _, key, _, _ in done} | {(queue_id, "change")}
         if has_pending(self.state.queues.get(queue_id), done):
             keys.add((queue_id, "pending"))
@@ -6131,13 +6138,13 @@ class Store:
         self.wake(*keys)
 
     def wake(self, *keys):
-        """Have a server repeat the requests that wait for one of these keys."""
+        """Have a server run the requests again that wait for one of these keys."""
         self.changed_keys |= self.watched_keys.intersection(keys)
         if self.changed_keys:
             self.on_wake()
 
     def _note_run(self, old, new):
-        """Start and end a run's beats with the run, and note when its earliest time-out is."""
+        """Start and end a run's beats with the run, and note when it can time out at the earliest."""
         before = old.run_id if old is not None and old.status == "running" else None
         after = new.run_id if new is not None and new.status == "running" else None
         if new is not None and new.not_before is not None:
@@ -6159,8 +6166,8 @@ class Store:
         self.next_timeout_at = min(at, self.next_timeout_at)
 
     def wait_for(self, is_there, timeout_s):
-        """Return once is_there(), when the store closes, or after `timeout_s`; without a server also when others have
-        written to the file, which is not read here."""
+        """Return once is_there() is true, the store closes, or `timeout_s` is over; without a server also once others
+        have written to the file, which is not read here."""
         give_up_at = monotonic() + timeout_s
         with self.lock:
             while self.is_server and not (is_there() or self.closing or monotonic() >= give_up_at):
@@ -6169,8 +6176,8 @@ class Store:
             time.sleep(max(0, min(_EMBEDDED_POLL_S, give_up_at - monotonic())))
 
     def notice_sleep(self):
-        """Give every run its full time again where this process woke much later than planned: it was stopped, and
-        received nothing meanwhile."""
+        """Give every run its full time again if this process woke much later than planned: then it was suspended and
+        could not receive heartbeats."""
         late_s = monotonic() - self.awake_until
         if late_s > _SLEPT_S:
             with self.lock:
@@ -6178,7 +6185,7 @@ class Store:
                 self.awake_until = monotonic()
 
     def look_for_timeouts(self, queue_id=None):
-        """Fail the runs of a queue, or of all queues, whose time is over; at most every LOOK_INTERVAL_S."""
+        """Fail the runs of a queue, or of all queues, that have timed out; at most every LOOK_INTERVAL_S."""
         if isinstance(queue_id, LocalName):
             queue_id = self.state.id_of(queue_id) or queue_id
         elif queue_id is not None:
@@ -6187,18 +6194,18 @@ class Store:
             self.notice_sleep()
             self.looked_at, seen = monotonic(), self.journal.file.n
             if queue_id is None:
-                wanted = [queue_id for queue_id, queue in self.state.queues.items() if queue.running]
+                due = [queue_id for queue_id, queue in self.state.queues.items() if queue.running]
             else:
-                wanted = [queue_id]
-            wanted = [queue_id for queue_id in wanted if self.timeouts_at.get(queue_id, -math.inf) <= self.looked_at]
-            self.timeouts_at.update((queue_id, self.looked_at + LOOK_INTERVAL_S) for queue_id in wanted)
-        for queue_id in wanted:
+                due = [queue_id]
+            due = [queue_id for queue_id in due if self.timeouts_at.get(queue_id, -math.inf) <= self.looked_at]
+            self.timeouts_at.update((queue_id, self.looked_at + LOOK_INTERVAL_S) for queue_id in due)
+        for queue_id in due:
             try:
                 next_in_s = self.transact(expire_runs_op, queue_id, None)
             except Unauthorized:  # the queue was deleted in between
                 continue
             with self.lock:
-                if self.is_server and self.journal.file.n == seen:  # else a run that began meanwhile may end earlier
+                if self.is_server and self.journal.file.n == seen:  # else a run that has just begun may end earlier
                     self.timeouts_at[queue_id] = monotonic() + max(LOOK_INTERVAL_S, next_in_s)
         if queue_id is None:
             with self.lock:
@@ -6208,11 +6215,11 @@ class Store:
                                             for queue_id, queue in queues.items() if queue.running), default=math.inf)
 
     def due_at(self):
-        """Return the earliest time-out of a run or end of a task's pause."""
+        """Return when the next run may time out or the next task's pause ends."""
         return min(self.next_timeout_at, self.next_release_at)
 
     def release_delayed(self):
-        """Let waiting fetches get the tasks whose pause is over."""
+        """Make the tasks available whose pause is over, and wake the fetches that wait for them."""
         with self.lock:
             at, ends = now(), []
             for queue_id, queue in self.state.queues.items():
@@ -6230,8 +6237,9 @@ class Store:
         return not queue or queue.pending.is_quick(required_of(request), request.get("filter_text"))
 
     def stand(self, queue_id, request):
-        """Keep the matches of a fetch current from now on. The tasks are searched without the lock, as there may be a
-        million."""
+        """Make a fetch quick: keep its matches up to date from now on.
+
+        The tasks are searched without the lock, as there may be a million."""
         with self.collecting:
             if self.is_quick(queue_id, request):
                 return
@@ -6245,7 +6253,7 @@ class Store:
                 self._bound_standing(pending)
 
     def _bound_standing(self, latest):
-        """Drop the standing requests that were not used for longest, where those of all queues take too much memory."""
+        """If the standing requests of all queues take too much memory, drop those that are unused for longest."""
         held = [(standing.used_at, standing.weight_bytes(), queue.pending, key) for queue in self.state.queues.values()
                 for key, standing in queue.pending.standing.items()]
         total_bytes = sum(weight_bytes for _, weight_bytes, _, _ in held)
@@ -6256,7 +6264,7 @@ class Store:
                     total_bytes -= weight_bytes
 
     def forget_unused(self):
-        """Drop the standing requests that nobody has asked for in UNUSED_S."""
+        """Drop the standing requests that were not used for UNUSED_S."""
         with self.lock:
             for queue in self.state.queues.values():
                 if queue.pending.standing:
@@ -6274,8 +6282,8 @@ class Store:
     def login(self, name, password):
         """Return the CallerQueueId of the queue, or raise Unauthorized.
 
-        A right pair is remembered, so that it is hashed once, and holds while the queue has that password. A name may
-        be another queue's id: the password then tells which of the two is meant."""
+        A correct login is remembered, so that its password is hashed only once. It is valid while the queue has that
+        password. A queue's name may be the id of another queue: then the password tells which of the two is meant."""
         known = self.known_login(name, password)
         if known:
             return known
@@ -6290,7 +6298,7 @@ class Store:
         raise Unauthorized("Invalid credentials")
 
     def known_login(self, name, password):
-        """Return the CallerQueueId of a remembered login that still holds, or None."""
+        """Return the CallerQueueId of a remembered login that is still valid, or None."""
         known = self.logins.get((name, password))
         if known is not None and self.is_open_to(known, known):
             if name == known or name == self.state.queues[known].record.queue_name:
@@ -6298,8 +6306,9 @@ class Store:
         return None
 
     def is_open_to(self, caller, queue_id):
-        """Return whether the queue exists and its caller may use it: a LocalName still names it, or it still has the
-        password that a CallerQueueId was given for."""
+        """Return whether the queue exists and its caller may use it.
+
+        A LocalName must still be its name. The password hash that a CallerQueueId has matched must still be its own."""
         queue = self.state.queues.get(queue_id)
         if queue is None or isinstance(caller, LocalName):
             return queue is not None and queue.record.queue_name == caller
@@ -6333,7 +6342,7 @@ def _live_bytes(queue):
 
 
 def _fold_lines(state):
-    """Yield the lines, as bytes, from which this state is read back."""
+    """Yield the lines, as bytes, whose replay gives this state."""
     count = 0
     for queue_id, queue in state.queues.items():
         changes = [["queue", dict(_kept(queue.record), queue_id=queue_id)]]
@@ -6351,8 +6360,9 @@ def _fold_lines(state):
 
 
 def fold(path, draft):
-    """Write the file `draft`, which replaces the lines up to n. Return (n, offset): line n + 1 of the journal begins at
-    byte `offset`. Reads without the lock; lines that may not be on disk yet are not folded."""
+    """Write the file `draft`, which can replace lines 1 to n of the journal; return (n, the offset of line n + 1).
+
+    The journal is read without the lock. Lines that may not be on disk yet are not folded."""
     source, state, waiting = JournalFile(path, mode=os.O_RDONLY), State(), collections.deque()
     source.open()
     n, offset, mark = source.n, source.size, source.mark
@@ -6374,8 +6384,8 @@ def fold(path, draft):
 
 
 def compact(path):
-    """Return (bytes before, bytes after) of a store that no server holds."""
-    JournalFile(path).exists()  # else a file that is no journal would get other files beside it
+    """Compact a store that no server holds; return (bytes before, bytes after)."""
+    JournalFile(path).exists()  # raises for a path that is no file, before other files are made beside it
     before = os.stat(path).st_size
     guard = FileLock(real_path(path) + ".compact")
     if not guard.acquire(0):
@@ -6388,29 +6398,30 @@ def compact(path):
 
 
 def repair_store(path):
-    """Put a file of all good lines in the place of a damaged one. Return (survey of what was there, path of the damaged
-    file, path of the bad bytes, ids found in these); both paths are None where nothing is damaged.
+    """Replace a damaged journal by a file of its good lines. Return (Survey of the journal as it was, path of the
+    damaged file, path of the bad bytes, ids found in these). Both paths are None if nothing is damaged.
 
-    The damaged file is kept under another name. A line {"n":9,"lost":2,...} stands where lines 8 and 9 were."""
+    The damaged file is kept under another name. If lines 8 and 9 are lost, a line {"n":9,"lost":2,...} stands for
+    them."""
     file = StoreFile(path)
     file.lock_file(2.0)
     try:
         file.owner.claim()
         surveyed = file_identity(path)
-        found = Survey(path)
-        check_format(path, found.header)
+        survey = Survey(path)
+        check_format(path, survey.header)
 
-        def ask():
+        def check_unchanged():
             if file_identity(path) != surveyed or not file.owner.holds():
                 raise StoreUnavailable("%s was changed by others while it was repaired; it is as they left it" % path)
-        damaged, aside = repair_file(found, ask) if found.bad or found.lost else (None, None)
+        damaged, aside = repair_file(survey, check_unchanged) if survey.bad or survey.lost else (None, None)
     except OSError as error:
         raise store_error(path, error)
     finally:
         file.file_lock.close()
-    text = b"".join(piece.data for piece in found.bad).decode("latin-1")
+    text = b"".join(piece.data for piece in survey.bad).decode("latin-1")
     ids = re.findall(r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}", text)
-    return found, damaged, aside, list(collections.OrderedDict.fromkeys(ids))
+    return survey, damaged, aside, list(collections.OrderedDict.fromkeys(ids))
 
 
 # 8. API ######################################################################
@@ -10248,7 +10259,7 @@ def _give_up_store():
     """Allow other hosts to take the store that this process used without a server; this process may still use it."""
     transport = _client and _client.transport
     if isinstance(transport, StoreTransport):
-        transport.store.file.let_go()
+        transport.store.file.release()
 
 
 def use_client(other):

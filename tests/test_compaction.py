@@ -123,7 +123,7 @@ def test_a_store_that_is_mostly_dead_weight_compacts_itself(door, tmp_path, monk
     monkeypatch.setattr(L, "LOOK_BYTES", 5000)
     door.store.file.look_again_bytes = 20000
     started = []
-    monkeypatch.setattr(L.StoreFile, "compact_apart", lambda store: started.append(L.compact(store.path)))
+    monkeypatch.setattr(L.StoreFile, "start_compaction", lambda store: started.append(L.compact(store.path)))
     for _ in range(400):
         door("DELETE", "tasks/" + door.submit(metadata={"note": "x" * 100}))
     assert len(started) >= 2 and os.stat(door.path).st_size < 30000
