@@ -5968,7 +5968,7 @@ class StoreFile:
         if has_all:
             return
         if not is_later:  # a later one is no surprise: others have written to the store and compacted it
-            file.notices.append("%s is not the file that this process has read: it was replaced, or its content "
+            file.notices.append("%s is not the file that this process had read: it was replaced, or its content "
                                 "changed; it is read from its beginning" % self.path)
         file.open()
 
@@ -6043,10 +6043,8 @@ class Store:
         return self.file.compact()
 
     def begin(self, operation, queue_id, request, writes=True):
-        """Run an operation; return (batch, answer).
-
-        The answer may be sent once the batch is on disk, or at once if the batch is None. If the answer is a function,
-        its result is the answer."""
+        """Run an operation; return (batch, answer). The answer, or what it returns if it is a function, may be sent
+        once the batch is on disk, or at once if the batch is None."""
         def decide():
             return self._decide(operation, queue_id, request, writes)
         if self.file.expected:
@@ -6127,9 +6125,8 @@ class Store:
             self.beats.runs.pop(task.run_id, None)
 
     def _wake(self, queue_id, done):
-        """Wake the requests that wait for a task in `done`, for its queue, or for a pending task of the queue.
-
-        If the queue's own record has changed, all of its requests wake, as its password may be another one now."""
+        """Wake the requests that wait for a task in `done`, for its queue, or for a pending task of the queue. If the
+        queue's own record has changed, wake all of its requests: its password may be another one now."""
         keys = {(queue_id, key) for _, key, _, _ in done} | {(queue_id, "change")}
         if has_pending(self.state.queues.get(queue_id), done):
             keys.add((queue_id, "pending"))
@@ -6237,9 +6234,7 @@ class Store:
         return not queue or queue.pending.is_quick(required_of(request), request.get("filter_text"))
 
     def stand(self, queue_id, request):
-        """Make a fetch quick: keep its matches up to date from now on.
-
-        The tasks are searched without the lock, as there may be a million."""
+        """Make a fetch quick: keep its matches up to date from now on. Tasks are searched without the lock."""
         with self.collecting:
             if self.is_quick(queue_id, request):
                 return
@@ -6306,9 +6301,8 @@ class Store:
         return None
 
     def is_open_to(self, caller, queue_id):
-        """Return whether the queue exists and its caller may use it.
-
-        A LocalName must still be its name. The password hash that a CallerQueueId has matched must still be its own."""
+        """Return whether the queue exists and its caller may use it: its name must still be the LocalName, or its
+        password hash the one that the CallerQueueId has matched."""
         queue = self.state.queues.get(queue_id)
         if queue is None or isinstance(caller, LocalName):
             return queue is not None and queue.record.queue_name == caller

@@ -546,7 +546,7 @@ def test_a_content_of_the_same_length_is_told_by_its_last_line(tmp_path, capfd):
     copied(living.path, b"".join(lines[:-1]) + changed)
     assert held(living) == [1, 3]
     put(living, 4)
-    assert held(L.Store(living.path)) == [1, 3, 4] and "read anew" in capfd.readouterr().err
+    assert held(L.Store(living.path)) == [1, 3, 4] and "read from its beginning" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("way", [copied, renamed])
@@ -707,7 +707,7 @@ def test_a_store_that_was_released_is_owned_again_by_the_next_process_of_the_hos
     with one:
         store = embedded(tmp_path)
         submit(store)
-        store.file.let_go()
+        store.file.release()
         assert submit(store)[0] == 201 and store.owner.epoch == 1
     assert "released" not in L.read_json(store.owner._file(1))
 
@@ -762,7 +762,7 @@ def test_another_hosts_owner_and_a_server_are_never_written_over_by_who_only_sho
     with one:
         first = embedded(tmp_path)
         submit(first)
-        first.file.let_go()
+        first.file.release()
     with two:
         submit(embedded(tmp_path))
     before = L.read_json(first.owner._file(2))
@@ -795,7 +795,7 @@ def test_a_run_of_another_host_is_over_only_when_its_beats_stand_still_for_its_w
         first = embedded(tmp_path)
         submit(first)
         run = begin_run(first)
-        first.file.let_go()
+        first.file.release()
     clock = Clock(monkeypatch)
     with two:
         second = embedded(tmp_path)
@@ -818,7 +818,7 @@ def test_a_run_of_another_host_has_run_for_as_long_as_its_beats_say(hosts, tmp_p
         first = embedded(tmp_path)
         submit(first)
         run = begin_run(first, eta_max="100s")
-        first.file.let_go()
+        first.file.release()
         L.BeatFiles(str(tmp_path)).write(run["run_id"], (1e7, 1e7 + 99), 0)
     clock = Clock(monkeypatch)
     with two:
