@@ -1,5 +1,6 @@
 """The wall that imports are elsewhere: the map, the reading order, the size of functions, the imports."""
 import ast
+import bisect
 import collections
 import functools
 import io
@@ -15,11 +16,20 @@ from harness import MODULE, ROOT, TESTS
 
 pytestmark = pytest.mark.slow  # not for its time: it says the same on every Python
 
+parsed = functools.lru_cache(None)(ast.parse)
+
+
+@functools.lru_cache(None)
+def nodes_of(source):
+    """Return all nodes of a source's tree."""
+    return list(ast.walk(parsed(source)))
+
+
 SOURCE = MODULE.read_text(encoding="utf-8")
 LINES = SOURCE.splitlines()
-TREE = ast.parse(SOURCE)
+TREE = parsed(SOURCE)
 COMFORTS = (ROOT / "labtasker_cli.py").read_text(encoding="utf-8")
-COMFORTS_TREE = ast.parse(COMFORTS)
+COMFORTS_TREE = parsed(COMFORTS)
 BANNER = re.compile(r"# (\d+)\. (\w[\w ]*?) #+$")
 AT_MODULE_LEVEL = {"collections", "datetime", "errno", "fcntl", "functools", "gc", "heapq", "itertools", "json", "math", "operator",
                    "os", "re", "sys", "threading", "time", "zlib"}
@@ -39,7 +49,7 @@ def section_of(line):
 
 
 def functions():
-    found = [node for tree in (TREE, COMFORTS_TREE) for node in ast.walk(tree)
+    found = [node for source in (SOURCE, COMFORTS) for node in nodes_of(source)
              if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))]
     assert len(found) > 100
     return found
@@ -124,7 +134,7 @@ def named_outside():
     """Return the names that labtasker_cli.py and the tests use of labtasker, also in programs and as texts."""
     found = set()
     for path in [ROOT / "labtasker_cli.py"] + sorted(TESTS.rglob("*.py")):
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        for node in nodes_of(path.read_text(encoding="utf-8")):
             if isinstance(node, ast.ImportFrom) and node.module == "labtasker":
                 found.update(alias.name for alias in node.names)
             elif isinstance(node, ast.Attribute):
@@ -137,16 +147,17 @@ def named_outside():
 def underscores(source, exempt):
     """Return (functions, classes and tables that lack an underscore though only their own section uses them, names that
     have one though another section uses them)."""
-    lines, tree = source.splitlines(), ast.parse(source)
+    lines, tree = source.splitlines(), parsed(source)
     starts = [(at, int(BANNER.match(line).group(1))) for at, line in enumerate(lines, 1) if BANNER.match(line)]
 
     def section(line):
-        return max([number for begin, number in starts if begin <= line], default=0)
+        place = bisect.bisect_right(starts, (line, 99))
+        return starts[place - 1][1] if place else 0
     defined = {node.name: section(node.lineno) for node in tree.body if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
     tables = {node.id: section(node.lineno) for item in tree.body if isinstance(item, ast.Assign) for node in ast.walk(item)
               if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
-    uses, texts = collections.defaultdict(set), {node.value for node in ast.walk(tree) if isinstance(node, ast.Constant)}
-    for node in ast.walk(tree):
+    uses, texts = collections.defaultdict(set), {node.value for node in nodes_of(source) if isinstance(node, ast.Constant)}
+    for node in nodes_of(source):
         if isinstance(node, ast.Name):
             uses[node.id].add(section(node.lineno))
     lacking = ["%s (section %d): name it _%s" % (name, here, name) for name, here in dict(tables, **defined).items()
@@ -190,7 +201,7 @@ def is_self(node):
 
 def upward_attributes(source):
     """Return "Class.attribute" of what a class uses of itself but only a class that inherits it defines."""
-    classes = {node.name: node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.ClassDef)}
+    classes = {node.name: node for node in nodes_of(source) if isinstance(node, ast.ClassDef)}
     own = {name: own_names(node) for name, node in classes.items()}
     bases = {name: [b.id for b in node.bases if isinstance(b, ast.Name)] for name, node in classes.items()}
 
@@ -215,13 +226,14 @@ def test_no_class_uses_what_only_its_heirs_define():
 
 def upward_strings(source, others=()):
     """Return (line, text) of text constants of a section that name a function of a later one, or of `others`."""
-    lines, tree = source.splitlines(), ast.parse(source)
+    lines, tree = source.splitlines(), parsed(source)
     starts = [(at, int(BANNER.match(line).group(1))) for at, line in enumerate(lines, 1) if BANNER.match(line)]
 
     def section(line):
-        return max([number for begin, number in starts if begin <= line], default=0)
+        place = bisect.bisect_right(starts, (line, 99))
+        return starts[place - 1][1] if place else 0
     defined = dict(dict.fromkeys(others, 99), **{n.name: section(n.lineno) for n in tree.body if isinstance(n, ast.FunctionDef)})
-    return [(node.lineno, node.value) for node in ast.walk(tree)
+    return [(node.lineno, node.value) for node in nodes_of(source)
             if isinstance(node, ast.Constant) and isinstance(node.value, str) and "_" in node.value
             and defined.get(node.value, 0) > section(node.lineno)]
 
@@ -237,13 +249,13 @@ def test_no_section_names_by_text_what_a_later_one_defines():
 
 def test_only_the_commands_load_the_other_file():
     """The engine works without labtasker_cli: who knows its name is the command line."""
-    uses = [node for node in ast.walk(TREE) if isinstance(node, ast.Constant) and node.value in ("labtasker_cli", "labtasker_cli.py")]
+    uses = [node for node in nodes_of(SOURCE) if isinstance(node, ast.Constant) and node.value in ("labtasker_cli", "labtasker_cli.py")]
     assert uses and not [node.lineno for node in uses if 0 < section_of(node.lineno) < banners()[-2][1]]
 
 
 def test_no_section_but_the_api_runs_a_route():
     """One way through: who is above the API calls its functions, and reads no row's operation, prepare or run."""
-    uses = [node for node in ast.walk(TREE) if isinstance(node, ast.Attribute) and node.attr in ("operation", "prepare")]
+    uses = [node for node in nodes_of(SOURCE) if isinstance(node, ast.Attribute) and node.attr in ("operation", "prepare")]
     assert uses and not [node.lineno for node in uses if section_of(node.lineno) != 8]
 
 
@@ -251,7 +263,7 @@ def test_the_server_knows_no_field_of_a_request():
     """Which requests wait, and for what, stands in ROUTES: the server reads no body."""
     fields = fields_of_routes() - {"reason", "status"}
     assert fields > {"eta_max", "required_fields"}
-    named = [(node.lineno, node.value) for node in ast.walk(TREE) if isinstance(node, ast.Constant)
+    named = [(node.lineno, node.value) for node in nodes_of(SOURCE) if isinstance(node, ast.Constant)
              and isinstance(node.value, str) and node.value in fields and section_of(node.lineno) == 9]
     assert named == []
 
@@ -275,7 +287,7 @@ def test_half_of_the_functions_have_seven_lines_or_fewer():
 
 
 def test_no_class_has_300_lines():
-    classes = [node for tree in (TREE, COMFORTS_TREE) for node in ast.walk(tree) if isinstance(node, ast.ClassDef)]
+    classes = [node for source in (SOURCE, COMFORTS) for node in nodes_of(source) if isinstance(node, ast.ClassDef)]
     assert len(classes) > 10
     assert not ["%s: %d" % (c.name, length(c)) for c in classes if length(c) > 300]
 
@@ -300,7 +312,7 @@ def remarks(source):
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
         if token.type == tokenize.COMMENT:
             yield token.start[0], token.string
-    for node in ast.walk(ast.parse(source)):
+    for node in nodes_of(source):
         if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
             yield node.lineno, ast.get_docstring(node) or ""
 
@@ -318,7 +330,7 @@ def test_tests_sleep_in_wait_until_alone():
     """A test waits for what it is about, or says by pass_time() that nothing must happen; programs in texts may sleep."""
     sleepers, counted = [], 0
     for path in sorted(TESTS.glob("*.py")):
-        for item in ast.parse(path.read_text(encoding="utf-8")).body:
+        for item in parsed(path.read_text(encoding="utf-8")).body:
             calls = [ast.unparse(node.func) if hasattr(ast, "unparse") else getattr(node.func, "attr", "") for node in ast.walk(item)
                      if isinstance(node, ast.Call)]
             counted += len(calls)
@@ -349,8 +361,8 @@ def test_syntax_is_that_of_the_oldest_python(path):
 @pytest.mark.skipif(sys.version_info < (3, 10), reason="the list of the standard library is there from 3.10")
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.name)
 def test_imports_are_of_the_standard_library(path):
-    tree = ast.parse(path.read_text(encoding="utf-8"))
-    found = imports(tree, ast.walk(tree))
+    source = path.read_text(encoding="utf-8")
+    tree, found = parsed(source), imports(parsed(source), nodes_of(source))
     assert found
     assert not found - sys.stdlib_module_names - IF_THERE - {"labtasker", "labtasker_cli"}
 
