@@ -1699,10 +1699,43 @@ def _row(nodes, flags, after):
 
 
 def _is_clear(body, flags, after):
-    """Return whether a repeat can end only where the next node begins, as in `\\d+-`."""
-    if not _is_letter(body) or not after or after[0].name != "LITERAL" or flags & re.IGNORECASE:
+    """Return whether a repeat can end only where the next node begins, as in `\\d+-` or `\\d+\\s+`."""
+    begins = None if not _is_letter(body) or not after or flags & re.IGNORECASE else _begins_with(after)
+    if begins is None:
         return False
-    return not _COMPILER.compile(body, flags).match(chr(after[1]))
+    own, matches = _begins_with(body[0]), _COMPILER.compile(body, flags).match
+    return all(_is_apart(own, matches, item, flags & re.ASCII) for item in begins)
+
+
+def _begins_with(node):
+    """Return the items of the set from which a node takes its first letter; None if it may be empty, or any other."""
+    kind, value = node[0].name, node[1]
+    if kind == "LITERAL":
+        return [node]
+    if kind == "IN":
+        return None if value[0][0].name == "NEGATE" else list(value)
+    inner = value[2] if kind in _REPEATS and value[0] else value[-1] if kind == "SUBPATTERN" and not (
+        value[1] or value[2]) else ()
+    return _begins_with(inner[0]) if len(inner) else None
+
+
+def _is_apart(own, matches, item, ascii_flag):
+    """Return whether a set, with the items `own`, surely has none of the letters of an item of another set."""
+    kind, value = item[0].name, item[1]
+    if kind != "CATEGORY":
+        first, last = value if kind == "RANGE" else (value, value)
+        return last - first <= _FOLDED_RANGE and not any(matches(chr(letter)) for letter in range(first, last + 1))
+    if own is None:
+        return False
+    belongs = re.compile(_CATEGORIES.get(str(value), r"(?s)."), ascii_flag).match
+    return all(frozenset((str(value), str(other[1]))) in _APART if other[0].name == "CATEGORY" else _is_apart(
+        None, belongs, other, 0) for other in own)
+
+
+_CATEGORIES = {"CATEGORY_" + ("NOT_" if letter.isupper() else "") + name: "\\" + letter for name, letters in (
+    ("DIGIT", "dD"), ("SPACE", "sS"), ("WORD", "wW")) for letter in letters}  # of the parser: what has their letters
+_APART = {frozenset("CATEGORY_" + name for name in pair.split()) for pair in (
+    "DIGIT NOT_DIGIT", "SPACE NOT_SPACE", "WORD NOT_WORD", "DIGIT SPACE", "WORD SPACE", "DIGIT NOT_WORD")}
 
 
 def _counted(row, size, ends):

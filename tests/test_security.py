@@ -35,10 +35,12 @@ REFUSED = [
     "(?P<x>a+)(?P=x)", "a.*b.*c.*d.*e", "(a?){50}a{50}", "((a{1,30}){1,30}){1,30}b", "(?i)[\\x00-\U0010ffff]", "(.*)*",
     "(a)?(?(1)b|c)", r"\w+\w+\w+\w+\w+!", "(|a)+b", "(" * 300, "a" * 1001, "(?=(a+)+b)", "(a|b|ab)*c", "^(([a-z])+.)+[A-Z]$",
     r"(?:\d+)*x", r"^(\s*\w*)*$", "x(?:(?:a{0,9}){0,9}){0,9}z", r"(.*)(.*)(.*)(.*)(.*)[^a]", "(?:a.?b?)*c",
-    "a(?:a|bb)+c", r"v\d+(\.\d+)*$", "(?:a|bb)*(?:a|bb)*c", r"(_\w+)*$", "(a[ab]+)*c", "((){1000}){1000}", "x" + "a?" * 30 + "b", "(?:a{1,9}){9}b",
+    "a(?:a|bb)+c", r"v\d+(\.\d+)*$", "(?:a|bb)*(?:a|bb)*c", r"(_\w+)*$", "(a[ab]+)*c", "((){1000}){1000}", "x" + "a?" * 30 + "b", "(?:a{1,9}){9}b", r"\d+\s*\d+\s*\d+\s*\d+\s*\d+x", r"(\d+\s*)+x", r"\S+\w+\S+\w+\S+x", r"\w+\d+\w+\d+\w+x",
+    r"[^a]+[^b]+[^c]+[^d]+x", r"(?i)[a-z]+[0-9K]+[a-z]+[0-9K]+[a-z]+x",
 ]
 HARD = [("a" * 300000, (r"a.*aaaab", r"a\w+a\w+b", r"(?i)a\w+a\w+b", r"\w+?\w+?!", "a{1,100}a{1,100}b", "^a.*a.*a.*b", "(?:a?a?a?b?){2}c")),
-        ("abb" * 100000, ("a[ab]+(?:a|bb)c", "a(?:abb)*(?:abb)*c")), ("a/" * 100000, (r"(\w+/)*\w+!", "^.*/.*/.*!$"))]
+        ("abb" * 100000, ("a[ab]+(?:a|bb)c", "a(?:abb)*(?:abb)*c")), ("a/" * 100000, (r"(\w+/)*\w+!", "^.*/.*/.*!$")),
+        ("1 " * 100000, (r"\d+\s+\d+\s+\d+\s+x", r"^\S+\s+\S+\s+\S+\s+x"))]
 
 
 @pytest.mark.parametrize("pattern, there, missing", ACCEPTED, ids=[row[0] for row in ACCEPTED])
@@ -55,6 +57,13 @@ def test_an_ordinary_pattern_is_accepted_and_finds_what_re_finds(pattern, there,
 def test_a_pattern_that_can_explode_is_refused(pattern):
     with pytest.raises(L.LabtaskerValueError, match="can't be used"):
         L.compile_pattern(pattern)
+
+
+def test_classes_of_letters_that_are_held_to_be_apart_share_none():
+    import re
+    for pair in L._APART:
+        first, second = (re.compile(L._CATEGORIES[name] + r"+") for name in pair)
+        assert not second.search("".join(first.findall("".join(map(chr, range(0x110000)))))), pair
 
 
 def test_the_worst_that_is_accepted_takes_no_second():

@@ -288,6 +288,14 @@ def test_numbers_of_numpy_are_taken():
     assert told["acc"] == 0.25 and isinstance(told["c"], str) and "2026-01-01" in told["d"]
 
 
+@pytest.mark.parametrize("name", ["torch", "jax.numpy"])
+def test_numbers_of_torch_and_jax_are_taken(name):
+    made = pytest.importorskip(name)
+    array = getattr(made, "tensor", None) or made.array
+    assert [refused(array(value)) for value in (0.5, [0.5], 3, True)] == [0.5, 0.5, 3, True]
+    assert refused({"a": array([1, 2]), "b": made.zeros((2, 2)), "c": array(0.25, dtype=made.bfloat16)}) == {"a": [1, 2], "b": [[0, 0]] * 2, "c": 0.25}
+
+
 def test_dataclasses_are_taken():
     dataclasses = pytest.importorskip("dataclasses")
     made = dataclasses.make_dataclass("Made", ["lr", ("opt", object, None)])
