@@ -863,13 +863,17 @@ class Checker:
             self.problems.append("client %d: %r" % (number, error))
 
     def submit(self, line, number):
-        """The life of a submitter: one task after the other, now and then a list."""
+        """The life of a submitter: one task after the other, now and then a list; many wait for the one before them."""
         import random
-        dice, place = random.Random("%s %d" % (self.dice, number)), 0
+        dice, place, before = random.Random("%s %d" % (self.dice, number)), 0, None
         while self.submitting and not self.over.is_set():
             ids = [str(uuid.UUID(int=dice.getrandbits(128), version=4)) for _ in range(dice.choice((1, 1, 1, 3)))]
             tasks = [{"task_id": one, "args": {"who": number, "place": place + i}, "max_retries": 100000}
                      for i, one in enumerate(ids)]
+            for task, other in zip(tasks, [before] + ids):
+                if other and dice.random() < 0.5:
+                    task["after"] = [other]
+            before = ids[-1]
             place += len(ids)
             with self.lock:
                 self.tried.update(ids)
@@ -967,15 +971,19 @@ class Checker:
         return figures
 
     def check_runs(self, tasks):
-        """Every acknowledged report is on a line; a task was claimed again only after its run had ended."""
-        ended, started, current = {}, {}, {}
+        """Every acknowledged report is on a line; a task was claimed again only after its run had ended, and first after
+        the line on which the one that it waits for has succeeded."""
+        ended, started, current, after, succeeded = {}, {}, {}, {}, set()
         for line in self.server.journal.read_bytes().splitlines():
             for change in json.loads(line.decode()).get("changes", ()):
                 if change[0] != "task":
                     continue
                 task_id, fields = change[1], change[2]
+                after.update({task_id: fields["after"]} if fields.get("after") else {})
+                succeeded.update([task_id] if fields.get("status") == "success" else ())
                 if fields.get("status") == "running":
                     run_id = fields["run_id"]
+                    assert succeeded.issuperset(after.get(task_id, ())), "%s began before what it waits for" % task_id
                     assert task_id not in current, "%s was claimed while its run was not over" % task_id
                     current[task_id] = run_id
                     assert run_id not in started
@@ -983,6 +991,7 @@ class Checker:
                 elif fields.get("run_end"):
                     ended.setdefault(current.pop(task_id, None), []).append(fields["run_end"])
         ended.pop(None, None)
+        assert len(after) > len(started) // 20, "chains were tried"
         assert set(started) == set(self.runs), "runs that no worker knows, or the other way round"
         for run_id, answers in self.runs.items():
             assert len(answers) == 1, "two fetches were answered with run %s" % run_id

@@ -21,11 +21,21 @@ def like_few(number):
     return '{"args": {"i": %d, "lr": %r, "only_%d": 1}}' % (number, 1 / (number + 1), number % 100)
 
 
+ROOT = "00000000-0000-4000-a000-000000000000"
+
+
+def like_blocked(number):
+    """Return the text of a task that waits for the first one, which nobody fetches."""
+    task = {"args": {"root": 1}, "task_id": ROOT} if number == 0 else dict(json.loads(like_all(number)), after=[ROOT])
+    return json.dumps(task)
+
+
 ALL_KEYS = ["i", "group", "lr", "model", "seed"]
 KINDS = {  # how tasks are made, and what the n-th of them is fetched with
     "plain": (like_all, lambda n: {"required_fields": ALL_KEYS}),
     "filter": (like_all, lambda n: {"required_fields": ALL_KEYS, "extra_filter": {"args.group": 7}}),
     "shapes": (like_few, lambda n: {"required_fields": ["i", "lr", "only_%d" % (n % 100)]}),
+    "blocked": (like_blocked, lambda n: {"required_fields": ALL_KEYS}),
     "filters": (like_all, lambda n: {"required_fields": ALL_KEYS, "extra_filter": {"args.group": n % 100}}),
 }
 
@@ -65,7 +75,8 @@ class Cycle:
     def turn(self, n):
         """Return the seconds of a submission, of the fetch that can take it, and of the report."""
         number = 7 if self.make is like_all and self.ask(0) == self.ask(1) else n % 100  # one that the filter takes
-        _, submit_s = self.timed("POST", clients.ME + "/tasks", self.make(number))
+        make = like_all if self.make is like_blocked else self.make  # else it waits too
+        _, submit_s = self.timed("POST", clients.ME + "/tasks", make(number))
         answer, fetch_s = self.timed("POST", clients.ME + "/tasks/next", json.dumps(
             dict(self.ask(n), worker_id=self.worker, heartbeat_timeout=60)))
         assert answer["found"], "no task for %s" % self.ask(n)
