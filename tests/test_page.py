@@ -1153,7 +1153,7 @@ def test_shortcuts(person):
     key("u")
     note(person, "Undone for 1 task")
     assert set(states(person.server, ids)) == {"pending"}
-    for keys, name in (("2", "Plot"), ("3", "Grid"), ("4", "Workers"), ("1", "Tasks")):
+    for keys, name in (("2", "Plot"), ("3", "Grid"), ("4", "Curves"), ("5", "Workers"), ("1", "Tasks")):
         key(keys)
         person.sees(page.get_by_role("region", name=name, exact=True))
         assert person.named("link", name).get_attribute("aria-current") == "page"
