@@ -15,8 +15,8 @@ import labtasker as L
 from test_loop import ME, Loop, Wire
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::FutureWarning")]  # re's, of sets in sets
-REQUESTS = int(os.environ.get("LT_TEST_FUZZ_REQUESTS", "2000"))
-FILTERS = int(os.environ.get("LT_TEST_FUZZ_FILTERS", "5000"))
+REQUESTS = int(os.environ.get("LT_TEST_FUZZ_REQUESTS", "1000"))
+FILTERS = int(os.environ.get("LT_TEST_FUZZ_FILTERS", "2500"))
 FIRST = int(os.environ.get("LT_TEST_FUZZ_FROM", "0"))
 LONG_S = 0.1  # of the processor, for anything asked
 GROWTH_KIB = 64 << 10
