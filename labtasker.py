@@ -18069,9 +18069,12 @@ def do_task_retry(options):
     tasks = _chosen_tasks(options, options.ids)
     if options.dry_run:
         return _show_dry_run(options, "retry", tasks, tasks)
-    if tasks:
-        update_tasks([TaskUpdateRequest(_id=task.task_id) for task in tasks], reset_pending=True)
-    _show_change(options, "retried", tasks, tasks, "%s pending again" % tasks_in_words(tasks))
+    retried = update_tasks([TaskUpdateRequest(_id=task.task_id) for task in tasks], reset_pending=True).content if (
+        tasks) else []
+    in_vain = [task for task in retried if task.status == "cancelled"]
+    _show_change(options, "retried", tasks, tasks, "%s pending again" % tasks_in_words(retried[len(in_vain):]))
+    if in_vain:
+        note("%s cancelled again: %s" % (tasks_in_words(in_vain), in_vain[0].reason))
 
 
 def do_task_cancel(options):

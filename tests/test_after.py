@@ -347,6 +347,8 @@ def test_the_command_line_takes_short_ids_and_why_and_ls_show_them(home, capsys)
     assert L.get_task(child).after == [other]
     assert cli(capsys, "task", "cancel", other[:8])[0] == 0
     assert "it waited for task %s, which was cancelled" % other in cli(capsys, "task", "why", child)[1]
+    code, out, err = cli(capsys, "task", "retry", child)
+    assert (code, out) == (0, "0 tasks pending again\n") and "1 task cancelled again: it waited for task " + other in err
     shown = json.loads(cli(capsys, "task", "ls", "--json", "-f", '"%s" in list(after)' % other)[1])
     assert [row["task_id"] for row in shown] == [child]
 
