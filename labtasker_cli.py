@@ -4571,6 +4571,11 @@ which gets each event as
   JSON on stdin (`.event.entity_type` is task or worker, `.event.entity_id`, `.event.new_state`, \
 `.event.entity_data` the task). It
   ends once nothing is pending or running. It begins with now; `--after 0.0` begins with all that is kept.
+- What needs another task's result: `task submit --after ID` waits until it has succeeded; `task why ID` says \
+what is waited for.
+- `queue pause` hands out nothing more until `queue resume`; what runs goes on. After ten quick failures in a \
+row a loop stops (exit
+  code 4): read its last lines, mend what is wrong with the command or the host, start it again.
 - What must run first: `--priority 10` at submission, or `task update --name sweep1 -f 'args.lr < 0.01' -u \
 priority=10 -y`.
 
