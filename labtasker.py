@@ -4479,11 +4479,11 @@ def _older_events(path, after, last):
 # answer), touching nothing. The answer may be a function: it is called outside the lock, for what takes long.
 # Time-outs are decided here too. Uses 1 to 5. Tests: test_service.py, test_curves.py.
 
-MAX_INTERRUPTIONS = 100  # runs handed back before a task fails, so that none goes round for ever
-_MAX_ATTEMPTS = 20  # the latest runs that a task keeps
+MAX_INTERRUPTIONS = 100  # after so many runs that were handed back a task fails, as it would never end
+_MAX_ATTEMPTS = 20  # how many of its latest runs a task keeps
 MAX_DELAY_S = 30 * 86400.0  # the longest pause that a job may ask for
 _MAX_RETRY_DELAY_S = 3600.0  # the longest pause after a failed run
-MAX_ENDED_FETCHES = 1000  # ended fetches that a queue remembers: one may still arrive after its end
+MAX_ENDED_FETCHES = 1000  # how many ended fetches a queue remembers, as a fetch may arrive after its end
 RECENT = 50  # tasks that ended last, from which the rate is computed
 
 
@@ -4501,7 +4501,7 @@ def _overdue(store, queue):
         if task.heartbeat_timeout is None and task.task_timeout is None:
             continue
         ages = store.beats.ages(task.run_id)
-        if ages is None:  # it began under another server, or before a restart: it gets its full time
+        if ages is None:  # it began before this server: it gets its full time again
             store.beats.start(task.run_id)
             ages = 0.0, 0.0
         ran_s, silent_s = ages
@@ -4517,7 +4517,7 @@ def _overdue(store, queue):
 
 
 def expire_runs_op(store, queue, request, at):
-    """Decide that the overdue runs failed. Answer in how many seconds the next run can time out."""
+    """Decide that the overdue runs have failed; answer the seconds until the next run can time out."""
     changes, strikes, (overdue, next_in_s) = [], collections.Counter(), _overdue(store, queue)
     for task, failure, words in sorted(overdue, key=lambda row: row[0].created_at):
         fields = {"summary": dict(task.summary, labtasker_error=words), "run_end": "timeout", "failure": failure,
@@ -4531,8 +4531,8 @@ def expire_runs_op(store, queue, request, at):
 
 
 def _failed(task, fields, at, is_final=False):
-    """Return the change of a task whose run failed: pending again, or failed when its retries are used up, or where
-    another run would be in vain."""
+    """Return the change of a task whose run failed: it is pending again, or failed if its retries are used up or
+    another run would be useless (`is_final`)."""
     retries = task.retries + 1
     event = "retry" if retries < task.max_retries and not is_final else "fail"
     status = move(TASK_MOVES, task.status, event, "task " + task.task_id)
@@ -4544,7 +4544,7 @@ def _failed(task, fields, at, is_final=False):
 
 
 def _strike(queue, worker_id, count, at):
-    """Return the changes of a worker on which `count` runs failed: crashed at its max_retries."""
+    """Return the changes of a worker with `count` more failed runs: it counts as crashed at its max_retries."""
     worker = queue.workers.get(worker_id)
     if worker is None:
         return []
@@ -4601,12 +4601,12 @@ def create_queue_op(store, _, request, at):
 
 
 def get_queue_op(store, queue, request, at):
-    """Decide nothing; answer the queue."""
+    """Answer the queue; changes nothing."""
     return [], queue.record
 
 
 def update_queue_op(store, queue, request, at):
-    """Decide a new name, password or metadata of a queue, or to pause it. One that is paused stays so since then."""
+    """Decide to change a queue's name, password, metadata, or to pause it. One that is paused stays so since then."""
     fields, is_paused = {"last_modified": at}, queue.record.paused_at is not None
     if request.get("paused") not in (None, is_paused):
         fields["paused_at"] = at if request["paused"] else None
@@ -4640,7 +4640,7 @@ _sorted_json = json_writer(sort_keys=True)
 
 
 def _submission(request, at):
-    """Return (task id, fields) of a task to be created."""
+    """Return (task id, fields) of a task to create."""
     if not request["args"] and not request["cmd"]:
         raise BadRequest("a task needs args or cmd: both are empty")
     fields = {"status": "pending", "created_at": at}
@@ -4795,14 +4795,14 @@ def _circle(queue, now_are, begin):
 
 
 def submit_tasks_op(store, queue, request, at):
-    """Decide to create tasks, all or none. One that exists with the same content was submitted before, and counts."""
+    """Decide to create tasks, all or none. A task that exists with the same content was submitted before: no error."""
     changes, ids = [], {}
     for place, submission in enumerate(request["tasks"]):
         task_id, fields = _submission(submission, after(at, place))
-        there = queue.tasks.get(task_id)
-        known = ids.get(task_id) if task_id in ids else there and there.digest
-        if task_id in ids or there:
-            if known != fields.get("digest"):
+        existing = queue.tasks.get(task_id)
+        digest = ids.get(task_id) if task_id in ids else existing and existing.digest
+        if task_id in ids or existing:
+            if digest != fields.get("digest"):
                 raise Conflict("task %s is there already, with other content" % task_id)
         else:
             for field in WAITS:
@@ -4816,14 +4816,14 @@ def submit_tasks_op(store, queue, request, at):
 
 
 def _tests(request, id_field, name_field):
-    """Return the predicates that a request asks of records."""
+    """Return the predicates that a request's records must satisfy."""
     tests = [lambda record, get=operator.attrgetter(field), value=request[field]: get(record) == value
              for field in (id_field, name_field, "status") if request[field] is not None]
     return tests + ([] if request["extra_filter"] is None else [request["predicate"]])
 
 
 def _matching(store, records, tests):
-    """Return an iterator of the records that pass all tests; running tasks show when they were last heard of."""
+    """Return an iterator of the records that pass all tests; running tasks have the time of their last heartbeat."""
     matching = map(lambda record: last_seen(store, record) if record.status == "running" else record, records)
     for test in tests:
         matching = filter(test, matching)
@@ -4831,13 +4831,13 @@ def _matching(store, records, tests):
 
 
 def _selected(store, records, request, id_field, name_field):
-    """Return the function that answers a search in a list of records: filtered, sorted, one page."""
+    """Return a function that answers a search in a list of records: filtered, sorted, one page of them."""
     tests, offset, limit = _tests(request, id_field, name_field), request["offset"], request["limit"]
 
     def answer():
         matching = _matching(store, records, tests)
         if request.get("sort"):
-            sort = [[id_field if field == "_id" else field, way] for field, way in request["sort"]]
+            sort = [[id_field if field == "_id" else field, direction] for field, direction in request["sort"]]
             matching = sort_records(matching, sort, lambda record: (record.created_at, getattr(record, id_field)))
         content = list(itertools.islice(matching, offset, offset + limit))
         return {"found": bool(content), "content": content}
@@ -4845,7 +4845,7 @@ def _selected(store, records, request, id_field, name_field):
 
 
 def search_tasks_op(store, queue, request, at):
-    """Decide nothing; answer the tasks that match, outside the lock."""
+    """Answer the tasks that match, outside the lock; changes nothing."""
     if request.get("task_id") is not None:
         records = [queue.tasks[request["task_id"]]] if request["task_id"] in queue.tasks else []
     else:
@@ -4857,30 +4857,31 @@ def search_tasks_op(store, queue, request, at):
 
 
 def recent_ends(records, at, start_of=operator.attrgetter("start_time")):
-    """Return (how many of the RECENT tasks that ended last there are, the seconds from the first start of these until
-    now). The records are in the order of their last change."""
-    ended = (start_of(record) for record in reversed(records)
-             if record.status in ("success", "failed") and record.start_time is not None)
-    began = list(itertools.islice(ended, RECENT))
-    return len(began), max(0.0, at - min(began)) if began else 0.0
+    """Return (the number of tasks that ended last, at most RECENT, the seconds since the earliest start of these).
+
+    The records are in the order of their last change."""
+    starts = (start_of(record) for record in reversed(records)
+              if record.status in ("success", "failed") and record.start_time is not None)
+    latest = list(itertools.islice(starts, RECENT))
+    return len(latest), max(0.0, at - min(latest)) if latest else 0.0
 
 
 def count_tasks_op(store, queue, request, at):
-    """Decide nothing; answer, outside the lock, how many tasks match for each value of a field, how many of the RECENT
-    ended and within how many seconds up to now, and the mark of the state counted."""
+    """Answer, outside the lock, how many tasks match for each value of a field, what `recent_ends` returns, and the
+    mark of the state that was counted; changes nothing."""
     tests, mark = _tests(request, "task_id", "task_name"), _mark(store)
     records = list(queue.tasks.values())
     top, *path = request["by"].split(".")
 
     def value(record):
-        found = getattr(record, top)
-        found = get_path(format_time(found) if isinstance(found, Instant) else found, path)
-        return found if type(found) is str else (dump_json(found),)  # True is no 1, and a dict can't be a key
+        content = getattr(record, top)
+        content = get_path(format_time(content) if isinstance(content, Instant) else content, path)
+        return content if type(content) is str else (dump_json(content),)  # as True == 1, and a dict is no key
 
     def answer():
-        found = list(_matching(store, records, tests))
-        counts = collections.Counter(value(record) for record in found)
-        ended, took_s = recent_ends(found, at)
+        matching = list(_matching(store, records, tests))
+        counts = collections.Counter(value(record) for record in matching)
+        ended, took_s = recent_ends(matching, at)
         return {"counts": [[key if type(key) is str else json.loads(key[0]), number] for key, number in counts.items()],
                 "ended": ended, "took_s": took_s, "mark": mark}
     return [], answer
@@ -4970,7 +4971,7 @@ def group_rows(records, by, of, mode, statuses):
 
 
 def table_op(store, queue, request, at):
-    """Decide nothing; answer, outside the lock, the table of the tasks that match."""
+    """Answer, outside the lock, the table of the tasks that match; changes nothing."""
     tests, records = _tests(request, "task_id", "task_name"), list(queue.tasks.values())
     return [], lambda: {"content": group_rows(
         _matching(store, records, tests), request["by"], request["of"], request["mode"], request["statuses"])}
@@ -4981,12 +4982,12 @@ def _mark(store):
 
 
 def get_mark_op(store, queue, request, at):
-    """Decide nothing; answer the mark of the state."""
+    """Answer the mark of the state; changes nothing."""
     return [], {"mark": _mark(store)}
 
 
 def last_seen(store, task):
-    """Return the record of a task, a running one with the time it was last heard of."""
+    """Return the record of a task; if it is running, with the time of its last heartbeat."""
     if task.status != "running" or task.last_heartbeat is None:
         return task
     ages = store.beats.ages(task.run_id)
@@ -5003,7 +5004,7 @@ def _task(queue, task_id):
 
 
 def get_task_op(store, queue, request, at):
-    """Decide nothing; answer the task."""
+    """Answer the task; changes nothing."""
     return [], last_seen(store, _task(queue, request["task_id"]))
 
 
@@ -5020,7 +5021,7 @@ def _next_task(store, queue, request):
 
 
 def fetch_task_op(store, queue, request, at):
-    """Decide that a worker runs the next task that matches; a repeated fetch_id gets the same task."""
+    """Decide that a worker runs the next task that matches. A repeated fetch_id gets the same task."""
     worker_id = request.get("worker_id")
     if worker_id is not None:
         worker = queue.workers.get(worker_id)
@@ -5059,7 +5060,7 @@ def fetch_task_op(store, queue, request, at):
 
 
 def _nothing_found(queue, request, at):
-    """Return the answer to a fetch that gets no task; `retry_in_s`: until the pause of one that fits is over."""
+    """Return the answer to a fetch that gets no task; `retry_in_s`: until the first pause of a fitting task is over."""
     answer, next_at = {"found": False, "task": None}, None
     if queue.pending.delayed:
         next_at = queue.pending.next_delayed(required_of(request), request.get("predicate"))
@@ -5067,19 +5068,20 @@ def _nothing_found(queue, request, at):
 
 
 def _without_pause(task):
-    """Return the field that ends a task's pause, {} where it has none."""
+    """Return the field that ends a task's pause, or {} if it has none."""
     return {} if task.not_before is None else {"not_before": None}
 
 
 def _pause(request, at):
-    """Return the field with the end of the pause that a job asked for as it handed its task back, or {}."""
+    """Return the field with the end of the pause that a job has asked for with its report, or {}."""
     delay_s = min(request.get("delay_s") or 0, MAX_DELAY_S)
     return {"not_before": Instant(round(at + delay_s, 6))} if delay_s else {}
 
 
 def end_fetch_op(store, queue, request, at):
-    """Decide to end a fetch: it gets no task even if it arrives after this, and is answered at once if it waits. With
-    `hand_back` a task that it got and that still runs is handed back, without costing a retry."""
+    """Decide to end a fetch. It gets no task, even if it arrives later; if it waits, it is answered at once.
+
+    With `hand_back` a task that it got and that still runs is handed back, which costs no retry."""
     fetch_id = request["fetch_id"]
     queue.ended_fetches[fetch_id] = None
     if len(queue.ended_fetches) > MAX_ENDED_FETCHES:
@@ -5088,15 +5090,15 @@ def end_fetch_op(store, queue, request, at):
     task = queue.running.get(queue.fetches.get(fetch_id))
     if task is None or not request["hand_back"]:
         return [], None
-    reason = "the worker left before it heard of this task"
+    reason = "the worker left before it received this task"
     fields = _attempt_over(task, at, "pending", reason) if task.attempts else {}
     return _report_pending(queue, task, fields, {"reason": reason}, at), None
 
 
 def _attempts_begun(task, words, run):
-    """Return a task's attempts with the one that begins: what its worker reports, and what is known here.
+    """Return a task's attempts with the one that begins: the facts that its worker reports, and those known here.
 
-    `{task_id}` and `{run_id}` in the worker's texts are filled in: the run got its id only now."""
+    `{task_id}` and `{run_id}` in the worker's texts are filled in, as the run gets its id only now."""
     words = {key: value.replace("{task_id}", task.task_id).replace("{run_id}", run["run_id"])
              if isinstance(value, str) else value for key, value in words.items()}
     known = {"run_id": run["run_id"], "worker_id": run["worker_id"], "start": format_time(run["start_time"])}
@@ -5104,7 +5106,7 @@ def _attempts_begun(task, words, run):
 
 
 def _attempt_with(task, facts):
-    """Return the field `attempts` with these facts about the task's run, {} where its worker announced no attempt."""
+    """Return the field `attempts` with these facts about the task's run; {} if its worker has announced no attempt."""
     if not facts or not task.attempts or task.attempts[-1]["run_id"] != task.run_id:
         return {}
     known = dict(task.attempts[-1], **facts)
@@ -5112,7 +5114,7 @@ def _attempt_with(task, facts):
 
 
 def _attempt_over(task, at, status, reason=None, facts=None):
-    """Return the field `attempts` with the end of the task's run, {} where its worker announced no attempt."""
+    """Return the field `attempts` with the end of the task's run; {} if its worker has announced no attempt."""
     return _attempt_with(task, dict({"reason": reason}, **dict(facts or {}, end=format_time(at), status=status)))
 
 
@@ -5367,7 +5369,7 @@ _STANDINGS = {"asha": _asha_standing, "median": _median_standing}
 
 
 def _reported(queue, task, request, at):
-    """Return the changes of a report, but for its point; raise Conflict where it comes from a run that is over."""
+    """Return the changes of a report, without its point; raise Conflict if its run is over."""
     status, run_id = request["status"], request.get("run_id")
     if run_id is not None and run_id != task.run_id:
         raise Conflict("run %s of task %s is over: the task was fetched, reset or cancelled since (it is %s)"
@@ -5392,7 +5394,7 @@ def _summarised(task, request):
 
 
 def _ended(task, request, at):
-    """Return when the run of a report ended: the report may come late. Not before its start, and not after `at`."""
+    """Return when the run of a report has ended, at the latest at `at`: the report may come late."""
     return min(at, Instant(round((task.start_time or at) + request["took_s"], 6))) if request.get("took_s") else at
 
 
@@ -5403,8 +5405,8 @@ def _changed(task, fields, old_state, at):
 def _report_late(task, request, at):
     """Return the changes of a report on a run that has ended already, or raise Conflict.
 
-    A repeat of the report that ended the run can only add facts about the attempt. A run that timed out and then
-    succeeds or is handed back counts as long as nobody has taken the task since; its retry is given back."""
+    If the report that ended the run is repeated, it can only add facts about the attempt. A run that timed out may
+    still succeed or be handed back until the task is fetched again; then the time-out costs no retry."""
     status, facts = request["status"], request.get("attempt")
     if status == task.run_end or (status, task.run_end) == ("failed", "timeout"):
         return _changed(task, _attempt_with(task, facts), None, at)
@@ -5421,7 +5423,7 @@ def _report_late(task, request, at):
     return _changed(task, fields, task.status, at)
 
 
-# status reported for a run that had timed out: the event
+# status in a report on a run that had timed out: event of TASK_MOVES
 _LATE_REPORTS = {"success": "succeed_late", "pending": "hand_back_late"}
 
 
@@ -5463,7 +5465,7 @@ def _report_pending(queue, task, fields, request, at):
     return _changed(task, fields, task.status, at)
 
 
-# status reported, if the task has another: what decides
+# status in a report, if the task has another status: the function that decides
 REPORTS = {
     "running": _report_running,
     "pending": _report_pending,
@@ -5474,7 +5476,7 @@ REPORTS = {
 
 
 def heartbeat_op(store, queue, request, at):
-    """Record that a run is alive, in memory only. Answer the task's status."""
+    """Record, only in memory, that a run is alive; answer the task's status."""
     task = _task(queue, request["task_id"])
     run_id, worker_id = request.get("run_id"), request.get("worker_id")
     if task.status != "running" or (run_id is not None and run_id != task.run_id):
@@ -5490,13 +5492,13 @@ def heartbeat_op(store, queue, request, at):
 
 
 ERRORS = ("labtasker_error", "labtasker_exception")  # keys of a summary: a job's end and `finish` write them
-# status in an update: the event that leads to it
+# status in an update: the event of TASK_MOVES that leads to it
 UPDATE_EVENTS = {"pending": "requeue", "success": "succeed", "failed": "fail", "cancelled": "cancel"}
 _RESET = {"retries": 0, "worker_id": None, "run_id": None, "run_end": None, "reason": None, "failure": None}
 
 
 def _updated(task, request, reset):
-    """Return (fields, old state or None) of one update, or raise InvalidStateTransition or InvalidFields."""
+    """Return (new fields, old state or None) for an update, or raise InvalidStateTransition or InvalidFields."""
     replaced = request.get("replace_fields") or ()
     fields = {}
     for name, field in UPDATED.items():
@@ -5531,7 +5533,7 @@ def set_by_hand(task, status):
 
 
 def update_tasks_op(store, queue, request, at):
-    """Decide a list of updates, all or none; the error names each that can't be made."""
+    """Decide a list of updates, all or none. The error names each that can't be made."""
     changes, now_are, problems = [], {}, []
     for update in request["updates"]:
         task_id = update["task_id"]
@@ -5544,7 +5546,7 @@ def update_tasks_op(store, queue, request, at):
             continue
         if old_state == "running" and fields["status"] != "running":
             fields.update(_attempt_over(task, at, "reset" if request["reset_pending"] else fields["status"]))
-        fields["last_modified"] = after(at, len(changes))  # also where nothing else changes, as 1.0.1 has it
+        fields["last_modified"] = after(at, len(changes))  # even if nothing else changes, as in 1.0.1
         changes.append(["task", task_id, fields, old_state])
         now_are[task_id] = revised(task, dict(fields))
     named = [change[1] for change in changes if not change[2].keys().isdisjoint(WAITS)]
@@ -5576,7 +5578,7 @@ def _worker(queue, worker_id):
 
 
 def create_worker_op(store, queue, request, at):
-    """Decide to register a worker; one that exists under this id was registered before."""
+    """Decide to register a worker. If its id exists with the same name, it was registered before: no error."""
     worker_id = request.get("worker_id") or new_id()
     if worker_id in queue.workers:
         if queue.workers[worker_id].worker_name != request.get("worker_name"):
@@ -5592,12 +5594,12 @@ def create_worker_op(store, queue, request, at):
 
 
 def search_workers_op(store, queue, request, at):
-    """Decide nothing; answer the workers that match."""
+    """Answer the workers that match; changes nothing."""
     return [], _selected(store, list(queue.workers.values()), request, "worker_id", "worker_name")
 
 
 def get_worker_op(store, queue, request, at):
-    """Decide nothing; answer the worker."""
+    """Answer the worker; changes nothing."""
     return [], _worker(queue, request["worker_id"])
 
 
@@ -5605,7 +5607,7 @@ WORKER_EVENTS = {"active": "activate", "suspended": "suspend", "crashed": "crash
 
 
 def get_history_op(store, queue, request, at):
-    """Decide nothing; answer, outside the lock, the points of a task's history, and what its rule has to say of it."""
+    """Answer, outside the lock, the points of a task's history and how it stands by its rule; changes nothing."""
     task = _task(queue, request["task_id"])
     curve, standing = task.curve or NO_CURVE, _standing(queue, task)
     return [], lambda: {"standing": standing, "content": [
@@ -5613,11 +5615,11 @@ def get_history_op(store, queue, request, at):
         for step, at, values in curve.content()]}
 
 
-_POINTS_OWN = ("step", "at")  # a value of such a name is in the summary alone
+_POINTS_OWN = ("step", "at")  # a reported value with such a name is only in the summary
 
 
 def report_worker_op(store, queue, request, at):
-    """Decide a worker's new status; active again zeroes its retries. "ended" only notes that its loop has."""
+    """Decide a worker's new status. "active" resets its retries; "ended" only notes that its loop has ended."""
     worker, status = _worker(queue, request["worker_id"]), request["status"]
     if status == "ended":
         return [["worker", worker.worker_id, {"ended_at": at, "last_modified": at}, None]], None
@@ -5629,7 +5631,7 @@ def report_worker_op(store, queue, request, at):
 
 
 def delete_worker_op(store, queue, request, at):
-    """Decide to delete a worker; with cascade_update its running tasks name no worker any more."""
+    """Decide to delete a worker. With cascade_update its running tasks no longer name it."""
     worker_id = _worker(queue, request["worker_id"]).worker_id
     changes = [["worker-", worker_id]]
     if request["cascade_update"]:
