@@ -4606,7 +4606,7 @@ def get_queue_op(store, queue, request, at):
 
 
 def update_queue_op(store, queue, request, at):
-    """Decide to change a queue's name, password, metadata, or to pause it. One that is paused stays so since then."""
+    """Decide to change a queue's name, password or metadata, or to pause it. A second pause changes nothing."""
     fields, is_paused = {"last_modified": at}, queue.record.paused_at is not None
     if request.get("paused") not in (None, is_paused):
         fields["paused_at"] = at if request["paused"] else None

@@ -48,19 +48,19 @@ def wants_colour(options):
 
 
 def painted(cell, padded):
-    """Return a padded cell of a table, coloured where it names a status."""
+    """Return a padded cell of a table, coloured if it names a status."""
     return "\x1b[%sm%s\x1b[0m" % (STATUS_COLOURS[cell], padded) if cell in STATUS_COLOURS else padded
 
 
 def page(text):
-    """Return whether $PAGER (else `less -R`) showed `text`; one that fits the screen needs none."""
+    """Show a text in $PAGER (else `less -R`); return False if that failed or the text fits the screen."""
     import shlex
     import signal
     import subprocess
-    if text.count("\n") + 2 <= screen_size()[1]:  # the last line is the prompt's
+    if text.count("\n") + 2 <= screen_size()[1]:  # the last line of the screen is for the prompt
         return False
     command = shlex.split(os.environ.get("PAGER", "less -R"))
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the pager's
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the pager
     try:
         pager = subprocess.Popen(command, stdin=subprocess.PIPE, env=dict({"LESS": "FRX"}, **os.environ))
         pager.communicate((text + "\n").encode("utf-8", "backslashreplace"))
@@ -75,13 +75,13 @@ def page(text):
 
 
 def last_log(task):
-    """Return the file with the output of a task's last run, or None where it is not on this host."""
+    """Return the file with the output of a task's last run, or None if it is not on this host."""
     path = log_path(task, (task.attempts or [{}])[-1])
     return path if os.path.isfile(path) else None
 
 
 def last_lines(path, limit, tail_bytes=65536):
-    """Return the last lines of a file as a terminal would show them, or [] where it can't be read."""
+    """Return the last lines of a file as a terminal would show them; [] if it can't be read."""
     try:
         with open_plain(path) as file:
             file.seek(max(0, os.fstat(file.fileno()).st_size - tail_bytes))
@@ -93,18 +93,18 @@ def last_lines(path, limit, tail_bytes=65536):
 
 def shown_lines(text, limit):
     """Return the last lines of a terminal's output as it would show them."""
-    lines = [line.rstrip("\r").split("\r")[-1] for line in text.rstrip("\n").split("\n")]  # bars go back to the start
+    lines = [line.rstrip("\r").split("\r")[-1] for line in text.rstrip("\n").split("\n")]  # \r rewrites a line
     return [clean(re.sub("\x1b\\[[0-9;?]*[A-Za-z]", "", line), "").expandtabs(4) for line in lines[-limit:]]
 
 
 def is_named(task):
-    """Return whether the error of a task's last run is known by more than its exit code."""
+    """Return whether more than an exit code is known of the error of a task's last run."""
     is_raised = isinstance(task.summary.get("labtasker_exception"), dict)
     return is_raised or getattr(task, "failure", None) in NAMED_FAILURES
 
 
 def last_words(task):
-    """Return the last line of what a failed task raised, else of its log, else of the error in its summary."""
+    """Return the last line of the exception of a failed task, else of its log, else of the error in its summary."""
     path = None if is_named(task) else last_log(task)
     lines = [line for line in last_lines(path, 20, 4096) if line.strip()] if path else []
     return lines[-1].strip() if lines else clean(error_of(task), "")
@@ -120,10 +120,10 @@ KEYS = {  # key: (method of Watch, words in the last line)
     "r": ("ask_retry", "r: retry"), "s": ("next_state", "s: status"), "/": ("edit_filter", "/: filter"),
     "esc": ("go_back", ""), "backspace": ("go_back", ""), "q": ("quit", "q: back"),
 }
-UNWATCHED = ("status", "error", "created_at")  # what sections and last words tell, and what changes with every look
+UNWATCHED = ("status", "error", "created_at")  # fields that are no columns: they stand in titles and last lines
 CURVE_SIGNS, LEAST_ROOM, MOST_CURVES = 12, 60, 100  # of a curve; columns of a terminal with curves; that are asked for
-SAMPLE_ROWS = 100  # that the widths of columns are made for, beside those shown
-SECTIONS = (  # status, title, the time by which they stand, whether the latest is first
+SAMPLE_ROWS = 100  # so many rows, beside those shown, determine the widths of columns
+SECTIONS = (  # status, title, the time by which the tasks are sorted, whether the latest is first
     ("running", "Running", "start_time", False), ("failed", "Failed, the last first", "last_modified", True),
     ("pending", "Pending, the next first", "last_modified", False),
     ("success", "Done, the last first", "last_modified", True),
@@ -137,17 +137,17 @@ def curve_text(numbers):
 
 
 def styled(text, *styles):
-    """Return a text in colours and the like of a terminal."""
+    """Return a text with a terminal's codes for colours and other styles."""
     styles = [style for style in styles if style]
     return "\x1b[%sm%s\x1b[0m" % (";".join(styles), text) if styles and not os.environ.get("NO_COLOR") else text
 
 
 class Feed:
-    """Looks again and again, in a thread of its own, so that keys are answered at once."""
+    """Fetches the tasks again and again, in a thread of its own, so that keys are handled at once."""
 
     def __init__(self, query, interval_s):
         self.sweep, self.interval_s = Sweep(query), interval_s
-        self.lock = threading.Lock()  # guards the next line, and which sweep is the present one
+        self.lock = threading.Lock()  # guards the next line and `sweep`
         self.tasks, self.workers, self.error, self.looks = {}, {}, None, 0
         self.wanted, self.curves = [], (None, {})  # ids of tasks; (a value, {id: its numbers by steps})
         self.wake = threading.Event()
@@ -159,10 +159,10 @@ class Feed:
             self.wake.clear()
             try:
                 sweep.refresh()
-                workers, error = {one.worker_id: one for one in ls_workers(
+                workers, error = {worker.worker_id: worker for worker in ls_workers(
                     extra_filter=NOT_ENDED, limit=EVERY).content}, None
                 self.curves = curves_of(self.wanted)
-            except Exception as problem:  # the next look may go well
+            except Exception as problem:  # the next attempt may succeed
                 workers, error = self.workers, problem
             with self.lock:
                 if sweep is self.sweep:
@@ -170,18 +170,18 @@ class Feed:
             self.wake.wait(max(self.interval_s, 10 * (monotonic() - began)))
 
     def seen(self):
-        """Return (tasks, {id: worker}, error or None, how many looks there were)."""
+        """Return (tasks, {id: worker}, error or None, how often they were fetched)."""
         with self.lock:
             return list(self.tasks.values()), self.workers, self.error, self.looks
 
     def want_curves(self, ids):
-        """Look for the curves of these tasks from now on; at once where nobody wanted any."""
+        """Fetch the curves of these tasks from now on; at once if there were none before."""
         is_first, self.wanted = bool(ids and not self.wanted), ids
         if is_first:
             self.wake.set()
 
     def ask(self, query):
-        """Look for other tasks from now on."""
+        """Fetch other tasks from now on."""
         with self.lock:
             self.sweep, self.tasks = Sweep(query), {}
         self.wake.set()
@@ -200,12 +200,13 @@ def curves_of(ids):
 
 
 class View:
-    """What a person sees; knows no terminal. `line` is what is typed at the bottom: (prompt, text, action)."""
+    """What a person sees, as lines of text. `line` is the input line at the bottom: (prompt, text, action)."""
 
     def __init__(self, feed, query, where):
         self.feed, self.query, self.where, self.looks = feed, query, where, None
         self.state, self.page, self.top, self.line, self.words, self.over = None, None, 0, None, "", False
-        self.order, self.chosen, self.current = [], None, None  # ids shown; the one gone to; else the first is meant
+        self.order = []  # ids of the tasks that are shown
+        self.chosen = self.current = None  # the task that a person has moved to; that one, or else the first
 
     def lines(self, width, height):
         """Return `height` lines, or fewer, of at most `width` cells each."""
@@ -214,7 +215,7 @@ class View:
             self._look(tasks, looks)
         head = self._head(looks, width)
         foot = [self.words or ("%s; trying again" % str(error).split("\n")[0] if error else "")]
-        if self.line:  # what is wrong with it stands above it
+        if self.line:  # a mistake in it is shown above it
             foot = (self.words.split("\n") if self.words else []) + [self.line[0] + self.line[1] + "_"]
             foot = foot[-max(1, height - len(head) - 2):]
         room = height - len(head) - len(foot) - 1
@@ -225,10 +226,10 @@ class View:
             styled(fitted(keys, width).rstrip(), FAINT)]
 
     def _look(self, tasks, looks):
-        """Take what was seen last; sorting ten thousand tasks at every key would be felt."""
+        """Sort the tasks that were fetched last. Doing this at every key would be too slow with many tasks."""
         self.tasks, self.looks, self.pace = {task.task_id: task for task in tasks}, looks, pace(tasks, now())
-        self.rows = {task.task_id: self._told(task) for task in tasks}
-        self.told = choose_columns(list(self.rows.values()))
+        self.rows = {task.task_id: self._row_of(task) for task in tasks}
+        self.layout = choose_columns(list(self.rows.values()))
         self.sample = list(self.rows.values())[::len(tasks) // SAMPLE_ROWS + 1]
         self.sorted = {}
         for status, _, field, is_latest_first in SECTIONS:
@@ -238,24 +239,25 @@ class View:
         self.sorted["pending"].sort(key=lambda task: -task.priority)
 
     def _head(self, looks, width):
-        found = self.pace
+        counts_now = self.pace.counts
         title = "%s   %s" % (self.where, self.query.get("extra_filter") or "")
         counts, room = [], width
         for state in TASK_STATES:
-            text = "%s %d" % (state, found.counts[state])
+            text = "%s %d" % (state, counts_now[state])
             text = fitted(text, min(room, len(text) + 2))
             counts.append(styled(text, STATUS_COLOURS[state]))
             room -= len(text)
         busy = {task.worker_id for task in self.sorted["running"]}
-        idle = [one for one in self.workers.values() if one.status != "active"]
+        idle = [worker for worker in self.workers.values() if worker.status != "active"]
         workers = "%d busy" % len(busy) + "".join(
-            ", %s %s" % (one.worker_name or one.worker_id[:8], one.status) for one in idle)
+            ", %s %s" % (worker.worker_name or worker.worker_id[:8], worker.status) for worker in idle)
         return [styled(fitted(clean(title, ""), width).rstrip(), BOLD),
-                progress(found, width) if looks else "looking ...",
+                progress(self.pace, width) if looks else "loading ...",
                 "".join(counts), fitted("workers: " + clean(workers, ""), width).rstrip(), ""]
 
     def _sections(self, room):
-        """Yield (title, tasks to show) of the sections that have any: three each, and of the first ones what fits."""
+        """Yield (title, tasks to show) of the sections with tasks: up to three in each, and as many as fit in the first
+        ones."""
         shown = [row for row in SECTIONS if self.sorted[row[0]] and self.state in (None, row[0])]
         sizes = {status: 1 + (status == "failed") for status, _, _, _ in shown}
         left = room - sum(1 + min(3, len(self.sorted[status])) * size for status, size in sizes.items())
@@ -266,8 +268,8 @@ class View:
             yield "%s: %d" % (title, len(tasks)), tasks[:3 + more]
 
     def _shown_rows(self, room):
-        """Return the rows of the sections, so that the current task is seen: (title, None), (None, task), and under a
-        failed one (True, task) for its last words."""
+        """Return the rows that fit, with the current task among them: (title, None), (None, task), and below a failed
+        task (True, task) for its last line."""
         self.order, rows = [], []
         for title, tasks in self._sections(room):
             rows.append((title, None))
@@ -280,21 +282,21 @@ class View:
         return rows[begin:begin + room]
 
     def _list(self, width, room):
-        """Return the tasks in sections, below what all have alike and the heads of their columns."""
+        """Return the tasks in sections, below the values that all have in common and the heads of the columns."""
         if not self.tasks:
             return ["No task matches."[:width]]
-        above = alike_lines(self.told, self.told.columns, width)[:max(0, min(2, room - 5))]
+        above = alike_lines(self.layout, self.layout.columns, width)[:max(0, min(2, room - 5))]
         rows = self._shown_rows(room - len(above) - 1)
         head, columns = self._columns([task for title, task in rows if title is None], width - 2)
         return [styled(line, FAINT) for line in above + [fitted("  " + head, width).rstrip()]] + [
             self._row(title, task, columns, width) for title, task in rows]
 
     def _columns(self, tasks, room):
-        """Return (the line of heads, {task id: line}), aligned: the columns that tell all tasks apart."""
+        """Return (the line of heads, {task id: line}), aligned, with the columns in which tasks differ."""
         rows = [self.rows[task.task_id] for task in tasks]
         curves = self._curves_of(tasks, room)
         width = max(map(cells_wide, curves), default=-2) + 2
-        columns = lay_out(rows + self.sample, self.told, room - 10 - width)
+        columns = lay_out(rows + self.sample, self.layout, room - 10 - width)
         table = [["id"] + [task.task_id[:8] for task in tasks]] + [cells[:1 + len(tasks)] for cells in columns.values()]
         table += [curves] if curves else []
         widths = [8] + [max(map(cells_wide, cells)) for cells in table[1:]]
@@ -302,14 +304,14 @@ class View:
         return head, {task.task_id: line for task, line in zip(tasks, lines)}
 
     def _curves_of(self, tasks, room):
-        """Return the cells of a column with the curves of the tasks that run, below their value's name; or []."""
+        """Return the cells of a column: the name of a value and its curve in each running task; or []."""
         self.feed.want_curves([task.task_id for task in tasks if task.status == "running"][:MOST_CURVES])
         value, curves = self.feed.curves
         shown = [curve_text(curves.get(task.task_id, ())) for task in tasks]
         return [value] + shown if any(shown) and room >= LEAST_ROOM else []
 
-    def _told(self, task):
-        """Return what a row tells of a task: a worker by its name."""
+    def _row_of(self, task):
+        """Return {field: value} of a task's row, with its worker's name."""
         row, worker = row_of(task), self.workers.get(task.worker_id)
         if worker and worker.worker_name:
             row["worker_id"] = worker.worker_name
@@ -344,16 +346,16 @@ class View:
 
 
 def check_filter(query):
-    """Raise LabtaskerError unless a filter over tasks, text or a document, is one that a server takes."""
+    """Raise LabtaskerError unless a server would accept a filter over tasks, a text or a document."""
     fields = visible(TASK_FIELDS)
     compile_query(parse_filter(query, fields, now()) if isinstance(query, str) else query, fields)
 
 
 class Watch(View):
-    """What a person does."""
+    """A View with keys."""
 
     def press(self, key):
-        """Do what a key asks for."""
+        """Do what a key stands for."""
         if not self.line or key in ("esc", "enter"):
             self.words = ""
         if self.line:
@@ -372,11 +374,11 @@ class Watch(View):
             self.line = prompt, text, action
 
     def go_up(self):
-        """Choose the task above."""
+        """Move to the task above."""
         self._go(-1)
 
     def go_down(self):
-        """Choose the task below."""
+        """Move to the task below."""
         self._go(1)
 
     def _go(self, step):
@@ -403,15 +405,15 @@ class Watch(View):
         self.page = None
 
     def quit(self):
-        """Close the page that is open, or end."""
+        """Close the page that is open; if none is, end."""
         self.over, self.page = self.page is None, None
 
     def next_state(self):
-        """Show another status alone, or all again."""
+        """Show only the next status, or all again."""
         self.state, self.page = STATES[(STATES.index(self.state) + 1) % len(STATES)], None
 
     def edit_filter(self):
-        """Have another filter typed."""
+        """Let a person type another filter."""
         self.line = "filter: ", str(self.query.get("extra_filter") or ""), self._filter
 
     def _filter(self, text):
@@ -419,10 +421,10 @@ class Watch(View):
             query = dict(self.query, extra_filter=typed_filter(text.strip() or None))
             if query["extra_filter"] is not None:
                 check_filter(query["extra_filter"] if isinstance(query["extra_filter"], dict) else text)
-        except Exception as error:  # whatever was typed, the keys work on
+        except Exception as error:  # whatever was typed, the keys must still work
             self.line = "filter: ", text, self._filter
             self.words = str(error).split("\n")[0]
-            if isinstance(error, SyntaxMistake):  # its place is shown above the text
+            if isinstance(error, SyntaxMistake):  # a mark above the text shows where it is
                 self.words += "\n" + " " * (len(self.line[0]) + error.column) + "v"
             return
         self.query = {name: value for name, value in query.items() if value is not None}
@@ -459,7 +461,7 @@ CONTROLS = {"\r": "enter", "\n": "enter", "\x7f": "backspace", "\x08": "backspac
 
 
 def keys_of(text):
-    """Yield the keys that a terminal's bytes, decoded, stand for; sequences that are not known are no key."""
+    """Yield the keys in a terminal's decoded input; unknown escape sequences are ignored."""
     for match in re.finditer("\x1b([\\[O][0-9;]*[A-Za-z~])|\x1b|.", text, re.S):
         if match.group(1):
             if match.group(1) in ESCAPES:
@@ -469,7 +471,7 @@ def keys_of(text):
 
 
 class Screen:
-    """A terminal in full-screen mode; a context that gives it back as it was, whatever happens."""
+    """A terminal in full-screen mode. It is a context manager, which restores the terminal whatever happens."""
 
     def __init__(self):
         import codecs
@@ -515,13 +517,13 @@ class Screen:
             data = data[os.write(1, data):]
 
     def draw(self, lines):
-        """Show lines, where they are others than before."""
+        """Show lines, unless they are shown already."""
         if lines != self.shown:
             self.shown = lines
             self._write("\x1b[H" + "\r\n".join(line + "\x1b[K" for line in lines) + "\x1b[J")
 
     def keys(self, timeout_s):
-        """Return the keys pressed within so many seconds; raises EOFError where the terminal is gone."""
+        """Return the keys pressed within `timeout_s`; raises EOFError if the terminal is gone."""
         import select
         if not select.select([0], [], [], timeout_s)[0]:
             return []
@@ -550,24 +552,25 @@ def do_watch(options):
 
 
 class Look:
-    """What a Feed has after its first look; raises as `ls_tasks` does."""
+    """What a Feed has after fetching once; raises as `ls_tasks` does."""
 
     def __init__(self, query):
         sweep = Sweep(query)
         sweep.refresh()
         self.tasks = list(sweep.tasks.values())
-        self.workers = {one.worker_id: one for one in ls_workers(extra_filter=NOT_ENDED, limit=EVERY).content}
+        workers = ls_workers(extra_filter=NOT_ENDED, limit=EVERY).content
+        self.workers = {worker.worker_id: worker for worker in workers}
 
     def seen(self):
         return self.tasks, self.workers, None, 1
 
     def want_curves(self, ids):
-        """Look for the curves of these tasks."""
+        """Fetch the curves of these tasks."""
         self.curves = curves_of(ids)
 
 
 def picture(query, where, width, height=40):
-    """Return the lines of one look: what `watch` shows on a terminal of that size, without the line of keys."""
+    """Return the lines that `watch` shows at first on a terminal of that size, without the line of keys."""
     lines = View(Look(query), query, where).lines(width, height)[:-2]
     lines = [re.sub("\x1b\\[[0-9;]*m", "", line) for line in lines]
     while not lines[-1]:
@@ -576,18 +579,18 @@ def picture(query, where, width, height=40):
 
 
 def watch_plainly(sweep, interval_s):
-    """Print a line whenever the counts change, and one for each task that failed since; for ever."""
+    """Print a line whenever the counts change, and one for each task that has failed since; never returns."""
     last, failed = None, None
     while True:
         began = monotonic()
         sweep.refresh()
-        found = pace(sweep.tasks.values(), now())
-        if found.counts != last:
-            say(format_time(now())[:19] + "  " + (progress(found, 100) if sweep.tasks else "no task matches"))
+        now_is = pace(sweep.tasks.values(), now())
+        if now_is.counts != last:
+            say(format_time(now())[:19] + "  " + (progress(now_is, 100) if sweep.tasks else "no task matches"))
         for task in sweep.tasks.values():
             if task.status == "failed" and failed is not None and task.task_id not in failed:
                 say(clean("    failed: %s  %s  %s" % (task.task_id[:8], pairs(task.args), last_words(task)), ""))
-        last, failed = found.counts, {task.task_id for task in sweep.tasks.values() if task.status == "failed"}
+        last, failed = now_is.counts, {task.task_id for task in sweep.tasks.values() if task.status == "failed"}
         sys.stdout.flush()
         time.sleep(max(interval_s, 10 * (monotonic() - began)))
 
@@ -596,16 +599,16 @@ def watch_plainly(sweep, interval_s):
 
 
 class Mistakes(Exception):
-    """What is wrong in an edited text: {line number from 1 on, or 0 for the whole: message}."""
+    """The mistakes in an edited text: {line number from 1 on, or 0 for the whole text: message}."""
 
 
-MARK = "#! "  # begins a line that tells of a mistake in the line above it
+MARK = "#! "  # begins a line that describes a mistake in the line above
 
 
 def edited(text, name, read):
-    """Return read(what a person made of `text` in an editor), None where nothing was changed.
+    """Let a person edit a text; return read(the edited text), or None if nothing was changed.
 
-    `read` raises Mistakes; they are shown below their lines, and the editor opens again where a person wants that."""
+    `read` may raise Mistakes. They are written below their lines, and the editor opens again if the person wants it."""
     import shutil
     import tempfile
     folder = tempfile.mkdtemp(prefix="edit-", dir=None if not os.path.isdir(find_root()) else find_root())
@@ -616,20 +619,20 @@ def edited(text, name, read):
                 os.chmod(path, 0o600)
                 file.write(marked)
             run_editor(path)
-            found = read_text(path).replace("\r\n", "\n")
-            if found == marked or without_marks(found) == text:
+            content = read_text(path).replace("\r\n", "\n")
+            if content == marked or without_marks(content) == text:
                 return None
             try:
-                return read(without_marks(found))
+                return read(without_marks(content))
             except Mistakes as error:
                 mistakes = error.args[0]
             for number, words in sorted(mistakes.items()):
                 note("line %d: %s" % (number, words) if number else words)
             if not is_terminal(sys.stdin):
-                raise LabtaskerRuntimeError("%s, as it was edited, can't be taken: nothing was changed" % name)
+                raise LabtaskerRuntimeError("the edited %s has mistakes: nothing was changed" % name)
             if ask("Edit it again? [Y/n]", "", default="y").lower() not in ("y", "yes"):
                 return None
-            marked = with_marks(without_marks(found), mistakes)
+            marked = with_marks(without_marks(content), mistakes)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -643,7 +646,7 @@ def with_marks(text, mistakes):
 
 
 def without_marks(text):
-    """Return a text without the lines that tell of mistakes."""
+    """Return a text without the lines that `with_marks` has added."""
     return "\n".join(line for line in text.split("\n") if not line.startswith(MARK))
 
 
@@ -665,7 +668,7 @@ def do_config(options):
 
 
 def show_config(options):
-    """Print the settings in force and where each comes from; no password."""
+    """Print the current settings and where each comes from, without the password."""
     config, sources = load_config(), config_sources()
     values = {key: getattr(config, row[0]) for key, row in SETTINGS.items()}
     values.update((METRICS + "." + name, text) for name, text in (config.metrics or {}).items())
@@ -680,7 +683,7 @@ def show_config(options):
 
 
 def checked_config(text):
-    """Return the text of a configuration that can be read; raises Mistakes."""
+    """Return the text of a configuration if it is valid; raises Mistakes."""
     import shutil
     import tempfile
     folder, root = tempfile.mkdtemp(prefix="check-", dir=find_root()), os.environ.get("LABTASKER_ROOT")
@@ -709,25 +712,25 @@ FORM_HEAD = """\
 
 def edit_tasks(tasks, options):
     """Return the exit code of `task update` in the editor: all changes are one transaction, or none is made."""
-    counted = []
+    made = []
 
     def save(text):
         updates = read_form(text, tasks)
         try:
             update_tasks(updates, reset_pending=options.reset_pending)
-        except LabtaskerHTTPStatusError as error:  # a step that is not allowed, a task that is gone
+        except LabtaskerHTTPStatusError as error:  # a transition that is not allowed, a task that is gone
             raise Mistakes({0: str(error)}) from None
-        counted.extend(updates)
+        made.extend(updates)
         return True
     if not edited(form_of(tasks), "tasks.txt", save):
         note("Nothing was changed.")
         return 0
     if not options.quiet:
-        say("Updated %s" % tasks_in_words(counted) if counted else "Nothing was changed.")
+        say("Updated %s" % tasks_in_words(made) if made else "Nothing was changed.")
 
 
 def form_of(tasks):
-    """Return tasks as text to be edited, a block each: read-only fields as notes, a line for each value."""
+    """Return tasks as text for an editor: a block for each, read-only fields as comments, a line for each value."""
     lines = [FORM_HEAD % tasks_in_words(tasks)]
     for task in tasks:
         row = task.to_dict()
@@ -739,25 +742,25 @@ def form_of(tasks):
 
 
 def values_of(row):
-    """Return {dotted field: text} of what can be edited in a task, a dict; the text is as `task update -u` takes it."""
-    found = {}
-    for name in (name for name in UPDATABLE if name in row):  # a plain server's tasks have none of our fields
+    """Return {dotted field: text as `task update -u` takes it} of the values of a task, a dict, that can be edited."""
+    texts = {}
+    for name in (name for name in UPDATABLE if name in row):  # tasks of a 1.0.1 server lack some fields
         if name in ("task_name", "status") and row[name] is not None:
-            found[name] = row[name]
+            texts[name] = row[name]
         elif TASK_FIELDS[name].kind == "dict" and row[name]:
-            found.update((name + "." + key, form_text(value)) for key, value in flatten(row[name]))
+            texts.update((name + "." + key, form_text(value)) for key, value in flatten(row[name]))
         elif TASK_FIELDS[name].kind != "dict":
-            found[name] = form_text(row[name])
-    return found
+            texts[name] = form_text(row[name])
+    return texts
 
 
 def form_text(value):
-    """Return a value as JSON in one line, whatever an editor takes for the end of a line."""
+    """Return a value as JSON on one line; all characters that an editor could take for a line end are escaped."""
     return CONTROL.sub(lambda match: "\\u%04x" % ord(match.group()), json.dumps(value, ensure_ascii=False))
 
 
 def read_form(text, tasks):
-    """Return the TaskUpdateRequests that an edited form asks for; raises Mistakes."""
+    """Return the TaskUpdateRequests for an edited form; raises Mistakes."""
     known, blocks, mistakes, block = {task.task_id: task for task in tasks}, {}, {}, None
     for number, line in enumerate(text.split("\n"), 1):
         line = line.strip()
@@ -788,7 +791,7 @@ def read_form(text, tasks):
 
 
 def change_in(task, block, mistakes):
-    """Return the TaskUpdateRequest of what differs in a block of a form, or None; notes mistakes by their lines."""
+    """Return the TaskUpdateRequest for what was changed in a block of a form, or None; adds to `mistakes`."""
     before, updates = values_of(task.to_dict()), {}
     for field, (number, value) in block.items():
         if before.get(field) != value:
@@ -803,7 +806,7 @@ def change_in(task, block, mistakes):
     for field in before:
         if field not in block and "." not in field:
             mistakes[first] = "the line of %s is missing" % field
-    for name in gone:  # a field with a line less is replaced as a whole
+    for name in gone:  # a field of which a line was deleted is replaced as a whole
         left = {field: text for field, (_, text) in block.items() if field.startswith(name + ".")}
         updates = {field: value for field, value in updates.items() if field not in left}
         try:
@@ -818,12 +821,12 @@ def change_in(task, block, mistakes):
 
 
 def run_editor(path):
-    """Return when $VISUAL, $EDITOR or vi was closed; raises LabtaskerRuntimeError where it failed."""
+    """Run $VISUAL, $EDITOR or vi until it is closed; raises LabtaskerRuntimeError if it fails."""
     import shlex
     import subprocess
     chosen = os.environ.get("VISUAL") or os.environ.get("EDITOR")
     if not (chosen or is_terminal(sys.stdin)):
-        raise UsageError("no terminal is here for an editor: set $EDITOR to a command that edits by itself")
+        raise UsageError("there is no terminal for an editor: set $EDITOR to a command that needs none")
     command = shlex.split(chosen or "vi") + [path]
     try:
         code = subprocess.call(command)
@@ -870,14 +873,14 @@ def do_completion(options):
     if options.rest is None:
         return say(SHELLS[options.shell].rstrip("\n"))
     typed = options.rest[1:] or [""]
-    before, word = [one for one in typed[:-1] if one != "="], typed[-1]  # to bash a = is a word of its own
-    found = completions(before, "" if word == "=" else word)
-    if found:
-        say(clean("\n".join(found)))
+    before, word = [part for part in typed[:-1] if part != "="], typed[-1]  # for bash a = is a word of its own
+    words = completions(before, "" if word == "=" else word)
+    if words:
+        say(clean("\n".join(words)))
 
 
 def completions(before, word):
-    """Return what `word`, typed after the words `before`, can become."""
+    """Return the words that `word`, typed after the words `before`, can be completed to."""
     path = next((" ".join(before[:size]) for size in (2, 1) if " ".join(before[:size]) in COMMANDS), None)
     if path is None or before[:1] == ["help"]:
         given = before[1:] if before[:1] == ["help"] else before
@@ -894,7 +897,7 @@ def completions(before, word):
         last, _, word = word.partition("=")
         begin = last + "="
     if last in flags and "metavar" in flags[last][1]:
-        return [begin + one for one in starting(values_for(path, flags[last][1], word), word)]
+        return [begin + value for value in starting(values_for(path, flags[last][1], word), word)]
     if word.startswith("-"):
         return starting(["--help"] + [flag for flag in flags if flag.startswith("--")] + ["--"] * bool(row.rest), word)
     places = [settings for names, settings in row.options if not names[0].startswith("-")]
@@ -902,12 +905,12 @@ def completions(before, word):
 
 
 def starting(words, begin):
-    """Return the words that begin so."""
+    """Return the words that start with `begin`."""
     return [word for word in words if word.startswith(begin)]
 
 
 def values_for(path, settings, word):
-    """Return what can stand for an option's value: its choices, fields, live ids and names."""
+    """Return possible values of an option: its choices, or fields, ids and names that exist."""
     choices = getattr(settings.get("type"), "choices", None)
     name = settings["metavar"]
     if choices:
@@ -922,12 +925,12 @@ def values_for(path, settings, word):
         if name.startswith("FIELD"):
             return field_values(name, word)
         return list(SHELLS) if name == "SHELL" else []
-    except LabtaskerError:  # nobody answers: nothing to offer
+    except LabtaskerError:  # the server is away: there is nothing to offer
         return []
 
 
 def field_values(name, word):
-    """Return the fields that can stand there, those in args, metadata and summary of tasks too."""
+    """Return the fields that are possible there, also the nested ones in args, metadata and summary of tasks."""
     head, comma, _ = word.rpartition(",") if name.endswith("...") else ("", "", "")
     tops = UPDATABLE if "=" in name else list(visible(TASK_FIELDS))
     deep = dict.fromkeys("%s.%s" % (top, key) for task in ls_tasks(limit=100).content
@@ -937,21 +940,21 @@ def field_values(name, word):
 
 # ---- Slurm: a job of loops
 #
-# What is typed is sbatch's, the loop's, or this command's own; the loop's and the job's command stand in the script as
-# they were typed, sbatch's options on #SBATCH lines.
+# An option is this command's, the loop's or sbatch's. The script has the loop's options and the job's command as they
+# were typed, and sbatch's options on #SBATCH lines.
 
-NOT_OF_LOOP = ("-c", "-q", "--quiet")  # sbatch's own: CPUs, --qos, and what it says itself
+NOT_OF_LOOP = ("-c", "-q", "--quiet")  # these are sbatch's: CPUs, --qos, and its own output
 SBATCH_SWITCHES = frozenset(  # sbatch's options that take no value, or one after = alone
     "-H --hold -k --no-kill -O --overcommit -Q --quiet -s --oversubscribe --share -V --version -W --wait --contiguous "
     "--exclusive --get-user-env --ignore-pbs --nice --no-requeue --parsable --propagate --reboot --requeue "
     "--spread-job --test-only --usage --use-min-nodes --x11".split())
-SBATCH_ONCE = frozenset(  # these are about a submission: given to sbatch, they are not in the script
+SBATCH_ONCE = frozenset(  # these are about one submission: they are given to sbatch and not in the script
     "-b --begin -d --dependency -H --hold -Q --quiet -W --wait --parsable --test-only".split())
-SBATCH_PARALLEL = frozenset(  # with more than 1 the loop has to be started by srun, once a task
+SBATCH_PARALLEL = frozenset(  # with more than 1 srun starts a loop for each Slurm task
     "-n --ntasks -N --nodes --ntasks-per-node --ntasks-per-socket --ntasks-per-core --ntasks-per-gpu".split())
 
 JobScript = collections.namedtuple("JobScript", "lines once signal srun array")
-# lines: of #SBATCH; once: words for sbatch itself; signal: the name of --signal's, or None; srun: its words, [] without
+# lines: of #SBATCH; once: words for sbatch; signal: the name in --signal, or None; srun: its words or []
 
 
 def sort_sbatch(words):
@@ -969,7 +972,7 @@ def sort_sbatch(words):
             name not in SBATCH_SWITCHES and words and not words[0].startswith("-"))
         taken = [word] + ([words.pop(0)] if value is None and takes and words else [])
         value = taken[-1] if taken[1:] else value
-        if name == "--gpus" and value != "all":  # a number of them; which ones they are Slurm decides
+        if name == "--gpus" and value != "all":  # a number of GPUs, of which Slurm decides which ones
             owner = "sbatch"
         found[owner] += [(name, value)] if owner == "sbatch" else taken
     return found.pop("own"), found
@@ -990,7 +993,7 @@ def switches_of(path):
 
 
 def job_script(given):
-    """Return the JobScript that sbatch's options [(name, value)] ask for; raises UsageError."""
+    """Return the JobScript for sbatch's options [(name, value)]; raises UsageError."""
     names = dict(given)
     if "--wrap" in names:
         raise UsageError("sbatch: instead of --wrap the command goes after --")
@@ -1000,9 +1003,9 @@ def job_script(given):
     array = bool({"-a", "--array"} & set(names))
     srun = ["srun"] if any(name in SBATCH_PARALLEL and value != "1" for name, value in given) else []
     cpus = names.get("--cpus-per-task", names.get("-c"))
-    srun += ["--cpus-per-task=" + cpus] if srun and cpus else []  # which srun does not take from sbatch
+    srun += ["--cpus-per-task=" + cpus] if srun and cpus else []  # srun does not inherit this from sbatch
     signal = names.get("--signal")
-    if signal and not srun and ":" not in signal:  # without B: it would go to steps, and not to the loop
+    if signal and not srun and ":" not in signal:  # without B: the signal would not reach the loop
         signal = "B:" + signal
     lines = [text for spellings, text in (
         ("-J --job-name", "--job-name=labtasker"), ("-D --chdir", "--chdir=" + quoted_for_sbatch(os.getcwd())),
@@ -1018,7 +1021,7 @@ def job_script(given):
 
 
 def log_name(folder, array):
-    """Return the --output of a job in a folder, whose own name Slurm looks through for % too."""
+    """Return the --output of a job in a folder. A % in the folder's name is doubled, as Slurm would interpret it."""
     name = "labtasker-%s.log" % ("%A_%a" if array else "%j")
     return os.path.join(folder.replace("%", "%%"), name) if "%" in folder else name
 
@@ -1029,7 +1032,7 @@ def sbatch_words(name, value):
 
 
 def quoted_for_sbatch(value):
-    """Return a value for a #SBATCH line, where a backslash counts also between quotes; raises UsageError."""
+    """Return a value for a #SBATCH line, where a backslash is special also within quotes; raises UsageError."""
     if re.search("[\r\n]", value):
         raise UsageError("sbatch: a value can't have more than one line: %s" % json.dumps(value))
     if re.match(r"[\w@%+=:,./*~!&|()\[\]{}^-]+\Z", value):
@@ -1052,14 +1055,14 @@ def do_sbatch(options):
         return submit_script(text, job.once)
     say(text.rstrip("\n"))
     if job.once:
-        note("labtasker: not in the script, as of one submission: sbatch " + as_typed(job.once))
+        note("labtasker: options that are not in the script: sbatch " + as_typed(job.once))
 
 
 def check_loop(options):
-    """Raise here, instead of in each of the job's loops, what they would say of their options and command."""
+    """Raise the errors that the job's loops would raise for their options and command."""
     loop = parse("loop", options.loop + (["--"] + options.rest if options.rest else []))
     if not (loop.rest or loop.shell or loop.script_path):
-        raise UsageError("sbatch: what are the loops to run? " + COMMANDS["sbatch"].example.split("\n")[0])
+        raise UsageError("sbatch: what should the loops run? " + COMMANDS["sbatch"].example.split("\n")[0])
     JobCommand(loop.rest, loop.shell, loop.script_path, loop.executable)
     query = filter_of(loop)
     if isinstance(query, str):
@@ -1067,7 +1070,7 @@ def check_loop(options):
 
 
 def script_text(job, options, config):
-    """Return the script; no password is ever in it."""
+    """Return the script. It never has a password."""
     program = as_typed([sys.executable, os.path.abspath(sys.modules["labtasker"].__file__)])
     loop = "loop" + "".join(" " + as_typed([word]) for word in options.loop)
     loop += " \\\n    -- " + as_typed(options.rest) if options.rest else ""
@@ -1099,8 +1102,8 @@ SERVER_SCRIPT = """\
 labtasker=({program})
 loop=({loop})
 
-# The first task runs the server too, which leaves its address in the folder above, where all others find it. Where none
-# comes (the first task has ended, or has not begun), who waits for it runs it; the store takes no second one.
+# The first task also runs the server, which writes its address into the folder above, where all others find it. If no
+# server appears (the first task has ended, or has not begun), a waiting task starts one. The store refuses a second.
 serve() {{
     "${{labtasker[@]}}" serve --host {host} --port {port} &
     server=$!
@@ -1110,8 +1113,8 @@ if [ "${{SLURM_ARRAY_TASK_ID-}}" = "${{SLURM_ARRAY_TASK_MIN-}}" ]; then serve; f
 "${{labtasker[@]}}" server wait --timeout {wait} > /dev/null || exit
 kill -0 "${{server-none}}" 2> /dev/null || exec "${{loop[@]}}"
 
-# The loop beside the server. SIGTERM comes to all processes. The server stays as long as any task runs; the second
-# round is for what was handed back meanwhile.
+# The loop beside the server. SIGTERM reaches all processes. The server stays as long as any task runs. The second round
+# is for tasks that were handed back meanwhile.
 trap 'stopped=yes' TERM
 {pass_on}for round in 1 2; do
     if [ -z "${{stopped-}}" ]; then
@@ -1130,24 +1133,24 @@ wait "$server"
 exit "$code"
 """
 PASS_ON = """\
-trap 'stopped=yes; kill -{0} "$pid" 2> /dev/null' {0}  # of --signal: it comes to this shell alone
+trap 'stopped=yes; kill -{0} "$pid" 2> /dev/null' {0}  # the signal of --signal reaches only this shell
 """
 UNNEEDED = """\
 if [ "$("${labtasker[@]}" task count --quiet --status pending)" = 0 ]; then
-    scancel --quiet --state=PENDING "$SLURM_ARRAY_JOB_ID"  # nothing is left for what has not begun
+    scancel --quiet --state=PENDING "$SLURM_ARRAY_JOB_ID"  # array tasks that have not begun have nothing to do
 fi
 while kill -0 "$server" 2> /dev/null &&
     [ "$(squeue --noheader --array --states=RUNNING --jobs="$SLURM_ARRAY_JOB_ID" | wc -l)" -gt 1 ]; do
-    sleep 1  # what has begun finds the server, and that nothing is left
+    sleep 1  # array tasks that have begun still need the server, to learn that nothing is left
 done
 """
 
 
-# sbatch passes its environment on to the job that it submits, and srun in there takes SLURM_* for options. So what this
-# process has as part of a job, Slurm's or a loop's, stays here: by Slurm's manuals all of SLURM_* is an "output
-# variable" of sbatch, salloc or srun, which they set for what they run, but for those below, which only the cluster or
-# a person sets. Of SBATCH_*, which are a person's options for sbatch, a job gets those about binding. A loop's own jobs
-# stay in the loop's allocation: they keep all of this, as srun finds the allocation by it.
+# sbatch passes its environment on to the job that it submits, and srun in that job takes SLURM_* for options. So the
+# variables that this process has as part of a job, Slurm's or a loop's, are not passed on. By Slurm's manuals sbatch,
+# salloc and srun set all of SLURM_* for what they run, except those below, which only the cluster or a person sets. Of
+# SBATCH_*, a person's options for sbatch, Slurm sets those about binding. A loop's own jobs keep all of these
+# variables: they are in the loop's allocation, which srun finds by them.
 OF_CLUSTER = frozenset(
     "SLURM_CONF SLURM_CLUSTERS SLURM_JWT SLURM_TIME_FORMAT SLURM_DEBUG_FLAGS SLURM_EXIT_ERROR SLURM_EXIT_IMMEDIATE "
     "SLURM_MPI_TYPE SLURM_STEP_KILLED_MSG_NODE_ID SLURM_UNBUFFEREDIO SLURM_THREADS SLURM_WAIT SLURM_BITSTR_LEN".split())
@@ -1156,34 +1159,35 @@ OF_LOOP = frozenset("LABTASKER_" + name for name in (
 
 
 def of_a_job(name):
-    """Return whether a variable says something of the job that this process is part of."""
+    """Return whether a variable describes the job that this process is part of."""
     if name.startswith(("SLURM_", "SLURMD_")):
         return name not in OF_CLUSTER and not name.startswith("SLURM_SACK_")
     return name in OF_LOOP or name == "SRUN_DEBUG" or name.startswith(("SBATCH_CPU_BIND", "SBATCH_MEM_BIND"))
 
 
 def submit_script(text, words):
-    """Return sbatch's exit code, the job's id printed; what it refuses it says itself. Raises LabtaskerRuntimeError."""
+    """Submit a script and print the job's id; return sbatch's exit code. sbatch prints its errors itself. Raises
+    LabtaskerRuntimeError if there is no sbatch."""
     import subprocess
     try:
         process = subprocess.Popen(["sbatch", "--parsable"] + words, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                                    env={name: value for name, value in os.environ.items() if not of_a_job(name)})
     except FileNotFoundError:
-        raise LabtaskerRuntimeError("there is no sbatch on this host's PATH: type this where jobs are submitted, or "
-                                    "print the script with --dry-run and submit that there")
+        raise LabtaskerRuntimeError("there is no sbatch on this host's PATH: run this where jobs are submitted, or "
+                                    "print the script with --dry-run and submit it there")
     try:
         process.stdin.write(text.encode())
         process.stdin.close()
-    except BrokenPipeError:  # it does not want the script, and says why
+    except BrokenPipeError:  # sbatch has ended, after printing why
         pass
-    for line in process.stdout:  # at once, though --wait may have sbatch stay
+    for line in process.stdout:  # the id is printed at once, even if --wait makes sbatch stay
         say(line.decode("utf-8", "replace").rstrip("\n"))
         sys.stdout.flush()
     return process.wait()
 
 
 def listening(text):
-    """Return (host, port) of HOST:PORT; the type of the option that takes that."""
+    """Return (host, port) of HOST:PORT; the type of such an option."""
     import argparse
     host, colon, port = text.rpartition(":")
     if not (host and port.isdigit() and int(port) < 65536):
@@ -1203,12 +1207,12 @@ def do_server_wait(options):
         time.sleep(min(SERVER_LOOK_S, max(0, give_up_at - monotonic())))
 
 
-SERVER_LOOK_S = 1.0  # between looks for a server
+SERVER_LOOK_S = 1.0  # between attempts to reach a server
 
 
 def living_server():
-    """Return the URL of the server that is configured, or that the configured folder names, or None where it does not
-    answer; the store itself is not touched."""
+    """Return the URL of the configured server, or of the one that the configured folder names; None if it does not
+    answer. The store itself is not touched."""
     use_client(None)
     try:
         where = client().where
@@ -1222,7 +1226,7 @@ def living_server():
 
 
 def api_reference():
-    """Return the routes of the REST API, each with the fields that it takes."""
+    """Return the reference of the REST API: each route with its fields."""
     def shown(name, arg):
         default = "" if arg.default is None else "=" + json.dumps(arg.default) if arg.default is not REQUIRED else None
         return "%s%s %s%s" % (name, "*" if arg.is_ours else "", arg.kind, " (required)" if default is None else default)
@@ -1243,7 +1247,7 @@ def do_help_skill(options):
 
 
 def skill_page(name):
-    """Return the page of the skill that is meant by `references/python.md`, `python.md` or `python`; None: SKILL.md."""
+    """Return the skill's page for a name such as `references/python.md`, `python.md` or `python`; SKILL.md for None."""
     pages = {re.sub(r".*/|\.md\Z", "", path).lower(): path for path in SKILL}
     word = re.sub(r".*/|\.md\Z", "", name or "skill").lower()
     if word not in pages:
@@ -1255,13 +1259,13 @@ def skill_page(name):
 def do_skill_install(options):
     folder = os.path.join(os.path.abspath(skills_folder(options)), "labtasker")
     try:
-        there = {name: skill_text(os.path.join(folder, name)) for name in SKILL}
-        others = [name for name in SKILL if there[name] not in (None, SKILL[name])]
+        texts = {name: skill_text(os.path.join(folder, name)) for name in SKILL}
+        others = [name for name in SKILL if texts[name] not in (None, SKILL[name])]
         if others:
             confirm("%s has another text already, of another version or somebody's own. Replace it?" % " and ".join(
                 os.path.join(folder, name) for name in others),
                 "--yes to replace it, or --dest DIR to write elsewhere", options.yes)
-        written = [name for name in SKILL if there[name] != SKILL[name]]
+        written = [name for name in SKILL if texts[name] != SKILL[name]]
         for name in sorted(written, key="SKILL.md".__eq__):  # SKILL.md last: it names the others
             write_skill(os.path.join(folder, name), SKILL[name])
     except (OSError, OddFile) as error:
@@ -1271,8 +1275,8 @@ def do_skill_install(options):
 
 
 def skills_folder(options):
-    """Return the folder of skills that --dest, --global or neither means; raises UsageError, or LabtaskerValueError
-    where no home is known."""
+    """Return the folder of skills: --dest, that of --global, or the one here; raises UsageError, or LabtaskerValueError
+    if there is no home folder."""
     if options.dest is not None and options.is_global:
         raise UsageError("--dest says where, and so does --global: give one of them")
     if options.dest is not None:
@@ -1286,7 +1290,7 @@ def skills_folder(options):
 
 
 def skill_text(path):
-    """Return the text of a file, or None where there is none; raises OddFile for what is no plain file."""
+    """Return the text of a file, or None if there is none; raises OddFile if it is no plain file."""
     try:
         with open_plain(path) as file:
             return file.read(1 << 20).decode("utf-8", "replace")
@@ -1295,7 +1299,7 @@ def skill_text(path):
 
 
 def write_skill(path, text):
-    """Write a file, all of it or none; others may read a new one as far as the umask lets them."""
+    """Write a file completely or not at all. The umask decides who may read a new one."""
     is_new = not os.path.exists(path)
     os.makedirs(os.path.dirname(path), exist_ok=True)
     Disk.create(path, [text.encode("utf-8")], keep=0o777)
@@ -1307,11 +1311,11 @@ def write_skill(path, text):
 
 # ---- The page: what the server answers a browser
 
-SAMPLE, MOST_PATHS = 300, 400  # tasks that are looked at for what fields there are; fields that are told
-MOST_ALIKE = 60  # fields of which it is told that they are the same in all tasks
-MOST_CHOSEN_OF = 100  # tasks, beside those shown, that are looked at for which columns tell them apart
-CELL, MOST_ROWS, MOST_COLUMNS = 300, 20000, 200  # letters of a cell; rows, columns of a view
-LEAST_POINTS, MOST_POINTS = 20, 1000  # of a curve that is shown, whatever their number
+SAMPLE, MOST_PATHS = 300, 400  # tasks that are examined to find out which fields there are; fields that are sent
+MOST_ALIKE = 60  # at most so many fields are listed as the same in all tasks
+MOST_CHOSEN_OF = 100  # tasks, beside those shown, that are examined to choose the columns
+CELL, MOST_ROWS, MOST_COLUMNS = 300, 20000, 200  # characters of a cell; rows, columns of a view
+LEAST_POINTS, MOST_POINTS = 20, 1000  # of each curve, however many are shown
 
 POLICY = "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src 'self' data:; " \
          "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
@@ -1327,17 +1331,17 @@ def page_of(kind, text):
 
 
 def page_html(store, caller, request):
-    """Return the page."""
+    """Return the page's HTML."""
     return page_of("text/html", PAGE_HTML)
 
 
 def page_css(store, caller, request):
-    """Return how the page looks."""
+    """Return the page's style sheet."""
     return page_of("text/css", PAGE_CSS)
 
 
 def page_js(store, caller, request):
-    """Return what the page does."""
+    """Return the page's script."""
     return page_of("text/javascript", PAGE_JS)
 
 
@@ -1345,17 +1349,17 @@ def view_tasks(store, caller, request):
     """Return columns of the tasks that match: {rows: [[task id, status, cell...]], counts: {status: number}, queue:
     {counts, per_s, eta_s, paused}, fields: {dotted path: whether of numbers}, found: number}.
 
-    A cell is null, true, false, a number or text of bounded length. `counts` are those that the filter matches,
-    whatever their status. With `spread` the rows are a sample of those with values in the first two columns. With
-    `choose` there is {chosen: {columns, telling, same, letters}} of the rows and others, as `chosen_of` returns it."""
+    A cell is null, true, false, a number or text of bounded length. `counts` has the tasks that the filter matches,
+    whatever their status. With `spread` the rows are a sample of the tasks with values in the first two columns. With
+    `choose` there is {chosen: {columns, telling, same, letters}} as `chosen_of` returns it, for the rows and others."""
     return store.transact(lambda store, queue, request, at: (
         [], lambda records=list(queue.tasks.values()): viewed(store, queue.record, records, request, at)),
         caller, request, False)
 
 
 def viewed(store, of_queue, records, request, at):
-    """Return what `view_tasks` answers, from a queue's own record and those of its tasks in the order of their last
-    change; outside the lock."""
+    """Return the answer of `view_tasks` for a queue's record and its tasks' records, in the order of their last change.
+    It is called outside the lock."""
     chosen, overview = matched(store, of_queue, records, request, at)
     names = request["columns"] or []
     if request["spread"]:
@@ -1372,15 +1376,15 @@ def viewed(store, of_queue, records, request, at):
 
 
 def matched(store, of_queue, records, request, at):
-    """Return (the records that the filter and the status leave, what every view answers of them); raises
-    LabtaskerValueError where too many columns are asked for."""
+    """Return (the records that match filter and status, the part of the answer that all views have); raises
+    LabtaskerValueError for too many columns."""
     chosen, fields = records, fields_of(records)
     counts = everything = collections.Counter(record.status for record in records)
     if request["extra_filter"] is not None:
         seen = (last_seen(store, record) if record.status == "running" else record for record in records)
         chosen = list(filter(request["predicate"], seen))
         counts = collections.Counter(record.status for record in chosen)
-        fields = dict(fields_of(chosen), **fields)  # what is asked for stands first
+        fields = dict(fields_of(chosen), **fields)  # fields of the matching tasks come first
     if request["status"]:
         chosen = [record for record in chosen if record.status == request["status"]]
     if len(request["columns"] or ()) > MOST_COLUMNS:
@@ -1391,13 +1395,12 @@ def matched(store, of_queue, records, request, at):
 
 
 def view_curves(store, caller, request):
-    """Return the curves of the tasks that match: {rows: [[task id, status, cell..., [step], [value]]], names: [value
-    that points have], value: the one that is shown, found: how many tasks have it, until: a time} and what `view_tasks`
-    says of all.
+    """Return the curves of the tasks that match: {rows: [[task id, status, cell..., [step], [value]]], names: [name of
+    a value], value: the one that is shown, found: how many tasks have it, until: a time} and what all views have.
 
-    Where more than `limit` have it, a sample is answered, always the same, and with `best` the best of all. `points`
-    are shared among the curves. The steps and values of a task that has not changed since the time `since` are null:
-    an `until` that was answered before."""
+    If more than `limit` tasks have the value, the answer is a sample, always the same, and with `best` the best tasks.
+    The curves share the number of `points`. `since` is an earlier `until`: the steps and values of a task that has not
+    changed since then are null."""
     def decide(store, queue, request, at):
         records = list(queue.tasks.values())
         return [], lambda: curves_viewed(store, queue.record, records, request, at)
@@ -1405,7 +1408,7 @@ def view_curves(store, caller, request):
 
 
 def curves_viewed(store, of_queue, records, request, at):
-    """Return what `view_curves` answers, from a queue's own record and those of its tasks; outside the lock."""
+    """Return the answer of `view_curves` for a queue's record and its tasks' records; called outside the lock."""
     chosen, overview = matched(store, of_queue, records, request, at)
     chosen = [record for record in chosen if record.curve and record.curve.points]
     names = names_of_curves(chosen)
@@ -1423,43 +1426,43 @@ def curves_viewed(store, of_queue, records, request, at):
 
 
 def keys_of_curve(curve):
-    """Return the keys of a curve's points, those that many points share once."""
+    """Return the set of the keys that a curve's points have."""
     return set(point[2] for point in curve.points)
 
 
 def names_of_curves(records):
-    """Return the dotted names of the numbers that points have, what rules stop by first, then the most common."""
-    found, stopping = collections.Counter(), collections.Counter()
+    """Return the dotted names of the numbers in points: those that rules stop by come first, then the most common."""
+    uses, stopping = collections.Counter(), collections.Counter()
     for record in records[::len(records) // SAMPLE + 1]:
         for keys in keys_of_curve(record.curve):
             point = next(point for point in record.curve.points if point[2] is keys or point[2] == keys)
             for name, value in flatten(dict(zip(keys, point[3:]))):
-                found[name] += type(value) in (int, float)
+                uses[name] += type(value) in (int, float)
         rule = (getattr(record, "stop", None) or "").split(":")
         stopping.update(rule[1:2])
-    names = sorted((name for name in found if found[name]), key=lambda name: (-stopping[name], -found[name]))
+    names = sorted((name for name in uses if uses[name]), key=lambda name: (-stopping[name], -uses[name]))
     return names[:MOST_PATHS]
 
 
 def sampled_curves(records, path, request):
     """Return the records whose curves are shown: all, or a sample with the best among them."""
     import heapq
-    limit, way = min(request["limit"], MOST_ROWS), request["best"]
+    limit, mode = min(request["limit"], MOST_ROWS), request["best"]
     if len(records) <= limit:
         return records
 
     def key(record):
         value = get_path(record.summary, path)
-        return (value if way == "min" else -value) if type(value) in (int, float) and value == value else float("inf")
-    best = heapq.nsmallest(limit // 10, records, key) if way else []
-    there = {record.task_id for record in best}
+        return (value if mode == "min" else -value) if type(value) in (int, float) and value == value else float("inf")
+    best = heapq.nsmallest(limit // 10, records, key) if mode else []
+    best_ids = {record.task_id for record in best}
     sample = heapq.nsmallest(limit, records, lambda record: zlib.crc32(record.task_id.encode()))
-    return (best + [record for record in sample if record.task_id not in there])[:limit]
+    return (best + [record for record in sample if record.task_id not in best_ids])[:limit]
 
 
 def series_of(curve, path, most):
-    """Return [[step], [value]] of one value of a curve, in the order of the steps; of some `most` of its points, the
-    newest among them. What is no finite number is null."""
+    """Return [[step], [value]] of one value of a curve, sorted by steps: at most about `most` of its points, with the
+    newest among them. A value that is no finite number is null."""
     top, rest = path[0], path[1:]
     points = [point for point in curve.points if top in point[2]]
     points = points[::-(-(-len(points) // most) or 1)][::-1]
@@ -1471,8 +1474,8 @@ def series_of(curve, path, most):
 
 
 def chosen_of(store, records, sort):
-    """Return which columns tell records apart, by `choose_columns` as `task ls` has them: {columns, telling: [field],
-    same: {field: cell}, letters: {field: the most that a cell has}}."""
+    """Return the columns that `choose_columns` chooses, as for `task ls`: {columns, telling: [field], same: {field:
+    cell}, letters: {field: length of its longest cell}}."""
     kept, rows = [field for field, _ in sort if field not in ("task_id", "created_at")], []
     for record in records:
         row = row_of(record, MOST_PATHS)
@@ -1494,35 +1497,35 @@ def chosen_of(store, records, sort):
 
 
 def rows_of(store, records, request):
-    """Return the records that are shown: a page of them in the order asked for, or a sample, always the same."""
+    """Return the records to show: a page of them in the requested order, or a sample, always the same."""
     offset, limit = request["offset"], min(request["limit"], MOST_ROWS)
-    if request["spread"]:  # not each k-th: a sweep's args come round in turn
+    if request["spread"]:  # not every k-th record, as the args of a sweep repeat at regular distances
         import heapq
-        found = heapq.nsmallest(limit, records, lambda record: zlib.crc32(record.task_id.encode()))
+        shown = heapq.nsmallest(limit, records, lambda record: zlib.crc32(record.task_id.encode()))
     elif not request["sort"]:
-        found = records[::-1][offset:offset + limit]
+        shown = records[::-1][offset:offset + limit]
     else:
-        found = sorted_page(records, request["sort"], offset, limit)
-    return [last_seen(store, record) if record.status == "running" else record for record in found]
+        shown = sorted_page(records, request["sort"], offset, limit)
+    return [last_seen(store, record) if record.status == "running" else record for record in shown]
 
 
 def sorted_page(records, sort, offset, limit):
-    """Return a page of the records in order of a field, both ways with those last that have no value, or NaN."""
-    (field, way), = sort[:1]
-    get, end, is_last = value_of(field), offset + limit, way > 0
+    """Return a page of the records sorted by a field, up or down; records without a value, or with NaN, come last."""
+    (field, direction), = sort[:1]
+    get, end, is_last = value_of(field), offset + limit, direction > 0
 
     def key(record):
         value = get(record)
         return (value is None or value != value) == is_last, order_key(value), record.created_at, record.task_id
-    if end > MOST_ROWS // 10:  # then sorting all is faster
-        return in_order(records, key, way < 0)[offset:end]
+    if end > MOST_ROWS // 10:  # then sorting all of them is faster
+        return in_order(records, key, direction < 0)[offset:end]
     import heapq
-    found = heapq.nsmallest(end, records, key) if way > 0 else heapq.nlargest(end, reversed(records), key)
-    return found[offset:end]
+    first = heapq.nsmallest(end, records, key) if direction > 0 else heapq.nlargest(end, reversed(records), key)
+    return first[offset:end]
 
 
 def value_of(field):
-    """Return the function that takes a column's value from a record; raises LabtaskerValueError."""
+    """Return a function that returns a column's value of a record; raises LabtaskerValueError for an unknown column."""
     if field in MADE_UP:
         return MADE_UP[field]
     top, *path = field.split(".")
@@ -1534,39 +1537,40 @@ def value_of(field):
 
 
 def letters_of(value):
-    """Return how many letters the page shows of a value, or more."""
+    """Return about how many characters the page shows of a value; never too few."""
     return len(value if isinstance(value, str) else brief(value, 5))
 
 
 def column_of(field, store):
-    """Return the function that makes a column's cell from a record."""
+    """Return a function that returns a column's cell for a record."""
     get = (lambda record: failure_of(store, record)) if field == "error" else value_of(field)
     return lambda record: cell(get(record))
 
 
 def failure_of(store, record):
-    """Return the last line of what a record's last run raised, else wrote, else of its error; None without an error."""
-    said = error_of(record) or None
-    if not said or is_named(record):
-        return said
+    """Return the last line of the exception of a record's last run, else of its output, else of its error; None without
+    an error."""
+    error = error_of(record) or None
+    if not error or is_named(record):
+        return error
     key = (store.folder, record.task_id, record.run_id)
     if key not in LAST_WORDS and record.run_id:
         data, _ = tail_of(store, record.task_id, record.run_id, most=4096)
         text = (data or b"").decode("utf-8", "replace")
         lines = [line.strip() for line in shown_lines(text, 20) if line.strip()]
         if not lines:
-            return said
+            return error
         if len(LAST_WORDS) >= MOST_ROWS:
             LAST_WORDS.clear()
         LAST_WORDS[key] = lines[-1]
-    return LAST_WORDS.get(key, said)
+    return LAST_WORDS.get(key, error)
 
 
-LAST_WORDS = {}  # (folder, task id, run id): the last line of a failed run's log, which is looked at once
+LAST_WORDS = {}  # (folder, task id, run id): the last line of a failed run's log, which is read only once
 
 
 def cell(value):
-    """Return a value as it fits into a table: what is long is cut, what is nested is text."""
+    """Return a value for a table: long text is cut, and nested values become text."""
     if isinstance(value, Instant):
         return format_time(value)
     if value is None or isinstance(value, (bool, int, float)):
@@ -1585,38 +1589,38 @@ MADE_UP = {  # columns that are no fields of a task
 
 
 def fields_of(records):
-    """Return {dotted path: whether only numbers were seen there} of args, summary and metadata, from tasks here and
-    there, most common first."""
-    found, others = collections.Counter(), set()
+    """Return {dotted path: whether all its values are numbers} of args, summary and metadata in a sample of the tasks,
+    the most common first."""
+    uses, others = collections.Counter(), set()
     for at in range(0, len(records), max(1, len(records) // SAMPLE)):
         for top in ("args", "summary", "metadata"):
             for key, value in itertools.islice(flatten(getattr(records[at], top)), MOST_PATHS):
                 path = (top + "." + key)[:CELL]
-                found[path] += 1
+                uses[path] += 1
                 if type(value) not in (int, float):
                     others.add(path)
-    return {path: path not in others for path, _ in found.most_common(MOST_PATHS)}
+    return {path: path not in others for path, _ in uses.most_common(MOST_PATHS)}
 
 
 # ---- The table
 
 
 def enter(path, run, example, options=(), rest=None, sort=None):
-    """Enter a command into the table of labtasker.py."""
+    """Add a command to the table of labtasker.py."""
     COMMANDS[path] = Command(run, EXTRA_COMMANDS[path], example, options, rest, sort)
 
 
 enter("watch", do_watch, "labtasker watch --name grid", SELECT + [
     option("--interval TIME", "time between two updates (2 s)", type=seconds, default=REFRESH_S),
-    option("--once", "print it once and end, as it does without a terminal")])
+    option("--once", "print once and end; the default without a terminal")])
 enter("config", do_config, "EDITOR=nano labtasker config", [
-    option("--show", "print the settings in force and where each comes from, no password"), *formats("table")])
+    option("--show", "print the current settings and where each comes from"), *formats("table")])
 enter("sbatch", do_sbatch, "labtasker sbatch --array=0-7 -t 4:00:00 -- python train.py --lr '%(lr)'", [
             option("--dry-run", "print the script and submit nothing"),
             option("--server", "the first task also runs the server of the configured folder's store"),
             option("--listen HOST:PORT", "where that server listens (0.0.0.0:0; port 0 picks one)", type=listening,
                    default=("0.0.0.0", 0)),
-            option("--server-wait TIME", "time that the others wait for it; then one of them runs it (2m)",
+            option("--server-wait TIME", "how long the others wait for it; then one of them runs it (2m)",
                    type=duration, default="2m")],
         "[of sbatch or loop] -- COMMAND ...", sort_sbatch)
 enter("server wait", do_server_wait, "labtasker server wait --timeout 10m && labtasker task ls", [

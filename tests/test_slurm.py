@@ -151,9 +151,9 @@ def test_words_reach_the_loop_as_they_were_typed(home):
 
 
 @pytest.mark.parametrize("words, code, what", [
-    ([], 2, "what are the loops to run? python3 -m labtasker sbatch"),
-    (["--array=0-3"], 2, "what are the loops to run?"),
-    (["--array=0-3", "--"], 2, "what are the loops to run?"),
+    ([], 2, "what should the loops run? python3 -m labtasker sbatch"),
+    (["--array=0-3"], 2, "what should the loops run?"),
+    (["--array=0-3", "--"], 2, "what should the loops run?"),
     (["python", "train.py"], 2, "unexpected argument python: the command goes after --"),
     (["--exclusive", "gpu", "--", "true"], 2, "unexpected argument gpu"),
     (["--wrap=true", "--", "true"], 2, "instead of --wrap the command goes after --"),
