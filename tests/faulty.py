@@ -30,7 +30,7 @@ SETTINGS = {  # name: (value of the quick version, meaning)
     "CUTS_NET": (80, "operations through a proxy that cuts connections"),
     "SOAK": (12, "seconds in which workers, jobs and server are killed and stopped"),
     "SOAK_WORKERS": (8, "loops that run at once meanwhile"),
-    "CURVES": (150, "random histories of which rules and a plain model judge the points"),
+    "CURVES": (60, "random histories of which rules and a plain model judge the points"),
     "CURVE_SOAK": (5, "seconds in which the workers that report points, and their server, are killed"),
     "CURVE_WORKERS": (5, "loops that report points meanwhile"),
     "SEED": (1, "where the dice start"),
