@@ -13258,13 +13258,18 @@ def _waiting_tasks(tasks):
             len(found), " waits" if len(found) == 1 else "s wait", found[0].task_id[:8])
 
 
-def left_tasks(required, pending, hidden, why_not):
+def left_tasks(required, pending, hidden, why_not, is_paused=False):
     """Yield why a loop leaves pending tasks that its filter lets through, and those that it does not, a line for each
-    reason; `why_not(keys)` says why its job gets none of these."""
+    reason; `why_not(keys)` says why its job gets none of these. `is_paused`: the queue."""
     reasons = collections.OrderedDict()
     for task in pending:
         reasons.setdefault(misfits(required, paths_of(task.args)), []).append(task)
-    yield from _waiting_tasks(reasons.pop(((), ()), ()))  # the others fit, and came or came back just now
+    fitting = reasons.pop(((), ()), ())
+    if is_paused and fitting:
+        yield "%d pending task%s not started: the queue is paused (labtasker queue resume)" % (
+            len(fitting), " was" if len(fitting) == 1 else "s were")
+    else:
+        yield from _waiting_tasks(fitting)  # the others came or came back just now
     found = [(tasks, _misfit(len(tasks), missing, extra, why_not)) for (missing, extra), tasks in reasons.items()]
     for tasks, why in found + [(hidden, "the loop's name or filter leaves out all that are pending")] * bool(hidden):
         yield "%d pending task%s not taken: %s (task why %s)" % (
@@ -15230,10 +15235,10 @@ def _tell_left(loop):
         is_none = given and not (pending or loop.account.begun)
         hidden = ls_tasks(status="pending", limit=_MOST_LEFT).content if is_none else []
         doubtful = unmatched({"status": "pending", "extra_filter": given}) if not loop.account.runs else ()
-        lines = list(left_tasks(required, pending, hidden, loop.why_not)) + ["filter: " + text for text in doubtful]
+        lines = list(left_tasks(required, pending, hidden, loop.why_not, loop.is_paused))
     except LabtaskerError:
         return
-    for text in lines:
+    for text in lines + ["filter: " + text for text in doubtful]:
         remark(text)
 
 

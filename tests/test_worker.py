@@ -1182,6 +1182,8 @@ def train(lr=Required(), data="here", *, steps: int = 5):
 def test_a_loop_says_why_it_leaves_pending_tasks(required, why_not, rows, lines):
     pending = [asked("%04d" % at, **args) for at, args in enumerate(rows)]
     assert list(labtasker.left_tasks(required, pending, [], why_not)) == lines
+    fits = [] if lines else ["1 pending task was not started: the queue is paused (labtasker queue resume)"]
+    assert list(labtasker.left_tasks(required, pending, [], why_not, is_paused=True)) == lines + fits
 
 
 @pytest.mark.slow
