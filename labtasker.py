@@ -13266,7 +13266,7 @@ def left_tasks(required, pending, hidden, why_not, is_paused=False):
         reasons.setdefault(misfits(required, paths_of(task.args)), []).append(task)
     fitting = reasons.pop(((), ()), ())
     if is_paused and fitting:
-        yield "%d pending task%s not started: the queue is paused (labtasker queue resume)" % (
+        yield "%d pending task%s not started: its queue is paused (labtasker queue resume)" % (
             len(fitting), " was" if len(fitting) == 1 else "s were")
     else:
         yield from _waiting_tasks(fitting)  # the others came or came back just now

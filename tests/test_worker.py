@@ -1182,8 +1182,9 @@ def train(lr=Required(), data="here", *, steps: int = 5):
 def test_a_loop_says_why_it_leaves_pending_tasks(required, why_not, rows, lines):
     pending = [asked("%04d" % at, **args) for at, args in enumerate(rows)]
     assert list(labtasker.left_tasks(required, pending, [], why_not)) == lines
-    fits = [] if lines else ["1 pending task was not started: the queue is paused (labtasker queue resume)"]
-    assert list(labtasker.left_tasks(required, pending, [], why_not, is_paused=True)) == lines + fits
+    fits = not lines or {"opt": {"lr": 1}} in rows
+    assert list(labtasker.left_tasks(required, pending, [], why_not, is_paused=True)) == (
+        ["1 pending task was not started: its queue is paused (labtasker queue resume)"] * fits + lines)
 
 
 @pytest.mark.slow
