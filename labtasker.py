@@ -17485,8 +17485,9 @@ def _note_absent(fields):
 
 def _chosen_columns(words):
     """Return {word: function of a task} of the columns that --columns names."""
-    return {word: TASK_COLUMNS.get(word) or (lambda task, word=word: _brief_cell(_field_of(task, word)))
-            for word in words if word != "id"}
+    cells = {word: TASK_COLUMNS.get(word) or (lambda task, word=word: _brief_cell(_field_of(task, word)))
+             for word in words if word != "id"}
+    return {word: lambda task, cell=cell: cell(task) or "-" for word, cell in cells.items()}  # no column is left out
 
 
 def _brief_cell(value):
@@ -17652,6 +17653,9 @@ def _listing_text(items, options):
     return WRITERS[options.fmt](rows, columns)
 
 
+MOST_LISTED = 100  # tasks or workers that a listing shows without --limit
+
+
 def _show_listing(items, options, note_none=lambda: note("Nothing matches.")):
     """Print the first --limit of tasks or workers; notes, also that of `note_none`, go to stderr."""
     text = _listing_text(items[:options.limit], options)
@@ -17659,7 +17663,7 @@ def _show_listing(items, options, note_none=lambda: note("Nothing matches.")):
         show(text, options.no_pager)
     elif not options.quiet:
         note_none()
-    if len(items) > options.limit:
+    if len(items) > options.limit == MOST_LISTED:  # who gives a limit wants no more
         note("Only the first %d are shown; use --limit or --offset." % options.limit)
 
 
@@ -17895,6 +17899,7 @@ def do_task_count(options):
 
 
 def do_task_table(options):
+    options.by = [field.strip() for words in options.by for field in words.split(",")]
     for field in options.by:
         _check_field(field, "--by")
     _check_field(options.of, "--of")
@@ -18848,7 +18853,7 @@ def do_worker_delete(options):
 
 def do_event_listen(options):
     listener, seen, failed = connect_events(options.timeout, options.after), 0, 0
-    note("Connected; Ctrl-C ends it.")
+    note("Connected%s." % ("" if options.until_idle or options.most or options.timeout else "; Ctrl-C ends it"))
     for event in _heard(listener, options.until_idle) if options.most != 0 else ():
         text = json.dumps(event.to_dict())
         if options.exec:
@@ -19590,7 +19595,7 @@ _FILTER = _option_of("extra_filter", LOOP_OPTIONS["extra_filter"])
 SELECT = [option("--id --task-id ID", "the task with this id", dest="task_id"),
           option("--name --task-name NAME", "tasks with this name", dest="task_name"),
           choices("-s --status STATUS", TASK_STATES), _FILTER]
-_LIST = [option("--limit N", "show at most N (100)", type=count, default=100),
+_LIST = [option("--limit N", "show at most N (100)", type=count, default=MOST_LISTED),
          option("--offset N", "skip the first N", type=count, default=0),
          *_AS_TABLE,
          option("-v --verbose", "more columns, no value cut"), _NO_PAGER] + _COLOUR
@@ -19638,7 +19643,7 @@ COMMANDS = {
     "task table": Command(
         do_task_table, "Compare groups of tasks by the mean of a value.",
         "labtasker task table --by args.lr --of summary.acc", [
-            option("--by FIELD", "group by this field; repeatable", action="append", required=True),
+            option("--by FIELD", "group by this field, or by several joined by commas", action="append", required=True),
             option("--of FIELD", "the value that is compared, such as summary.acc", required=True),
             option("--max", "the largest mean is best (default)", dest="mode", action="store_const", const="max",
                    default="max"),

@@ -4476,10 +4476,12 @@ nothing does. Where it may take longer than your shell lets a command run, wait 
 labtasker task ls --name sweep1 -s success -S summary.acc:desc --limit 5 --columns id,args,summary.acc
 labtasker task ls --name sweep1 -s success -S summary.acc:desc --limit 100000 --fmt csv > results.csv
 labtasker task ls --name sweep1 -s success -S summary.acc:desc --limit 1 --json
-labtasker task table --name sweep1 --by args.model --of summary.acc
+labtasker task table --name sweep1 --by args.model,args.lr --of summary.acc
 ```
 
-`task table` compares groups: number, mean, deviation and best of each; `--min` where less is better.
+`task table` compares groups, such as all seeds of a setting: number, mean, deviation and best of each, the \
+best mean first
+(`--min` where less is better).
 
 For programs: `submit`, `ls`, `get`, `count`, `update`, `delete`, `retry`, `cancel`, `wait`, `why`, `table`, \
 `history` and `health` take `--json`,
@@ -4533,10 +4535,12 @@ labtasker task ls --name early --columns id,status,args,summary,reason
 labtasker task history "$(labtasker task ls --name early -s success --limit 1 -q)" --fmt csv
 ```
 
-- `asha:METRIC:min:eta=3:from=1` compares at the steps 1, 3, 9, ... with the tasks of the same name and rule, \
-and lets the best third
-  go on, of fewer than six only the best. `median:METRIC:min:from=1:after=5` stops what is worse than the \
-median of those that have
+- `asha:METRIC:min:eta=3:from=1` compares at the steps 1, 3, 9, ... with the tasks of the same name and rule \
+that came there before,
+  and lets the best third go on, of fewer than six only the best. So the order counts: use `--sample`, or \
+shuffle the values; a sweep
+  from worst to best stops nothing. `from=3` spares slow starters. `median:METRIC:min:from=1:after=5` stops \
+what is worse than the median of those that have
   ended. `max` where more is better. `from` is the first step at which a run can be judged.
 - What was stopped is `cancelled`, its `reason` says why, its summary stays: rank with `-s success,cancelled`.
 - A script that may be changed does without patterns: `if not labtasker.report(step=epoch, loss=loss): break`. \
@@ -4564,19 +4568,22 @@ only), run the loop.
 is pending again half
   a minute after its last heartbeat, and counts one failed run; without that option the loop would end before. \
 The job begins
-  anew unless it keeps checkpoints in `$LABTASKER_TASK_DIR`, a folder that all runs of the task share.
+  anew unless it keeps checkpoints in `$LABTASKER_TASK_DIR`, a folder that all runs of the task share. The loop
+  idles for that minute at its end, too.
 - Ctrl-C, SIGTERM and time limits hand back what runs at once, and charge no retry.
 - To stop something: `labtasker task cancel ID` or `task cancel --name sweep1 -s pending -y`. A running job is \
-ended in seconds. Hung
-  ones: `task cancel --name sweep1 -s running -f 'start_time < date("2 hours ago")' -y`; the loop goes on with \
-the next.
+ended in seconds. The
+  longest running: `task ls -s running -S start_time:asc --columns id,args,start_time`. Hung ones: `task \
+cancel --name sweep1 -s running -f 'start_time < date("2 hours ago")' -y`; the loop goes on with the \
+next.
 - To act on each change: `timeout 1h labtasker event listen --until-idle --compact`, or with `--exec 'CMD'`, \
 which gets each event as
   JSON on stdin (`.event.entity_type` is task or worker, `.event.entity_id`, `.event.new_state`, \
-`.event.entity_data` the task). It
-  ends once nothing is pending or running. It begins with now; `--after 0.0` begins with all that is kept.
-- What needs another task's result: `task submit --after ID` waits until it has succeeded; `task why ID` says \
-what is waited for.
+`.event.entity_data` the task). A task
+  becomes `failed` once, after its last attempt. It ends once nothing is pending or running. It begins with \
+now; `--after 0.0` begins with all that is kept.
+- What needs another task's result: `task submit --after ID` waits until it has succeeded, and is cancelled if it
+  fails (`--after-any ID`: runs in any case); `task why ID` says what is waited for.
 - `queue pause` hands out nothing more until `queue resume`; what runs goes on. After ten quick failures in a \
 row a loop stops (exit
   code 4): read its last lines, mend what is wrong with the command or the host, start it again.
@@ -4610,7 +4617,7 @@ queue. Correct the command, or the tasks: `-u 'args={"lr": 0.1, "model": "vit"}'
 - **Values are read as Python**: `1e-3` is the number 0.001 and comes out as `0.001`; `True`, `None` and \
 `[1,2]` are not text.
   A comma separates values only with `--grid`; without it `--lr=1,2` is one task with a list. In a grid lists have
-  brackets: `--layers='[1,2],[3,4]'` is two values.
+  brackets: `--layers='[1,2],[3,4]'` is two values. `nargs="+"` takes `--layers '%(layers...)'` beside `'%(--*)'`.
 - `%(key)` for a key with a dash: submitted as `--learning-rate=1`, the arg is `learning_rate`.
 - **`--max-retries 3` means three runs** in all, not three more. Where an error would only come back: \
 `--max-retries 1`.

@@ -115,3 +115,4 @@ def test_the_command_prints_the_table_for_a_person_a_paper_and_a_program(home, c
     assert printed("--min").splitlines()[1].split()[0] == "0.1"
     assert printed("-s", "success,failed").splitlines()[1].split()[7:9] == ["1", "(33%)"]
     assert json.loads(printed("--json", "-f", "args.lr > 5")) == []
+    assert printed("--by", "args.seed, status").splitlines()[0].split()[:3] == ["lr", "seed", "status"]
