@@ -328,7 +328,9 @@ class View:
 
     def _task(self, width, room):
         task = self.tasks.get(self.chosen)
-        lines = (record_text(task.to_dict()) if task else "It is gone.").split("\n")
+        fields = task.to_dict().items() if task else ()
+        text = record_text({name: value for name, value in fields if value not in (None, [], {}, "")})
+        lines = (text if task else "It is gone.").split("\n")
         self.feed.want_curves([self.chosen])
         value, curves = self.feed.curves
         if self.chosen in curves:

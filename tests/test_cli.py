@@ -722,7 +722,7 @@ def test_csv_has_a_column_for_each_argument(home):
     rows = list(csv.DictReader(io.StringIO(home.cli("task", "ls", "--fmt", "csv").stdout)))
     assert [row["task_id"] for row in rows] == ids
     assert [row["args.lr"] for row in rows] == ["0.1", "0.2", "0.3"] and rows[2]["args.opt.name"] == "adam"
-    assert rows[2]["args.model"] == "" and rows[0]["metadata.tags"] == "['v1']"
+    assert rows[2]["args.model"] == "" and rows[0]["metadata.tags"] == '["v1"]'
 
 
 @pytest.mark.slow

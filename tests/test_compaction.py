@@ -341,9 +341,10 @@ def test_journals_of_every_format_that_ever_was_are_read_the_same(tmp_path):
         copy = tmp_path / path.name
         copy.write_bytes(path.read_bytes())
         found, told = make.shown(copy), json.loads(path.with_suffix(".json").read_text())
-        for kind, fields in (("tasks", L.TASK_FIELDS), ("workers", L.WORKER_FIELDS)):
-            known = {name for queue in told for item in queue[kind] for name in item}
-            for item in [item for queue in found for item in queue[kind]]:
+        for kind, fields in (("queue", L.QUEUE_FIELDS), ("tasks", L.TASK_FIELDS), ("workers", L.WORKER_FIELDS)):
+            items = [[queue[kind]] if kind == "queue" else queue[kind] for queue in told + found]
+            known = {name for of_queue in items[:len(told)] for item in of_queue for name in item}
+            for item in [item for of_queue in items[len(told):] for item in of_queue]:
                 for name in set(item) - known:  # a field that came later has its default
                     assert item.pop(name) == fields[name].default
         assert json.dumps(found, sort_keys=True) == json.dumps(told, sort_keys=True)

@@ -184,6 +184,8 @@ SAFE = {  # route: a function that prepares and returns a call whose lost answer
     "POST /api/v1/queues/me/tasks (list)": lambda: lambda: L.submit_tasks([{"args": {"a": i}} for i in range(10)]),
     "POST /api/v1/queues/me/tasks/search": lambda: L.ls_tasks,
     "POST /api/v1/queues/me/tasks/count": lambda: lambda: L.counted({}),
+    "POST /api/v1/queues/me/tasks/table": lambda: lambda: L.table("args.a", "args.a"),
+    "GET /api/v1/queues/me/tasks/{task_id}/history": lambda: (lambda run: lambda: L.get_history(run.task_id))(a_run()),
     "GET /api/v1/queues/me/mark": lambda: lambda: L.client().call("GET", "/api/v1/queues/me/mark"),
     "POST /api/v1/queues/me/tasks/next": a_fetch,
     "DELETE /api/v1/queues/me/tasks/next": lambda: (lambda fetch_id: lambda: L.end_fetch(fetch_id))(L.new_id()),
@@ -209,6 +211,7 @@ UNSAFE = {  # the same for calls whose lost answer is told
 def test_every_route_is_tried():
     tried = {route.partition(" (")[0] for route in list(SAFE) + list(UNSAFE)}
     of_the_page = {"GET /page", "GET /page.css", "GET /page.js", "POST " + L.TASKS_PATH + "/view",
+                   "POST " + L.TASKS_PATH + "/curves",
                    "GET " + L.TASKS_PATH + "/{task_id}/log"}  # which asks again by itself
     assert set(L.ROUTES) - tried == of_the_page | {"GET /api/v1/queues/me/events"} and tried <= set(L.ROUTES)
     assert set(UNSAFE) == {route for route, (field, _) in L.ONCE.items() if route not in SAFE} | {

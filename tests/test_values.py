@@ -155,7 +155,7 @@ def test_a_syntax_mistake_far_to_the_right_is_still_in_view_and_control_characte
 
 MADE_WITH = {  # what the errors that take arguments of their own are made with
     "LabtaskerHTTPStatusError": (409, [{"loc": ["body", "args"], "msg": "no"}], "http://h"), "SyntaxMistake": ("no", "a b\nc", 4),
-    "FilterError": ("no", "a b", 2), "TemplateError": ("no", "%(", 0), "InvalidFields": ([(["body"], "no")],)}
+    "FilterError": ("no", "a b", 2), "RuleError": ("no", "asha", 2), "TemplateError": ("no", "%(", 0), "InvalidFields": ([(["body"], "no")],)}
 ERRORS = sorted({kind for module in (labtasker, labtasker_cli) for kind in vars(module).values()
                  if isinstance(kind, type) and issubclass(kind, labtasker.LabtaskerError)}, key=lambda kind: kind.__name__)
 
