@@ -174,7 +174,7 @@ def test_required_inside_our_annotated(has_none, monkeypatch):
     if has_none:
         monkeypatch.delattr(typing, "Annotated", raising=False)
     ours = labtasker.Annotated[int, Required()]
-    assert type(ours) is type(own[int, Required()]) or has_none or not own
+    assert has_none or not own or type(ours) is type(own[int, Required()])
 
     def main(lr: labtasker.Annotated[float, "note", Required(alias="a.lr")], n: "labtasker.Annotated[int, Required()]" = None,
              many: labtasker.Annotated[List[labtasker.Annotated[int, "seeds"]], Required()] = ...,
