@@ -839,7 +839,7 @@ def test_a_plots_points_lead_to_their_tasks(person, hand, size):
     person.says(person.page.locator("#plot-legend"), "resnet")
     person.hand.choose(person.named("combobox", "Vertical"), "summary.acc")
     wait_until(lambda: "acc against lr" in svg.locator("title").text_content(), "the other field is drawn")
-    tick = person.page.get_by_label("Log horizontal")
+    tick = person.page.get_by_label("Log horizontal").filter(visible=True)
     assert tick.is_checked(), "four decades"
     person.hand.press(tick)
     wait_until(lambda: not tick.is_checked(), "linear")
