@@ -8,7 +8,7 @@ Copy this file to wherever there is a Python 3.6 or newer and go:
     python3 labtasker.py task ls                            # look at the results
     python3 labtasker.py serve                              # let several hosts share a queue
 
-The same file is the server, the command line and `import labtasker`. The house has sixteen floors; each uses
+The same file is the server, the command line and `import labtasker`. The house has eighteen floors; each uses
 only those below it, so the file reads from here to its end.
 
     1. Values         errors, ids, names, dotted keys, times, durations, relative dates
@@ -20,18 +20,20 @@ only those below it, so the file reads from here to its end.
     7. Store          its folder, one transaction after another, compaction, repair
     8. API            every request as one row of a table: method, path, fields, operation
     9. Server         HTTP over the API: a loop, and threads for what takes long
-    10. Client        configuration, the two transports, the public functions
-    11. Jobs          casts, Required, templates; a job's end and output
-    12. Runs          the run under way, its reports and the outbox where they wait, its heartbeats
-    13. Loops         a loop and its slots: fetch, have a function or a command run, report
-    14. Text          what a person reads and types: tables, formats, values, task arguments
-    15. Commands      what each command does
-    16. Command line  commands as one table, parsers and help made from it, main()
+    10. Client        configuration, and the two transports that carry requests
+    11. Functions     the public functions and their answers
+    12. Jobs          what a job gets of its task: casts and Required, templates
+    13. Output        what comes of a job: its end, its processes, its output, its log
+    14. Runs          the run under way, its reports and the outbox where they wait, its heartbeats
+    15. Loops         a loop and its slots: fetch, have a function or a command run, report
+    16. Text          what a person reads and types: tables, formats, values, task arguments
+    17. Commands      what each command does
+    18. Command line  commands as one table, parsers and help made from it, main()
 
 A task goes this way from `task submit` to its stored report; the number is the section of the function:
 
-    do_task_submit (15)   reads what was typed
-    submit_task (10)      gives the task its id
+    do_task_submit (17)   reads what was typed
+    submit_task (11)      gives the task its id
     Client.call (10)      asks the server over HTTP, or the store in this process
     answer_call (8)       finds the row of ROUTES and checks the fields
     Store.begin (7)       runs the operation under the store's lock
@@ -39,9 +41,9 @@ A task goes this way from `task submit` to its stored report; the number is the 
     State.apply (5)       changes the state, here and at replay; nothing else does
     Journal.add (4)       has the changes written as a line; where that fails they are taken back
     Journal.wait (4)      returns once the line is on disk
-    fetch_task (10)       asks for the next task, from a slot of a loop
+    fetch_task (11)       asks for the next task, from a slot of a loop
     fetch_task_op (6)     decides which one
-    deliver (12)          reports how the run ended, once it has
+    deliver (14)          reports how the run ended, once it has
     report_task_op (6)    decides what becomes of the task; the line is written as above
 """
 import sys
@@ -9106,14 +9108,13 @@ def stop_process(owner, timeout_s):
 
 # 10. Client ##################################################################
 #
-# Where the store is (configuration), how to reach it (two transports), and the public functions.
-# Without a server a request takes the same way, within this process. Reads no configuration and
-# opens nothing before the first call. Uses 1 to 9. Tests: test_client.py, test_network.py, test_skill.py.
+# Where the store is (configuration), and how to reach it (two transports): without a server a request
+# takes the same way, within this process. Reads no configuration and opens nothing before the first
+# call. Uses 1, 4, 5, 7 to 9. Tests: test_client.py, test_network.py.
 
 _EXTENSIONS = "Labtasker-Extensions"
 CONFIG_NAME, _OLD_CONFIG_NAME = "config.toml", "client.toml"  # the second is that of Labtasker 1.0.1
 _REQUEST_TIMEOUT_S = 60.0  # after which a silent server counts as away; long polls add their own time
-_CHUNK_TASKS = 5000  # tasks that submit_tasks sends in one transaction
 PLAIN_LIMIT = 1000  # tasks that a server without the extensions lists, or updates, at a time
 _REPEAT_AFTER_S = (0.05, 0.1, 0.2, 0.5, 1.0, 2.0)  # pauses before repeating a request whose connection broke
 
@@ -9163,7 +9164,7 @@ heartbeat_interval = 10  # seconds
 """
 
 
-def _nearest_with(name, is_there):
+def nearest_with(name, is_there):
     """Return the nearest folder, from the working folder upward, for whose entry `name` `is_there(path)`; or None."""
     folder, inner = os.getcwd(), None
     while folder != inner:
@@ -9179,7 +9180,7 @@ def find_root():
     Raises LabtaskerValueError if the one that was found belongs to another user."""
     if os.environ.get("LABTASKER_ROOT"):
         return os.path.abspath(os.environ["LABTASKER_ROOT"])
-    found = _nearest_with(".labtasker", os.path.isdir)
+    found = nearest_with(".labtasker", os.path.isdir)
     root = os.path.join(found or os.getcwd(), ".labtasker")
     if found:
         check_owner(root, root)
@@ -10366,7 +10367,13 @@ def rediscover_server():
             pass
 
 
-# Answers
+# 11. Functions ###############################################################
+#
+# The public functions: what they take, the requests that they make, and what they return. One for each
+# row of ROUTES that a user calls, and what is made of several. Uses 1 to 8, 10.
+# Tests: test_client.py, test_skill.py, test_table.py, test_events.py.
+
+_CHUNK_TASKS = 5000  # tasks that submit_tasks sends in one transaction
 
 
 class _Response:
@@ -10644,7 +10651,7 @@ def code_version():
     try:
         here = os.getcwd()
         if here not in _VERSIONS:
-            _VERSIONS[here] = _ask_git(here) if _nearest_with(".git", os.path.exists) else None
+            _VERSIONS[here] = _ask_git(here) if nearest_with(".git", os.path.exists) else None
     except OSError:  # the folder was removed
         return None
     return _VERSIONS[here]
@@ -11197,12 +11204,11 @@ def connect_events(timeout=10, after=None):
     return EventListener(after).start(timeout)
 
 
-# 11. Jobs ####################################################################
+# 12. Jobs ####################################################################
 #
-# How a task's args reach a function or a command, and what comes of that: casts and Required (for a
-# function), templates (for a command, quoted as its shell or Python reads them), how a run ended, the
-# processes of a job, its output, and what is said of it. Knows nothing of stores and servers.
-# Uses 1, 10. Tests: test_required.py, test_template.py, test_worker.py.
+# How a task's args reach a job: casts and Required (for a function), templates (for a command, quoted as
+# its shell or Python reads them), and the process that is started. Knows nothing of stores and servers.
+# Uses 1, 7 (how a program is started), 10. Tests: test_required.py, test_template.py, test_worker.py.
 
 
 class UnfitArgs(LabtaskerTypeError):
@@ -12379,6 +12385,13 @@ Outcome = collections.namedtuple("Outcome", "status summary reason fatal facts d
 Outcome.__new__.__defaults__ = (None, None, None, None, 0, False, "exit")
 
 
+# 13. Output ##################################################################
+#
+# What comes of a job: how it ended, its processes, its output as it is printed (progress bars, metrics,
+# the log), the time that is left, and what a loop prints of it. Knows nothing of stores and servers.
+# Uses 1 to 4, 7, 10, 12. Tests: test_worker.py, test_logs.py, test_metrics.py, test_loop.py.
+
+
 def outcome_of_exit(code):
     """Return the Outcome of a job that ended by itself: 0 is success, 75 hands the task back, a signal is negative."""
     if code == 0:
@@ -13286,11 +13299,11 @@ def _misfit(number, missing, extra, why_not):
     return "; ".join(parts)
 
 
-# 12. Runs ####################################################################
+# 14. Runs ####################################################################
 #
 # A run of a task, as its loop and as its job see it: its reports, the outbox where they wait while the
 # server is away, the functions that a job may call, the signals that a loop handles, and the process that
-# sends heartbeats. Uses 1 to 7, 10, 11. Tests: test_worker.py, test_signals.py.
+# sends heartbeats. Uses 1, 3, 4, 6 to 8, 10, 11, 13. Tests: test_worker.py, test_signals.py.
 
 
 def retry_while_away(action, pause, limit_s):
@@ -14725,11 +14738,11 @@ def _part_of_ends(ids):
     return [answer["mark"]], ended, set(ids).difference(there)
 
 
-# 13. Loops ###################################################################
+# 15. Loops ###################################################################
 #
 # Takes tasks and has them run: the loop and its slots, its time limit, and the two ways to run a task:
 # call a function, start a command. Knows nothing of argparse.
-# Uses 1 to 7, 10, 11, 12. Tests: test_worker.py, test_loop.py, test_signals.py, test_slots.py.
+# Uses 1 to 6, 9 to 14. Tests: test_worker.py, test_loop.py, test_signals.py, test_slots.py.
 
 
 # ---- Slots: how many jobs at once, and which GPUs each of them sees
@@ -16175,11 +16188,11 @@ def watch(slot, run, process):
     return False
 
 
-# 14. Text ####################################################################
+# 16. Text ####################################################################
 #
 # What a person reads and types: messages, tables, YAML and CSV; values, task arguments, files of tasks, answers;
 # the references that help prints. Knows no command and asks no store. Results go to stdout, everything else to
-# stderr. Uses 1 to 7, 10, 11. Tests: test_cli.py, test_values.py, test_terminal.py.
+# stderr. Uses 1 to 3, 5, 8 to 14. Tests: test_cli.py, test_values.py, test_terminal.py.
 
 
 _COLOURED = Pattern("(\x1b\\[[0-9;]*m)")
@@ -17178,11 +17191,11 @@ Past events
     This also works without a server. A server of Labtasker 1.0.1 has no ids and
     sends new events only.""" % DEFAULT_PORT)
 
-# 15. Commands ################################################################
+# 17. Commands ################################################################
 #
 # What each command does. A command takes the parsed options and returns its exit code (None: 0). It calls the functions
 # that scripts call too, and knows nothing of the journal or of HTTP. Commands that are a convenience are in
-# labtasker_cli.py. Uses 1 to 3, 5 to 14. Tests: test_cli.py, test_terminal.py.
+# labtasker_cli.py. Uses 1 to 16. Tests: test_cli.py, test_terminal.py.
 EVERYDAY = ("task", "loop", "watch", "init", "serve")  # the list of commands shows every command of these
 SELDOM = ("task count", "task harvest", "task history")  # except these, which share a line
 EVERY = 10 ** 9  # the limit of a listing that leaves nothing out
@@ -19188,10 +19201,10 @@ def _demo_workers(folder, words):
             worker.kill()
 
 
-# 16. Command line ############################################################
+# 18. Command line ############################################################
 #
 # Commands as one table, from which parsers, help and dispatch are made; main(). labtasker_cli.py adds its commands to
-# the table. Uses 1 to 15. Tests: test_cli.py, test_terminal.py.
+# the table. Uses 1, 2, 13, 14, 16, 17. Tests: test_cli.py, test_terminal.py.
 
 # ---- From words to options
 Command = collections.namedtuple("Command", "run help example options rest sort")
