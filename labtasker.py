@@ -4898,9 +4898,14 @@ class _Group:
     def __init__(self, keys):
         self.keys, self.numbers, self.records, self.failed, self.missing, self.nan = keys, [], [], 0, 0, 0
 
-    def add(self, value, record):
-        """Count a record by its value."""
-        if type(value) not in (int, float):
+    def add(self, value, record, statuses):
+        """Count a record: as failed, and by its value if its status is one of the `statuses`."""
+        if record.status == "failed":
+            self.failed += 1
+            if "failed" not in statuses:
+                return
+        kind = type(value)
+        if kind is not float and kind is not int:
             self.missing += 1
         elif value != value:
             self.nan += 1
@@ -4928,22 +4933,20 @@ def _finite_or_nan(compute):
         return math.nan
 
 
-def _field_reader(field):
-    """Return the function of a record that returns its value of a dotted field, or None."""
+def _values_at(records, field):
+    """Return the values that the records have for a dotted field; None where one has no such field."""
     top, *path = field.split(".")
-    top_value, key = operator.attrgetter(top), path[0] if len(path) == 1 else None
-
-    def read(record):
-        value = top_value(record)
-        if type(value) is dict and key is not None:  # the quick way to what get_path returns
-            return value.get(key)
-        return get_path(format_time(value) if isinstance(value, Instant) else value, path)
-    return read
+    values = map(operator.attrgetter(top), records)
+    if len(path) == 1:  # the quick way to what get_path returns
+        key = path[0]
+        return [value.get(key) if type(value) is dict else get_path(value, path) for value in values]
+    return [get_path(format_time(value) if isinstance(value, Instant) else value, path) for value in values]
 
 
-def _group_key(value):
-    """Return what two values have in common if they belong to one group: True is no 1, but 1.0 is."""
-    return value if type(value) in (str, int, float) and value == value else (dump_json(value),)
+def _grouped(column):
+    """Return what two values of a column have in common if they belong to one group: True is no 1, but 1.0 is."""
+    return [value if type(value) is str or type(value) is int or type(value) is float and value == value
+            else (dump_json(value),) for value in column]
 
 
 def group_rows(records, by, of, mode, statuses):
@@ -4952,19 +4955,15 @@ def group_rows(records, by, of, mode, statuses):
 
     All but `failed` are about the records with one of the `statuses` (None: any). The best mean comes first, the
     largest one for the `mode` "max"; a group without a number comes last."""
-    read_keys, read_value, groups = list(map(_field_reader, by)), _field_reader(of), {}
-    for record in records:
-        is_counted = statuses is None or record.status in statuses
-        if not is_counted and record.status != "failed":
-            continue
-        keys = [read(record) for read in read_keys]
-        group_key = tuple(map(_group_key, keys))
+    statuses, groups = frozenset(TASK_STATES if statuses is None else statuses), {}
+    records = [record for record in records if record.status in statuses or record.status == "failed"]
+    columns = [_values_at(records, field) for field in by]
+    group_keys = zip(*map(_grouped, columns))
+    for group_key, keys, value, record in zip(group_keys, zip(*columns), _values_at(records, of), records):
         group = groups.get(group_key)
         if group is None:
             group = groups[group_key] = _Group(keys)
-        group.failed += record.status == "failed"
-        if is_counted:
-            group.add(read_value(record), record)
+        group.add(value, record, statuses)
     sign, best_of = (-1, max) if mode == "max" else (1, min)
     rows = [group.row(by, best_of) for group in groups.values()]
     return sorted(rows, key=lambda row: (row["mean"] is None, row["mean"] != row["mean"], sign * (row["mean"] or 0)))

@@ -1,4 +1,5 @@
 """Sizes: what a million tasks cost, in time, in memory and at the next start."""
+import collections
 import functools
 import json
 import multiprocessing
@@ -130,35 +131,47 @@ def fetch_always(server, started, ended, pipe):
     pipe.send(found)
 
 
+def with_fetches(server, path, body):
+    """Return (the content of the answer, its seconds, the p99 in seconds of the fetches that another client makes)."""
+    fork, http = multiprocessing.get_context("fork"), server.http()
+    started, ended, (mine, its) = fork.Event(), fork.Event(), fork.Pipe(False)
+    process = fork.Process(target=fetch_always, args=(server, started, ended, its), daemon=True)
+    process.start()
+    started.wait()
+    begin = time.perf_counter()
+    answer = http.call("POST", clients.ME + path, body)
+    took_s = time.perf_counter() - begin
+    ended.set()
+    fetches = sorted(mine.recv())
+    process.join()
+    return answer["content"], took_s, fetches[int(len(fetches) * 0.99)]
+
+
 @functools.lru_cache(None)
 def listings():
-    """Return {figure: [its value in a round]} of listings over a million tasks, with fetches meanwhile."""
+    """Return {figure: [its value in a round]} of listings and tables over a million tasks, with fetches meanwhile."""
     server = filled(like_all, SIZES["many"])
-    http, found = server.http(), {"filter_s": [], "fetch_p99_ms": [], "first_ms": []}
-    fork = multiprocessing.get_context("fork")
+    http, found = server.http(), collections.defaultdict(list)
     for number in range(SIZES["rounds"]):
         begin = time.perf_counter()
         answer = http.call("POST", clients.ME + "/tasks/search", {"limit": 100})
         found["first_ms"].append((time.perf_counter() - begin) * 1000)
         assert len(answer["content"]) == 100
-        started, ended, (mine, its) = fork.Event(), fork.Event(), fork.Pipe(False)
-        process = fork.Process(target=fetch_always, args=(server, started, ended, its), daemon=True)
-        process.start()
-        started.wait()
-        group = 100 + number
-        begin = time.perf_counter()
-        answer = http.call("POST", clients.ME + "/tasks/search", {
-            "limit": SIZES["many"], "extra_filter": {"$and": [{"args.group": group}, {"args.lr": {"$lt": 0.9}}]}})
-        found["filter_s"].append(time.perf_counter() - begin)
-        ended.set()
-        fetches = sorted(mine.recv())
-        process.join()
-        assert len(answer["content"]) == SIZES["many"] // 1000, len(answer["content"])
-        found["fetch_p99_ms"].append(fetches[int(len(fetches) * 0.99)] * 1000)
+        rows, took_s, p99_s = with_fetches(server, "/tasks/search", {
+            "limit": SIZES["many"], "extra_filter": {"$and": [{"args.group": 100 + number}, {"args.lr": {"$lt": 0.9}}]}})
+        assert len(rows) == SIZES["many"] // 1000, len(rows)
+        found["filter_s"].append(took_s)
+        found["fetch_p99_ms"].append(p99_s * 1000)
+        rows, took_s, p99_s = with_fetches(server, "/tasks/table", {
+            "by": ["args.model"], "of": "args.lr", "mode": "max", "statuses": None})
+        assert len(rows) == 50 and sum(row["n"] for row in rows) >= SIZES["many"], rows[:2]
+        found["table_s"].append(took_s)
+        found["table_p99_ms"].append(p99_s * 1000)
     return found
 
 
-GOALS = {"filter_s": 2, "fetch_p99_ms": 50, "first_ms": 50, "task": 1200, "task, opened": 1200, "empty": 30}
+GOALS = {"filter_s": 2, "fetch_p99_ms": 50, "first_ms": 50, "table_s": 2, "table_p99_ms": 50, "task": 1200,
+         "task, opened": 1200, "empty": 30}
 
 
 def listing(what):
