@@ -1349,11 +1349,12 @@ def page_js(store, caller, request):
 
 def view_tasks(store, caller, request):
     """Return columns of the tasks that match: {rows: [[task id, status, cell...]], counts: {status: number}, queue:
-    {counts, per_s, eta_s, paused}, fields: {dotted path: whether of numbers}, found: number}.
+    {counts, paused}, pace: {per_s, eta_s}, fields: {dotted path: whether of numbers}, found: number}.
 
-    A cell is null, true, false, a number or text of bounded length. `counts` has the tasks that the filter matches,
-    whatever their status. With `spread` the rows are a sample of the tasks with values in the first two columns. With
-    `choose` there is {chosen: {columns, telling, same, letters}} as `chosen_of` returns it, for the rows and others."""
+    A cell is null, true, false, a number or text of bounded length. `counts` and `pace` are of the tasks that the
+    filter matches, whatever their status. With `spread` the rows are a sample of the tasks with values in the first
+    two columns. With `choose` there is {chosen: {columns, telling, same, letters}} as `chosen_of` returns it, for the
+    rows and others."""
     return store.transact(lambda store, queue, request, at: (
         [], lambda records=list(queue.tasks.values()): viewed(store, queue.record, records, request, at)),
         caller, request, False)
@@ -1387,13 +1388,13 @@ def matched(store, of_queue, records, request, at):
         chosen = list(filter(request["predicate"], seen))
         counts = collections.Counter(record.status for record in chosen)
         fields = dict(fields_of(chosen), **fields)  # fields of the matching tasks come first
+    pace = pace_of(counts, *recent_ends(chosen, at))
     if request["status"]:
         chosen = [record for record in chosen if record.status == request["status"]]
     if len(request["columns"] or ()) > MOST_COLUMNS:
         raise LabtaskerValueError("%d columns: at most %d are shown" % (len(request["columns"]), MOST_COLUMNS))
-    return chosen, {"counts": counts, "fields": fields, "at": at,
-                    "queue": dict(pace_of(everything, *recent_ends(records, at))._asdict(),
-                                  paused=of_queue.paused_at is not None)}
+    return chosen, {"counts": counts, "fields": fields, "at": at, "pace": {"per_s": pace.per_s, "eta_s": pace.eta_s},
+                    "queue": {"counts": everything, "paused": of_queue.paused_at is not None}}
 
 
 def view_curves(store, caller, request):
@@ -1724,7 +1725,7 @@ PAGE_HTML = r"""<!DOCTYPE html>
   <main id="main" tabindex="-1">
     <section id="tasks" aria-label="Tasks" hidden>
       <div class="tools">
-        <div role="group" aria-label="Selected tasks" id="selection">
+        <div role="group" aria-label="Selected tasks" id="selection" class="none">
           <span id="selected">None selected</span>
           <button id="select-none" type="button">Clear selection</button>
           <button id="do-cancel" type="button" data-action="cancel">Cancel…</button>
@@ -1945,6 +1946,7 @@ form.tools { justify-content: flex-start; }
 form.tools select { width: 12rem; }  /* whatever fields come and go */
 .tools [role=group] { display: flex; flex-wrap: wrap; gap: 0.286rem; align-items: center; }
 #selected { min-width: 8.5rem; color: var(--quiet); }
+#selection.none button { visibility: hidden; }  /* their room stays: what is below does not move under the pointer */
 #range { min-width: 12rem; text-align: right; padding-right: 0.286rem; color: var(--quiet); }
 #previous, #next { width: 2rem; padding: 0; font-size: 1.143rem; line-height: 1; }
 .note { min-height: 1.45em; padding-bottom: 0.5rem; }
@@ -1976,6 +1978,8 @@ tbody tr:hover { background: var(--raised); }
 tbody tr.chosen, tbody tr:has(input:checked) { background: var(--tint); }
 td.status { text-overflow: clip; }
 td.status .dot { margin-right: 0.5rem; }
+.winner::before { content: "★ "; color: var(--accent); }
+.winner + * { font-weight: 600; }
 td.pick, th.pick { padding: 0; text-align: center; text-overflow: clip; }
 td.pick label { display: flex; width: 100%; height: 100%; justify-content: center; }
 #empty { position: sticky; left: 0; padding: 2.5rem 1rem; text-align: center; }
@@ -2081,9 +2085,13 @@ dialog kbd { font-family: var(--mono); border: 1px solid var(--line); border-rad
   #rate, #eta { min-width: 7ch; }
   #filter-form { padding: 0.714rem 0.75rem 0; }
   main#main { padding: 0 0.75rem 0.75rem; }
-  #selection { flex: 1 0 100%; }
-  #selected { min-width: 0; flex: 1 0 40%; }
+  #selection { position: fixed; left: 0; right: 0; bottom: 0; z-index: 5; padding: 0.5rem 0.75rem;
+    background: var(--raised); border-top: 1px solid var(--line); }
+  #selection.none { display: none; }
+  #selected { min-width: 0; flex: 1 0 40%; color: var(--text); }
   #selection [data-action] { padding: 0 0.5rem; flex: 1 0 auto; }
+  body:has(#selection:not(.none)) main#main { padding-bottom: 8.5rem; }
+  body:has(#selection:not(.none)) #toasts { bottom: 8.5rem; }
   #pages { flex: 1 0 100%; }
   #range { flex: 1; min-width: 0; }
   form.tools label { flex: 1 1 16rem; justify-content: space-between; }
@@ -2646,17 +2654,17 @@ const refresher = {
   },
 };
 
-/** Shows what every view's answer tells: counts, rate, fields. */
+/** Shows what every view's answer tells: counts and rate of the tasks that the filter matches, and fields. */
 function showOverview(answer) {
   latest = answer;
   fields = Object.keys(answer.fields);
   numeric = new Set(fields.filter((name) => answer.fields[name]));
-  const {counts, per_s: perSecond, eta_s: eta, paused} = answer.queue, shown = answer.counts;
+  const {counts, pace: {per_s: perSecond, eta_s: eta}, queue: {paused}} = answer;
   const total = sum(counts), done = total - (counts.pending || 0) - (counts.running || 0);
-  $("states").style.setProperty("--digits", `${grouped(total).length}ch`);
+  $("states").style.setProperty("--digits", `${grouped(sum(answer.queue.counts)).length}ch`);
   for (const button of $("states").children) {
     const state = button.dataset.state;
-    setText(button.querySelector("b"), grouped(state ? shown[state] || 0 : sum(shown)));
+    setText(button.querySelector("b"), grouped(state ? counts[state] || 0 : total));
     button.setAttribute("aria-pressed", String(at.status === state));
   }
   const share = total ? Math.floor(100 * done / total) : 0;
@@ -3027,14 +3035,30 @@ function areNumbers(values) {
   return numbers.length > there.length / 2;
 }
 
+const LOW_IS_GOOD = new RegExp("loss|error|perplexity|time|second|memory|latency|"
+  + "(?:^|[^a-z])(?:r?mse|mae|mape|err|ppl|nll|fid|kid|wer|cer|eer|bp[bc])(?:[^a-z]|$)", "i");
+
+/** The order in which a field is sorted at first: results of which a low one is good from the lowest on. */
+const firstWay = (field) => (field.startsWith("summary.") && LOW_IS_GOOD.test(field) ? "1" : "-1");
+
+/** Returns {value, word} of the tasks that win: the first of those sorted by a result, unless its worst come first. */
+function winnerOf(columns, {rows}) {
+  const index = columns.indexOf(at.sort), numbers = rows.map((row) => row[index + 2]).filter(Number.isFinite);
+  const isFirstPage = at.sort.startsWith("summary.") && at.page === "1";
+  if (!isFirstPage || numbers.every((number) => number === numbers[0])) return null;
+  if (at.way === "1") return {value: numbers[0], word: "lowest"};
+  return firstWay(at.sort) === "1" ? null : {value: numbers[0], word: "highest"};
+}
+
 /** A column's width in rem: by what it is, else by the letters of its head and its cells. */
 function widthOf(name, isNumber) {
   const letters = choice && own(choice.letters, name), less = isNarrow() ? 0.5 : 0;
   if (name.endsWith("_id") && !at.columns) return SHORT_ID - 2 * less;
   if (own(WIDTHS, name)) return (isNarrow() ? NARROW : WIDTHS)[name] - less;
   if (!letters) return isNumber ? 7 : 9.5;
-  const head = titleOf(name).length + (name === at.sort ? 2 : 0);
-  return Math.min(20, Math.max(4, 1.5 + Math.max(0.57 * letters, 0.62 * head))) - less;
+  const more = name === at.sort ? 2 : 0;  // an arrow beside the head, a star beside the winner
+  const widest = Math.max(0.57 * (letters + more), 0.62 * (titleOf(name).length + more));
+  return Math.min(20, Math.max(4, 1.5 + widest)) - less;
 }
 
 /** Shows what is the same in all tasks, but for what has a column. */
@@ -3069,8 +3093,9 @@ function showTable(columns, answer) {
     if (cell.dataset.field === at.sort) cell.setAttribute("aria-sort", at.way === "1" ? "ascending" : "descending");
     else cell.removeAttribute("aria-sort");
   }
+  const winner = winnerOf(columns, answer);
   sync($("table").tBodies[0], answer.rows, (row) => row[0], makeRow,
-      (node, row) => fillRow(node, row, columns, isNumber));
+      (node, row) => fillRow(node, row, columns, isNumber, winner));
   const first = (Number(at.page) - 1) * PAGE_SIZE;
   setText($("range"), answer.found
       ? `${grouped(first + 1)}–${grouped(first + answer.rows.length)} of ${grouped(answer.found)}` : "0 tasks");
@@ -3094,7 +3119,8 @@ function headCell([name, kind]) {
       change: (event) => pickAll(event.target.checked)}));
   }
   return el("th", {scope: "col", class: kind, "data-field": name}, el("button", {type: "button", title: name,
-    click: () => go({sort: name, way: at.sort === name && at.way === "-1" ? "1" : "-1", page: "1"})}, titleOf(name)));
+    click: () => go({sort: name, way: at.sort === name ? String(-at.way) : firstWay(name), page: "1"})},
+  titleOf(name)));
 }
 
 function makeRow([id]) {
@@ -3102,7 +3128,7 @@ function makeRow([id]) {
   return el("tr", {}, el("td", {class: "pick"}, el("label", {}, box)));
 }
 
-function fillRow(node, row, columns, isNumber) {
+function fillRow(node, row, columns, isNumber, winner) {
   const [id, status] = row, name = row[row.length - 1] || id.slice(0, 8);
   const box = node.cells[0].querySelector("input");
   box.checked = chosen.has(id);
@@ -3113,20 +3139,23 @@ function fillRow(node, row, columns, isNumber) {
   const link = linkIn(columns);
   columns.forEach((column, index) => {
     const cell = node.cells[index + 1], isLink = column === link;
-    fillCell(cell, column, row[index + 2], {id, status, name, isLink, isNumber: isNumber[index]});
+    const best = winner && column === at.sort && row[index + 2] === winner.value ? winner.word : "";
+    fillCell(cell, column, row[index + 2], {id, status, name, isLink, isNumber: isNumber[index], best});
   });
 }
 
-function fillCell(cell, column, value, {id, status, name, isLink, isNumber}) {
+function fillCell(cell, column, value, {id, status, name, isLink, isNumber, best}) {
   const told = column === "task_name" ? oneLine(name) : TIMES.has(column) ? moment(value)
     : column === "duration" ? span(value) : shortValue(column.endsWith("_id") && !at.columns && value
       ? value.slice(0, 8) : value);
   const text = told || (isLink ? id.slice(0, 8) : "");
   const kind = column === "status" ? `status ${status}` : isNumber ? "number" : "";
   if (cell.className !== kind) cell.className = kind;
-  if (cell.dataset.column !== column || cell.dataset.link !== String(isLink)) {
-    Object.assign(cell.dataset, {column, link: isLink});
-    fill(cell, column === "status" ? el("span", {class: "dot"}) : [], isLink ? el("a", {}, el("bdi")) : el("bdi"));
+  if (cell.dataset.column !== column || cell.dataset.link !== String(isLink) || cell.dataset.best !== best) {
+    Object.assign(cell.dataset, {column, link: isLink, best});
+    const before = column === "status" ? el("span", {class: "dot"})
+      : best ? el("span", {class: "winner", role: "img", "aria-label": best}) : null;
+    fill(cell, before, isLink ? el("a", {}, el("bdi")) : el("bdi"));
   }
   setText(cell.querySelector("bdi"), text);
   if (isLink) cell.firstElementChild.href = address({task: id, run: ""});
@@ -3166,6 +3195,9 @@ function showSelection(answer) {
   const rows = [...$("table").tBodies[0].rows], here = rows.filter((row) => chosen.has(row.dataset.key)).length;
   setText($("selected"), chosen.size ? `${grouped(chosen.size)} selected` : "None selected");
   for (const button of $("selection").querySelectorAll("[data-action], #select-none")) button.disabled = !chosen.size;
+  const hadFocus = $("selection").contains(document.activeElement);
+  $("selection").classList.toggle("none", !chosen.size);
+  if (hadFocus && !chosen.size) $("main").focus();
   const all = $("pick-all");
   if (all) {
     all.checked = rows.length > 0 && here === rows.length;
@@ -3859,7 +3891,6 @@ const MOST_CURVES = 1000;
 const MOST_WALKED = 200;  // curves, the best first, whose ends are links
 const PAINT_MS = 8;  // of a frame: many curves are painted in several
 const NEAR = 24;  // px between a pointer and the curve that it points to
-const LOW_IS_GOOD = /loss|err|mse|mae|perplexity|ppl|nll|fid|wer|cer|time|second|memory/i;
 const STOPPED = /^stopped early/;  // the reason of tasks that a rule has ended
 
 let curving = null;  // what was asked and answered last, with what is drawn of it
