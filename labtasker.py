@@ -4970,10 +4970,14 @@ def group_rows(records, by, of, mode, statuses):
 
 
 def table_op(store, queue, request, at):
-    """Answer, outside the lock, the table of the tasks that match; changes nothing."""
+    """Answer, outside the lock, at most `limit` rows of the table of the tasks that match; changes nothing."""
     tests, records = _tests(request, "task_id", "task_name"), list(queue.tasks.values())
-    return [], lambda: {"content": group_rows(
-        _matching(store, records, tests), request["by"], request["of"], request["mode"], request["statuses"])}
+
+    def answer():
+        rows = group_rows(_matching(store, records, tests), request["by"], request["of"], request["mode"],
+                          request["statuses"])
+        return {"content": rows[:request["limit"]], "found": len(rows)}
+    return [], answer
 
 
 def _mark(store):
@@ -7187,7 +7191,7 @@ ROUTES = {
         prepare=_prepare_table,
         fields={"by": Arg("texts", REQUIRED), "of": Arg("text", REQUIRED), "mode": Arg("text", "max"),
                 "statuses": Arg("texts"), "task_id": Arg("id"), "task_name": Arg("text"), "status": Arg("status"),
-                "extra_filter": Arg("filter")}),
+                "extra_filter": Arg("filter"), "limit": Arg("whole")}),
     "POST " + TASKS_PATH + "/view": _route(
         _no_page, "chosen columns of the tasks that match, long values cut; and counts by status",
         prepare=_read_task_filter, run=_run_outside,

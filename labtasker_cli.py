@@ -1686,6 +1686,7 @@ PAGE_HTML = r"""<!DOCTYPE html>
     <h1><bdi id="queue-name"></bdi></h1>
     <nav aria-label="Views">
       <a id="to-tasks" href="#view=tasks">Tasks</a>
+      <a id="to-groups" href="#view=groups">Table</a>
       <a id="to-plot" href="#view=plot">Plot</a>
       <a id="to-grid" href="#view=grid">Grid</a>
       <a id="to-curves" href="#view=curves">Curves</a>
@@ -1750,6 +1751,21 @@ PAGE_HTML = r"""<!DOCTYPE html>
           <p id="empty" class="quiet" hidden></p>
         </div>
         <article id="task" aria-label="Task" tabindex="-1" hidden></article>
+      </div>
+    </section>
+
+    <section id="groups" aria-label="Table" hidden>
+      <form class="tools">
+        <button id="groups-by" type="button">Group by…</button>
+        <label>Value <select id="groups-of"></select></label>
+        <label>Best <select id="groups-mode"><option value="max">Highest</option><option value="min">Lowest</option>
+          </select></label>
+      </form>
+      <p id="groups-note" class="quiet note"></p>
+      <div class="scroll" tabindex="0" role="region" aria-label="Table of groups">
+        <table id="group-table">
+          <caption class="sr">Groups</caption><colgroup></colgroup><thead><tr></tr></thead><tbody></tbody>
+        </table>
       </div>
     </section>
 
@@ -1959,7 +1975,7 @@ form.tools select { width: 12rem; }  /* whatever fields come and go */
   min-height: 12rem; position: relative; }
 .scroll:focus-visible { outline-offset: -2px; }
 table { border-collapse: separate; border-spacing: 0; width: 100%; }
-#table, #worker-table { table-layout: fixed; min-width: calc(var(--width) * var(--stretch)); }
+#table, #group-table, #worker-table { table-layout: fixed; min-width: calc(var(--width) * var(--stretch)); }
 col { width: calc(var(--width) * var(--stretch)); }
 col:not([style]) { width: auto; }
 th, td { padding: 0 0.643rem; text-align: left; height: var(--row); border-bottom: 1px solid var(--line);
@@ -1982,6 +1998,15 @@ td.status .dot { margin-right: 0.5rem; }
 .winner + * { font-weight: 600; }
 td.pick, th.pick { padding: 0; text-align: center; text-overflow: clip; }
 td.pick label { display: flex; width: 100%; height: 100%; justify-content: center; }
+#group-table tbody tr { cursor: pointer; }
+#group-table tr.winner .number.mean { font-weight: 600; }
+#group-table .spread { padding: 0 0.286rem; text-overflow: clip; }
+#group-table .spread svg { display: block; width: 100%; height: 1.286rem; overflow: visible; }
+#group-table .spread span { position: absolute; transform: translateX(-50%); font-weight: 400; }
+#group-table .spread div { position: relative; height: 1.45em; }
+.spread .mean { fill: var(--c0); fill-opacity: 0.45; } .winner .spread .mean { fill-opacity: 0.9; }
+.spread path { fill: none; stroke: var(--text); stroke-width: 1.5; vector-effect: non-scaling-stroke; }
+.spread .tick { stroke: var(--line); stroke-width: 1; }
 #empty { position: sticky; left: 0; padding: 2.5rem 1rem; text-align: center; }
 
 /* A task */
@@ -2125,8 +2150,9 @@ PAGE_JS = r"""// The page of a Labtasker server. Reads downward: what a section 
 //   11. Plot       a field against an arg
 //   12. Grid       two args, coloured by a metric
 //   13. Curves     a value over steps, a line for each task
-//   14. Workers    and what each runs
-//   15. Views      the table that names them, keys, start
+//   14. Table      groups of tasks: mean, spread and best of a value
+//   15. Workers    and what each runs
+//   16. Views      the table that names them, keys, start
 
 // 1. Elements #################################################################
 
@@ -2312,6 +2338,19 @@ function* leaves(value, path = "") {
 function inFilter(path) {
   const [top, ...keys] = path.split(".");
   return top + keys.map((key) => /^[A-Za-z_]\w*$/.test(key) ? `.${key}` : `[${JSON.stringify(key)}]`).join("");
+}
+
+/** A value as the filter language has it. */
+function literal(value) {
+  if (value === null || value === undefined) return "None";
+  return typeof value === "boolean" ? (value ? "True" : "False") : JSON.stringify(value);
+}
+
+/** The condition that a field has a value: of nested values, that all their leaves do. */
+function isEqual(path, value) {
+  const isDict = value !== null && typeof value === "object" && !Array.isArray(value), name = inFilter(path);
+  if (!isDict) return `${name} == ${literal(value)}`;
+  return [...leaves(value, `${path}.`)].map(([leaf, item]) => isEqual(leaf, item)).join(" and ") || `exists(${name})`;
 }
 
 const NAMES = {task_name: "Name", status: "Status", created_at: "Created", last_modified: "Changed",
@@ -2516,7 +2555,7 @@ function showConnection() {
 
 const DEFAULTS = {view: "tasks", filter: "", status: "", sort: "created_at", way: "-1", page: "1", columns: "",
   task: "", run: "", x: "", y: "", colour: "", logx: "", logy: "", gx: "", gy: "", metric: "", how: "mean",
-  curve: "", best: "", clogx: "", clogy: ""};
+  curve: "", best: "", clogx: "", clogy: "", by: "", of: "", mode: "", tsort: "", tway: ""};
 let at = {...DEFAULTS};
 
 function readAddress() {
@@ -2534,6 +2573,12 @@ function address(changes) {
     if (value !== DEFAULTS[key]) asked.set(key, value);
   }
   return "#" + (asked.toString() || "view=tasks");
+}
+
+/** The address of those of the matching tasks that meet conditions too. */
+function addressOfThose(conditions, changes = {}) {
+  const condition = conditions.join(" and "), filter = at.filter ? `(${at.filter}) and ${condition}` : condition;
+  return address({view: "tasks", task: "", run: "", page: "1", filter, ...changes});
 }
 
 function go(changes, {replace = false} = {}) {
@@ -2797,6 +2842,19 @@ async function showHelp() {
   const rows = KEYS.map(([key, what]) => [el("dt", {}, key.split(" ").map((one) => el("kbd", {}, one))),
       el("dd", {}, what)]);
   await openDialog("Keyboard shortcuts", el("dl", {class: "facts"}, rows), [closing("Close", "")]);
+}
+
+/** Asks for some of the offered fields, in their order; resolves to their names, null where it was left, "" for what
+    was there at first. */
+async function askFields(title, offered, chosen) {
+  const boxes = [...new Set([...chosen, ...offered])].map((field) => el("label", {class: "tick"},
+    el("input", {type: "checkbox", value: field, checked: chosen.includes(field)}),
+    el("bdi", {}, own(NAMES, field) || field)));
+  const list = el("fieldset", {class: "choices"}, el("legend", {class: "sr"}, title), boxes);
+  const answer = await openDialog(title, [list],
+    [leaving(), closing("Reset", "reset"), closing("Apply", "show", {class: "main"})]);
+  const names = boxes.map((label) => label.firstElementChild).filter((box) => box.checked).map((box) => box.value);
+  return answer === "reset" ? "" : answer === "show" ? names.join(",") : null;
 }
 
 async function chooseColumns() {
@@ -3878,12 +3936,8 @@ function gridCell(cell, draw) {
 /** Where a cell leads: to its task, or to the list of its tasks. */
 function addressOf({ids}, pairs) {
   if (ids.length === 1) return address({view: "tasks", task: ids[0], run: ""});
-  const condition = pairs.map(([path, value]) => `${inFilter(path)} == ${literal(value)}`).join(" and ");
-  const filter = at.filter ? `(${at.filter}) and ${condition}` : condition;
-  return address({view: "tasks", task: "", page: "1", filter});
+  return addressOfThose(pairs.map(([path, value]) => isEqual(path, value)));
 }
-
-const literal = (value) => (typeof value === "boolean" ? (value ? "True" : "False") : JSON.stringify(value));
 
 // 13. Curves ##################################################################
 
@@ -4158,7 +4212,233 @@ function listCurves(ranked) {
     isLow ? curve.low : curve.high, curve.numbers]));
 }
 
-// 14. Workers #################################################################
+// 14. Table ###################################################################
+
+const MOST_GROUPS = 2000;  // that are asked for, the best first
+const GROUPS_DRAWN = 200;
+const MOST_KEYS = 4;  // fields that tasks are grouped by unless one says otherwise
+const MOST_ARGS = 60;  // whose values are looked at to choose among them
+const SOME = 300;  // tasks in which they are looked at
+const REPEATS = /(^|[._])((seed|repeat|replica|replicate|trial|fold|run)s?(_?(id|no|num|number|index))?|i|index)$/i;
+const GROUP_COLUMNS = {mean: ["Mean", 6.2], spread: ["", 14], std: ["Std", 6], n: ["n", 3.6], min: ["Min", 6.2],
+  max: ["Max", 6.2], best: ["Best", 6.4], failed: ["Failed", 6.2], missing: ["Missing", 5.2], nan: ["NaN", 4.2]};
+const OF_NUMBERS = new Set(["mean", "std", "n", "min", "max"]);  // columns in which a group without a number is last
+
+let sampled = null;  // how many values each arg has among some of the tasks that match, and of which selection
+let grouping = null;  // what was asked and answered last
+
+/** Learns how many values args have among some of the tasks that match. What it found stays while one looks. */
+async function sampleArgs(signal) {
+  await knowFields(signal);
+  const names = ofKind("args").slice(0, MOST_ARGS), key = JSON.stringify([at.filter, at.status, [...names].sort()]);
+  if (sampled && sampled.key === key) return;
+  const answer = await view({columns: ["task_id", "status", ...names], spread: true, limit: SOME, ...matching()},
+    {signal});
+  const rows = answer.rows.map((row) => row.slice(4).map(asText));
+  const varying = names.map((name, index) => ({name, index, count: new Set(rows.map((row) => row[index])).size}))
+    .filter(({count}) => count > 1);
+  sampled = {key, rows, names, varying};
+}
+
+/** The args that make groups of several tasks: those of few values first, and none that only tells repeats apart. */
+function firstKeys() {
+  const {rows, varying, names} = sampled, found = [];
+  const able = varying.filter(({name}) => !REPEATS.test(name)).sort((one, other) => one.count - other.count);
+  for (const arg of able) {
+    const groups = new Set(rows.map((row) => JSON.stringify([...found, arg].map(({index}) => row[index])))).size;
+    if (found.length < MOST_KEYS && groups * 2 <= rows.length) found.push(arg);
+  }
+  const first = found.length ? found : able.slice(0, 1);
+  const keys = first.sort((one, other) => one.index - other.index).map(({name}) => name);
+  return keys.length ? keys : names.length ? names.slice(0, 1) : ["task_name"];
+}
+
+/** The result that groups and lines are about, and whether a low one is good: [field, "max" or "min"]. */
+function resultOf(select) {
+  const of = chooseField(select, asOptions(ofKind("summary")), at.of, ofKind("summary")[0]);
+  return [of, ["max", "min"].includes(at.mode) ? at.mode : LOW_IS_GOOD.test(of) ? "min" : "max"];
+}
+
+async function loadGroups(signal) {
+  await sampleArgs(signal);
+  const by = at.by ? at.by.split(",") : firstKeys(), [of, mode] = resultOf($("groups-of"));
+  $("groups-mode").value = mode;
+  if (!of) {
+    grouping = null;
+    showOverview(await view({limit: 0, ...matching()}, {signal}));
+    return showNoGroups("No task has reported a value yet: labtasker.report(acc=0.9).");
+  }
+  const [found, overview] = await Promise.all([ask("POST", `${ME}/tasks/table`, {by, of, mode, limit: MOST_GROUPS,
+    statuses: [at.status || "success"], extra_filter: at.filter || null}, {signal}),
+  view({limit: 0, ...matching()}, {signal})]);
+  showOverview(overview);
+  const text = JSON.stringify([by, of, mode, at.tsort, at.tway, address({}), found]);
+  if (grouping && grouping.text === text) return;
+  grouping = {text, by, of, mode, rows: found.content, found: found.found};
+  showGroups();
+}
+
+function showNoGroups(words) {
+  setText($("groups-note"), words);
+  delete $("group-table").dataset.head;
+  fill($("group-table").tHead.rows[0]);
+  fill($("group-table").tBodies[0]);
+}
+
+const isNothing = (value) => value === null || value === undefined || value === "NaN";
+
+/** The groups in the order that is asked for: those without what they are sorted by are last, whichever way. */
+function sortedGroups({rows, mode}) {
+  const sort = at.tsort || "mean", way = Number(at.tway) || (mode === "min" ? 1 : -1);
+  if (!at.tsort && !at.tway) return {rows, sort, way};
+  const rank = new Map(inOrder(rows.map((row) => row[sort]).filter((value) => !isNothing(value)))
+    .map((value, index) => [value, index]));
+  const isLast = (row) => isNothing(row[sort]) || OF_NUMBERS.has(sort) && !row.n;
+  return {sort, way, rows: [...rows].sort((one, other) => isLast(one) - isLast(other)
+    || (isLast(one) ? 0 : way * (rank.get(one[sort]) - rank.get(other[sort]))))};
+}
+
+function showGroups() {
+  const {by, of, mode, rows: all, found} = grouping, {rows, sort, way} = sortedGroups(grouping);
+  const shown = rows.slice(0, GROUPS_DRAWN), some = (name) => all.some((row) => row[name]);
+  const counted = Object.entries(GROUP_COLUMNS).filter(([name]) => !["missing", "nan"].includes(name) || some(name));
+  const kindOf = (field) => (areNumbers(all.map((row) => row[field])) ? "number" : "");
+  const letters = (field) => Math.max(titleOf(field).length + 2, ...shown.map((row) => shortValue(row[field]).length));
+  const columns = [...by.map((field) => [field, kindOf(field), Math.min(16, 1.6 + 0.6 * letters(field))]),
+    ...counted.map(([name, [, width]]) => [name, name === "spread" ? "spread" : `number ${name}`, width])];
+  const room = roomForColumns() - sum(columns.map(([, , width]) => width));
+  if (room > 0) columns.find(([name]) => name === "spread")[2] += Math.floor(room);
+  columns.push(["rest", "rest", null]);
+  setHead($("group-table"), columns, groupHead);
+  for (const cell of $("group-table").tHead.rows[0].cells) {
+    if (cell.dataset.field === sort) cell.setAttribute("aria-sort", way > 0 ? "ascending" : "descending");
+    else cell.removeAttribute("aria-sort");
+  }
+  const scale = spreadScale(all), writers = Object.fromEntries(["mean", "std", "min", "max"].map((name) =>
+    [name, writerOf(all.map((row) => row[name]).filter((value) => typeof value === "number"))]));
+  showSpreadHead(scale);
+  const draw = {by, columns, scale, writers, best: all[0] && all[0].n ? all[0] : null};
+  sync($("group-table").tBodies[0], shown, (row) => JSON.stringify(by.map((field) => row[field])), () => el("tr"),
+      (node, row) => fillGroup(node, row, draw));
+  setText($("groups-note"), groupsNote(shown.length, all.length, found));
+}
+
+function groupsNote(shown, sent, found) {
+  const {by, of} = grouping, whose = !at.status || at.status === "success" ? "done" : at.status;
+  if (!found) return `No ${whose} task matches.`;
+  const which = shown === found ? many(found, "group") : `The first ${shown} of ${many(found, "group")}` +
+    (sent < found ? `, of which the best ${grouped(sent)} are sorted,` : "");
+  return `${which} by ${by.map(titleOf).join(", ")}; ${titleOf(of)} of ${whose} tasks. Bars are means, whiskers one ` +
+    "standard deviation each way. Enter leads to a group's tasks.";
+}
+
+function groupHead([name, kind]) {
+  if (name === "rest") return el("td");
+  if (name === "spread") return el("td", {class: kind}, el("div", {id: "spread-head", "aria-hidden": "true"}));
+  const first = ["std"].includes(name) || !kind.includes(" ") ? "1" : ["mean", "min", "max"].includes(name) ? "" : "-1";
+  const turn = () => {
+    const isHere = (at.tsort || "mean") === name, way = at.tway || (grouping.mode === "min" ? "1" : "-1");
+    go({tsort: name, tway: isHere ? String(-way) : first || (grouping.mode === "min" ? "1" : "-1")});
+  };
+  return el("th", {scope: "col", class: kind, "data-field": name},
+    el("button", {type: "button", title: name, click: turn}, (own(GROUP_COLUMNS, name) || [titleOf(name)])[0]));
+}
+
+/** The scale of the bars: from 0 where that is not far, else from where the whiskers begin. */
+function spreadScale(rows) {
+  const ends = rows.flatMap((row) => {
+    const mean = numberOf(row.mean), std = numberOf(row.std) || 0;
+    return mean === null ? [] : [mean - std, mean + std];
+  }).filter(isFinite);
+  if (!ends.length) return null;
+  const low = Math.min(...ends), high = Math.max(...ends);
+  return scaleOf(low > 0 && low < high / 2 && high / low < 100 ? [0, high] : [low, high], "", 3);
+}
+
+function showSpreadHead(scale) {
+  const ticks = scale ? scale.ticks.filter((tick, index, all) => index % Math.ceil(all.length / 4) === 0) : [];
+  const text = JSON.stringify(ticks), place = $("spread-head");
+  if (place.dataset.text === text) return;
+  place.dataset.text = text;
+  fill(place, ticks.map(([value, words]) => {
+    const label = el("span", {}, words);
+    label.style.left = `${100 * scale.place(value)}%`;
+    return label;
+  }));
+}
+
+/** A bar for a group's mean, from 0 where that is drawn, and a whisker of one standard deviation each way. */
+function spreadBar(row, scale) {
+  const mean = numberOf(row.mean), std = numberOf(row.std);
+  const left = (value) => 100 * Math.min(1, Math.max(0, scale.log && value <= 0 ? 0 : scale.place(value)));
+  const ticks = scale ? scale.ticks.filter((tick, index, all) => index % Math.ceil(all.length / 4) === 0) : [];
+  const lines = ticks.map(([value]) => svg("path", {class: "tick", d: `M${left(value)} -8V28`}));
+  const drawing = (...parts) => svg("svg", {viewBox: "0 0 100 20", preserveAspectRatio: "none", "aria-hidden": "true"},
+    lines, parts);
+  if (mean === null) return drawing();
+  const [from, to] = [left(0), left(mean)].sort((one, other) => one - other);
+  const whisker = std === null ? null : svg("path", {class: "whisker",
+    d: `M${left(mean - std)} 10H${left(mean + std)}M${left(mean - std)} 6V14M${left(mean + std)} 6V14`});
+  return drawing(svg("rect", {class: "mean", x: from, width: Math.max(0.4, to - from), y: 3, height: 14}), whisker);
+}
+
+function fillGroup(node, row, draw) {
+  const {by, columns, scale, best, writers} = draw, href = addressOfGroup(row, by);
+  const text = JSON.stringify([row, columns, scale && scale.ticks, row === best, href, scale && scale.place(0)]);
+  if (drawn.get(node) === text) return;
+  drawn.set(node, text);
+  const focused = [...node.querySelectorAll("a")].indexOf(document.activeElement);
+  node.classList.toggle("winner", row === best);
+  const names = columns.map(([name]) => name);
+  fill(node, columns.map(([name, kind], index) => el("td", {class: kind}, index < by.length
+    ? groupKey(row, names[index], index ? null : {href, by}) : groupCell(row, name, scale, writers))));
+  if (focused >= 0 && node.querySelectorAll("a")[focused]) node.querySelectorAll("a")[focused].focus();
+}
+
+const keyText = (value) => (isNothing(value) ? "–" : shortValue(value) || "\"\"");
+
+/** The value of a field that a group is made by; the first one leads to the group's tasks. */
+function groupKey(row, field, link) {
+  const text = el("bdi", {title: asText(row[field])}, keyText(row[field]));
+  if (!link) return text;
+  const words = link.by.map((name) => `${titleOf(name)} ${keyText(row[name])}`).join(", ");
+  return el("a", {href: link.href, "aria-label": `${words}: the tasks`}, text);
+}
+
+/** What stands in a column of a group beside its keys. */
+function groupCell(row, name, scale, writers) {
+  const value = row[name];
+  if (name === "rest") return null;
+  if (name === "spread") return scale && spreadBar(row, scale);
+  if (name === "best") return value ? taskLink(value) : "–";
+  if (name === "failed") {
+    const total = row.n + row.missing + row.nan + (at.status === "failed" ? 0 : row.failed);
+    return value ? `${grouped(value)} (${Math.round(100 * value / total)}%)` : "0";
+  }
+  if (name === "n" || name === "missing" || name === "nan") return grouped(value);
+  return el("span", {title: value === null ? "" : asText(value)}, value === null ? "–"
+    : typeof value === "number" ? writers[name](Number(value.toPrecision(name === "std" ? 3 : 5))) : value);
+}
+
+/** Where a group leads: to its tasks, the best first. */
+function addressOfGroup(row, by) {
+  const {of, mode} = grouping;
+  return addressOfThose(by.map((field) => isEqual(field, row[field])), {sort: of, way: mode === "min" ? "1" : "-1"});
+}
+
+/** A click anywhere on a row does what its link does, unless one marks text. */
+function onGroup(event) {
+  const row = event.target.closest("tr");
+  if (row && !event.target.closest("a") && !String(getSelection())) row.querySelector("a").click();
+}
+
+async function chooseGroups() {
+  const keys = at.by ? at.by.split(",") : grouping ? grouping.by : [];
+  const names = await askFields("Group by", [...ofKind("args", "metadata"), "task_name", "git", "failure"], keys);
+  if (names !== null) go({by: names, tsort: "", tway: ""});
+}
+
+// 15. Workers #################################################################
 
 const MOST_WORKERS = 200;
 const WORKER_COLUMNS = [["Worker", "", innerWidth < 800 ? 9 : 12], ["Runs", "", innerWidth < 800 ? 9 : 14],
@@ -4234,10 +4514,11 @@ async function changeWorker(row, status) {
   refresher.now();
 }
 
-// 15. Views ###################################################################
+// 16. Views ###################################################################
 
 const VIEWS = {
   tasks: {title: "Tasks", load: loadTasks, arrive: arriveAtTasks},
+  groups: {title: "Table", load: loadGroups},
   plot: {title: "Plot", load: loadPlot, arrive: () => drawPlot()},
   grid: {title: "Grid", load: loadGrid, arrive: () => drawGrid()},
   curves: {title: "Curves", load: loadCurves, arrive: () => drawCurves()},
@@ -4247,7 +4528,8 @@ const VIEWS = {
 const press = (id) => () => { if (!$(id).disabled) $(id).click(); };
 
 function stepRows(by) {
-  const links = [...$("table").tBodies[0].rows].map((row) => row.querySelector("td > a")).filter(Boolean);
+  const {rows} = document.querySelector(`#${at.view} table`).tBodies[0];
+  const links = [...rows].map((row) => row.querySelector("td > a")).filter(Boolean);
   const here = links.findIndex((link) => link.closest("tr").contains(document.activeElement));
   const to = links[here < 0 ? (by > 0 ? 0 : links.length - 1) : Math.min(links.length - 1, Math.max(0, here + by))];
   if (to) to.focus();
@@ -4258,12 +4540,10 @@ function tickRow() {
   if (row) row.querySelector("input").click();
 }
 
-const KEYS = [  // keys, what they do, how; in tasks alone where the last is true
+const KEYS = [  // keys, what they do, how; in tasks alone where the last is true, or in tables of links
   ["/", "Go to the filter", () => { $("filter").focus(); $("filter").select(); }],
-  ["1", "Tasks", () => go({view: "tasks"})], ["2", "Plot", () => go({view: "plot"})],
-  ["3", "Grid", () => go({view: "grid"})], ["4", "Curves", () => go({view: "curves"})],
-  ["5", "Workers", () => go({view: "workers"})],
-  ["j", "Next task", () => stepRows(1), true], ["k", "Task before", () => stepRows(-1), true],
+  ...Object.entries(VIEWS).map(([name, {title}], index) => [String(index + 1), title, () => go({view: name})]),
+  ["j", "Next row", () => stepRows(1), "rows"], ["k", "Row before", () => stepRows(-1), "rows"],
   ["x", "Select the task, or not", tickRow, true], ["a", "Select all on this page, or none", press("pick-all"), true],
   ["n", "Next page", press("next"), true], ["p", "Previous page", press("previous"), true],
   ["c", "Cancel the selected", press("do-cancel"), true], ["r", "Retry the selected", press("do-retry"), true],
@@ -4278,7 +4558,8 @@ function onKey(event) {
   if (event.ctrlKey || event.metaKey || event.altKey || !login || $("dialog").open) return;
   if (event.key === "Escape" && at.task && at.view === "tasks") return closeTask();
   if (event.target.closest("input:not([type=checkbox]), select, textarea")) return;
-  const row = KEYS.find(([key, , run, isOfTasks]) => key === event.key && run && (!isOfTasks || at.view === "tasks"));
+  const row = KEYS.find(([key, , run, where]) => key === event.key && run
+    && (!where || at.view === "tasks" || where === "rows" && at.view === "groups"));
   if (!row) return;
   event.preventDefault();
   row[2]();
@@ -4301,7 +4582,7 @@ function showApp() {
   $("login-password").value = "";
   setText($("queue-name"), login.queue);
   fields = [];
-  choice = latest = plotted = gridded = curving = null;
+  choice = latest = plotted = gridded = curving = sampled = null;
   chosen.clear();
   stream.last = null;
   stream.start();
@@ -4353,6 +4634,10 @@ function start() {
   on("select-none", "click", () => { chosen.clear(); showChosen(); });
   for (const button of $("selection").querySelectorAll("[data-action]")) button.addEventListener("click",
       () => act(button.dataset.action, [...chosen]));
+  on("groups-by", "click", () => chooseGroups());
+  on("groups-of", "change", () => go({of: $("groups-of").value, mode: "", tsort: "", tway: ""}));
+  on("groups-mode", "change", () => go({mode: $("groups-mode").value, tsort: "", tway: ""}));
+  $("group-table").tBodies[0].addEventListener("click", onGroup);
   for (const [id, key] of [["plot-x", "x"], ["plot-y", "y"], ["plot-colour", "colour"], ["grid-x", "gx"],
       ["grid-y", "gy"], ["grid-metric", "metric"], ["grid-how", "how"], ["curves-value", "curve"],
       ["curves-colour", "colour"], ["curves-best", "best"]]) {

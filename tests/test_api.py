@@ -447,7 +447,7 @@ ANSWERS = [  # route, body or query, status, what the answer's objects hold; in 
     ("POST " + ME + "/workers", {"worker_name": "w"}, 201, {"worker_id"}), ("POST " + ME + "/tasks", {"args": {"a": 1}}, 201, {"task_id"}),
     ("POST " + ME + "/tasks", [{"args": {"a": 2}}], 201, {"task_ids"}),
     ("POST " + ME + "/tasks/view", {"columns": ["args.a"]}, 200, {"rows", "found", "counts", "pace", "queue", "fields", "at"}),
-    ("POST " + ME + "/tasks/table", {"by": ["args.a"], "of": "args.a"}, 200, {"content"}),
+    ("POST " + ME + "/tasks/table", {"by": ["args.a"], "of": "args.a"}, 200, {"content", "found"}),
     ("POST " + ME + "/tasks/curves", {}, 200, {"rows", "names", "value", "found", "until", "counts", "pace", "queue", "fields", "at"}),
     ("POST " + ME + "/tasks/count", {}, 200, {"counts", "ended", "took_s", "mark"}), ("GET " + ME + "/mark", {}, 200, {"mark"}),
     ("POST " + ME + "/tasks/search", {}, 200, {"found", "content"}), ("POST " + ME + "/tasks/next", {"worker_id": "{w}"}, 200, {"found", "task"}),

@@ -362,6 +362,77 @@ def test_the_view_of_curves(chromium, server):
             report(server, ids[5], "running", step=step + 0.5, summary={"loss": 5})
 
 
+LOOKS = [(width, scheme) for width in (390, 1280, 1600) for scheme in ("light", "dark")]
+
+
+def faults_of_looks(person, name):
+    """Return what is wrong with the view at hand in both schemes, on a phone and on two screens; leave screenshots."""
+    found = []
+    for width, scheme in LOOKS:
+        person.page.set_viewport_size({"width": width, "height": 844})
+        person.page.emulate_media(color_scheme=scheme)
+        person.page.evaluate("new Promise(done => requestAnimationFrame(() => setTimeout(done, 100)))")
+        found += [(width, scheme, one) for one in person.tab.axe() + person.tab.sideways() + person.tab.crooked()]
+        person.tab.shoot("%s-%d-%s" % (name, width, scheme))
+    return found
+
+
+def group_texts(page):
+    """Return the rows of the table of groups as {field: text}."""
+    return page.evaluate("""(([head, ...rows]) => rows.map(row => Object.fromEntries(row.map((text, at) => [head[at], text]))))(
+        [...document.querySelectorAll('#group-table tr')].map(row => [...row.cells].map(one => one.dataset.field || one.textContent)))""")
+
+
+@pytest.mark.slow
+def test_the_table_view_has_the_rows_of_task_table_and_each_leads_to_its_tasks(chromium, server):
+    run_sweep(server)
+    with chromium.session("desk") as session:
+        person = Person(session.tab(), browser.Mouse, server)
+        page = person.page
+        person.open("#view=groups")
+        rows = page.locator("#group-table tbody tr")
+        person.says(page.locator("#groups-note"), "8 groups by lr, opt.name; loss of done tasks")
+        table = asked(server, "POST", "/tasks/table", {"by": ["args.lr", "args.opt.name"], "of": "summary.loss", "mode": "min",
+                                                            "statuses": ["success"]})
+        shown = group_texts(page)
+        assert [(float(one["args.lr"]), one["args.opt.name"], int(one["n"]), float(one["mean"])) for one in shown] == [
+            (one["args.lr"], one["args.opt.name"], one["n"], pytest.approx(one["mean"], rel=1e-4)) for one in table["content"]]
+        assert sorted(one["failed"] for one in shown)[-2:] == ["1 (33%)", "1 (50%)"] and rows.locator(".whisker").count() == 7
+        assert rows.first.get_attribute("class") == "winner" and table["found"] == 8
+        head = page.locator("#group-table").get_by_role("button", name="Max")
+        head.focus()
+        for way in ("ascending", "descending"):
+            page.keyboard.press("Enter")
+            page.locator("#group-table th[data-field=max][aria-sort=%s]" % way).wait_for()
+            values = [float(one["max"]) for one in group_texts(page)]
+            assert values == sorted(values, reverse=way == "descending") and head.evaluate("one => one === document.activeElement")
+        person.press("Group by…")
+        for name in ("args.lr", "args.seed", "args.opt.name"):
+            person.press(name, person.dialog(), role="checkbox")
+        person.press("Apply", person.dialog())
+        person.says(page.locator("#groups-note"), "3 groups by seed")
+        person.open("#view=groups&by=args.seed&of=summary.acc&filter=args.seed < 2 and args.lr < 1")
+        person.says(page.locator("#groups-note"), "2 groups by seed; acc of done tasks")
+        page.evaluate("window.before = document.querySelector('#group-table tbody tr')")
+        asked(server, "POST", "/tasks", [{"task_name": "other", "args": {"seed": 0}}], 201)  # a pending one: no row changes
+        person.says(page.locator("#states"), re.compile(r"All\s*12"))
+        assert page.evaluate("before === document.querySelector('#group-table tbody tr') && before.isConnected")
+        page.locator("#main").focus()
+        page.keyboard.press("j")
+        page.keyboard.press("Enter")
+        person.finds(6)
+        assert page.locator("#filter").input_value() == "(args.seed < 2 and args.lr < 1) and args.seed == 0"
+        assert [row["summary.acc"] for row in person.rows()][0] == "0.89" and page.locator("#table [aria-sort=descending]").count()
+        page.go_back()
+        rows.nth(1).locator("td").last.click()
+        person.says(page.locator("#filter-clear"), "×")
+        wait_until(lambda: page.locator("#filter").input_value().endswith("args.seed == 1"), "a click on a row does the same")
+        person.open("#view=groups")
+        person.says(page.locator("#groups-note"), "8 groups")
+        assert not faults_of_looks(person, "groups")
+        person.tab.is_blameless()
+
+
 @pytest.mark.slow
 def test_a_log_is_read_beside_the_store_and_nowhere_else(server):
     (one,) = submit(server, "log", 1)
@@ -1181,7 +1252,7 @@ def test_shortcuts(person):
     key("u")
     note(person, "Undone for 1 task")
     assert set(states(person.server, ids)) == {"pending"}
-    for keys, name in (("2", "Plot"), ("3", "Grid"), ("4", "Curves"), ("5", "Workers"), ("1", "Tasks")):
+    for keys, name in (("2", "Table"), ("3", "Plot"), ("4", "Grid"), ("5", "Curves"), ("6", "Workers"), ("1", "Tasks")):
         key(keys)
         person.sees(page.get_by_role("region", name=name, exact=True))
         assert person.named("link", name).get_attribute("aria-current") == "page"

@@ -63,6 +63,18 @@ def test_true_is_no_1_but_1_is_1_0_and_what_is_missing_is_null():
     assert sum(row["args.lr"] is None for row in table) == 1
 
 
+def test_an_answer_has_the_best_groups_and_tells_how_many_there_are(tmp_path):
+    store = labtasker.Store(str(tmp_path / "journal.jsonl"), fsync="never")
+
+    def ask(path, body):
+        return labtasker.answer_call(store, lambda: labtasker.LocalName(labtasker.DEFAULT_QUEUE), "POST",
+                                     "/api/v1/queues/me/tasks" + path, body)[1]
+    ask("", [{"args": {"lr": lr}} for lr in (3, 1, 2)])
+    for limit, wanted in ((2, [3, 2]), (0, []), (None, [3, 2, 1])):
+        found = ask("/table", {"by": ["args.lr"], "of": "args.lr", "statuses": ["pending"], "limit": limit})
+        assert ([row["args.lr"] for row in found["content"]], found["found"]) == (wanted, 3)
+
+
 def test_a_truth_value_is_no_number():
     row, = rows_of([(1, True, "success")])
     assert (row["n"], row["missing"], row["mean"], row["best"]) == (0, 1, None, None)
