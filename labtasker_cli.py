@@ -4234,9 +4234,9 @@ async function sampleArgs(signal) {
   if (sampled && sampled.key === key) return;
   const answer = await view({columns: ["task_id", "status", ...names], spread: true, limit: SOME, ...matching()},
     {signal});
-  const rows = answer.rows.map((row) => row.slice(4).map(asText));
-  const varying = names.map((name, index) => ({name, index, count: new Set(rows.map((row) => row[index])).size}))
-    .filter(({count}) => count > 1);
+  const rows = answer.rows.map((row) => row.slice(4)), valuesOf = (index) => rows.map((row) => row[index]);
+  const countOf = (index) => new Set(valuesOf(index).filter((value) => value !== null).map(asText)).size;
+  const varying = names.map((name, index) => ({name, index, count: countOf(index)})).filter(({count}) => count > 1);
   sampled = {key, rows, names, varying};
 }
 
@@ -4298,17 +4298,23 @@ function sortedGroups({rows, mode}) {
     || (isLast(one) ? 0 : way * (rank.get(one[sort]) - rank.get(other[sort]))))};
 }
 
-function showGroups() {
-  const {by, of, mode, rows: all, found} = grouping, {rows, sort, way} = sortedGroups(grouping);
-  const shown = rows.slice(0, GROUPS_DRAWN), some = (name) => all.some((row) => row[name]);
+/** The columns of the table: the keys, then what is counted; on a phone the mean stands first. */
+function groupColumns({by, rows}, shown) {
+  const some = (name) => rows.some((row) => row[name]);
   const counted = Object.entries(GROUP_COLUMNS).filter(([name]) => !["missing", "nan"].includes(name) || some(name));
-  const kindOf = (field) => (areNumbers(all.map((row) => row[field])) ? "number" : "");
+  const kindOf = (field) => (areNumbers(rows.map((row) => row[field])) ? "number" : "");
   const letters = (field) => Math.max(titleOf(field).length + 2, ...shown.map((row) => shortValue(row[field]).length));
-  const columns = [...by.map((field) => [field, kindOf(field), Math.min(16, 1.6 + 0.6 * letters(field))]),
-    ...counted.map(([name, [, width]]) => [name, name === "spread" ? "spread" : `number ${name}`, width])];
+  const keys = by.map((field) => [field, kindOf(field), Math.min(16, 1.6 + 0.6 * letters(field))]);
+  const others = counted.map(([name, [, width]]) => [name, name === "spread" ? "spread" : `number ${name}`, width]);
+  const columns = [...others.splice(0, isNarrow() ? 1 : 0), ...keys, ...others];
   const room = roomForColumns() - sum(columns.map(([, , width]) => width));
   if (room > 0) columns.find(([name]) => name === "spread")[2] += Math.floor(room);
-  columns.push(["rest", "rest", null]);
+  return [...columns, ["rest", "rest", null]];
+}
+
+function showGroups() {
+  const {by, rows: all, found} = grouping, {rows, sort, way} = sortedGroups(grouping);
+  const shown = rows.slice(0, GROUPS_DRAWN), columns = groupColumns(grouping, shown);
   setHead($("group-table"), columns, groupHead);
   for (const cell of $("group-table").tHead.rows[0].cells) {
     if (cell.dataset.field === sort) cell.setAttribute("aria-sort", way > 0 ? "ascending" : "descending");
@@ -4335,7 +4341,7 @@ function groupsNote(shown, sent, found) {
 function groupHead([name, kind]) {
   if (name === "rest") return el("td");
   if (name === "spread") return el("td", {class: kind}, el("div", {id: "spread-head", "aria-hidden": "true"}));
-  const first = ["std"].includes(name) || !kind.includes(" ") ? "1" : ["mean", "min", "max"].includes(name) ? "" : "-1";
+  const first = name === "std" || !kind.includes(" ") ? "1" : ["mean", "min", "max"].includes(name) ? "" : "-1";
   const turn = () => {
     const isHere = (at.tsort || "mean") === name, way = at.tway || (grouping.mode === "min" ? "1" : "-1");
     go({tsort: name, tway: isHere ? String(-way) : first || (grouping.mode === "min" ? "1" : "-1")});
@@ -4389,9 +4395,8 @@ function fillGroup(node, row, draw) {
   drawn.set(node, text);
   const focused = [...node.querySelectorAll("a")].indexOf(document.activeElement);
   node.classList.toggle("winner", row === best);
-  const names = columns.map(([name]) => name);
-  fill(node, columns.map(([name, kind], index) => el("td", {class: kind}, index < by.length
-    ? groupKey(row, names[index], index ? null : {href, by}) : groupCell(row, name, scale, writers))));
+  fill(node, columns.map(([name, kind]) => el("td", {class: kind}, by.includes(name)
+    ? groupKey(row, name, name === by[0] && {href, by}) : groupCell(row, name, scale, writers))));
   if (focused >= 0 && node.querySelectorAll("a")[focused]) node.querySelectorAll("a")[focused].focus();
 }
 
