@@ -1720,6 +1720,7 @@ PAGE_HTML = r"""<!DOCTYPE html>
       <button id="filter-clear" type="button" aria-label="Clear the filter" title="Clear the filter" hidden>×</button>
     </div>
     <button type="submit">Filter</button>
+    <button id="views" type="button" title="Saved views, and a link to this one (v)">Views…</button>
     <div id="filter-error" role="alert" hidden></div>
   </form>
 
@@ -1942,7 +1943,7 @@ dt { color: var(--quiet); }
   background: var(--line); }
 
 /* Filter and tools */
-#filter-form { display: grid; grid-template-columns: 1fr auto; gap: 0 0.5rem; padding: 0.714rem 1rem 0; }
+#filter-form { display: grid; grid-template-columns: 1fr auto auto; gap: 0 0.5rem; padding: 0.714rem 1rem 0; }
 #filter-box { position: relative; }
 #filter { width: 100%; font-family: var(--mono); font-size: 0.923rem; padding-right: 2rem; }
 #filter::placeholder { color: var(--quiet); opacity: 1; }
@@ -1999,12 +2000,12 @@ td.status .dot { margin-right: 0.5rem; }
 td.pick, th.pick { padding: 0; text-align: center; text-overflow: clip; }
 td.pick label { display: flex; width: 100%; height: 100%; justify-content: center; }
 #group-table tbody tr { cursor: pointer; }
-#group-table tr.winner .number.mean { font-weight: 600; }
+#group-table tr.leader .number.mean { font-weight: 600; }
 #group-table .spread { padding: 0 0.286rem; text-overflow: clip; }
 #group-table .spread svg { display: block; width: 100%; height: 1.286rem; overflow: visible; }
 #group-table .spread span { position: absolute; transform: translateX(-50%); font-weight: 400; }
 #group-table .spread div { position: relative; height: 1.45em; }
-.spread .mean { fill: var(--c0); fill-opacity: 0.45; } .winner .spread .mean { fill-opacity: 0.9; }
+.spread .mean { fill: var(--c0); fill-opacity: 0.45; } .leader .spread .mean { fill-opacity: 0.9; }
 .spread path { fill: none; stroke: var(--text); stroke-width: 1.5; vector-effect: non-scaling-stroke; }
 .spread .tick { stroke: var(--line); stroke-width: 1; }
 #empty { position: sticky; left: 0; padding: 2.5rem 1rem; text-align: center; }
@@ -2070,11 +2071,18 @@ dialog { border: 1px solid var(--line); border-radius: 8px; background: var(--gr
   box-shadow: 0 12px 40px rgb(0 0 0 / 25%); }
 dialog::backdrop { background: rgb(10 12 16 / 45%); }
 dialog h2 { font-weight: 600; font-size: 1.143rem; padding-bottom: 0.5rem; }
-dialog form { display: grid; gap: 0.857rem; }
+dialog form { display: grid; grid-template-columns: minmax(0, 1fr); gap: 0.857rem; }
 dialog .buttons { display: flex; justify-content: flex-end; gap: 0.5rem; }
 dialog .choices { display: grid; gap: 0.286rem; border: 1px solid var(--line); border-radius: 5px; margin: 0;
   padding: 0.571rem; max-height: 50vh; overflow: auto; }
 dialog .choices label { overflow-wrap: anywhere; }
+dialog .views { display: grid; gap: 0.286rem; margin: 0; padding: 0; list-style: none; max-height: 40vh;
+  overflow: auto; }
+dialog .views li { display: flex; gap: 0.571rem; align-items: center; min-height: 2.286rem; padding: 0 0.286rem; }
+dialog .views li > :first-child { flex: 1; min-width: 0; overflow-wrap: anywhere; }
+dialog .views [aria-current] { font-weight: 600; }
+dialog .line { flex-wrap: wrap; } dialog .line > span { flex: 0 0 9rem; }
+dialog .line input { flex: 1 1 10rem; min-width: 0; }
 dialog kbd { font-family: var(--mono); border: 1px solid var(--line); border-radius: 3px; padding: 0 0.357rem;
   background: var(--raised); }
 #toasts { position: fixed; left: 1rem; bottom: 1rem; display: grid; gap: 0.5rem; z-index: 30;
@@ -2151,8 +2159,9 @@ PAGE_JS = r"""// The page of a Labtasker server. Reads downward: what a section 
 //   12. Grid       two args, coloured by a metric
 //   13. Curves     a value over steps, a line for each task
 //   14. Table      groups of tasks: mean, spread and best of a value
-//   15. Workers    and what each runs
-//   16. Views      the table that names them, keys, start
+//   15. Saved      views that have a name, in this browser
+//   16. Workers    and what each runs
+//   17. Views      the table that names them, keys, start
 
 // 1. Elements #################################################################
 
@@ -2430,18 +2439,25 @@ async function ask(method, path, body, {signal, as = login, read = readJson} = {
 
 const view = (request, options) => ask("POST", `${ME}/tasks/view`, request, options);
 
+/** What the browser keeps for this page, in this tab ("session") or for good ("local"). It may keep nothing. */
+const kept = {
+  get(kind, key) { try { return window[`${kind}Storage`].getItem(key); } catch { return null; } },
+  set(kind, key, value) { try { window[`${kind}Storage`].setItem(key, value); return true; } catch { return false; } },
+  remove(kind, key) { try { window[`${kind}Storage`].removeItem(key); } catch { /* it was never there */ } },
+};
+
 /** Logs in, or throws. What is kept is kept for this tab, or where a person ticked so on this computer. */
 async function enter(queue, password, stays) {
   const as = {queue, authorization: basic(queue, password)};
   await ask("GET", ME, undefined, {as});
   login = as;
-  (stays ? localStorage : sessionStorage).setItem(KEPT, JSON.stringify(as));
+  kept.set(stays ? "local" : "session", KEPT, JSON.stringify(as));
 }
 
 function remembered() {
-  for (const storage of [sessionStorage, localStorage]) {
+  for (const kind of ["session", "local"]) {
     try {
-      const as = JSON.parse(storage.getItem(KEPT));
+      const as = JSON.parse(kept.get(kind, KEPT));
       if (as && as.authorization) return as;
     } catch { /* nothing to go by */ }
   }
@@ -2453,10 +2469,10 @@ function remembered() {
 function forget(why = "") {
   login = null;
   isLeaving = true;
-  for (const storage of [sessionStorage, localStorage]) storage.removeItem(KEPT);
+  for (const kind of ["session", "local"]) kept.remove(kind, KEPT);
   stream.stop();
   refresher.stop();
-  if (why) sessionStorage.setItem(REASON, why);
+  if (why) kept.set("session", REASON, why);
   history.replaceState(null, "", location.pathname + location.search);
   document.title = "Labtasker";
   document.body.replaceChildren();
@@ -4394,7 +4410,7 @@ function fillGroup(node, row, draw) {
   if (drawn.get(node) === text) return;
   drawn.set(node, text);
   const focused = [...node.querySelectorAll("a")].indexOf(document.activeElement);
-  node.classList.toggle("winner", row === best);
+  node.classList.toggle("leader", row === best);
   fill(node, columns.map(([name, kind]) => el("td", {class: kind}, by.includes(name)
     ? groupKey(row, name, name === by[0] && {href, by}) : groupCell(row, name, scale, writers))));
   if (focused >= 0 && node.querySelectorAll("a")[focused]) node.querySelectorAll("a")[focused].focus();
@@ -4443,7 +4459,110 @@ async function chooseGroups() {
   if (names !== null) go({by: names, tsort: "", tway: ""});
 }
 
-// 15. Workers #################################################################
+// 15. Saved ###################################################################
+
+const MOST_VIEWS = 200;
+const VIEWS_KEPT = `labtasker-views${UNDER.slice(0, -1)}`;  // [{queue, name, address}]: no address has a secret
+
+/** The views that this browser keeps: of all queues of this server. */
+function allViews() {
+  try {
+    return JSON.parse(kept.get("local", VIEWS_KEPT)).filter((one) => [one.queue, one.name, one.address].every((text) =>
+      typeof text === "string") && one.address.startsWith("#"));
+  } catch {
+    return [];
+  }
+}
+
+const viewsHere = () => allViews().filter((one) => one.queue === login.queue);
+
+/** Keeps this queue's views, in the order of their names; says so where the browser keeps nothing. */
+function keepViews(views) {
+  const others = allViews().filter((one) => one.queue !== login.queue);
+  const sorted = [...views].sort((one, other) => one.name.localeCompare(other.name)).slice(0, MOST_VIEWS);
+  const isKept = kept.set("local", VIEWS_KEPT, JSON.stringify([...others, ...sorted]));
+  if (!isKept) notify("This browser keeps nothing for this page. Bookmark the view: its address has all of it.");
+  return isKept;
+}
+
+/** What a saved view is: all of what is looked at but for the task that is open. */
+const addressToKeep = () => address({page: "1", task: "", run: ""});
+
+/** Asks what to do with views: opens, renames, deletes, copies a link to this one, or saves it by a name. */
+async function showViews() {
+  const list = el("ul", {class: "views"}), name = el("input", {id: "view-name", maxlength: "80", autocomplete: "off"});
+  const link = el("input", {id: "view-link", readonly: true, value: location.href.split("#")[0] + address({}),
+    focus: () => link.select()});
+  const copy = el("button", {type: "button", hidden: !navigator.clipboard, click: async () => {
+    await navigator.clipboard.writeText(link.value).catch(() => link.select());
+    setText(copy, "Copied");
+  }}, "Copy");
+  listViews(list);
+  const answer = await openDialog("Views", [list,
+    el("label", {class: "line", for: "view-name"}, el("span", {}, "Save this view as"), name),
+    el("label", {class: "line", for: "view-link"}, el("span", {}, "Link to send"), link, copy),
+    el("p", {class: "quiet"}, "A view is its filter, columns, order and axes. The link has all of it and no " +
+      "password. Saved views stay in this browser, also after logging out.")],
+  [leaving("Close"), closing("Save", "save", {class: "main"})]);
+  if (answer === "save" && name.value.trim()) saveView(name.value.trim());
+}
+
+function saveView(name) {
+  const before = viewsHere(), replaced = before.some((one) => one.name === name);
+  const saved = [...before.filter((one) => one.name !== name), {queue: login.queue, name, address: addressToKeep()}];
+  if (!keepViews(saved)) return;
+  if (replaced) notify(`The view ${name} is another now.`, "Undo", () => keepViews(before));
+  else notify(`Saved as ${name}.`);
+}
+
+function listViews(list) {
+  const views = viewsHere(), here = addressToKeep();
+  fill(list, views.map((one) => viewRow(one, here, list)));
+  if (!views.length) fill(list, el("li", {class: "quiet"}, "None saved yet."));
+}
+
+function viewRow(one, here, list) {
+  const link = el("a", {href: one.address, "aria-current": one.address === here && "true",
+    click: () => $("dialog").close("")}, el("bdi", {}, one.name));
+  const row = el("li", {}, link,
+    el("button", {type: "button", class: "plain", "aria-label": `Rename ${one.name}`,
+      click: () => renameView(one, row, list)}, "Rename"),
+    el("button", {type: "button", class: "plain", "aria-label": `Delete ${one.name}`,
+      click: () => deleteView(one, row, list)}, "Delete"));
+  return row;
+}
+
+/** Puts a field in the place of a view's name; Enter takes it, Escape leaves it. */
+function renameView(one, row, list) {
+  const input = el("input", {value: one.name, maxlength: "80", "aria-label": `New name of ${one.name}`});
+  const end = (name) => {
+    const views = viewsHere().filter((other) => other.name !== one.name && other.name !== name);
+    if (name && name !== one.name) keepViews([...views, {...one, name}]);
+    listViews(list);
+    const again = [...list.querySelectorAll("a")].find((link) => link.textContent === (name || one.name));
+    if (again) again.focus();
+  };
+  input.addEventListener("keydown", (event) => {
+    if (event.key !== "Enter" && event.key !== "Escape") return;
+    event.preventDefault();
+    event.stopPropagation();
+    end(event.key === "Enter" ? input.value.trim() : "");
+  });
+  fill(row, input, el("button", {type: "button", click: () => end(input.value.trim())}, "Rename"));
+  input.select();
+  input.focus();
+}
+
+function deleteView(one, row, list) {
+  const before = viewsHere();
+  if (!keepViews(before.filter((other) => other.name !== one.name))) return;
+  const undo = () => { keepViews(before); listViews(list); };
+  const back = el("button", {type: "button", class: "plain", click: undo}, "Undo");
+  fill(row, el("span", {class: "quiet"}, el("bdi", {}, one.name), " is deleted."), back);
+  back.focus();
+}
+
+// 16. Workers #################################################################
 
 const MOST_WORKERS = 200;
 const WORKER_COLUMNS = [["Worker", "", innerWidth < 800 ? 9 : 12], ["Runs", "", innerWidth < 800 ? 9 : 14],
@@ -4519,7 +4638,7 @@ async function changeWorker(row, status) {
   refresher.now();
 }
 
-// 16. Views ###################################################################
+// 17. Views ###################################################################
 
 const VIEWS = {
   tasks: {title: "Tasks", load: loadTasks, arrive: arriveAtTasks},
@@ -4548,6 +4667,7 @@ function tickRow() {
 const KEYS = [  // keys, what they do, how; in tasks alone where the last is true, or in tables of links
   ["/", "Go to the filter", () => { $("filter").focus(); $("filter").select(); }],
   ...Object.entries(VIEWS).map(([name, {title}], index) => [String(index + 1), title, () => go({view: name})]),
+  ["v", "Saved views", press("views")],
   ["j", "Next row", () => stepRows(1), "rows"], ["k", "Row before", () => stepRows(-1), "rows"],
   ["x", "Select the task, or not", tickRow, true], ["a", "Select all on this page, or none", press("pick-all"), true],
   ["n", "Next page", press("next"), true], ["p", "Previous page", press("previous"), true],
@@ -4639,6 +4759,7 @@ function start() {
   on("select-none", "click", () => { chosen.clear(); showChosen(); });
   for (const button of $("selection").querySelectorAll("[data-action]")) button.addEventListener("click",
       () => act(button.dataset.action, [...chosen]));
+  on("views", "click", () => showViews());
   on("groups-by", "click", () => chooseGroups());
   on("groups-of", "change", () => go({of: $("groups-of").value, mode: "", tsort: "", tway: ""}));
   on("groups-mode", "change", () => go({mode: $("groups-mode").value, tsort: "", tway: ""}));
@@ -4657,6 +4778,7 @@ function start() {
   for (const form of document.querySelectorAll("form.tools")) form.addEventListener("submit",
       (event) => event.preventDefault());
   addEventListener("hashchange", arrive);
+  addEventListener("resize", () => { if (login && at.view === "groups" && grouping) showGroups(); });
   addEventListener("resize", () => { if (login && at.view === "tasks" && !at.columns) refresher.stir(); });
   addEventListener("keydown", onKey);
   document.addEventListener("visibilitychange", onVisibility);
@@ -4666,8 +4788,8 @@ function start() {
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => drawCurves());
   login = remembered();
   if (login) showApp();
-  else showLogin(sessionStorage.getItem(REASON) || "");
-  sessionStorage.removeItem(REASON);
+  else showLogin(kept.get("session", REASON) || "");
+  kept.remove("session", REASON);
 }
 
 /** A tab that nobody sees asks for nothing: browsers keep six connections to a server, for all its tabs together. */

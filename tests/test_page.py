@@ -373,6 +373,8 @@ def faults_of_looks(person, name):
         person.page.emulate_media(color_scheme=scheme)
         person.page.evaluate("new Promise(done => requestAnimationFrame(() => setTimeout(done, 100)))")
         found += [(width, scheme, one) for one in person.tab.axe() + person.tab.sideways() + person.tab.crooked()]
+        if person.page.evaluate("(one => one.open && one.scrollWidth > one.clientWidth)(document.querySelector('dialog'))"):
+            found.append((width, scheme, "the dialog scrolls sideways"))
         person.tab.shoot("%s-%d-%s" % (name, width, scheme))
     return found
 
@@ -398,7 +400,7 @@ def test_the_table_view_has_the_rows_of_task_table_and_each_leads_to_its_tasks(c
         assert [(float(one["args.lr"]), one["args.opt.name"], int(one["n"]), float(one["mean"])) for one in shown] == [
             (one["args.lr"], one["args.opt.name"], one["n"], pytest.approx(one["mean"], rel=1e-4)) for one in table["content"]]
         assert sorted(one["failed"] for one in shown)[-2:] == ["1 (33%)", "1 (50%)"] and rows.locator(".whisker").count() == 7
-        assert rows.first.get_attribute("class") == "winner" and table["found"] == 8
+        assert rows.first.get_attribute("class") == "leader" and table["found"] == 8
         head = page.locator("#group-table").get_by_role("button", name="Max")
         head.focus()
         for way in ("ascending", "descending"):
@@ -430,6 +432,86 @@ def test_the_table_view_has_the_rows_of_task_table_and_each_leads_to_its_tasks(c
         person.open("#view=groups")
         person.says(page.locator("#groups-note"), "8 groups")
         assert not faults_of_looks(person, "groups")
+        person.tab.is_blameless()
+
+
+def view_names(person):
+    """Return the names of the saved views in the dialog."""
+    return person.dialog().locator(".views a").all_text_contents()
+
+
+@pytest.mark.slow
+def test_a_view_is_an_address_that_is_saved_by_name_renamed_deleted_and_sent(chromium, server):
+    run_sweep(server)
+    assert http("POST", server.url + "/api/v1/queues", {"queue_name": "other", "password": "secret-of-other"})[0] == 201
+    best = "#view=tasks&filter=args.lr < 1&status=success&sort=summary.acc&columns=task_id,args.lr,summary.acc"
+    with chromium.session() as session:
+        person = Person(session.tab(), browser.Keys, server)
+        page = person.page
+        for address, name in (("#view=plot&x=args.lr&y=summary.acc&logx=0", "plot <b>"), (best, "best")):
+            person.open(address)
+            person.sees(person.named("heading", QUEUE))
+            page.locator("#main").focus()
+            page.keyboard.press("v")
+            person.hand.fill(person.dialog().get_by_label("Save this view as"), name)
+            page.keyboard.press("Enter")
+            note(person, "Saved as " + name)
+        wanted = person.rows()
+        person.open("#view=curves&curve=loss")
+        person.press("Views…")
+        assert view_names(person) == ["best", "plot <b>"]
+        assert not faults_of_looks(person, "views")
+        person.press("best", person.dialog(), role="link")
+        person.finds(14)
+        assert person.rows() == wanted and list(wanted[0]) == ["task_id", "args.lr", "summary.acc"]
+        page.go_back()
+        person.sees(page.get_by_role("region", name="Curves", exact=True))
+        page.go_forward()
+        person.finds(14)
+        person.press("Views…")
+        assert person.dialog().locator("[aria-current]").text_content() == "best"
+        link = person.dialog().get_by_label("Link to send").input_value()
+        for text, key, names in (("  ", "Enter", ["best", "plot <b>"]), ("zz", "Escape", ["best", "plot <b>"]),
+                                 ("zz", "Enter", ["plot <b>", "zz"]), ("plot <b>", "Enter", ["plot <b>"])):
+            person.press("Rename " + ("zz" if text.startswith("plot") else "best"), person.dialog())
+            person.hand.fill(person.dialog().get_by_role("textbox", name="New name of"), text)
+            page.keyboard.press(key)
+            assert view_names(person) == names, (text, key)
+        person.press("Delete plot <b>", person.dialog())
+        assert view_names(person) == []
+        person.press("Undo", person.dialog())
+        assert view_names(person) == ["plot <b>"]
+        page.keyboard.press("Escape")
+        kept, authorization = page.evaluate("[JSON.stringify(localStorage), JSON.parse(sessionStorage[Object.keys(sessionStorage)[0]]).authorization]")
+        for text in (kept, link, page.url):
+            assert PASSWORD not in text and authorization.split()[1] not in text and "filter" in text
+        other = Person(session.tab(), browser.Mouse, server)
+        other.page.goto(link)  # a colleague who has the link, not the login
+        other.log_in()
+        other.finds(14)
+        assert other.rows() == wanted
+        other.press("Log out")
+        other.log_in("other", "secret-of-other")
+        other.press("Views…")
+        assert view_names(other) == [] and not other.page.evaluate(HOLDS, "plot <b>"), "views of another queue"
+        for tab in session.tabs:
+            tab.is_blameless()
+
+
+@pytest.mark.slow
+def test_the_page_works_where_the_browser_keeps_nothing(chromium, server):
+    submit(server, "one", 1)
+    with chromium.session() as session:
+        session.context.add_init_script("""for (const name of ["localStorage", "sessionStorage"]) Object.defineProperty(window, name,
+            {get() { throw new DOMException("blocked", "SecurityError"); }});""")
+        person = Person(session.tab(), browser.Mouse, server).open()
+        person.finds(1)
+        person.press("Views…")
+        person.hand.fill(person.dialog().get_by_label("Save this view as"), "lost")
+        person.press("Save", person.dialog())
+        note(person, "This browser keeps nothing for this page")
+        person.press("Log out")
+        person.sees(person.named("button", "Log in"))
         person.tab.is_blameless()
 
 
