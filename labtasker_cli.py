@@ -1673,10 +1673,10 @@ PAGE_HTML = r"""<!DOCTYPE html>
     <label class="tick"><input id="login-stay" type="checkbox"> Stay logged in on this computer</label>
     <p id="login-error" role="alert"></p>
     <button type="submit" class="main">Log in</button>
-    <p class="quiet">Both are in <code>.labtasker/config.toml</code>, where the tasks were submitted from. A queue that
-      was used without a server has no password yet: <code>labtasker serve</code> has printed how to set one, with
-      <code>labtasker queue update --new-password</code> in its folder. Unless you ask to stay logged in, both are
-      forgotten with this tab.</p>
+    <p class="quiet">What <code>labtasker serve</code> has printed names the queue and says whether it has a password.
+      <code>labtasker queue update --new-password</code>, in the server's folder, sets one, or another. For a queue that
+      <code>labtasker init</code> created, both are in <code>.labtasker/config.toml</code>. Unless you ask to stay
+      logged in, both are forgotten with this tab.</p>
   </form>
 </main>
 
@@ -3496,7 +3496,8 @@ async function loadLog(task, signal) {
     return;
   }
   setText(log, plainLog(found.text));
-  const share = found.text.length < found.size - 4 ? `the end of ${bytes(found.size)}` : bytes(found.size);
+  const isEnd = new TextEncoder().encode(found.text).length < found.size - 4;
+  const share = `${isEnd ? "the end of " : ""}${bytes(found.size)}`;
   setText($("log-note"), `${which}, ${share}${found.host ? `, on ${found.host}` : ""}`);
   if (isAtEnd) log.scrollTop = log.scrollHeight;
 }
@@ -4724,7 +4725,8 @@ async function onLogin(event) {
     showApp();
     $("main").focus();
   } catch (error) {
-    setText($("login-error"), error.status === 401 ? "There is no such queue, or its password is another."
+    setText($("login-error"), error.status === 401
+        ? "There is no such queue, or its password is another, or it has none yet."
         : `That did not work: ${error.message}.`);
     $("login-password").select();
   }

@@ -756,6 +756,32 @@ def test_logging_in(person, hand, size):
         assert PASSWORD not in url and "@" not in url and "wrong" not in url
 
 
+@pytest.mark.slow
+def test_the_form_says_what_serve_says_of_a_queue_that_has_no_password_and_then_has_one(chromium, tmp_path):
+    harness.run_cli(["task", "submit", "--", "--lr=0.1"], tmp_path)
+    for at, state in enumerate(("has no password yet", "has a password")):
+        log = tmp_path / ("serve-%d.log" % at)
+        process = harness.start_cli(["serve", "--port", "0"], tmp_path, log)
+        try:
+            printed = wait_until(lambda: "Log in at" in log.read_text() and log.read_text(), "the server says how to log in")
+            queue, command = re.search(r"Queue (\w+) %s.*\n.*-m labtasker (.*)" % state, printed).groups()
+            url = re.search(r"Log in at (http\S+)/page", printed).group(1)
+            with chromium.session() as session:
+                person = Person(session.tab(), browser.Mouse, Server)
+                person.page.goto(url + "/page")
+                form = person.page.locator("#login-form")
+                for words in ("labtasker " + command, "whether it has a password", "sets one, or another"):
+                    person.says(form, words)
+                if state == "has no password yet":
+                    person.log_in(queue, "guessed")
+                    person.says(form, "or it has none yet")
+                    password = harness.run_cli(command.split(), tmp_path).stdout.split()[-1]
+                person.log_in(queue, password)
+                person.sees(person.named("heading", queue))
+        finally:
+            harness.end_group(process)
+
+
 HOLDS = "word => document.documentElement.outerHTML.includes(word) || location.href.includes(word)"
 
 
@@ -1117,6 +1143,36 @@ def test_a_task_is_shown_whole(person, load, hand, size):
     assert "case" in person.page.evaluate("document.activeElement.textContent"), "the focus is where it came from"
 
 
+@pytest.mark.slow
+def test_the_log_of_each_run_is_shown_wherever_it_lies(chromium, server):
+    """Of a run beside the store, of one elsewhere whose end came with its report, and of one elsewhere that still runs."""
+    (one,) = submit(server, "logs", 1, max_retries=5)
+    for words in ("beside the store", "elsewhere"):
+        run_id = begin(server, None, attempt={"host": words})["run_id"]
+        text = "the first line\n" + "é" * 40000 + "\nthe end, %s\n" % words
+        if words == "elsewhere":
+            report(server, one, "failed", run_id=run_id, log=labtasker.packed_log(text[-1000:].encode("utf-8")))
+        else:
+            folder = server.folder / "logs" / one / run_id
+            folder.mkdir(parents=True)
+            (folder / "run.log").write_text(text, "utf-8")
+            report(server, one, "failed", run_id=run_id)
+    begin(server, None, attempt={"host": "gpu-7", "log": "/scratch/run.log"})
+    with chromium.session() as session:
+        person = Person(session.tab(), browser.Mouse, server).open("#task=" + one)
+        log, said = person.page.locator("#log"), person.page.locator("#log-note")
+        person.says(said, "Attempt 3 of 3 writes its log on gpu-7, to /scratch/run.log")
+        assert not log.is_visible(), "nothing of it is here yet"
+        person.press("Log of attempt 1", role="link")
+        person.says(log, "the end, beside the store")
+        person.says(said, "Attempt 1 of 3, the end of 80.0 kB, on beside the store")
+        assert "first line" not in log.text_content() and len(log.text_content().encode()) <= 65536
+        person.press("Log of attempt 2", role="link")
+        person.says(log, "the end, elsewhere")
+        person.says(said, "Attempt 2 of 3, 2.0 kB, on elsewhere")
+        person.tab.is_blameless()
+
+
 def pick(person, *names):
     """Tick tasks by their names."""
     for name in names:
@@ -1286,6 +1342,32 @@ def test_workers_and_what_each_runs(person, load, hand, size):
     wait_until(lambda: state() == "active", "it is active again")
     person.press(case + "-0", row, role="link")
     person.sees(person.named("heading", case + "-0"))
+
+
+@pytest.mark.slow
+def test_a_paused_queue_gives_out_nothing_and_the_page_says_so(chromium, server):
+    """By mouse and by keys; a pause that another client makes or ends is shown as well."""
+    ids = submit(server, "paused", 2)
+    for hand, size in ((browser.Mouse, "desk"), (browser.Keys, "narrow")):
+        with chromium.session(size) as session:
+            person = Person(session.tab(), hand, server).open()
+            eta, button = person.page.locator("#eta"), person.page.locator("#pause")
+            person.press("Pause")
+            note(person, "The queue is paused: no task is given out.")
+            person.says(eta, "paused")
+            person.says(button, "Resume")
+            assert asked(server, "GET", "")["paused_at"] and "pending" in states(server, ids)
+            assert begin(server, None) is None
+            assert not person.tab.axe() + person.tab.sideways()
+            person.press("Resume")
+            note(person, "The queue goes on.")
+            person.says(button, "Pause")
+            assert not asked(server, "GET", "").get("paused_at") and "paused" not in eta.text_content()
+            assert begin(server, None)["task_id"] in ids
+            for paused, word in ((True, "Resume"), (False, "Pause")):
+                asked(server, "PUT", "", {"paused": paused})
+                person.says(button, word)
+            person.tab.is_blameless()
 
 
 @pytest.mark.slow
