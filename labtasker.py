@@ -657,7 +657,7 @@ def parse_time(text):
     if not found:
         raise ValueError("%r is not an ISO 8601 time, such as 2026-11-22T06:00:00+00:00" % text)
     year, _, month, day, hour, minute, second, fraction, zone = found.groups("")
-    wall = datetime.datetime(int(year), int(month), int(day), *_clock(hour, minute, second, fraction))
+    wall = datetime.datetime(int(year), int(month), int(day), *_clock(hour, minute, second, fraction))  # noqa: DTZ001
     return _instant(wall, _zone(zone) or UTC)
 
 
@@ -791,7 +791,7 @@ def _shifted(text, now):
         return None
     months, days, seconds = amounts if found.lastindex < 3 else [-amount for amount in amounts]
     if months or days:
-        wall = datetime.datetime.fromtimestamp(now)
+        wall = datetime.datetime.fromtimestamp(now)  # noqa: DTZ006
         year, month = divmod(wall.year * 12 + wall.month - 1 + int(months), 12)
         first = wall.replace(year=year, month=month + 1, day=1)
         last = (first + datetime.timedelta(days=31)).replace(day=1) - datetime.timedelta(days=1)
@@ -9457,7 +9457,7 @@ def load_config():
 def config_sources():
     """Return {setting: the variable or the file that its value comes from}, without those that have their default."""
     config = _read_config()
-    found = {key: config.source for key in (_read_settings(config.source) if config.source else ())}
+    found = dict.fromkeys(_read_settings(config.source) if config.source else (), config.source)
     found.update((key, row[1]) for key, row in SETTINGS.items() if row[1] and os.environ.get(row[1]))
     return found
 
@@ -11512,7 +11512,8 @@ class BoundFunction:
             function = function.func
         kinds = {inspect.isasyncgenfunction: "an async generator", inspect.iscoroutinefunction: "a coroutine",
                  inspect.isgeneratorfunction: "a generator"}
-        for called, is_one in itertools.product((function, getattr(type(function), "__call__", None)), kinds):
+        functions = function, getattr(type(function), "__call__", None)  # noqa: B004
+        for called, is_one in itertools.product(functions, kinds):
             if is_one(called):
                 raise LabtaskerTypeError(
                     "loop() decorates plain functions, not %r: its call returns %s and runs nothing. Call it in a "
@@ -13013,7 +13014,7 @@ def listen_in(log, quiet):
     """Have what the function prints copied to its log, with `quiet` go there alone; return {name in sys: Tee}.
 
     What it writes past Python's own streams isn't seen: to take that too would lose the last words of a crash."""
-    tees = {name: _Tee(getattr(sys, name) or open(os.devnull, "w"), log.channel(), quiet)
+    tees = {name: _Tee(getattr(sys, name) or open(os.devnull, "w"), log.channel(), quiet)  # noqa: SIM115
             for name in ("stdout", "stderr")}
     vars(sys).update(tees)
     return tees
@@ -19553,7 +19554,7 @@ def main(argv=None):
     """Run a command line; return its exit code, one of EXIT_CODES. The only place that prints errors."""
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # it was closed when this process started
-            setattr(sys, name, open(os.devnull, "w"))
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
     words = sys.argv[1:] if argv is None else argv
     is_json = _wants_json(words)
     try:

@@ -1118,7 +1118,7 @@ kill -0 "${{server-none}}" 2> /dev/null || exec "${{loop[@]}}"
 # The loop beside the server. SIGTERM reaches all processes. The server stays as long as any task runs. The second round
 # is for tasks that were handed back meanwhile.
 trap 'stopped=yes' TERM
-{pass_on}for round in 1 2; do
+{pass_on}for _ in 1 2; do
     if [ -z "${{stopped-}}" ]; then
         "${{loop[@]}}" &
         pid=$!
@@ -1430,7 +1430,7 @@ def curves_viewed(store, of_queue, records, request, at):
 
 def keys_of_curve(curve):
     """Return the set of the keys that a curve's points have."""
-    return set(point[2] for point in curve.points)
+    return {point[2] for point in curve.points}
 
 
 def names_of_curves(records):
@@ -3936,7 +3936,7 @@ function boxAt(down, across, {room, rows, size}) {
 const cellText = (value, write) => (value === null ? "–" : write(Number(value.toPrecision(3))));
 
 function gridCell(cell, draw) {
-  const {down, across, ids, value} = cell, {low, high, size, shown, x, y} = draw, box = boxAt(down, across, draw);
+  const {down, across, ids, value} = cell, {low, high, shown, x, y} = draw, box = boxAt(down, across, draw);
   const depth = value === null ? 0 : 0.04 + 0.96 * (high > low ? (value - low) / (high - low) : 0.5);
   const text = cellText(value, draw.write);
   const [row, column] = [draw.rows[down], draw.columns[across]];
@@ -5185,7 +5185,7 @@ Any scheduler can start loops. Tell them how long they may run:
 #PBS -J 0-7
 #PBS -l select=1:ncpus=8:ngpus=1
 #PBS -l walltime=04:00:00
-cd "$PBS_O_WORKDIR"
+cd "$PBS_O_WORKDIR" || exit
 exec labtasker loop --name sweep1 --time-limit 4h --drain-before 10m -- python3 train.py '%(--*)'
 ```
 

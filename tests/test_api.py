@@ -2,7 +2,7 @@
 import itertools
 import json
 
-import labtasker_cli  # noqa: F401: it enters the page into ROUTES
+import labtasker_cli  # noqa: F401 - it enters the page into ROUTES
 import pytest
 
 import labtasker as L

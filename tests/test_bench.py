@@ -6,10 +6,10 @@ import pytest
 from harness import TESTS
 
 sys.path.insert(0, str(TESTS / "bench"))
-import bench  # noqa: E402
-import clients  # noqa: E402
-import peers  # noqa: E402
-import rates  # noqa: E402
+import bench
+import clients
+import peers
+import rates
 
 
 def share(begin, end, ids):

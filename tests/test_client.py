@@ -743,8 +743,8 @@ def test_a_notebook_shows_a_table_in_which_nothing_is_markup(home):
         assert shown in text
     assert "T b" not in text and "x" * 999 not in text
     assert "gpu" in L.ls_workers()._repr_html_()
-    for text in (text, L.ls_workers()._repr_html_()):
-        assert "<script" not in text and "\x1b" not in text and text.count("<tr>") == text.count("</tr>") == 2
+    for shown in (text, L.ls_workers()._repr_html_()):
+        assert "<script" not in shown and "\x1b" not in shown and shown.count("<tr>") == shown.count("</tr>") == 2
 
 
 MISTAKES = [  # what somebody writes; what the error says

@@ -1,6 +1,7 @@
 """Sections 4 and 5: a journal that is folded, surveyed and repaired."""
 import json
 import os
+import pathlib
 import random
 import subprocess
 import sys
@@ -207,8 +208,8 @@ def test_rot_is_refused_surveyed_and_repaired(door, tmp_path, number, what, chan
     found = labtasker.Survey(door.path)
     assert found.rotten and path.read_bytes() == content
     survey, damaged, aside, ids = labtasker.repair_store(door.path)
-    assert open(damaged, "rb").read() == content
-    assert open(aside, "rb").read() == b"".join(piece.data for piece in found.bad)
+    assert pathlib.Path(damaged).read_bytes() == content
+    assert pathlib.Path(aside).read_bytes() == b"".join(piece.data for piece in found.bad)
     assert not labtasker.Survey(door.path).rotten and not labtasker.Survey(door.path).bad
     mended = Door(tmp_path, door.clock)
     mended("GET", "/api/v1/queues/me")

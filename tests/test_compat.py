@@ -656,7 +656,7 @@ def spelled(value, names):
 def shape(answer):
     """Return what an answer looks like: the fields of its objects, errors by the fields that they name."""
     if isinstance(answer, dict) and isinstance(answer.get("detail"), list):
-        return sorted(set(tuple(row["loc"][:2]) for row in answer["detail"]))
+        return sorted({tuple(row["loc"][:2]) for row in answer["detail"]})
     if isinstance(answer, dict):
         return {name: shape(value) for name, value in answer.items() if name not in LOOSE and value is not None}
     return [shape(row) for row in answer[:1]] if isinstance(answer, list) else type(answer).__name__.replace("float", "int")

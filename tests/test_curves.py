@@ -16,7 +16,7 @@ import harness
 import labtasker
 import labtasker as L
 from labtasker import Required
-from test_service import clock, door  # noqa: F401: fixtures
+from test_service import clock, door  # noqa: F401 - fixtures
 from test_signals import pass_time
 
 

@@ -966,7 +966,7 @@ class Checker:
                    "unknown": len(set(tasks) - self.tried), "doubled": len(places) - len(set(places))}
         print(figures)
         assert (figures["lost"], figures["doubled"], figures["unknown"]) == (0, 0, 0)
-        assert set(task.status for task in tasks.values()) == {"success"}
+        assert {task.status for task in tasks.values()} == {"success"}
         self.check_runs(tasks)
         return figures
 

@@ -124,7 +124,7 @@ def test_rot_in_what_was_acknowledged_is_refused_with_its_place_and_nothing_chan
     with pytest.raises(L.StoreDamaged, match=r"journal\.jsonl: byte %d: line 2 " % (whole.rindex(b"\n", 0, second) + 1)):
         read(tmp_path)
     assert path.read_bytes() == whole[:second] + b"tvo" + whole[second + 3:]
-    assert [name for name in os.listdir(str(tmp_path))] == ["journal.jsonl"]
+    assert os.listdir(str(tmp_path)) == ["journal.jsonl"]
 
 
 @pytest.mark.slow

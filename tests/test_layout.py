@@ -74,6 +74,12 @@ def test_no_name_of_the_module_is_given_twice():
     assert len(names) > 500 and sorted(names) == sorted(set(names))
 
 
+def test_no_test_is_hidden_by_a_later_one_of_its_name():
+    names = [(path.name, node.name) for path in sorted(TESTS.glob("test_*.py")) for node in parsed(path.read_text(encoding="utf-8")).body
+             if isinstance(node, (ast.FunctionDef, ast.ClassDef))]
+    assert len(names) > 1000 and not [name for name, count in collections.Counter(names).items() if count > 1]
+
+
 @pytest.mark.parametrize("line", [line for line, _, _ in banners()])
 def test_banner_reaches_column_79_and_says_what_the_section_is_for(line):
     assert len(LINES[line - 1]) == 79
@@ -362,7 +368,7 @@ def test_syntax_is_that_of_the_oldest_python(path):
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.name)
 def test_imports_are_of_the_standard_library(path):
     source = path.read_text(encoding="utf-8")
-    tree, found = parsed(source), imports(parsed(source), nodes_of(source))
+    found = imports(parsed(source), nodes_of(source))
     assert found
     assert not found - sys.stdlib_module_names - IF_THERE - {"labtasker", "labtasker_cli"}
 

@@ -11,7 +11,7 @@ import faulty
 import labtasker
 
 pytest.importorskip("mongomock", reason="mongomock is installed by tox's environment `full`")
-from mongomock import filtering  # noqa: E402
+from mongomock import filtering
 
 KEPT = (5, 6)  # found what stands past a scalar that an index picked
 SEEDS = sorted(set(KEPT) | {faulty.setting("SEED") + n for n in range(8)})

@@ -29,7 +29,7 @@ class Silent(io.TextIOWrapper):
 
     def __init__(self):
         read, self.held = os.pipe()
-        super().__init__(open(read, "rb"))
+        super().__init__(open(read, "rb"))  # noqa: SIM115
 
     def close(self):
         super().close()

@@ -578,7 +578,8 @@ def test_a_report_by_another_worker_is_refused(door):
 def test_a_heartbeat_that_asks_is_told_what_became_of_the_task(door):
     task_id = door.submit()
     task = door.fetch()
-    beat = lambda: door("POST", "tasks/%s/heartbeat" % task_id, query={"run_id": task["run_id"], "answer": "status"})
+    def beat():
+        return door("POST", "tasks/%s/heartbeat" % task_id, query={"run_id": task["run_id"], "answer": "status"})
     assert beat() == {"status": "running"}
     door.update(task_id, status="cancelled")
     assert beat() == {"status": "cancelled"}
