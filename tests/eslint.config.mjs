@@ -14,11 +14,13 @@ const FAULTS = [
   // text run as a program
   "no-eval", "no-implied-eval", "no-new-func", "no-script-url",
 ];
-// What a browser gives to a script, of which the page uses these.
-const BROWSER = "document location history localStorage sessionStorage fetch btoa setTimeout clearTimeout setInterval " +
-  "clearInterval requestAnimationFrame matchMedia getComputedStyle devicePixelRatio innerHeight innerWidth " +
-  "addEventListener console performance AbortController URLSearchParams URL Event Node ResizeObserver TextDecoder " +
-  "TextEncoder";
+// What a browser gives to a script. confirm, alert, prompt and event are left out.
+const BROWSER = "window document location history navigator localStorage sessionStorage fetch atob btoa setTimeout clearTimeout " +
+  "setInterval clearInterval queueMicrotask requestAnimationFrame cancelAnimationFrame matchMedia getComputedStyle " +
+  "getSelection devicePixelRatio innerHeight innerWidth scrollX scrollY scrollTo addEventListener removeEventListener " +
+  "console performance crypto structuredClone AbortController AbortSignal URLSearchParams URL Event CustomEvent " +
+  "KeyboardEvent Node HTMLElement Element DOMException DOMParser ResizeObserver IntersectionObserver MutationObserver " +
+  "TextDecoder TextEncoder Blob File FormData Notification CSS Intl";
 
 export default [{
   files: ["**/*.js"],
@@ -27,5 +29,5 @@ export default [{
   rules: {
     ...Object.fromEntries(FAULTS.map((name) => [name, "error"])),
     "no-unused-vars": ["error", {ignoreRestSiblings: true}], // {a, ...others} leaves a out
- },
+  },
 }];
