@@ -1689,6 +1689,7 @@ PAGE_HTML = r"""<!DOCTYPE html>
       <a id="to-groups" href="#view=groups">Table</a>
       <a id="to-plot" href="#view=plot">Plot</a>
       <a id="to-grid" href="#view=grid">Grid</a>
+      <a id="to-parallel" href="#view=parallel">Parallel</a>
       <a id="to-curves" href="#view=curves">Curves</a>
       <a id="to-workers" href="#view=workers">Workers</a>
     </nav>
@@ -1797,6 +1798,20 @@ PAGE_HTML = r"""<!DOCTYPE html>
       <details id="grid-data"><summary>The data as a table</summary></details>
     </section>
 
+    <section id="parallel" aria-label="Parallel" hidden>
+      <form class="tools">
+        <button id="parallel-axes" type="button">Axes…</button>
+        <label>Result <select id="parallel-of"></select></label>
+        <label>Best <select id="parallel-mode"><option value="max">Highest</option><option value="min">Lowest</option>
+          </select></label>
+        <p id="parallel-chosen" class="quiet"></p>
+      </form>
+      <p id="parallel-note" class="quiet note"></p>
+      <p id="parallel-legend" class="quiet"></p>
+      <div id="parallel-drawing" class="drawing"></div>
+      <details id="parallel-data"><summary>The data as a table</summary></details>
+    </section>
+
     <section id="curves" aria-label="Curves" hidden>
       <form class="tools">
         <label>Value <select id="curves-value"></select></label>
@@ -1838,6 +1853,7 @@ PAGE_CSS = r"""/* Colours: greys, one accent, and one a status; text has a contr
   --pending: #8a94a0; --running: #2b5bcc; --success: #1f8a4c; --failed: #c93434; --cancelled: #b7791f;
   --failed-text: #b42626; --failed-ground: #fdf0f0;
   --c0: #2b5bcc; --c1: #c2571a; --c2: #1f8a4c; --c3: #8b45b5; --c4: #0d8597; --c5: #b0346f; --c6: #7a828c;
+  --worst: #e6c84f; --midst: #2f9b8c; --best: #3b1d6e;
   --deepest: 0.7;  /* the deepest colour that text can be read on */
   --mono: ui-monospace, SFMono-Regular, "SF Mono", Menlo, Consolas, "DejaVu Sans Mono", "Liberation Mono", monospace;
   --row: 2.125rem; --stretch: 1rem;
@@ -1848,6 +1864,7 @@ PAGE_CSS = r"""/* Colours: greys, one accent, and one a status; text has a contr
     --accent: #84a9ff; --on-accent: #0c1630; --tint: #1b2740;
     --pending: #78828e; --running: #84a9ff; --success: #4fbf7d; --failed: #f07171; --cancelled: #d9a441;
     --failed-text: #ff9a9a; --failed-ground: #2c1719;
+    --worst: #5b4590; --midst: #3aa596; --best: #f5e86b;
     --deepest: 0.5;
     --c0: #84a9ff; --c1: #f0975c; --c2: #4fbf7d; --c3: #c792ea; --c4: #4cc3d4; --c5: #f07fb0; --c6: #98a2ad;
   }
@@ -2045,9 +2062,24 @@ tr:hover > .kept { background: var(--raised); }
   pointer-events: none; }
 .drawing .line.best { stroke-width: 3.5; } .drawing .line.pointed { stroke: var(--text); stroke-width: 2.5; }
 .drawing a { outline: none; cursor: pointer; text-decoration: none; }
-#plot-legend, #curves-legend { display: flex; flex-wrap: wrap; gap: 0.214rem 1.286rem; }
-#plot-legend:not(:empty), #curves-legend:not(:empty) { padding-bottom: 0.643rem; }
-#plot-legend span, #curves-legend span { display: inline-flex; align-items: center; gap: 0.429rem; }
+#plot-legend, #parallel-legend, #curves-legend { display: flex; flex-wrap: wrap; gap: 0.214rem 1.286rem; }
+#plot-legend:not(:empty), #parallel-legend:not(:empty), #curves-legend:not(:empty) { padding-bottom: 0.643rem; }
+#plot-legend span, #parallel-legend span, #curves-legend span { display: inline-flex; align-items: center;
+  gap: 0.429rem; white-space: nowrap; }
+.drawing canvas.behind { opacity: 0.1; }
+#parallel-drawing text { paint-order: stroke; stroke: var(--ground); stroke-width: 3px; stroke-linejoin: round;
+  pointer-events: none; }
+#parallel-drawing .title { stroke-width: 0; }
+#parallel-drawing .axis { stroke-width: 1.5; }
+#parallel-chosen { display: flex; flex-wrap: wrap; gap: 0 1rem; align-items: center; min-height: 2rem; }
+.drawing .hit { fill: transparent; touch-action: none; cursor: crosshair; }
+.drawing .span { fill: var(--accent); fill-opacity: 0.3; touch-action: none; cursor: move; }
+.drawing .grip { fill: var(--strong); outline: none; touch-action: none; cursor: ns-resize; }
+.drawing .grip .hit { cursor: inherit; } .drawing .grip.set { fill: var(--accent); }
+.drawing .grip:hover path, .drawing .grip:focus path { fill: var(--text); }
+.drawing .grip:focus-visible path { stroke: var(--accent); stroke-width: 3; }
+.worst { stop-color: var(--worst); } .midst { stop-color: var(--midst); } .best { stop-color: var(--best); }
+.drawing .off .mark { fill-opacity: 0.1; }
 .mark { fill: var(--c, var(--c0)); fill-opacity: 0.62; }
 td button.plain { padding: 0; }
 .drawing a:hover .mark, .drawing a:focus .mark { fill-opacity: 1; stroke: var(--text); stroke-width: 2; }
@@ -2108,7 +2140,8 @@ dialog kbd { font-family: var(--mono); border: 1px solid var(--line); border-rad
 @media (max-width: 50rem) {
   header { flex-wrap: wrap; height: auto; padding: 0.357rem 0.75rem 0; gap: 0 0.5rem; }
   header h1 { flex: 1; max-width: none; }
-  nav { order: 5; flex: 1 0 100%; height: 2.571rem; margin-left: -0.643rem; }
+  nav { order: 5; flex: 1 0 100%; height: 2.571rem; margin: 0 -0.286rem; gap: 0; justify-content: space-between; }
+  nav a { padding: 0 0.286rem; }
   #overview { display: block; padding: 0 0.75rem; }
   #states { display: grid; grid-template-columns: repeat(auto-fit, minmax(calc(var(--digits, 3ch) + 6.1rem), 1fr));
     gap: 0; margin: 0 -0.357rem; }
@@ -2159,9 +2192,10 @@ PAGE_JS = r"""// The page of a Labtasker server. Reads downward: what a section 
 //   12. Grid       two args, coloured by a metric
 //   13. Curves     a value over steps, a line for each task
 //   14. Table      groups of tasks: mean, spread and best of a value
-//   15. Saved      views that have a name, in this browser
-//   16. Workers    and what each runs
-//   17. Views      the table that names them, keys, start
+//   15. Parallel   an axis for each arg and one for the result, a line for each task
+//   16. Saved      views that have a name, in this browser
+//   17. Workers    and what each runs
+//   18. Views      the table that names them, keys, start
 
 // 1. Elements #################################################################
 
@@ -2571,7 +2605,8 @@ function showConnection() {
 
 const DEFAULTS = {view: "tasks", filter: "", status: "", sort: "created_at", way: "-1", page: "1", columns: "",
   task: "", run: "", x: "", y: "", colour: "", logx: "", logy: "", gx: "", gy: "", metric: "", how: "mean",
-  curve: "", best: "", clogx: "", clogy: "", by: "", of: "", mode: "", tsort: "", tway: ""};
+  curve: "", best: "", clogx: "", clogy: "", by: "", of: "", mode: "", tsort: "", tway: "",
+  axes: "", brush: ""};
 let at = {...DEFAULTS};
 
 function readAddress() {
@@ -3571,6 +3606,7 @@ function scaleOf(values, wish, count, areTimes = false) {
     : (areTimes ? timeTicks : linearTicks)(begin, begin + size, count);
   const form = ticks.every(isToday) ? "time" : "day", write = areTimes ? (tick) => moment(tick, form) : writerOf(ticks);
   return {log, canLog, place: (value) => ((log ? Math.log10(value) : value) - begin) / size,
+    value: (share) => (log ? 10 ** (begin + share * size) : begin + share * size),
     ticks: ticks.map((tick) => [tick, write(tick)])};
 }
 
@@ -4460,7 +4496,505 @@ async function chooseGroups() {
   if (names !== null) go({by: names, tsort: "", tway: ""});
 }
 
-// 15. Saved ###################################################################
+// 15. Parallel ################################################################
+
+const MOST_LINES = 2000;  // the best by the result
+const MOST_AXES = 9;  // beside the result unless others are chosen
+const MOST_KINDS = 30;  // texts on an axis that is there at first
+const AXIS_PX = 75;  // that an axis takes at least
+const GRIP_PX = 14;  // on each side of an axis, where it is grabbed
+const HUES = 32;
+const LINES_A_FRAME = 200;
+const STOPS = 40;  // values of an axis at each of which its handles stop; of more, at as many equal steps
+
+let lined = null;  // what was asked and answered last, with what is drawn of it
+let brushes = new Map();  // field: {low, high}; on an axis of texts the places of the first and the last
+let dragging = null;  // the name of an axis, which part of it, where its range was and the pointer began
+let isGrabbed = false;  // whether the pointer went down on an axis: then its click is none on a line
+let keeping = 0;  // the timer that puts brushes into the address
+
+/** The args that differ and do not only tell repeats apart, as many as have a place. */
+function firstAxes() {
+  const place = $("parallel-drawing").getBoundingClientRect().width || innerWidth;
+  const most = Math.max(2, Math.min(MOST_AXES, Math.floor(place / AXIS_PX) - 1));
+  return sampled.varying.filter(({name, count}) => !REPEATS.test(name) && (numeric.has(name) || count <= MOST_KINDS))
+    .slice(0, most).map(({name}) => name);
+}
+
+async function loadParallel(signal) {
+  await sampleArgs(signal);
+  const [of, mode] = resultOf($("parallel-of")), names = at.axes ? at.axes.split(",") : firstAxes();
+  $("parallel-mode").value = mode;
+  const answer = await view({columns: [...(of ? [of] : []), ...names, "task_name"], limit: of ? MOST_LINES : 0,
+    sort: of ? [[of, mode === "min" ? 1 : -1]] : null, ...matching()}, {signal, read: readNumbers});
+  showOverview(answer);
+  const text = JSON.stringify([names, of, mode, address({brush: ""}), answer.rows, answer.found]);
+  if (lined && lined.text === text) return takeBrushes();
+  const lines = answer.rows.map(([id, , result, ...cells]) => ({id, name: cells.pop() || id.slice(0, 8),
+    cells: [...cells, result]})).filter((line) => typeof line.cells[names.length] === "number");
+  lined = {text, names: [...names, of], of, mode, lines, found: answer.found, sent: answer.rows.length};
+  drawParallel();
+}
+
+/** Do numbers spread over decades? Numbers from 0.001 to 0.5 do not where half of them are above 0.25. */
+function isSkewed(numbers) {
+  const sorted = [...numbers].sort((one, other) => one - other), [low, middle, high] = [sorted[0],
+    sorted[sorted.length >> 1], sorted[sorted.length - 1]];
+  return low > 0 && Math.log(middle / low) <= 0.8 * Math.log(high / low);
+}
+
+/** The scale of an axis: of numbers, or with a place for each text; what is missing lies below. */
+function axisOf(name, index, {lines, of}) {
+  const there = lines.map((line) => line.cells[index]).filter((value) => value !== null);
+  const numbers = there.filter((value) => typeof value === "number");
+  const isBand = numbers.length < there.filter((value) => !/^(NaN|-?Infinity)$/.test(value)).length;
+  const values = inOrder(isBand ? there : numbers);
+  if (isBand) {
+    const places = new Map(values.map((value, at) => [value, (at + 0.5) / values.length]));
+    return {name, index, isBand, values, place: (value) => places.get(value),
+      ticks: values.map((value) => [value, cut(shortValue(value), 14)])};
+  }
+  const scale = scaleOf(values.length ? values : [0], isSkewed(numbers) ? "" : "0", 6);
+  const write = writerOf(values.slice(0, 9));
+  return {name, index, isBand, values, ...scale, ticks: values.length < 9 && name !== of
+    ? values.map((value) => [value, write(value)]) : scale.ticks};
+}
+
+/** The places of all axes and lines, in px. */
+function placeLines(place) {
+  const {width, height} = place.getBoundingClientRect();
+  const unit = parseFloat(getComputedStyle(document.documentElement).fontSize) / 14;
+  const axes = lined.names.map((name, index) => axisOf(name, index, lined));
+  const widest = (axis) => Math.max(3, ...axis.ticks.map(([, text]) => text.length)) * 7 * unit;
+  const left = Math.min(width * 0.25, widest(axes[0]) + 14 * unit), right = widest(axes[axes.length - 1]) + 18 * unit;
+  const room = {left, top: 40 * unit, width: Math.max(80, width - left - right), unit, whole: {width, height},
+    height: Math.max(80, height - 76 * unit)};
+  room.none = room.top + room.height + 14 * unit;
+  axes.forEach((axis, index) => { axis.x = left + room.width * index / Math.max(1, axes.length - 1); });
+  for (const line of lined.lines) {
+    line.y = axes.map((axis) => {
+      const share = line.cells[axis.index] === null ? NaN : axis.place(line.cells[axis.index]);
+      return isFinite(share) ? room.top + room.height * (1 - share) : room.none;
+    });
+  }
+  Object.assign(lined, {room, axes});
+}
+
+/** Returns the colour of a line by the rank of its result: most results of a sweep lie near to the best. */
+function huesOf({lines, axes}) {
+  const style = getComputedStyle(document.documentElement), {index} = axes[axes.length - 1];
+  const ends = ["--best", "--midst", "--worst"].map((name) => style.getPropertyValue(name).match(/[0-9a-f]{2}/gi)
+    .map((part) => parseInt(part, 16)));
+  const hues = Array.from({length: HUES}, (_, at) => {
+    const share = 2 * at / (HUES - 1), from = Math.min(1, Math.floor(share)), rest = share - from;
+    const mix = (part, which) => Math.round(part + (ends[from + 1][which] - part) * rest);
+    return `rgb(${ends[from].map(mix).join(" ")})`;
+  });
+  const ranks = new Map();
+  for (const {cells} of lines) if (!ranks.has(cells[index])) ranks.set(cells[index], ranks.size);
+  return ({cells}) => hues[Math.round((HUES - 1) * ranks.get(cells[index]) / Math.max(1, ranks.size - 1))];
+}
+
+function drawParallel() {
+  if (!login || !lined || at.view !== "parallel") return;
+  const place = $("parallel-drawing"), {lines, names, of} = lined;
+  setText($("parallel-note"), linesNote());
+  if (!lines.length || names.length < 2) {
+    for (const one of [place, $("parallel-legend"), $("parallel-chosen")]) fill(one);
+    return listData($("parallel-data"), [], []);
+  }
+  placeLines(place);
+  lined.hueOf = huesOf(lined);
+  fill($("parallel-legend"), linesLegend());
+  const focused = document.activeElement.dataset.grip, {axes, room} = lined;
+  const canvases = ["all", "front"].map((kind) => place.querySelector(`.${kind}`)
+    || el("canvas", {class: kind, "aria-hidden": "true"}));
+  const walked = lines.slice(0, MOST_WALKED);
+  drawIn(place, room, `${many(lines.length, "task")} across ${names.map(titleOf).join(", ")}`,
+    [svg("path", {id: "line-pointed", class: "line pointed", d: ""}), axes.map((axis) => axisParts(axis, lined)),
+      svg("g", {role: "group", "aria-label": "Ranges"}, axes.map(gripsOf))],
+    svg("g", {role: "list", "aria-label": "Lines"}, walked.map(lineLink)),
+    (index, key) => stepAlong(walked.length, index, key), canvases);
+  paintLines(canvases[0], lines);
+  const again = focused && place.querySelector(`[data-grip="${focused}"]`);
+  if (again) again.focus();
+  if (dragging || keeping) showBrushes();
+  else takeBrushes(true);
+  listData($("parallel-data"), ["Task", ...names], lines.map((line) => [taskLink(line.id, line.name), ...line.cells]));
+}
+
+function linesNote() {
+  const {lines, found, sent, of, names} = lined, title = of && titleOf(of);
+  if (!of) return "No task has reported a value yet: labtasker.report(acc=0.9).";
+  if (names.length < 2) return "No argument differs: there is nothing to compare. Choose axes to draw others.";
+  if (!lines.length) return `No task has a number of ${title} yet.`;
+  const isCut = sent === MOST_LINES && lines.length === sent && found > sent, others = found - lines.length;
+  return isCut ? `The ${grouped(MOST_LINES)} tasks with the best ${title}, of ${grouped(found)}.`
+    : many(lines.length, "task") + (others ? `; ${grouped(others)} without a number of ${title}.` : ".");
+}
+
+/** What colours tell: a strip from the worst result to the best one. */
+function linesLegend() {
+  const {lines, axes, of} = lined, {index} = axes[axes.length - 1];
+  const [best, worst] = [lines[0], lines[lines.length - 1]].map((line) => line.cells[index]);
+  const write = writerOf([best, worst]), stops = ["worst", "midst", "best"];
+  return [el("span", {}, `Rank by ${titleOf(of)}: ${write(worst)}`, svg("svg", {width: "8em", height: "0.857em",
+    viewBox: "0 0 80 8", preserveAspectRatio: "none", "aria-hidden": "true"}, svg("linearGradient", {id: "hues"},
+    stops.map((name, at) => svg("stop", {class: name, offset: at / 2}))),
+  svg("rect", {width: 80, height: 8, rx: 2, fill: "url(#hues)"})), write(best)),
+  el("span", {}, "Best: ", taskLink(lines[0].id, lines[0].name))];
+}
+
+/** An axis: a line, its ticks as many as have a place, its name. */
+function axisParts(axis, {room, axes}) {
+  const {top, height, unit} = room, isLast = axis.index === axes.length - 1, bottom = top + height;
+  const every = Math.max(1, Math.ceil(axis.ticks.length * 16 * unit / height));
+  const beside = isLast ? {x: axis.x + 9 * unit} : {x: axis.x - 7 * unit, "text-anchor": "end"};
+  const ticks = axis.ticks.filter((tick, index) => index % every === 0).map(([value, text]) =>
+    svg("text", {...beside, y: top + height * (1 - axis.place(value)) + 4 * unit}, text));
+  const isMissing = lined.lines.some((line) => line.y[axis.index] === room.none);
+  const letters = Math.max(4, Math.floor(room.width / Math.max(1, axes.length - 1) / 7.5 / unit));
+  const anchor = isLast && axes.length > 1 ? {x: room.whole.width - 2, "text-anchor": "end"}
+    : axis.index ? {x: axis.x, "text-anchor": "middle"} : {x: 2};
+  return svg("g", {"aria-hidden": "true"}, svg("path", {class: "axis", d: `M${axis.x} ${top}V${bottom}`}), ticks,
+    isMissing ? svg("text", {...beside, y: room.none + 4 * unit}, "none") : null,
+    svg("text", {class: "title", ...anchor, y: 16 * unit}, cut(titleOf(axis.name), letters),
+      svg("title", {}, axis.name)));
+}
+
+/** What an axis is grabbed by: itself, its range, and a handle at each end of that, which is a slider. */
+function gripsOf(axis) {
+  const {top, height, unit} = lined.room, wide = GRIP_PX * unit, size = 6 * unit, title = titleOf(axis.name);
+  const part = (name) => ({"data-axis": axis.index, "data-part": name});
+  const grip = (name, d) => svg("g", {class: "grip", role: "slider", tabindex: "0", "aria-orientation": "vertical",
+    "aria-valuemin": "0", "aria-valuemax": "100", "aria-label": `${name === "low" ? "Lowest" : "Highest"} ${title}`,
+    "data-grip": `${name} ${axis.name}`, keydown: (event) => onGripKey(event, axis, name), ...part(name)},
+  svg("rect", {x: -wide, width: 2 * wide, y: name === "low" ? -4 * unit : -12 * unit, height: 16 * unit, class: "hit"}),
+  svg("path", {d}));
+  axis.nodes = {low: grip("low", `M0 0L${size} ${1.4 * size}H${-size}z`),
+    high: grip("high", `M0 0L${size} ${-1.4 * size}H${-size}z`),
+    span: svg("rect", {class: "span", x: axis.x - wide / 2, width: wide, height: 0, ...part("span")})};
+  const whole = svg("rect", {class: "hit", x: axis.x - wide, width: 2 * wide, y: top, height, ...part("axis")});
+  return axis.values.length ? svg("g", {}, whole, axis.nodes.span, axis.nodes.low, axis.nodes.high) : null;
+}
+
+/** The link of a line, at its result; it brings the line forward while it has the focus. */
+function lineLink(line) {
+  const {axes, room} = lined, last = axes.length - 1;
+  return svg("g", {role: "listitem"}, svg("a", {href: address({view: "tasks", task: line.id, run: ""}),
+    "aria-label": lineWords(line), "data-id": line.id, focus: () => pointToLine(line), blur: () => pointToLine(null),
+    transform: `translate(${axes[last].x} ${line.y[last].toFixed(1)})`},
+  svg("path", {class: "mark", d: SHAPES[0](2.5 * room.unit)})));
+}
+
+function lineWords(line) {
+  const last = lined.names.length - 1, order = [last, ...lined.names.keys()].slice(0, -1);
+  const words = (index) => `${titleOf(lined.names[index])} ${shortValue(line.cells[index]) || "none"}`;
+  return [line.name, ...order.map(words)].join("\n");
+}
+
+function pointToLine(line) {
+  const path = $("line-pointed"), step = (y, index) => `${index ? "L" : "M"}${lined.axes[index].x} ${y}`;
+  if (path) path.setAttribute("d", line ? line.y.map(step).join("") : "");
+}
+
+/** Paints lines on a canvas. What was there stays until all are painted; then those that are wanted by now are. */
+function paintLines(canvas, some) {
+  const isPainting = Boolean(canvas.wanted);
+  canvas.wanted = {...lined, some};
+  if (!isPainting) paintWanted(canvas);
+}
+
+/** Paints the worst line first, the best one above all, some in each frame so that nothing waits for them. */
+function paintWanted(canvas) {
+  const job = canvas.wanted, {room, axes, hueOf, some} = job, ratio = devicePixelRatio || 1;
+  const [width, height] = [room.whole.width, room.whole.height].map((size) => Math.round(size * ratio));
+  const sheet = el("canvas", {width, height}), pen = sheet.getContext("2d");
+  pen.scale(ratio, ratio);
+  pen.globalAlpha = Math.max(0.3, Math.min(0.9, 12 / some.length ** 0.6));
+  pen.lineWidth = 1.4;
+  let left = some.length;
+  const paint = () => {
+    const end = Math.max(0, left - LINES_A_FRAME);
+    for (const until = performance.now() + PAINT_MS; left > end && performance.now() < until;) {
+      const line = some[--left];
+      pen.strokeStyle = hueOf(line);
+      pen.beginPath();
+      line.y.forEach((y, index) => (index ? pen.lineTo(axes[index].x, y) : pen.moveTo(axes[index].x, y)));
+      pen.stroke();
+    }
+    if (left) return requestAnimationFrame(paint);
+    Object.assign(canvas, {width, height}).getContext("2d").drawImage(sheet, 0, 0);
+    if (canvas.wanted !== job) return paintWanted(canvas);
+    canvas.wanted = null;
+    canvas.dataset.painted = String(some.length);
+  };
+  delete canvas.dataset.painted;
+  paint();
+}
+
+/** The ranges as the address has them: two numbers, or the texts. */
+function brushText() {
+  const found = {};
+  for (const axis of lined.axes) {
+    const brush = brushes.get(axis.name);
+    if (brush) found[axis.name] = axis.isBand ? axis.values.slice(brush.low, brush.high + 1) : [brush.low, brush.high];
+  }
+  return Object.keys(found).length ? JSON.stringify(found) : "";
+}
+
+/** Takes the ranges that the address has, where they are others than those that are shown. */
+function takeBrushes(isNew = false) {
+  if (!lined.axes || dragging || keeping || !isNew && at.brush === brushText()) return;
+  let found = {};
+  try { found = JSON.parse(at.brush) || {}; } catch { /* there are none */ }
+  brushes = new Map();
+  for (const axis of lined.axes) {
+    const given = own(found, axis.name);
+    if (!Array.isArray(given) || !given.length) continue;
+    const places = given.map((value) => axis.values.indexOf(value)).filter((place) => place >= 0);
+    if (axis.isBand && places.length) brushes.set(axis.name, {low: Math.min(...places), high: Math.max(...places)});
+    if (!axis.isBand && given.length === 2 && given.every(Number.isFinite)) {
+      brushes.set(axis.name, {low: Math.min(...given), high: Math.max(...given)});
+    }
+  }
+  showBrushes();
+}
+
+/** The place of an end of a range on its axis, from 0 to 1. */
+function endOf(axis, part) {
+  const brush = brushes.get(axis.name);
+  if (!brush) return part === "low" ? 0 : 1;
+  const share = axis.isBand ? (brush[part] + (part === "high")) / axis.values.length : axis.place(brush[part]);
+  return Math.min(1, Math.max(0, isFinite(share) ? share : part === "low" ? 0 : 1));
+}
+
+/** The lines within all ranges. */
+function linesWithin() {
+  const tests = lined.axes.filter((axis) => brushes.has(axis.name)).map(({name, index, isBand, values}) => {
+    const {low, high} = brushes.get(name), texts = isBand && new Set(values.slice(low, high + 1));
+    return ({cells}) => (texts ? texts.has(cells[index])
+      : typeof cells[index] === "number" && cells[index] >= low && cells[index] <= high);
+  });
+  return tests.length ? lined.lines.filter((line) => tests.every((test) => test(line))) : lined.lines;
+}
+
+/** Shows the ranges and the lines within them. */
+function showBrushes() {
+  const {axes, room} = lined, {top, height} = room;
+  for (const axis of axes) {
+    const isBrushed = brushes.has(axis.name), [low, high] = ["low", "high"].map((part) => endOf(axis, part));
+    const brush = brushes.get(axis.name) || (axis.isBand ? {low: 0, high: axis.values.length - 1}
+      : {low: axis.values[0], high: axis.values[axis.values.length - 1]});
+    for (const [part, share] of [["low", low], ["high", high]]) {
+      const node = axis.nodes[part];
+      node.setAttribute("transform", `translate(${axis.x} ${top + height * (1 - share)})`);
+      node.setAttribute("aria-valuenow", String(Math.round(100 * share)));
+      node.setAttribute("aria-valuetext", shortValue(axis.isBand ? axis.values[brush[part]] : brush[part]));
+      node.classList.toggle("set", isBrushed);
+    }
+    axis.nodes.span.setAttribute("y", top + height * (1 - high));
+    axis.nodes.span.setAttribute("height", isBrushed ? height * (high - low) : 0);
+  }
+  const [all, front] = $("parallel-drawing").querySelectorAll("canvas");
+  lined.chosen = linesWithin();
+  all.classList.toggle("behind", brushes.size > 0);
+  front.hidden = !brushes.size;
+  if (brushes.size) paintLines(front, lined.chosen);
+  else front.width = 0;
+  const within = new Set(lined.chosen.map((line) => line.id));
+  for (const link of $("parallel-drawing").querySelectorAll("a")) {
+    link.classList.toggle("off", !within.has(link.dataset.id));
+  }
+  showChosenLines();
+}
+
+function showChosenLines() {
+  const {lines, chosen: some} = lined, place = $("parallel-chosen"), words = $("parallel-words");
+  if (!words) {
+    fill(place, el("span", {id: "parallel-words"}), el("a", {id: "parallel-those"}, "Show these tasks"),
+      el("button", {id: "parallel-clear", type: "button", class: "plain", click: clearBrushes}, "Clear"));
+    return showChosenLines();
+  }
+  setText(words, brushes.size ? `${grouped(some.length)} of ${grouped(lines.length)} selected`
+    : "Drag along an axis, or move its ends by the arrow keys, to select.");
+  $("parallel-those").hidden = !brushes.size || !some.length;
+  $("parallel-those").href = addressOfLines();
+  $("parallel-clear").hidden = !brushes.size;
+}
+
+/** Where the selected lines lead: to their tasks, and those only. */
+function addressOfLines() {
+  const {axes, of, mode, lines} = lined, worst = lines[lines.length - 1].cells[axes.length - 1];
+  const conditions = axes.filter((axis) => brushes.has(axis.name)).map((axis) => {
+    const {low, high} = brushes.get(axis.name), name = inFilter(axis.name);
+    if (axis.isBand) return `${name} in [${axis.values.slice(low, high + 1).map(literal).join(", ")}]`;
+    return low === high ? `${name} == ${low}` : `${name} >= ${low} and ${name} <= ${high}`;
+  });
+  if (!brushes.has(of)) conditions.push(`${inFilter(of)} ${mode === "min" ? "<=" : ">="} ${worst}`);
+  return addressOfThose(conditions, {sort: of, way: mode === "min" ? "1" : "-1", brush: ""});
+}
+
+/** Sets a range by its ends on the axis, from 0 to 1. */
+function setBrush(axis, low, high) {
+  const [from, to] = [low, high].map((share) => Math.min(1, Math.max(0, share))).sort((one, other) => one - other);
+  const {values} = axis, last = values.length - 1;
+  let brush = null;
+  if (axis.isBand) {
+    const first = Math.min(last, Math.floor(from * values.length + 1e-6));
+    brush = {low: first, high: Math.max(first, Math.ceil(to * values.length - 1e-6) - 1)};
+  } else brush = {low: Math.max(values[0], roundOn(axis, from)), high: Math.min(values[last], roundOn(axis, to))};
+  putBrush(axis, brush);
+}
+
+/** Takes a range; one that has all is none. */
+function putBrush(axis, brush) {
+  const {values, isBand} = axis, last = values.length - 1;
+  const isAll = isBand ? !brush.low && brush.high === last : brush.low <= values[0] && brush.high >= values[last];
+  if (isAll) brushes.delete(axis.name);
+  else brushes.set(axis.name, brush);
+}
+
+/** The value at a place of an axis, with no more digits than one can point at. */
+function roundOn(axis, share) {
+  const [low, high] = [axis.value(0), axis.value(1)], most = Math.max(Math.abs(low), Math.abs(high));
+  const digits = axis.log ? 3 : Math.ceil(Math.log10(most / (high - low))) + 3;
+  return Number(axis.value(share).toPrecision(Math.min(15, Math.max(3, digits))));
+}
+
+function clearBrushes() {
+  brushes = new Map();
+  showBrushes();
+  keepBrushes();
+  $("main").focus();
+}
+
+/** Puts the ranges into the address once they stay, and says how many they have. */
+function keepBrushes() {
+  clearTimeout(keeping);
+  keeping = setTimeout(() => {
+    keeping = 0;
+    if (!login || at.view !== "parallel" || !lined.axes) return;
+    if (brushes.size) announce($("parallel-words").textContent);
+    go({brush: brushText()}, {replace: true});
+  }, 300);
+}
+
+/** Moves an end of a range to the next value, or by a step where there are many. */
+function onGripKey(event, axis, part) {
+  const by = {ArrowUp: 1, ArrowRight: 1, ArrowDown: -1, ArrowLeft: -1, PageUp: 10, PageDown: -10}[event.key];
+  const end = {Home: 0, End: 1}[event.key], isClear = ["Escape", "Delete", "Backspace"].includes(event.key);
+  if (by === undefined && end === undefined && !isClear || !axis.values.length) return;
+  event.preventDefault();
+  event.stopPropagation();
+  if (isClear) brushes.delete(axis.name);
+  else moveEnd(axis, part, by, end);
+  showBrushes();
+  keepBrushes();
+}
+
+function moveEnd(axis, part, by, end) {
+  const {values} = axis, last = values.length - 1, isFew = axis.isBand || values.length <= STOPS;
+  const before = brushes.get(axis.name) || (axis.isBand ? {low: 0, high: last} : {low: values[0], high: values[last]});
+  let to;
+  if (isFew) {
+    const stops = axis.isBand ? [...values.keys()] : values;
+    const here = stops.findIndex((value) => value >= before[part]);
+    to = stops[Math.min(last, Math.max(0, end === undefined ? (here < 0 ? last : here) + by : end * last))];
+  } else {
+    const share = end === undefined ? axis.place(before[part]) + by / STOPS : end;
+    to = Math.min(values[last], Math.max(values[0], roundOn(axis, share)));
+  }
+  putBrush(axis, {...before, [part]: part === "low" ? Math.min(to, before.high) : Math.max(to, before.low)});
+}
+
+/** Where a pointer is on an axis, from 0 at its lower end to 1. */
+function shareAt(event) {
+  const {top, height} = lined.room;
+  return 1 - (event.clientY - $("parallel-drawing").getBoundingClientRect().top - top) / height;
+}
+
+function onGrab(event) {
+  const node = event.target.closest("[data-part]");
+  isGrabbed = Boolean(node);
+  if (!node || event.button || !lined || !lined.axes) return;
+  const axis = lined.axes[Number(node.dataset.axis)], {part} = node.dataset;
+  event.preventDefault();
+  if (part === "low" || part === "high") node.focus();
+  $("parallel-drawing").setPointerCapture(event.pointerId);
+  dragging = {name: axis.name, part, from: shareAt(event), low: endOf(axis, "low"), high: endOf(axis, "high")};
+  hideTip();
+  pointToLine(null);
+}
+
+function onDrag(event) {
+  const axis = lined.axes.find(({name}) => name === dragging.name), here = shareAt(event);
+  const {part, from, low, high} = dragging;
+  if (!axis || !dragging.isMoved && Math.abs(here - from) * lined.room.height < 3) return;
+  dragging.isMoved = true;
+  if (part === "low") setBrush(axis, Math.min(here, high), high);
+  else if (part === "high") setBrush(axis, low, Math.max(here, low));
+  else if (part === "axis") setBrush(axis, from, here);
+  else {
+    const by = Math.min(1 - high, Math.max(-low, here - from));
+    setBrush(axis, low + by, high + by);
+  }
+  if (!dragging.frame) dragging.frame = requestAnimationFrame(() => {
+    if (dragging) dragging.frame = 0;
+    if (login && lined && lined.axes) showBrushes();
+  });
+}
+
+function onRelease() {
+  const {name, part, isMoved} = dragging;
+  dragging = null;
+  if (!isMoved && (part === "axis" || part === "span")) brushes.delete(name);
+  showBrushes();
+  keepBrushes();
+}
+
+/** The line that is nearest to a place in the drawing, of those that are selected; or null. */
+function lineAt(left, top) {
+  const {axes, room, chosen: some} = lined;
+  const next = axes.findIndex((axis, index) => index && axis.x >= left);
+  if (next < 0 || left < axes[0].x) return null;
+  const share = (left - axes[next - 1].x) / (axes[next].x - axes[next - 1].x);
+  let nearest = null, least = NEAR / 2 * room.unit;
+  for (const line of some) {
+    const far = Math.abs(line.y[next - 1] + share * (line.y[next] - line.y[next - 1]) - top);
+    if (far < least) [nearest, least] = [line, far];
+  }
+  return nearest;
+}
+
+function onLines(event) {
+  if (!lined || !lined.axes || !lined.chosen) return;
+  if (dragging) return event.type === "pointermove" ? onDrag(event) : null;
+  if (event.target.closest("a")) return;
+  const place = $("parallel-drawing"), box = place.getBoundingClientRect();
+  const isOff = event.type === "pointerleave" || event.target.closest("[data-part]");
+  const line = isOff ? null : lineAt(event.clientX - box.left, event.clientY - box.top);
+  if (event.type === "click") {
+    if (line && !isGrabbed) go({view: "tasks", task: line.id, run: ""});
+    return;
+  }
+  pointToLine(line);
+  if (line) showTip(lineWords(line), event.clientX, event.clientY);
+  else hideTip();
+  place.style.cursor = line ? "pointer" : "";
+}
+
+function arriveAtParallel(before) {
+  if (before.view !== "parallel") drawParallel();
+}
+
+async function chooseAxes() {
+  const shown = lined ? lined.names.slice(0, -1) : [];
+  const names = await askFields("Axes", [...ofKind("args", "metadata", "summary"), "duration", "host"], shown);
+  if (names !== null) go({axes: names, brush: ""});
+}
+
+// 16. Saved ###################################################################
 
 const MOST_VIEWS = 200;
 const VIEWS_KEPT = `labtasker-views${UNDER.slice(0, -1)}`;  // [{queue, name, address}]: no address has a secret
@@ -4563,7 +5097,7 @@ function deleteView(one, row, list) {
   back.focus();
 }
 
-// 16. Workers #################################################################
+// 17. Workers #################################################################
 
 const MOST_WORKERS = 200;
 const WORKER_COLUMNS = [["Worker", "", innerWidth < 800 ? 9 : 12], ["Runs", "", innerWidth < 800 ? 9 : 14],
@@ -4639,13 +5173,14 @@ async function changeWorker(row, status) {
   refresher.now();
 }
 
-// 17. Views ###################################################################
+// 18. Views ###################################################################
 
 const VIEWS = {
   tasks: {title: "Tasks", load: loadTasks, arrive: arriveAtTasks},
   groups: {title: "Table", load: loadGroups},
   plot: {title: "Plot", load: loadPlot, arrive: () => drawPlot()},
   grid: {title: "Grid", load: loadGrid, arrive: () => drawGrid()},
+  parallel: {title: "Parallel", load: loadParallel, arrive: arriveAtParallel},
   curves: {title: "Curves", load: loadCurves, arrive: () => drawCurves()},
   workers: {title: "Workers", load: loadWorkers},
 };
@@ -4708,7 +5243,7 @@ function showApp() {
   $("login-password").value = "";
   setText($("queue-name"), login.queue);
   fields = [];
-  choice = latest = plotted = gridded = curving = sampled = null;
+  choice = latest = plotted = gridded = curving = sampled = grouping = lined = null;
   chosen.clear();
   stream.last = null;
   stream.start();
@@ -4762,6 +5297,12 @@ function start() {
   for (const button of $("selection").querySelectorAll("[data-action]")) button.addEventListener("click",
       () => act(button.dataset.action, [...chosen]));
   on("views", "click", () => showViews());
+  on("parallel-axes", "click", () => chooseAxes());
+  on("parallel-of", "change", () => go({of: $("parallel-of").value, mode: "", brush: ""}));
+  on("parallel-mode", "change", () => go({mode: $("parallel-mode").value}));
+  on("parallel-drawing", "pointerdown", onGrab);
+  for (const kind of ["pointermove", "pointerleave", "click"]) on("parallel-drawing", kind, onLines);
+  for (const kind of ["pointerup", "pointercancel"]) on("parallel-drawing", kind, () => { if (dragging) onRelease(); });
   on("groups-by", "click", () => chooseGroups());
   on("groups-of", "change", () => go({of: $("groups-of").value, mode: "", tsort: "", tway: ""}));
   on("groups-mode", "change", () => go({mode: $("groups-mode").value, tsort: "", tway: ""}));
@@ -4786,8 +5327,10 @@ function start() {
   document.addEventListener("visibilitychange", onVisibility);
   new ResizeObserver(() => drawPlot()).observe($("plot-drawing"));
   new ResizeObserver(() => drawGrid()).observe($("grid-drawing"));
+  new ResizeObserver(() => drawParallel()).observe($("parallel-drawing"));
   new ResizeObserver(() => drawCurves()).observe($("curves-drawing"));
-  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => drawCurves());
+  matchMedia("(prefers-color-scheme: dark)").addEventListener("change",
+    () => { drawCurves(); drawParallel(); });
   login = remembered();
   if (login) showApp();
   else showLogin(kept.get("session", REASON) || "");

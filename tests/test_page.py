@@ -435,6 +435,87 @@ def test_the_table_view_has_the_rows_of_task_table_and_each_leads_to_its_tasks(c
         person.tab.is_blameless()
 
 
+POINTED = """() => document.querySelector('#line-pointed').getAttribute('d').match(/[-\\d.]+/g).map(Number)"""
+
+
+@pytest.mark.slow
+def test_the_parallel_view_is_brushed_by_keys_and_by_dragging_and_leads_to_those_tasks(chromium, server):
+    run_sweep(server)
+    with chromium.session() as session:
+        person = Person(session.tab(), browser.Mouse, server)
+        page = person.page
+        person.open("#view=parallel&of=summary.acc")
+        place, selected = page.locator("#parallel-drawing"), page.locator("#parallel-chosen")
+
+        def address_has(word, is_there=True):
+            wait_until(lambda: (word in page.evaluate("location.hash")) is is_there, "the range is in the address, or not")
+        person.says(page.locator("#parallel-note"), "18 tasks; 6 without a number of acc.")
+        place.locator("canvas.all[data-painted='18']").wait_for()
+        assert page.evaluate("""() => { const sheet = document.querySelector('#parallel-drawing canvas.all');
+            return sheet.getContext('2d').getImageData(0, 0, sheet.width, sheet.height).data.some(one => one > 0); }""")
+        person.says(page.locator("#parallel-legend"), re.compile("Rank by acc: 0.71.*0.9.*Best: sweep"))
+        sliders = place.get_by_role("slider")
+        assert sliders.evaluate_all("all => all.map(one => one.getAttribute('aria-label'))") == [
+            "%s %s" % (end, name) for name in ("lr", "opt.name", "acc") for end in ("Lowest", "Highest")]
+        low = person.named("slider", "Lowest lr")
+        low.focus()
+        for value, count in (("0.01", 14), ("0.1", 9), ("1", 4), ("1", 4)):
+            page.keyboard.press("ArrowUp")
+            person.says(selected, "%d of 18 selected" % count)
+            assert low.get_attribute("aria-valuetext") == value
+        address_has("brush")
+        place.locator("canvas.front[data-painted='4']").wait_for()
+        assert low.evaluate("one => one === document.activeElement")
+        page.reload()
+        person.says(selected, "4 of 18 selected")
+        person.press("Show these tasks", role="link")
+        person.finds(4)
+        assert page.locator("#filter").input_value() == "args.lr == 1 and summary.acc >= 0.71"
+        page.go_back()
+        person.says(selected, "4 of 18 selected")
+        person.named("slider", "Lowest lr").focus()
+        page.keyboard.press("Escape")
+        person.says(selected, "Drag along an axis")
+        address_has("brush", False)
+        box = person.named("slider", "Highest opt.name").bounding_box()
+        x, top = box["x"] + box["width"] / 2, box["y"] + box["height"]
+        bottom = person.named("slider", "Lowest opt.name").bounding_box()["y"]
+        page.mouse.move(x, top + 15)
+        page.mouse.down()
+        for share in (0.1, 0.2, 0.3, 0.4):
+            page.mouse.move(x, top + share * (bottom - top))
+        page.mouse.up()  # over the upper of two texts
+        person.says(selected, "7 of 18 selected")
+        assert not faults_of_looks(person, "parallel")
+        address_has("sgd")
+        person.press("Show these tasks", role="link")
+        person.finds(7)
+        assert 'args.opt.name in ["sgd"]' in page.locator("#filter").input_value()
+        person.open("#view=parallel&of=summary.acc")
+        links = place.get_by_role("link")
+        wait_until(lambda: links.count() == 18, "the best lines are links")
+        links.first.focus()
+        said = place.get_by_role("link").first.get_attribute("aria-label").split("\n")
+        assert said[1:] == ["acc 0.9", "lr 1", "opt.name adam"], said
+        path, box = page.evaluate(POINTED), place.bounding_box()
+        page.locator("#main").focus()
+        page.mouse.move(box["x"] + sum(path[-4::2]) / 2, box["y"] + sum(path[-3::2]) / 2)  # half way to the result
+        person.says(page.locator("#tip"), "acc 0.9")
+        page.mouse.down()
+        page.mouse.up()
+        person.sees(person.named("article", "Task"))
+        person.says(page.locator("#task"), "0.9")
+        person.tab.is_blameless()
+
+
+@pytest.mark.slow
+def test_of_more_than_two_thousand_tasks_the_best_are_drawn_side_by_side(person):
+    person.open("#view=parallel&of=summary.loss&filter=args.seed < 110")
+    person.says(person.page.locator("#parallel-note"), "The 2,000 tasks with the best loss, of 4,400.")
+    person.page.locator("#parallel-drawing canvas.all[data-painted='2000']").wait_for()
+    assert person.page.locator("#parallel-drawing").get_by_role("link").count() == 200
+
+
 def view_names(person):
     """Return the names of the saved views in the dialog."""
     return person.dialog().locator(".views a").all_text_contents()
@@ -1416,7 +1497,7 @@ def test_shortcuts(person):
     key("u")
     note(person, "Undone for 1 task")
     assert set(states(person.server, ids)) == {"pending"}
-    for keys, name in (("2", "Table"), ("3", "Plot"), ("4", "Grid"), ("5", "Curves"), ("6", "Workers"), ("1", "Tasks")):
+    for keys, name in (("2", "Table"), ("3", "Plot"), ("4", "Grid"), ("5", "Parallel"), ("6", "Curves"), ("7", "Workers"), ("1", "Tasks")):
         key(keys)
         person.sees(page.get_by_role("region", name=name, exact=True))
         assert person.named("link", name).get_attribute("aria-current") == "page"
