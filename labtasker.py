@@ -4498,10 +4498,8 @@ def _overdue(store, queue):
     out)."""
     overdue, next_in_s = [], math.inf
     for task in queue.running.values():
-        if task.heartbeat_timeout is None and task.task_timeout is None:
-            continue
         ages = store.beats.ages(task.run_id)
-        if ages is None:  # it began before this server: it gets its full time again
+        if ages is None:  # it began before this server: it gets its full time again, or that of a limit given later
             store.beats.start(task.run_id)
             ages = 0.0, 0.0
         ran_s, silent_s = ages

@@ -14,7 +14,7 @@ import labtasker as L
 pytestmark = pytest.mark.slow  # they run on one Python, the others have the quick part of the rest
 
 EPISODE = 2500  # operations
-KEPT = [1006]  # episodes that found something
+KEPT = [1006, 5001007]  # episodes that found something
 STEP_S = 1e-3  # by which the clock moves at each request
 BIG_STEP_S = 400.0  # time passes in multiples of this, and time-outs are in between: nothing hangs on STEP_S
 
@@ -787,6 +787,25 @@ def test_runs_go_on_when_a_server_takes_a_store_over_and_gives_it_back(tmp_path,
     service.open(False)
     service.look("default")
     assert service("default", "GET", "tasks/" + task["task_id"])[1]["status"] == "running"
+    service.close()
+
+
+def test_a_run_without_a_limit_that_is_given_one_has_its_time_from_the_servers_start(tmp_path, clock):
+    """As every other run; were it timed from the update on, a silent one would be noticed later."""
+    service = Service(tmp_path / "journal.jsonl", clock)
+    service.open(True)
+    service("default", "POST", "tasks", {"args": {"a": 1}})
+    task = service("default", "POST", "tasks/next", {})[1]["task"]
+    service.open(True)
+    service.look("default")
+    clock.pass_s(500)
+    service.look("default")
+    change = [{"task_id": task["task_id"], "heartbeat_timeout": 600}]
+    assert service("default", "PUT", "tasks", change, {"reset_pending": "false"})[0] == 200
+    for passed_s, status in ((90, "running"), (20, "pending")):
+        clock.pass_s(passed_s)
+        service.look("default")
+        assert service("default", "GET", "tasks/" + task["task_id"])[1]["status"] == status
     service.close()
 
 
