@@ -25,7 +25,8 @@ def clean_world(tmp_path_factory):
     assert not above, "a .labtasker folder above the tests' folders would be found by them: remove it from %s" % above
     os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # each subprocess would compile the module anew
     os.environ.pop("PYTHONUNBUFFERED", None)  # what is printed comes in other pieces
-    os.environ["PYTHONPYCACHEPREFIX"] = str(folder / "pycache")
+    shared = folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder  # compiled once for all of xdist's workers
+    os.environ["PYTHONPYCACHEPREFIX"] = str(shared / "pycache")
     before = os.getcwd()
     os.chdir(str(folder))
     yield

@@ -18,7 +18,7 @@ import labtasker as L
 
 SETTINGS = {  # name: (value of the quick version, meaning)
     "KILLS": (10, "times that the server of the crash checker is killed"),
-    "STEPS": (20000, "operations compared with the model"),
+    "STEPS": (12500, "operations compared with the model"),
     "CUTS": (150, "power cuts tried on each long history"),
     "BITS": (500, "random bits of a journal flipped, one at a time"),
     "LAST_BYTES": (48, "bytes at a journal's end of which every bit is flipped"),

@@ -1,8 +1,9 @@
 #!/usr/bin/env python3
 """The main job from end to end, with the standard library alone: `python3.6 tests/smoke.py`.
 
-By the command line and by import, on the embedded store and over a server, in a temporary folder. Prints a line a
-step; a step that goes wrong ends it with exit code 1.
+By the command line and by import, on the embedded store and over a server, in a temporary folder to which labtasker.py
+alone is copied: as a module, so that Python compiles it once, and once as a script. Prints a line a step; a step that
+goes wrong ends it with exit code 1.
 """
 import json
 import os
@@ -56,7 +57,7 @@ assert drawn == [{"lr": 0.00099143, "layers": 3, "model": "b"}, {"lr": 0.0840369
 
 def command(args, stdin=None, **env):
     """Return what the command line prints with these arguments, or end with its output."""
-    return python([MODULE] + args, stdin, **env)
+    return python(["-m", "labtasker"] + args, stdin, **env)
 
 
 def python(args, stdin=None, **env):
@@ -69,8 +70,8 @@ def python(args, stdin=None, **env):
 
 
 def environment():
-    kept = {k: v for k, v in os.environ.items() if not k.startswith("LABTASKER_")}
-    return dict(kept, PYTHONPATH=os.path.dirname(MODULE), PYTHONIOENCODING="utf-8")
+    kept = {k: v for k, v in os.environ.items() if not k.startswith("LABTASKER_") and k != "PYTHONDONTWRITEBYTECODE"}
+    return dict(kept, PYTHONPATH=os.path.abspath("module"), PYTHONIOENCODING="utf-8")
 
 
 def check(what, is_true, shown):
@@ -112,7 +113,7 @@ def main_job(**env):
 def serve():
     """Return (process, URL) of a server that listens."""
     with open("server.log", "wb") as log:
-        process = subprocess.Popen([sys.executable, MODULE, "serve", "--port", "0", "--db-path", "server/journal.jsonl"],
+        process = subprocess.Popen([sys.executable, "-m", "labtasker", "serve", "--port", "0", "--db-path", "server/journal.jsonl"],
                                    env=environment(), stdin=subprocess.DEVNULL, stdout=log, stderr=log)
     deadline = time.monotonic() + 20
     while time.monotonic() < deadline and process.poll() is None:
@@ -130,6 +131,9 @@ def main():
     before, folder = os.getcwd(), tempfile.mkdtemp(prefix="labtasker-smoke-")
     os.chdir(folder)
     try:
+        os.mkdir("module")
+        shutil.copy(MODULE, "module")
+        check("the script runs", "task ls" in python([os.path.join("module", "labtasker.py"), "--help"]), None)
         print("embedded store")
         main_job()
         os.mkdir("server")

@@ -20,6 +20,7 @@ import harness
 import labtasker
 import labtasker_cli
 import pytest
+from conftest import forget_client
 from hypothesis import given
 from hypothesis import strategies as st
 from labtasker import UsageError
@@ -202,11 +203,16 @@ def crowded(tmp_path_factory):
 
 
 @pytest.mark.parametrize("line, code, words", BAD, ids=[row[0] or "nothing" for row in BAD])
-def test_bad_input_gets_one_clear_message(crowded, line, code, words):
-    import shlex
+def test_bad_input_gets_one_clear_message(crowded, monkeypatch, capsys, line, code, words):
     journal = crowded.folder / "journal.jsonl"
     before = journal.read_bytes()
-    result = crowded.cli(*shlex.split(line), check=False)
+    monkeypatch.chdir(crowded.cwd)
+    monkeypatch.setattr(sys, "argv", ["labtasker"])
+    with open(os.devnull) as nothing:
+        monkeypatch.setattr(sys, "stdin", nothing)
+        returned = labtasker.main(shlex.split(line))
+    forget_client()
+    result = harness.Result([line], returned, *capsys.readouterr())
     assert result.returncode == code, result
     for word in words:
         assert word in result.stderr, result
@@ -214,6 +220,12 @@ def test_bad_input_gets_one_clear_message(crowded, line, code, words):
     assert result.stdout == "", result
     assert journal.read_bytes() == before
     assert not (crowded.folder / "config.toml").exists()
+
+
+@pytest.mark.parametrize("line, code, words", [row for row in BAD if row[0] in ("", "tsak ls", "task ls -f argz.lr==1", "task update -q -s pending -u status=success")])
+def test_the_message_of_a_process_goes_to_stderr_alone(crowded, line, code, words):
+    result = crowded.cli(*shlex.split(line), check=False)
+    assert result.returncode == code and result.stdout == "" and all(word in result.stderr for word in words), result
 
 
 @pytest.mark.slow
@@ -390,7 +402,12 @@ def test_a_range_without_an_end_is_refused():
         labtasker.grid_values("x", "0:1e400:1e399")
 
 
-@pytest.mark.slow
+def submitted(capsys, *words):
+    """Return the id of a task submitted by the command line in this process."""
+    assert labtasker.main(["task", "submit", "--quiet"] + list(words)) == 0
+    return capsys.readouterr().out.strip()
+
+
 @pytest.mark.parametrize("words, args", [
     (["--lr=0.1", "--model=resnet"], {"lr": 0.1, "model": "resnet"}),
     (["--lr", "0.1", "-m", "vit"], {"lr": 0.1, "m": "vit"}),
@@ -409,9 +426,8 @@ def test_a_range_without_an_end_is_refused():
     (["--text=two\nlines"], {"text": "two\nlines"}),
     (["-lr=0.1"], {"lr": 0.1}),
 ])
-def test_typed_arguments_become_args(home, words, args):
-    task_id = home.submit("--", *words)
-    assert home.task(task_id)["args"] == args
+def test_typed_arguments_become_args(home, capsys, words, args):
+    assert labtasker.get_task(submitted(capsys, "--", *words)).args == args
 
 
 def test_args_and_typed_arguments_are_joined(home):
@@ -819,7 +835,6 @@ def test_count_by_status_and_by_field(both):
 
 # ---- changing
 
-@pytest.mark.slow
 @pytest.mark.parametrize("updates, field, value", [
     (["-u", "args.lr=0.005"], "args", {"lr": 0.005, "opt": {"name": "adam", "m": 1}}),
     (["-u", "args.opt.m=2"], "args", {"lr": 0.3, "opt": {"name": "adam", "m": 2}}),
@@ -842,11 +857,11 @@ def test_count_by_status_and_by_field(both):
     (["--", "priority=7"], "priority", 7),
     (["-u", "priority=7", "--", "max_retries=9"], "max_retries", 9),
 ])
-def test_update_sets_what_was_typed_and_leaves_the_rest(home, updates, field, value):
-    task_id = home.submit("--args", '{"lr": 0.3, "opt": {"name": "adam", "m": 1}}', "--metadata",
-                          '{"tags": ["v1"], "note": "n"}')
-    assert home.cli("task", "update", "--id", task_id, *updates).stdout == "Updated 1 task\n"
-    found = home.task(task_id)[field]
+def test_update_sets_what_was_typed_and_leaves_the_rest(home, capsys, updates, field, value):
+    task_id = submitted(capsys, "--args", '{"lr": 0.3, "opt": {"name": "adam", "m": 1}}', "--metadata", '{"tags": ["v1"], "note": "n"}')
+    assert labtasker.main(["task", "update", "--id", task_id] + updates) == 0
+    assert capsys.readouterr().out == "Updated 1 task\n"
+    found = labtasker.get_task(task_id).to_dict()[field]
     assert json.loads(json.dumps(found).replace("NaN", '"NaN"')) == value
 
 
@@ -1256,64 +1271,76 @@ def test_the_second_file_enters_its_commands_into_the_table(name):
 
 @pytest.fixture
 def alone(tmp_path):
-    """A folder with nothing but labtasker.py."""
+    """A folder with nothing but labtasker.py, for tests that put more into it."""
     folder = tmp_path / "alone"
     folder.mkdir()
     shutil.copy(str(harness.MODULE), str(folder))
     return folder
 
 
-def run_alone(alone, home, *words, **options):
-    return harness.run([sys.executable, alone / "labtasker.py"] + list(words), home.cwd, env={"PYTHONPATH": ""}, **options)
+@pytest.fixture(scope="module")
+def one_file(tmp_path_factory):
+    """A folder with nothing but labtasker.py; it is compiled once for all tests."""
+    folder = tmp_path_factory.mktemp("one-file")
+    shutil.copy(str(harness.MODULE), str(folder))
+    return folder
+
+
+def run_alone(folder, home, *words, **options):
+    return harness.run([sys.executable, "-m", "labtasker"] + list(words), home.cwd, env={"PYTHONPATH": str(folder)}, **options)
+
+
+def run_script(folder, home, *words, **options):
+    return harness.run([sys.executable, folder / "labtasker.py"] + list(words), home.cwd, env={"PYTHONPATH": ""}, **options)
 
 
 @pytest.mark.parametrize("words", [name.split() + more for name in labtasker.EXTRA_COMMANDS for more in ([], ["--help"])],
                          ids=" ".join)
-def test_without_the_second_file_its_commands_say_what_they_need(alone, home, words):
-    result = run_alone(alone, home, *words, check=False)
+def test_without_the_second_file_its_commands_say_what_they_need(one_file, home, words):
+    result = run_alone(one_file, home, *words, check=False)
     assert result.returncode == 1 and result.stdout == "", result
     assert " ".join(words[:2]).replace(" --help", "") in result.stderr
-    assert "needs labtasker_cli.py beside labtasker.py" in result.stderr and str(alone) in result.stderr
+    assert "needs labtasker_cli.py beside labtasker.py" in result.stderr and str(one_file) in result.stderr
 
 
-def test_labtasker_alone_does_the_work_and_says_what_it_lacks(alone, home):
+def test_labtasker_alone_does_the_work_and_says_what_it_lacks(one_file, home):
     (home.cwd / "labtasker_cli.py").write_text("raise SystemExit('only the file beside labtasker.py is taken')")
-    run_alone(alone, home, "task", "submit", "--", "--lr=1")
-    assert run_alone(alone, home, "task", "ls", "-q").lines == [t["task_id"] for t in home.tasks()]
+    run_script(one_file, home, "task", "submit", "--", "--lr=1")
+    assert run_script(one_file, home, "task", "ls", "-q").lines == [t["task_id"] for t in home.tasks()]
     for words in (["help"], ["--help"], ["help", "task"], ["task", "--help"], ["task", "ls", "--help"]):
-        assert "task ls" in run_alone(alone, home, *words).stdout
-    assert "labtasker_cli.py beside labtasker.py there are also: watch, config, sbatch" in run_alone(alone, home, "help").stdout
-    assert "did you mean config" in run_alone(alone, home, "confg", check=False).stderr
+        assert "task ls" in run_script(one_file, home, *words).stdout
+    assert "labtasker_cli.py beside labtasker.py there are also: watch, config, sbatch" in run_script(one_file, home, "help").stdout
+    assert "did you mean config" in run_script(one_file, home, "confg", check=False).stderr
 
 
 @pytest.mark.slow
-def test_labtasker_alone_runs_a_cluster(alone, home, server):
+def test_labtasker_alone_runs_a_cluster(one_file, home, server):
     """Each command of the work, by flags alone; a listing is a plain table, and what only people need is told of."""
     words = ["init", "--url", server.url, "--queue-name", "mine", "--password", "secret"]
-    assert "Created queue mine" in run_alone(alone, home, *words).stdout
-    refused = run_alone(alone, home, *words, check=False)
+    assert "Created queue mine" in run_alone(one_file, home, *words).stdout
+    refused = run_alone(one_file, home, *words, check=False)
     assert refused.returncode == 2 and "Overwrite" in refused.stderr and "--yes" in refused.stderr
-    run_alone(alone, home, "queue", "create", "--queue-name", "other", "--password", "p")
-    run_alone(alone, home, "task", "submit", "--grid", "--name", "g", "--max-retries", "1", "--", "--lr=0.1,0.2", "--opt.name=a b")
-    run_alone(alone, home, "task", "submit", "--args", json.dumps({"text": HOSTILE}))
-    run_alone(alone, home, "loop", "-c", "echo %(opt.name); test %(lr) = 0.1", check=False)
-    shown = run_alone(alone, home, "task", "ls", "-f", "exists(args.lr)", "-S", "args.lr", "--columns", "id,status,name,args.lr")
+    run_alone(one_file, home, "queue", "create", "--queue-name", "other", "--password", "p")
+    run_alone(one_file, home, "task", "submit", "--grid", "--name", "g", "--max-retries", "1", "--", "--lr=0.1,0.2", "--opt.name=a b")
+    run_alone(one_file, home, "task", "submit", "--args", json.dumps({"text": HOSTILE}))
+    run_alone(one_file, home, "loop", "-c", "echo %(opt.name); test %(lr) = 0.1", check=False)
+    shown = run_alone(one_file, home, "task", "ls", "-f", "exists(args.lr)", "-S", "args.lr", "--columns", "id,status,name,args.lr")
     ids = [task["task_id"] for task in home.tasks("-f", "exists(args.lr)", "-S", "args.lr")]
     assert [line.split() for line in shown.lines] == [
         ["id", "status", "name", "args.lr"], [ids[0][:8], "success", "g", "0.1"], [ids[1][:8], "failed", "g", "0.2"]]
-    text = run_alone(alone, home, "task", "ls", "-s", "pending").stdout
+    text = run_alone(one_file, home, "task", "ls", "-s", "pending").stdout
     assert "owned" in text and not set("\x1b\x07\x9b\u202e") & set(text)
-    assert "    lr: 0.1" in run_alone(alone, home, "task", "get", ids[0][:8]).stdout.replace("  lr", "    lr")
-    assert "failed     1" in run_alone(alone, home, "task", "count").stdout
-    run_alone(alone, home, "task", "update", "--name", "g", "-u", "args.lr=9", "--reset-pending", "-q")
-    assert run_alone(alone, home, "task", "delete", "-y", ids[0]).stdout == "Deleted 1 task\n"
-    assert run_alone(alone, home, "task", "wait", "-f", "exists(args.nosuch)").returncode == 0
-    worker = run_alone(alone, home, "worker", "create", "--worker-name", "w", "--metadata", '{"gpu": 0}', "-q").stdout.strip()
-    assert "gpu=0" in run_alone(alone, home, "worker", "ls").stdout
-    run_alone(alone, home, "worker", "report", worker, "crashed")
-    run_alone(alone, home, "worker", "delete", worker, "--yes")
-    assert run_alone(alone, home, "health").stdout.startswith("healthy")
-    result = run_alone(alone, home, "task", "update", "--editor", check=False)
+    assert "    lr: 0.1" in run_alone(one_file, home, "task", "get", ids[0][:8]).stdout.replace("  lr", "    lr")
+    assert "failed     1" in run_alone(one_file, home, "task", "count").stdout
+    run_alone(one_file, home, "task", "update", "--name", "g", "-u", "args.lr=9", "--reset-pending", "-q")
+    assert run_alone(one_file, home, "task", "delete", "-y", ids[0]).stdout == "Deleted 1 task\n"
+    assert run_alone(one_file, home, "task", "wait", "-f", "exists(args.nosuch)").returncode == 0
+    worker = run_alone(one_file, home, "worker", "create", "--worker-name", "w", "--metadata", '{"gpu": 0}', "-q").stdout.strip()
+    assert "gpu=0" in run_alone(one_file, home, "worker", "ls").stdout
+    run_alone(one_file, home, "worker", "report", worker, "crashed")
+    run_alone(one_file, home, "worker", "delete", worker, "--yes")
+    assert run_alone(one_file, home, "health").stdout.startswith("healthy")
+    result = run_alone(one_file, home, "task", "update", "--editor", check=False)
     assert result.returncode == 1 and "--editor needs labtasker_cli.py beside" in result.stderr, result
 
 
@@ -1377,11 +1404,11 @@ def pythons():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("python", pythons(), ids=lambda path: "this" if path == sys.executable else "3.6")
-def test_every_command_of_the_one_file_works_without_the_other(alone, home, python):
+def test_every_command_of_the_one_file_works_without_the_other(one_file, home, python):
     ids = []
     for words, stdin, code, shown in ALONE:
         words = [ids[0] if word == "ID" else word for word in shlex.split(words) if word != "ID-ON-STDIN"]
-        result = harness.run([python, "-m", "labtasker"] + words, home.cwd, env={"PYTHONPATH": str(alone)}, check=False,
+        result = harness.run([python, "-m", "labtasker"] + words, home.cwd, env={"PYTHONPATH": str(one_file)}, check=False,
                              stdin=ids[0] if stdin else None)
         assert result.returncode == code and shown in result.stdout, result
         ids = ids or [task["task_id"] for task in home.tasks()]
@@ -1409,9 +1436,9 @@ PASSWORDS = """if True:
 
 
 @pytest.mark.slow
-def test_the_one_file_asks_before_it_deletes_for_good(alone, home):
+def test_the_one_file_asks_before_it_deletes_for_good(one_file, home):
     home.submit("--", "--lr=1")
-    code, shown = on_terminal(home, ["task", "delete", "-f", "True"], [("[y/N]", "n\n")], module=alone / "labtasker.py")
+    code, shown = on_terminal(home, ["task", "delete", "-f", "True"], [("[y/N]", "n\n")], module=one_file / "labtasker.py")
     assert code == 1 and "Delete 1 task for good? [y/N]" in shown and len(home.tasks()) == 1
 
 
