@@ -4,9 +4,11 @@ labtasker.py alone is the whole tool. Where this file lies beside it, it adds th
 the server's page, colours and the pager. `labtasker` and `lt` start `main`, `labtasker-server` starts `server_main`.
 Tests: test_cli.py, test_terminal.py, test_page.py, test_slurm.py.
 """
+import bisect
 import collections
 import itertools
 import json
+import math
 import operator
 import os
 import re
@@ -22,8 +24,9 @@ from labtasker import (
     LabtaskerHTTPStatusError, LabtaskerRuntimeError, LabtaskerValueError, OddFile, Page, Sweep,
     SyntaxMistake, TaskUpdateRequest, UsageError, order_key, last_seen, alike_lines, as_typed, ask, ask_route, brief,
     cells_wide, change_of, choice, choose_columns, clean, client, compile_query, confirm, duration, enter_page,
-    error_of, filter_of, find_root, fitted, flatten, folders_of, for_system, format_time, get_path, group, health_check,
-    hint, ids_of, in_order, is_away, is_terminal, joined, lay_out, load_config, log_path, ls_tasks, ls_workers,
+    error_of, exact, filter_of, find_root, fitted, flatten, folders_of, for_system, format_time, get_path, group,
+    health_check, hint, ids_of, in_order, is_away, is_terminal, joined, lay_out, load_config, log_path, ls_tasks,
+    ls_workers,
     main, monotonic, note, now, open_plain, option, pace, pace_of, pairs, parse, parse_filter, progress,
     read_server_file, read_text, recent_ends, record_text, row_of, say, screen_size, seconds, selectors, sparkline,
     show, spent_s, store_folder, tail_of, tasks_in_words, typed_filter, typed_value, update_tasks, updates_of,
@@ -1316,6 +1319,8 @@ def write_skill(path, text):
 SAMPLE, MOST_PATHS = 300, 400  # tasks that are examined to find out which fields there are; fields that are sent
 MOST_ALIKE = 60  # at most so many fields are listed as the same in all tasks
 MOST_CHOSEN_OF = 100  # tasks, beside those shown, that are examined to choose the columns
+MOST_LEVELS, LEAST_ALIKE = 6, 20  # values that colours tell apart; tasks a value of the horizontal field that has more
+MOST_EXPLAINING, LEAST_SHARE = 40, 0.5  # fields that may explain a result's spread; how much one has to explain of it
 CELL, MOST_ROWS, MOST_COLUMNS = 300, 20000, 200  # characters of a cell; rows, columns of a view
 LEAST_POINTS, MOST_POINTS = 20, 1000  # of each curve, however many are shown
 
@@ -1354,7 +1359,7 @@ def view_tasks(store, caller, request):
     A cell is null, true, false, a number or text of bounded length. `counts` and `pace` are of the tasks that the
     filter matches, whatever their status. With `spread` the rows are a sample of the tasks with values in the first
     two columns. With `choose` there is {chosen: {columns, telling, same, letters}} as `chosen_of` returns it, for the
-    rows and others."""
+    rows and others; with both, `chosen` has what `explaining` returns for these two columns as `explains`."""
     return store.transact(lambda store, queue, request, at: (
         [], lambda records=list(queue.tasks.values()): viewed(store, queue.record, records, request, at)),
         caller, request, False)
@@ -1375,6 +1380,12 @@ def viewed(store, of_queue, records, request, at):
         others = chosen[::len(chosen) // MOST_CHOSEN_OF + 1]
         looked_at = {record.task_id: record for record in shown + others}
         answer["chosen"] = chosen_of(store, looked_at.values(), request["sort"] or ())
+        if request["spread"] and names[1:]:
+            others = [name for name in answer["chosen"]["telling"] if name.startswith("args.")]
+            across, results, *values = ([value_of(name)(record) for record in shown]
+                                        for name in names[:2] + others[:MOST_EXPLAINING])
+            answer["chosen"]["explains"] = explaining(across, results, {
+                name: some for name, some in zip(others, values) if name not in names[:2]})
     return answer
 
 
@@ -1497,6 +1508,52 @@ def chosen_of(store, records, sort):
             "same": dict(same[:MOST_ALIKE]), "letters": {
                 field: min(CELL, max(letters_of(row[field]) for row in rows if field in row))
                 for field in telling if field.startswith(("args.", "summary.", "metadata."))}}
+
+
+def explaining(across, results, fields):
+    """Return [field, share] of the field that explains most of the results' spread; None if none explains LEAST_SHARE.
+
+    `fields` is {field: values}; `across` has the values against which the results are drawn. Tasks that are alike in
+    `across` are compared: the share is the part of the variance among them that is gone where they are alike in the
+    field too. Variances are by degrees of freedom, so that a field that differs in all tasks explains nothing. Of
+    fields that explain as much, the first wins."""
+    kept = [at for at, value in enumerate(results) if type(value) in (int, float) and value - value == 0]
+    drawn = levels_of([across[at] for at in kept], max(MOST_LEVELS, len(kept) // LEAST_ALIKE))
+    numbers = [results[at] for at in kept]
+    before, best = drawn and variance_within(drawn, numbers), None
+    for field, values in fields.items() if before else ():
+        levels = levels_of([values[at] for at in kept])
+        after = levels and variance_within(list(zip(drawn, levels)), numbers)
+        share = math.floor(100 * (1 - after / before)) / 100 if after is not None else 0
+        if share >= LEAST_SHARE and (best is None or share > best[1]):
+            best = [field, share]
+    return best
+
+
+def levels_of(values, most=MOST_LEVELS):
+    """Return a level for each value: the value itself where there are at most so many, else of numbers one of
+    MOST_LEVELS ranges with as many tasks each; None where texts differ in more ways."""
+    numbers = sorted(value for value in values if type(value) in (int, float, Instant) and value == value)
+    different = set(map(exact, values))
+    if len(different) <= most:
+        return list(map(exact, values))
+    if not numbers or len(different) > len(set(map(exact, numbers))) + 1:
+        return None
+    bounds = sorted({numbers[len(numbers) * part // MOST_LEVELS] for part in range(1, MOST_LEVELS)})
+    return [bisect.bisect_right(bounds, value) if type(value) in (int, float, Instant) and value == value else -1
+            for value in values]
+
+
+def variance_within(groups, numbers):
+    """Return the variance of numbers within their groups; None with fewer than two numbers to a group."""
+    by_group = collections.defaultdict(list)
+    for one, number in zip(groups, numbers):
+        by_group[one].append(number)
+    if len(numbers) < 2 * len(by_group):
+        return None
+    means = {one: math.fsum(some) / len(some) for one, some in by_group.items()}
+    squares = math.fsum((number - means[one]) ** 2 for one, number in zip(groups, numbers))
+    return squares / (len(numbers) - len(by_group))
 
 
 def rows_of(store, records, request):
@@ -1782,7 +1839,8 @@ PAGE_HTML = r"""<!DOCTYPE html>
       <p id="plot-note" class="quiet note"></p>
       <p id="plot-legend" class="quiet"></p>
       <div id="plot-drawing" class="drawing"></div>
-      <details id="plot-data"><summary>The data as a table</summary></details>
+      <div class="below"><details id="plot-data"><summary>The data as a table</summary></details>
+        <div class="saves" data-of="plot" role="group" aria-label="Save"></div></div>
     </section>
 
     <section id="grid" aria-label="Grid" hidden>
@@ -1795,7 +1853,8 @@ PAGE_HTML = r"""<!DOCTYPE html>
       </form>
       <p id="grid-note" class="quiet note"></p>
       <div id="grid-drawing" class="drawing"></div>
-      <details id="grid-data"><summary>The data as a table</summary></details>
+      <div class="below"><details id="grid-data"><summary>The data as a table</summary></details>
+        <div class="saves" data-of="grid" role="group" aria-label="Save"></div></div>
     </section>
 
     <section id="parallel" aria-label="Parallel" hidden>
@@ -1824,7 +1883,8 @@ PAGE_HTML = r"""<!DOCTYPE html>
       <p id="curves-note" class="quiet note"></p>
       <p id="curves-legend" class="quiet"></p>
       <div id="curves-drawing" class="drawing"></div>
-      <details id="curves-data"><summary>The data as a table</summary></details>
+      <div class="below"><details id="curves-data"><summary>The data as a table</summary></details>
+        <div class="saves" data-of="curves" role="group" aria-label="Save"></div></div>
     </section>
 
     <section id="workers" aria-label="Workers" hidden>
@@ -2081,6 +2141,11 @@ tr:hover > .kept { background: var(--raised); }
 .worst { stop-color: var(--worst); } .midst { stop-color: var(--midst); } .best { stop-color: var(--best); }
 .drawing .off .mark { fill-opacity: 0.1; }
 .mark { fill: var(--c, var(--c0)); fill-opacity: 0.62; }
+.mark.deep { fill-opacity: 1; }
+#grid-note { display: flex; flex-wrap: wrap; gap: 0.214rem 1.286rem; }
+.ramp .cell { fill: var(--accent); } .ramp .cell.none { fill: var(--raised); } .ramp .depth { opacity: var(--deepest); }
+.ramp { display: inline-flex; align-items: center; gap: 0.429rem; }
+.ramp svg { width: 7rem; height: 0.857rem; }
 td button.plain { padding: 0; }
 .drawing a:hover .mark, .drawing a:focus .mark { fill-opacity: 1; stroke: var(--text); stroke-width: 2; }
 .k0 { --c: var(--c0); } .k1 { --c: var(--c1); } .k2 { --c: var(--c2); } .k3 { --c: var(--c3); }
@@ -2091,6 +2156,13 @@ td button.plain { padding: 0; }
 .drawing a:hover .cell, .drawing a:focus .cell { stroke: var(--text); stroke-width: 2; }
 .drawing .value { fill: var(--text); }
 details { padding-top: 0.714rem; }
+.below { display: flex; flex-wrap: wrap-reverse; justify-content: space-between; gap: 0 1rem; }
+.below details { flex: 1 1 16rem; min-width: 0; }
+.below details[open] { flex-basis: 100%; }
+.saves { display: flex; flex-wrap: wrap; align-items: center; gap: 0.286rem; padding-top: 0.5rem; }
+.saves span { padding-right: 0.286rem; }
+.drawing:empty + .below .saves { display: none; }
+.saves button { height: 1.714rem; }
 summary { cursor: pointer; color: var(--quiet); width: max-content; }
 details .table-box { max-height: 24rem; overflow: auto; margin-top: 0.5rem; }
 #tip { position: fixed; z-index: 20; background: var(--text); color: var(--ground); padding: 0.357rem 0.571rem;
@@ -2172,6 +2244,7 @@ dialog kbd { font-family: var(--mono); border: 1px solid var(--line); border-rad
   article .buttons button { padding: 0 0.5rem; flex: 1 0 auto; }
   .drawing { min-height: 21rem; }
 }
+@media (max-width: 30rem) { form.tools label:not(.tick) { flex: 1 1 100%; } }
 @media (forced-colors: active) { .dot { forced-color-adjust: none; } }
 """
 
@@ -2188,14 +2261,15 @@ PAGE_JS = r"""// The page of a Labtasker server. Reads downward: what a section 
 //    8. Tasks      the table
 //    9. Task       one of them: args, summary, attempts, error, log
 //   10. Drawings   what plot and grid share: scales, axes, points to walk through
-//   11. Plot       a field against an arg
-//   12. Grid       two args, coloured by a metric
-//   13. Curves     a value over steps, a line for each task
-//   14. Table      groups of tasks: mean, spread and best of a value
-//   15. Parallel   an axis for each arg and one for the result, a line for each task
-//   16. Saved      views that have a name, in this browser
-//   17. Workers    and what each runs
-//   18. Views      the table that names them, keys, start
+//   11. Files      a drawing as a picture, its data as CSV
+//   12. Plot       a field against an arg
+//   13. Grid       two args, coloured by a metric
+//   14. Curves     a value over steps, a line for each task
+//   15. Table      groups of tasks: mean, spread and best of a value
+//   16. Parallel   an axis for each arg and one for the result, a line for each task
+//   17. Saved      views that have a name, in this browser
+//   18. Workers    and what each runs
+//   19. Views      the table that names them, keys, start
 
 // 1. Elements #################################################################
 
@@ -2320,6 +2394,20 @@ function shortNumber(value, hasPower = isFar(value)) {
 function writerOf(numbers) {
   const hasPower = numbers.some(isFar);
   return (value) => shortNumber(value, hasPower);
+}
+
+/** Returns what writes numbers that are compared, with as many digits behind the point each: three digits of the
+    largest, and two of what lies between lowest and highest. */
+function alignedWriter(numbers) {
+  if (numbers.every(Number.isInteger)) return String;
+  const low = Math.min(...numbers), high = Math.max(...numbers), size = Math.max(Math.abs(low), Math.abs(high));
+  const below = (number, digits) => (number ? digits - 1 - Math.floor(Math.log10(number)) : 0);
+  if (size < 1e-4 || size >= 1e15) {
+    const digits = Math.min(6, Math.max(2, below((high - low) / size, 2)));
+    return (value) => value.toExponential(digits).replace("e+", "e");
+  }
+  const digits = Math.min(7, Math.max(0, below(size, 3), below(high - low, 2)));
+  return (value) => value.toFixed(digits);
 }
 
 function shortValue(value) {
@@ -2879,12 +2967,29 @@ function notify(text, button = null, action = null) {
 }
 
 function showTip(text, left, top) {
-  const tip = $("tip");
-  setText(tip, text);
-  tip.hidden = false;
-  const {width, height} = tip.getBoundingClientRect();
-  tip.style.left = `${Math.max(4, Math.min(left + 12, innerWidth - width - 4))}px`;
-  tip.style.top = `${top + 16 + height > innerHeight ? top - height - 10 : top + 14}px`;
+  const {width, height} = fillTip(text);
+  moveTip(Math.min(left + 12, innerWidth - width - 4), top + 16 + height > innerHeight ? top - height - 10 : top + 14);
+}
+
+/** Shows the tip beside a box: at its right or left, else below or above it; never over it where there is room. */
+function showTipBeside(text, box) {
+  const {width, height} = fillTip(text), middle = box.top + (box.height - height) / 2;
+  const side = box.right + 8 + width < innerWidth ? box.right + 8 : box.left - 8 - width;
+  if (side >= 4) moveTip(side, Math.min(middle, innerHeight - height - 4));
+  else {
+    moveTip(Math.min(box.left, innerWidth - width - 4), box.bottom + 8 + height < innerHeight ? box.bottom + 8
+      : box.top - 8 - height);
+  }
+}
+
+function fillTip(text) {
+  setText($("tip"), text);
+  $("tip").hidden = false;
+  return $("tip").getBoundingClientRect();
+}
+
+function moveTip(left, top) {
+  Object.assign($("tip").style, {left: `${Math.max(4, left)}px`, top: `${Math.max(4, top)}px`});
 }
 
 const hideTip = () => { $("tip").hidden = true; };
@@ -3579,10 +3684,10 @@ function timeTicks(low, high, count) {
 }
 
 function logTicks(low, high, count) {
-  const first = Math.floor(Math.log10(low)), last = Math.ceil(Math.log10(high)), ticks = [];
-  const each = Math.max(1, Math.ceil((last - first) / Math.max(1, count)));
-  const factors = 3 * (last - first) <= Math.max(6, count) ? [1, 2, 5] : [1];
-  for (let power = first; power <= last; power += each) {
+  const first = Math.ceil(Math.log10(low * 0.999)), last = Math.floor(Math.log10(high * 1.001)), ticks = [];
+  const powers = last - first + 1, factors = 3 * powers <= Math.max(6, count) ? [1, 2, 5] : [1];
+  const each = Math.max(1, Math.ceil(powers / Math.max(1, count)));
+  for (let power = factors.length > 1 ? first - 1 : first; power <= last; power += each) {
     for (const factor of factors) ticks.push(Number((factor * 10 ** power).toPrecision(3)));
   }
   return ticks.filter((tick) => tick >= low * 0.999 && tick <= high * 1.001);
@@ -3654,7 +3759,11 @@ function roomIn(place, scaleY) {
     for the focus itself: a group that did would take it. */
 function walkable(group, next) {
   const links = [...group.querySelectorAll("a")];
-  const tipAt = (link, x, y) => showTip(link.getAttribute("aria-label"), x, y);
+  const tipAt = (link, x, y) => {
+    const words = link.getAttribute("aria-label"), cell = link.querySelector(".cell");
+    if (cell) showTipBeside(words, cell.getBoundingClientRect());
+    else showTip(words, x, y);
+  };
   let stop = links[0];
   for (const link of links) {
     link.setAttribute("tabindex", link === stop ? "0" : "-1");
@@ -3693,6 +3802,8 @@ function drawIn(place, room, title, parts, group, next, under = null) {
   if (again) again.focus();
 }
 
+const listed = new WeakMap();  // a drawing's table: its columns and rows, whether it is open or not
+
 /** Fills the table below a drawing when it is opened. */
 function listData(details, columns, rows) {
   const inColumns = columns.map((_, index) => rows.map((row) => row[index]));
@@ -3701,6 +3812,7 @@ function listData(details, columns, rows) {
   const textOf = (value, index) => (typeof value === "number" ? writers[index](value) : shortValue(value));
   const cellOf = (value, index) => el("td", {class: kinds[index]},
     value instanceof Node ? value.cloneNode(true) : el("bdi", {}, textOf(value, index)));
+  listed.set(details, {columns, rows});
   details.ontoggle = () => {
     [...details.children].slice(1).forEach((child) => child.remove());
     if (!details.open) return;
@@ -3712,7 +3824,7 @@ function listData(details, columns, rows) {
   details.ontoggle();
 }
 
-const taskLink = (id, name) => el("a", {href: address({view: "tasks", task: id, run: ""})},
+const taskLink = (id, name) => el("a", {href: address({view: "tasks", task: id, run: ""}), "data-task": id},
     el("bdi", {}, name || id.slice(0, 8)));
 
 /** A field's first choice in a select, and that chosen. */
@@ -3735,9 +3847,148 @@ const shareOf = ({found, rows}, drawnCount) => (found > rows.length
 
 const asOptions = (names) => names.map((name) => [name, name]);
 
-// 11. Plot ####################################################################
+// 11. Files ###################################################################
+
+const SCALE = 2;  // of a picture's pixels
+const AROUND = 12;  // px around what is drawn
+const STYLED = ["fill", "stroke", "stroke-width", "stroke-linejoin", "fill-opacity", "opacity", "font-family",
+  "font-size"];
+const KEPT_OF_SVG = ["d", "x", "y", "x1", "x2", "y1", "y2", "width", "height", "rx", "transform", "text-anchor",
+  "opacity", "fill-opacity", "stroke-opacity"];
+
+/** A cell of CSV; a link stands for its task's id. */
+function csvCell(value) {
+  const isLink = value instanceof Node, text = isLink ? value.dataset.task || value.textContent : asText(value ?? "");
+  return /[",\r\n]|^\s|\s$/.test(text) ? `"${text.replaceAll('"', '""')}"` : text;
+}
+
+/** What a drawing was made of: {columns, rows}. */
+const dataOf = (view) => (view === "curves" ? pointsOfCurves() : listed.get($(`${view}-data`)));
+
+/** The data of a drawing as CSV: all rows, numbers with all digits. */
+function csvOf(view) {
+  const {columns, rows} = dataOf(view);
+  const head = columns.map((name) => (name === "Task" ? "task_id" : name));
+  return [head, ...rows].map((row) => row.map(csvCell).join(",") + "\n").join("");
+}
+
+/** A copy of a drawing's element that needs no style sheet; `known` has the styles of those alike. */
+function standalone(node, known) {
+  const name = node.localName === "a" ? "g" : node.localName, copy = svg(name);
+  for (const key of KEPT_OF_SVG) if (node.hasAttribute(key)) copy.setAttribute(key, node.getAttribute(key));
+  if (name === "title" || name === "text") copy.textContent = node.textContent;
+  if (name !== "g" && name !== "title") {
+    const kind = [name, node.getAttribute("class"), node.closest("a, [class]").getAttribute("class"),
+      node.parentNode.getAttribute("class"), node.parentNode.parentNode.getAttribute("class")].join("|");
+    if (!known.has(kind)) known.set(kind, getComputedStyle(node));
+    const style = known.get(kind);
+    for (const key of STYLED) if (!copy.hasAttribute(key)) copy.setAttribute(key, style.getPropertyValue(key));
+  }
+  const words = node.localName === "a" && node.getAttribute("aria-label");
+  if (words) copy.append(svg("title", {}, words));
+  if (name !== "text" && name !== "title") copy.append(...[...node.children].map((child) => standalone(child, known)));
+  return copy;
+}
+
+/** The legend above a drawing as elements of its picture, where they stand on the page. */
+function captionOf(legend, {left, top}, known) {
+  const parts = [], walker = document.createTreeWalker(legend, NodeFilter.SHOW_TEXT), range = document.createRange();
+  while (walker.nextNode()) {
+    const node = walker.currentNode, style = getComputedStyle(node.parentNode);
+    range.selectNodeContents(node);
+    const box = range.getBoundingClientRect();
+    const font = {fill: style.color, "font-family": style.fontFamily, "font-size": style.fontSize};
+    if (node.parentNode.closest(".sr")) continue;
+    parts.push(svg("text", {x: box.left - left, y: box.bottom - top - box.height / 4, ...font}, node.data));
+  }
+  for (const one of legend.querySelectorAll("svg")) {
+    const box = one.getBoundingClientRect();
+    parts.push(svg("svg", {x: box.left - left, y: box.top - top, width: box.width, height: box.height,
+      viewBox: one.getAttribute("viewBox")}, [...one.children].map((child) => standalone(child, known))));
+  }
+  return parts;
+}
+
+/** The drawing of a view, with its legend, as an SVG element with the size of both. */
+function pictureOf(view) {
+  const place = $(`${view}-drawing`), box = place.getBoundingClientRect(), known = new Map();
+  const legend = $(`${view}-legend`) || $(`${view}-note`), top = Math.min(box.top, legend.getBoundingClientRect().top);
+  const width = box.width + 2 * AROUND, height = box.bottom - top + AROUND;
+  const left = box.left - AROUND, above = top - AROUND, parts = [...place.children].map((child) =>
+    (child.localName === "canvas" ? curvesAsPaths() : [...child.children].map((one) => standalone(one, known))));
+  return svg("svg", {width, height, viewBox: `0 0 ${width} ${height}`},
+    svg("rect", {width, height, fill: getComputedStyle(document.body).backgroundColor}),
+    captionOf(legend, {left, top: above}, known),
+    svg("g", {transform: `translate(${AROUND} ${box.top - above})`}, parts));
+}
+
+const asFile = (picture) => new XMLSerializer().serializeToString(picture);
+
+/** Resolves to the picture as a PNG. */
+async function pixelsOf(view) {
+  const picture = pictureOf(view), [width, height] = ["width", "height"].map((name) => picture.getAttribute(name));
+  const image = el("img", {src: `data:image/svg+xml,${encodeURIComponent(asFile(picture))}`});
+  await image.decode();
+  const canvas = el("canvas", {width: Math.round(SCALE * width), height: Math.round(SCALE * height)});
+  canvas.getContext("2d").drawImage(image, 0, 0, canvas.width, canvas.height);
+  return new Promise((resolve) => { canvas.toBlob(resolve, "image/png"); });
+}
+
+function download(view, ending, blob) {
+  const address = URL.createObjectURL(blob), name = `${login.queue} ${view}`.replace(/[^\p{L}\p{N}.-]+/gu, "-");
+  el("a", {href: address, download: `${name}.${ending}`}).click();
+  setTimeout(() => URL.revokeObjectURL(address), TOAST_MS);
+}
+
+/** Puts text on the clipboard, also where a browser has none for a page that came without TLS. */
+async function toClipboard(text) {
+  if (navigator.clipboard) {
+    await navigator.clipboard.writeText(text);
+    return;
+  }
+  const field = el("textarea", {class: "sr", "aria-hidden": "true"}), focused = document.activeElement;
+  field.value = text;
+  document.body.append(field);
+  field.select();
+  const isDone = document.execCommand("copy");
+  field.remove();
+  focused.focus();
+  if (!isDone) throw new Error("The browser does not let the page copy: save the CSV.");
+}
+
+const SAVES = [  // what a drawing is saved as: the button, what it says of it, how
+  ["SVG", "Save the picture as SVG", (view) => download(view, "svg",
+    new Blob([asFile(pictureOf(view))], {type: "image/svg+xml"}))],
+  ["PNG", "Save the picture as PNG", async (view) => download(view, "png", await pixelsOf(view))],
+  ["CSV", "Save the data as CSV", (view) => download(view, "csv", new Blob([csvOf(view)], {type: "text/csv"}))],
+  ["Copy CSV", "Copy CSV of the data", async (view) => {
+    await toClipboard(csvOf(view));
+    notify(`${many(dataOf(view).rows.length, "row")} copied.`);
+  }],
+];
+
+function makeSaves() {
+  for (const place of document.querySelectorAll(".saves")) {
+    const save = (run) => async () => {
+      try {
+        await run(place.dataset.of);
+      } catch (error) {
+        notify(error.message);
+      }
+    };
+    fill(place, el("span", {class: "quiet"}, "Save as"), SAVES.map(([text, title, run]) =>
+      el("button", {type: "button", title, click: save(run)}, text)));
+  }
+}
+
+// 12. Plot ####################################################################
+
+const MOST_TOLD = 8;  // arguments in a tip
+const LEAST_SHARING = 3;  // so many points a place, and they are spread sideways
+const MOST_WIDE = 0.06;  // of the axis that those of one place take
 
 let plotted = null;  // what was asked and answered last, to draw it again in another size
+let telling = null;  // the arguments that differ among the points, and the one that explains them: for what, and which
 
 async function loadPlot(signal) {
   await knowFields(signal);
@@ -3745,21 +3996,41 @@ async function loadPlot(signal) {
   const others = [...ofKind("args", "metadata", "summary"), "created_at", "start_time", "duration", "host"];
   const y = chooseField($("plot-y"), asOptions(results), at.y, results[0]);
   const x = chooseField($("plot-x"), asOptions(others), at.x, ofKind("args")[0] || "created_at");
-  const colour = chooseField($("plot-colour"), [["", "None"], ...asOptions(["status", ...others])], at.colour, "");
-  const answer = await view({columns: [x, y, "task_name", ...(colour ? [colour] : [])], spread: true,
-    limit: MOST_POINTS, ...matching()}, {signal});
+  const key = JSON.stringify([at.filter, at.status, x, y]);
+  if (!telling || telling.key !== key) telling = {key, fields: [], explains: null};
+  const more = () => [...new Set([...telling.fields, ...(plotColour() ? [plotColour()] : [])])];
+  const look = () => view({columns: [x, y, "task_name", ...more()], spread: true, choose: true, limit: MOST_POINTS,
+    ...matching()}, {signal});
+  const before = more().join();
+  let answer = await look();
+  settleTelling(answer.chosen, [x, y]);
+  if (more().join() !== before) answer = await look();
   showOverview(answer);
+  const colour = plotColour(), explains = at.colour ? null : telling.explains;
+  const byItself = explains ? `Automatic (${titleOf(explains[0])})` : "Automatic";
+  chooseField($("plot-colour"), [["", byItself], ["none", "None"], ...asOptions(["status", ...others])], at.colour, "");
   const text = JSON.stringify([x, y, colour, at.logx, at.logy, answer.rows, answer.found]);
   if (plotted && plotted.text === text) return;
-  plotted = {text, x, y, colour, answer};
+  plotted = {text, x, y, colour, explains, answer, fields: more()};
   drawPlot();
 }
 
-/** Returns the points of an answer's rows, from left to right: {id, name, x, y, shownX, shade}. */
-function pointsOf({x, colour, answer}) {
-  const points = answer.rows.map(([id, status, cellX, cellY, name, shade]) => ({id, name: name || id.slice(0, 8),
-    x: TIMES.has(x) && cellX ? new Date(cellX).getTime() : cellX, y: numberOf(cellY), shownX: cellX,
-    shade: colour === "status" ? status : shade}));
+/** The field that colours the points, or "": that chosen, else the argument that explains most of their spread. */
+const plotColour = () => (at.colour === "none" ? "" : at.colour || (telling.explains ? telling.explains[0] : ""));
+
+/** Takes what the server finds telling of the points. What colours them stays while one looks. */
+function settleTelling({telling: fields, explains}, axes) {
+  const found = fields.filter((name) => name.startsWith("args.") && !axes.includes(name)).slice(0, MOST_TOLD);
+  if (found.some((name) => !telling.fields.includes(name))) telling.fields = found;
+  telling.explains = telling.explains || explains;
+}
+
+/** Returns the points of an answer's rows, from left to right: {id, name, x, y, shownX, shade, told: values of the
+    `fields` that tell points apart}. */
+function pointsOf({x, colour, answer, fields}) {
+  const points = answer.rows.map(([id, status, cellX, cellY, name, ...told]) => ({id, name: name || id.slice(0, 8),
+    x: TIMES.has(x) && cellX ? new Date(cellX).getTime() : cellX, y: numberOf(cellY), shownX: cellX, told,
+    shade: colour === "status" ? status : told[fields.indexOf(colour)]}));
   return points.filter((point) => point.y !== null && point.x !== null && typeof point.x !== "boolean")
     .sort((one, other) => (one.x < other.x ? -1 : one.x > other.x ? 1 : one.y - other.y));
 }
@@ -3767,33 +4038,40 @@ function pointsOf({x, colour, answer}) {
 function drawPlot() {
   if (!login || !plotted || at.view !== "plot") return;
   const points = pointsOf(plotted), place = $("plot-drawing");
-  setText($("plot-note"), plotNote(points));
   if (!points.length) {
+    setText($("plot-note"), "No task has both yet.");
+    fill($("plot-legend"));
     fill(place);
     return listData($("plot-data"), [], []);
   }
-  const {x, y, colour} = plotted, scaleY = scaleOf(points.map((point) => point.y), at.logy, 6);
+  const {x, y, colour, fields} = plotted, scaleY = scaleOf(points.map((point) => point.y), at.logy, 6);
   const room = roomIn(place, scaleY);
   const count = Math.max(3, room.width / room.unit / 90);
   const scaleX = scaleOf(points.map((point) => point.x), at.logx, count, TIMES.has(x));
   showScale($("plot-logx"), scaleX);
   showScale($("plot-logy"), scaleY);
   const shades = shadesOf(colour, points);
-  fill($("plot-legend"), shades.legend);
-  const draw = {...plotted, room, scaleX, scaleY, shades};
+  fill($("plot-legend"), colour ? el("span", {}, titleOf(colour)) : null, shades.legend);
+  const wide = scaleX.band ? 0.6 * scaleX.band : widthBetween(points, scaleX);
+  setText($("plot-note"), plotNote(points, wide > 0));
+  const draw = {...plotted, room, scaleX, scaleY, shades, aside: sideways(wide, shades)};
   const group = svg("g", {role: "list", "aria-label": "Points"}, points.map((point) => pointLink(point, draw)));
   drawIn(place, room, `${titleOf(y)} against ${titleOf(x)}, ${many(points.length, "task")}`,
     [axes(room, scaleX, scaleY, x, y)], group,
     (index, key) => stepAlong(points.length, index, key));
-  listData($("plot-data"), ["Task", x, y, ...(colour ? [colour] : [])], points.map((point) =>
-    [taskLink(point.id, point.name), point.shownX, point.y, ...(colour ? [point.shade] : [])]));
+  const others = [...(colour === "status" ? ["status"] : []), ...fields];
+  listData($("plot-data"), ["Task", x, y, ...others], points.map((point) => [taskLink(point.id, point.name),
+    point.shownX, point.y, ...(colour === "status" ? [point.shade] : []), ...point.told]));
 }
 
-function plotNote(points) {
-  const {answer} = plotted, odd = answer.rows.length - points.length;
-  if (!points.length) return "No task has both yet.";
+function plotNote(points, isSpread) {
+  const {answer, explains, x} = plotted, odd = answer.rows.length - points.length;
   const which = shareOf(answer, points.length);
-  return `${which}${odd ? `; ${grouped(odd)} without a number to draw` : ""}. Enter opens a task, arrows walk on.`;
+  const why = explains ? ` Coloured by ${titleOf(explains[0])}, which explains `
+    + `${Math.round(100 * explains[1])}% of the spread where ${titleOf(x)} is the same.` : "";
+  const sides = isSpread ? ` Points of one ${titleOf(x)} stand side by side.` : "";
+  return `${which}${odd ? `; ${grouped(odd)} without a number to draw` : ""}.${why}${sides} `
+    + "Enter opens a task, arrows walk on.";
 }
 
 function showScale(box, scale) {
@@ -3812,6 +4090,7 @@ const SHAPES = [  // of a point of radius r: so that no one has to tell colours 
   (r) => `M0 ${1.3 * r}L${1.2 * r} ${-r}H${-1.2 * r}z`,
   (r) => `M${-r} 0L0 ${-r}L${r} 0L0 ${r}zM${-r} ${-r}L${r} ${r}M${-r} ${r}L${r} ${-r}`,
 ];
+const RAMP_PARTS = 8;
 const OTHER = SHAPES.length;  // the colour of values that have none of their own
 
 /** Returns {of(value), legend}: colour and shape of points by a field. The most common values have one each;
@@ -3828,8 +4107,9 @@ function shadesOf(colour, points) {
   const rows = named.map((value, index) => [typeof value === "number" ? write(value) : cut(shortValue(value), 18),
     index]);
   if (named.length < counts.size) rows.push(["other", OTHER]);
-  return {of: (value) => (named.includes(value) ? {kind: named.indexOf(value), shape: named.indexOf(value)}
-    : {kind: OTHER, shape: 0}), legend: legendOf(rows)};
+  const places = new Map(named.map((value, index) => [value, {kind: index, shape: index}]));
+  return {of: (value) => places.get(value) || {kind: OTHER, shape: 0}, legend: legendOf(rows),
+    lanes: named.length < counts.size ? 1 : named.length};
 }
 
 function legendOf(rows) {
@@ -3838,34 +4118,67 @@ function legendOf(rows) {
       svg("path", {class: "mark", d: SHAPES[index % SHAPES.length](5)})), el("bdi", {}, text)));
 }
 
+/** A legend of colours from that of the lowest number to that of the highest. `rectOf` makes a part of it, 0 to 1. */
+function ramp(low, high, rectOf) {
+  const parts = Array.from({length: RAMP_PARTS}, (_, index) => {
+    const rects = [rectOf(index / (RAMP_PARTS - 1))].flat();
+    for (const rect of rects) dressed(rect, {x: 10 * index, width: 10.2, height: 10}, []);
+    return rects;
+  });
+  return el("span", {class: "ramp"}, el("bdi", {}, low), el("span", {class: "sr"}, " to "),
+    svg("svg", {viewBox: `0 0 ${10 * RAMP_PARTS} 10`, "aria-hidden": "true"}, parts), el("bdi", {}, high));
+}
+
 function depths(values) {
   const low = values[0], high = values[values.length - 1], isWide = low > 0 && high / low >= 100;
   const write = writerOf([low, high]);
   const share = (value) => (isWide ? Math.log(value / low) / Math.log(high / low) : (value - low) / (high - low));
   return {of: (value) => ({kind: 0, shape: 0, opacity: typeof value === "number" ? 0.2 + 0.8 * share(value) : 0.1}),
-    legend: [`pale ${write(low)}, deep ${write(high)}`]};
+    legend: [ramp(write(low), write(high), (part) => svg("rect", {class: "mark deep", opacity: 0.2 + 0.8 * part}))]};
 }
 
-/** How far from the middle of its band a point is drawn, so that equal ones can be told apart; always the same. */
-function scatter(point, scale) {
-  return scale.band ? (parseInt(point.id.slice(0, 4), 16) / 65535 - 0.5) * 0.5 * scale.band || 0 : 0;
+/** Returns a function: how far from its place a point is drawn, so that those of one place can be told apart. Those of
+    a colour stand together, and each always at the same place. */
+function sideways(width, {lanes = 1, of}) {
+  const lane = width / lanes;
+  return (point) => {
+    const chance = parseInt(point.id.slice(0, 4), 16) / 65535 - 0.5 || 0;
+    return (lanes > 1 ? (of(point.shade).kind + 0.5) * lane - width / 2 : 0) + 0.7 * chance * lane;
+  };
 }
 
-function pointLink(point, {room, scaleX, scaleY, shades, x, y, colour}) {
-  const left = room.left + room.width * (scaleX.place(point.x) + scatter(point, scaleX));
-  const top = room.top + room.height * (1 - scaleY.place(point.y));
-  if (!isFinite(left)) return null;
-  const {kind, shape, opacity} = shades.of(point.shade);
+/** How much of the axis the points of one number may take: nothing where few share one. */
+function widthBetween(points, scale) {
+  const places = [...new Set(points.map((point) => point.x))].map(scale.place).sort((one, other) => one - other);
+  if (points.length < LEAST_SHARING * places.length) return 0;
+  return 0.6 * Math.min(MOST_WIDE / 0.6, ...places.slice(1).map((place, index) => place - places[index]));
+}
+
+/** What is said of a point: its name, what is drawn, and the arguments that tell it apart. */
+function pointWords(point, {x, y, colour, fields}) {
   const shownX = TIMES.has(x) ? moment(point.shownX, "whole") : shortValue(point.shownX);
   const words = [oneLine(point.name), `${titleOf(x)} ${shownX}`, `${titleOf(y)} ${shortNumber(point.y)}`];
   if (colour) words.push(`${titleOf(colour)} ${shortValue(point.shade)}`);
-  return svg("g", {role: "listitem"}, svg("a", {href: address({view: "tasks", task: point.id, run: ""}),
-    "aria-label": words.join("\n"), class: `k${kind}`, "data-id": point.id,
-    transform: `translate(${left.toFixed(1)} ${top.toFixed(1)})`},
-  svg("path", {class: "mark", d: SHAPES[shape](4.5 * room.unit), "fill-opacity": opacity})));
+  fields.forEach((name, index) => {
+    const value = point.told[index], isThere = value !== null && value !== undefined;
+    if (name !== colour && name !== y && isThere) words.push(`${titleOf(name)} ${cut(shortValue(value), 60)}`);
+  });
+  return words.join("\n");
 }
 
-// 12. Grid ####################################################################
+function pointLink(point, draw) {
+  const {room, scaleX, scaleY, shades, aside} = draw;
+  const left = room.left + room.width * (scaleX.place(point.x) + aside(point));
+  const top = room.top + room.height * (1 - scaleY.place(point.y));
+  if (!isFinite(left)) return null;
+  const {kind, shape, opacity} = shades.of(point.shade);
+  return svg("g", {role: "listitem"}, svg("a", {href: address({view: "tasks", task: point.id, run: ""}),
+    "aria-label": pointWords(point, draw), class: `k${kind}`, "data-id": point.id,
+    transform: `translate(${left.toFixed(1)} ${top.toFixed(1)})`},
+  svg("path", {class: opacity === undefined ? "mark" : "mark deep", d: SHAPES[shape](4.5 * room.unit), opacity})));
+}
+
+// 13. Grid ####################################################################
 
 let gridded = null;  // what was asked and answered last
 
@@ -3920,18 +4233,18 @@ function drawGrid() {
   const found = cellsOf(gridded), {rows, columns, cells} = found;
   const shown = how === "count" ? "number of tasks" : `${HOW[how][0]} ${titleOf(metric)}`;
   const values = [...cells.values()].map((cell) => cell.value).filter((value) => value !== null);
-  const range = {low: Math.min(...values), high: Math.max(...values)}, write = writerOf(values);
-  const words = values.length ? `, from ${write(range.low)} (pale) to ${write(range.high)} (deep)` : "";
-  setText($("grid-note"), gridNote(found, capital(shown) + words));
+  const range = {low: Math.min(...values), high: Math.max(...values)}, write = alignedWriter(values);
+  fill($("grid-note"), gridNote(found, capital(shown), values.length ? ramp(write(range.low), write(range.high),
+      (part) => cellRects(depthOf(part))) : null));
   if (!rows.length) {
     fill(place);
     return listData($("grid-data"), [], []);
   }
   const scaleY = bandScale(rows), scaleX = bandScale(columns), room = roomIn(place, scaleY), order = [];
   const size = {width: room.width / columns.length, height: room.height / rows.length};
-  const widest = Math.max(...[...cells.values()].map((cell) => cellText(cell.value, write).length));
-  const hasText = size.width > (widest * 6.8 + 6) * room.unit && size.height > 16 * room.unit;
-  const draw = {...found, ...range, x, y, shown, write, room, size, hasText};
+  const widest = Math.max(...[...cells.values()].map((cell) => cellText(cell.value, write).length)) * 7 * room.unit;
+  const hasText = size.width > widest + 6 * room.unit && size.height > 16 * room.unit;
+  const draw = {...found, ...range, x, y, shown, write, room, size, widest: hasText ? widest : null};
   const parts = rows.flatMap((row, down) => columns.map((column, across) => {
     const cell = cells.get(`${down} ${across}`);
     if (cell) order.push(cell);
@@ -3943,11 +4256,13 @@ function drawGrid() {
     order.map(({down, across, value, ids}) => [rows[down], columns[across], value, ids.length]));
 }
 
-function gridNote({rows, isCut}, words) {
-  const {answer} = gridded;
+function gridNote({rows, isCut}, shown, legend) {
+  const {answer, how} = gridded;
   if (!rows.length) return "No task has both yet.";
-  return `${words}; ${shareOf(answer, answer.found)}.` +
-    (isCut ? ` The first ${MOST_BANDS} values of each are drawn.` : "");
+  const without = how === "count" ? 0 : answer.rows.filter((row) => numberOf(row[4]) === null).length;
+  return [el("span", {}, `${shown} of ${shareOf(answer, answer.found)}` +
+    `${without ? `, ${grouped(without)} without it` : ""}.` +
+    (isCut ? ` The first ${MOST_BANDS} values of each are drawn.` : "")), legend];
 }
 
 /** The index of the next cell in the direction of an arrow, undefined where there is none. */
@@ -3969,21 +4284,26 @@ function boxAt(down, across, {room, rows, size}) {
     width: Math.max(1, size.width - 2), height: Math.max(1, size.height - 2), rx: 2};
 }
 
-const cellText = (value, write) => (value === null ? "–" : write(Number(value.toPrecision(3))));
+const cellText = (value, write) => (value === null ? "–" : write(value));
+
+/** How much of the colour a cell has, by its place between the lowest and the highest: never nothing. */
+const depthOf = (share) => 0.04 + 0.96 * share;
+
+const cellRects = (depth, box = {}) => [svg("rect", {class: "cell none", ...box}),
+  svg("rect", {class: "cell depth", "fill-opacity": depth.toFixed(3), ...box})];
 
 function gridCell(cell, draw) {
-  const {down, across, ids, value} = cell, {low, high, shown, x, y} = draw, box = boxAt(down, across, draw);
-  const depth = value === null ? 0 : 0.04 + 0.96 * (high > low ? (value - low) / (high - low) : 0.5);
+  const {down, across, ids, value} = cell, {low, high, widest, shown, x, y} = draw, box = boxAt(down, across, draw);
+  const depth = value === null ? 0 : depthOf(high > low ? (value - low) / (high - low) : 0.5);
   const text = cellText(value, draw.write);
   const [row, column] = [draw.rows[down], draw.columns[across]];
   const words = [`${titleOf(y)} ${shortValue(row)}`, `${titleOf(x)} ${shortValue(column)}`,
     `${shown} ${value === null ? "none" : text}`, many(ids.length, "task")];
-  const middle = {x: box.x + box.width / 2, y: box.y + box.height / 2 + 4 * draw.room.unit, "text-anchor": "middle"};
+  const right = {x: box.x + (box.width + widest) / 2, y: box.y + box.height / 2 + 4 * draw.room.unit,
+    "text-anchor": "end"};  // points stand below each other
   return svg("g", {role: "listitem"}, svg("a", {href: addressOf(cell, [[y, row], [x, column]]),
     "aria-label": words.join("\n"), "data-id": `${down} ${across}`},
-  svg("rect", {class: "cell none", ...box}),
-  svg("rect", {class: "cell depth", "fill-opacity": depth.toFixed(3), ...box}),
-  draw.hasText ? svg("text", {class: "value", ...middle}, text) : null));
+  cellRects(depth, box), widest === null ? null : svg("text", {class: "value", ...right}, text)));
 }
 
 /** Where a cell leads: to its task, or to the list of its tasks. */
@@ -3992,7 +4312,7 @@ function addressOf({ids}, pairs) {
   return addressOfThose(pairs.map(([path, value]) => isEqual(path, value)));
 }
 
-// 13. Curves ##################################################################
+// 14. Curves ##################################################################
 
 const MOST_CURVES = 1000;
 const MOST_WALKED = 200;  // curves, the best first, whose ends are links
@@ -4005,7 +4325,7 @@ let painting = 0;  // which painting is under way: an older one ends
 
 async function loadCurves(signal) {
   await knowFields(signal);
-  const others = [...ofKind("args", "metadata"), "host"], colour = at.colour;
+  const others = [...ofKind("args", "metadata"), "host"], colour = at.colour === "none" ? "" : at.colour;
   chooseField($("curves-colour"), [["", "None"], ...asOptions(["status", ...others])], colour, "");
   const key = JSON.stringify([at.filter, at.status, at.curve, at.best, colour]);
   const before = curving && curving.key === key ? curving : null;
@@ -4163,6 +4483,27 @@ function broughtForward(ranked, {shades}) {
     svg("path", {id: "curve-pointed", class: "line pointed", d: ""}));
 }
 
+/** All points of the curves, the best curve first: {columns, rows}. */
+function pointsOfCurves() {
+  const {value, colour} = curving, others = colour ? [colour] : [];
+  const rows = rankedCurves().flatMap((curve) => curve.steps.map((step, index) => [curve.id, curve.name,
+    ...(colour ? [curve.shade] : []), step, curve.values[index]]));
+  return {columns: ["task_id", "task_name", ...others, "step", value], rows};
+}
+
+/** How strongly each of so many curves is painted. */
+const strengthOf = (count) => Math.max(0.2, Math.min(0.9, 12 / count ** 0.6));
+
+/** The curves as a picture has them: what the canvas shows, from the worst to the best. */
+function curvesAsPaths() {
+  const {ranked, shades} = curving.drawing, style = getComputedStyle(document.documentElement);
+  return [...ranked].reverse().map((curve) => {
+    const {kind, opacity = 1} = shades.of(curve.shade);
+    return svg("path", {d: pathOf(curve), fill: "none", stroke: style.getPropertyValue(`--c${kind}`),
+      "stroke-width": 1.3, opacity: strengthOf(ranked.length) * opacity * (curve.isStopped ? 0.35 : 1)});
+  });
+}
+
 /** Paints all curves, a few at a time so that nothing waits for them; what was there stays until all are painted. */
 function paintCurves(canvas, {room, shades, ranked}) {
   const turn = ++painting, ratio = devicePixelRatio || 1, {width, height} = room.whole;
@@ -4170,7 +4511,7 @@ function paintCurves(canvas, {room, shades, ranked}) {
   const sheet = el("canvas", {width: Math.round(width * ratio), height: Math.round(height * ratio)});
   const pen = sheet.getContext("2d"), colours = SHAPES.map((_, kind) => style.getPropertyValue(`--c${kind}`));
   colours.push(style.getPropertyValue(`--c${OTHER}`));
-  const strength = Math.max(0.2, Math.min(0.9, 12 / ranked.length ** 0.6));
+  const strength = strengthOf(ranked.length);
   pen.scale(ratio, ratio);
   pen.lineJoin = "round";
   pen.lineWidth = 1.3;
@@ -4265,7 +4606,7 @@ function listCurves(ranked) {
     isLow ? curve.low : curve.high, curve.numbers]));
 }
 
-// 14. Table ###################################################################
+// 15. Table ###################################################################
 
 const MOST_GROUPS = 2000;  // that are asked for, the best first
 const GROUPS_DRAWN = 200;
@@ -4496,7 +4837,7 @@ async function chooseGroups() {
   if (names !== null) go({by: names, tsort: "", tway: ""});
 }
 
-// 15. Parallel ################################################################
+// 16. Parallel ################################################################
 
 const MOST_LINES = 2000;  // the best by the result
 const MOST_AXES = 9;  // beside the result unless others are chosen
@@ -4994,7 +5335,7 @@ async function chooseAxes() {
   if (names !== null) go({axes: names, brush: ""});
 }
 
-// 16. Saved ###################################################################
+// 17. Saved ###################################################################
 
 const MOST_VIEWS = 200;
 const VIEWS_KEPT = `labtasker-views${UNDER.slice(0, -1)}`;  // [{queue, name, address}]: no address has a secret
@@ -5097,7 +5438,7 @@ function deleteView(one, row, list) {
   back.focus();
 }
 
-// 17. Workers #################################################################
+// 18. Workers #################################################################
 
 const MOST_WORKERS = 200;
 const WORKER_COLUMNS = [["Worker", "", innerWidth < 800 ? 9 : 12], ["Runs", "", innerWidth < 800 ? 9 : 14],
@@ -5173,7 +5514,7 @@ async function changeWorker(row, status) {
   refresher.now();
 }
 
-// 18. Views ###################################################################
+// 19. Views ###################################################################
 
 const VIEWS = {
   tasks: {title: "Tasks", load: loadTasks, arrive: arriveAtTasks},
@@ -5243,7 +5584,7 @@ function showApp() {
   $("login-password").value = "";
   setText($("queue-name"), login.queue);
   fields = [];
-  choice = latest = plotted = gridded = curving = sampled = grouping = lined = null;
+  choice = telling = latest = plotted = gridded = curving = sampled = grouping = lined = null;
   chosen.clear();
   stream.last = null;
   stream.start();
@@ -5280,6 +5621,7 @@ const on = (id, event, action) => $(id).addEventListener(event, action);
 
 function start() {
   makeStates();
+  makeSaves();
   on("login-form", "submit", onLogin);
   on("logout", "click", () => forget());
   on("pause", "click", switchPause);

@@ -20,7 +20,7 @@ const BROWSER = "window document location history navigator localStorage session
   "getSelection devicePixelRatio innerHeight innerWidth scrollX scrollY scrollTo addEventListener removeEventListener " +
   "console performance crypto structuredClone AbortController AbortSignal URLSearchParams URL Event CustomEvent " +
   "KeyboardEvent Node HTMLElement Element DOMException DOMParser ResizeObserver IntersectionObserver MutationObserver " +
-  "TextDecoder TextEncoder Blob File FormData Notification CSS Intl";
+  "TextDecoder TextEncoder NodeFilter XMLSerializer Blob File FormData Notification CSS Intl";
 
 export default [{
   files: ["**/*.js"],

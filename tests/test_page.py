@@ -3,15 +3,19 @@
 The browser's tests work on one server with 100,000 tasks (LT_TEST_PAGE_TASKS: 20,000 or more) while four workers run,
 by mouse and by keys alone, on a screen of 360 px and on one of 3,840. What they change has args that no worker wants.
 Times are printed and asserted nowhere."""
+import csv
+import io
 import json
 import math
 import os
+import random
 import re
 import shutil
 import socket
 import sys
 import threading
 import time
+from xml.etree import ElementTree
 
 import pytest
 
@@ -246,6 +250,52 @@ def test_counts_and_pace_are_of_what_the_filter_finds_and_the_queue_is_counted_b
             assert few["queue"] == {"counts": {"success": 1, "running": 2, "pending": 3}, "paused": False}
         rest = ask("POST", path, {"extra_filter": "args.i >= 3"})
         assert rest["counts"] == {"running": 1, "pending": 2} and rest["pace"] == {"per_s": 0, "eta_s": None}
+
+
+def explained(count, result, **fields):
+    """Return what `explaining` finds for results against lr: of functions of (lr, model, number of the task, noise)."""
+    import labtasker_cli
+    rng, rows = random.Random(count), []
+    for i in range(count):
+        lr, model, noise = 10.0 ** (i % 5 - 5), "abc"[i // 5 % 3], rng.gauss(0, 1)
+        rows.append((lr, result(lr, model, noise), dict({"model": model, "seed": i // 15}, **{
+            name: make(lr, model, i, noise) for name, make in fields.items()})))
+    return labtasker_cli.explaining([row[0] for row in rows], [row[1] for row in rows],
+                                    {name: [row[2][name] for row in rows] for name in rows[0][2]})
+
+
+def test_the_field_that_explains_most_of_what_is_left_of_a_results_spread_colours_the_points():
+    def by_model(lr, model, noise):
+        return math.log10(lr) ** 2 + 5 * "abc".index(model) + noise
+    field, share = explained(300, by_model)
+    assert field == "model" and 0.9 < share < 1, "most of what lr leaves"
+    assert explained(300, lambda lr, model, noise: noise) is None, "chance explains nothing"
+    assert explained(300, lambda lr, model, noise: math.log10(lr) + noise) is None, "nor does what the axis tells"
+    assert explained(300, lambda lr, model, noise: noise, unique=lambda lr, model, i, noise: i) is None
+    assert explained(300, lambda lr, model, noise: noise, name=lambda lr, model, i, noise: "n%d" % i) is None
+    assert explained(300, lambda lr, model, noise: noise, size=lambda lr, model, i, noise: noise + 7)[0] == "size", "a number"
+    assert explained(300, by_model, twin=lambda lr, model, i, noise: model * 2)[0] == "model", "the first of two alike"
+    assert explained(300, by_model, half=lambda lr, model, i, noise: model == "c")[0] == "model"
+    odd = iter([float("nan"), None, True, "text", [1], {}, float("inf")] * 100)
+    assert explained(300, lambda lr, model, noise: next(odd) if noise > 1 else by_model(lr, model, noise))[0] == "model"
+    assert explained(300, by_model, odd=lambda lr, model, i, noise: next(odd))[0] == "model"
+    assert explained(1, by_model) is explained(8, by_model) is None, "too few to tell"
+    assert explained(300, lambda lr, model, noise: 1) is None and explained(300, lambda lr, model, noise: "x") is None
+
+
+def test_a_view_of_points_says_which_argument_explains_them(ask):
+    tasks = [{"args": {"lr": i % 3, "model": "ab"[i // 3 % 2], "deep": {"seed": i // 6}}} for i in range(60)]
+    for task_id, task in zip(ask("POST", "/tasks", tasks)["task_ids"], tasks):
+        args = task["args"]
+        ask("POST", "/tasks/next", {"eta_max": "1h", "start_heartbeat": False, "extra_filter": {"task_id": task_id}})
+        ask("POST", "/tasks/%s/status" % task_id, {"status": "success", "summary": {
+            "acc": args["lr"] + 10 * (args["model"] == "b") + args["deep"]["seed"] / 10}})
+    look = {"spread": True, "choose": True, "columns": ["args.lr", "summary.acc"]}
+    assert ask("POST", "/tasks/view", look)["chosen"]["explains"][0] == "args.model"
+    assert ask("POST", "/tasks/view", dict(look, columns=["args.model", "summary.acc"]))["chosen"]["explains"][0] == "args.lr"
+    assert ask("POST", "/tasks/view", dict(look, extra_filter="args.lr == 0 and args.model == 'a'"))["chosen"]["explains"] is None
+    assert ask("POST", "/tasks/view", dict(look, extra_filter="args.lr == 7"))["chosen"]["explains"] is None
+    assert "explains" not in ask("POST", "/tasks/view", dict(look, spread=False))["chosen"]
 
 
 def with_curves(ask, count, steps, value=lambda i, step: i + 1 / (step + 1), begin=0):
@@ -1139,6 +1189,100 @@ def test_a_plots_points_lead_to_their_tasks(person, hand, size):
     person.hand.press(point)
     person.sees(person.named("article", "Task"))
     person.sees(person.named("heading", "vit-000043"))
+
+
+PLACES = """[...document.querySelectorAll("#plot-drawing a")].map(one => [
+    one.getAttribute("aria-label").split("\\n"), one.getBoundingClientRect().left, one.getAttribute("class")])"""
+BESIDE = """() => [...document.querySelectorAll("#grid-drawing a")].filter(one => {
+    one.focus();
+    const cell = one.querySelector(".cell").getBoundingClientRect(), tip = document.querySelector("#tip").getBoundingClientRect();
+    const isOver = tip.left < cell.right && cell.left < tip.right && tip.top < cell.bottom && cell.top < tip.bottom;
+    return isOver || !tip.width || tip.right > innerWidth || tip.left < 0;
+}).map(one => one.getAttribute("aria-label"))"""
+
+
+def run_groups(server):
+    """Run a sweep whose results tell models apart, and learning rates, and little else; return its rows."""
+    rows = [{"lr": 10.0 ** -(i % 3), "model": ("mlp", "vit", "cnn")[i // 3 % 3], "seed": i // 9} for i in range(81)]
+    asked(server, "POST", "/tasks", [{"task_name": "sweep", "args": dict(args, epochs=9)} for args in rows], 201)
+    for i, args in enumerate(rows):
+        task = begin(server, {"args.lr": args["lr"], "args.model": args["model"], "args.seed": args["seed"]})
+        args["acc"] = 9.5 + len(args["model"]) + ("mlp", "vit", "cnn").index(args["model"]) + args["lr"] / 10 + i / 10000
+        report(server, task["task_id"], "success", summary={"acc": args["acc"]})
+    return rows
+
+
+@pytest.mark.slow
+def test_plot_and_grid_tell_at_a_glance_and_are_saved_as_they_are_seen(chromium, server):
+    rows = run_groups(server)
+    for size, scheme in (("desk", "light"), ("narrow", "dark")):
+        with chromium.session(size, scheme) as session:
+            session.context.grant_permissions(["clipboard-read", "clipboard-write"])
+            person = Person(session.tab(), browser.Mouse, server).open("#view=plot")
+            a_plot_tells_what_explains_it(person)
+            saved_files_hold_what_is_seen(person, "plot", len(rows), ["task_id", "args.lr", "summary.acc", "args.model", "args.seed"])
+            a_grids_numbers_stand_below_each_other(person)
+            saved_files_hold_what_is_seen(person, "grid", 9, ["args.model", "args.lr", "mean acc", "tasks"])
+            assert not person.tab.axe() + person.tab.sideways() + person.tab.crooked()
+            person.tab.is_blameless()
+
+
+def a_plot_tells_what_explains_it(person):
+    page, legend, colour = person.page, person.page.locator("#plot-legend"), person.named("combobox", "Colour")
+    person.says(person.page.locator("#plot-note"), re.compile(r"81 tasks.*Coloured by model, which explains 9\d%.*side by side"))
+    assert colour.evaluate("one => one.selectedOptions[0].label") == "Automatic (model)"
+    assert re.sub(r"\s+", "", legend.text_content()) == "modelcnnmlpvit"
+    points = page.evaluate(PLACES)
+    assert {tuple(line.split()[0] for line in words) for words, _, _ in points} == {("sweep", "lr", "acc", "model", "seed")}
+    lefts = {model: [left for words, left, _ in points if words[1::2] == ["lr 1", "model " + model]] for model in ("cnn", "mlp", "vit")}
+    assert all(len(some) == 9 and len(set(some)) > 4 for some in lefts.values()), "those of one place can be told apart"
+    assert max(lefts["cnn"]) < min(lefts["mlp"]) and max(lefts["mlp"]) < min(lefts["vit"]), "and stand by their colours"
+    person.hand.choose(colour, "None")
+    wait_until(lambda: not legend.text_content(), "no colour")
+    person.hand.choose(colour, "args.seed")
+    person.says(legend, re.compile(r"\Aseed\s*0 to 8\Z"))
+    assert len({link.get_attribute("opacity") for link in page.locator("#plot-drawing .mark").all()}) == 9, "many numbers differ in depth"
+    page.go_back()
+    page.go_back()
+    person.says(legend, "model")
+
+
+def a_grids_numbers_stand_below_each_other(person):
+    page = person.page
+    person.open("#view=grid&gy=args.model&gx=args.lr&metric=summary.acc")
+    note = page.locator("#grid-note")
+    person.says(note, re.compile(r"\AMean acc of 81 tasks\.\s*\d+\.\d+ to \d+\.\d+\Z"))
+    shown = page.locator("#grid-drawing .value").evaluate_all("all => all.map(one => [one.textContent, one.getBoundingClientRect().right])")
+    assert len(shown) == 9 and {text.index(".") - len(text) for text, _ in shown} == {shown[0][0].index(".") - len(shown[0][0])}
+    assert len({len(text) for text, _ in shown}) == 1 or len({round(right) for _, right in shown}) == 3, "three columns"
+    assert not page.evaluate(BESIDE), "a tip stands beside its cell"
+
+
+def saved_files_hold_what_is_seen(person, view, count, columns):
+    """Save a drawing in each way, and read what was saved."""
+    saves, found = person.named("group", "Save").filter(visible=True), {}
+    for kind in ("SVG", "PNG", "CSV"):
+        with person.page.expect_download() as download:
+            person.press(kind, saves)
+        assert download.value.suggested_filename == "%s-%s.%s" % (QUEUE, view, kind.lower())
+        with open(str(download.value.path()), "rb") as file:
+            found[kind] = file.read()
+    picture, name = ElementTree.fromstring(found["SVG"]), "{http://www.w3.org/2000/svg}%s"
+    assert len([one for one in picture.iter(name % "title") if "\n" in (one.text or "")]) == count
+    fills = {one.get("fill") for one in picture.iter() if one.tag in (name % "path", name % "rect")}
+    assert len(fills) > 2 and not picture.findall(".//*[@class]") and not picture.findall(".//" + name % "a")
+    assert {"mlp", "vit"} <= {one.text for one in picture.iter(name % "text")}, "its legend, or its axis"
+    assert found["PNG"].startswith(b"\x89PNG") and len(found["PNG"]) > 5000
+    table = list(csv.reader(io.StringIO(found["CSV"].decode("utf-8"), newline="")))
+    assert sorted(table[0]) == sorted(columns) and len(table) == count + 1
+    for has_clipboard in (True, False):  # a page that came without TLS has none
+        if not has_clipboard:
+            person.page.evaluate("Object.defineProperty(navigator, 'clipboard', {value: undefined, configurable: true})")
+        person.press("Copy CSV", saves)
+        note(person, "%d rows copied." % count)
+        person.press("Dismiss", note(person, "%d rows copied." % count))
+    person.page.evaluate("delete navigator.clipboard")
+    assert person.page.evaluate("navigator.clipboard.readText()") == found["CSV"].decode("utf-8")
 
 
 @pytest.mark.slow
