@@ -1,4 +1,6 @@
 #!/usr/bin/env python3
+# mypy: ignore-errors
+# Type checkers read the types of the public names here, and check nothing else.  # type: ignore
 """Labtasker in one file: a task queue for machine-learning experiments.
 
 Copy this file to wherever there is a Python 3.6 or newer and go:
@@ -72,6 +74,12 @@ try:
 except ImportError:  # Windows: the client and the worker work, the store says what it needs
     fcntl = None
 
+TYPE_CHECKING = False  # True for type checkers alone: what only they read costs an import of this file nothing
+if TYPE_CHECKING:
+    import pathlib
+    from typing import Any, Callable, Iterable, Iterator, Mapping, SupportsFloat, Union, overload
+    from typing_extensions import Literal, TypedDict, Unpack
+
 __version__ = "0.1.0"
 THIS_FILE = os.path.abspath(__file__)  # now: a later change of the working folder would make it another
 
@@ -126,7 +134,11 @@ class LabtaskerHTTPStatusError(LabtaskerNetworkError):
 
     `status_code` is the HTTP status, `detail` the reason (text, or the list of a 422), `url` the server's or None."""
 
-    def __init__(self, status_code, detail, url=None):
+    if TYPE_CHECKING:
+        status_code: "int"
+        detail: "Any"
+
+    def __init__(self, status_code: "int", detail: "Any", url: "str | None" = None) -> "None":
         self.status_code = self.status = status_code
         self.detail = detail
         super().__init__(detail_text(detail) + (" (HTTP %d, %s)" % (status_code, url) if url else ""))
@@ -154,7 +166,10 @@ class TransientError(LabtaskerError):
     """Raised in a job: what it needs is missing for now. Its task is pending again without a charged retry, and no loop
     gets it within `delay_s`: a number of seconds, or text like "10 min"."""
 
-    def __init__(self, text="", delay_s=0):
+    if TYPE_CHECKING:
+        delay_s: "float"
+
+    def __init__(self, text: "str" = "", delay_s: "float | str" = 0) -> "None":
         super().__init__(text)
         self.delay_s = float(parse_duration(delay_s)) if delay_s else 0.0
 
@@ -10376,14 +10391,59 @@ def rediscover_server():
 
 _CHUNK_TASKS = 5000  # tasks that submit_tasks sends in one transaction
 
+if TYPE_CHECKING:
+    _Status = Literal["pending", "running", "success", "failed", "cancelled"]
+    _Duration = Union[float, str]  # seconds, or text such as "1h30m"
+    _Command = Union[str, "list[str]"]
+    _Keys = Union["list[str]", "tuple[str, ...]", "set[str]"]
+    _Filter = Union[str, "dict[str, Any]"]
+    _Sort = Iterable["tuple[str, int] | list[Any]"]
+    _TaskOrId = Union[str, "Task", "TaskSubmitResponse"]
+
+    class _Further(TypedDict, total=False):  # fields of a submission that submit_task takes as `ours`
+        retry_delay: "float | None"
+        stop: "str | None"
+        after: "_TaskOrId | Iterable[_TaskOrId] | None"
+        after_any: "_TaskOrId | Iterable[_TaskOrId] | None"
+
+    class _Submission(_Further, total=False):  # all fields of a submission
+        task_name: "str | None"
+        args: "dict[str, Any] | None"
+        metadata: "dict[str, Any] | None"
+        cmd: "_Command | None"
+        heartbeat_timeout: "float | None"
+        task_timeout: "float | None"
+        max_retries: "int"
+        priority: "int"
+
+    class _Update(TypedDict, total=False):  # Any: the values of `TaskUpdateRequest(**{...})` share one type
+        _id: "Any"
+        task_id: "Any"
+        status: "Any"
+        task_name: "Any"
+        args: "Any"
+        metadata: "Any"
+        summary: "Any"
+        cmd: "Any"
+        heartbeat_timeout: "Any"
+        task_timeout: "Any"
+        max_retries: "Any"
+        retries: "Any"
+        priority: "Any"
+        retry_delay: "Any"
+        stop: "Any"
+        after: "Any"
+        after_any: "Any"
+        replace_fields: "Any"
+
 
 class _Response:
     """An answer, with its values as attributes."""
 
-    def __init__(self, **values):
+    def __init__(self, **values: "Any") -> "None":
         vars(self).update(values)
 
-    def to_dict(self):
+    def to_dict(self) -> "dict[str, Any]":
         """Return the attributes in JSON types."""
         return {name: _to_json(value) for name, value in vars(self).items() if name[0] != "_"}
 
@@ -10403,14 +10463,14 @@ class _Answer(_Response):
 
     FIELDS = {}
 
-    def __init__(self, values):
+    def __init__(self, values: "dict[str, Any]") -> "None":
         found, (dicts, times) = vars(self), _dicts_and_times(type(self))
         found["_values"] = values
         found.update(zip(self.FIELDS, map(values.get, self.FIELDS)))
         found.update((name, {}) for name in dicts if found[name] is None)
         found.update((name, datetime_of(found[name])) for name in times if found[name] is not None)
 
-    def to_dict(self):
+    def to_dict(self) -> "dict[str, Any]":
         """Return the fields in JSON types, times as ISO 8601 text."""
         return dict(self._values)
 
@@ -10432,6 +10492,37 @@ class Task(_Answer):
 
     FIELDS, PATH, ID = visible(TASK_FIELDS), TASKS_PATH, "task_id"
     SHOWN = "task_id", "status", "task_name", "args", "summary"
+    if TYPE_CHECKING:  # None: it is not set, or the server does not know the field
+        task_id: "str"
+        queue_id: "str"
+        status: "_Status"
+        task_name: "str | None"
+        created_at: "datetime.datetime"
+        start_time: "datetime.datetime | None"
+        last_heartbeat: "datetime.datetime | None"
+        last_modified: "datetime.datetime"
+        heartbeat_timeout: "float | None"
+        task_timeout: "float | None"
+        max_retries: "int"
+        retries: "int"
+        priority: "int"
+        retry_delay: "float | None"
+        stop: "str | None"
+        after: "list[str] | None"
+        after_any: "list[str] | None"
+        metadata: "dict[str, Any]"
+        args: "dict[str, Any]"
+        cmd: "_Command | None"
+        summary: "dict[str, Any]"
+        worker_id: "str | None"
+        run_id: "str | None"
+        run_end: "str | None"
+        interruptions: "int | None"
+        reason: "str | None"
+        failure: "str | None"
+        not_before: "datetime.datetime | None"
+        attempts: "list[dict[str, Any]] | None"
+        git: "str | None"
 
 
 class Worker(_Answer):
@@ -10439,12 +10530,30 @@ class Worker(_Answer):
 
     FIELDS, PATH, ID = visible(WORKER_FIELDS), WORKERS_PATH, "worker_id"
     SHOWN = "worker_id", "status", "worker_name", "metadata"
+    if TYPE_CHECKING:
+        worker_id: "str"
+        queue_id: "str"
+        status: "Literal['active', 'suspended', 'crashed']"
+        worker_name: "str | None"
+        metadata: "dict[str, Any]"
+        retries: "int"
+        max_retries: "int"
+        created_at: "datetime.datetime"
+        last_modified: "datetime.datetime"
+        ended_at: "datetime.datetime | None"
 
 
 class Queue(_Answer):
     """A queue: queue_id, queue_name, metadata, created_at, last_modified."""
 
     FIELDS = visible(QUEUE_FIELDS)
+    if TYPE_CHECKING:
+        queue_id: "str"
+        queue_name: "str"
+        created_at: "datetime.datetime"
+        last_modified: "datetime.datetime"
+        metadata: "dict[str, Any]"
+        paused_at: "datetime.datetime | None"
 
 
 class StateTransitionEvent(_Answer):
@@ -10454,6 +10563,16 @@ class StateTransitionEvent(_Answer):
     FIELDS = {name: Field(kind, None, False, "") for name, kind in (
         ("type", "text"), ("queue_id", "id"), ("timestamp", "time"), ("metadata", "dict"), ("entity_type", "text"),
         ("entity_id", "id"), ("old_state", "text"), ("new_state", "text"), ("entity_data", "dict"))}
+    if TYPE_CHECKING:
+        type: "str"
+        queue_id: "str"
+        timestamp: "datetime.datetime"
+        metadata: "dict[str, Any]"
+        entity_type: "Literal['task', 'worker']"
+        entity_id: "str"
+        old_state: "str"
+        new_state: "str"
+        entity_data: "dict[str, Any]"
 
 
 class EventResponse(_Answer):
@@ -10462,23 +10581,49 @@ class EventResponse(_Answer):
 
     FIELDS = {"sequence": Field("int", None, False, ""), "timestamp": Field("time", None, False, ""),
               "id": Field("text", None, True, "")}
+    if TYPE_CHECKING:
+        event: "StateTransitionEvent"
+        sequence: "int"
+        timestamp: "datetime.datetime"
+        id: "str | None"
 
-    def __init__(self, values):
+    def __init__(self, values: "dict[str, Any]") -> "None":
         super().__init__(values)
         self.event = StateTransitionEvent(values["event"])
 
 
+class QueueCreateResponse(_Response):
+    """`.queue_id`"""
+
+    if TYPE_CHECKING:
+        queue_id: "str"
+
+
 class TaskSubmitResponse(_Response):
     """`.task_id`"""
+
+    if TYPE_CHECKING:
+        task_id: "str"
 
 
 class TaskFetchResponse(_Response):
     """`.found`, `.task` (a Task or None), `.retry_in_s` (seconds until a task that waits may be fetched, or None),
     `.left` (how many more pending tasks fit, or None), `.paused` (True: the queue gives out nothing)"""
 
+    if TYPE_CHECKING:
+        found: "bool"
+        task: "Task | None"
+        retry_in_s: "float | None"
+        left: "int | None"
+        paused: "bool | None"
+
 
 class HealthCheckResponse(_Response):
     """`.status` ("healthy" or "unhealthy"), `.database`"""
+
+    if TYPE_CHECKING:
+        status: "Literal['healthy', 'unhealthy']"
+        database: "str"
 
 
 class _Listing(_Response):
@@ -10488,6 +10633,8 @@ class _Listing(_Response):
     A notebook shows the first ones as a table."""
 
     _rest = ()  # the items after `.content`, or the function that fetches them
+    if TYPE_CHECKING:
+        found: "bool"
 
     def _later(self):
         """Return the items after `.content`."""
@@ -10499,10 +10646,10 @@ class _Listing(_Response):
         yield from self.content
         yield from self._later()
 
-    def __bool__(self):
+    def __bool__(self) -> "bool":
         return bool(self.content)
 
-    def __len__(self):
+    def __len__(self) -> "int":
         return len(self.content) + len(self._later())
 
     def __getitem__(self, place):
@@ -10535,7 +10682,7 @@ class _Listing(_Response):
         return "%s<table>%s</table>" % (html.escape(repr(self)), "".join("<tr>%s</tr>" % "".join(
             line) for line in lines))
 
-    def to_records(self):
+    def to_records(self) -> "list[dict[str, Any]]":
         """Return all items as flat dicts with keys such as `args.lr` and `summary.acc`, for `pandas.DataFrame`."""
         return [{key: value for key, value in flatten({name: getattr(item, name) for name in item.FIELDS})
                  if value != {}}
@@ -10554,9 +10701,27 @@ def _cell(value):
 class TaskLsResponse(_Listing):
     """`.found`, `.content` (a list of Task)"""
 
+    if TYPE_CHECKING:
+        content: "list[Task]"
+
+        def __iter__(self) -> "Iterator[Task]": ...
+        @overload
+        def __getitem__(self, place: "int") -> "Task": ...
+        @overload
+        def __getitem__(self, place: "slice") -> "TaskLsResponse": ...
+
 
 class WorkerLsResponse(_Listing):
     """`.found`, `.content` (a list of Worker)"""
+
+    if TYPE_CHECKING:
+        content: "list[Worker]"
+
+        def __iter__(self) -> "Iterator[Worker]": ...
+        @overload
+        def __getitem__(self, place: "int") -> "Worker": ...
+        @overload
+        def __getitem__(self, place: "slice") -> "WorkerLsResponse": ...
 
 
 class TaskUpdateRequest(_Response):
@@ -10567,8 +10732,10 @@ class TaskUpdateRequest(_Response):
 
     FIELDS = Fields({name: arg for name, arg in ROUTES["PUT " + TASKS_PATH].fields.items()
                      if name not in ("task_id", "_id")})
+    if TYPE_CHECKING:
+        task_id: "str"
 
-    def __init__(self, **given):
+    def __init__(self, **given: "Unpack[_Update]") -> "None":
         ids = given.pop("_id", None), given.pop("task_id", None)
         task_id = ids[0] or ids[1]
         if not task_id or not isinstance(task_id, str):
@@ -10588,7 +10755,7 @@ class TaskUpdateRequest(_Response):
             parse_rule(given["stop"])
         super().__init__(task_id=task_id, _given=given, **dict(dict.fromkeys(self.FIELDS), **given))
 
-    def to_dict(self):
+    def to_dict(self) -> "dict[str, Any]":
         """Return the fields that are sent."""
         return dict(self._given, task_id=self.task_id)
 
@@ -10597,7 +10764,7 @@ class TaskUpdateRequest(_Response):
 api_models = sys.modules["labtasker.api_models"] = type(sys)("labtasker.api_models", "Classes of requests and answers")
 vars(api_models).update((kind.__name__, kind) for kind in (
     Task, Worker, Queue, TaskUpdateRequest, TaskSubmitResponse, TaskFetchResponse, TaskLsResponse, WorkerLsResponse,
-    HealthCheckResponse, EventResponse, StateTransitionEvent))
+    HealthCheckResponse, QueueCreateResponse, EventResponse, StateTransitionEvent))
 
 # Public functions. Each raises LabtaskerHTTPStatusError if it is refused, and LabtaskerConnectError if there is no
 # answer, or if the answer was lost and repeating the request could do it twice (ONCE). Where one passes `**locals()`,
@@ -10674,24 +10841,25 @@ _VERSIONS = {}  # folder: its code_version
 _GIT_TIMEOUT_S = 5  # do not wait for a large repository on a slow disk
 
 
-def health_check():
+def health_check() -> "HealthCheckResponse":
     """Return `.status` ("healthy" or "unhealthy") and `.database` ("connected" or the problem)."""
     missing = missing_store(load_config())
     return HealthCheckResponse(**{"status": "unhealthy", "database": missing} if missing
                                else ask_route("GET /health/full"))
 
 
-def create_queue(queue_name, password, metadata=None):
+def create_queue(queue_name: "str", password: "str", metadata: "dict[str, Any] | None" = None) -> "QueueCreateResponse":
     """Return `.queue_id` of a new queue."""
-    return _Response(queue_id=ask_route("POST /api/v1/queues", **locals())["queue_id"])
+    return QueueCreateResponse(queue_id=ask_route("POST /api/v1/queues", **locals())["queue_id"])
 
 
-def get_queue():
+def get_queue() -> "Queue":
     """Return the configured Queue."""
     return Queue(ask_route("GET " + QUEUE_PATH))
 
 
-def update_queue(new_queue_name=None, new_password=None, metadata_update=None):
+def update_queue(new_queue_name: "str | None" = None, new_password: "str | None" = None,
+                 metadata_update: "dict[str, Any] | None" = None) -> "Queue":
     """Change the queue's name, password or metadata (merged; {} clears) and return it. The configuration stays."""
     return Queue(ask_route("PUT " + QUEUE_PATH, **locals()))
 
@@ -10704,13 +10872,15 @@ def pause_queue(paused=True):
     return Queue(ask_route("PUT " + QUEUE_PATH, paused=bool(paused)))
 
 
-def delete_queue(cascade_delete=True):
+def delete_queue(cascade_delete: "bool" = True) -> "None":
     """Delete the configured queue, with its tasks and workers."""
     ask_route("DELETE " + QUEUE_PATH, cascade_delete=bool(cascade_delete))
 
 
-def submit_task(task_name=None, args=None, metadata=None, cmd=None, heartbeat_timeout=None, task_timeout=None,
-                max_retries=3, priority=0, **ours):
+def submit_task(task_name: "str | None" = None, args: "dict[str, Any] | None" = None,
+                metadata: "dict[str, Any] | None" = None, cmd: "_Command | None" = None,
+                heartbeat_timeout: "float | None" = None, task_timeout: "float | None" = None, max_retries: "int" = 3,
+                priority: "int" = 0, **ours: "Unpack[_Further]") -> "TaskSubmitResponse":
     """Submit a task and return its `.task_id`.
 
     The keys of `args` must be exactly those that the job requires. The timeouts are in seconds; a higher priority is
@@ -10770,7 +10940,7 @@ def _parts(items, size, doing):
     return (items[at:at + size] for at in range(0, len(items), size))
 
 
-def submit_tasks(tasks, unique=False):
+def submit_tasks(tasks: "Iterable[Mapping[str, Any]]", unique: "bool" = False) -> "list[str]":
     """Submit tasks, given as dicts of submit_task's arguments, and return their ids.
 
     `unique`: a task with the name and args of an existing task is not submitted; its id is that of the existing task.
@@ -10791,7 +10961,8 @@ def submit_tasks(tasks, unique=False):
     return ids
 
 
-def submit_grid(grid, unique=False, **fields):
+def submit_grid(grid: "Mapping[str, Any]", unique: "bool" = False,
+                **fields: "Unpack[_Submission]") -> "list[str]":
     """Submit a task for each combination, as in submit_grid({"lr": [0.1, 0.01], "seed": range(3)}), and return the ids.
 
     `fields` are submit_task's arguments; `args` among them are further args that all tasks have."""
@@ -10831,9 +11002,12 @@ def unseen(tasks):
     return new, ids, [task_id for task_id in dict.fromkeys(ids) if task_id in failed]
 
 
-def fetch_task(worker_id=None, eta_max=None, heartbeat_timeout=None, start_heartbeat=True, required_fields=None,
-               extra_filter=None, cmd=None, fetch_id=None, wait_s=None, attempt=None, heartbeat_default=None,
-               left=None):
+def fetch_task(worker_id: "str | None" = None, eta_max: "_Duration | None" = None,
+               heartbeat_timeout: "float | None" = None, start_heartbeat: "bool" = True,
+               required_fields: "_Keys | None" = None, extra_filter: "_Filter | None" = None,
+               cmd: "_Command | None" = None, fetch_id: "str | None" = None, wait_s: "float | None" = None,
+               attempt: "dict[str, Any] | None" = None, heartbeat_default: "float | None" = None,
+               left: "bool | None" = None) -> "TaskFetchResponse":
     """Fetch the next task that matches and return `.found` and `.task`, which is running from now on.
 
     `eta_max` is a duration ("1h30m"), `heartbeat_timeout` is in seconds. `required_fields`: the keys that the task's
@@ -10905,12 +11079,12 @@ def _is_beside_store(config):
         transport.close()
 
 
-def refresh_task_heartbeat(task_id, worker_id=None):
+def refresh_task_heartbeat(task_id: "str", worker_id: "str | None" = None) -> "None":
     """Send a heartbeat of a running task."""
     ask_route("POST " + TASKS_PATH + "/{task_id}/heartbeat", **locals())
 
 
-def get_task(task_id):
+def get_task(task_id: "str") -> "Task":
     """Return the Task with this id."""
     return Task(ask_route("GET " + TASKS_PATH + "/{task_id}", task_id=task_id))
 
@@ -10963,7 +11137,9 @@ def _found_by_pages(kind, body):
     return [vars(row) for row in rows[begin:begin + body["limit"]]]
 
 
-def ls_tasks(task_id=None, task_name=None, status=None, extra_filter=None, limit=_LIMIT, offset=0, sort=None):
+def ls_tasks(task_id: "str | None" = None, task_name: "str | None" = None, status: "str | None" = None,
+             extra_filter: "_Filter | None" = None, limit: "int | None" = _LIMIT, offset: "int" = 0,
+             sort: "_Sort | None" = None) -> "TaskLsResponse":
     """Return a Listing of the Tasks that match all conditions, the least recently changed first.
 
     `extra_filter` is filter text ('args.lr > 0.01 and summary.acc > 0.9') or a query document; `sort` is a list of
@@ -10972,7 +11148,9 @@ def ls_tasks(task_id=None, task_name=None, status=None, extra_filter=None, limit
     return _listing(TaskLsResponse, Task, locals())
 
 
-def table(by, of, mode="max", status="success", extra_filter=None, task_name=None):
+def table(by: "str | Iterable[str]", of: "str", mode: "str" = "max",
+          status: "str | list[str] | None" = "success", extra_filter: "_Filter | None" = None,
+          task_name: "str | None" = None) -> "list[dict[str, Any]]":
     """Return a list of dicts, one for each group of tasks with the same values of the fields `by`, the best mean first.
 
     `table(["args.lr"], "summary.acc")` → [{"args.lr": 0.1, "n": 3, "mean": 0.91, "std": 0.02, "min", "max", "best": a
@@ -10988,7 +11166,8 @@ def table(by, of, mode="max", status="success", extra_filter=None, task_name=Non
     return group_rows(ls_tasks(extra_filter=document, task_name=task_name), by, of, mode, statuses)
 
 
-def update_tasks(task_updates, reset_pending=False):
+def update_tasks(task_updates: "Iterable[TaskUpdateRequest | dict[str, Any]]",
+                 reset_pending: "bool" = False) -> "TaskLsResponse":
     """Carry out all of these TaskUpdateRequests, or none, and return a Listing of the Tasks after it.
 
     More than a server takes at once (10,000; a 1.0.1 server 1,000) are sent in parts, and a message on stderr says so;
@@ -11018,22 +11197,25 @@ def _by_dotted_keys(update):
             for name, value in update.items()}
 
 
-def delete_task(task_id):
+def delete_task(task_id: "str") -> "None":
     """Delete a task."""
     ask_route("DELETE " + TASKS_PATH + "/{task_id}", task_id=task_id)
 
 
-def create_worker(worker_name=None, metadata=None, max_retries=3):
+def create_worker(worker_name: "str | None" = None, metadata: "dict[str, Any] | None" = None,
+                  max_retries: "int" = 3) -> "str":
     """Register a worker and return its id. It gets no more tasks after `max_retries` failed runs."""
     return ask_route("POST " + WORKERS_PATH, worker_id=new_id(), **locals())["worker_id"]
 
 
-def ls_workers(worker_id=None, worker_name=None, status=None, extra_filter=None, limit=_LIMIT, offset=0, sort=None):
+def ls_workers(worker_id: "str | None" = None, worker_name: "str | None" = None, status: "str | None" = None,
+               extra_filter: "_Filter | None" = None, limit: "int | None" = _LIMIT, offset: "int" = 0,
+               sort: "_Sort | None" = None) -> "WorkerLsResponse":
     """Return a Listing of the Workers that match all conditions; see ls_tasks."""
     return _listing(WorkerLsResponse, Worker, locals())
 
 
-def report_worker_status(worker_id, status):
+def report_worker_status(worker_id: "str", status: "str") -> "None":
     """Set a worker active (which sets its retries to 0), suspended or crashed."""
     ask_route("POST " + WORKERS_PATH + "/{worker_id}/status", worker_id=worker_id, status=status)
 
@@ -11044,7 +11226,7 @@ def end_worker(worker_id):
         report_worker_status(worker_id, "ended")
 
 
-def delete_worker(worker_id, cascade_update=True):
+def delete_worker(worker_id: "str", cascade_update: "bool" = True) -> "None":
     """Delete a worker; with `cascade_update` its tasks no longer name it."""
     ask_route("DELETE " + WORKERS_PATH + "/{worker_id}", worker_id=worker_id, cascade_update=bool(cascade_update))
 
@@ -11083,7 +11265,7 @@ class EventListener:
     begin after the event with this id ("0.0": with all that the store still has; `help events` says how many).
     `with EventListener() as listener:` starts it, and stops it at the end."""
 
-    def __init__(self, after=None):
+    def __init__(self, after: "str | None" = None) -> "None":
         if after is not None and not (isinstance(after, str) and EVENT_ID.match(after)):
             raise LabtaskerValueError("after=%.100r is no event's id, which is two numbers such as \"17.0\" "
                                       "(event.id, or \"0.0\" for all that are kept)" % (after,))
@@ -11091,20 +11273,20 @@ class EventListener:
         self.waiting, self.client, self.lines, self.error = collections.deque(), None, None, None
         self.client_id, self.last_id, self.stopped = None, after, False
 
-    def __enter__(self):
+    def __enter__(self) -> "EventListener":
         return self if self.client else self.start()
 
-    def __exit__(self, *_):
+    def __exit__(self, *_: "object") -> "None":
         self.stop()
 
-    def start(self, timeout=10):
+    def start(self, timeout: "float" = 10) -> "EventListener":
         """Return this listener once it is connected; raise as any call does if that takes over `timeout` seconds."""
         self.config, self.timeout_s = load_config(), timeout
         events = self._connect()
         threading.Thread(target=self._listen, args=(events,), name="labtasker events", daemon=True).start()
         return self
 
-    def stop(self):
+    def stop(self) -> "None":
         """Stop listening; a thread that waits for an event gets None."""
         with self.lock:
             self.stopped, self.client_id = True, None
@@ -11112,15 +11294,15 @@ class EventListener:
                 self.lines.close()
             self.lock.notify_all()
 
-    def is_connected(self):
+    def is_connected(self) -> "bool":
         """Return whether the listener is connected now."""
         return self.client_id is not None
 
-    def get_client_id(self):
+    def get_client_id(self) -> "str | None":
         """Return the id that the server gave this listener, or None while it is not connected."""
         return self.client_id
 
-    def get_event(self, timeout=None):
+    def get_event(self, timeout: "float | None" = None) -> "EventResponse | None":
         """Wait for the next EventResponse and return it; None after `timeout` seconds, or once the listener is stopped.
 
         Raises LabtaskerRuntimeError if it was not started, or the error because of which it can't continue."""
@@ -11136,7 +11318,7 @@ class EventListener:
                 raise self.error
             return None
 
-    def iter_events(self):
+    def iter_events(self) -> "Iterator[EventResponse]":
         """Yield the events as they come, until the listener is stopped."""
         return iter(self.get_event, None)
 
@@ -11198,7 +11380,7 @@ class EventListener:
                 self.lock.notify_all()
 
 
-def connect_events(timeout=10, after=None):
+def connect_events(timeout: "float" = 10, after: "str | None" = None) -> "EventListener":
     """Return an EventListener, connected, of the queue's events from now on, or of those after the event id `after`.
 
     Raises if it can't connect within `timeout` seconds. `with connect_events() as listener:` stops it at the end."""
@@ -11429,13 +11611,18 @@ _CASTS.update(dict.fromkeys(("builtins.set", "collections.Set", "collections.Mut
                             lambda *given: set(_to_list(*given))))
 
 
-class Required:
-    """Marks a parameter that a loop fills from the task's args: as a default value, or inside `Annotated`.
+def Required(*, alias: "str | None" = None, resolver: "Callable[[Any], Any] | None" = None) -> "Any":
+    """Return a mark for a parameter that a loop fills from the task's args: a default value, or inside `Annotated`.
 
     The key is the parameter's name or `alias` (dots nest). `resolver` gets the value as it was submitted and
     returns what the function gets; without it the value is cast to the parameter's annotation."""
+    return _Required(alias, resolver)
 
-    def __init__(self, *, alias=None, resolver=None):
+
+class _Required:
+    """What `Required()` returns."""
+
+    def __init__(self, alias, resolver):
         if alias is not None:
             check_key(alias, ["Required(alias=...)"])
         if resolver is not None and not callable(resolver):
@@ -11479,8 +11666,11 @@ class _Brackets(type):
         return _Marked(parts[0], parts[1:])
 
 
-class Annotated(metaclass=_Brackets):
-    """`Annotated[T, Required()]`: that of typing, and before Python 3.9, where it has none, one for loops."""
+if TYPE_CHECKING:
+    from typing_extensions import Annotated as Annotated
+else:
+    class Annotated(metaclass=_Brackets):
+        """`Annotated[T, Required()]`: that of typing, and before Python 3.9, where it has none, one for loops."""
 
 
 class BoundFunction:
@@ -11524,7 +11714,7 @@ class BoundFunction:
         if Required in marks:
             raise LabtaskerTypeError("parameter %r of %s(): write Required(), with parentheses"
                                      % (parameter.name, self.name))
-        marks = [mark for mark in marks if isinstance(mark, Required)]
+        marks = [mark for mark in marks if isinstance(mark, _Required)]
         if len(marks) > 1 or marks and parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
             raise LabtaskerTypeError("parameter %r of %s() can't be marked with Required() %s" % (
                 parameter.name, self.name, "twice" if len(marks) > 1 else "as it takes any number of values"))
@@ -14064,22 +14254,22 @@ def _current_run():
     return run
 
 
-def is_enabled():
+def is_enabled() -> "bool":
     """Return whether this code runs as part of a task."""
     return _find_run() is not None
 
 
-def current_task_id():
+def current_task_id() -> "str":
     """Return the id of the task that runs here, or raise LabtaskerRuntimeError."""
     return _current_run().task_id
 
 
-def current_worker_id():
+def current_worker_id() -> "str | None":
     """Return the id of the worker that runs here, or raise LabtaskerRuntimeError."""
     return _current_run().worker_id
 
 
-def task_info():
+def task_info() -> "Task":
     """Return the Task that runs here, as it was when its run started, or raise LabtaskerRuntimeError.
 
     It is read from the run's folder, so that a job can start while the server is away. Without it the server is
@@ -14088,13 +14278,14 @@ def task_info():
     return run.task or run.written_task() or get_task(run.task_id)
 
 
-def get_labtasker_log_dir():
+def get_labtasker_log_dir() -> "pathlib.Path":
     """Return the folder of the current run as a Path, for files that the job wants to keep; made if it is missing."""
     import pathlib
     return pathlib.Path(_current_run().make_log_dir())
 
 
-def report_task_status(task_id, status, summary=None, worker_id=None):
+def report_task_status(task_id: "str", status: "str", summary: "dict[str, Any] | None" = None,
+                       worker_id: "str | None" = None) -> "None":
     """Set a task's status to success, failed or cancelled and merge `summary` into its summary.
 
     The status "running" only merges. For the task that runs here the report also names the run, and the loop leaves
@@ -14106,7 +14297,7 @@ def report_task_status(task_id, status, summary=None, worker_id=None):
         run.report(status, summary, worker_id)
 
 
-def report(step=None, **values):
+def report(step: "SupportsFloat | None" = None, **values: "Any") -> "bool":
     """Merge `values` into the summary of the task that runs here; return whether the job should go on.
 
     `step`: the number >= 0 (an epoch, an iteration) that the values belong to. While the server is away the values are
@@ -14133,13 +14324,13 @@ def report_values(values, step=None):
     return not (run.lost or run.stopped)
 
 
-def should_stop():
+def should_stop() -> "bool":
     """Return whether the job should end: a report() was answered so. Nothing is asked; outside of a run it is False."""
     run = _find_run()
     return bool(run and (run.lost or run.stopped))
 
 
-def get_history(task_id):
+def get_history(task_id: "str") -> "list[dict[str, Any]]":
     """Return the points that a task has reported with a step, as dicts {step, at, **values}; `at` is a text."""
     return ask_route("GET " + TASKS_PATH + "/{task_id}/history", **locals())["content"] if client().extensions else []
 
@@ -14154,7 +14345,7 @@ def _is_first_rank(run):
         rank in (None, "", "0") or rank == os.environ.get("LABTASKER_PROCID"))
 
 
-def task_dir():
+def task_dir() -> "pathlib.Path":
     """Return the folder that all runs of the task share as a Path; made if it is missing."""
     import pathlib
     run = _current_run()
@@ -14163,7 +14354,7 @@ def task_dir():
     return pathlib.Path(path or run.task_dir)
 
 
-def finish(status, summary=None, skip_if_no_labtasker=True):
+def finish(status: "str", summary: "dict[str, Any] | None" = None, skip_if_no_labtasker: "bool" = True) -> "None":
     """End the current run as "success" or "failed"; a second call does nothing.
 
     Outside of any run this does nothing, or raises LabtaskerRuntimeError if `skip_if_no_labtasker` is False."""
@@ -14180,7 +14371,7 @@ def finish(status, summary=None, skip_if_no_labtasker=True):
         remark("finish(%r) comes too late: %s" % (status, error))
 
 
-def time_left():
+def time_left() -> "float | None":
     """Return the seconds until the loop's time is up (its Slurm or PBS job's, or --time-limit); None if unlimited.
 
     A job that still runs is told to stop earlier: its grace and the seconds to hand its task back come before the
@@ -14190,7 +14381,7 @@ def time_left():
     return None if left_s is None or left_s == math.inf else max(0.0, float(left_s))
 
 
-def preempted():
+def preempted() -> "bool":
     """Return whether the job was told to stop. If so, it should save what it needs to continue later, and end.
 
     Call it early. After the first call, a stop signal other than Ctrl-C neither ends this process nor raises in the
@@ -14654,7 +14845,7 @@ _PART_IDS = 50000  # that one request asks for
 _PLAIN_PAUSE_S = 0.5  # between looks on a server that can't say that something has changed
 
 
-def as_completed(tasks, timeout=None):
+def as_completed(tasks: "Iterable[_TaskOrId]", timeout: "_Duration | None" = None) -> "Iterator[Task]":
     """Return an iterator that yields each of the tasks as a Task once it has ended: success, failed or cancelled.
 
     `tasks` are ids, Tasks, or what submit_task returned; each comes once, one that is deleted meanwhile does not. After
@@ -15761,14 +15952,14 @@ def describe(task):
     return "%s%s: %s" % (task.task_id, name, json.dumps(task.args, ensure_ascii=False))
 
 
-def set_loop_internal_error_handler(handler):
+def set_loop_internal_error_handler(handler: "Callable[[Exception, int], object] | None") -> "None":
     """Call `handler(exception, count)` when a loop itself fails for the `count`-th time in a row; None: it ends then.
 
     A handler that returns lets the loop go on; what it raises ends the loop."""
     LOOP_SETTINGS["on_internal_error"] = handler
 
 
-def set_prompt_on_task_failure(enabled):
+def set_prompt_on_task_failure(enabled: "bool") -> "None":
     """Have a decorated loop ask, after each failed task and only on a terminal, whether to go on."""
     LOOP_SETTINGS["prompt_on_failure"] = bool(enabled)
 
@@ -15784,9 +15975,13 @@ def ask_to_go_on():
     return not answered or not sys.stdin.readline().strip().lower().startswith("n")
 
 
-def loop(required_fields=None, extra_filter=None, cmd=None, worker_id=None, create_worker_kwargs=None, eta_max=None,
-         heartbeat_timeout=None, pass_args_dict=False, grace=None, time_limit=None, drain_before=None, task_name=None,
-         fail=False, quiet=False, verbose=False, max_consecutive_failures=_MOST_FAILURES):
+def loop(required_fields: "_Keys | None" = None, extra_filter: "_Filter | None" = None,
+         cmd: "_Command | None" = None, worker_id: "str | None" = None,
+         create_worker_kwargs: "dict[str, Any] | None" = None, eta_max: "_Duration | None" = None,
+         heartbeat_timeout: "float | None" = None, pass_args_dict: "bool" = False, grace: "_Duration | None" = None,
+         time_limit: "_Duration | None" = None, drain_before: "_Duration | None" = None,
+         task_name: "str | None" = None, fail: "bool" = False, quiet: "bool" = False, verbose: "bool" = False,
+         max_consecutive_failures: "int" = _MOST_FAILURES) -> "Callable[[Callable[..., Any]], Callable[..., None]]":
     """Return a decorator: calling the function then runs it for one pending task after another until none is left.
 
     Parameters marked with Required() are filled from the task's args; others are given at the call. With
@@ -16805,7 +17000,8 @@ _MOST_DRAWN = 1000000  # tasks of one sample
 _DRAWN_DIGITS = 6  # of a number that is drawn: what `brief` and %g show of it, so that it reads back the same
 
 
-def submit_sample(space, n, seed=None, unique=False, **fields):
+def submit_sample(space: "Mapping[str, Any]", n: "int", seed: "int | None" = None, unique: "bool" = False,
+                  **fields: "Unpack[_Submission]") -> "list[str]":
     """Submit n tasks with random args, as in submit_sample({"lr": "log:1e-4:1e-1", "seed": [1, 2]}, 20); return ids.
 
     A text is "LOW:HIGH" (uniform), "log:LOW:HIGH" (log-uniform), or values with commas between. A range has whole

@@ -1,3 +1,5 @@
+# mypy: ignore-errors
+# Type checkers check nothing here.  # type: ignore
 """What needs a rich terminal, an editor, a browser or a cluster's submit command; pip's console scripts import it.
 
 labtasker.py alone is the whole tool. Where this file lies beside it, it adds the commands of the table EXTRA_COMMANDS,

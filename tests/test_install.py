@@ -8,12 +8,18 @@ import labtasker
 from harness import ROOT, run
 
 
+def copy_sources(folder):
+    """Copy what an installation needs: a build in the checkout would leave folders there."""
+    folder.mkdir()
+    for name in ("labtasker.py", "labtasker_cli.py", "setup.cfg", "pyproject.toml", "README.rst", "LICENSE"):
+        shutil.copy(str(ROOT / name), str(folder))
+    shutil.copytree(str(ROOT / "labtasker-stubs"), str(folder / "labtasker-stubs"))
+
+
 @pytest.mark.slow
 def test_install_gives_three_commands_one_module_and_nothing_else(tmp_path, home):
     source, bin_folder, env = tmp_path / "source", tmp_path / "venv" / "bin", {"PYTHONPATH": ""}
-    source.mkdir()
-    for name in ("labtasker.py", "labtasker_cli.py", "setup.cfg", "pyproject.toml", "README.rst", "LICENSE"):
-        shutil.copy(str(ROOT / name), str(source))
+    copy_sources(source)
     run([sys.executable, "-m", "venv", bin_folder.parent], tmp_path)
     run([bin_folder / "python", "-m", "pip", "install", "--quiet", "."], source, env=env, timeout_s=300)
 
