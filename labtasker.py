@@ -316,6 +316,50 @@ class Pattern:
         return method
 
 
+class _Row(tuple):
+    """What the types of `row_type` share."""
+
+    __slots__ = ()
+    _fields = _defaults = ()
+    _make = classmethod(tuple.__new__)  # of an iterable of all values
+
+    def __new__(cls, *values, **named):
+        if named or len(values) != len(cls._fields):
+            given = dict(zip(cls._fields[len(cls._fields) - len(cls._defaults):], cls._defaults))
+            given.update(zip(cls._fields, values), **named)
+            is_twice = not named.keys().isdisjoint(cls._fields[:len(values)])
+            if is_twice or len(values) > len(cls._fields) or given.keys() != set(cls._fields):
+                raise TypeError("%s has the fields %s" % (cls.__name__, ", ".join(cls._fields)))
+            values = map(given.get, cls._fields)
+        return tuple.__new__(cls, values)
+
+    def __getnewargs__(self):
+        return tuple(self)
+
+    def __repr__(self):
+        return "%s(%s)" % (type(self).__name__, ", ".join("%s=%r" % pair for pair in zip(self._fields, self)))
+
+    def _asdict(self):
+        return dict(zip(self._fields, self))
+
+    def _replace(self, **named):
+        return type(self)(**dict(self._asdict(), **named))
+
+
+_WIDE = collections.namedtuple("_WIDE", ["at%d" % at for at in range(50)])
+
+
+def row_type(name, fields, defaults=()):
+    """Return a type of named tuples, as `collections.namedtuple` does; `defaults` are those of the last fields.
+
+    That one compiles a text for each type. Thirty of them would be a fifth of the time that importing this module
+    takes, so only one is made, for what it has to get a value by its place."""
+    fields = fields.split() if isinstance(fields, str) else fields
+    content = {field: vars(_WIDE)[place] for field, place in zip(fields, _WIDE._fields)}
+    content.update(__slots__=(), _fields=tuple(fields), _defaults=tuple(defaults))
+    return type(name, (_Row,), content)
+
+
 NAME = Pattern(r"[a-zA-Z0-9_-]{1,100}\Z")
 KEY = Pattern(r"[a-zA-Z0-9_-]+(\.[a-zA-Z0-9_-]+)*\Z")
 
@@ -1817,8 +1861,7 @@ _ANY_NUMBER = ("$add", "$multiply", "$and", "$or")
 # nothing of files and sockets. A record is a named tuple that is never changed: a change makes a
 # new one. Uses 1. Tests: test_model.py.
 
-Field = collections.namedtuple("Field", "kind default extension meaning submitted updated flag")
-Field.__new__.__defaults__ = None, None, None
+Field = row_type("Field", "kind default extension meaning submitted updated flag", (None, None, None))
 
 # A task field is one row here. The record, the journal, the wire, the filters, the Python functions, `task submit`,
 # `task update` and the help derive from it.
@@ -1914,9 +1957,9 @@ UPDATED = {name: field for name, field in TASK_FIELDS.items() if field.updated}
 
 def _record_type(name, fields):
     """Return the type of a record with these fields and `unknown`: those of a newer version, a dict or None."""
-    record = collections.namedtuple(name, list(fields) + ["unknown"])
-    record.__new__.__defaults__ = tuple(field.default for field in fields.values()) + (None,)
-    record.places = {key: (at, field.kind == "time") for at, (key, field) in enumerate(fields.items())}
+    record = row_type(name, list(fields) + ["unknown"], [field.default for field in fields.values()] + [None])
+    record.places = {key: at for at, key in enumerate(fields)}
+    record.times = {key for key, field in fields.items() if field.kind == "time"}
     return record
 
 
@@ -2026,7 +2069,7 @@ def covers(required, shape):
 # Rules that stop a task early, in comparison with the tasks that have the same name and the same rule.
 
 # `metric`: the dotted key; `path`: its parts; `is_max`: the larger value is the better one; `options`: {name: number}
-Rule = collections.namedtuple("Rule", "kind metric path is_max options")
+Rule = row_type("Rule", "kind metric path is_max options")
 _RULE_OPTIONS = {  # kind of rule: {option: (default, what its value has to be, whether it is that)}
     "asha": {"eta": (3, "a number from 2 on", lambda value: value >= 2),
              "from": (1, "a number over 0", lambda value: value > 0)},
@@ -3012,7 +3055,9 @@ class JournalFile:
         n, durable = value.get("n"), value.get("durable")
         if type(n) is not int or type(durable) is not int or n != self.n + value.get("lost", 1):
             return False  # `lost`: this line stands for so many lines that a repair could not save
-        self.n, self.durable = n, max(self.durable, durable)
+        self.n = n
+        if durable > self.durable:
+            self.durable = durable
         return True
 
     def length(self):
@@ -3452,7 +3497,7 @@ def journal_header(fields, body):
 
 # A line of a file that may be damaged: its `value`, or the `problem` with it. `due` is the line number expected there
 # (0 for a folded line), `lost` the number of lines that are missing before it.
-Piece = collections.namedtuple("Piece", "offset data value problem due lost")
+Piece = row_type("Piece", "offset data value problem due lost")
 
 
 def walk(path):
@@ -4033,7 +4078,7 @@ _MOST_POINTS = 1000  # of a task's history
 ID_BYTES = 8  # how much is kept of a point's id, to recognise one that is sent again
 
 
-class Curve(collections.namedtuple("Curve", "points every since run ids")):
+class Curve(row_type("Curve", "points every since run ids")):
     """A task's history. It is never changed: a new point makes a new Curve.
 
     `points`: a tuple of (step, at, keys, value, ...), in the order in which they came; points with the same keys share
@@ -4160,15 +4205,16 @@ class QueueState:
 
     def put_task(self, task_id, new):
         """Replace the record with this id by another one, or by None; return the old one."""
-        old = self.tasks.pop(task_id, None)
+        old, is_held, was = self.tasks.pop(task_id, None), False, None
         if (old is not None and old.stop) or (new is not None and new.stop):
             self._regroup(task_id, old, new)
-        was, is_held = old and old.status, self.pending.resting.pop(task_id, None)
-        if old is not None and waits(old):
-            is_held = self.blocked.leave(old) or is_held
-        if was == "running":
-            del self.running[task_id]
-            self.fetches.pop(old.fetch_id, None)
+        if old is not None:
+            was, is_held = old.status, self.pending.resting.pop(task_id, None)
+            if waits(old):
+                is_held = self.blocked.leave(old) or is_held
+            if was == "running":
+                del self.running[task_id]
+                self.fetches.pop(old.fetch_id, None)
         if new is not None:
             self.tasks[task_id] = new
             if new.status == "pending":
@@ -4220,34 +4266,38 @@ def revised(record, fields):
     """Return a copy of a record with these fields changed; numbers become Instants if the field is a time.
 
     It is faster than namedtuple's `_replace`."""
-    values, places = list(record), record.places
-    for name, value in fields.items():
-        if name not in places:
-            values[-1] = dict(values[-1] or {}, **{name: value})
-            continue
-        at, is_time = places[name]
-        values[at] = Instant(value) if is_time and type(value) is not Instant and value is not None else value
+    values = list(record)
+    _set_fields(values, record, fields)
     return record._make(values)
 
 
+def _set_fields(values, record, fields):
+    """Set fields in the list of a record's values, as `revised` does. Those of a newer version go into the last value,
+    `unknown`."""
+    places, times = record.places, record.times
+    for name, value in fields.items():
+        if name in times and value is not None:
+            value = Instant(value)
+        if name in places:
+            values[places[name]] = value
+        else:
+            values[-1] = dict(values[-1] or {}, **{name: value})
+
+
 def new_task(queue_id, task_id, fields):
-    """Return the record of a new task with these fields; faster than `revised`."""
-    values = {**_BLANK_VALUES, **fields}  # in the order of TASK_FIELDS
-    values["task_id"], values["queue_id"] = task_id, queue_id
-    for name in _TASK_TIMES:
-        if values[name] is not None:
-            values[name] = Instant(values[name])
-    if values["last_modified"] is None:
-        values["last_modified"] = values["created_at"]
-    if values["curve"] is not None:
-        values["curve"] = Curve.of_json(values["curve"])
-    if len(values) > len(_BLANK_VALUES) or "unknown" in fields:
-        values["unknown"] = {name: values.pop(name) for name in fields if name not in TASK_FIELDS}
-    return TaskRecord._make(values.values())
+    """Return the record of a new task with these fields."""
+    values = list(_BLANK_TASK)
+    _set_fields(values, TaskRecord, fields)
+    values[:2] = task_id, queue_id
+    if values[_MODIFIED_AT] is None:
+        values[_MODIFIED_AT] = values[_CREATED_AT]
+    if values[_CURVE_AT] is not None:
+        values[_CURVE_AT] = Curve.of_json(values[_CURVE_AT])
+    return TaskRecord._make(values)
 
 
-_BLANK_VALUES = dict({name: field.default for name, field in TASK_FIELDS.items()}, unknown=None)
-_TASK_TIMES = [name for name, field in TASK_FIELDS.items() if field.kind == "time"]
+_BLANK_TASK = TaskRecord()
+_CREATED_AT, _MODIFIED_AT, _CURVE_AT = map(TaskRecord._fields.index, ("created_at", "last_modified", "curve"))
 
 
 class State:
@@ -4280,8 +4330,8 @@ class State:
     def apply(self, queue_id, changes):
         """Apply changes; return [(put, id, old record, new record)], oldest first, with which they can be undone."""
         done = []
-        for change in changes:
-            put, key, new = RECORDS[change[0]].apply(self, queue_id, *change[1:])
+        for kind, *rest in changes:
+            put, key, new = RECORDS[kind].apply(self, queue_id, *rest)
             done.append((put, key, put(key, new), new))
         return done
 
@@ -4351,7 +4401,7 @@ def _apply_worker(state, queue_id, worker_id, fields, old_state=None):
 
 # The changes that a line may hold. `apply`: (state, queue id, the rest of the change) -> (put, id, new record or None).
 # `fields`: what follows the name of the change. `meaning`: for the documentation.
-Record = collections.namedtuple("Record", "apply fields meaning")
+Record = row_type("Record", "apply fields meaning")
 RECORDS = {
     "queue": Record(_apply_queue, "fields", "the line's queue was created, or these fields of it are new"),
     "queue-": Record(lambda state, queue_id: (state.put_queue, queue_id, None),
@@ -4381,13 +4431,14 @@ def replay_line(state, line, path, version):
     file.
 
     Raises StoreDamaged if this version does not understand the line; then the state must not be used any more."""
-    if type(line.get("needs", 0)) is int and line.get("needs", 0) <= FORMAT:
+    needs = line.get("needs", 0)
+    if type(needs) is int and needs <= FORMAT:
         try:
             return state.apply(line["queue"], line["changes"])
         except Exception as error:  # whatever a newer version may write
             what = "something named %s" % error if isinstance(error, KeyError) else str(error)
     else:
-        what = "journal format %s" % line["needs"]
+        what = "journal format %s" % needs
     raise newer(path, version, "line %s needs %s" % (line.get("n", "fold %s" % line.get("fold")), what))
 
 
@@ -4409,7 +4460,7 @@ def lines_with_versions(source):
 
 
 # The k-th transition on line n: a task or worker went from `old_state` to the status of `record`.
-Transition = collections.namedtuple("Transition", "n k at queue_id kind old_state record")
+Transition = row_type("Transition", "n k at queue_id kind old_state record")
 
 
 def transitions_of(n, at, queue_id, changes, done):
@@ -6365,7 +6416,7 @@ class Store:
 
 def _kept(record):
     """Return the fields of a record that differ from their defaults, without its own id and its queue's."""
-    rows = list(zip(record._fields, record, type(record).__new__.__defaults__))[1:]
+    rows = list(zip(record._fields, record, record._defaults))[1:]
     kept = {name: value for name, value, default in rows if value != default and name != "queue_id"}
     kept.update(kept.pop("unknown", None) or {})
     if "curve" in kept:
@@ -6646,8 +6697,7 @@ REQUIRED = object()
 
 # A field of a request: its kind, its default (REQUIRED: it has none), and whether it is an extension, which is not sent
 # to a server that speaks the plain protocol.
-Arg = collections.namedtuple("Arg", "kind default is_ours")
-Arg.__new__.__defaults__ = None, False
+Arg = row_type("Arg", "kind default is_ours", (None, False))
 
 
 def _ours(kind, default=None):
@@ -7007,10 +7057,10 @@ def tail_of(store, task_id, run_id, whole_bytes=None, most=TAIL_BYTES):
     return None, None
 
 
-Stream = collections.namedtuple("Stream", "pieces")  # an answer without an end: server-sent events, as bytes
+Stream = row_type("Stream", "pieces")  # an answer without an end: server-sent events, as bytes
 
 
-class Page(collections.namedtuple("Page", "head body etag")):
+class Page(row_type("Page", "head body etag")):
     """An answer for a browser: header lines and a body. A browser whose copy has this ETag gets no body."""
 
     __slots__ = ()
@@ -7093,7 +7143,7 @@ def _polling(store, caller, request):
 #          or a task's id); None if the answer is final
 #   wish   returns what is asked for: if nothing is found for one request, nothing is found for others with the same
 #   gives  the answer hands something out, so it must not be computed for a client that has left
-Wait = collections.namedtuple("Wait", "until wish gives")
+Wait = row_type("Wait", "until wish gives")
 
 
 def _until_found(store, caller, request, answer):
@@ -7146,8 +7196,7 @@ def _unless_new_request(store, call):
 # How a request is answered. `fields` are the body's, `query` the URL's; `open`: without a password; `body` is "object",
 # "list", or "either"; `waits` is a Wait or None; a request that is not quick gets a thread through `gate`, one of a
 # server's GATES.
-Route = collections.namedtuple(
-    "Route", "operation meaning fields query status writes open body prepare run waits quick gate")
+Route = row_type("Route", "operation meaning fields query status writes open body prepare run waits quick gate")
 
 
 def _route(operation, meaning, fields=(), query=(), status=200, writes=True, open=False, body="object",
@@ -7298,7 +7347,7 @@ def find_route(method, path):
 
 
 # A request that was read and checked; `caller` is a queue's id, a LocalName, or None.
-Call = collections.namedtuple("Call", "route caller request")
+Call = row_type("Call", "route caller request")
 
 
 def read_call(store, caller, route, ids, body, query):
@@ -7556,7 +7605,7 @@ class Busy(LabtaskerError):
     status = 503
 
 
-class RequestHead(collections.namedtuple("RequestHead", "fields length login extensions close keep_alive foreign")):
+class RequestHead(row_type("RequestHead", "fields length login extensions close keep_alive foreign")):
     """A request's headers: all `fields` by their lower-case names, and the values that the server uses.
 
     `login` is (name, password) or None. If a browser sent the request for another site's page, `foreign` says how that
@@ -7647,7 +7696,7 @@ class _HeaderCache:
         return head
 
 
-class HttpRequest(collections.namedtuple("HttpRequest", "method target head keep body started is_old")):
+class HttpRequest(row_type("HttpRequest", "method target head keep body started is_old")):
     """A complete request. `keep`: whether its connection stays open after it; `is_old`: whether it is HTTP/1.0."""
 
     __slots__ = ()
@@ -7666,7 +7715,7 @@ class HttpRequest(collections.namedtuple("HttpRequest", "method target head keep
 
 
 # most_s: how long the state may last. since: the attribute that says since when. moves: {event: next state}.
-ConnectionState = collections.namedtuple("ConnectionState", "most_s since moves")
+ConnectionState = row_type("ConnectionState", "most_s since moves")
 
 # An event without an entry is illegal. In every state "drop" leads to closed.
 CONNECTION_STATES = {
@@ -7930,7 +7979,7 @@ class _Waker:
 
 
 # A request that waits until `give_up_at` for a change of `key`. Without a key its `row`, an Outgoing, is sent then.
-Waiting = collections.namedtuple("Waiting", "give_up_at key call request row")
+Waiting = row_type("Waiting", "give_up_at key call request row")
 
 
 class _Parked:
@@ -8400,7 +8449,7 @@ class _Logins:
         return self.store.state.id_of(caller) or (conn.peer, (login or (None,))[0])
 
 
-Outgoing = collections.namedtuple("Outgoing", "conn request keep batch status answer")
+Outgoing = row_type("Outgoing", "conn request keep batch status answer")
 
 
 class _Answers:
@@ -8941,7 +8990,7 @@ def _tls(certfile, keyfile):
     return context
 
 
-Option = collections.namedtuple("Option", "spelling kind default help")  # kind: a key of _OPTION_KINDS, or the choices
+Option = row_type("Option", "spelling kind default help")  # kind: a key of _OPTION_KINDS, or the choices
 
 
 class Options:
@@ -9080,7 +9129,7 @@ def _run_server(server, certfile, announce, advise):
 # What the store's folder says of its server, without asking the server. announced: the content of server.json. owner:
 # the entry of the store's last owner. place: where the server's process is: "here", "elsewhere" (on another host that
 # has not released the store), or None if there is none.
-Serving = collections.namedtuple("Serving", "announced owner place")
+Serving = row_type("Serving", "announced owner place")
 
 
 def serving(path):
@@ -9148,8 +9197,8 @@ ONCE = {
     "POST " + WORKERS_PATH + "/{worker_id}/status": (None, "the worker may have its new status"),
 }
 
-Config = collections.namedtuple("Config", "root url queue_name password heartbeat_interval_s source ca_file metrics")
-Config.__new__.__defaults__ = (None, DEFAULT_QUEUE, None, 10.0, None, None, None)
+Config = row_type("Config", "root url queue_name password heartbeat_interval_s source ca_file metrics",
+                  (None, DEFAULT_QUEUE, None, 10.0, None, None, None))
 
 # key in the file: (attribute of Config, environment variable, kind, meaning)
 SETTINGS = {
@@ -11799,7 +11848,7 @@ FORMS = collections.OrderedDict([  # how a placeholder is written: what it becom
 _NO_WORD = "%s becomes none, one or several words: it has to be a word of its own"
 
 
-class Placeholder(collections.namedtuple("Placeholder", "typed exact key name kind dashes")):
+class Placeholder(row_type("Placeholder", "typed exact key name kind dashes")):
     """One `%(...)` of a template: `key` of the args, None for all; `name` of the option that it writes, "" for none.
 
     A dash in the key, as it stands in `exact`, is the underscore that a submission makes of it."""
@@ -12297,7 +12346,7 @@ _QUOTING = {"'": _ShellReader.single, '"': _ShellReader.double, "`": _ShellReade
 
 # How values are written, by how their placeholders are read. A Spot is a placeholder: its key, the characters beside
 # it, and its own text.
-Spot = collections.namedtuple("Spot", "key before after typed")
+Spot = row_type("Spot", "key before after typed")
 _BARE = Pattern(r"[\w%+:./@-]+\Z", re.ASCII)  # needs no quotes between BARE_BEFORE and BARE_AFTER
 _BARE_BEFORE, _BARE_AFTER = Pattern(r"(?:\A|(?<!\$)[\s=/:.,;|&(@\x1a-])\Z"), Pattern(r"[\s/:.,;|&)}\x1a-]?\Z")
 _SHELL_WORDS = frozenset("if then else elif fi do done case esac while until for in function select time coproc repeat "
@@ -12571,10 +12620,10 @@ def _write_script(text, folder):
     return path
 
 
-Outcome = collections.namedtuple("Outcome", "status summary reason fatal facts delay_s is_final failure")
+Outcome = row_type("Outcome", "status summary reason fatal facts delay_s is_final failure",
+                   (None, None, None, None, 0, False, "exit"))
 # status None: nothing to report; fatal: why the loop must end; facts: what the task's attempt keeps of the end;
 # delay_s: the least pause of a task that its job handed back; is_final: another run would fail alike
-Outcome.__new__.__defaults__ = (None, None, None, None, 0, False, "exit")
 
 
 # 13. Output ##################################################################
@@ -14941,10 +14990,9 @@ def _part_of_ends(ids):
 # ---- Slots: how many jobs at once, and which GPUs each of them sees
 
 
-SlotSpec = collections.namedtuple("SlotSpec", "environment facts label")
+SlotSpec = row_type("SlotSpec", "environment facts label", ({}, {}, ""))
 # what differs between slots: {variable: value, None to unset it} for its jobs, the facts that its tasks' attempts
 # keep, and the label before each line of output
-SlotSpec.__new__.__defaults__ = ({}, {}, "")
 
 
 # GPUs are named as in the variable that says which of them are seen: by their index on the machine, or by their UUID
@@ -16468,7 +16516,7 @@ def _table_line(row, widths, painted):
 
 # columns: the fields from left to right. telling: the same fields, the most informative first. same: {field: value} of
 # the fields that have one value in all rows.
-Chosen = collections.namedtuple("Chosen", "columns telling same")
+Chosen = row_type("Chosen", "columns telling same")
 
 GROUPS = ("status", "task_name", "args", "cmd", "summary", "error", "retries", "duration", "worker_id", "created_at")
 _BY_CHANCE = {"duration", "created_at"}  # equal values in these are a coincidence, so they stay columns
@@ -17181,8 +17229,7 @@ def _listed_submission(cells):
 
 # What a command returns that ends with an error and has printed what a person needs: a key of ERROR_KINDS, and text and
 # hint for the error in JSON.
-Ended = collections.namedtuple("Ended", "kind text hint")
-Ended.__new__.__defaults__ = (None,)
+Ended = row_type("Ended", "kind text hint", (None,))
 
 
 def kind_of(error):
@@ -18029,7 +18076,7 @@ def do_task_get(options):
 # How many tasks match. counts: {value of a field as text: number}. ended, took_s: the latest tasks to end, and the
 # seconds from the first of these ends until the count. mark: names the state that was counted, or None. at: when it was
 # counted, on the monotonic clock. values: [[value, number], ...].
-Count = collections.namedtuple("Count", "counts ended took_s mark at values")
+Count = row_type("Count", "counts ended took_s mark at values")
 
 
 def counted(query, field="status"):
@@ -18318,7 +18365,7 @@ def do_task_cancel(options):
 
 
 # ---- Waiting: counts, rate and time left
-Pace = collections.namedtuple("Pace", "counts per_s eta_s")
+Pace = row_type("Pace", "counts per_s eta_s")
 REFRESH_S, WHOLE_S = 2.0, 30.0  # between refreshes; between complete ones, without which deleted tasks would stay
 
 
@@ -19405,8 +19452,9 @@ def _demo_workers(folder, words):
 # the table. Uses 1, 2, 13, 14, 16, 17. Tests: test_cli.py, test_terminal.py.
 
 # ---- From words to options
-Command = collections.namedtuple("Command", "run help example options rest sort")
-Command.__new__.__defaults__ = ((), None, None)  # sort(words) returns (words to parse, {attribute: value to add})
+
+# sort(words) returns (words to parse, {attribute: value to add})
+Command = row_type("Command", "run help example options rest sort", ((), None, None))
 
 
 def option(spelling, help, **settings):
