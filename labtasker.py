@@ -324,14 +324,21 @@ class _Row(tuple):
     _make = classmethod(tuple.__new__)  # of an iterable of all values
 
     def __new__(cls, *values, **named):
-        if named or len(values) != len(cls._fields):
-            given = dict(zip(cls._fields[len(cls._fields) - len(cls._defaults):], cls._defaults))
-            given.update(zip(cls._fields, values), **named)
-            is_twice = not named.keys().isdisjoint(cls._fields[:len(values)])
-            if is_twice or len(values) > len(cls._fields) or given.keys() != set(cls._fields):
-                raise TypeError("%s has the fields %s" % (cls.__name__, ", ".join(cls._fields)))
-            values = map(given.get, cls._fields)
+        lack = len(cls._fields) - len(values)
+        if named or lack:
+            values = cls._completed(values, named, lack)
         return tuple.__new__(cls, values)
+
+    @classmethod
+    def _completed(cls, values, named, lack):
+        """Return all values, given some by place and some by name."""
+        if not named and 0 < lack <= len(cls._defaults):
+            return values + cls._defaults[-lack:]
+        given = dict(zip(reversed(cls._fields), reversed(cls._defaults)), **named)
+        given.update(zip(cls._fields, values))
+        if lack < 0 or given.keys() != set(cls._fields) or not named.keys().isdisjoint(cls._fields[:len(values)]):
+            raise TypeError("%s has the fields %s" % (cls.__name__, ", ".join(cls._fields)))
+        return map(given.get, cls._fields)
 
     def __getnewargs__(self):
         return tuple(self)
@@ -346,16 +353,16 @@ class _Row(tuple):
         return type(self)(**dict(self._asdict(), **named))
 
 
-_WIDE = collections.namedtuple("_WIDE", ["at%d" % at for at in range(50)])
+_value_at = getattr(collections, "_tuplegetter",  # as `namedtuple` does; it came with Python 3.8
+                    lambda place, doc: property(operator.itemgetter(place), doc))
 
 
 def row_type(name, fields, defaults=()):
     """Return a type of named tuples, as `collections.namedtuple` does; `defaults` are those of the last fields.
 
-    That one compiles a text for each type. Thirty of them would be a fifth of the time that importing this module
-    takes, so only one is made, for what it has to get a value by its place."""
+    That one compiles a text for each type, which would be a large part of what importing this module takes."""
     fields = fields.split() if isinstance(fields, str) else fields
-    content = {field: vars(_WIDE)[place] for field, place in zip(fields, _WIDE._fields)}
+    content = {field: _value_at(place, None) for place, field in enumerate(fields)}
     content.update(__slots__=(), _fields=tuple(fields), _defaults=tuple(defaults))
     return type(name, (_Row,), content)
 
