@@ -4702,35 +4702,32 @@ def delete_queue_op(store, queue, request, at):
 # Operations: tasks
 
 
-_PLAIN_INPUT = [(name, field.default) for name, field in SUBMITTED.items() if field.submitted == "set"]
-_NESTED_INPUT, _NOTED_INPUT = [[name for name, field in SUBMITTED.items() if field.submitted == how]
-                               for how in ("unflatten", "note")]
-
-
 _sorted_json = json_writer(sort_keys=True)
 
 
 def _submission(request, at):
     """Return (task id, fields) of a task to create."""
-    if not request["args"] and not request["cmd"]:
+    if not request.get("args") and not request.get("cmd"):
         raise BadRequest("a task needs args or cmd: both are empty")
-    fields = {"status": "pending", "created_at": at}
-    for name in _NESTED_INPUT:
-        if request[name]:
-            fields[name] = unflatten(request[name], name)
-    for name, default in _PLAIN_INPUT:
-        value = request[name]
+    fields, notes, task_id = {"status": "pending", "created_at": at}, {}, request.get("task_id")
+    for name, value in request.items():
+        how, default = _INPUT[name]
         if value is not None and value != default:
-            fields[name] = value
-    task_id = request["task_id"]
+            if how == "unflatten":
+                fields[name] = unflatten(value, name)
+            elif how == "set":
+                fields[name] = value
+            elif how == "note":
+                notes[name] = value
     if task_id:
         content = dict(fields)
         del content["created_at"]
         fields["digest"] = zlib.crc32(_sorted_json(content).encode())
-    for name in _NOTED_INPUT:
-        if request[name]:
-            fields[name] = request[name]
+    fields.update(notes)
     return task_id or new_id(), fields
+
+
+_INPUT = {name: (field.submitted, field.default) for name, field in SUBMITTED.items()}
 
 
 # Tasks that wait for others. What a task waits for is decided here, in the transaction that brings it about; which of
@@ -6558,21 +6555,30 @@ def parse_json(text):
         containers = text.count("{") + text.count("[")  # brackets within texts count too
         if containers > MAX_CONTAINERS:
             raise TooLarge("a body of over %d lists and objects: send it in parts" % MAX_CONTAINERS)
-        value = _decode_json(text)
+        if containers > MAX_DEPTH:
+            value = _decode_json(text)
+            if text.count(":") == _count_keys(value):  # a colon follows each key: with a key twice they are more
+                return value
+        return _decode_checked(text)
     except RecursionError:
         raise InvalidFields([(["body"], "nested too deep")]) from None
     except InvalidFields:
         raise
     except ValueError as error:
         raise InvalidFields([(["body"], "is not JSON: %s" % error)]) from None
-    level, depth = [value] if containers > MAX_DEPTH else [], 0
+
+
+def _count_keys(value):
+    """Return the number of keys in all dicts of a value; raise InvalidFields if it is nested too deep."""
+    level, depth, keys = [value], 0, 0
     while level:
+        dicts, lists = ([each for each in level if type(each) is kind] for kind in (dict, list))
+        keys += sum(map(len, dicts))
+        level = list(itertools.chain.from_iterable(itertools.chain(map(dict.values, dicts), lists)))
         depth += 1
-        level = [item for each in level if type(each) in (dict, list)
-                 for item in (each.values() if type(each) is dict else each)]
         if depth > MAX_DEPTH and any(type(each) in (dict, list) for each in level):  # later functions recurse
             raise InvalidFields([(["body"], "nested more than %d deep" % MAX_DEPTH)])
-    return value
+    return keys
 
 
 def no_duplicates(pairs):
@@ -6591,7 +6597,8 @@ def _bounded_int(text):
     return value
 
 
-_decode_json = json.JSONDecoder(object_pairs_hook=no_duplicates, parse_int=_bounded_int).decode
+_decode_json = json.JSONDecoder(parse_int=_bounded_int).decode
+_decode_checked = json.JSONDecoder(object_pairs_hook=no_duplicates, parse_int=_bounded_int).decode
 
 
 # Kinds of fields: each takes a value and returns it, or raises ValueError with what it should be.
@@ -6606,7 +6613,11 @@ def _kind(words, fits, is_shown=True):
 
 
 def _type(words, *types):
-    return _kind(words, lambda value: type(value) in types)
+    def check(value):
+        if type(value) not in types:
+            raise ValueError("should be %s, not %.120r" % (words, value))
+        return value
+    return check
 
 
 def _text(words, pattern):
@@ -6712,11 +6723,12 @@ def _ours(kind, default=None):
 
 
 class Fields(dict):
-    """The fields of a request by name, with their defaults."""
+    """The fields of a request by name, with their defaults. Unless it `fills`, `checked` leaves out what is not given."""
 
-    def __init__(self, fields):
+    def __init__(self, fields, fills=True):
         super().__init__(fields)
-        self.defaults = {name: arg.default for name, arg in fields.items()}
+        self.checks = {name: KINDS[arg.kind] for name, arg in fields.items()}
+        self.defaults = {name: arg.default for name, arg in fields.items()} if fills else {}
         self.required = [name for name, arg in fields.items() if arg.default is REQUIRED]
 
 
@@ -6733,13 +6745,15 @@ def checked(spec, given, where):
         if value is None or name not in spec:
             continue
         try:
-            found[name] = KINDS[spec[name].kind](value)
+            found[name] = spec.checks[name](value)
         except ValueError as error:
             problems.append((where + [name], str(error)))
             found[name] = None
     if given.get("stop", "") is None and "replace_fields" in spec:  # plain clients, whose null means nothing, lack it
         found["replace_fields"] = (found["replace_fields"] or []) + ["stop"]
-    problems += [(where + [name], "is required") for name in spec.required if found[name] is REQUIRED]
+    for name in spec.required:
+        if found[name] is REQUIRED:
+            problems.append((where + [name], "is required"))
     if problems:
         raise InvalidFields(sorted(problems, key=lambda problem: list(spec).index(problem[0][-1])))
     return found
@@ -6819,7 +6833,8 @@ def _prepare_table(store, request):
 
 def _prepare_submission(store, request):
     for task in request["tasks"]:
-        parse_rule(task["stop"]) if task["stop"] is not None else None
+        if "stop" in task:
+            parse_rule(task["stop"])
 
 
 def _prepare_updates(store, request):
@@ -7208,12 +7223,14 @@ Route = row_type("Route", "operation meaning fields query status writes open bod
 
 def _route(operation, meaning, fields=(), query=(), status=200, writes=True, open=False, body="object",
            prepare=None, run=_run, waits=None, quick=None, gate="work"):
-    return Route(operation, meaning, Fields(dict(fields)), Fields(dict(query)), status, writes, open, body, prepare,
+    fields = fields if isinstance(fields, Fields) else Fields(dict(fields))
+    return Route(operation, meaning, fields, Fields(dict(query)), status, writes, open, body, prepare,
                  run, waits, quick, gate)
 
 
-_SUBMISSION = {name: Arg(field.kind, field.default if isinstance(field.default, int) else None,
-                         field.extension or field.submitted == "id") for name, field in SUBMITTED.items()}
+_SUBMISSION = Fields({name: Arg(field.kind, field.default if isinstance(field.default, int) else None,
+                                field.extension or field.submitted == "id") for name, field in SUBMITTED.items()},
+                     fills=False)
 _UPDATE = {name: Arg(field.kind, None, field.extension) for name, field in UPDATED.items()}
 _PAGE = {"offset": Arg("whole", 0), "limit": Arg("whole", 100), "extra_filter": Arg("filter"), "sort": Arg("sort")}
 QUEUE_PATH, TASKS_PATH, WORKERS_PATH = "/api/v1/queues/me", "/api/v1/queues/me/tasks", "/api/v1/queues/me/workers"
