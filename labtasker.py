@@ -6742,10 +6742,11 @@ def checked(spec, given, where):
     if not (given or spec.required):
         return found
     for name, value in given.items():
-        if value is None or name not in spec:
+        check = spec.checks.get(name)
+        if value is None or check is None:
             continue
         try:
-            found[name] = spec.checks[name](value)
+            found[name] = check(value)
         except ValueError as error:
             problems.append((where + [name], str(error)))
             found[name] = None
