@@ -6723,7 +6723,7 @@ def _ours(kind, default=None):
 
 
 class Fields(dict):
-    """The fields of a request by name, with their defaults. Unless it `fills`, `checked` leaves out what is not given."""
+    """The fields of a request by name, with their defaults. What is not given is left out unless it `fills`."""
 
     def __init__(self, fields, fills=True):
         super().__init__(fields)
