@@ -1827,6 +1827,7 @@ PAGE_HTML = r"""<!DOCTYPE html>
         <table id="group-table">
           <caption class="sr">Groups</caption><colgroup></colgroup><thead><tr></tr></thead><tbody></tbody>
         </table>
+        <p><button id="groups-more" type="button" class="plain" hidden>Show more</button></p>
       </div>
     </section>
 
@@ -2078,15 +2079,18 @@ td.status .dot { margin-right: 0.5rem; }
 .winner + * { font-weight: 600; }
 td.pick, th.pick { padding: 0; text-align: center; text-overflow: clip; }
 td.pick label { display: flex; width: 100%; height: 100%; justify-content: center; }
+#groups-more { margin: 0.429rem; }
 #group-table tbody tr { cursor: pointer; }
 #group-table tr.leader .number.mean { font-weight: 600; }
 #group-table .spread { padding: 0 0.286rem; text-overflow: clip; }
-#group-table .spread svg { display: block; width: 100%; height: 1.286rem; overflow: visible; }
-#group-table .spread span { position: absolute; transform: translateX(-50%); font-weight: 400; }
-#group-table .spread div { position: relative; height: 1.45em; }
-.spread .mean { fill: var(--c0); fill-opacity: 0.45; } .leader .spread .mean { fill-opacity: 0.9; }
-.spread path { fill: none; stroke: var(--text); stroke-width: 1.5; vector-effect: non-scaling-stroke; }
-.spread .tick { stroke: var(--line); stroke-width: 1; }
+.spread div { position: relative; height: 1.286rem; }
+td.spread:not(thead *) { background: var(--ticks, none); background-origin: content-box; }
+.spread span { position: absolute; }
+#spread-head span { transform: translateX(-50%); }
+.spread .mean { top: 0.143rem; bottom: 0.143rem; background: var(--c0); opacity: 0.5; min-width: 2px; }
+.leader .spread .mean { opacity: 0.9; }
+.spread .whisker { top: 0.357rem; bottom: 0.357rem; border: solid var(--text); border-width: 0 1.5px; min-width: 3px;
+  background: linear-gradient(var(--text), var(--text)) center / 100% 1.5px no-repeat; }
 #empty { position: sticky; left: 0; padding: 2.5rem 1rem; text-align: center; }
 
 /* A task */
@@ -4611,7 +4615,7 @@ function listCurves(ranked) {
 // 15. Table ###################################################################
 
 const MOST_GROUPS = 2000;  // that are asked for, the best first
-const GROUPS_DRAWN = 200;
+const GROUPS_DRAWN = 50;  // more when asked for: to sort them must not take longer than a frame
 const MOST_KEYS = 4;  // fields that tasks are grouped by unless one says otherwise
 const MOST_ARGS = 60;  // whose values are looked at to choose among them
 const SOME = 300;  // tasks in which they are looked at
@@ -4622,6 +4626,7 @@ const OF_NUMBERS = new Set(["mean", "std", "n", "min", "max"]);  // columns in w
 
 let sampled = null;  // how many values each arg has among some of the tasks that match, and of which selection
 let grouping = null;  // what was asked and answered last
+let groupsDrawn = GROUPS_DRAWN;
 
 /** Learns how many values args have among some of the tasks that match. What it found stays while one looks. */
 async function sampleArgs(signal) {
@@ -4670,6 +4675,7 @@ async function loadGroups(signal) {
   showOverview(overview);
   const text = JSON.stringify([by, of, mode, at.tsort, at.tway, address({}), found]);
   if (grouping && grouping.text === text) return;
+  if (!grouping || grouping.by.join() !== by.join()) groupsDrawn = GROUPS_DRAWN;
   grouping = {text, by, of, mode, rows: found.content, found: found.found};
   showGroups();
 }
@@ -4679,6 +4685,7 @@ function showNoGroups(words) {
   delete $("group-table").dataset.head;
   fill($("group-table").tHead.rows[0]);
   fill($("group-table").tBodies[0]);
+  $("groups-more").hidden = true;
 }
 
 const isNothing = (value) => value === null || value === undefined || value === "NaN";
@@ -4695,11 +4702,11 @@ function sortedGroups({rows, mode}) {
 }
 
 /** The columns of the table: the keys, then what is counted; on a phone the mean stands first. */
-function groupColumns({by, rows}, shown) {
+function groupColumns({by, rows}) {
   const some = (name) => rows.some((row) => row[name]);
   const counted = Object.entries(GROUP_COLUMNS).filter(([name]) => !["missing", "nan"].includes(name) || some(name));
   const kindOf = (field) => (areNumbers(rows.map((row) => row[field])) ? "number" : "");
-  const letters = (field) => Math.max(titleOf(field).length + 2, ...shown.map((row) => shortValue(row[field]).length));
+  const letters = (field) => Math.max(titleOf(field).length + 2, ...rows.map((row) => shortValue(row[field]).length));
   const keys = by.map((field) => [field, kindOf(field), Math.min(16, 1.6 + 0.6 * letters(field))]);
   const others = counted.map(([name, [, width]]) => [name, name === "spread" ? "spread" : `number ${name}`, width]);
   const columns = [...others.splice(0, isNarrow() ? 1 : 0), ...keys, ...others];
@@ -4710,7 +4717,7 @@ function groupColumns({by, rows}, shown) {
 
 function showGroups() {
   const {by, rows: all, found} = grouping, {rows, sort, way} = sortedGroups(grouping);
-  const shown = rows.slice(0, GROUPS_DRAWN), columns = groupColumns(grouping, shown);
+  const shown = rows.slice(0, groupsDrawn), columns = groupColumns(grouping);
   setHead($("group-table"), columns, groupHead);
   for (const cell of $("group-table").tHead.rows[0].cells) {
     if (cell.dataset.field === sort) cell.setAttribute("aria-sort", way > 0 ? "ascending" : "descending");
@@ -4722,6 +4729,7 @@ function showGroups() {
   const draw = {by, columns, scale, writers, best: all[0] && all[0].n ? all[0] : null};
   sync($("group-table").tBodies[0], shown, (row) => JSON.stringify(by.map((field) => row[field])), () => el("tr"),
       (node, row) => fillGroup(node, row, draw));
+  $("groups-more").hidden = shown.length === rows.length;
   setText($("groups-note"), groupsNote(shown.length, all.length, found));
 }
 
@@ -4757,31 +4765,32 @@ function spreadScale(rows) {
   return scaleOf(low > 0 && low < high / 2 && high / low < 100 ? [0, high] : [low, high], "", 3);
 }
 
+/** Writes the scale's numbers above the bars. */
 function showSpreadHead(scale) {
   const ticks = scale ? scale.ticks.filter((tick, index, all) => index % Math.ceil(all.length / 4) === 0) : [];
-  const text = JSON.stringify(ticks), place = $("spread-head");
+  const text = JSON.stringify([ticks, scale && scale.place(1)]), place = $("spread-head");
   if (place.dataset.text === text) return;
   place.dataset.text = text;
-  fill(place, ticks.map(([value, words]) => {
-    const label = el("span", {}, words);
-    label.style.left = `${100 * scale.place(value)}%`;
-    return label;
-  }));
+  fill(place, ticks.map(([value, words]) => placed(el("span", {}, words), scale.place(value))));
+  $("group-table").style.setProperty("--ticks", ticks.map(([value]) => "linear-gradient(var(--line), var(--line)) " +
+    `${(100 * scale.place(value)).toFixed(2)}% 0 / 1px 100% no-repeat`).join(", ") || "none");
+}
+
+/** Sets where a part of a bar lies, from 0 to 1. */
+function placed(node, from, to = null) {
+  node.style.left = `${(100 * from).toFixed(2)}%`;
+  if (to !== null) node.style.width = `${(100 * (to - from)).toFixed(2)}%`;
+  return node;
 }
 
 /** A bar for a group's mean, from 0 where that is drawn, and a whisker of one standard deviation each way. */
 function spreadBar(row, scale) {
   const mean = numberOf(row.mean), std = numberOf(row.std);
-  const left = (value) => 100 * Math.min(1, Math.max(0, scale.log && value <= 0 ? 0 : scale.place(value)));
-  const ticks = scale ? scale.ticks.filter((tick, index, all) => index % Math.ceil(all.length / 4) === 0) : [];
-  const lines = ticks.map(([value]) => svg("path", {class: "tick", d: `M${left(value)} -8V28`}));
-  const drawing = (...parts) => svg("svg", {viewBox: "0 0 100 20", preserveAspectRatio: "none", "aria-hidden": "true"},
-    lines, parts);
-  if (mean === null) return drawing();
-  const [from, to] = [left(0), left(mean)].sort((one, other) => one - other);
-  const whisker = std === null ? null : svg("path", {class: "whisker",
-    d: `M${left(mean - std)} 10H${left(mean + std)}M${left(mean - std)} 6V14M${left(mean + std)} 6V14`});
-  return drawing(svg("rect", {class: "mean", x: from, width: Math.max(0.4, to - from), y: 3, height: 14}), whisker);
+  if (mean === null) return null;
+  const place = (value) => Math.min(1, Math.max(0, scale.log && value <= 0 ? 0 : scale.place(value)));
+  const [from, to] = [place(0), place(mean)].sort((one, other) => one - other);
+  return el("div", {"aria-hidden": "true"}, placed(el("span", {class: "mean"}), from, to),
+    std === null ? null : placed(el("span", {class: "whisker"}), place(mean - std), place(mean + std)));
 }
 
 function fillGroup(node, row, draw) {
@@ -4791,7 +4800,8 @@ function fillGroup(node, row, draw) {
   drawn.set(node, text);
   const focused = [...node.querySelectorAll("a")].indexOf(document.activeElement);
   node.classList.toggle("leader", row === best);
-  fill(node, columns.map(([name, kind]) => el("td", {class: kind}, by.includes(name)
+  const titleIn = (name) => (by.includes(name) || typeof row[name] === "number" ? asText(row[name] ?? "") : "");
+  fill(node, columns.map(([name, kind]) => el("td", {class: kind, title: titleIn(name) || null}, by.includes(name)
     ? groupKey(row, name, name === by[0] && {href, by}) : groupCell(row, name, scale, writers))));
   if (focused >= 0 && node.querySelectorAll("a")[focused]) node.querySelectorAll("a")[focused].focus();
 }
@@ -4800,7 +4810,7 @@ const keyText = (value) => (isNothing(value) ? "–" : shortValue(value) || "\"\
 
 /** The value of a field that a group is made by; the first one leads to the group's tasks. */
 function groupKey(row, field, link) {
-  const text = el("bdi", {title: asText(row[field])}, keyText(row[field]));
+  const text = el("bdi", {}, keyText(row[field]));
   if (!link) return text;
   const words = link.by.map((name) => `${titleOf(name)} ${keyText(row[name])}`).join(", ");
   return el("a", {href: link.href, "aria-label": `${words}: the tasks`}, text);
@@ -4811,20 +4821,23 @@ function groupCell(row, name, scale, writers) {
   const value = row[name];
   if (name === "rest") return null;
   if (name === "spread") return scale && spreadBar(row, scale);
-  if (name === "best") return value ? taskLink(value) : "–";
+  if (name === "best") {
+    const href = address({view: "tasks", task: value, run: "", tsort: "", tway: ""});
+    return value ? el("a", {href}, value.slice(0, 8)) : "–";
+  }
   if (name === "failed") {
     const total = row.n + row.missing + row.nan + (at.status === "failed" ? 0 : row.failed);
     return value ? `${grouped(value)} (${Math.round(100 * value / total)}%)` : "0";
   }
   if (name === "n" || name === "missing" || name === "nan") return grouped(value);
-  return el("span", {title: value === null ? "" : asText(value)}, value === null ? "–"
-    : typeof value === "number" ? writers[name](Number(value.toPrecision(name === "std" ? 3 : 5))) : value);
+  if (typeof value !== "number") return value === null ? "–" : value;
+  return writers[name](Number(value.toPrecision(name === "std" ? 3 : 5)));
 }
 
 /** Where a group leads: to its tasks, the best first. */
 function addressOfGroup(row, by) {
-  const {of, mode} = grouping;
-  return addressOfThose(by.map((field) => isEqual(field, row[field])), {sort: of, way: mode === "min" ? "1" : "-1"});
+  const {of, mode} = grouping, conditions = by.map((field) => isEqual(field, row[field]));
+  return addressOfThose(conditions, {sort: of, way: mode === "min" ? "1" : "-1", tsort: "", tway: ""});
 }
 
 /** A click anywhere on a row does what its link does, unless one marks text. */
@@ -5641,6 +5654,7 @@ function start() {
   for (const button of $("selection").querySelectorAll("[data-action]")) button.addEventListener("click",
       () => act(button.dataset.action, [...chosen]));
   on("views", "click", () => showViews());
+  on("groups-more", "click", () => { groupsDrawn += 2 * GROUPS_DRAWN; showGroups(); });
   on("parallel-axes", "click", () => chooseAxes());
   on("parallel-of", "change", () => go({of: $("parallel-of").value, mode: "", brush: ""}));
   on("parallel-mode", "change", () => go({mode: $("parallel-mode").value}));
