@@ -1,4 +1,7 @@
 #!/usr/bin/env python3
+# /// script
+# requires-python = ">=3.6"
+# ///
 # mypy: ignore-errors
 # Type checkers read the types of the public names here, and check nothing else.  # type: ignore
 """Labtasker in one file: a task queue for machine-learning experiments.

@@ -1,4 +1,6 @@
 """`pip install .` gives the three commands, one version, no dependency but those of an extra that is asked for."""
+import json
+import re
 import shutil
 import sys
 
@@ -46,3 +48,13 @@ def test_the_version_is_written_in_one_place():
     found = [name for name in ("labtasker.py", "labtasker_cli.py", "setup.cfg", "pyproject.toml", "tox.ini")
              if (ROOT / name).exists() and '"%s"' % labtasker.__version__ in (ROOT / name).read_text()]
     assert found == ["labtasker.py"]
+
+
+def test_what_else_names_the_version_and_the_oldest_python_agrees():
+    """uv reads the oldest Python of a script in its head."""
+    changes = (ROOT / "CHANGES.rst").read_text(encoding="utf-8")
+    assert re.search(r"^(\S+) \(.*\)\n-+\n", changes, re.M).group(1) == labtasker.__version__
+    assert json.loads((ROOT / ".claude-plugin" / "plugin.json").read_text())["version"] == labtasker.__version__
+    head = re.search(r"(?m)^# /// script$\s((?:^#(?: .*)?$\s)+?)^# ///$", (ROOT / "labtasker.py").read_text(encoding="utf-8")).group(1)
+    oldest = re.search(r"^python_requires = (.*)$", (ROOT / "setup.cfg").read_text(), re.M).group(1)
+    assert head == '# requires-python = "%s"\n' % oldest
