@@ -1871,7 +1871,8 @@ PAGE_HTML = r"""<!DOCTYPE html>
       <p id="parallel-note" class="quiet note"></p>
       <p id="parallel-legend" class="quiet"></p>
       <div id="parallel-drawing" class="drawing"></div>
-      <details id="parallel-data"><summary>The data as a table</summary></details>
+      <div class="below"><details id="parallel-data"><summary>The data as a table</summary></details>
+        <div class="saves" data-of="parallel" role="group" aria-label="Save"></div></div>
     </section>
 
     <section id="curves" aria-label="Curves" hidden>
@@ -3860,7 +3861,8 @@ const AROUND = 12;  // px around what is drawn
 const STYLED = ["fill", "stroke", "stroke-width", "stroke-linejoin", "fill-opacity", "opacity", "font-family",
   "font-size"];
 const KEPT_OF_SVG = ["d", "x", "y", "x1", "x2", "y1", "y2", "width", "height", "rx", "transform", "text-anchor",
-  "opacity", "fill-opacity", "stroke-opacity"];
+  "opacity", "fill-opacity", "stroke-opacity", "id", "offset"];
+const ALSO_STYLED = {text: ["paint-order"], stop: ["stop-color"]};
 
 /** A cell of CSV; a link stands for its task's id. */
 function csvCell(value) {
@@ -3888,7 +3890,9 @@ function standalone(node, known) {
       node.parentNode.getAttribute("class"), node.parentNode.parentNode.getAttribute("class")].join("|");
     if (!known.has(kind)) known.set(kind, getComputedStyle(node));
     const style = known.get(kind);
-    for (const key of STYLED) if (!copy.hasAttribute(key)) copy.setAttribute(key, style.getPropertyValue(key));
+    for (const key of [...STYLED, ...own(ALSO_STYLED, name) || []]) {
+      if (!copy.hasAttribute(key)) copy.setAttribute(key, style.getPropertyValue(key));
+    }
   }
   const words = node.localName === "a" && node.getAttribute("aria-label");
   if (words) copy.append(svg("title", {}, words));
@@ -3920,8 +3924,9 @@ function pictureOf(view) {
   const place = $(`${view}-drawing`), box = place.getBoundingClientRect(), known = new Map();
   const legend = $(`${view}-legend`) || $(`${view}-note`), top = Math.min(box.top, legend.getBoundingClientRect().top);
   const width = box.width + 2 * AROUND, height = box.bottom - top + AROUND;
-  const left = box.left - AROUND, above = top - AROUND, parts = [...place.children].map((child) =>
-    (child.localName === "canvas" ? curvesAsPaths() : [...child.children].map((one) => standalone(one, known))));
+  const left = box.left - AROUND, above = top - AROUND, painted = view === "parallel" ? linesAsPaths : curvesAsPaths;
+  const parts = [...place.children].map((child) => (child.localName === "canvas" ? painted(child)
+    : [...child.children].map((one) => standalone(one, known))));
   return svg("svg", {width, height, viewBox: `0 0 ${width} ${height}`},
     svg("rect", {width, height, fill: getComputedStyle(document.body).backgroundColor}),
     captionOf(legend, {left, top: above}, known),
@@ -4367,7 +4372,7 @@ function curveOf(row, before, colour) {
     last: last < 0 ? null : values[last], lastStep: last < 0 ? null : steps[last]};
 }
 
-/** Returns the curves; where tasks share a name, their ids tell them apart. */
+/** Returns the curves, or lines; where tasks share a name, their ids tell them apart. */
 function apart(curves) {
   const names = new Set(curves.map((curve) => curve.name));
   if (names.size === curves.length) return curves;
@@ -4641,14 +4646,22 @@ async function sampleArgs(signal) {
   sampled = {key, rows, names, varying};
 }
 
-/** The args that make groups of several tasks: those of few values first, and none that only tells repeats apart. */
-function firstKeys() {
-  const {rows, varying, names} = sampled, found = [];
-  const able = varying.filter(({name}) => !REPEATS.test(name)).sort((one, other) => one.count - other.count);
-  for (const arg of able) {
-    const groups = new Set(rows.map((row) => JSON.stringify([...found, arg].map(({index}) => row[index])))).size;
-    if (found.length < MOST_KEYS && groups * 2 <= rows.length) found.push(arg);
+/** Are groups of these args of several tasks, and nearly all of them of about as many? So those of a grid are. */
+function areEven(args) {
+  const sizes = new Map();
+  for (const row of sampled.rows) {
+    const values = args.map(({index}) => row[index]), key = JSON.stringify(values);
+    if (!values.includes(null)) sizes.set(key, (sizes.get(key) || 0) + 1);
   }
+  const mean = sum([...sizes.values()]) / sizes.size, small = [...sizes.values()].filter((size) => size < mean / 2);
+  return mean >= 2 && small.length <= Math.max(1, sizes.size / 20);
+}
+
+/** The args to group by at first: those of few values, and none that only tells repeats apart. */
+function firstKeys() {
+  const {varying, names} = sampled, found = [];
+  const able = varying.filter(({name}) => !REPEATS.test(name)).sort((one, other) => one.count - other.count);
+  for (const arg of able) if (found.length < MOST_KEYS && areEven([...found, arg])) found.push(arg);
   const first = found.length ? found : able.slice(0, 1);
   const keys = first.sort((one, other) => one.index - other.index).map(({name}) => name);
   return keys.length ? keys : names.length ? names.slice(0, 1) : ["task_name"];
@@ -4861,6 +4874,7 @@ const AXIS_PX = 75;  // that an axis takes at least
 const GRIP_PX = 14;  // on each side of an axis, where it is grabbed
 const HUES = 32;
 const LINES_A_FRAME = 200;
+const RANGES = 8;  // of an axis of numbers
 const STOPS = 40;  // values of an axis at each of which its handles stop; of more, at as many equal steps
 
 let lined = null;  // what was asked and answered last, with what is drawn of it
@@ -4886,8 +4900,8 @@ async function loadParallel(signal) {
   showOverview(answer);
   const text = JSON.stringify([names, of, mode, address({brush: ""}), answer.rows, answer.found]);
   if (lined && lined.text === text) return takeBrushes();
-  const lines = answer.rows.map(([id, , result, ...cells]) => ({id, name: cells.pop() || id.slice(0, 8),
-    cells: [...cells, result]})).filter((line) => typeof line.cells[names.length] === "number");
+  const lines = apart(answer.rows.map(([id, , result, ...cells]) => ({id, name: cells.pop() || id.slice(0, 8),
+    cells: [...cells, result]})).filter((line) => typeof line.cells[names.length] === "number"));
   lined = {text, names: [...names, of], of, mode, lines, found: answer.found, sent: answer.rows.length};
   drawParallel();
 }
@@ -4916,6 +4930,30 @@ function axisOf(name, index, {lines, of}) {
     ? values.map((value) => [value, write(value)]) : scale.ticks};
 }
 
+/** How much of the variance of the results is gone among tasks that are alike on an axis, from 0 to 1; null where too
+    few are. Of many numbers those are alike that lie in one of RANGES with as many tasks each. */
+function explainedBy({index, isBand, values}, {lines, names}) {
+  const sorted = lines.map(({cells}) => cells[index]).filter(Number.isFinite).sort((one, other) => one - other);
+  const bounds = Array.from({length: RANGES - 1}, (_, at) => sorted[Math.floor((at + 1) * sorted.length / RANGES)]);
+  const levelOf = (value) => (isBand || values.length <= RANGES || value === null ? value
+    : bounds.filter((bound) => value >= bound).length);
+  const groups = new Map(), results = lines.map(({cells}) => cells[names.length - 1]);
+  lines.forEach(({cells}, at) => {
+    const level = levelOf(cells[index]);
+    if (groups.has(level)) groups.get(level).push(results[at]);
+    else groups.set(level, [results[at]]);
+  });
+  const freedom = lines.length - groups.size, whole = squares(results) / (lines.length - 1);
+  if (freedom < 2 * groups.size || !whole) return null;
+  return Math.max(0, 1 - sum([...groups.values()].map(squares)) / freedom / whole);
+}
+
+/** The sum of the squared distances of numbers from their mean. */
+function squares(numbers) {
+  const mean = sum(numbers) / numbers.length;
+  return sum(numbers.map((number) => (number - mean) ** 2));
+}
+
 /** The places of all axes and lines, in px. */
 function placeLines(place) {
   const {width, height} = place.getBoundingClientRect();
@@ -4923,8 +4961,8 @@ function placeLines(place) {
   const axes = lined.names.map((name, index) => axisOf(name, index, lined));
   const widest = (axis) => Math.max(3, ...axis.ticks.map(([, text]) => text.length)) * 7 * unit;
   const left = Math.min(width * 0.25, widest(axes[0]) + 14 * unit), right = widest(axes[axes.length - 1]) + 18 * unit;
-  const room = {left, top: 40 * unit, width: Math.max(80, width - left - right), unit, whole: {width, height},
-    height: Math.max(80, height - 76 * unit)};
+  const room = {left, top: 54 * unit, width: Math.max(80, width - left - right), unit, whole: {width, height},
+    height: Math.max(80, height - 90 * unit)};
   room.none = room.top + room.height + 14 * unit;
   axes.forEach((axis, index) => { axis.x = left + room.width * index / Math.max(1, axes.length - 1); });
   for (const line of lined.lines) {
@@ -4933,6 +4971,7 @@ function placeLines(place) {
       return isFinite(share) ? room.top + room.height * (1 - share) : room.none;
     });
   }
+  for (const axis of axes.slice(0, -1)) axis.share = explainedBy(axis, lined);
   Object.assign(lined, {room, axes});
 }
 
@@ -4985,8 +5024,9 @@ function linesNote() {
   if (names.length < 2) return "No argument differs: there is nothing to compare. Choose axes to draw others.";
   if (!lines.length) return `No task has a number of ${title} yet.`;
   const isCut = sent === MOST_LINES && lines.length === sent && found > sent, others = found - lines.length;
-  return isCut ? `The ${grouped(MOST_LINES)} tasks with the best ${title}, of ${grouped(found)}.`
+  const which = isCut ? `The ${grouped(MOST_LINES)} tasks with the best ${title}, of ${grouped(found)}.`
     : many(lines.length, "task") + (others ? `; ${grouped(others)} without a number of ${title}.` : ".");
+  return `${which} Below a name: how much of the spread of ${title} that argument explains by itself.`;
 }
 
 /** What colours tell: a strip from the worst result to the best one. */
@@ -5015,7 +5055,8 @@ function axisParts(axis, {room, axes}) {
   return svg("g", {"aria-hidden": "true"}, svg("path", {class: "axis", d: `M${axis.x} ${top}V${bottom}`}), ticks,
     isMissing ? svg("text", {...beside, y: room.none + 4 * unit}, "none") : null,
     svg("text", {class: "title", ...anchor, y: 16 * unit}, cut(titleOf(axis.name), letters),
-      svg("title", {}, axis.name)));
+      svg("title", {}, axis.name)),
+    Number.isFinite(axis.share) ? svg("text", {...anchor, y: 30 * unit}, `${Math.round(100 * axis.share)}%`) : null);
 }
 
 /** What an axis is grabbed by: itself, its range, and a handle at each end of that, which is a slider. */
@@ -5049,9 +5090,12 @@ function lineWords(line) {
   return [line.name, ...order.map(words)].join("\n");
 }
 
+const pathAcross = (line, axes) => line.y.map((y, index) =>
+  `${index ? "L" : "M"}${axes[index].x.toFixed(1)} ${y.toFixed(1)}`).join("");
+
 function pointToLine(line) {
-  const path = $("line-pointed"), step = (y, index) => `${index ? "L" : "M"}${lined.axes[index].x} ${y}`;
-  if (path) path.setAttribute("d", line ? line.y.map(step).join("") : "");
+  const path = $("line-pointed");
+  if (path) path.setAttribute("d", line ? pathAcross(line, lined.axes) : "");
 }
 
 /** Paints lines on a canvas. What was there stays until all are painted; then those that are wanted by now are. */
@@ -5067,7 +5111,7 @@ function paintWanted(canvas) {
   const [width, height] = [room.whole.width, room.whole.height].map((size) => Math.round(size * ratio));
   const sheet = el("canvas", {width, height}), pen = sheet.getContext("2d");
   pen.scale(ratio, ratio);
-  pen.globalAlpha = Math.max(0.3, Math.min(0.9, 12 / some.length ** 0.6));
+  pen.globalAlpha = strengthOfLines(some.length);
   pen.lineWidth = 1.4;
   let left = some.length;
   const paint = () => {
@@ -5087,6 +5131,18 @@ function paintWanted(canvas) {
   };
   delete canvas.dataset.painted;
   paint();
+}
+
+const strengthOfLines = (count) => Math.max(0.3, Math.min(0.9, 12 / count ** 0.6));
+
+/** What one of the two canvases shows, as a picture has it. */
+function linesAsPaths(canvas) {
+  const {lines, chosen: some, axes, hueOf} = lined, isFront = canvas.className === "front";
+  const shown = isFront ? some : lines;
+  if (isFront && !brushes.size) return [];
+  const opacity = strengthOfLines(shown.length) * (brushes.size && !isFront ? 0.1 : 1);
+  return [...shown].reverse().map((line) => svg("path", {d: pathAcross(line, axes), fill: "none", stroke: hueOf(line),
+    "stroke-width": 1.4, opacity}));
 }
 
 /** The ranges as the address has them: two numbers, or the texts. */

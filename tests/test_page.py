@@ -504,6 +504,17 @@ def test_the_parallel_view_is_brushed_by_keys_and_by_dragging_and_leads_to_those
         assert page.evaluate("""() => { const sheet = document.querySelector('#parallel-drawing canvas.all');
             return sheet.getContext('2d').getImageData(0, 0, sheet.width, sheet.height).data.some(one => one > 0); }""")
         person.says(page.locator("#parallel-legend"), re.compile("Rank by acc: 0.71.*0.9.*Best: sweep"))
+        shares = place.locator("svg text").evaluate_all("all => all.map(one => one.textContent).filter(one => one.endsWith('%'))")
+        acc = [(i // 4 % 2, 0.9 - i / 100) for i in range(20) if i not in (3, 4)]
+
+        def squares(found):
+            return sum((one - sum(found) / len(found)) ** 2 for one in found)
+        within = sum(squares([one for kind, one in acc if kind == opt]) for opt in (0, 1)) / 16
+        assert shares[1] == "%.0f%%" % (100 * max(0, 1 - within / (squares([one for _, one in acc]) / 17))) and len(shares) == 2
+        with page.expect_download() as download:
+            person.hand.press(page.get_by_role("button", name="SVG").filter(visible=True))
+        picture = open(str(download.value.path()), encoding="utf-8").read()
+        assert picture.count('stroke-width="1.4"') == 18 and "linearGradient" in picture and "opt.name" in picture
         sliders = place.get_by_role("slider")
         assert sliders.evaluate_all("all => all.map(one => one.getAttribute('aria-label'))") == [
             "%s %s" % (end, name) for name in ("lr", "opt.name", "acc") for end in ("Lowest", "Highest")]
