@@ -2478,16 +2478,38 @@ function inFilter(path) {
   return top + keys.map((key) => /^[A-Za-z_]\w*$/.test(key) ? `.${key}` : `[${JSON.stringify(key)}]`).join("");
 }
 
-/** A value as the filter language has it. */
+/** A value as the filter language has it; it has no dicts. */
 function literal(value) {
   if (value === null || value === undefined) return "None";
+  if (Array.isArray(value)) return `[${value.map(literal).join(", ")}]`;
   return typeof value === "boolean" ? (value ? "True" : "False") : JSON.stringify(value);
+}
+
+const hasDict = (value) => (Array.isArray(value) ? value.some(hasDict) : value !== null && typeof value === "object");
+
+/** What may be meant by a value that was sent as text: that text, or the long number or the list that it writes. */
+function literals(value) {
+  const text = literal(value);
+  if (typeof value !== "string" || !/^(-?\d{16,}|\[[^]*\])$/.test(value)) return [text];
+  if (!value.startsWith("[")) return [text, value];
+  try {
+    const list = JSON.parse(value);
+    return hasDict(list) ? [text] : [text, literal(list)];
+  } catch {
+    return [text];
+  }
+}
+
+/** The condition that a field has one of these values. */
+function isAmong(path, values) {
+  const all = values.filter((value) => !hasDict(value)).flatMap(literals), name = inFilter(path);
+  return all.length > 1 ? `${name} in [${all.join(", ")}]` : all.length ? `${name} == ${all[0]}` : `exists(${name})`;
 }
 
 /** The condition that a field has a value: of nested values, that all their leaves do. */
 function isEqual(path, value) {
   const isDict = value !== null && typeof value === "object" && !Array.isArray(value), name = inFilter(path);
-  if (!isDict) return `${name} == ${literal(value)}`;
+  if (!isDict) return isAmong(path, [value]);
   return [...leaves(value, `${path}.`)].map(([leaf, item]) => isEqual(leaf, item)).join(" and ") || `exists(${name})`;
 }
 
@@ -5054,8 +5076,7 @@ function axisParts(axis, {room, axes}) {
     : axis.index ? {x: axis.x, "text-anchor": "middle"} : {x: 2};
   return svg("g", {"aria-hidden": "true"}, svg("path", {class: "axis", d: `M${axis.x} ${top}V${bottom}`}), ticks,
     isMissing ? svg("text", {...beside, y: room.none + 4 * unit}, "none") : null,
-    svg("text", {class: "title", ...anchor, y: 16 * unit}, cut(titleOf(axis.name), letters),
-      svg("title", {}, axis.name)),
+    svg("text", {class: "title", ...anchor, y: 16 * unit}, cut(titleOf(axis.name), letters)),
     Number.isFinite(axis.share) ? svg("text", {...anchor, y: 30 * unit}, `${Math.round(100 * axis.share)}%`) : null);
 }
 
@@ -5240,7 +5261,7 @@ function addressOfLines() {
   const {axes, of, mode, lines} = lined, worst = lines[lines.length - 1].cells[axes.length - 1];
   const conditions = axes.filter((axis) => brushes.has(axis.name)).map((axis) => {
     const {low, high} = brushes.get(axis.name), name = inFilter(axis.name);
-    if (axis.isBand) return `${name} in [${axis.values.slice(low, high + 1).map(literal).join(", ")}]`;
+    if (axis.isBand) return isAmong(axis.name, axis.values.slice(low, high + 1));
     return low === high ? `${name} == ${low}` : `${name} >= ${low} and ${name} <= ${high}`;
   });
   if (!brushes.has(of)) conditions.push(`${inFilter(of)} ${mode === "min" ? "<=" : ">="} ${worst}`);

@@ -551,7 +551,7 @@ def test_the_parallel_view_is_brushed_by_keys_and_by_dragging_and_leads_to_those
         address_has("sgd")
         person.press("Show these tasks", role="link")
         person.finds(7)
-        assert 'args.opt.name in ["sgd"]' in page.locator("#filter").input_value()
+        assert 'args.opt.name == "sgd"' in page.locator("#filter").input_value()
         person.open("#view=parallel&of=summary.acc")
         links = place.get_by_role("link")
         wait_until(lambda: links.count() == 18, "the best lines are links")
@@ -1831,6 +1831,11 @@ ODD = """#view=plot&x=args.tag&y=args.i
 #view=grid&gx=args.tag&gy=args.quotes&metric=args.inf
 #view=grid&gx=args.rtl&gy=args.nan&metric=duration
 #view=grid&gx=args.list&gy=args.none&metric=args.k
+#view=groups&by=args.tag,args.list,args.rtl&of=args.i
+#view=groups&by=nosuch,args.constructor&of=args.nan&tsort=__proto__&tway=x
+#view=parallel&axes=args.tag,args.list,args.nan,args.none,args.constructor&of=args.k&brush={"args.tag":[null],"__proto__":[1]}
+#view=parallel&axes=nosuch&of=args.inf&brush=[1
+#view=parallel&axes=args.quotes,args.long&of=args.k&mode=x
 #view=workers
 #view=nosuch&sort=nosuch&page=-1&way=7
 #view=constructor&columns=,,
