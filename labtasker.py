@@ -9965,6 +9965,8 @@ class HttpTransport:
         """Return this thread's connection, which is a new one if the last was closed."""
         connection = getattr(self.kept, "connection", None)
         if connection is None or not connection.is_usable():
+            if connection is not None:
+                connection.close()
             connection = self.kept.connection = self._connect(_KeptConnection, timeout_s)
         return connection
 
@@ -10050,6 +10052,7 @@ class HttpTransport:
 
         Raises LabtaskerConnectError if there is no answer within `timeout_s`."""
         headers = dict(self.headers, Accept="text/event-stream", **({"Last-Event-ID": after} if after else {}))
+        connection, is_stream = None, False
         try:
             connection = self._connect(_KeptConnection, timeout_s)
             sock = connection.sock
@@ -10060,10 +10063,14 @@ class HttpTransport:
             if response.status != 200 or "text/event-stream" not in response.getheader("Content-Type", ""):
                 raise ValueError("it answered with %d and no events: is it a Labtasker server?" % response.status)
             sock.settimeout(_REQUEST_TIMEOUT_S)
+            is_stream = True
         except Exception as error:
             if not (_is_of_connection(error) or isinstance(error, ValueError)):
                 raise
             raise self.away(error) from None
+        finally:
+            if connection is not None and not is_stream:
+                connection.close()
         self.extensions = response.getheader(_EXTENSIONS) == "1"
         return 200, _RemoteLines(sock, response)
 
@@ -10076,7 +10083,9 @@ class HttpTransport:
         """Close this thread's connection."""
         while self.reached:
             self.reached.pop().close()
-        self.kept.__dict__.clear()
+        connection = self.kept.__dict__.pop("connection", None)
+        if connection is not None:
+            connection.close()
 
 
 _URL_OF_HTTP = Pattern(r"http://([\w.-]+|\[[0-9a-fA-F:.]+\])(?::([0-9]{1,5}))?(/[\w./~-]*)?\Z", re.ASCII)
@@ -19201,6 +19210,7 @@ def _run_for_event(command, text, limit_s, response):
         if process.poll() is None:
             end_groups([process.pid], monotonic() + LOST_GRACE_S, time.sleep)
             process.wait()
+        result_or(process.stdin.close, None)  # it still holds what a command that took too long did not read
         signal.signal(signal.SIGTERM, before)
     if why:
         note("labtasker: the command failed, %s, for the event %s" % (why, _event_line(response)))

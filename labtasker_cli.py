@@ -1183,13 +1183,14 @@ def submit_script(text, words):
         raise LabtaskerRuntimeError("there is no sbatch on this host's PATH: run this where jobs are submitted, or "
                                     "print the script with --dry-run and submit it there")
     try:
-        process.stdin.write(text.encode())
-        process.stdin.close()
+        with process.stdin:
+            process.stdin.write(text.encode())
     except BrokenPipeError:  # sbatch has ended, after printing why
         pass
-    for line in process.stdout:  # the id is printed at once, even if --wait makes sbatch stay
-        say(line.decode("utf-8", "replace").rstrip("\n"))
-        sys.stdout.flush()
+    with process.stdout:
+        for line in process.stdout:  # the id is printed at once, even if --wait makes sbatch stay
+            say(line.decode("utf-8", "replace").rstrip("\n"))
+            sys.stdout.flush()
     return process.wait()
 
 
