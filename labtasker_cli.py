@@ -2317,8 +2317,31 @@ function fill(node, ...children) {
 }
 
 /** Makes a node's children one for each item, keeping those that are there: no flicker, and the focus stays. */
-function sync(parent, items, keyOf, make, update) {
+function sync(...words) {
+  const work = syncing(...words);
+  while (!work.next().done);
+}
+
+/** As sync, some children a frame where they are many, so that nothing waits for them; calls `done` at the end, unless
+    another of the same parent has begun. */
+function syncInFrames(parent, items, keyOf, make, update, some, done) {
+  const work = syncing(parent, items, keyOf, make, update);
+  works.set(parent, work);
+  const step = () => {
+    for (let left = some; left && works.get(parent) === work; left--) if (work.next().done) return done();
+    if (works.get(parent) === work) requestAnimationFrame(step);
+    return undefined;
+  };
+  step();
+}
+
+const works = new WeakMap();  // a parent: the work on its children that began last
+
+/** Yields after each child that is as its item says. */
+function* syncing(parent, items, keyOf, make, update) {
   const there = new Map([...parent.children].map((child) => [child.dataset.key, child]));
+  const wanted = new Set(items.map((item) => String(keyOf(item))));
+  for (const [key, child] of there) if (!wanted.has(key)) child.remove();
   let place = parent.firstElementChild;
   for (const item of items) {
     const key = String(keyOf(item));
@@ -2331,6 +2354,7 @@ function sync(parent, items, keyOf, make, update) {
     if (child === place) place = place.nextElementSibling;
     else parent.insertBefore(child, place);
     update(child, item);
+    yield;
   }
   for (const child of there.values()) child.remove();
 }
@@ -2346,14 +2370,16 @@ function setOptions(select, options, wanted) {
   if (select.value !== wanted) select.value = wanted;
 }
 
-/** Fills a table's thead and colgroup: columns are [title, class, width in rem or null for what is left]. */
+/** Fills a table's thead and colgroup: columns are [title, class, width in rem or null for what is left]. Returns
+    whether they are others than before. */
 function setHead(table, columns, cellOf) {
   const text = JSON.stringify(columns);
-  if (table.dataset.head === text) return;
+  if (table.dataset.head === text) return false;
   table.dataset.head = text;
   fill(table.tHead.rows[0], columns.map(cellOf));
   fill(table.querySelector("colgroup"), columns.map(([, , width]) => sized(el("col"), width)));
   sized(table, columns.reduce((sum, [, , width]) => sum + (width || 1), 0));
+  return true;
 }
 
 function sized(node, width) {
@@ -3201,6 +3227,7 @@ const nameOf = (task) => task.name || task.id.slice(0, 8);
 // 8. Tasks ####################################################################
 
 const PAGE_SIZE = 100;
+const ROWS_A_FRAME = 16;
 const WIDTHS = {status: 7.4, task_name: 12, error: 22, created_at: 8.2, last_modified: 8.2,
   start_time: 8.2, last_heartbeat: 8.2, duration: 6.5, priority: 5.2, retries: 5.2, task_id: 20, worker_id: 20,
   host: 9, cmd: 18};
@@ -3316,10 +3343,11 @@ function showSame(columns) {
     el("b", {}, el("bdi", {}, shortValue(value))))]));
 }
 
-/** Sets the head of the table of tasks. What of it had the focus has it again: sorting may change the columns. */
+/** Sets the head of the table of tasks. What of it had the focus has it again: sorting may change the columns. Rows of
+    other columns go, so that not all are laid out anew at once, unless one has the focus. */
 function setTaskHead(heads) {
-  const before = document.activeElement.closest("#table thead th");
-  setHead($("table"), heads, headCell);
+  const focused = document.activeElement, before = focused.closest("#table thead th"), body = $("table").tBodies[0];
+  if (setHead($("table"), heads, headCell) && !body.contains(focused)) fill(body);
   if (!before || before.isConnected) return;
   const again = [...$("table").tHead.rows[0].cells].find((cell) => cell.dataset.field === before.dataset.field);
   if (again && again.querySelector("button, input")) again.querySelector("button, input").focus();
@@ -3338,8 +3366,12 @@ function showTable(columns, answer) {
     else cell.removeAttribute("aria-sort");
   }
   const winner = winnerOf(columns, answer);
-  sync($("table").tBodies[0], answer.rows, (row) => row[0], makeRow,
-      (node, row) => fillRow(node, row, columns, isNumber, winner));
+  syncInFrames($("table").tBodies[0], answer.rows, (row) => row[0], makeRow,
+      (node, row) => fillRow(node, row, columns, isNumber, winner), ROWS_A_FRAME, () => showRange(answer));
+}
+
+/** Shows what of the tasks the table has, once its rows are there. */
+function showRange(answer) {
   const first = (Number(at.page) - 1) * PAGE_SIZE;
   setText($("range"), answer.found
       ? `${grouped(first + 1)}–${grouped(first + answer.rows.length)} of ${grouped(answer.found)}` : "0 tasks");
@@ -3785,38 +3817,40 @@ function roomIn(place, scaleY) {
     unit, whole: {width, height}};
 }
 
-/** One stop for Tab in a drawing; arrows walk on from there. `next(index, key)` returns where to. Each link listens
-    for the focus itself: a group that did would take it. */
-function walkable(group, next) {
-  const links = [...group.querySelectorAll("a")];
+const walks = new WeakMap();  // a drawing's place: its group of links, and `next(index, key)`, which returns where to
+
+/** Has a drawing's place listen for its links: one stop for Tab, from which arrows walk on, and a tip for each. A group
+    within the drawing that listened would take the focus. */
+function makeWalkable(place) {
   const tipAt = (link, x, y) => {
     const words = link.getAttribute("aria-label"), cell = link.querySelector(".cell");
     if (cell) showTipBeside(words, cell.getBoundingClientRect());
     else showTip(words, x, y);
   };
-  let stop = links[0];
-  for (const link of links) {
-    link.setAttribute("tabindex", link === stop ? "0" : "-1");
-    link.addEventListener("focus", () => {
-      const box = link.getBoundingClientRect();
-      stop.setAttribute("tabindex", "-1");
-      stop = link;
-      stop.setAttribute("tabindex", "0");
-      tipAt(link, box.left + box.width / 2, box.top + box.height / 2);
-    });
-    link.addEventListener("blur", hideTip);
-  }
-  group.addEventListener("keydown", (event) => {
-    const to = links[next(links.indexOf(event.target), event.key)];
+  const linkOf = (event) => event.target.closest("a");
+  const on = (kind, action) => place.addEventListener(kind, (event) => { if (linkOf(event)) action(event); });
+  on("focusin", (event) => {
+    const link = linkOf(event), box = link.getBoundingClientRect();
+    for (const stop of place.querySelectorAll("a[tabindex='0']")) stop.setAttribute("tabindex", "-1");
+    link.setAttribute("tabindex", "0");
+    tipAt(link, box.left + box.width / 2, box.top + box.height / 2);
+  });
+  on("focusout", hideTip);
+  on("keydown", (event) => {
+    const {group, next} = walks.get(place), links = [...group.querySelectorAll("a")];
+    const to = links[next(links.indexOf(linkOf(event)), event.key)];
     if (!to) return;
     event.preventDefault();
     to.focus();
   });
-  group.addEventListener("pointerover", (event) => {
-    const link = event.target.closest("a");
-    if (link) tipAt(link, event.clientX, event.clientY);
-  });
-  group.addEventListener("pointerout", hideTip);
+  on("pointerover", (event) => tipAt(linkOf(event), event.clientX, event.clientY));
+  on("pointerout", hideTip);
+}
+
+/** Sees to it that Tab leads to one of the links of a group. */
+function keepStop(group) {
+  const first = group.querySelector("a");
+  if (first && !group.querySelector("a[tabindex='0']")) first.setAttribute("tabindex", "0");
 }
 
 /** Draws: axes and the like, then a group of links to walk through; the focus stays on the same one. `under` lies below
@@ -3825,27 +3859,36 @@ function drawIn(place, room, title, parts, group, next, under = null) {
   const focused = place.contains(document.activeElement) ? document.activeElement.dataset.id : null;
   const titleId = `${place.id}-title`;
   hideTip();
+  for (const link of group.querySelectorAll("a")) link.setAttribute("tabindex", "-1");
+  keepStop(group);
+  walks.set(place, {group, next});
   fill(place, under, svg("svg", {viewBox: `0 0 ${room.whole.width} ${room.whole.height}`, role: "group",
     "aria-labelledby": titleId}, svg("title", {id: titleId}, title), parts, group));
-  walkable(group, next);
   const again = focused && [...group.querySelectorAll("a")].find((link) => link.dataset.id === focused);
   if (again) again.focus();
+}
+
+/** A task in the data of a drawing: a link in its table. */
+class Task {
+  constructor({id, name}) {
+    Object.assign(this, {id, name});
+  }
 }
 
 const listed = new WeakMap();  // a drawing's table: its columns and rows, whether it is open or not
 
 /** Fills the table below a drawing when it is opened. */
 function listData(details, columns, rows) {
-  const inColumns = columns.map((_, index) => rows.map((row) => row[index]));
-  const kinds = inColumns.map((values) => (areNumbers(values) ? "number" : ""));
-  const writers = inColumns.map((values) => writerOf(values.filter((value) => typeof value === "number")));
-  const textOf = (value, index) => (typeof value === "number" ? writers[index](value) : shortValue(value));
-  const cellOf = (value, index) => el("td", {class: kinds[index]},
-    value instanceof Node ? value.cloneNode(true) : el("bdi", {}, textOf(value, index)));
   listed.set(details, {columns, rows});
   details.ontoggle = () => {
     [...details.children].slice(1).forEach((child) => child.remove());
     if (!details.open) return;
+    const inColumns = columns.map((_, index) => rows.map((row) => row[index]));
+    const kinds = inColumns.map((values) => (areNumbers(values) ? "number" : ""));
+    const writers = inColumns.map((values) => writerOf(values.filter((value) => typeof value === "number")));
+    const textOf = (value, index) => (typeof value === "number" ? writers[index](value) : shortValue(value));
+    const cellOf = (value, index) => el("td", {class: kinds[index]},
+      value instanceof Task ? taskLink(value.id, value.name) : el("bdi", {}, textOf(value, index)));
     const head = columns.map((name, index) => el("th", {scope: "col", class: kinds[index]}, name));
     details.append(tableBox("The data", head, rows.slice(0, LISTED).map((row) => el("tr", {}, row.map(cellOf)))));
     if (rows.length <= LISTED) return;
@@ -3854,7 +3897,7 @@ function listData(details, columns, rows) {
   details.ontoggle();
 }
 
-const taskLink = (id, name) => el("a", {href: address({view: "tasks", task: id, run: ""}), "data-task": id},
+const taskLink = (id, name) => el("a", {href: address({view: "tasks", task: id, run: ""})},
     el("bdi", {}, name || id.slice(0, 8)));
 
 /** A field's first choice in a select, and that chosen. */
@@ -3887,9 +3930,9 @@ const KEPT_OF_SVG = ["d", "x", "y", "x1", "x2", "y1", "y2", "width", "height", "
   "opacity", "fill-opacity", "stroke-opacity", "id", "offset"];
 const ALSO_STYLED = {text: ["paint-order"], stop: ["stop-color"]};
 
-/** A cell of CSV; a link stands for its task's id. */
+/** A cell of CSV. */
 function csvCell(value) {
-  const isLink = value instanceof Node, text = isLink ? value.dataset.task || value.textContent : asText(value ?? "");
+  const text = value instanceof Task ? value.id : asText(value ?? "");
   return /[",\r\n]|^\s|\s$/.test(text) ? `"${text.replaceAll('"', '""')}"` : text;
 }
 
@@ -4018,6 +4061,7 @@ function makeSaves() {
 // 12. Plot ####################################################################
 
 const MOST_TOLD = 8;  // arguments in a tip
+const POINTS_A_FRAME = 100;
 const LEAST_SHARING = 3;  // so many points a place, and they are spread sideways
 const MOST_WIDE = 0.06;  // of the axis that those of one place take
 
@@ -4089,13 +4133,27 @@ function drawPlot() {
   const wide = scaleX.band ? 0.6 * scaleX.band : widthBetween(points, scaleX);
   setText($("plot-note"), plotNote(points, wide > 0));
   const draw = {...plotted, room, scaleX, scaleY, shades, aside: sideways(wide, shades)};
-  const group = svg("g", {role: "list", "aria-label": "Points"}, points.map((point) => pointLink(point, draw)));
-  drawIn(place, room, `${titleOf(y)} against ${titleOf(x)}, ${many(points.length, "task")}`,
-    [axes(room, scaleX, scaleY, x, y)], group,
-    (index, key) => stepAlong(points.length, index, key));
+  const group = pointsGroup(place, room, `${titleOf(y)} against ${titleOf(x)}, ${many(points.length, "task")}`,
+      axes(room, scaleX, scaleY, x, y));
+  syncInFrames(group, points.filter((point) => isFinite(scaleX.place(point.x))), (point) => point.id, makePoint,
+      (node, point) => fillPoint(node, point, draw), POINTS_A_FRAME, () => keepStop(group));
   const others = [...(colour === "status" ? ["status"] : []), ...fields];
-  listData($("plot-data"), ["Task", x, y, ...others], points.map((point) => [taskLink(point.id, point.name),
+  listData($("plot-data"), ["Task", x, y, ...others], points.map((point) => [new Task(point),
     point.shownX, point.y, ...(colour === "status" ? [point.shade] : []), ...point.told]));
+}
+
+/** Returns the group of points of a drawing with these axes: that which is there, where its size is the same. */
+function pointsGroup(place, room, title, lines) {
+  const size = JSON.stringify(room.whole), there = place.dataset.size === size && place.querySelector("g[role=list]");
+  if (there) {
+    setText(place.querySelector("title"), title);
+    there.previousElementSibling.replaceWith(lines);
+    return there;
+  }
+  const group = svg("g", {role: "list", "aria-label": "Points"});
+  place.dataset.size = size;
+  drawIn(place, room, title, [lines], group, (index, key) => stepAlong(group.childElementCount, index, key));
+  return group;
 }
 
 function plotNote(points, isSpread) {
@@ -4200,16 +4258,22 @@ function pointWords(point, {x, y, colour, fields}) {
   return words.join("\n");
 }
 
-function pointLink(point, draw) {
-  const {room, scaleX, scaleY, shades, aside} = draw;
+const makePoint = (point) => svg("g", {role: "listitem"},
+  svg("a", {"data-id": point.id, tabindex: "-1"}, svg("path")));
+
+/** Makes a point what its task says; what is so already stays untouched. */
+function fillPoint(node, point, draw) {
+  const {room, scaleX, scaleY, shades, aside} = draw, link = node.firstElementChild;
   const left = room.left + room.width * (scaleX.place(point.x) + aside(point));
   const top = room.top + room.height * (1 - scaleY.place(point.y));
-  if (!isFinite(left)) return null;
   const {kind, shape, opacity} = shades.of(point.shade);
-  return svg("g", {role: "listitem"}, svg("a", {href: address({view: "tasks", task: point.id, run: ""}),
-    "aria-label": pointWords(point, draw), class: `k${kind}`, "data-id": point.id,
-    transform: `translate(${left.toFixed(1)} ${top.toFixed(1)})`},
-  svg("path", {class: opacity === undefined ? "mark" : "mark deep", d: SHAPES[shape](4.5 * room.unit), opacity})));
+  const change = (one, attributes) => Object.entries(attributes).forEach(([name, value]) => {
+    if (one.getAttribute(name) !== value) one.setAttribute(name, value);
+  });
+  change(link, {href: address({view: "tasks", task: point.id, run: ""}), "aria-label": pointWords(point, draw),
+    class: `k${kind}`, transform: `translate(${left.toFixed(1)} ${top.toFixed(1)})`});
+  change(link.firstElementChild, {class: opacity === undefined ? "mark" : "mark deep",
+    d: SHAPES[shape](4.5 * room.unit), opacity: String(opacity ?? 1)});
 }
 
 // 13. Grid ####################################################################
@@ -4635,7 +4699,7 @@ function listCurves(ranked) {
   $("curves-data").ontoggle = () => listCurves(ranked);
   if (!$("curves-data").open) return;
   listData($("curves-data"), ["Task", "Status", ...(isOfArg ? [colour] : []), value, "At step",
-    isLow ? "Lowest" : "Highest", "Points"], ranked.map((curve) => [taskLink(curve.id, curve.name),
+    isLow ? "Lowest" : "Highest", "Points"], ranked.map((curve) => [new Task(curve),
     curve.isStopped ? "stopped early" : curve.status, ...(isOfArg ? [curve.shade] : []), curve.last, curve.lastStep,
     isLow ? curve.low : curve.high, curve.numbers]));
 }
@@ -5038,7 +5102,7 @@ function drawParallel() {
   if (again) again.focus();
   if (dragging || keeping) showBrushes();
   else takeBrushes(true);
-  listData($("parallel-data"), ["Task", ...names], lines.map((line) => [taskLink(line.id, line.name), ...line.cells]));
+  listData($("parallel-data"), ["Task", ...names], lines.map((line) => [new Task(line), ...line.cells]));
 }
 
 function linesNote() {
@@ -5715,6 +5779,7 @@ const on = (id, event, action) => $(id).addEventListener(event, action);
 function start() {
   makeStates();
   makeSaves();
+  for (const place of document.querySelectorAll(".drawing")) makeWalkable(place);
   on("login-form", "submit", onLogin);
   on("logout", "click", () => forget());
   on("pause", "click", switchPause);
