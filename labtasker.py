@@ -5179,12 +5179,14 @@ def _attempts_begun(task, words, run):
     return task.attempts[1 - _MAX_ATTEMPTS:] + [dict(words, **known)]
 
 
-def _attempt_with(task, facts):
-    """Return the field `attempts` with these facts about the task's run; {} if its worker has announced no attempt."""
-    if not facts or not task.attempts or task.attempts[-1]["run_id"] != task.run_id:
+def _attempt_with(task, facts, run_id=None):
+    """Return the field `attempts` with these facts about the task's run, or another one; {} if its worker has announced
+    no attempt."""
+    run_id = run_id or task.run_id
+    if not facts or not task.attempts or run_id == task.run_id != task.attempts[-1]["run_id"]:
         return {}
-    known = dict(task.attempts[-1], **facts)
-    return {"attempts": task.attempts[:-1] + [{key: value for key, value in known.items() if value is not None}]}
+    return {"attempts": [{key: value for key, value in dict(attempt, **facts).items() if value is not None}
+                         if attempt["run_id"] == run_id else attempt for attempt in task.attempts]}
 
 
 def _attempt_over(task, at, status, reason=None, facts=None):
@@ -5202,6 +5204,9 @@ def report_task_op(store, queue, request, at):
     task = _task(queue, request["task_id"])
     if _is_of_stopped(task, request):  # its values don't count any more; how its process ended is kept
         changes, point, doubt = _changed(task, _attempt_with(task, request.get("attempt")), None, at), None, None
+    elif _is_place_of_ended(task, request):
+        changes, point, doubt = _changed(task, _attempt_with(
+            task, request["attempt"], request["run_id"]), None, at), None, None
     else:
         changes = _reported(queue, task, request, at)
         point, doubt = _point_of(task, request, at)
@@ -5221,6 +5226,12 @@ def _is_of_stopped(task, request):
     """Return whether a report is of the run that was stopped early."""
     return task.run_end == "stopped" and (request.get("run_id") == task.run_id or (
         request.get("run_id") is None and request["status"] == "running"))
+
+
+def _is_place_of_ended(task, request):
+    """Return whether a report does no more than tell where the output of a run lies that is over."""
+    return request["status"] == "running" and set(request.get("attempt") or ()) == {"log"} and any(
+        attempt["run_id"] == request.get("run_id") and "end" in attempt for attempt in task.attempts)
 
 
 def step_of(value):
@@ -6542,7 +6553,8 @@ _MOST_WAITED_FOR = 10000  # others that a task may wait for
 _MAX_SORTS = 16  # fields that a listing is sorted by; each of them sorts the whole list
 _ATTEMPT_BYTES = 2000  # of what a worker reports about a run
 TAIL_BYTES, MOST_TAILS = 1 << 16, 5  # kept of a run's output; runs of a task for which it is kept
-LOG_LETTERS = 1 << 17  # of a packed log, more than TAIL_BYTES can need
+LOG_LETTERS = 1 << 17  # of an end that travels, more than TAIL_BYTES can need
+PACK_BYTES = 1 << 26  # of a pack at most
 PING_S = 15.0  # between the pings in a stream of events
 QUICK_BYTES = 65536  # a longer body is read by a thread, and only after the password was checked
 _LIGHT_BODY_BYTES = 2048  # a longer body may have a filter that takes long to parse
@@ -6667,8 +6679,14 @@ def _is_sort(value):
 
 def _is_attempt(value):
     return isinstance(value, dict) and all(
-        NAME.match(key) and isinstance(item, (str, int, float, type(None))) for key, item in value.items()
-    ) and len(json.dumps(value)) <= _ATTEMPT_BYTES
+        NAME.match(key) and (isinstance(item, (str, int, float, type(None))) or key == "log" and is_place(item))
+        for key, item in value.items()) and len(json.dumps(value)) <= _ATTEMPT_BYTES
+
+
+def is_place(value):
+    """Return whether a value is {file, offset, length}: where the output of a run lies in a pack."""
+    return isinstance(value, dict) and set(value) == {"file", "offset", "length"} and isinstance(
+        value["file"], str) and all(type(value[name]) is int and value[name] >= 0 for name in ("offset", "length"))
 
 
 _seconds = _kind("a number of seconds over 0", lambda value: type(value) in (int, float) and 0 < value < math.inf)
@@ -6705,7 +6723,8 @@ KINDS = {
     "texts": _kind("a list of text", _is_texts), "ids": _ids,
     "cmd": _kind("text or a list of text", lambda value: isinstance(value, str) or _is_texts(value)),
     "sort": _kind("a list of at most %d [field, 1 or -1]" % _MAX_SORTS, _is_sort),
-    "attempt": _kind("an object of names with texts and numbers, of at most %d bytes" % _ATTEMPT_BYTES, _is_attempt),
+    "attempt": _kind("an object of names with texts and numbers, and the log's place, of at most %d bytes"
+                     % _ATTEMPT_BYTES, _is_attempt),
     "log": _kind("text of at most %d letters" % LOG_LETTERS, lambda value: isinstance(value, str)
                  and len(value) <= LOG_LETTERS, is_shown=False),
     "stop": _type("text", str),  # its content is checked by `parse_rule`
@@ -6931,8 +6950,63 @@ def _run_worker(store, caller, request, route):
     return batch, dict(fields, _id=fields.pop("worker_id"))
 
 
-# The output of a run is logs/TASK/RUN/run.log in the folder of its loop's configuration. Where that is the store's, it
-# is read there. Else its end comes with the report, packed, and is kept as tail.log at the same place beside the store.
+# The output of a run under way is logs/TASK/RUN/run.log in the folder of its loop's configuration. Once the run is over
+# it is added to a pack, logs/NAME.pack, and the attempt's `log` says where. It is read there if that folder is the
+# store's. Else its end comes with the report, compressed, and is kept as logs/TASK/RUN/tail.log beside the store.
+#
+# A pack begins with a line {"pack":1,"queue":"ID"}. Each run adds a line {"task":"ID","run":"ID","length":BYTES,
+# "report":BYTES,"crc":"HEX"}, its output, a newline, its report as JSON, a newline. `crc` is that of the output. An
+# output of over 64 MiB is a file of its own, logs/TASK.RUN.log. What a kill or a full disk has cut off is not read: the
+# run's folder is still there then.
+
+_PACK_HEAD = Pattern(rb'\{"task":"([\w-]{1,100})","run":"([\w-]{1,100})","length":(\d{1,15}),"report":(\d{1,15}),'
+                     rb'"crc":"([0-9a-f]{8})"\}\n\Z')
+PACK_HEAD_BYTES = 512  # the longest such line is shorter
+_PACK_NAME = Pattern(r"[\w-]{1,150}\.pack\Z", re.ASCII)
+
+
+def pack_head(task_id, run_id, length, report, crc):
+    """Return the line that stands before the output of a run in a pack."""
+    return ('{"task":"%s","run":"%s","length":%d,"report":%d,"crc":"%08x"}\n' % (
+        task_id, run_id, length, report, crc)).encode()
+
+
+def read_packed(file, at=0):
+    """Yield (task id, run id, offset, length) of each output in a pack, an open file, that begins at `at` or later."""
+    size = file.seek(0, os.SEEK_END)
+    while at < size:
+        file.seek(at)
+        line = file.readline(PACK_HEAD_BYTES)
+        found, at = _PACK_HEAD.match(line), at + len(line)
+        if found:
+            length, report = int(found.group(3)), int(found.group(4))
+            end = at + length + 1 + report + 1
+            if _ends_at(file, at + length, end, size):
+                yield found.group(1).decode(), found.group(2).decode(), at, length
+                at = end
+
+
+def _ends_at(file, output_end, end, size):
+    """Return whether an output and its report end there, and the next line of a pack begins."""
+    if end > size:
+        return False
+    file.seek(output_end)
+    if file.read(1) != b"\n":
+        return False
+    file.seek(end - 1)
+    return file.read(2) in (b"\n", b"\n{", b"\n\n")
+
+
+def is_packed_at(before, place, task_id, run_id):
+    """Return whether the bytes before an output in a pack say that it is of this run and as long as its place says."""
+    found = _PACK_HEAD.match(before, before.rfind(b"{"))
+    return bool(found) and found.group(1, 2) == (task_id.encode(), run_id.encode()) and (
+        int(found.group(3)) == place["length"])
+
+
+def own_log_name(task_id, run_id):
+    """Return the name of the file of an output that is too long for a pack."""
+    return "%s.%s.log" % (task_id, run_id)
 
 
 def end_of_text(data, most):
@@ -7050,36 +7124,80 @@ def _log_of_run(store, caller, request):
     if run_id != task.run_id and run_id not in attempts:
         raise NotFound("task %s has no run %s" % (task.task_id, run_id))
     told = attempts.get(run_id, {})
-    data, size = tail_of(store, task.task_id, run_id, told.get("log_bytes"))
-    return {"run_id": run_id, "host": told.get("host"), "path": told.get("log"), "size": size,
-            "text": None if data is None else data.decode("utf-8", "replace")}
+    data, size = tail_of(store, task.task_id, run_id, told)
+    log = told.get("log")
+    return {"run_id": run_id, "host": told.get("host"), "path": log["file"] if isinstance(log, dict) else log,
+            "size": size, "text": None if data is None else data.decode("utf-8", "replace")}
 
 
-def tail_of(store, task_id, run_id, whole_bytes=None, most=TAIL_BYTES):
+def attempt_of(task, run_id):
+    """Return what a task's record keeps of one of its runs; {} where it keeps nothing."""
+    return next((attempt for attempt in reversed(task.attempts) if attempt.get("run_id") == run_id), {})
+
+
+def tail_of(store, task_id, run_id, attempt, most=TAIL_BYTES):
     """Return (the end of a run's output, the size of all of it), (None, None) where none of it is a plain file here."""
-    import stat
+    if not (NAME.match(task_id) and NAME.match(run_id or "")):
+        return None, None
+    found = _end_of_packed(store, task_id, run_id, attempt.get("log"), most)
+    if found:
+        return found
     try:
         folder = _run_folder(store, task_id, run_id)
     except OSError:
         return None, None
     try:
         for name in ("run.log", "tail.log"):
-            try:
-                fd = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=folder)
-            except OSError:
-                continue
-            try:
-                found = os.fstat(fd)
-                size = max(found.st_size, whole_bytes if name == "tail.log" and type(whole_bytes) is int else 0)
-                if stat.S_ISREG(found.st_mode):
-                    data = os.pread(fd, most + 1, max(0, found.st_size - most - 1))
-                    return end_of_text(data, most), size
-            except OSError:
-                continue
-            finally:
-                os.close(fd)
+            data, size = _read_below(folder, name, most + 1)
+            if data is not None:
+                whole = attempt.get("log_bytes") if name == "tail.log" else None
+                return end_of_text(data, most), max(size, whole if type(whole) is int else 0)
     finally:
         os.close(folder)
+    return None, None
+
+
+def _end_of_packed(store, task_id, run_id, place, most):
+    """Return (the end of an output that lies at a place beside the store, its size), or None."""
+    if not is_place(place):
+        return None
+    folder, _, name = place["file"].rpartition("/")
+    if folder not in ("logs", os.path.join(store.folder, "logs")):
+        return None
+    is_own, end = name == own_log_name(task_id, run_id), place["offset"] + place["length"]
+    begin = max(place["offset"], end - most - 1)
+    try:
+        logs = _below(store.folder, ("logs",))
+    except OSError:
+        return None
+    try:
+        if not is_own and not (_PACK_NAME.match(name) and is_packed_at(_read_below(
+                logs, name, PACK_HEAD_BYTES, place["offset"])[0] or b"", place, task_id, run_id)):
+            return None
+        data, _ = _read_below(logs, name, end - begin, end)
+    finally:
+        os.close(logs)
+    return None if data is None else (end_of_text(data, most), place["length"])
+
+
+def _read_below(folder, name, most, end=None):
+    """Return (the last `most` bytes of a plain file, or of those before `end`; its size), (None, None) where it can't
+    be read."""
+    import stat
+    try:
+        fd = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=folder)
+    except OSError:
+        return None, None
+    try:
+        found = os.fstat(fd)
+        if stat.S_ISREG(found.st_mode):
+            end = found.st_size if end is None else end
+            begin = max(0, end - most)
+            return os.pread(fd, end - begin, begin), found.st_size
+    except (OSError, OverflowError):
+        pass
+    finally:
+        os.close(fd)
     return None, None
 
 
@@ -13606,13 +13724,18 @@ def retry_while_away(action, pause, limit_s):
         delay_s = min(delay_s * 2, _LONGEST_PAUSE_S)
 
 
+def host_name():
+    """Return this machine's name."""
+    return os.uname().nodename if hasattr(os, "uname") else os.environ.get("COMPUTERNAME", "host")
+
+
 def deliver(task_id, status, summary=None, worker_id=None, run_id=None, reason=None, attempt=None, delay_s=None,
             final=None, log=False, took_s=None, step=None, point_id=None, failure=None):
     """Send a report of a run; return the answer, or None. With `log` it includes the end of the run's output.
 
     A server without the extensions gets a PUT of the task instead, for what the plain protocol can't report."""
     if status not in ("pending", "running") and not final or client().extensions:
-        packed, size = end_of_log(task_id, run_id) if log and client().extensions else (None, None)
+        packed, size = end_of_log(task_id, run_id, attempt) if log and client().extensions else (None, None)
         attempt = dict(attempt or {}, log_bytes=size) if packed else attempt
         try:
             return send_report(task_id, status, summary, worker_id, run_id, reason, attempt, delay_s, final, packed,
@@ -13629,24 +13752,552 @@ def deliver(task_id, status, summary=None, worker_id=None, run_id=None, reason=N
     update_tasks([TaskUpdateRequest(task_id=task_id, **dict(fields, **({"summary": summary} if summary else {})))])
 
 
-def end_of_log(task_id, run_id):
-    """Return (the packed end of a run's output, the size of the whole output); (None, None) if it is not on this
+def end_of_log(task_id, run_id, attempt=None):
+    """Return (the compressed end of a run's output, the size of the whole output); (None, None) if it is not on this
     host."""
     if not (NAME.match(task_id) and NAME.match(run_id or "")):
         return None, None
-    data, size = read_end(os.path.join(os.path.abspath(load_config().root), "logs", task_id, run_id, "run.log"))
+    root = os.path.abspath(load_config().root)
+    data, size = read_end(lambda: _open_output(root, task_id, dict(attempt or {}, run_id=run_id)))
     return (None, None) if data is None else (packed_log(data), size)
 
 
-def read_end(path):
-    """Return (the last TAIL_BYTES of a file, its size), (None, None) where it can't be read."""
+def read_end(opener, most=TAIL_BYTES):
+    """Return (the last bytes of the file that `opener()` opens, its size), (None, None) where it can't be read."""
     try:
-        with open_plain(path) as file:
+        with opener() as file:
             size = file.seek(0, os.SEEK_END)
-            file.seek(max(0, size - TAIL_BYTES - 1))
-            return end_of_text(file.read(TAIL_BYTES + 1), TAIL_BYTES), size
+            file.seek(max(0, size - most - 1))
+            return end_of_text(file.read(most + 1), most), size
     except (OSError, OddFile):
         return None, None
+
+
+# The output of a run is read from its folder while that is there, from a pack once the run is over.
+
+
+class _Part:
+    """A part of an open file, to be read like a file of its own."""
+
+    def __init__(self, file, begin, length):
+        self.file, self.begin, self.length = file, begin, length
+        self.seek(0)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.file.close()
+
+    def seek(self, position, whence=os.SEEK_SET):
+        """Go to a position, counted from the part's begin or its end; return it."""
+        self.position = position + (self.length if whence == os.SEEK_END else 0)
+        self.file.seek(self.begin + self.position)
+        return self.position
+
+    def tell(self):
+        """Return the position."""
+        return self.position
+
+    def read(self, count):
+        """Return the next `count` bytes, or those that are left."""
+        data = self.file.read(max(0, min(count, self.length - self.position)))
+        self.position += len(data)
+        return data
+
+
+def _open_output(root, task_id, attempt):
+    """Return the output of a run to read from, by its task's attempt; `root` is the configuration's folder here.
+
+    Raises OSError or OddFile where it is not on this host."""
+    path = log_path(root, task_id, attempt)
+    try:
+        return open_plain(path)
+    except FileNotFoundError:
+        run_id = attempt.get("run_id") or ""
+        found = _open_packed(root, attempt.get("log"), task_id, run_id)
+        if found is None and not is_place(attempt.get("log")) and ("end" in attempt or "start" not in attempt):
+            found = _open_searched(root, task_id, run_id)
+        if found is None:
+            raise
+        return found
+
+
+class RunOutput:
+    """The output of a run of a Task, wherever it lies by now. `attempt`: what the task keeps of the run, maybe {}."""
+
+    def __init__(self, task, attempt):
+        self.root, self.task_id, self.run_id = os.path.abspath(find_root()), task.task_id, (
+            attempt.get("run_id") or task.run_id)
+        self.attempt = dict(attempt, run_id=self.run_id)
+
+    def open(self):
+        """Return the output to read from; raises OSError or OddFile where it is not on this host."""
+        try:
+            return _open_output(self.root, self.task_id, self.attempt)
+        except FileNotFoundError:
+            if "end" in self.attempt or "start" not in self.attempt:
+                raise
+            self.attempt = attempt_of(get_task(self.task_id), self.run_id)  # the run may have ended
+            return _open_output(self.root, self.task_id, self.attempt)
+
+    def is_here(self):
+        """Return whether it is on this host."""
+        try:
+            self.open().__exit__(None, None, None)
+        except OSError:
+            return False
+        return True
+
+    def path(self):
+        """Return the path at which it lies, or would."""
+        return _pack_path(self.root, self.attempt.get("log")) or log_path(self.root, self.task_id, self.attempt)
+
+
+def log_path(root, task_id, attempt):
+    """Return the path of a run's output while it is under way: what its worker has reported, or that in `root`."""
+    here = os.path.join(root, "logs", task_id, attempt.get("run_id") or "", "run.log")
+    reported = attempt.get("log")
+    is_path = isinstance(reported, str) and os.path.isabs(reported) and "\0" not in reported
+    try:
+        there = for_system(reported) if is_path else None
+    except UnicodeEncodeError:  # this system can't have such a path
+        there = None
+    return there if there and (os.path.exists(there) or not os.path.exists(here)) else here
+
+
+def _pack_path(root, place):
+    """Return the path of the file that an attempt's `log` names; None where it names none. `root` is the
+    configuration's folder here."""
+    try:
+        return os.path.join(root, for_system(place["file"])) if is_place(place) and "\0" not in place["file"] else None
+    except UnicodeEncodeError:
+        return None
+
+
+def _open_packed(root, place, task_id, run_id):
+    """Return the _Part of a pack at a place that an attempt names; None unless the pack says that it is the run's."""
+    path = _pack_path(root, place)
+    if path is None:
+        return None
+    try:
+        file, begin = open_plain(path), place["offset"]
+    except OSError:
+        return None
+    try:
+        is_own = os.path.basename(path) == own_log_name(task_id, run_id)
+        file.seek(0 if is_own else max(0, begin - PACK_HEAD_BYTES))
+        if is_own or is_packed_at(file.read(min(begin, PACK_HEAD_BYTES)), place, task_id, run_id):
+            return _Part(file, begin, place["length"])
+    except (OSError, OverflowError):  # no file is so long
+        pass
+    file.close()
+    return None
+
+
+def _open_searched(root, task_id, run_id):
+    """Return the _Part of a pack in `root` with the output of a run, or of a task's last run if its id is not known;
+    None without one. For a server that keeps no attempts, and a loop that was killed before its report."""
+    path, found = os.path.join(root, "logs", own_log_name(task_id, run_id)), None
+    try:
+        if os.path.exists(path):
+            return _Part(open_plain(path), 0, os.path.getsize(path))
+        for path in _packs_in(root):
+            place = _contents_of(path, os.path.getsize(path)).get((task_id, run_id))
+            found = (path,) + place if place else found
+        return _Part(open_plain(found[0]), *found[1:]) if found else None
+    except (OSError, OddFile):  # it has just been removed
+        return None
+
+
+@functools.lru_cache(100)
+def _contents_of(path, size):
+    """Return {(task id, run id or ""): (offset, length)} of a pack of this size; "" is the task's last run there."""
+    with open_plain(path) as file:
+        return {(task_id, key): (offset, length) for task_id, run_id, offset, length in read_packed(file)
+                for key in (run_id, "")}
+
+
+def _packs_in(root):
+    """Return the paths of the packs in a folder of the configuration, last written last."""
+    def written_at(path):
+        try:
+            return os.stat(path).st_mtime
+        except OSError:
+            return 0
+    try:
+        names = os.listdir(os.path.join(root, "logs"))
+    except OSError:
+        names = []
+    return sorted((os.path.join(root, "logs", name) for name in names if name.endswith(".pack")), key=written_at)
+
+
+class Packs:
+    """Where a loop keeps the output and the reports of its runs once they are over: a pack that no other loop writes to
+    meanwhile. Beside it a file NAME.runs lists the runs under way. Who finds one without a loop that holds the lock of
+    the pack knows which folders a loop has left that was killed.
+
+    A run is written to the pack first, then reported, then its folder is removed: wherever a kill comes, its output is
+    in one of the two."""
+
+    def __init__(self, root):
+        self.root, self.folder = root, os.path.join(root, "logs")
+        self.lock = threading.Lock()  # guards all that follows
+        self.path = self.fd = self.runs_fd = self.held = self.queue_id = None
+        self.rows = {}  # {key of a run whose folder is there: (number, text) of its line in NAME.runs}
+
+    def begin(self, run):
+        """Note that a run begins, before its folder is made. What can't be written is tried again at its end."""
+        with self.lock:
+            try:
+                self._open(run.task.queue_id)
+                taken = {number for number, _ in self.rows.values()}
+                number = next(number for number in itertools.count() if number not in taken)
+                self.rows[run.key] = number, "%s %s" % (run.task_id, run.key)
+                self._write_row(*self.rows[run.key])
+            except OSError:
+                pass
+
+    def add(self, run, report):
+        """Return the place of the output of a run that is over, for its attempt; None if it stays in its folder."""
+        with self.lock:
+            try:
+                self._open(run.task.queue_id)
+                return self._add(run.task_id, run.key, run.log_dir, report, run.spent_s() > _UNSYNCED_S)
+            except (OSError, OddFile) as error:
+                return remark("the output of task %s stays in %s: %s" % (run.task_id, run.log_dir, error))
+
+    def leave(self, run):
+        """Remove the folder of a run that was added and reported."""
+        _clear_run_folder(run.log_dir)
+        with self.lock:
+            self.rows.pop(run.key, None)
+
+    def current_path(self):
+        """Return where a function's loop names its run for the processes that it has started; None without a pack."""
+        return self.path and "%s-%s.current" % (_stem(self.path), new_id()[:8])
+
+    def close(self):
+        """Let other loops write to the pack. What is left in folders is for the next one."""
+        with self.lock:
+            if self.fd is None or not self.held.is_intact():
+                return
+            if not self.rows:
+                _remove(_stem(self.path) + ".runs")
+                if os.fstat(self.fd).st_size <= len(self._first_line()):
+                    _remove(self.path)
+            self._let_go()
+
+    # ---- which pack; the lock is held
+
+    def _open(self, queue_id):
+        """Have a pack to write to that is in its place, and a list of the runs under way; raises OSError."""
+        if self.fd is not None:
+            if self.held.is_intact() and _is_at(self.path, self.fd):
+                return
+            self._let_go()
+        self.queue_id = queue_id
+        if not os.path.isdir(self.folder):
+            os.mkdir(self.folder, 0o700)  # not makedirs: it must fail if the configuration's folder is missing
+        free = self._free_packs()
+        left = [path for path in free if os.path.exists(_stem(path) + ".runs")]
+        try:
+            self._drop_gone(free, [path for path in free if path not in left])
+            usable = [path for path, fd in free.items() if path not in left and self._is_of_host(path)
+                      and os.fstat(fd).st_size < PACK_BYTES >> 1]
+            self._use(usable[0], free.pop(usable[0])) if usable else self._make()
+            for path in filter(self._is_of_host, left):
+                self._adopt(_stem(path))
+        finally:
+            for fd in free.values():
+                os.close(fd)
+
+    def _first_line(self):
+        return json.dumps({"pack": 1, "queue": self.queue_id}, separators=(",", ":")).encode() + b"\n"
+
+    @staticmethod
+    def _is_of_host(path):
+        """Return whether a pack is of this host: only here does its lock tell for sure that no loop has it."""
+        return os.path.basename(path).rpartition("-")[0] == _host_word()
+
+    def _free_packs(self):
+        """Return {path: descriptor} of this queue's packs that no loop has, locked; those of other hosts only if nobody
+        has written to them for a day."""
+        free, first = collections.OrderedDict(), self._first_line()
+        for path in _packs_in(self.root) if fcntl else ():
+            try:
+                if not self._is_of_host(path) and now() - os.stat(path).st_mtime < _FOREIGN_S:
+                    continue
+                fd = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+            except OSError:
+                continue
+            found = os.pread(fd, len(first), 0)
+            is_free = first.startswith(found) and _is_locked(fd) and _is_at(path, fd)
+            if is_free and found == first:
+                free[path] = fd
+            else:
+                if is_free:  # a loop was killed as it made it
+                    _remove(path)
+                os.close(fd)
+        return free
+
+    def _drop_gone(self, free, paths):
+        """Remove those of these packs of which no task is left, with the files of outputs too long for them."""
+        try:
+            samples = {path: set(_sample_of(path)) for path in paths}
+            there = _those_left(set().union(*samples.values())) if samples else ()
+            for path in [path for path, ids in samples.items() if ids and not ids & there]:
+                keys = list(_contents_of(path, os.path.getsize(path)))
+                if not _those_left({task_id for task_id, _ in keys}):
+                    for key in keys:
+                        _remove(os.path.join(self.folder, own_log_name(*key)))
+                    _remove(path)
+                    os.close(free.pop(path))
+        except (LabtaskerError, OSError):  # another loop will do it
+            pass
+
+    def _use(self, path, fd):
+        """Write to a pack whose lock this process has."""
+        if os.pread(fd, 1, os.fstat(fd).st_size - 1) != b"\n":  # a loop was killed while it wrote
+            Disk.write_all(fd, b"\n")
+        self._hold(path, fd)
+
+    def _make(self):
+        """Write to a new pack."""
+        path = os.path.join(self.folder, "%s-%s.pack" % (_host_word(), new_id()[:8]))
+        fd = Disk.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_APPEND | getattr(os, "O_CLOEXEC", 0), 0o600)
+        try:
+            _is_locked(fd)
+            Disk.write_all(fd, self._first_line())
+        except OSError:
+            os.close(fd)
+            _remove(path)
+            raise
+        self._hold(path, fd)
+
+    def _hold(self, path, fd):
+        runs_fd = None
+        if fcntl:  # elsewhere nobody could tell whether this loop lives
+            try:
+                runs_fd = Disk.open(_stem(path) + ".runs", os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+            except OSError:
+                os.close(fd)
+                raise
+        self.path, self.fd, self.runs_fd = path, fd, runs_fd
+        self.held = Held(*[fd] if runs_fd is None else [fd, runs_fd])
+        for number, row in self.rows.values():
+            self._write_row(number, row)
+
+    def _write_row(self, number, row):
+        if self.runs_fd is not None:
+            os.pwrite(self.runs_fd, row.encode().ljust(_ROW_BYTES - 1) + b"\n", number * _ROW_BYTES)
+
+    def _let_go(self):
+        """Close the files, unless a function has closed them: others may have their numbers."""
+        fds, self.fd, self.runs_fd = (self.fd, self.runs_fd), None, None
+        for fd in fds if self.held.is_intact() else ():
+            if fd is not None:
+                os.close(fd)
+
+    def _change(self):
+        """Go on with a new pack, as this one is full."""
+        old, fds = self.path, (self.fd, self.runs_fd)
+        self._make()
+        _remove(_stem(old) + ".runs")
+        for fd in fds:
+            if fd is not None:
+                os.close(fd)
+
+    # ---- writing to it; the lock is held
+
+    def _add(self, task_id, run_id, folder, report, is_synced=True):
+        """Write the output of a run that is over, and its report; return its place. Raises OSError, nothing written."""
+        path, own = os.path.join(folder, "run.log"), os.path.join(self.folder, own_log_name(task_id, run_id))
+        try:
+            with open_plain(path) as log:
+                size = os.fstat(log.fileno()).st_size
+                if size <= PACK_BYTES:
+                    return self._write(task_id, run_id, log, size, report, is_synced)
+        except FileNotFoundError:  # a run that wrote none, or one whose log was moved when its loop was killed
+            if not os.path.exists(own):
+                return self._write(task_id, run_id, None, 0, report, is_synced)
+        else:  # it gets a file of its own; what is in the pack remembers that
+            self._write(task_id, run_id, None, 0, report, True)
+            Disk.rename(path, own)
+        return self._place(own, 0, os.path.getsize(own))
+
+    def _write(self, task_id, run_id, log, size, report, is_synced):
+        report, first = json.dumps(report).encode(), log.read(min(size, READ_BYTES)) if log else b""
+        crc, left = zlib.crc32(first), size - len(first)
+        for data in _pieces(log, left):
+            crc = zlib.crc32(data, crc)
+        head = pack_head(task_id, run_id, size, len(report), crc)
+        begin = os.fstat(self.fd).st_size
+        if begin + len(head) + size + len(report) > PACK_BYTES and begin > len(self._first_line()):
+            self._change()
+            begin = os.fstat(self.fd).st_size
+        try:
+            if left:
+                log.seek(len(first))
+                Disk.write_all(self.fd, head + first)
+                for data in _pieces(log, left):
+                    Disk.write_all(self.fd, data)
+                head_and_output = b""
+            else:
+                head_and_output = head + first
+            Disk.write_all(self.fd, b"".join((head_and_output, b"\n", report, b"\n")))
+            if is_synced:  # before the folder goes, which may be on disk for long
+                Disk.sync(self.fd)
+        except OSError:
+            Disk.truncate(self.fd, begin)
+            raise
+        return self._place(self.path, begin + len(head), size)
+
+    def _place(self, path, offset, length):
+        """Return what an attempt keeps of a place; the file is relative to the store's folder where that is `root`."""
+        is_beside = result_or(is_beside_store, False)
+        return {"file": "logs/" + os.path.basename(path) if is_beside else from_system(path), "offset": offset,
+                "length": length}
+
+    # ---- what killed loops have left; the lock is held
+
+    def _adopt(self, stem):
+        """Pack the runs that are over of a loop that was killed."""
+        with open(stem + ".runs", "rb") as file:
+            rows = [row.split() for row in file.read().decode("utf-8", "replace").splitlines()]
+        rows = [row for row in rows if len(row) == 2 and all(map(NAME.match, row))]
+        if [row for row in rows if not self._adopt_run(*row)]:
+            return
+        for name in os.listdir(self.folder):
+            if name.startswith(os.path.basename(stem) + "-"):  # what named the run of a function
+                _remove(os.path.join(self.folder, name))
+        _remove(stem + ".runs")
+
+    def _adopt_run(self, task_id, run_id):
+        """Return whether nothing is left of a run in its folder but files that its job has made; False while the store
+        takes it for one that goes on, or can't be asked."""
+        folder, attempt = os.path.join(self.folder, task_id, run_id), {}
+        if not os.path.isdir(folder):
+            _remove_empty(os.path.dirname(folder))
+            return True
+        try:
+            task = get_task(task_id)
+            if task.status == "running" and task.run_id in (None, run_id):
+                return False
+            attempt = attempt_of(task, run_id)
+        except LabtaskerHTTPStatusError as error:
+            if error.status_code != 404:
+                return False
+        except LabtaskerError:
+            return False
+        try:
+            if not is_place(attempt.get("log")):
+                place = self._add(task_id, run_id, folder, read_json(os.path.join(folder, "status.json")))
+                tell_place(task_id, run_id, place)
+        except (LabtaskerError, OSError, OddFile):
+            return False
+        _clear_run_folder(folder)
+        _remove_empty(os.path.dirname(folder))
+        return True
+
+
+_ROW_BYTES = 208  # two names and what stands between them
+_UNSYNCED_S = 30  # a shorter run's output may be lost at a power cut, packed or not
+_FOREIGN_S = 24 * 3600
+_SAMPLE_PARTS = 8
+
+
+def _stem(path):
+    """Return the path of a pack without its ending."""
+    return path[:-len(".pack")]
+
+
+@functools.lru_cache(None)
+def _host_word():
+    """Return this machine's name as it begins the names of its packs."""
+    return re.sub(r"[^a-zA-Z0-9_-]", "-", host_name())[:80]
+
+
+def _is_locked(fd):
+    """Return whether this process has the lock of a pack from now on, until the file is closed."""
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return True
+    except (OSError, AttributeError):  # another loop has it, or there are no locks here
+        return False
+
+
+def _is_at(path, fd):
+    """Return whether an open file is the one at a path."""
+    try:
+        return os.path.samestat(os.stat(path), os.fstat(fd))
+    except OSError:
+        return False
+
+
+def _pieces(log, left):
+    """Yield the next `left` bytes of a file in pieces; raises OSError where there are fewer."""
+    while left:
+        data = log.read(min(left, READ_BYTES))
+        if not data:
+            raise OSError(errno.EIO, "the log was cut while it was read")
+        left -= len(data)
+        yield data
+
+
+def _sample_of(path):
+    """Return the ids of some tasks of a pack, from all over it."""
+    size = os.path.getsize(path)
+    with open_plain(path) as file:
+        found = [next(read_packed(file, size * part // _SAMPLE_PARTS), None) for part in range(_SAMPLE_PARTS)]
+    return [entry[0] for entry in found if entry]
+
+
+def _those_left(ids):
+    """Return those of some ids of which there is a task."""
+    ids, left = list(ids), set()
+    for at in range(0, len(ids), _PART_IDS):
+        left.update(task.task_id for task in ls_tasks(
+            limit=_PART_IDS, extra_filter={"_id": {"$in": ids[at:at + _PART_IDS]}}).content)
+    return left
+
+
+def tell_place(task_id, run_id, place):
+    """Have the store note where the output of a run lies that is over; raises LabtaskerError where it is away."""
+    try:
+        if client().extensions:
+            deliver(task_id, "running", run_id=run_id, attempt={"log": place}, log=not is_beside_store())
+    except LabtaskerHTTPStatusError as error:  # the task is gone, or its attempts of long ago
+        if is_away(error):
+            raise
+
+
+def _remove_empty(folder):
+    """Remove the folder of a task and the one that its runs share if nothing is in them."""
+    for path in (os.path.join(folder, TASK_FOLDER), folder):
+        try:
+            os.rmdir(path)
+        except OSError:  # it is in use, or was never made
+            pass
+
+
+_RUN_FILES = Pattern(r"(run\.log|(task|summary|status|stop|current)\.json|script-.*)(\.new-\d+)?\Z")
+
+
+def _clear_run_folder(folder):
+    """Remove a run's folder, but for files that its job has made there, and that of its task if it is empty then."""
+    try:
+        for name in ("run.log", "task.json"):
+            _remove(os.path.join(folder, name))
+        try:
+            os.rmdir(folder)
+        except OSError:  # there is more
+            for name in filter(_RUN_FILES.match, os.listdir(folder)):
+                _remove(os.path.join(folder, name))
+            os.rmdir(folder)
+        os.rmdir(os.path.dirname(folder))
+    except OSError:  # there are files of the job's
+        pass
 
 
 # A report that can't be delivered because the server is away waits in the configuration's folder `outbox`. Each report
@@ -13928,6 +14579,8 @@ class Run:
         self.noted = {}  # what this process wrote into summary.json
         self.task_dir = os.path.join(os.path.dirname(self.log_dir), TASK_FOLDER)
         self.known_by = None  # the line by which one knows the failure of a job
+        self.packs = self.log = None  # of a loop's run: its Packs, the RunLog that its job writes to
+        self.place = None  # where in a pack its output lies, once it is over
 
     def attempt(self):
         """Return which run of its task this is, from 1 on."""
@@ -14008,6 +14661,8 @@ class Run:
     def begin(self):
         """Note that the run begins and write task.json; print why it can't be written."""
         self.move("begin")
+        if self.packs:
+            self.packs.begin(self)
         if self.has_log_dir():
             write_json(self.path("task.json"), self.task.to_dict())
 
@@ -14037,7 +14692,7 @@ class Run:
 
     def note_summary(self, summary):
         """Merge `summary` into summary.json; print why it can't be written. No error: it is already reported."""
-        if not (summary and self.has_folder()):
+        if self.place or not (summary and self.has_folder()):
             return
         try:
             path = self.path("summary.json")
@@ -14046,10 +14701,14 @@ class Run:
         except (OSError, LabtaskerError) as error:
             remark("can't write %s: %s" % (self.path("summary.json"), error))
 
+    def written_summary(self, summary):
+        """Return what summary.json has, with `summary`."""
+        return merge(read_json(self.path("summary.json")), unflatten(summary or {}, "summary"))
+
     def note_end(self, status, **facts):
         """Note that the run ended and write status.json, by which the loop learns it from the job's processes."""
         self.ended = status
-        if (os.path.isdir(self.log_dir) or self.task is None) and self.has_folder():
+        if not self.place and (os.path.isdir(self.log_dir) or self.task is None) and self.has_folder():
             write_json(self.path("status.json"), dict(facts, status=status))
 
     def note_begin(self):
@@ -14057,7 +14716,8 @@ class Run:
         of a pool, a fork server) read it: their environment still names the run that started them."""
         if not os.path.isdir(self.log_dir):
             return
-        path = _CURRENT_PATHS.setdefault((os.getpid(), threading.get_ident()), self.path("current.json"))
+        path = _CURRENT_PATHS.setdefault((os.getpid(), threading.get_ident()), (
+            self.packs and self.packs.current_path() or self.path("current.json")))
         if not os.path.isdir(os.path.dirname(path)):  # the folder of the thread's first run was removed
             _CURRENT_PATHS[os.getpid(), threading.get_ident()] = path = self.path("current.json")
         write_json(path, {"task_id": self.task_id, "run_id": self.run_id or "", "worker_id": self.worker_id or "",
@@ -14094,8 +14754,27 @@ class Run:
             return False
 
     def make_log_dir(self):
-        os.makedirs(self.log_dir, mode=0o700, exist_ok=True)
+        for _ in range(10):
+            try:
+                os.makedirs(self.log_dir, mode=0o700, exist_ok=True)
+                break
+            except FileNotFoundError:  # another loop has just removed the task's folder, which was empty
+                pass
         return self.log_dir
+
+    def pack(self, report):
+        """Write the output of the run, which is over, and its report to the loop's pack; return the facts about that
+        for its attempt. A process that the job has left may write on: then all stays in the folder."""
+        is_written = self.log and self.log.fd is not None
+        if self.packs and not is_written and os.path.isdir(self.log_dir):
+            self.place = self.packs.add(self, without_none(**report))
+        shared = from_system(self.task_dir) if self.place and os.path.isdir(self.task_dir) else None
+        return without_none(log=self.place, task_dir=shared)
+
+    def leave_folder(self):
+        """Remove the run's folder once its output is in a pack and its report is delivered or saved."""
+        if self.place:
+            self.packs.leave(self)
 
     def make_task_dir(self):
         """Make the folder that all runs of the task share; print why it can't be made."""
@@ -15241,7 +15920,7 @@ class Loop:
 
     def __init__(self, execute, request, worker=None, signals=(), slots=None, why_not=None, **given):
         self.execute, self.request, self.worker, self.limit = execute, request, worker, None
-        self.why_not, self.account, self.own_worker = why_not, Account(), None
+        self.why_not, self.account, self.own_worker, self.packs = why_not, Account(), None, None
         self.options = Options(LOOP_OPTIONS, given)
         self.wake = Wake(loop_signals() + list(signals))
         self.beats = HeartbeatProcess(self.on_lost)
@@ -15313,6 +15992,8 @@ class Loop:
             remark("%s is saved in %s; the next labtasker command here delivers it once the server is back" % (
                 ", ".join("the report of task " + run.task_id for run in self.waiting.values()), outbox()))
         self.beats.close()
+        if self.packs:
+            self.packs.close()
 
     def _end_worker(self):
         """Return whether the server has heard that the loop's own worker has ended; it is not waited for long."""
@@ -15395,6 +16076,7 @@ class Loop:
             self.own_worker = create_worker(**dict(_default_worker(), **(self.worker or {})))
             self.request["worker_id"] = self.own_worker
         self.request["attempt"] = _attempt_facts()
+        self.packs = Packs(os.path.abspath(load_config().root))
         self.limit = Limit(seconds_left(self.options.time_limit_s), self.options.grace_s, self.options.drain_before_s,
                            parse_duration(self.request.get("eta_max") or 0))
         self.idle_since = monotonic()
@@ -15590,7 +16272,7 @@ class _FailureRow:
         said = cut(clean(lines[-1] or "nothing", ""), _REASON_LIMIT)
         return "%d tasks in a row failed within %g s each on %s, %s: %s\nlabtasker: look what is wrong with this " \
             "machine; --max-consecutive-failures 0 goes on" % (
-                len(lines), _QUICK_S, _host_name(), "all with" if len(set(lines)) == 1 else "the last with", said)
+                len(lines), _QUICK_S, host_name(), "all with" if len(set(lines)) == 1 else "the last with", said)
 
 
 def _longer(loop):
@@ -15695,7 +16377,7 @@ class Slot:
                 self._guarded_pass()
         except WorkerSuspended as error:
             loop.fatal = None  # whatever another slot met, this says what to do
-            loop.fail("no more tasks are run on %s: %s" % (_host_name(), error))
+            loop.fail("no more tasks are run on %s: %s" % (host_name(), error))
         except (LabtaskerError, OSError, MemoryError) as error:
             loop.fail(str(error) or type(error).__name__)
         except BaseException as error:
@@ -15780,7 +16462,7 @@ class Slot:
         task, left, is_ended = self._ask(None if seen else wait_s)
         if task:
             run = Run(task.task_id, task.run_id, loop.request["worker_id"], task)
-            run.limit, run.store_id = loop.limit, store_id()
+            run.limit, run.store_id, run.packs = loop.limit, store_id(), loop.packs
             if loop.is_over():
                 run.move("decline")
             with loop.lock:
@@ -15875,6 +16557,8 @@ class Slot:
             outcome = outcome._replace(reason=failure_text(outcome.summary or {})[:_REASON_LIMIT])
         outcome = _after_row(loop, run, outcome)
         status = outcome.status
+        facts.update(run.pack(dict(outcome._asdict(), facts=facts)))
+        added = None  # to what the job has reported
         if run.ended_by_job():
             status = run.ended
             results = {key: value for key, value in (outcome.summary or {}).items() if key not in ERRORS}
@@ -15883,10 +16567,10 @@ class Slot:
         elif status is None and run.stopped:
             _send_outcome(self, run, Outcome("cancelled"), facts)
         elif status is None:
-            send_log_of_lost(run) if run.has_log_elsewhere() and not self.wake.stop else None
+            send_log_of_lost(run) if not self.wake.stop else None
         else:
-            status = _send_outcome(self, run, outcome, facts)
-            run.note_summary(outcome.summary)
+            status, added = _send_outcome(self, run, outcome, facts), outcome.summary
+            run.note_summary(added)
         state = _state_after(run, status, outcome.is_final and not run.ended)
         why = outcome.reason
         if run.ended or status is None:
@@ -15894,9 +16578,10 @@ class Slot:
                 "as reported by the job itself" if outcome.status != run.ended else "")
         if run.stopped:
             state, status, why = "stopped", "cancelled", run.stopped[len(STOPPED):]
-        self.tell(run, ending(run.task, state, run.spent_s(), read_json(run.path("summary.json")), why))
+        self.tell(run, ending(run.task, state, run.spent_s(), run.written_summary(added), why))
         facts["reason"] = run.stopped or outcome.reason
         run.note_end(status or run.lost or "lost", **facts)
+        run.leave_folder()
         with loop.lock:
             loop.account.end(run.task_id, state)
 
@@ -15962,10 +16647,13 @@ def _send_outcome(slot, run, outcome, facts):
 
 
 def send_log_of_lost(run):
-    """Send the end of the output of a run that someone else has ended, with a report that can change nothing else: the
-    run is over, and a failure that comes after that adds to what is known of it at the most."""
+    """Tell where the output of a run lies that someone else has ended, and send its end if that is not beside the
+    store: with reports that can change nothing else, as the run is over."""
     try:
-        deliver(run.task_id, "failed", worker_id=run.worker_id, run_id=run.run_id, log=True)
+        if run.place:
+            tell_place(run.task_id, run.run_id, run.place)
+        elif run.has_log_elsewhere():
+            deliver(run.task_id, "failed", worker_id=run.worker_id, run_id=run.run_id, log=True)
     except LabtaskerError:  # most are refused, and the output is kept all the same
         pass
 
@@ -16000,20 +16688,15 @@ _WORKER_MAX_RETRIES = 1000000  # of a loop's own worker: its tasks fail for reas
 LOOP_SETTINGS = {"on_internal_error": None, "prompt_on_failure": False}
 
 
-def _host_name():
-    """Return this machine's name."""
-    return os.uname().nodename if hasattr(os, "uname") else os.environ.get("COMPUTERNAME", "host")
-
-
 def _attempt_facts():
     """Return what a task's attempt keeps of its loop: the host, the process, the code, and where the output is."""
     log = os.path.join(os.path.abspath(load_config().root), "logs", "{task_id}", "{run_id}", "run.log")
-    return without_none(host=_host_name(), pid=os.getpid(), git=code_version(), log=from_system(log))
+    return without_none(host=host_name(), pid=os.getpid(), git=code_version(), log=from_system(log))
 
 
 def _default_worker():
     """Return what a loop registers its worker with."""
-    host = _host_name()
+    host = host_name()
     return {"worker_name": "%s-%d" % (re.sub(r"[^a-zA-Z0-9_-]", "-", host)[:80], os.getpid()),
             "metadata": {"host": host, "pid": os.getpid()}, "max_retries": _WORKER_MAX_RETRIES}
 
@@ -16196,7 +16879,7 @@ def _call_function(slot, run, call):
     before = {name: os.environ.get(name) for name in names}
     os.environ.update(names)
     RUNS[thread] = run
-    log = RunLog(run.path("run.log"))
+    log = run.log = RunLog(run.path("run.log"))
     tees, held = listen_in(log, slot.loop.options.quiet) if wake.in_main else (), client_held()
     try:
         try:
@@ -16289,7 +16972,7 @@ def _outcome_of_error(loop_, run, error):
         return Outcome("pending", reason=_brief_error(error), delay_s=min(error.delay_s, MAX_DELAY_S))
     if issubclass(type(error), FatalWorkerError):
         why = _brief_error(error)
-        return Outcome("pending", reason=why, fatal="no more tasks are run on %s: %s" % (_host_name(), why))
+        return Outcome("pending", reason=why, fatal="no more tasks are run on %s: %s" % (host_name(), why))
     summary = {"labtasker_exception": exception_summary(error)}
     is_final = issubclass(type(error), (UnfitArgs, TaskError))
     remark("task %s raised\n%s" % (run.task_id, summary["labtasker_exception"]["traceback"].rstrip()))
@@ -16380,7 +17063,8 @@ def _run_job(slot, run, command, use_pty=True, metrics=None, step=None):
     output, script, kills = None, None, oom_kills()
     reporter = _Reporter(run, metrics, step) if metrics else None
     try:
-        output = Output(RunLog(run.path("run.log")), use_pty, slot.spec.label, reporter and reporter.printed,
+        run.log = RunLog(run.path("run.log"))
+        output = Output(run.log, use_pty, slot.spec.label, reporter and reporter.printed,
                         slot.loop.options.quiet)
         run.make_task_dir()
         args = dict(run.task.args, **run.built_in(slot.own["LABTASKER_SLOT"]))
@@ -16405,7 +17089,7 @@ def _run_job(slot, run, command, use_pty=True, metrics=None, step=None):
     facts = dict(exit_facts(process.returncode), **({"workdir": folder} if folder else {}))
     if is_own_end and not _is_of_own_signal(slot, process.returncode):
         outcome = outcome_of_exit(process.returncode)._replace(facts=facts)
-        data = read_end(run.path("run.log"))[0] if outcome.status == "failed" else None
+        data = read_end(lambda: open_plain(run.path("run.log")))[0] if outcome.status == "failed" else None
         text, is_out_of_memory = (data or b"").decode("utf-8", "replace"), (oom_kills() or 0) > (kills or 0)
         outcome, run.known_by = classed(outcome, process.returncode, text, is_out_of_memory)
         return outcome
@@ -16692,7 +17376,8 @@ def folders_of(task):
     last = task.attempts[-1] if task.attempts else {}
     log = last.get("log")
     shared = isinstance(log, str) and re.match(r"(?s)(.+[/\\])[^/\\]+[/\\]run\.log\Z", log)
-    return {"workdir": last.get("workdir"), "task_dir": shared.group(1) + TASK_FOLDER if shared else None}
+    return {"workdir": last.get("workdir"),
+            "task_dir": shared.group(1) + TASK_FOLDER if shared else last.get("task_dir")}
 
 
 def spent(task, many="{0}, last {1}"):
@@ -18650,9 +19335,8 @@ def _unmet(task, query):
 def do_task_logs(options):
     task = get_task(_full_id(options.task_id))
     attempt = _chosen_attempt(task, options.attempt)
-    path, run_id = log_path(task, attempt), attempt.get("run_id") or task.run_id
-    goes_on = bool(attempt) and "end" not in attempt
-    is_here = os.path.exists(path)
+    output, goes_on = RunOutput(task, attempt), bool(attempt) and "end" not in attempt
+    path, run_id, is_here = output.path(), output.run_id, output.is_here()
     log = {} if is_here else get_log(task.task_id, run_id)
     is_followed = is_here or options.follow and goes_on
     if log.get("text") is None and not is_followed:
@@ -18662,8 +19346,8 @@ def do_task_logs(options):
             task.task_id, task.attempts.index(attempt) + 1, len(task.attempts), attempt.get("host"),
             attempt.get("status", "running")))
     if is_followed:
-        _follow_log(path, lambda: options.follow and _is_running(task.task_id, run_id), options.tail)
-    if is_followed and not os.path.exists(path):  # the run has ended on another host
+        _follow_log(output.open, lambda: options.follow and _is_running(task.task_id, run_id), options.tail)
+    if is_followed and not output.is_here():  # the run has ended on another host
         time.sleep(_ASK_S)  # the server stores its output only after its report
         log = get_log(task.task_id, run_id)
         if log.get("text") is None:
@@ -18719,20 +19403,6 @@ def _chosen_attempt(task, number):
     return task.attempts[(number or 0) - 1] if task.attempts else {}
 
 
-def log_path(task, attempt):
-    """Return the path of a run's output: the one that its worker has reported, or that in the configuration's folder
-    here."""
-    here = os.path.join(os.path.abspath(find_root()), "logs", task.task_id, attempt.get("run_id") or task.run_id or "",
-                        "run.log")
-    reported = attempt.get("log")
-    is_path = isinstance(reported, str) and os.path.isabs(reported) and "\0" not in reported
-    try:
-        there = for_system(reported) if is_path else None
-    except UnicodeEncodeError:  # this system can't have such a path
-        there = None
-    return there if there and (os.path.exists(there) or not os.path.exists(here)) else here
-
-
 def _is_running(task_id, run_id):
     """Return whether the run goes on."""
     task = get_task(task_id)
@@ -18742,23 +19412,27 @@ def _is_running(task_id, run_id):
 _POLL_S, _ASK_S = 0.2, 1.0  # between two reads of a file that grows, and two requests for the task
 
 
-def _follow_log(path, goes_on, tail=None):
-    """Print a file, or its last `tail` lines, and what is added to it as long as `goes_on()` is true."""
+def _follow_log(opener, goes_on, tail=None):
+    """Print the file that `opener()` opens, or its last `tail` lines, and what is added to it as long as `goes_on()` is
+    true."""
     position, ask_at, is_going = 0, 0, True
-    if tail is not None and os.path.exists(path):
-        with open_plain(path) as file:
-            position = _begin_of_tail(file, tail)
+    if tail is not None:
+        try:
+            with opener() as file:
+                position = _begin_of_tail(file, tail)
+        except FileNotFoundError:  # not yet
+            pass
     while is_going:
         if time.monotonic() >= ask_at:  # before reading, so that the file is read once more after the run's end
             is_going, ask_at = goes_on(), time.monotonic() + _ASK_S
-        position = _print_from(path, position)
+        position = _print_from(opener, position)
         time.sleep(_POLL_S if is_going else 0)
 
 
-def _print_from(path, position):
-    """Print the file from a position on; return the new position."""
+def _print_from(opener, position):
+    """Print a file from a position on; return the new position."""
     try:
-        with open_plain(path) as file:
+        with opener() as file:
             file.seek(position)
             for data in iter(lambda: file.read(1 << 20), b""):
                 _print_output(data)
@@ -18832,7 +19506,7 @@ def _printed_values(task, metrics, step=None):
     printed, attempt, kind = Printed(metrics, step), _chosen_attempt(task, None), "all"
     feed = printed.channel()
     try:
-        with open_plain(log_path(task, attempt)) as file:
+        with RunOutput(task, attempt).open() as file:
             for data in iter(lambda: file.read(1 << 20), b""):
                 feed(data)
     except OSError:

@@ -23,15 +23,15 @@ from labtasker import (
     COMMANDS, CONFIG_NAME, CONTROL, EVERY, EXTRA_COMMANDS, NAMED_FAILURES, NOT_ENDED, REFRESH_S, REQUIRED, ROUTES,
     SELECT,
     SETTINGS, TASK_FIELDS, TASK_STATES, UPDATABLE, Command, Disk, Instant, JobCommand, LabtaskerError,
-    LabtaskerHTTPStatusError, LabtaskerRuntimeError, LabtaskerValueError, OddFile, Page, Sweep,
-    SyntaxMistake, TaskUpdateRequest, UsageError, order_key, last_seen, alike_lines, as_typed, ask, ask_route, brief,
-    cells_wide, change_of, choice, choose_columns, clean, client, compile_query, confirm, duration, enter_page,
-    error_of, exact, filter_of, find_root, fitted, flatten, folders_of, for_system, format_time, get_path, group,
-    health_check, hint, ids_of, in_order, is_away, is_terminal, joined, lay_out, load_config, log_path, ls_tasks,
-    ls_workers,
-    main, monotonic, note, now, open_plain, option, pace, pace_of, pairs, parse, parse_filter, progress,
-    read_server_file, read_text, recent_ends, record_text, row_of, say, screen_size, seconds, selectors, sparkline,
-    show, spent_s, store_folder, tail_of, tasks_in_words, typed_filter, typed_value, update_tasks, updates_of,
+    LabtaskerHTTPStatusError, LabtaskerRuntimeError, LabtaskerValueError, OddFile, Page, RunOutput, Sweep,
+    SyntaxMistake, TaskUpdateRequest, UsageError, order_key, last_seen, alike_lines, as_typed, ask, ask_route,
+    attempt_of, brief, cells_wide, change_of, choice, choose_columns, clean, client, compile_query, confirm, duration,
+    enter_page, error_of, exact, filter_of, find_root, fitted, flatten, folders_of, for_system, format_time, get_path,
+    group, health_check, hint, ids_of, in_order, is_away, is_terminal, joined, lay_out, load_config, ls_tasks, ls_workers,
+    main, monotonic, note, now, open_plain, option, pace, pace_of, pairs, parse, parse_filter, progress, read_end,
+    read_server_file, read_text, result_or, recent_ends, record_text, row_of, say, screen_size, seconds, selectors,
+    sparkline, show, spent_s, store_folder, tail_of, tasks_in_words, typed_filter, typed_value, update_tasks,
+    updates_of,
     use_client, visible, METRICS, config_sources, formats, render_table, show_result)
 
 __all__ = ["main", "server_main"]
@@ -80,20 +80,15 @@ def page(text):
 
 
 def last_log(task):
-    """Return the file with the output of a task's last run, or None if it is not on this host."""
-    path = log_path(task, (task.attempts or [{}])[-1])
-    return path if os.path.isfile(path) else None
+    """Return the RunOutput of a task's last run, or None if it is not on this host."""
+    output = RunOutput(task, (task.attempts or [{}])[-1])
+    return output if result_or(output.is_here, False) else None
 
 
-def last_lines(path, limit, tail_bytes=65536):
-    """Return the last lines of a file as a terminal would show them; [] if it can't be read."""
-    try:
-        with open_plain(path) as file:
-            file.seek(max(0, os.fstat(file.fileno()).st_size - tail_bytes))
-            text = file.read(tail_bytes).decode("utf-8", "replace")
-    except (OSError, OddFile):
-        return []
-    return shown_lines(text, limit)
+def last_lines(opener, limit, tail_bytes=65536):
+    """Return the last lines of the file that `opener()` opens as a terminal would show them; [] if it can't be read."""
+    data, _ = read_end(opener, tail_bytes)
+    return [] if data is None else shown_lines(data.decode("utf-8", "replace"), limit)
 
 
 def shown_lines(text, limit):
@@ -110,8 +105,8 @@ def is_named(task):
 
 def last_words(task):
     """Return the last line of the exception of a failed task, else of its log, else of the error in its summary."""
-    path = None if is_named(task) else last_log(task)
-    lines = [line for line in last_lines(path, 20, 4096) if line.strip()] if path else []
+    output = None if is_named(task) else last_log(task)
+    lines = [line for line in last_lines(output.open, 20, 4096) if line.strip()] if output else []
     return lines[-1].strip() if lines else clean(error_of(task), "")
 
 # ---- Watching
@@ -345,11 +340,11 @@ class View:
 
     def _log(self, width, room):
         task = self.tasks.get(self.chosen)
-        path = last_log(task) if task else None
-        if path is None:
+        output = last_log(task) if task else None
+        if output is None:
             return [fitted("There is no log of task %s on this host." % str(self.chosen)[:8], width).rstrip()]
-        return [styled(path[-width:], FAINT)] + [
-            fitted(line, width).rstrip() for line in last_lines(path, room - 1)]
+        return [styled(output.path()[-width:], FAINT)] + [
+            fitted(line, width).rstrip() for line in last_lines(output.open, room - 1)]
 
 
 def check_filter(query):
@@ -1618,7 +1613,7 @@ def failure_of(store, record):
         return error
     key = (store.folder, record.task_id, record.run_id)
     if key not in LAST_WORDS and record.run_id:
-        data, _ = tail_of(store, record.task_id, record.run_id, most=4096)
+        data, _ = tail_of(store, record.task_id, record.run_id, attempt_of(record, record.run_id), 4096)
         text = (data or b"").decode("utf-8", "replace")
         lines = [line.strip() for line in shown_lines(text, 20) if line.strip()]
         if not lines:
@@ -3564,8 +3559,9 @@ function facts(rows) {
 
 /** The folder in which the last run ran, if it was given one, and the folder that all runs share. */
 function foldersOf(attempts) {
-  const {workdir, log} = attempts[attempts.length - 1] || {};
-  return {workdir, shared: asText(log || "").replace(/[^/\\]+[/\\]run\.log$/, "files")};
+  const {workdir, log, task_dir: folder} = attempts[attempts.length - 1] || {};
+  const shared = typeof log === "string" ? log.replace(/[^/\\]+[/\\]run\.log$/, "files") : asText(folder || "");
+  return {workdir, shared};
 }
 
 function taskFacts(task, folders) {

@@ -33,6 +33,9 @@ SETTINGS = {  # name: (value of the quick version, meaning)
     "CURVES": (60, "random histories of which rules and a plain model judge the points"),
     "CURVE_SOAK": (5, "seconds in which the workers that report points, and their server, are killed"),
     "CURVE_WORKERS": (5, "loops that report points meanwhile"),
+    "PACK_KILLS": (30, "kills of a loop between two steps of packing a run"),
+    "LOOP_KILLS": (5, "kills of a loop with four slots, whose output is looked for"),
+    "SHORT_RUNS": (150, "short runs whose files are counted"),
     "SEED": (1, "where the dice start"),
 }
 ME = "/api/v1/queues/me"

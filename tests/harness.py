@@ -16,6 +16,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
+import zlib
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 MODULE = ROOT / "labtasker.py"
@@ -38,6 +39,21 @@ def wait_until(function, what, timeout_s=20, never=None):
             raise AssertionError("%s: not within %s s. Last value: %r" % (what, timeout_s, value))
         time.sleep(pause_s)
         pause_s = min(pause_s * 1.5, 0.1)
+
+
+def packed(folder):
+    """Return {task id: [{run, output, report, path}]} of the runs in the packs of a store's folder, as a reader of the format would."""
+    found = {}
+    for path in sorted(pathlib.Path(str(folder)).glob("logs/*.pack")):
+        with open(str(path), "rb") as file:
+            assert json.loads(file.readline().decode())["pack"] == 1
+            for line in iter(file.readline, b""):
+                head = json.loads(line.decode())
+                output, report = [file.read(head[part] + 1) for part in ("length", "report")]
+                assert output[-1:] == report[-1:] == b"\n" and int(head["crc"], 16) == zlib.crc32(output[:-1])
+                found.setdefault(head["task"], []).append({
+                    "run": head["run"], "output": output[:-1].decode(), "report": json.loads(report.decode()), "path": path})
+    return found
 
 
 def clean_env(env=None):

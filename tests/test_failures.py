@@ -239,7 +239,7 @@ def test_a_row_is_of_different_tasks_that_fail_quickly_and_a_success_ends_it():
     assert not row.tasks, "one that took long is the task's own, and ends the row"
     for task_id in "abc":
         row.note(task_id, "failed", 1, "no GPU" if task_id != "c" else "no CUDA")
-    assert row.is_full() and "the last with: no CUDA" in row.told() and L._host_name() in row.told()
+    assert row.is_full() and "the last with: no CUDA" in row.told() and L.host_name() in row.told()
     row.note("d", "success", 1, None)
     assert row.is_full(), "another slot's success comes too late"
     never = L._FailureRow(0)
@@ -255,7 +255,7 @@ def test_a_decorated_loop_stops_with_4_after_so_many_quick_failures(home, capfd)
     assert ended.value.code == 4
     assert [L.get_task(task_id).status for task_id in ids] == ["failed"] * 3 + ["pending"] * 2
     said = capfd.readouterr().err
-    assert "3 tasks in a row failed" in said and "all with: ValueError: no GPU" in said and L._host_name() in said
+    assert "3 tasks in a row failed" in said and "all with: ValueError: no GPU" in said and L.host_name() in said
 
 
 @pytest.mark.slow
@@ -272,7 +272,7 @@ def test_a_broken_machine_among_four_costs_a_sweep_ten_runs_at_the_most(server_h
     wait_until(lambda: broken.poll() is not None, "the broken one's loop ends", timeout_s=60)
     assert broken.returncode == 4
     output = broken.log_path.read_text()
-    assert "all with: nvidia-smi has failed" in output and L._host_name() in output
+    assert "all with: nvidia-smi has failed" in output and L.host_name() in output
     assert sum(task.retries for task in L.ls_tasks(limit=1000).content) <= 10
     for loop in [start(False) for _ in range(3)]:
         wait_until(lambda: loop.poll() is not None, "a loop ends", timeout_s=60)

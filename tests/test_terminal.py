@@ -482,9 +482,9 @@ def test_bytes_of_a_terminal_become_keys():
 def test_last_lines_of_a_log_are_what_a_terminal_would_show(tmp_path):
     path = tmp_path / "run.log"
     path.write_bytes(b"x\n" * 50000 + b"\x1b[31mred\x1b[0m\n 10%\r 50%\r100%\r\nend \x1b]0;owned\x07\xff\n")
-    lines = labtasker_cli.last_lines(str(path), 3)
+    lines = labtasker_cli.last_lines(lambda: labtasker.open_plain(str(path)), 3)
     assert lines[:2] == ["red", "100%"] and lines[2].startswith("end \\x1b]0;owned\\x07")
-    assert labtasker_cli.last_lines(str(tmp_path / "none"), 3) == []
+    assert labtasker_cli.last_lines(lambda: labtasker.open_plain(str(tmp_path / "none")), 3) == []
 
 
 def test_watch_without_a_terminal_prints_once_what_it_would_show_and_ends(home, capsys):

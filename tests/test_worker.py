@@ -1220,7 +1220,7 @@ def test_a_decorated_loop_takes_a_name_and_may_be_quiet(home):
     assert run.returncode == 4 and run.stdout == "" and "Traceback" not in run.stderr
     assert re.search(r"^\[1/1\] [0-9a-f]{8} n=1: failed in [\d.]+ s, attempt 1 of 1: ValueError: no$", run.stderr, re.M), run
     one, = labtasker.ls_tasks(task_name="s").content
-    assert "did 1" in pathlib.Path(one.attempts[0]["log"]).read_text()
+    assert packed_run(home)["output"].startswith("did 1\n") and one.attempts[0]["log"]["offset"] > 0
     assert [w.ended_at is None for w in labtasker.ls_workers()] == [False]
 
 
@@ -1246,18 +1246,22 @@ def test_what_a_task_holds_can_not_play_with_the_terminal(home):
 # What a run leaves on disk and on its task
 
 
-def run_folders(place):
-    """Return the folders of all runs, oldest first."""
-    return sorted((place.cwd / ".labtasker" / "logs").glob("*/*"), key=lambda path: (path / "task.json").stat().st_mtime)
-
-
-def read(path):
-    return json.loads(path.read_text())
+def packed_run(place):
+    """Return what the packs have of the only run, of which nothing else is left."""
+    found = harness.packed(place.cwd / ".labtasker")
+    (run,), = found.values()
+    assert os.listdir(str(run["path"].parent)) == [run["path"].name]
+    return run
 
 
 TALKER = """
-import sys, labtasker
+import json, os, sys, labtasker
 print("out", sys.stdout.isatty(), sys.stderr.isatty(), flush=True)
+folder = os.environ["LABTASKER_LOG_DIR"]
+with open(os.path.join(folder, "task.json")) as file:
+    written = json.load(file)
+assert (written["task_id"], written["status"]) == (os.environ["LABTASKER_TASK_ID"], "running")
+assert {os.stat(os.path.join(folder, name)).st_mode & 0o077 for name in [""] + os.listdir(folder)} == {0}
 for percent in range(50):
     sys.stderr.write("\\rstep %d" % percent)
     sys.stderr.flush()
@@ -1274,15 +1278,15 @@ def test_a_command_run_leaves_its_files_and_shows_its_output(both, option, is_te
     script = both.write("job.py", TALKER)
     run = both.cli("loop", option, "--", sys.executable, script, "%(n)")
     assert run.stdout == "out %s %s\n" % (is_terminal, is_terminal) and "step 0\nstep 1\n" in run.stderr  # read as text, \r is \n
-    folder, = run_folders(both)
-    log = (folder / "run.log").read_text()
+    kept = packed_run(both)
+    log, report = kept["output"], kept["report"]
     assert run.lines[0] in log.splitlines() and "\r" not in log
     assert "step 0\n" in log and "step 49\n" in log and log.count("step") < 10
-    assert read(folder / "task.json")["task_id"] == one and read(folder / "task.json")["status"] == "running"
-    assert read(folder / "summary.json") == {"acc": {"top1": 0.5, "top5": 0.9}, "labtasker_error": "exit code 3"}
-    assert read(folder / "status.json") == {"status": "failed", "exit_code": 3, "reason": "exit code 3"}
-    assert {path.stat().st_mode & 0o077 for path in [folder] + list(folder.iterdir())} == {0}
-    assert task(one).summary == read(folder / "summary.json")
+    assert task(one).summary == {"acc": {"top1": 0.5, "top5": 0.9}, "labtasker_error": "exit code 3"}
+    assert (report["status"], report["reason"], report["facts"]) == ("failed", "exit code 3", {"exit_code": 3})
+    assert report["summary"] == task(one).summary and kept["path"].stat().st_mode & 0o077 == 0
+    shown = both.cli("task", "logs", one).stdout
+    assert shown == log and kept["run"] == task(one).run_id and "out %s" % is_terminal in shown
 
 
 def test_without_a_pseudo_terminal_pipes_do(home, monkeypatch, capfd):
@@ -1301,8 +1305,7 @@ def test_stdout_and_stderr_that_go_to_one_place_stay_in_order(home):
     assert wait_for_end(loop) == 0
     wanted = [str(i) for i in range(500)]
     assert [line for line in output(loop).splitlines() if line.isdigit()] == wanted
-    folder, = run_folders(home)
-    assert (folder / "run.log").read_text().split() == wanted
+    assert packed_run(home)["output"].split() == wanted
 
 
 def test_a_job_that_leaves_a_process_behind_is_over_when_it_ends(home):
@@ -1323,11 +1326,10 @@ def test_a_decorated_run_leaves_its_files_too(home, capfd):
         labtasker.report_task_status(labtasker.current_task_id(), "running", {"acc": 1})
         raise ValueError("no luck")
     main()
-    folder, = run_folders(home)
-    log = (folder / "run.log").read_text()
+    kept = packed_run(home)
+    log, report = kept["output"], kept["report"]
     assert log.startswith("prints\ncomplains\n") and "ValueError: no luck" in log
-    assert read(folder / "summary.json")["acc"] == 1 and read(folder / "status.json")["status"] == "failed"
-    assert read(folder / "summary.json")["labtasker_exception"]["type"] == "ValueError"
+    assert report["status"] == "failed" and report["summary"]["labtasker_exception"]["type"] == "ValueError"
     shown = capfd.readouterr()
     assert shown.out == "prints\n" and "complains\n" in shown.err
 
@@ -1341,7 +1343,7 @@ def test_a_function_that_changes_the_folder_changes_nothing_for_the_loop(home, t
     main()
     assert "LABTASKER_ROOT" not in os.environ
     os.chdir(str(home.cwd))
-    assert [task(i).status for i in ids] == ["success"] * 2 and len(run_folders(home)) == 2
+    assert [task(i).status for i in ids] == ["success"] * 2 and len(harness.packed(home.cwd / ".labtasker")) == 2
 
 
 CHANGES = ["os.environ.clear()", "os.environ.update(LABTASKER_ROOT=elsewhere, LABTASKER_URL='http://127.0.0.1:9')",
@@ -1373,8 +1375,8 @@ def test_what_a_function_does_to_its_process_changes_nothing_for_the_loop(home, 
     loop = home.start(sys.executable, home.write("loop.py", CHANGER % change))
     assert wait_for_end(loop) == 0, output(loop)
     assert [task(i).status for i in ids] == ["success"] * 3
-    assert [sorted(os.listdir(str(folder))) for folder in run_folders(home)] == [["run.log", "status.json", "task.json"]] * 3
-    assert {path.stat().st_mode & 0o777 for folder in run_folders(home) for path in folder.iterdir()} == {0o600}
+    assert set(harness.packed(home.cwd / ".labtasker")) == set(ids)
+    assert [path.stat().st_mode & 0o777 for path in (home.cwd / ".labtasker" / "logs").iterdir()] == [0o600]
     assert not list((home.cwd / "elsewhere" / ".labtasker").iterdir())
 
 
@@ -1430,7 +1432,7 @@ def test_every_attempt_is_kept_on_the_task(both):
     assert before["reason"] == "exit code 3" and "reason" not in last
     assert last["host"] == os.uname().nodename and last["pid"] > 0 and before["start"] < before["end"] < last["start"]
     assert {a["worker_id"] for a in attempts} == {w.worker_id for w in labtasker.ls_workers().content}
-    assert pathlib.Path(last["log"]).name == "run.log" and pathlib.Path(last["log"]).exists()
+    assert set(last["log"]) == {"file", "offset", "length"} and (both.folder / last["log"]["file"]).exists()
     found = labtasker.ls_tasks(extra_filter='attempts[19].exit_code == 0').content
     assert [t.task_id for t in found] == [one]
 
@@ -1934,7 +1936,7 @@ def test_nobody_is_asked_where_there_is_no_terminal(home, monkeypatch):
 def test_a_log_that_is_no_plain_file_is_refused_and_never_waited_for(home):
     one, = submit(max_retries=1)
     assert home.cli("loop", "--", "sh", "-c", "echo words; exit 1", "%(n)").returncode == 0
-    log, = (home.folder / "logs").glob("*/*/run.log")
+    log, = (home.folder / "logs").glob("*.pack")
     assert "words" in home.cli("task", "logs", one).stdout
     log.unlink()
     os.mkfifo(str(log))
