@@ -27,10 +27,10 @@ from labtasker import (
     SyntaxMistake, TaskUpdateRequest, UsageError, order_key, last_seen, alike_lines, as_typed, ask, ask_route,
     attempt_of, brief, cells_wide, change_of, choice, choose_columns, clean, client, compile_query, confirm, duration,
     enter_page, error_of, exact, filter_of, find_root, fitted, flatten, folders_of, for_system, format_time, get_path,
-    group, health_check, hint, ids_of, in_order, is_away, is_terminal, joined, lay_out, load_config, ls_tasks, ls_workers,
-    main, monotonic, note, now, open_plain, option, pace, pace_of, pairs, parse, parse_filter, progress, read_end,
-    read_server_file, read_text, result_or, recent_ends, record_text, row_of, say, screen_size, seconds, selectors,
-    sparkline, show, spent_s, store_folder, tail_of, tasks_in_words, typed_filter, typed_value, update_tasks,
+    group, health_check, hint, ids_of, in_order, is_away, is_terminal, joined, lay_out, load_config, ls_tasks,
+    ls_workers, main, monotonic, note, now, open_plain, option, pace, pace_of, pairs, parse, parse_filter, progress,
+    read_end, read_server_file, read_text, result_or, recent_ends, record_text, row_of, say, screen_size, seconds,
+    selectors, sparkline, show, spent_s, store_folder, tail_of, tasks_in_words, typed_filter, typed_value, update_tasks,
     updates_of,
     use_client, visible, METRICS, config_sources, formats, render_table, show_result)
 
