@@ -14383,7 +14383,7 @@ def deliver_kept(run=None):
     """Deliver the reports of the outbox, those of `run` or all; return how many; raise if the server is away.
 
     A report that is refused, for instance because another worker has taken the task, is printed and dropped: the run's
-    log folder still has its result. A file that is not a report is set aside. If a report has to stay, later ones of
+    folder or its loop's pack still has its result. A file that is not a report is set aside. If a report has to stay, later ones of
     its run stay too: the reports of a run must arrive in order, as the server refuses what follows the one that ends
     it."""
     config, count, staying = load_config(), 0, set()
@@ -14547,7 +14547,8 @@ RUN_MOVES = {
 
 class Run:
     """A run of a task, as the loop and the job see it. Its folder holds task.json (the task as it was fetched), run.log
-    (the job's output), summary.json (what the job reported) and, once the job or the loop has ended it, status.json.
+    (the job's output), summary.json (what the job reported) and, once the job has ended it, status.json. After the
+    run's end the loop writes output and report to a pack, and removes the folder.
 
     `ended` is the final status that the job or the loop has set; `lost` is the status that somebody else has set.
     The states of a loop's run (RUN_MOVES). A run that arrives while the loop is leaving is declined:
