@@ -14190,8 +14190,9 @@ class Packs:
                 return False
         except LabtaskerError:
             return False
+        outputs = os.path.join(folder, "run.log"), os.path.join(self.folder, own_log_name(task_id, run_id))
         try:
-            if not is_place(attempt.get("log")):
+            if any(map(os.path.exists, outputs)) and not is_place(attempt.get("log")):
                 place = self._add(task_id, run_id, folder, read_json(os.path.join(folder, "status.json")))
                 tell_place(task_id, run_id, place)
         except (LabtaskerError, OSError, OddFile):
@@ -14287,7 +14288,7 @@ _RUN_FILES = Pattern(r"(run\.log|(task|summary|status|stop|current)\.json|script
 def _clear_run_folder(folder):
     """Remove a run's folder, but for files that its job has made there, and that of its task if it is empty then."""
     try:
-        for name in ("run.log", "task.json"):
+        for name in ("task.json", "run.log"):  # the folder of a killed loop has no log once that is in a pack
             _remove(os.path.join(folder, name))
         try:
             os.rmdir(folder)
@@ -16572,6 +16573,8 @@ class Slot:
         else:
             status, added = _send_outcome(self, run, outcome, facts), outcome.summary
             run.note_summary(added)
+            if status is None and run.place:  # refused, and with it the place
+                send_log_of_lost(run)
         state = _state_after(run, status, outcome.is_final and not run.ended)
         why = outcome.reason
         if run.ended or status is None:

@@ -351,8 +351,11 @@ def check_lines(said):
 
 JOB = """#!/bin/sh
 echo "line of $LABTASKER_RUN_ID"
-until grep -q . "$LABTASKER_LOG_DIR/run.log"; do :; done
-echo "$LABTASKER_TASK_ID $LABTASKER_RUN_ID" >> "$ACKNOWLEDGED"
+while [ -d "$LABTASKER_LOG_DIR" ]; do
+    text=$(cat "$LABTASKER_LOG_DIR/run.log" 2> /dev/null)
+    [ -z "$text" ] || { echo "$LABTASKER_TASK_ID $LABTASKER_RUN_ID" >> "$ACKNOWLEDGED"; exit 0; }
+done
+exit 1
 """
 
 
