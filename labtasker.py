@@ -14385,8 +14385,8 @@ def deliver_kept(run=None):
 
     A report that is refused, for instance because another worker has taken the task, is printed and dropped: the run's
     folder or its loop's pack still has its result. A file that is not a report is set aside. If a report has to stay,
-    later ones of its run stay too: the reports of a run must arrive in order, as the server refuses what follows the one
-    that ends it."""
+    later ones of its run stay too: the reports of a run must arrive in order, as the server refuses what follows the
+    one that ends it."""
     config, count, staying = load_config(), 0, set()
     for path in outbox_reports(run):
         try:
