@@ -74,7 +74,7 @@ import zlib
 
 try:
     import fcntl
-except ImportError:  # Windows: the client and the worker work, the store says what it needs
+except ImportError:  # Windows, on which nothing is tested: a store in a folder says what it needs
     fcntl = None
 
 TYPE_CHECKING = False  # True for type checkers alone: what only they read costs an import of this file nothing
@@ -11776,9 +11776,18 @@ def _type_hints(owner):
         hints = {}
         for base in reversed(owner.__mro__):
             scope = vars(sys.modules[base.__module__]) if base.__module__ in sys.modules else {}
-            hints.update(_resolved(base.__dict__.get("__annotations__") or getattr(base, "__annotations__", {}), scope))
+            hints.update(_resolved(base.__dict__.get("__annotations__") or _annotations_of(base), scope))
         return hints
-    return _resolved(getattr(owner, "__annotations__", {}), getattr(owner, "__globals__", {}))
+    return _resolved(_annotations_of(owner), getattr(owner, "__globals__", {}))
+
+
+def _annotations_of(owner):
+    """Return the annotations of a function or class. None of them has to be resolvable."""
+    try:
+        return getattr(owner, "__annotations__", {})
+    except NameError:  # Python 3.14 evaluates them here; a name of one is imported for type checkers alone
+        import annotationlib
+        return annotationlib.get_annotations(owner, format=annotationlib.Format.FORWARDREF)
 
 
 def _resolved(annotations, scope):

@@ -33,7 +33,7 @@ COMFORTS_TREE = parsed(COMFORTS)
 BANNER = re.compile(r"# (\d+)\. (\w[\w ]*?) #+$")
 AT_MODULE_LEVEL = {"collections", "datetime", "errno", "fcntl", "functools", "gc", "heapq", "itertools", "json", "math", "operator",
                    "os", "re", "sys", "threading", "time", "zlib"}
-IF_THERE = {"tomllib", "typing_extensions"}  # newer than the oldest Python, or not part of it: used where they are
+IF_THERE = {"tomllib", "annotationlib", "typing_extensions"}  # newer than the oldest Python, or not part of it: used where they are
 
 
 @functools.lru_cache(None)

@@ -8,6 +8,7 @@ import io
 import json
 import math
 import os
+import pathlib
 import random
 import re
 import shutil
@@ -513,7 +514,7 @@ def test_the_parallel_view_is_brushed_by_keys_and_by_dragging_and_leads_to_those
         assert shares[1] == "%.0f%%" % (100 * max(0, 1 - within / (squares([one for _, one in acc]) / 17))) and len(shares) == 2
         with page.expect_download() as download:
             person.hand.press(page.get_by_role("button", name="SVG").filter(visible=True))
-        picture = open(str(download.value.path()), encoding="utf-8").read()
+        picture = pathlib.Path(str(download.value.path())).read_text(encoding="utf-8")
         assert picture.count('stroke-width="1.4"') == 18 and "linearGradient" in picture and "opt.name" in picture
         sliders = place.get_by_role("slider")
         assert sliders.evaluate_all("all => all.map(one => one.getAttribute('aria-label'))") == [

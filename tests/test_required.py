@@ -3,6 +3,7 @@ import enum
 import functools
 import pathlib
 import sys
+import types
 import typing
 from typing import Any, Dict, FrozenSet, Iterable, List, Mapping, NamedTuple, Optional, Sequence, Set, Tuple, Union
 
@@ -322,3 +323,16 @@ def test_a_wrong_call_is_an_error_before_any_task_is_fetched(home, given, named,
     with pytest.raises(LabtaskerTypeError, match=message):
         main(*given, **named)
     assert not (home.cwd / ".labtasker").exists()
+
+
+def test_annotations_that_can_not_be_evaluated_do_not_matter(monkeypatch):
+    """From Python 3.14 on it is looking at them that raises NameError; this is such a function's stand-in."""
+    class Lazy:
+        __globals__ = {}
+
+        @property
+        def __annotations__(self):
+            raise NameError("Tensor")
+    library = types.SimpleNamespace(Format=types.SimpleNamespace(FORWARDREF=3), get_annotations=lambda owner, format: {"x": int, "y": "Tensor"})
+    monkeypatch.setitem(sys.modules, "annotationlib", library)
+    assert labtasker._type_hints(Lazy()) == {"x": int, "y": "Tensor"}
