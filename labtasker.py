@@ -406,6 +406,8 @@ def unflatten(mapping, where="args"):
 
 def _is_plain(value, is_free=False):
     """Return whether a dict has only plain keys and no dict inside. This is the common case and quick to check."""
+    if _PLAIN_KEYS.issuperset(value) and _CONTAINERS.isdisjoint(map(type, value.values())):
+        return True
     for key, item in value.items():
         if type(item) is dict or type(item) is list and any(type(each) in (dict, list) for each in item):
             return False
@@ -427,6 +429,7 @@ def is_plain_key(key):
 
 
 _PLAIN_KEYS = set()
+_CONTAINERS = {dict, list}
 
 
 def _nested(value, where):
@@ -679,9 +682,7 @@ def now():
     return Instant(int(time.time() * 1e6) / 1e6)  # no finer than its text, so that a parsed text compares equal
 
 
-def monotonic():
-    """Return the seconds of a clock that never jumps. Time-outs are decided by it."""
-    return time.monotonic()
+monotonic = time.monotonic  # the seconds of a clock that never jumps, by which time-outs are decided
 
 
 # Requests and answers have times as ISO 8601 in UTC; people type durations and dates. Days to years keep the time of
@@ -3781,9 +3782,8 @@ _TAKEN = BoundedCache(4 << 20)  # (required fields, shape): whether a fetch with
 
 def shape_of(args):
     """Return the set of paths in `args`."""
-    for value in args.values():
-        if type(value) is dict and value:
-            return paths_of(args)
+    if dict in map(type, args.values()):
+        return paths_of(args)
     keys = tuple(args)
     return _SHAPES.get(keys) or _SHAPES.keep(keys, paths_of(args), 3 * _weight_bytes(keys))
 
@@ -4477,8 +4477,11 @@ def transitions_of(n, at, queue_id, changes, done):
     """Return the Transitions on a line; `done` is what State.apply has returned for its changes."""
     if n is None:  # a folded line has the state, not the transitions
         return []
-    steps = [(change, new) for change, (_, _, _, new) in zip(changes, done) if len(change) > 3 and change[3] and new]
-    return [Transition(n, k, at, queue_id, change[0], change[3], new) for k, (change, new) in enumerate(steps)]
+    steps = []
+    for change, (_, _, _, new) in zip(changes, done):
+        if len(change) > 3 and change[3] and new:
+            steps.append(Transition._make((n, len(steps), at, queue_id, change[0], change[3], new)))
+    return steps
 
 
 def follow(store, queue_id, after, pause_s):
@@ -7856,7 +7859,9 @@ class HttpRequest(row_type("HttpRequest", "method target head keep body started 
         if query or "%" in path:
             from urllib.parse import parse_qsl, unquote
             path, values = unquote(path), dict(parse_qsl(query))
-        values.update((field, fields[header]) for header, field in HEADER_FIELDS.items() if header in fields)
+        for header, field in HEADER_FIELDS.items():
+            if header in fields:
+                values[field] = fields[header]
         return "/page" if path == "/" and _WANTS_PAGE.search(fields.get("accept", "")) else path, values
 
 
@@ -8314,14 +8319,10 @@ class _Connections:
             sent = 0
         except OSError:
             return self.drop(conn)
-        had, conn.outbox = conn.outbox, b"" if sent == len(data) else memoryview(data)[sent:]
-        if conn in self.all and bool(had) != bool(conn.outbox):
-            self.selector.modify(conn.sock, 2 if conn.outbox else 1, conn)
-        if conn.outbox or conn.held_bytes:
-            conn.heard_at = monotonic() if sent else conn.heard_at
-            self.count(conn)
-        if conn.outbox or conn.state == "closed":
-            return
+        if conn.outbox or conn.held_bytes or sent < len(data):
+            self.keep_rest(conn, data, sent)
+            if conn.outbox or conn.state == "closed":
+                return
         if conn.state == "closing" and (not conn.discard_bytes or self.tls or self.is_stopping or conn not in self.all):
             return self.drop(conn)
         conn.move("sent")
@@ -8329,6 +8330,14 @@ class _Connections:
             self.linger(conn)
         elif conn.inbox:  # its next request is for the next turn, so that no connection keeps the others waiting
             self.eager.append(conn)
+
+    def keep_rest(self, conn, data, sent):
+        """Keep in the outbox what was not sent of `data`, and listen for room for it."""
+        had, conn.outbox = conn.outbox, b"" if sent == len(data) else memoryview(data)[sent:]
+        if conn in self.all and bool(had) != bool(conn.outbox):
+            self.selector.modify(conn.sock, 2 if conn.outbox else 1, conn)
+        conn.heard_at = monotonic() if sent else conn.heard_at
+        self.count(conn)
 
     def linger(self, conn):
         """Give a peer that is still sending time to read its last answer."""
@@ -8623,12 +8632,13 @@ class _Answers:
 
     def take_ready(self):
         """Return the answers that may be sent; the others wait for the writer."""
-        if self.waiting:
-            unwritten = sum(row.batch is not None and not row.batch.done for row in self.waiting)
-            self.writer.write(unwritten, len(self.connections.all))
-        ready = [row for row in self.waiting if row.batch is None or row.batch.done]
-        if ready:
-            self.waiting = [row for row in self.waiting if not (row.batch is None or row.batch.done)]
+        unwritten = [row for row in self.waiting if row.batch is not None and not row.batch.done]
+        if unwritten:
+            self.writer.write(len(unwritten), len(self.connections.all))
+        ready, held = [], []
+        for row in self.waiting:
+            (ready if row.batch is None or row.batch.done else held).append(row)
+        self.waiting = held
         return ready
 
     def deliver(self, conn, request, keep, batch, status, answer):
