@@ -105,6 +105,16 @@ def test_the_largest_integers_and_nan_are_kept():
     assert json.dumps(L.parse_json(text)) == text
 
 
+@pytest.mark.parametrize("item", ['{"a": %d}', '{"a": ":%d"}', '{"a": {"b": "%d"}, "\\u003a": ":"}', '{"a": [], "b": {}, "c": %d}'])
+def test_a_key_that_is_twice_in_one_of_many_objects_is_refused(item):
+    items = [item % number for number in range(2 * L.MAX_DEPTH)]
+    assert L.parse_json("[%s]" % ",".join(items)) == [json.loads(each) for each in items]
+    for twice in ('{"a": 1, "a": 2}', '{"a" :1,"a":2}', r'{"a": {"\u0062": ":", "b": 0}}'):
+        for place in (0, 77, len(items)):
+            with pytest.raises(L.InvalidFields, match="twice"):
+                L.parse_json("[%s]" % ",".join(items[:place] + [twice] + items[place:]))
+
+
 def test_unknown_fields_are_ignored_and_null_is_not_given(call):
     status, answer = call("POST", ME + "/tasks", {"args": {"a": 1}, "client_version": "1.0.1", "shiny": 1, "priority": None,
                                                   "max_retries": None, "task_name": None})

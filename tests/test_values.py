@@ -361,3 +361,28 @@ def test_keys_of_a_summary_and_of_metadata_are_any_text_without_control_characte
             labtasker.unflatten({key: 1}, where)
     with pytest.raises(labtasker.InvalidFields):
         labtasker.unflatten({"val/acc": 1}, "args")
+
+
+@pytest.mark.parametrize("values, named", [
+    ((1,), {}), ((1, 2), {}), ((1, 2, 3), {}), ((), {"a": 1}), ((1,), {"c": 3}), ((), {"c": 3, "a": 1, "b": 2}),
+    ((), {}), ((1, 2, 3, 4), {}), ((1,), {"a": 1}), ((1,), {"d": 4}), ((1, 2), {"b": 2}), ((), {"b": 2})])
+def test_a_row_type_makes_what_namedtuple_would(values, named):
+    ours, theirs = labtasker.row_type("Row", "a b c", (8, 9)), collections.namedtuple("Row", "a b c")
+    theirs.__new__.__defaults__ = 8, 9
+    try:
+        wanted = theirs(*values, **named)
+    except TypeError:
+        with pytest.raises(TypeError, match="a, b, c"):
+            ours(*values, **named)
+        return
+    row = ours(*values, **named)
+    assert (row, row.a, row.b, row.c, repr(row), hash(row)) == (wanted, wanted.a, wanted.b, wanted.c, repr(wanted), hash(wanted))
+    assert row._replace(b=7) == wanted._replace(b=7) and row._asdict() == wanted._asdict() and ours._make("xyz").c == "z"
+    with pytest.raises(AttributeError):
+        row.a = 1
+
+
+def test_a_row_survives_pickle_and_copy():
+    arg = labtasker.Arg("text", None, True)
+    for other in (pickle.loads(pickle.dumps(arg)), copy.copy(arg), copy.deepcopy(arg)):
+        assert type(other) is labtasker.Arg and other == arg
