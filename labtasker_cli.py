@@ -3264,15 +3264,16 @@ function roomForColumns() {
 }
 
 /** The columns that are shown: those chosen, else what tells tasks apart, as many as have a place. On a phone the
-    result stands first. */
+    result stands first, and the error of tasks that all failed. */
 function columnsShown() {
   if (at.columns) return at.columns.split(",");
   if (!choice) return [];
   const link = choice.columns.includes("task_name") ? "task_name" : "task_id";
   const results = choice.columns.filter((name) => name.startsWith("summary.") || name === "error");
-  const first = isNarrow() ? results.slice(0, 1) : [];
+  const error = choice.same.status === "failed" && results.includes("error") ? ["error"] : [];
+  const first = isNarrow() ? [...error, ...results].slice(0, 1) : [];
   const isSorted = choice.columns.includes(at.sort) && at.sort !== "created_at" && at.sort !== link;
-  const kept = [...new Set([...first, ...(isSorted ? [at.sort] : [])])];
+  const kept = [...new Set([...first, ...error, ...(isSorted ? [at.sort] : [])])];
   const found = fitting([...kept, ...choice.telling.filter((name) => name !== link && !kept.includes(name))],
       (name) => widthOf(name, false), roomForColumns() - widthOf(link, false), kept);
   return [...first, link, ...choice.columns.filter((name) => found.includes(name) && !first.includes(name))];

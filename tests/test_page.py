@@ -693,7 +693,7 @@ def run_sweep(server):
             folder = server.folder / "logs" / task["task_id"] / task["run_id"]
             folder.mkdir(parents=True)
             (folder / "run.log").write_text("epoch 1\n\x1b[31mCUDA out of memory: %d GiB\x1b[0m\n\n" % i)
-            report(server, task["task_id"], "failed", summary={"labtasker_error": "exit code 1"})
+            report(server, task["task_id"], "failed", summary={"labtasker_error": "exit code 1", "loss": i})
         else:
             report(server, task["task_id"], "success", summary={"loss": 1 + i / 7, "acc": 0.9 - i / 100, "device": "cuda"})
 
