@@ -255,6 +255,26 @@ def test_a_report_that_waits_keeps_the_place(home, monkeypatch):
     assert L.get_task(one).status == "success" and output_of(one) == "half\n" == L.get_log(one, None)["text"]
 
 
+def test_who_follows_an_output_reads_on_in_the_pack(home):
+    one, = submit()
+    run = begun(home, "first\n")
+    output = L.RunOutput(L.get_task(one), L.get_task(one).attempts[0])
+    with output.open() as file:
+        position = len(file.read(100))
+    with open(run.path("run.log"), "a") as file:
+        file.write("last\n")
+    L.post(run, {"status": "success", "attempt": run.pack({})})
+    end_run(run)
+    with output.open() as file:
+        assert file.seek(position) == 6 and file.read(100) == b"last\n" and file.read(1) == b""
+        assert file.seek(0, os.SEEK_END) == file.tell() == 11
+    shown = io.StringIO()
+    with contextlib.redirect_stdout(shown), contextlib.redirect_stderr(io.StringIO()):
+        shown.buffer = io.BytesIO()
+        assert L.main(["task", "logs", one, "--tail", "1"]) == 0
+    assert shown.buffer.getvalue() == b"last\n"
+
+
 def test_elsewhere_the_end_of_the_output_comes_with_a_late_report_too(home, monkeypatch):
     folder = home.cwd.parent / "elsewhere"
     folder.mkdir()
