@@ -18,8 +18,8 @@ import tempfile
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 BANNER = re.compile(r"^# \d+\. (\w[\w ]*?) #+$", re.M)
 TESTS = {  # section: the files whose quick tests are to see its faults; the most telling first
-    "Values": "test_values test_dates test_required",
-    "Filters": "test_filters",
+    "Values": "test_values test_dates test_required test_filters",
+    "Filters": "test_filters test_security",
     "Model": "test_model test_service test_api test_after",
     "Journal": "test_journal test_compaction",
     "State": "test_service test_after test_failures test_journal test_api",

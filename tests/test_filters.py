@@ -556,3 +556,18 @@ def test_doubts_about_a_query_never_raise_whatever_it_is(key):
         deep = {"$and": [deep], "$expr": {"$add": [deep]}} if _ < 3 else {"$and": [deep]}
     assert labtasker.doubts(deep, fields, labtasker.TASK_STATES) == []
     assert labtasker.doubts({"status": {"$regex": "("}}, fields, labtasker.TASK_STATES) == []
+
+
+def test_a_pattern_has_a_length_and_a_range_without_case_a_width_up_to_which_it_is_taken():
+    longest, widest = "x" * labtasker._PATTERN_CHARS, "[\u4e00-%s]" % chr(0x4e00 + labtasker._FOLDED_RANGE)
+    for pattern, more in ((longest, longest + "x"), (widest, "[\u4e00-%s]" % chr(0x4e01 + labtasker._FOLDED_RANGE))):
+        labtasker._bounded(pattern, "i")
+        with pytest.raises(ValueError, match="over"):
+            labtasker._bounded(more, "i")
+
+
+def test_a_word_without_quotes_is_taken_for_an_argument_only_where_there_are_arguments():
+    for fields, is_meant in ((["worker_name", "metadata"], False), (["task_name", "args"], True)):
+        with pytest.raises(labtasker.FilterError) as error:
+            labtasker.parse_filter(fields[0] + " == gpu1", fields, 0)
+        assert ("an argument args.gpu1" in str(error.value)) == is_meant, error.value

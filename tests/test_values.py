@@ -386,3 +386,21 @@ def test_a_row_survives_pickle_and_copy():
     arg = labtasker.Arg("text", None, True)
     for other in (pickle.loads(pickle.dumps(arg)), copy.copy(arg), copy.deepcopy(arg)):
         assert type(other) is labtasker.Arg and other == arg
+
+
+def test_a_text_is_cut_only_where_it_is_longer_than_allowed():
+    assert labtasker.cut("x" * 60) == "x" * 60 and labtasker.cut("x" * 61) == "x" * 57 + "..." and labtasker.cut("abcdef", 5) == "ab..."
+
+
+@pytest.mark.parametrize("column", [0, 5, 59, 60, 61, 70, 150, 199])
+def test_the_caret_stands_under_the_character_that_is_wrong_in_long_texts_and_later_lines_too(column):
+    text = "".join(chr(0x4e00 + i) for i in range(200))
+    for before in ("", "first line\n"):
+        _, shown, caret = str(labtasker.FilterError("wrong", before + text, len(before) + column)).split("\n")
+        assert shown[caret.index("^")] == text[column] and len(shown) <= 102
+
+
+def test_a_field_that_may_be_a_key_of_several_is_answered_with_all_of_them():
+    fields = ("args", "summary", "metadata", "task_name")
+    assert labtasker.field_hint("lr", fields) == "; did you mean args.lr, summary.lr or metadata.lr?"
+    assert labtasker.field_hint("lr", ("metadata",)) == "; did you mean metadata.lr?" and labtasker.field_hint("lr", ()) == ""
