@@ -395,7 +395,7 @@ def test_a_text_is_cut_only_where_it_is_longer_than_allowed():
 @pytest.mark.parametrize("column", [0, 5, 59, 60, 61, 70, 150, 199])
 def test_the_caret_stands_under_the_character_that_is_wrong_in_long_texts_and_later_lines_too(column):
     text = "".join(chr(0x4e00 + i) for i in range(200))
-    for before in ("", "first line\n"):
+    for before in ("", "first line " * 20 + "\n"):
         _, shown, caret = str(labtasker.FilterError("wrong", before + text, len(before) + column)).split("\n")
         assert shown[caret.index("^")] == text[column] and len(shown) <= 102
 
@@ -404,3 +404,8 @@ def test_a_field_that_may_be_a_key_of_several_is_answered_with_all_of_them():
     fields = ("args", "summary", "metadata", "task_name")
     assert labtasker.field_hint("lr", fields) == "; did you mean args.lr, summary.lr or metadata.lr?"
     assert labtasker.field_hint("lr", ("metadata",)) == "; did you mean metadata.lr?" and labtasker.field_hint("lr", ()) == ""
+
+
+def test_a_fraction_that_rounds_up_is_the_next_second():
+    assert labtasker.format_time(0.9999999) == "1970-01-01T00:00:01.000000+00:00"
+    assert labtasker.format_time(0.999999) == "1970-01-01T00:00:00.999999+00:00"
