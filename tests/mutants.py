@@ -21,8 +21,8 @@ TESTS = {  # section: the files whose quick tests are to see its faults; the mos
     "Values": "test_values test_dates test_required test_filters",
     "Filters": "test_filters test_security",
     "Model": "test_model test_service test_api test_after",
-    "Journal": "test_journal test_compaction",
-    "State": "test_service test_after test_failures test_journal test_api",
+    "Journal": "test_journal test_compaction test_faults",
+    "State": "test_service test_after test_failures test_curves test_journal test_api",
     "Operations": "test_service test_api test_after test_failures test_curves test_table",
     "Store": "test_service test_journal test_compaction test_owner",
 }
