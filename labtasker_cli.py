@@ -4704,7 +4704,7 @@ function listCurves(ranked) {
 // 15. Table ###################################################################
 
 const MOST_GROUPS = 2000;  // that are asked for, the best first
-const GROUPS_DRAWN = 50;  // more when asked for: to sort them must not take longer than a frame
+const GROUPS_DRAWN = 40;  // more when asked for: to sort them must not take longer than a frame
 const MOST_KEYS = 4;  // fields that tasks are grouped by unless one says otherwise
 const MOST_ARGS = 60;  // whose values are looked at to choose among them
 const SOME = 300;  // tasks in which they are looked at
@@ -5076,7 +5076,7 @@ function huesOf({lines, axes}) {
 
 function drawParallel() {
   if (!login || !lined || at.view !== "parallel") return;
-  const place = $("parallel-drawing"), {lines, names, of} = lined;
+  const place = $("parallel-drawing"), {lines, names} = lined;
   setText($("parallel-note"), linesNote());
   if (!lines.length || names.length < 2) {
     for (const one of [place, $("parallel-legend"), $("parallel-chosen")]) fill(one);
@@ -5334,12 +5334,9 @@ function addressOfLines() {
 function setBrush(axis, low, high) {
   const [from, to] = [low, high].map((share) => Math.min(1, Math.max(0, share))).sort((one, other) => one - other);
   const {values} = axis, last = values.length - 1;
-  let brush = null;
-  if (axis.isBand) {
-    const first = Math.min(last, Math.floor(from * values.length + 1e-6));
-    brush = {low: first, high: Math.max(first, Math.ceil(to * values.length - 1e-6) - 1)};
-  } else brush = {low: Math.max(values[0], roundOn(axis, from)), high: Math.min(values[last], roundOn(axis, to))};
-  putBrush(axis, brush);
+  const first = Math.min(last, Math.floor(from * values.length + 1e-6));  // of texts
+  putBrush(axis, axis.isBand ? {low: first, high: Math.max(first, Math.ceil(to * values.length - 1e-6) - 1)}
+    : {low: Math.max(values[0], roundOn(axis, from)), high: Math.min(values[last], roundOn(axis, to))});
 }
 
 /** Takes a range; one that has all is none. */

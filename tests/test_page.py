@@ -571,9 +571,13 @@ def test_the_parallel_view_is_brushed_by_keys_and_by_dragging_and_leads_to_those
 
 
 @pytest.mark.slow
-def test_of_more_than_two_thousand_tasks_the_best_are_drawn_side_by_side(person):
-    person.open("#view=parallel&of=summary.loss&filter=args.seed < 110")
-    person.says(person.page.locator("#parallel-note"), "The 2,000 tasks with the best loss, of 4,400.")
+def test_of_many_tasks_or_groups_the_best_are_shown_first(person):
+    person.open("#view=groups&by=args.lr,args.seed&of=summary.loss&filter=args.seed < 110")
+    person.says(person.page.locator("#groups-note"), re.compile(r"The first 40 of [\d,]+ groups by lr, seed"))
+    person.press("Show more")
+    wait_until(lambda: person.page.locator("#group-table tbody tr").count() == 120, "more rows")
+    person.open("#view=parallel&of=summary.loss")
+    person.says(person.page.locator("#parallel-note"), re.compile(r"The 2,000 tasks with the best loss, of [\d,]{6,}\."))
     person.page.locator("#parallel-drawing canvas.all[data-painted='2000']").wait_for()
     assert person.page.locator("#parallel-drawing").get_by_role("link").count() == 200
 
