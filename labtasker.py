@@ -13963,6 +13963,7 @@ class Packs:
         self.root, self.folder = root, os.path.join(root, "logs")
         self.lock = threading.Lock()  # guards all that follows
         self.path = self.fd = self.runs_fd = self.held = self.queue_id = None
+        self.left, self.cleaner = [], None  # runs whose folders are to be removed, the thread that does it
         self.rows = {}  # {key of a run whose folder is there: (number, text) of its line in NAME.runs}
 
     def begin(self, run):
@@ -13987,10 +13988,27 @@ class Packs:
                 return remark("the output of task %s stays in %s: %s" % (run.task_id, run.log_dir, error))
 
     def leave(self, run):
-        """Remove the folder of a run that was added and reported."""
-        _clear_run_folder(run.log_dir)
+        """Have the folder of a run removed that was added and reported. A thread does it: a file system that syncs may
+        take its time, and meanwhile the next task begins."""
         with self.lock:
-            self.rows.pop(run.key, None)
+            self.left.append(run)
+            if self.cleaner is None:
+                self.cleaner = threading.Thread(target=self._clean, daemon=True)
+                try:
+                    start_thread(self.cleaner)
+                except LabtaskerRuntimeError:  # none is left: the next one takes it too, or the next loop
+                    self.cleaner = None
+
+    def _clean(self):
+        while True:
+            with self.lock:
+                if not self.left:
+                    self.cleaner = None
+                    return
+                run = self.left.pop()
+            _clear_run_folder(run.log_dir)
+            with self.lock:
+                self.rows.pop(run.key, None)
 
     def current_path(self):
         """Return where a function's loop names its run for the processes that it has started; None without a pack."""
@@ -13998,6 +14016,9 @@ class Packs:
 
     def close(self):
         """Let other loops write to the pack. What is left in folders is for the next one."""
+        cleaner = self.cleaner
+        if cleaner:
+            cleaner.join()
         with self.lock:
             if self.fd is None or not self.held.is_intact():
                 return
