@@ -3323,8 +3323,8 @@ function widthOf(name, isNumber) {
   if (name.endsWith("_id") && !at.columns) return SHORT_ID - 2 * less;
   if (own(WIDTHS, name)) return (isNarrow() ? NARROW : WIDTHS)[name] - less;
   if (!letters) return isNumber ? 7 : 9.5;
-  const more = name === at.sort ? 2 : 0;  // an arrow beside the head, a star beside the winner
-  const widest = Math.max(0.57 * (letters + more), 0.62 * (titleOf(name).length + more));
+  const [arrow, star] = name === at.sort ? [2, 3.5] : [0, 0];  // beside the head; beside the winner, which is bold
+  const widest = Math.max(0.57 * (letters + star), 0.62 * (titleOf(name).length + arrow));
   return Math.min(20, Math.max(4, 1.5 + widest)) - less;
 }
 

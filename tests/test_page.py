@@ -1031,6 +1031,7 @@ def test_columns_are_what_tells_tasks_apart_then_results_as_many_as_fit_at_any_w
                     assert [row["summary.acc"] for row in person.rows()][:2] == ["0.9", "0.89"]
                     assert page.locator("#table tbody tr:has(.winner)").count() == 1
                     assert page.locator("#table tbody tr").first.get_by_role("img", name="highest").is_visible()
+                    assert not page.evaluate(CUT), "the winner's value is there whole"
                 same = page.locator("#same").text_content()
                 assert "name=sweep" in same and "dataset=cifar" in same and "task_name" not in shown
                 assert not session.tabs[0].sideways() and not page.evaluate(SCROLLS), (width, shown)
@@ -1058,6 +1059,7 @@ def test_columns_are_what_tells_tasks_apart_then_results_as_many_as_fit_at_any_w
             wait_until(lambda: ("duration" in person.columns()) is seen, "the columns follow the width", 30)
 
 
+CUT = "(one => one.scrollWidth > one.clientWidth)(document.querySelector('#table td:has(.winner)'))"
 SCROLLS = "(one => one.scrollWidth > one.clientWidth + 1)(document.querySelector('#tasks .scroll'))"
 
 
