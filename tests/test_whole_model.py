@@ -616,6 +616,7 @@ class Episode:
         """Delete what has ended, so that an episode stays small."""
         for task_id, task in list(self.model.queues.get(name, {"tasks": {}})["tasks"].items()):
             if task["status"] in ("success", "failed", "cancelled") and self.dice.random() < 0.7:
+                self.clock.pass_s(STEP_S)  # the changes of a transaction take a microsecond each
                 self.both(lambda answer: self.model.delete(name, task_id), name, "DELETE", "tasks/" + task_id)
 
     def get(self, name):
@@ -759,15 +760,16 @@ def clock(monkeypatch):
     return clock
 
 
-def episodes():
+def rows():
+    """Return the numbers of the episodes that rows begin with: eight where there are STEPS for them."""
     first = faulty.setting("SEED") * 1000
-    return sorted(set(KEPT) | set(range(first, first + max(1, min(8, faulty.setting("STEPS") // EPISODE)))))
+    return range(first, first + max(1, min(8, faulty.setting("STEPS") // EPISODE)))
 
 
-@pytest.mark.parametrize("seed", episodes())
+@pytest.mark.parametrize("seed", sorted(set(KEPT) | set(rows())))
 def test_the_service_is_equal_to_the_model(tmp_path, clock, seed):
     """Eight rows, each so many episodes that all STEPS are made; the later ones' numbers are a million apart."""
-    rounds = max(1, faulty.setting("STEPS") // EPISODE // 8) if seed not in KEPT else 1
+    rounds = max(1, faulty.setting("STEPS") // EPISODE // 8) if seed in rows() else 1
     for number in range(rounds):
         folder = tmp_path / str(number)
         folder.mkdir()
