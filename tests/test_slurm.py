@@ -284,6 +284,44 @@ def test_the_script_with_a_server_is_good_bash(home, words):
     assert ("scancel" in text) == bool(words)
 
 
+BROKEN = """
+import os, sys, time
+if os.environ["SLURM_ARRAY_TASK_ID"] == "0":
+    open("failed", "a").write(sys.argv[1] + "\\n")
+    sys.exit("no GPU")
+while not os.path.exists("failed") or len(open("failed").readlines()) < 3:
+    time.sleep(0.05)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("words", [[], ["--server"]])
+def test_a_broken_machine_ends_its_own_task_of_an_array_with_4(home, words):
+    """Slurm is faked: each script is started here, with what Slurm says of an array. The broken one runs the server too,
+    which stays for the others."""
+    home.write("job.py", BROKEN)
+    home.cli("task", "submit", "--max-retries=9", "--grid", "--", "--n=0:11:1")
+    text = "\n".join(dry_run(home, "--array=0-3", "--max-consecutive-failures=3", *(words + [
+        "--", sys.executable, "job.py", "%(n)"]))[0])
+    env = fake_sbatch(home, "false")
+    for name, does in (("squeue", "ls running"), ("scancel", 'echo "$@" >> cancelled')):
+        path = home.write("fake/" + name, "#!/bin/sh\n%s\n" % does)
+        path.chmod(0o755)
+    script = home.write("script.sh", text)
+    (home.cwd / "running").mkdir()
+    def begin(number):
+        array = {"SLURM_ARRAY_JOB_ID": "17", "SLURM_ARRAY_TASK_ID": str(number), "SLURM_ARRAY_TASK_MIN": "0", "SLURM_JOB_ID": "2%d" % number}
+        return home.start("bash", "-c", 'touch running/$0; bash "$1"; code=$?; rm running/$0; exit $code', str(number), str(script),
+                          env=dict(env, **array))
+    jobs = [begin(number) for number in range(4)]
+    wait_until(lambda: all(job.poll() is not None for job in jobs), "all are over", timeout_s=90)
+    said = [job.log_path.read_text() for job in jobs]
+    assert [job.returncode for job in jobs] == [4, 0, 0, 0], said
+    assert "3 tasks in a row failed" in said[0] and "all with: no GPU" in said[0]
+    tasks = home.tasks()
+    assert [task["status"] for task in tasks] == ["success"] * 12 and sum(task["retries"] for task in tasks) == 3
+
+
 @pytest.mark.slow
 def test_server_wait_says_which_server_there_is(server_home):
     assert server_home.cli("server", "wait").stdout == server_home.server.url + "\n"
@@ -799,6 +837,21 @@ def test_the_signal_before_the_time_limit_reaches_the_loop_beside_the_server(swe
     assert (back["status"], back["retries"], back["interruptions"]) == ("pending", 0, 1), sweep.logs()
     sweep.slurm.wait_for_end(sweep.sbatch("-t", "10", "--server"))
     sweep.check_done_once(1, interrupted=1)
+
+
+def test_a_broken_machine_ends_its_own_task_of_an_array_alone(sweep):
+    server = sweep.serve()
+    sweep.place.write("job.py", BROKEN)
+    sweep.place.cli("task", "submit", "--max-retries=9", "--grid", "--", "--n=0:11:1")
+    job = sweep.sbatch("--array=0-3", "-t", "10", "--max-consecutive-failures=3")
+    sweep.slurm.wait_for_end(job)
+    codes = [re.search(r"ExitCode=(\d+):", sweep.slurm.run("scontrol", "show", "job", "%s_%d" % (job, number)).stdout).group(1)
+             for number in range(4)]
+    assert codes == ["4", "0", "0", "0"], sweep.logs()
+    tasks = sweep.tasks()
+    assert [task["status"] for task in tasks] == ["success"] * 12 and sum(task["retries"] for task in tasks) == 3
+    sweep.slurm.run("scancel", server)
+    sweep.slurm.wait_for_end(server)
 
 
 def test_each_task_of_a_job_is_a_loop(sweep):
