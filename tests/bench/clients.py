@@ -131,6 +131,20 @@ class Http:
 # The v1 wire: our server and Labtasker 1.0.1
 
 
+def pipelined(http, requests):
+    """Send requests without waiting for answers, and read these: all must be 200."""
+    http.connection.sendall(b"".join(requests))
+    got = b""
+    while True:
+        got += http._more()
+        head, _, body = got[got.rfind(b"HTTP/1.1 "):].partition(b"\r\n\r\n")
+        at = head.lower().find(b"content-length:")
+        length = int(head[at + 15:].split(b"\r\n", 1)[0]) if at >= 0 else 0
+        if got.count(b"HTTP/1.1 ") == len(requests) and b"\r\n\r\n" in got and len(body) >= length:
+            break
+    assert got.count(b"HTTP/1.1 200") == len(requests), got[:500]
+
+
 def submit(k, go, port, login, count=FOREVER, seconds=FOREVER):
     """Submit tasks one a request: so many, or for so long."""
     http, share = Http(port, login), Share()

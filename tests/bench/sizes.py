@@ -17,9 +17,19 @@ def like_all(number):
         number, number % 1000, 1 / (number + 1), number % 50, number % 7)
 
 
-def like_few(number):
-    """Return the text of a task that has the keys of one in a hundred."""
-    return '{"args": {"i": %d, "lr": %r, "only_%d": 1}}' % (number, 1 / (number + 1), number % 100)
+def like_few(number, shapes=100):
+    """Return the text of a task that has the keys of one in so many."""
+    return '{"args": {"i": %d, "lr": %r, "only_%d": 1}}' % (number, 1 / (number + 1), number % shapes)
+
+
+def like_none(number):
+    """Return the text of a task that has keys of its own, until there are SIZES["wide"] shapes."""
+    return like_few(number, SIZES["wide"])
+
+
+def like_one_owner(number):
+    """Return the text of a task of one of SIZES["owners"]."""
+    return '{"args": {"i": %d, "owner": %d}}' % (number, number % SIZES["owners"])
 
 
 ROOT = "00000000-0000-4000-a000-000000000000"
@@ -31,13 +41,73 @@ def like_blocked(number):
     return json.dumps(task)
 
 
-ALL_KEYS = ["i", "group", "lr", "model", "seed"]
-KINDS = {  # how tasks are made, and what the n-th of them is fetched with
-    "plain": (like_all, lambda n: {"required_fields": ALL_KEYS}),
-    "filter": (like_all, lambda n: {"required_fields": ALL_KEYS, "extra_filter": {"args.group": 7}}),
-    "shapes": (like_few, lambda n: {"required_fields": ["i", "lr", "only_%d" % (n % 100)]}),
-    "blocked": (like_blocked, lambda n: {"required_fields": ALL_KEYS}),
-    "filters": (like_all, lambda n: {"required_fields": ALL_KEYS, "extra_filter": {"args.group": n % 100}}),
+class Case:
+    """What is measured in a store: `fill` makes its tasks, `size` names their number; each turn submits what `make` (or
+    `fill`) gives for `number(n)`, and fetches it as `ask(n)` says. The first `warm` turns are not measured."""
+
+    def __init__(self, fill, size, ask, number=lambda n: n % 100, make=None, warm=lambda: 100):
+        self.fill, self.size, self.ask, self.number, self.warm = fill, size, ask, number, warm
+        self.make = make or fill
+
+    def server(self):
+        """Return the server of the store."""
+        return filled(self.fill, SIZES[self.size])
+
+
+class CurvesCase(Case):
+    """Beside 1,000 pending tasks as many are running, with so many points each."""
+
+    def __init__(self, points):
+        super().__init__(like_all, "few", by_keys)
+        self.points = points
+
+    def server(self):
+        """Return the server of the store."""
+        return with_curves(SIZES["points"] if self.points is None else self.points)
+
+
+def by_keys(n):
+    """Return the fetch that takes every task."""
+    return {"required_fields": ["i", "group", "lr", "model", "seed"]}
+
+
+def by_group(groups, first=0):
+    """Return the fetches of tasks that are alike, by one of so many filters."""
+    return lambda n: dict(by_keys(n), extra_filter={"args.group": first + n % groups})
+
+
+def by_shape(n):
+    """Return the fetch that names the keys of one in a hundred shapes."""
+    return {"required_fields": ["i", "lr", "only_%d" % (n % 100)]}
+
+
+def by_any(n):
+    """Return the fetch that takes every shape."""
+    return {"required_fields": ["i", "*"]}
+
+
+def by_owner(owners):
+    """Return the fetches by one of so many filters."""
+    return lambda n: {"required_fields": ["i", "owner"], "extra_filter": {"args.owner": n % owners()}}
+
+
+def owned(owners):
+    """Return the case of a store whose tasks are asked for by so many filters in turn."""
+    return Case(like_one_owner, "owners", by_owner(owners), lambda n: n % owners(), warm=owners)
+
+
+KINDS = {  # the large case and the small one
+    "plain": [Case(like_all, size, by_keys) for size in ("many", "few")],
+    "filter": [Case(like_all, size, by_group(1, 7), lambda n: 7) for size in ("many", "few")],
+    "shapes": [Case(like_few, size, by_shape) for size in ("many", "few")],
+    "blocked": [Case(like_blocked, size, by_keys, make=like_all) for size in ("many", "few")],
+    "filters": [Case(like_all, size, by_group(100)) for size in ("many", "few")],
+    # the same number of tasks:
+    "own shapes": [Case(fill, "wide", by_shape) for fill in (like_none, like_few)],
+    "any shape": [Case(fill, "wide", by_any) for fill in (like_none, like_few)],
+    "owners": [owned(owners) for owners in (lambda: SIZES["owners"], lambda: 10)],
+    "curves": [CurvesCase(None), CurvesCase(1)],
+    "waiting": [Case(like_blocked, "many", by_keys, make=like_all), Case(like_all, "many", by_keys)],
 }
 
 
@@ -57,77 +127,114 @@ def filled(make, size):
     return server
 
 
+@functools.lru_cache(None)
+def with_curves(points):
+    """Return a server with 1,000 pending tasks and 1,000 running ones, each of which has reported so many points."""
+    server = Workshop.keep(peers.Ours())
+    clients.together(clients.batches, 1, server.port, server.login, SIZES["few"] // 500, 1000, like_all)
+    http = server.http()
+    server.running = [http.call("POST", clients.ME + "/tasks/next", dict(
+        by_keys(n), heartbeat_timeout=9999))["task"]["task_id"] for n in range(SIZES["few"])]
+    for step in range(points):
+        for begin in range(0, len(server.running), 50):
+            clients.pipelined(http, [point_on(http, task_id, step) for task_id in server.running[begin:begin + 50]])
+    return server
+
+
+def point_on(http, task_id, step):
+    """Return the request that reports a point."""
+    return http.request("POST", "%s/tasks/%s/status" % (clients.ME, task_id), json.dumps(
+        {"status": "running", "summary": {"loss": 1 / (step + 1)}, "step": step, "point_id": "p%d" % step}))
+
+
 class Cycle:
     """Submits, fetches and reports one task after another; the number of pending ones stays as it is."""
 
-    def __init__(self, server, kind):
-        self.http, self.make, self.ask = server.http(), *KINDS[kind]
+    def __init__(self, case):
+        self.case, self.server, self.n = case, case.server(), 0
+        self.http = self.server.http()
         self.worker = self.http.call("POST", clients.ME + "/workers", {}, 201)["worker_id"]
 
-    def timed(self, method, path, text):
-        """Return (the answer, the seconds that it took)."""
-        request = self.http.request(method, path, text)
-        begin = time.perf_counter()
+    def timed(self, request):
+        """Return (the answer, the CPU-seconds that it took the server, those that passed)."""
+        begin, spent_s = time.perf_counter(), self.server.cpu_s()
         status, answer = self.http.ask(request)
-        took_s = time.perf_counter() - begin
+        took_s, spent_s = time.perf_counter() - begin, self.server.cpu_s() - spent_s
         assert status in (200, 201), (status, answer[:500])
-        return json.loads(answer), took_s
+        return json.loads(answer), spent_s, took_s
 
-    def turn(self, n):
-        """Return the seconds of a submission, of the fetch that can take it, and of the report."""
-        number = 7 if self.make is like_all and self.ask(0) == self.ask(1) else n % 100  # one that the filter takes
-        make = like_all if self.make is like_blocked else self.make  # else it waits too
-        _, submit_s = self.timed("POST", clients.ME + "/tasks", make(number))
-        answer, fetch_s = self.timed("POST", clients.ME + "/tasks/next", json.dumps(
-            dict(self.ask(n), worker_id=self.worker, heartbeat_timeout=60)))
-        assert answer["found"], "no task for %s" % self.ask(n)
-        _, report_s = self.timed("POST", "%s/tasks/%s/status" % (clients.ME, answer["task"]["task_id"]), json.dumps(
-            {"status": "success", "worker_id": self.worker}))
-        return submit_s, fetch_s, report_s
+    def turn(self):
+        """Return {operation: the server's CPU-seconds} of a submission, of the fetch that can take it, and of the report."""
+        n, self.n, me = self.n, self.n + 1, clients.ME
+        _, submit_s, _ = self.timed(self.http.request("POST", me + "/tasks", self.case.make(self.case.number(n))))
+        ask = dict(self.case.ask(n), worker_id=self.worker, heartbeat_timeout=60)
+        answer, fetch_s, self.fetch_took_s = self.timed(self.http.request("POST", me + "/tasks/next", json.dumps(ask)))
+        assert answer["found"], "no task for %s" % ask
+        _, report_s, _ = self.timed(self.http.request("POST", "%s/tasks/%s/status" % (
+            me, answer["task"]["task_id"]), json.dumps({"status": "success", "worker_id": self.worker})))
+        found = {"submit": submit_s, "fetch": fetch_s, "report": report_s, "all": submit_s + fetch_s + report_s}
+        if isinstance(self.case, CurvesCase):
+            task_id = self.server.running[n % len(self.server.running)]
+            found["point"] = self.timed(point_on(self.http, task_id, SIZES["points"] + n))[1]
+        return found
+
+    def count(self):
+        """Return the server's CPU-seconds of a count of all tasks."""
+        return self.timed(self.http.request("POST", clients.ME + "/tasks/count", "{}"))[1]
 
 
-first_fetches = {}  # kind: [seconds of each of the first fetches among a million]
+first_fetches = {}  # kind: the seconds of the first fetch in the large store
+
+
+@functools.lru_cache(None)
+def warmed(kind):
+    """Return the cycles of a kind, large and small. What a filter is first asked for is looked for in all tasks, once:
+    that is over."""
+    both = [Cycle(case) for case in KINDS[kind]]
+    for cycle in both:
+        for number in range(cycle.case.warm()):
+            cycle.turn()
+            if number == 0 and cycle is both[0]:
+                first_fetches[kind] = cycle.fetch_took_s
+    return both
 
 
 @functools.lru_cache(None)
 def cycles(kind):
-    """Return [({"submit": mean microseconds, ...} with a million tasks, the same with a thousand) of a round].
-
-    What a filter is first asked for is looked for in all tasks, once: that is before the rounds."""
-    make = KINDS[kind][0]
-    both = [Cycle(filled(make, SIZES[size]), kind) for size in ("many", "few")]
-    for cycle in both:
-        cycle.first_s = [cycle.turn(n)[1] for n in range(100)]
-    first_fetches[kind] = both[0].first_s
+    """Return [({"submit": mean microseconds of the server's CPU, ...} in the large store, the same in the small one) of
+    a round]. The turns alternate, so that whatever else the machine does meets both."""
     found = []
     for _ in range(SIZES["rounds"]):
-        means = []
-        for cycle in both:
-            columns = zip(*[cycle.turn(n) for n in range(SIZES["cycles"])])
-            means.append(dict(zip(("submit", "fetch", "report"), (statistics.mean(one) * 1e6 for one in columns))))
-            means[-1]["all"] = sum(means[-1].values())
-        found.append(means)
+        turns = zip(*[[cycle.turn() for cycle in warmed(kind)] for _ in range(SIZES["cycles"])])
+        found.append([{what: statistics.mean(turn[what] for turn in one) * 1e6 for what in one[0]} for one in turns])
     return found
 
 
 def growth(kind, what):
-    """Return the microseconds of an operation with a million pending tasks, and with a thousand."""
-    return tuple([each[what] for each in means] for means in zip(*cycles(kind)))
+    """Return the microseconds of an operation in the large store, and in the small one."""
+    return [[each[what] for each in means] for means in zip(*cycles(kind))]
+
+
+def counting(kind):
+    """Return the milliseconds of the server's CPU that a count takes in the large store, and in the small one."""
+    rounds = [[min(cycle.count() for _ in range(3)) * 1e3 for cycle in warmed(kind)] for _ in range(SIZES["rounds"])]
+    return [list(one) for one in zip(*rounds)]
 
 
 def first_ask():
     """Return the seconds of the first fetch by a filter, for which all tasks are looked through, and the goal."""
-    cycles("filter")
-    return first_fetches["filter"][:1], 2
+    warmed("filter")
+    return [first_fetches["filter"]], 2
 
 
 def fetch_always(server, started, ended, pipe):
     """Fetch, until told to stop, and send the seconds of each."""
-    cycle, found = Cycle(server, "plain"), []
-    cycle.turn(0)
+    cycle, found = Cycle(KINDS["plain"][0]), []
+    cycle.turn()
     started.set()
     while not ended.is_set():
-        found.append(cycle.turn(0)[1])
+        cycle.turn()
+        found.append(cycle.fetch_took_s)
     pipe.send(found)
 
 
