@@ -94,7 +94,7 @@ def test_output_of_slots_is_told_apart_by_line_and_logs_are_as_ever(home):
     assert {"parts 0", "parts 1", "parts 2", "parts 3"} < {line[9:] for line in lines}
     assert re.search(r"\[slot [01]\] \[1/4\] %s n=0: success in [\d.]+ s" % ids[0][:8], output(loop))
     for one in ids:
-        log = pathlib.Path(task(one).attempts[0]["log"]).read_text()
+        log = home.cli("task", "logs", one).stdout
         assert "slot" not in log and "parts" in log
 
 
