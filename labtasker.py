@@ -5097,6 +5097,12 @@ def _next_task(store, queue, request):
     return queue.pending.first_matching(required, request["filter_text"], request["predicate"])
 
 
+def _given_by(queue, request):
+    """Return the running task that its worker got by a fetch with this id, or None."""
+    task = queue.running.get(queue.fetches.get(request.get("fetch_id")))
+    return task if task is not None and task.worker_id == request.get("worker_id") else None
+
+
 def fetch_task_op(store, queue, request, at):
     """Decide that a worker runs the next task that matches. A repeated fetch_id gets the same task."""
     worker_id = request.get("worker_id")
@@ -5107,8 +5113,8 @@ def fetch_task_op(store, queue, request, at):
         if worker.status != "active":
             raise Forbidden("worker %s is %s and gets no tasks; set it active again with: labtasker worker report %s "
                             "active" % (worker_id, worker.status, worker_id))
-    repeated = queue.running.get(queue.fetches.get(request.get("fetch_id")))
-    if repeated is not None and repeated.worker_id == worker_id:
+    repeated = _given_by(queue, request)
+    if repeated is not None:
         return [], {"found": True, "task": repeated}
     is_ended = request.get("fetch_id") in queue.ended_fetches
     if queue.record.paused_at is not None:
@@ -5199,6 +5205,37 @@ def _attempt_over(task, at, status, reason=None, facts=None):
 
 class ForExtended(dict):
     """An answer for clients that ask for extensions; others get {}."""
+
+
+# The answer of an operation that has another one follow in the same transaction: `decide` is called once the changes of
+# the first are applied.
+Then = collections.namedtuple("Then", "decide")
+
+
+def report_and_fetch_op(store, queue, request, at):
+    """Decide what a report does, then that its worker runs the next task, maybe one that the report has released.
+
+    Raises Conflict if the report is refused. With a repeated fetch_id that has got a task, the report was counted
+    then. A worker that gets no more tasks hears why at its next fetch: its report counts all the same."""
+    report, repeated = request["report"], _given_by(queue, request)
+    try:
+        if repeated is not None and report.get("run_id") is None:
+            raise Conflict("it was counted with the fetch")
+        changes, outcome = report_task_op(store, queue, report, at)
+    except LabtaskerError as error:
+        if repeated is None:
+            raise Conflict("the report on task %s is refused: %s" % (report["task_id"], error)) from None
+        task = queue.tasks.get(report["task_id"])
+        changes, outcome = [], ForExtended(go=False, status=task and task.status, reason=task and task.reason)
+
+    def fetch(store, queue, request, at):
+        try:
+            fetched, answer = fetch_task_op(store, queue, request, at)
+        except (NotFound, Forbidden):
+            fetched, answer = [], {"found": False, "task": None}
+        doubt = {name: outcome.pop(name) for name in ["notification"] if name in outcome}
+        return fetched, dict(answer, report=outcome, **doubt)
+    return changes, Then(fetch)
 
 
 def report_task_op(store, queue, request, at):
@@ -6132,6 +6169,21 @@ class StoreFile:
         _start_process("compact", [self.path], False)
 
 
+def _decided(store, operation, queue, request, at):
+    """Return (changes, answer, what `apply` did or None) of an operation and of what it has follow in its transaction.
+    """
+    changes, answer = decide(operation, store, queue, request, at)
+    if not isinstance(answer, Then):
+        return changes, answer, None
+    queue_id, done = queue.record.queue_id, store.state.apply(queue.record.queue_id, changes)
+    try:
+        more, answer = decide(answer.decide, store, queue, request, after(at, len(changes)))
+        return changes + more, answer, done + store.state.apply(queue_id, more)
+    except BaseException:
+        store.state.put_back(done)
+        raise
+
+
 class Store:
     """The operations on a store, for the threads of this process."""
 
@@ -6213,16 +6265,16 @@ class Store:
     def _decide(self, operation, queue_id, request, writes):
         queue = None if queue_id is None else self._queue(queue_id, writes)
         at = now()
-        changes, answer = decide(operation, self, queue, request, at)
+        changes, answer, done = _decided(self, operation, queue, request, at)
         if changes:
-            return self._commit(queue.record.queue_id if queue else changes[0][1]["queue_id"], changes, at), answer
+            queue_id = queue.record.queue_id if queue else changes[0][1]["queue_id"]
+            return self._commit(queue_id, changes, at, done), answer
         journal = self.journal
         return (journal.batch if journal.batch.lines else journal.writing), answer
 
-    def _commit(self, queue_id, changes, at):
-        """Apply changes to the state; return the batch that makes them durable."""
-        body = dump_json({"at": at, "queue": queue_id, "changes": changes}).encode()
-        done = self.state.apply(queue_id, changes)
+    def _commit(self, queue_id, changes, at, done=None):
+        """Apply changes, unless `done` is what `apply` did already; return the batch that makes them durable."""
+        done = self.state.apply(queue_id, changes) if done is None else done
 
         def on_written(n):
             self.file.replica.events.extend(transitions_of(n, at, queue_id, changes, done))
@@ -6230,8 +6282,9 @@ class Store:
             if self.watched_keys:
                 self._wake(queue_id, done)
         try:
+            body = dump_json({"at": at, "queue": queue_id, "changes": changes}).encode()
             batch = self.journal.add(body, lambda: self.state.put_back(done), on_written)
-        except LabtaskerError:
+        except (LabtaskerError, ValueError, RecursionError):
             self.state.put_back(done)
             raise
         for put, _, old, new in done:
@@ -6830,6 +6883,9 @@ def _prepare_fetch(store, request):
     for key in required:
         if key != "*" and not is_plain_key(key):
             check_key(key, ["required_fields"])
+    if request["report"] is not None:
+        request["report"] = checked(_FETCH_REPORT, request["report"], ["body", "report"])
+        request["wait_s"] = 0.0  # else the report would be answered late
     _read_task_filter(store, request)
     if len(request.get("filter_text", "")) > _FETCH_FILTER_BYTES:
         raise TooLarge("a fetch's filter may have at most %d bytes" % _FETCH_FILTER_BYTES)
@@ -6889,7 +6945,12 @@ def _run_outside(store, caller, request, route):
 def _run_fetch(store, caller, request, route):
     if not store.is_server:
         store.look_for_timeouts(caller)
-    batch, answer = _run(store, caller, request, route)
+    if request["report"]:
+        batch, answer = _run_report(store, caller, request, route._replace(operation=report_and_fetch_op))
+    else:
+        batch, answer = _run(store, caller, request, route)
+        if answer["found"]:
+            answer["report"] = None  # which tells the client that it may send one with the next fetch
     if request["left"] and answer["found"]:
         answer["left"] = _left(store.state.queues[store.state.id_of(caller)].pending, request)
     return batch, answer
@@ -6925,11 +6986,12 @@ def _run_report(store, caller, request, route):
     """Run a report, then keep the end of its run's output, where that came with it; nothing of that fails the report.
 
     It is kept too where the report is refused: a task that was cancelled takes none from the run that was under way."""
+    report = request.get("report") or request
     try:
         found = _run(store, caller, request, route)
     finally:
-        if request["log"] and request["run_id"]:
-            _keep_tail(store, caller, request)
+        if report["log"] and report["run_id"]:
+            _keep_tail(store, caller, report)
     return found
 
 
@@ -7337,7 +7399,8 @@ def _unless_log(store, call):
 
 
 def _unless_new_request(store, call):
-    return store.is_quick(call.caller, call.request)
+    report = call.request["report"]
+    return not (report and report["log"]) and store.is_quick(call.caller, call.request)
 
 
 # How a request is answered. `fields` are the body's, `query` the URL's; `open`: without a password; `body` is "object",
@@ -7357,6 +7420,11 @@ _SUBMISSION = Fields({name: Arg(field.kind, field.default if isinstance(field.de
                                 field.extension or field.submitted == "id") for name, field in SUBMITTED.items()},
                      fills=False)
 _UPDATE = {name: Arg(field.kind, None, field.extension) for name, field in UPDATED.items()}
+_REPORT = {"status": Arg("status", REQUIRED), "worker_id": Arg("id"), "summary": Arg("dict"),
+           "run_id": _ours("id"), "reason": _ours("text"), "attempt": _ours("attempt"), "log": _ours("log"),
+           "delay_s": _ours("seconds"), "final": _ours("bool"), "took_s": _ours("seconds"),
+           "step": _ours("step"), "point_id": _ours("id"), "failure": _ours("failure")}
+_FETCH_REPORT = Fields(dict(_REPORT, task_id=Arg("id", REQUIRED)))
 _PAGE = {"offset": Arg("whole", 0), "limit": Arg("whole", 100), "extra_filter": Arg("filter"), "sort": Arg("sort")}
 QUEUE_PATH, TASKS_PATH, WORKERS_PATH = "/api/v1/queues/me", "/api/v1/queues/me/tasks", "/api/v1/queues/me/workers"
 
@@ -7415,12 +7483,14 @@ ROUTES = {
                 "value": Arg("text"), "best": Arg("extreme"), "limit": Arg("whole", 1000),
                 "points": Arg("whole", 200000), "since": Arg("seconds")}),
     "POST " + TASKS_PATH + "/next": _route(
-        fetch_task_op, "fetch the next task that matches, and run it", prepare=_prepare_fetch, run=_run_fetch,
-        waits=_FOR_A_TASK, quick=_unless_new_request,
+        fetch_task_op, "fetch the next task that matches, and run it; report: the body of a report on a run that is "
+        "over, with its task_id, which is taken first, or refused with 409 and no task",
+        prepare=_prepare_fetch, run=_run_fetch, waits=_FOR_A_TASK, quick=_unless_new_request,
         fields={"worker_id": Arg("id"), "eta_max": Arg("duration"), "heartbeat_timeout": Arg("seconds"),
                 "start_heartbeat": Arg("bool", True), "required_fields": Arg("texts"), "extra_filter": Arg("filter"),
                 "cmd": Arg("cmd"), "fetch_id": _ours("id"), "wait_s": _ours("wait", 0.0),
-                "attempt": _ours("attempt"), "heartbeat_default": _ours("bool", False), "left": _ours("bool", False)}),
+                "attempt": _ours("attempt"), "heartbeat_default": _ours("bool", False), "left": _ours("bool", False),
+                "report": _ours("dict")}),
     "DELETE " + TASKS_PATH + "/next": _route(
         end_fetch_op, "end a fetch that waits, or whose answer was lost; hand_back: return its task",
         status=204, quick=_always, query={"fetch_id": _ours("id", REQUIRED), "hand_back": _ours("bool", False)}),
@@ -7431,11 +7501,7 @@ ROUTES = {
         _log_of_run, "the end of a run's output, if its log is beside the store or its end came with the report",
         run=_run_outside, query={"run_id": Arg("id")}),
     "POST " + TASKS_PATH + "/{task_id}/status": _route(
-        report_task_op, "report on a run, or on a task", quick=_unless_log, run=_run_report,
-        fields={"status": Arg("status", REQUIRED), "worker_id": Arg("id"), "summary": Arg("dict"),
-                "run_id": _ours("id"), "reason": _ours("text"), "attempt": _ours("attempt"), "log": _ours("log"),
-                "delay_s": _ours("seconds"), "final": _ours("bool"), "took_s": _ours("seconds"),
-                "step": _ours("step"), "point_id": _ours("id"), "failure": _ours("failure")}),
+        report_task_op, "report on a run, or on a task", quick=_unless_log, run=_run_report, fields=_REPORT),
     "GET " + TASKS_PATH + "/{task_id}/history": _route(
         get_history_op, "the points that a task's runs have reported with a step", writes=False),
     "POST " + TASKS_PATH + "/{task_id}/heartbeat": _route(
@@ -7551,6 +7617,13 @@ def retry_call(store, call, key):
     return begin_call(store, call)
 
 
+def without_gift(call):
+    """Return the Call of what is left of a request if nobody takes what it hands out: its report; None if it has none.
+    """
+    report = call.request.get("report")
+    return report and Call(ROUTES["POST " + TASKS_PATH + "/{task_id}/status"], call.caller, report)
+
+
 def wait_of(call):
     """Return how many seconds a request may wait for another answer."""
     return call.request["wait_s"] if call.route.waits else 0
@@ -7618,8 +7691,11 @@ def in_json(answer, extensions):
         return {}
     if isinstance(answer, dict) and ("content" in answer or "task" in answer):
         return {key: in_json(value, extensions) if isinstance(value, (tuple, list)) else value
-                for key, value in answer.items() if extensions or key not in ("retry_in_s", "paused")}
+                for key, value in answer.items() if extensions or key not in _OURS_IN_ANSWERS}
     return answer
+
+
+_OURS_IN_ANSWERS = ("retry_in_s", "paused", "report")  # beside "task": for clients that ask for extensions
 
 
 def _shown_fields(record, fields, extensions):
@@ -8748,7 +8824,9 @@ class _Requests:
             return self.introduce(conn, request, introduction.group(1))
         call = self.quick_call(request)
         if call is not None and call.route.waits and call.route.waits.gives and self.has_left(conn):
-            return self.connections.drop(conn)  # nobody would get the fetched task
+            call = without_gift(call)  # nobody would get the fetched task
+            if call is None:
+                return self.connections.drop(conn)
         if call is not None:
             conn.authenticated = conn.authenticated or call.caller is not None
             return self.begin(conn, request, call, self.until(wait_of(call)))
@@ -9814,6 +9892,7 @@ class StoreTransport:
 
     extensions = True
     is_beside = None  # what `is_beside_store` has found
+    takes_reports = False  # whether the answer to a fetch has told that a report may come with it
 
     def __init__(self, folder, queue_name):
         self.store = Store(os.path.join(folder, "journal.jsonl"))
@@ -10002,6 +10081,7 @@ class HttpTransport:
     INTRODUCTION_S = 15.0  # in which a server must prove that it has the key
     MAX_WELCOME_BYTES = 65536  # read from a server that has not proved it
     is_beside = None  # the answer of `is_beside_store`, once known
+    takes_reports = False  # whether the answer to a fetch has told that a report may come with it
 
     def __init__(self, url, queue_name, password, ca_file=None, key=None):
         self.url = self.where = url.rstrip("/")
@@ -10822,7 +10902,8 @@ class TaskSubmitResponse(_Response):
 
 class TaskFetchResponse(_Response):
     """`.found`, `.task` (a Task or None), `.retry_in_s` (seconds until a task that waits may be fetched, or None),
-    `.left` (how many more pending tasks fit, or None), `.paused` (True: the queue gives out nothing)"""
+    `.left` (how many more pending tasks fit, or None), `.paused` (True: the queue gives out nothing), `.report` (the
+    answer to the report that came with the fetch, or None)"""
 
     if TYPE_CHECKING:
         found: "bool"
@@ -10830,6 +10911,7 @@ class TaskFetchResponse(_Response):
         retry_in_s: "float | None"
         left: "int | None"
         paused: "bool | None"
+        report: "dict[str, Any] | None"
 
 
 class HealthCheckResponse(_Response):
@@ -11221,18 +11303,23 @@ def fetch_task(worker_id: "str | None" = None, eta_max: "_Duration | None" = Non
                required_fields: "_Keys | None" = None, extra_filter: "_Filter | None" = None,
                cmd: "_Command | None" = None, fetch_id: "str | None" = None, wait_s: "float | None" = None,
                attempt: "dict[str, Any] | None" = None, heartbeat_default: "float | None" = None,
-               left: "bool | None" = None) -> "TaskFetchResponse":
+               left: "bool | None" = None, report: "dict[str, Any] | None" = None) -> "TaskFetchResponse":
     """Fetch the next task that matches and return `.found` and `.task`, which is running from now on.
 
-    `eta_max` is a duration ("1h30m"), `heartbeat_timeout` is in seconds. `required_fields`: the keys that the task's
-    args must have, no more, no less; "*" allows others. `attempt` is a dict of texts and numbers that the task keeps
-    about this run. `heartbeat_default`: a task's own heartbeat_timeout stays. `left`: also count the
-    pending tasks that are left. Raises WorkerSuspended."""
+    `eta_max` is a duration ("1h30m"), `heartbeat_timeout` is in seconds. `required_fields`: the keys that the
+    task's args must have, no more, no less; "*" allows others. `attempt` is a dict of texts and numbers that the
+    task keeps about this run. `heartbeat_default`: a task's own heartbeat_timeout stays. `left`: also count the
+    pending tasks that are left. `report`: the arguments of `send_report` for a run that is over. It is taken in the
+    same transaction; if it is refused, nothing is fetched. A server that does not know it answers without
+    `.report`. Raises WorkerSuspended."""
     body = without_none(**dict(locals(), extra_filter=query_of(extra_filter), fetch_id=fetch_id or new_id()))
     # The transport waits so much longer.
     answer = client().call("POST", TASKS_PATH + "/next", body, without_none(wait_s=wait_s))
+    if answer["found"] or report:
+        client().transport.takes_reports = "report" in answer
     return TaskFetchResponse(found=answer["found"], task=answer.get("task") and Task(answer["task"]),
-                             retry_in_s=answer.get("retry_in_s"), left=answer.get("left"), paused=answer.get("paused"))
+                             retry_in_s=answer.get("retry_in_s"), left=answer.get("left"), paused=answer.get("paused"),
+                             report=answer.get("report"))
 
 
 def end_fetch(fetch_id, hand_back=None):
@@ -13749,16 +13836,19 @@ def host_name():
 
 
 def deliver(task_id, status, summary=None, worker_id=None, run_id=None, reason=None, attempt=None, delay_s=None,
-            final=None, log=False, took_s=None, step=None, point_id=None, failure=None):
-    """Send a report of a run; return the answer, or None. With `log` it includes the end of the run's output.
+            final=None, log=False, took_s=None, step=None, point_id=None, failure=None, send=None):
+    """Send a report of a run with `send`; return the answer, or None. With `log` it includes the end of the run's
+    output.
 
     A server without the extensions gets a PUT of the task instead, for what the plain protocol can't report."""
     if status not in ("pending", "running") and not final or client().extensions:
         packed, size = end_of_log(task_id, run_id, attempt) if log and client().extensions else (None, None)
         attempt = dict(attempt or {}, log_bytes=size) if packed else attempt
         try:
-            return send_report(task_id, status, summary, worker_id, run_id, reason, attempt, delay_s, final, packed,
-                               took_s, step, point_id, failure)
+            return (send or send_report)(
+                task_id=task_id, status=status, summary=summary, worker_id=worker_id, run_id=run_id,
+                reason=reason, attempt=attempt, delay_s=delay_s, final=final, log=packed, took_s=took_s, step=step,
+                point_id=point_id, failure=failure)
         except LabtaskerHTTPStatusError as error:  # a 1.0.1 server refuses the status that the task already has
             if client().extensions or error.status_code not in (400, 500) or get_task(task_id).status != status:
                 raise
@@ -14364,6 +14454,14 @@ def outbox_reports(run=None):
 _POINTS_A_FILE = 100  # of the outbox: a file is written anew for each of them
 
 
+def is_anything_kept():
+    """Return whether a report or the end of a worker waits in the outbox."""
+    try:
+        return any(name.endswith(".json") or name.startswith(_END_FILE) for name in os.listdir(outbox()))
+    except OSError:
+        return False
+
+
 def keep_report(run, report):
     """Save a report of a run in the outbox. Reports of a run that goes on are kept in one file, in their order."""
     config, old = load_config(), run.saved
@@ -14537,9 +14635,10 @@ def _deliver_one(report, is_its_store, run=None):
     return True
 
 
-def post(run, report, pause=time.sleep, limit_s=lambda: SERVER_LOST_S):
-    """Return whether a report of a run was delivered. If the server is away, the report is saved in the outbox, after
-    those of the run that already wait there. If the disk is full too, sending is retried as in `retry_while_away`."""
+def post(run, report, pause=time.sleep, limit_s=lambda: SERVER_LOST_S, send=None):
+    """Return whether a report of a run was delivered, with `send`. If the server is away, the report is saved in the
+    outbox, after those of the run that already wait there. If the disk is full too, sending is retried as in
+    `retry_while_away`."""
     timed = report if report["status"] == "running" else dict(report, took_s=run.spent_s() or None)
     report = timed if run.task else report  # a job knows its start only roughly: good enough for a late report alone
     if monotonic() >= run.away_until:
@@ -14547,7 +14646,7 @@ def post(run, report, pause=time.sleep, limit_s=lambda: SERVER_LOST_S):
             deliver_kept(run)
             if not outbox_reports(run):  # otherwise this one has to wait for them
                 if not run.is_end_saved:
-                    run.hear(deliver(run.task_id, run_id=run.run_id, **report))
+                    run.hear(deliver(run.task_id, run_id=run.run_id, send=send, **report))
                 return True
         except LabtaskerError as error:
             if not is_away(error):
@@ -16021,7 +16120,7 @@ class Loop:
 
     def leave(self):
         """Try to deliver what waits, as long as there is time; print where the rest is saved."""
-        self.unanswered.update(fetch.id for fetch in [slot.fetch for slot in self.slots] if fetch)
+        self.unanswered.update(fetch.id for fetch in [slot.fetching.asked for slot in self.slots] if fetch)
         if self.is_unheard and self.unanswered:  # not for as long as a request that has no answer takes
             thread = threading.Thread(target=self.settle, args=(time.sleep,), daemon=True)
             thread.start()
@@ -16155,7 +16254,7 @@ class Loop:
         for slot in self.slots:
             slot.bell.set()
             if is_remote and slot.state == "waiting" and is_in_vain:
-                slot.end_waiting()
+                slot.fetching.end_waiting()
             if is_remote and self.wake.stop:
                 slot.keep_report()
 
@@ -16165,8 +16264,12 @@ class Loop:
 
     def is_over(self):
         """Return whether no more tasks are fetched; jobs are told to stop if the time is up."""
+        return self.is_leaving() or self.taken == self.options.max_tasks
+
+    def is_leaving(self):
+        """Return whether tasks that come are handed back; jobs are told to stop if the time is up."""
         self.check_time()
-        return bool(self.wake.stop or self.state not in ("starting", "working") or self.taken == self.options.max_tasks
+        return bool(self.wake.stop or self.state not in ("starting", "working")
                     or monotonic() >= self.limit.start_until)
 
     def check_time(self):
@@ -16360,6 +16463,152 @@ class _Fetch:
             self.is_over.wait(1)
 
 
+_Given = collections.namedtuple("_Given", "run left began")  # a task that was fetched; as Account.begin takes them
+
+
+class _Fetching:
+    """How a slot gets its tasks: by fetches of its own, which may wait, or with the answers to its reports."""
+
+    def __init__(self, slot):
+        self.slot, self.loop = slot, slot.loop
+        self.asked = None  # the _Fetch that was sent and is not answered yet
+        self.fetch_id = None  # of a fetch that was never answered: the next one has it too
+        self.given = None  # the _Given that was fetched and has not begun
+
+    def fetch(self):
+        """Return the Run of the next task, or None, maybe after waiting. The caller holds `turn`."""
+        loop, began = self.loop, monotonic()
+        left_s, seen = loop.idle_left_s(), _file_stamp()
+        wait_s = max(0, min(left_s, IDLE_WAIT_S, loop.limit.start_until - began))
+        if loop.retry_at > -math.inf:
+            wait_s = max(0, min(wait_s, loop.retry_at + _WATCH_S - began))
+        task, left, is_ended = self._ask(None if seen else wait_s)
+        if task:
+            self._take(task, left, began)
+            return self.begin()
+        if left_s <= 0 and loop.idle_left_s() <= 0:
+            loop.move("emptied")
+        until = min(began + min(wait_s, _IDLE_FETCH_S), loop.retry_at if loop.retry_at > -math.inf else math.inf)
+        while seen and seen == _file_stamp() and monotonic() < until and not loop.is_in_vain():
+            self.slot.pause(min(_WATCH_S, wait_s))
+        if not seen and monotonic() - began < 0.5 and not is_ended:  # the server did not wait
+            self.slot.pause(min(wait_s, 1))
+        return None
+
+    def _take(self, task, left, began):
+        """Note a task that was fetched, with the answer to a fetch that began then."""
+        loop = self.loop
+        run = Run(task.task_id, task.run_id, loop.request["worker_id"], task)
+        run.limit, run.store_id, run.packs = loop.limit, store_id(), loop.packs
+        with loop.lock:
+            loop.taken += 1
+        loop.wake.runs.add(run)
+        loop.expect_store()
+        self.given = _Given(run, left, began)
+
+    def begin(self):
+        """Return the Run of the task that was taken, None if there is none; it is declined if the loop must leave."""
+        given, self.given, loop = self.given, None, self.loop
+        if given is None:
+            return None
+        if loop.is_leaving():
+            given.run.move("decline")
+        with loop.lock:
+            loop.account.begin(given.run.task, given.left, given.began)
+        return given.run
+
+    def _request(self, fetch):
+        """Return the arguments of `fetch_task` for a fetch."""
+        loop = self.loop
+        return dict(loop.request, fetch_id=fetch.id, attempt=dict(loop.request["attempt"], **self.slot.spec.facts),
+                    extra_filter=loop.without_resting(loop.limit.filtered(loop.request, monotonic())),
+                    left=monotonic() - loop.account.asked_at > Account.TOTAL_S or None)
+
+    def _ask(self, wait_s):
+        """Return (the next Task or None, how many more fit if that was asked and told, whether `end_waiting` has ended
+        the fetch). Delivers the outbox first, and retries while the server is away, unless it has never answered.
+
+        A fetch that was sent may have been given a task. So it is repeated with the same id until it is answered, and
+        the id is kept in `unanswered` if it never is."""
+        loop, fetch = self.loop, _Fetch(self.fetch_id or new_id())
+        request = dict(self._request(fetch), wait_s=wait_s or None)
+
+        def ask():
+            loop.deliver_outbox()
+            if wait_s:
+                self.slot.move("wait")
+            if loop.is_in_vain():  # since the others' end, while the server was away
+                loop.wake.ring()
+            try:
+                return fetch_task(**request)
+            except LabtaskerError as error:
+                if is_away(error) and getattr(error, "is_sent", True):
+                    loop.unanswered.add(fetch.id)
+                raise
+        self.asked = fetch
+        try:
+            answer = retry_while_away(ask, self.slot.pause, lambda: (
+                0 if loop.wake.stop or loop.state != "working" else loop.options.server_lost_s))
+            loop.unanswered.discard(fetch.id)
+        except LabtaskerError as error:
+            if not is_away(error):  # refused
+                loop.unanswered.discard(fetch.id)
+            raise
+        finally:
+            self.slot.move("answered")
+            self.asked = None
+            fetch.is_over.set()
+        self.fetch_id = None
+        loop.move("answered")
+        loop.note_pause(answer)
+        return answer.task if answer.found else None, answer.left, fetch.is_ended
+
+    def send_report(self, **report):
+        """Send the report of a run that is over; return the answer. The next task is fetched with it if the server
+        knows that, the loop goes on, and nothing waits in the outbox, which a fetch delivers first."""
+        loop, is_counted = self.loop, self.loop.options.max_tasks is not None
+        if is_counted and not loop.turn.acquire(False):  # the report does not wait for another slot
+            return send_report(**report)
+        try:
+            may_fetch = client().transport.takes_reports and not (
+                self.given or loop.waiting or loop.is_over() or is_anything_kept())
+            return self._send_and_fetch(report) if may_fetch else send_report(**report)
+        finally:
+            if is_counted:
+                loop.turn.release()
+
+    def _send_and_fetch(self, report):
+        """Send a report with a fetch; return the answer to the report. It is sent alone after that where it is refused,
+        as the answer then says why, or where it was not taken, as the server is another now."""
+        loop, fetch = self.loop, _Fetch(new_id())
+        self.asked = fetch
+        try:
+            answer = fetch_task(report=without_none(**report), **self._request(fetch))
+        except LabtaskerError as error:
+            if is_away(error) and getattr(error, "is_sent", True):
+                loop.unanswered.add(fetch.id)
+                self.fetch_id = fetch.id
+            if is_away(error) or not isinstance(error, LabtaskerHTTPStatusError):
+                raise
+            return send_report(**report)
+        finally:
+            self.asked = None
+            fetch.is_over.set()
+        loop.note_pause(answer)
+        if answer.found:
+            self._take(answer.task, answer.left, fetch.began)
+        return send_report(**report) if answer.report is None else answer.report
+
+    def end_waiting(self):
+        """Have the server answer the fetch under way; call it from any thread. A task that it has been given comes with
+        the answer. A fetch that was just sent gets some time, unless the loop must leave."""
+        fetch = self.asked
+        is_young = fetch and not self.loop.is_over() and monotonic() - fetch.began < _ANSWER_S
+        if fetch and not fetch.is_ended and not is_young:
+            fetch.is_ended = True
+            threading.Thread(target=fetch.end, daemon=True).start()
+
+
 class Slot:
     """One of the places in which a loop runs a task at a time: a thread that fetches, has it run, and reports.
 
@@ -16377,7 +16626,7 @@ class Slot:
         self.thread = threading.Thread(target=self.live, daemon=True)
         self.state = "idle"
         self.posting, self.errors = None, 0  # (Run, report) that is on its way; failed passes in a row
-        self.fetch = None  # the Fetch that was sent and is not answered yet
+        self.fetching = _Fetching(self)
 
     def pause(self, seconds):
         """Sleep for so long, or until there is something new."""
@@ -16415,7 +16664,7 @@ class Slot:
         """Run one task after another until the loop is over. An error here ends it, once the other slots are done."""
         loop = self.loop
         try:
-            while not loop.is_over():
+            while self.fetching.given or not loop.is_over():
                 self._guarded_pass()
         except WorkerSuspended as error:
             loop.fatal = None  # whatever another slot met, this says what to do
@@ -16425,8 +16674,17 @@ class Slot:
         except BaseException as error:
             loop.fail(error=error)
         finally:
+            self._decline_given()
             self.move("leave")
             self.wake.ring()
+
+    def _decline_given(self):
+        """Hand back a task that came with the answer to a report, after which the slot failed."""
+        try:
+            if self.fetching.given:
+                self.one_pass()
+        except Exception as error:  # why the loop ends is known already
+            self.remark(error)
 
     def _guarded_pass(self):
         """Do one_pass(); the user's handler, if set, gets its exceptions."""
@@ -16462,9 +16720,10 @@ class Slot:
 
     def one_pass(self):
         """Run a task, where there is one."""
-        loop = self.loop
-        with loop.turn:
-            run = None if loop.is_over() else self._fetch()
+        loop, run = self.loop, self.fetching.begin()
+        if run is None:
+            with loop.turn:
+                run = None if loop.is_over() else self.fetching.fetch()
         if run is None:
             return
         try:
@@ -16493,83 +16752,6 @@ class Slot:
             why = "the loop could not run it: %s" % exception_summary(error)["message"]
             self.close(run, Outcome("pending", reason=why[:_REASON_LIMIT]))
             raise
-
-    def _fetch(self):
-        """Return the Run of the next task, or None, maybe after waiting. The slot holds `turn`."""
-        loop, began = self.loop, monotonic()
-        left_s, seen = loop.idle_left_s(), _file_stamp()
-        wait_s = max(0, min(left_s, IDLE_WAIT_S, loop.limit.start_until - began))
-        if loop.retry_at > -math.inf:
-            wait_s = max(0, min(wait_s, loop.retry_at + _WATCH_S - began))
-        task, left, is_ended = self._ask(None if seen else wait_s)
-        if task:
-            run = Run(task.task_id, task.run_id, loop.request["worker_id"], task)
-            run.limit, run.store_id, run.packs = loop.limit, store_id(), loop.packs
-            if loop.is_over():
-                run.move("decline")
-            with loop.lock:
-                loop.account.begin(task, left, began)
-            loop.taken += 1
-            self.wake.runs.add(run)
-            loop.expect_store()
-            return run
-        if left_s <= 0 and loop.idle_left_s() <= 0:
-            loop.move("emptied")
-        until = min(began + min(wait_s, _IDLE_FETCH_S), loop.retry_at if loop.retry_at > -math.inf else math.inf)
-        while seen and seen == _file_stamp() and monotonic() < until and not loop.is_in_vain():
-            self.pause(min(_WATCH_S, wait_s))
-        if not seen and monotonic() - began < 0.5 and not is_ended:  # the server did not wait
-            self.pause(min(wait_s, 1))
-        return None
-
-    def _ask(self, wait_s):
-        """Return (the next Task or None, how many more fit if that was asked and told, whether `end_waiting` has ended
-        the fetch). Delivers the outbox first, and retries while the server is away, unless it has never answered.
-
-        A fetch that was sent may have been given a task. So it is repeated with the same id until it is answered, and
-        the id is kept in `unanswered` if it never is."""
-        loop, fetch = self.loop, _Fetch(new_id())
-        request = dict(loop.request, fetch_id=fetch.id, wait_s=wait_s or None, extra_filter=loop.without_resting(
-            loop.limit.filtered(loop.request, monotonic())), attempt=dict(loop.request["attempt"], **self.spec.facts),
-            left=monotonic() - loop.account.asked_at > Account.TOTAL_S or None)
-
-        def ask():
-            loop.deliver_outbox()
-            if wait_s:
-                self.move("wait")
-            if loop.is_in_vain():  # since the others' end, while the server was away
-                self.wake.ring()
-            try:
-                return fetch_task(**request)
-            except LabtaskerError as error:
-                if is_away(error) and getattr(error, "is_sent", True):
-                    loop.unanswered.add(fetch.id)
-                raise
-        self.fetch = fetch
-        try:
-            answer = retry_while_away(ask, self.pause, lambda: (
-                0 if self.wake.stop or loop.state != "working" else loop.options.server_lost_s))
-            loop.unanswered.discard(fetch.id)
-        except LabtaskerError as error:
-            if not is_away(error):  # refused
-                loop.unanswered.discard(fetch.id)
-            raise
-        finally:
-            self.move("answered")
-            self.fetch = None
-            fetch.is_over.set()
-        loop.move("answered")
-        loop.note_pause(answer)
-        return answer.task if answer.found else None, answer.left, fetch.is_ended
-
-    def end_waiting(self):
-        """Have the server answer the fetch under way; call it from any thread. A task that it has been given comes with
-        the answer. A fetch that was just sent gets some time, unless the loop must leave."""
-        fetch = self.fetch
-        is_young = fetch and not self.loop.is_over() and monotonic() - fetch.began < _ANSWER_S
-        if fetch and not fetch.is_ended and not is_young:
-            fetch.is_ended = True
-            threading.Thread(target=fetch.end, daemon=True).start()
 
     def start_beats(self, run, group=None):
         """Send heartbeats for `run` from now on."""
@@ -16636,7 +16818,8 @@ class Slot:
             self.keep_report()
         try:
             lost_s = self.loop.options.server_lost_s
-            return post(run, report, self.pause, lambda: LEAVING_S if self.wake.stop else lost_s)
+            return post(run, report, self.pause, lambda: LEAVING_S if self.wake.stop else lost_s,
+                        self.fetching.send_report)
         finally:
             with self.loop.lock:
                 self.posting = None

@@ -242,6 +242,7 @@ class TaskFetchResponse(_Response):
     retry_in_s: float | None
     left: int | None
     paused: bool | None
+    report: dict[str, Any] | None
 
 class HealthCheckResponse(_Response):
     status: Literal['healthy', 'unhealthy']
@@ -318,6 +319,7 @@ def fetch_task(
     attempt: dict[str, Any] | None = None,
     heartbeat_default: float | None = None,
     left: bool | None = None,
+    report: dict[str, Any] | None = None,
 ) -> TaskFetchResponse: ...
 
 def refresh_task_heartbeat(task_id: str, worker_id: str | None = None) -> None: ...

@@ -885,14 +885,19 @@ class Checker:
     def work(self, line, number):
         """The life of a worker: fetch, then report, hand back, or forget the run."""
         import random
-        dice = random.Random("%s worker %d" % (self.dice, number))
+        dice, report = random.Random("%s worker %d" % (self.dice, number)), None  # of the run before, to come with the fetch
         while not self.over.is_set():
             forgets = dice.random() < 0.05
             asked_at = time.monotonic()
             fetch = {"fetch_id": str(uuid.UUID(int=dice.getrandbits(128), version=4)),
                      "heartbeat_timeout": 0.5 if forgets else 600, "wait_s": 0.2}
+            if report:
+                fetch["report"] = report
             status, answer = line.ask("POST", "tasks/next", fetch)
             assert status == 200, (status, answer)
+            if report:
+                self.note_report(report, status, answer)
+            report = None
             if not answer["found"]:
                 continue
             task, end = answer["task"], dice.choices(("success", "failed", "pending"), (6, 1, 1))[0]
@@ -902,12 +907,16 @@ class Checker:
             if forgets:
                 continue
             run["end"], run["told_at"] = end, time.monotonic()
-            status, answer = line.ask("POST", "tasks/%s/status" % task["task_id"],
-                                      {"status": end, "run_id": task["run_id"], "summary": {"run": task["run_id"]}})
-            if status != 200:
-                self.problems.append("report of %s on %s: %s %s" % (end, task, status, answer))
-            with self.lock:
-                self.reports[task["run_id"]] = (task["task_id"], end)
+            report = {"status": end, "run_id": task["run_id"], "summary": {"run": task["run_id"]}, "task_id": task["task_id"]}
+            if dice.random() < 0.5:
+                self.note_report(report, *line.ask("POST", "tasks/%s/status" % task["task_id"], report))
+                report = None
+
+    def note_report(self, report, status, answer):
+        if status != 200:
+            self.problems.append("report %s: %s %s" % (report, status, answer))
+        with self.lock:
+            self.reports[report["run_id"]] = (report["task_id"], report["status"])
 
     def run(self, kills):
         """Kill the server so many times at random moments, then let the workers finish what there is."""

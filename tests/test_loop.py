@@ -194,6 +194,22 @@ def test_who_left_gets_no_task(loop):
     assert loop.answer(gone) is None and loop.answer(there)[1]["found"]
 
 
+def test_who_left_before_its_fetch_was_read_has_its_report_counted_and_gets_no_task(loop):
+    client, gone = loop.client(), loop.client()
+    for n in range(2):
+        loop.call(client, *submit(i=n))
+    task = loop.call(client, *fetch())[1]["task"]
+    gone.sock.has_left = True
+    loop.say(gone, loop.bytes(*fetch(report={"task_id": task["task_id"], "run_id": task["run_id"], "status": "success"})))
+    assert loop.call(client, "GET", "/tasks/" + task["task_id"])[1]["status"] == "success"
+    left = loop.call(client, *fetch())[1]["task"]
+    assert left["args"] == {"i": 1} and left["retries"] == 0
+    report = {"task_id": left["task_id"], "run_id": left["run_id"], "status": "failed"}
+    gone, other = loop.client(), loop.client()
+    assert loop.call(other, *fetch(50, report=report))[1]["task"]["task_id"] == left["task_id"], "its next attempt"
+    assert loop.call(other, *fetch(50, report=dict(report, run_id=None, status="success")))[1]["found"] is False, "at once"
+
+
 def test_who_left_before_its_fetch_was_read_gets_no_task(loop):
     loop.call(loop.client(), *submit(i=1))
     gone = loop.client()

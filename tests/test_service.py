@@ -781,3 +781,95 @@ def test_a_reset_task_tells_no_more_of_the_run_that_failed(door):
     door.report(door.fetch(), "pending", reason="preempted")
     door.update(task_id, reset=True)
     assert door.task(task_id)["reason"] is None
+
+
+# ---- A report that comes with the next fetch
+
+
+def both(door, task, status, expect=None, **fields):
+    """Report on a fetched task and fetch the next one with the same request."""
+    report = {"task_id": task["task_id"], "run_id": task["run_id"], "status": status, **fields.pop("report", {})}
+    return door("POST", "tasks/next", dict({"heartbeat_timeout": 60, "fetch_id": L.new_id()}, report=report, **fields), expect=expect)
+
+
+def test_a_report_comes_with_the_next_fetch_on_one_line(door, tmp_path):
+    first, second = door.submit(), door.submit(args={"a": 2})
+    task = door("POST", "tasks/next", {"heartbeat_timeout": 60})
+    assert task["report"] is None, "which says that a report may come with the next fetch"
+    lines = len((tmp_path / "journal.jsonl").read_bytes().splitlines())
+    answer = both(door, task["task"], "success", report={"summary": {"loss": 1}})
+    assert answer["report"] == {"go": False, "status": "success", "reason": None} and answer["task"]["task_id"] == second
+    assert len((tmp_path / "journal.jsonl").read_bytes().splitlines()) == lines + 1
+    assert door.task(first)["status"] == "success" and door.task(first)["summary"] == {"loss": 1}
+    plain = L.answer_call(door.store, lambda: door.queue, "POST", "/api/v1/queues/me/tasks/next", {"heartbeat_timeout": 60},
+                          extensions=False)[1]
+    assert plain == {"found": False, "task": None}
+    answer = both(door, answer["task"], "failed", wait_s=60, report={"step": "first"})  # on disk now, not after the wait
+    assert not answer["found"] or answer["task"]["task_id"] == second  # it failed and is to be run again
+    assert answer["report"]["status"] == "pending" and "first" in answer["notification"][0]["details"]
+
+
+def test_a_repeat_of_a_report_with_a_fetch_is_counted_once_and_gets_the_same_task(door):
+    for n in range(3):
+        door.submit(args={"a": n}, max_retries=5)
+    first = door.fetch()
+    request = {"fetch_id": "f"}
+    answers = [both(door, first, "failed", **request) for _ in range(2)]
+    assert answers[0]["task"] == answers[1]["task"] and door.task(first["task_id"])["retries"] == 1
+    again = door.fetch(required_fields=["a"])  # the third; then the first once more
+    assert door.fetch()["task_id"] == first["task_id"]
+    assert both(door, first, "failed", **request)["task"] == answers[0]["task"], "its run is over, and was counted"
+    assert door.task(first["task_id"])["status"] == "running" and door.task(first["task_id"])["retries"] == 1
+    own = both(door, again, "failed", fetch_id="g", worker_id=None)
+    assert own["task"]["task_id"] == again["task_id"], "nothing else is pending: the same task, another run"
+    nameless = {"fetch_id": "g", "report": {"task_id": again["task_id"], "status": "failed"}, "heartbeat_timeout": 60}
+    assert door("POST", "tasks/next", nameless)["task"] == own["task"] and door.task(again["task_id"])["retries"] == 1
+
+
+def test_a_report_that_is_refused_gives_out_nothing(door, tmp_path):
+    door.submit()
+    door.submit(args={"a": 2})
+    task, before = door.fetch(), None
+    over = dict(task, run_id=L.new_id())
+    for status, expect, report in (
+            ("success", 409, {"run_id": over["run_id"]}), ("success", 409, {"task_id": "nobody"}),
+            ("success", 409, {"summary": {"a": 1, "a.b": 2}}), ("done", 422, {}), ("success", 422, {"task_id": None}),
+            ("success", 422, {"summary": 1})):
+        before = before or (tmp_path / "journal.jsonl").read_bytes()
+        detail = both(door, task, status, expect, report=report)["detail"]
+        assert expect == 409 or detail[0]["loc"][:2] == ["body", "report"], detail
+    assert door("POST", "tasks/next", {"heartbeat_timeout": 60, "report": {}}, expect=422)
+    assert (tmp_path / "journal.jsonl").read_bytes() == before
+    assert both(door, task, "success")["found"]
+
+
+def test_a_report_counts_although_nothing_is_given_with_it(door):
+    parent = door.submit()
+    child = door.submit(args={"b": 1}, after=[parent])
+    door.submit(args={"c": 1})
+    task = door.fetch(required_fields=["a"])
+    assert both(door, task, "success", required_fields=["b"])["task"]["task_id"] == child, "released by this very report"
+    worker_id = door.worker(max_retries=1)
+    task = door.fetch(worker_id=worker_id)
+    answer = both(door, task, "failed", worker_id=worker_id)
+    assert not answer["found"] and answer["report"]["status"] == "pending"
+    assert door("GET", "workers/" + worker_id)["status"] == "crashed"
+    assert "crashed" in door("POST", "tasks/next", {"worker_id": worker_id}, expect=403)["detail"]
+    task = door.fetch()
+    door("PUT", "/api/v1/queues/me", {"paused": True})
+    answer = both(door, task, "success")
+    assert answer["paused"] and not answer["found"] and door.task(task["task_id"])["status"] == "success"
+
+
+def test_a_full_disk_takes_back_a_report_and_its_fetch_together(door):
+    door.submit()
+    door.submit(args={"a": 2})
+    task, first = door.fetch(), None
+
+    class Full(L.Disk):
+        write = staticmethod(lambda fd, data: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    first, door.store.journal.file.disk = door.state(), Full
+    both(door, task, "failed", 507)
+    assert door.state() == first
+    door.store.journal.file.disk = L.Disk
+    assert both(door, task, "failed")["found"]

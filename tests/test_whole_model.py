@@ -168,6 +168,29 @@ class Model:
             self.begin(task, request, answer)
         return task
 
+    def report_and_fetch(self, name, request, answer):
+        """The same for a fetch with a report of the run before. What was given by this fetch already was counted then."""
+        queue, report = self.queue(name), request["report"]
+        if not request.get("start_heartbeat", True) and request.get("eta_max") is None:
+            raise No(400)
+        is_repeat = any(task["_fetch"] == request["fetch_id"] and task["status"] == "running" for task in queue["tasks"].values())
+        try:
+            if "run_id" in report or not is_repeat:
+                self.report(name, report["task_id"], report)
+        except No:
+            if not is_repeat:
+                raise No(409)
+        try:
+            task = self.fetch(name, request, answer)
+        except No:  # its worker gets none, which is no reason to refuse the report
+            return None
+        if task:
+            at = float(L.parse_time(answer["task"]["start_time"]))
+            assert 0 <= at - task["start_time"] < STEP_S, (at, task)
+            if task["start_time"] == self.clock.day:
+                task.update(start_time=at, last_modified=at)
+        return task
+
     def choice(self, queue, request):
         wanted = next((test for sent, test in FILTERS if sent == request.get("extra_filter")), lambda task: True)
         found = [task for task in queue["tasks"].values() if task["status"] == "pending" and not self.is_held(queue, task)
@@ -544,9 +567,14 @@ class Episode:
                 ("eta_max", "5000", 0.2), ("start_heartbeat", False, 0.1), ("cmd", "from the worker", 0.1)):
             if dice.random() < chance:
                 request[key] = value
+        if dice.random() < 0.4:
+            task_id, report = self.some_report(name)
+            request["report"] = dict(report, task_id=task_id)
         if self.known["fetches"] and dice.random() < 0.1:
             name, request = dice.choice(self.known["fetches"][-10:])
-        answer, task = self.both(lambda answer: self.model.fetch(name, request, answer), name, "POST", "tasks/next", request)
+        plain = dict(request, report=plainly(request["report"])) if "report" in request else request
+        expected = self.model.report_and_fetch if "report" in request else self.model.fetch
+        answer, task = self.both(lambda answer: expected(name, plain, answer), name, "POST", "tasks/next", request)
         if answer is not None:
             there = self.model.queues[name]["tasks"].get((answer["task"] or {}).get("task_id"))
             assert answer["task"] is None and task is None or there is task, "got %s, the model has %s" % (there, task)
@@ -555,7 +583,8 @@ class Episode:
                 self.compare(task, answer["task"])
                 self.known["runs"] = self.known["runs"][-40:] + [(name, (task["task_id"], task["run_id"]))]
 
-    def report(self, name):
+    def some_report(self, name):
+        """Return the id of a task and a report on it."""
         dice, request = self.dice, {"status": self.dice.choice(STATUSES)}
         task_id, run = self.pick("tasks", name), self.pick("runs", name)
         if run != "never-was" and dice.random() < 0.8:
@@ -566,8 +595,12 @@ class Episode:
             request["summary"] = dice.choice(({"k": 1}, {"k": 2, "deep": {"a": 1}}, {"deep.b": 2}, {}))
         if request["status"] == "pending" and dice.random() < 0.3:
             request["delay_s"] = 300.0
-        plain = dict(request, summary={"deep": {"b": 2}} if "deep.b" in request.get("summary", ()) else request.get("summary"))
-        self.both(lambda answer: self.model.report(name, task_id, plain), name, "POST", "tasks/%s/status" % task_id, request)
+        return task_id, request
+
+    def report(self, name):
+        task_id, request = self.some_report(name)
+        self.both(lambda answer: self.model.report(name, task_id, plainly(request)), name, "POST", "tasks/%s/status" % task_id,
+                  request)
 
     def heartbeat(self, name):
         run, query = self.pick("runs", name), {}
@@ -738,6 +771,11 @@ class Episode:
         elif self.service.path.exists():
             store = self.service.places[0].store
             faulty.check_same(faulty.contents(store.state), faulty.replayed(self.service.path), "memory and file")
+
+
+def plainly(report):
+    """Return a report with its dotted keys as nested ones."""
+    return dict(report, summary={"deep": {"b": 2}} if "deep.b" in report.get("summary", ()) else report.get("summary"))
 
 
 STATUSES = ("pending", "running", "success", "failed", "cancelled")

@@ -773,13 +773,13 @@ def test_no_server_at_the_start_is_an_error_at_once(home, monkeypatch, capfd):
 
 def test_errors_of_the_loop_itself_go_to_the_handler(home, monkeypatch):
     submit(2)
-    calls, seen, report = [], [], labtasker.send_report
+    calls, seen, report = [], [], labtasker.deliver
 
-    def sometimes(*args):
+    def sometimes(*args, **named):
         if len(calls) < 2:
             raise OSError("disk")
-        return report(*args)
-    monkeypatch.setattr(labtasker, "send_report", sometimes)
+        return report(*args, **named)
+    monkeypatch.setattr(labtasker, "deliver", sometimes)
     monkeypatch.setattr(labtasker.Wake, "pause", lambda wake, seconds: None)
     monkeypatch.setitem(labtasker.LOOP_SETTINGS, "on_internal_error", None)
     labtasker.set_loop_internal_error_handler(lambda error, count: calls.append((str(error), count)))
@@ -2078,3 +2078,131 @@ def test_a_loop_whose_filter_matches_nothing_says_what_in_it_cannot(home, capsys
     assert "args.lr is a number in each task that has it" in ends('args.lr == "1"')
     assert "no task has args.modle; did you mean args.model?" in ends('args.modle == "vit"')
     assert "filter: " not in ends("args.lr > 5")
+
+
+# ---- One request a task: the report of a run's end brings the next task
+
+
+@pytest.fixture
+def exchanged(monkeypatch):
+    """The requests about runs: "fetch", "report" or "both"."""
+    names, call = [], labtasker.Client.call
+
+    def noted(client, method, path, body=None, query=None):
+        if method == "POST" and path.endswith("/tasks/next"):
+            names.append("both" if "report" in body else "fetch")
+        elif method == "POST" and path.endswith("/status") and "/tasks/" in path:
+            names.append("report")
+        return call(client, method, path, body, query)
+    monkeypatch.setattr(labtasker.Client, "call", noted)
+    return names
+
+
+def run_all(way, fails=lambda n: False, **options):
+    """Run what is pending, by a function or by a command; return the exit code of the command loop."""
+    if way == "command":
+        return labtasker.command_loop(["sh", "-c", "exit 0" if not fails(0) else "exit 1", "x", "%(n)"], use_pty=False, **options)
+
+    def function(n=Required()):
+        assert not fails(n)
+    return labtasker.loop()(function)()
+
+
+@pytest.mark.parametrize("way", ["function", "command"])
+def test_the_report_of_a_run_brings_the_next_task(home, exchanged, way):
+    ids = submit(3)
+    run_all(way)
+    assert exchanged == ["fetch", "both", "both", "both", "fetch"] and [task(one).status for one in ids] == ["success"] * 3
+    with open(os.path.join(labtasker.load_config().root, "journal.jsonl")) as file:
+        lines = [json.loads(line)["changes"] for line in file if '"run_end":"success"' in line]
+    assert [[change[2]["status"] for change in line] for line in lines] == [["success", "running"]] * 2 + [["success"]]
+    if way == "command":
+        del exchanged[:]
+        ids = submit(3)
+        run_all(way, max_tasks=2)
+        assert exchanged == ["fetch", "both", "report"] and [task(one).status for one in ids] == ["success", "success", "pending"]
+
+
+def test_a_loop_that_ends_after_this_run_fetches_nothing_with_its_report(home, exchanged):
+    ids = submit(4, max_retries=1)
+    assert run_all("command", lambda n: True, max_consecutive_failures=2) == 4
+    assert exchanged == ["fetch", "both", "report"]
+    assert [(one.status, one.interruptions) for one in map(task, ids)] == [("failed", 0)] * 2 + [("pending", 0)] * 2
+    del exchanged[:]
+
+    @labtasker.loop()
+    def fatal(n=Required()):
+        raise labtasker.FatalWorkerError("no GPU")
+    with pytest.raises(SystemExit):
+        fatal()
+    assert exchanged == ["fetch", "report"] and [task(one).status for one in ids[2:]] == ["pending"] * 2
+
+
+def test_a_server_that_knows_no_reports_in_fetches_gets_them_alone(home, exchanged, monkeypatch):
+    call, is_older = labtasker.Client.call, [True]
+
+    def older(client, method, path, body=None, query=None):
+        if is_older[0] and path.endswith("/tasks/next"):
+            body = {name: value for name, value in body.items() if name != "report"}
+        answer = call(client, method, path, body, query)
+        if is_older[0] and path.endswith("/tasks/next"):
+            answer.pop("report", None)
+        return answer
+    monkeypatch.setattr(labtasker.Client, "call", older)
+    ids = submit(3)
+    run_all("function")
+    assert exchanged == ["fetch", "report"] * 3 + ["fetch"] and [task(one).status for one in ids] == ["success"] * 3
+    del exchanged[:]
+    ids, is_older[0] = submit(3), False
+
+    @labtasker.loop()
+    def replaced(n=Required()):
+        is_older[0] = True  # the server is: it was exchanged for reports in fetches, and takes none
+    replaced()
+    assert exchanged == ["fetch", "fetch", "report", "report", "fetch", "report", "fetch"][:len(exchanged)] and len(exchanged) >= 6
+    assert [(one.status, one.retries, one.interruptions) for one in map(task, ids)] == [("success", 0, 0)] * 3
+
+
+@pytest.mark.parametrize("arrives", [True, False])
+def test_the_lost_answer_to_a_report_with_a_fetch_loses_and_doubles_nothing(home, exchanged, monkeypatch, arrives):
+    fetch, lost, began = labtasker.fetch_task, [], []
+
+    def losing(**request):
+        if request.get("report") and len(lost) < 2:
+            lost.append(request["fetch_id"])
+            fetch(**request) if arrives else None
+            raise labtasker.LabtaskerConnectError("the connection broke")
+        return fetch(**request)
+    monkeypatch.setattr(labtasker, "fetch_task", losing)
+    monkeypatch.setattr(labtasker, "_AWAY_S", 0)
+    ids = submit(4)
+    labtasker.loop()(lambda n=Required(): began.append(n))()
+    assert len(lost) == 2 and began == [0, 1, 2, 3] and not labtasker.outbox_reports()
+    for one in map(task, ids):
+        assert (one.status, one.retries, one.interruptions, len(one.attempts)) == ("success", 0, 0, 1)
+
+
+def test_a_task_that_came_with_a_report_is_handed_back_by_a_loop_that_must_leave(home, exchanged, monkeypatch):
+    ids, close = submit(2), labtasker.Slot.close
+
+    def fails(slot, run, outcome):
+        close(slot, run, outcome)
+        if outcome.status == "success":
+            raise OSError("no space left")
+    monkeypatch.setattr(labtasker.Slot, "close", fails)
+    assert run_all("command") == 1
+    first, second = map(task, ids)
+    assert first.status == "success" and (second.status, second.interruptions) == ("pending", 1)
+    assert exchanged == ["fetch", "both", "report"]
+
+
+def test_a_refused_report_is_told_and_the_loop_goes_on(home, exchanged, capsys):
+    ids = submit(2)
+
+    @labtasker.loop()
+    def main(n=Required()):
+        if n == 0:
+            labtasker.update_tasks([TaskUpdateRequest(task_id=ids[0], status="cancelled")])
+    main()
+    assert exchanged[:3] == ["fetch", "both", "report"] and exchanged[-3:] == ["fetch", "both", "fetch"]
+    assert "was refused" in capsys.readouterr().err and [task(one).status for one in ids] == ["cancelled", "success"]

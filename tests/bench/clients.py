@@ -181,6 +181,29 @@ def pairs(k, go, port, login):
         started = share.end
 
 
+def joined(k, go, port, login):
+    """Do what `pairs` does, but each report comes with the fetch of the next task."""
+    http, share = Http(port, login), Share()
+    worker = http.call("POST", ME + "/workers", {}, expect=201)["worker_id"]
+    wish = {"worker_id": worker, "required_fields": ["i", "k", "lr"], "heartbeat_timeout": 60}
+    report = {"status": "success", "summary": {"acc": 0.5}, "worker_id": worker, "task_id": "%s"}
+    body, after = json.dumps(wish), json.dumps(dict(wish, report=report))
+    go()
+    share.begin = started = share.end = time.perf_counter()
+    task_id = None
+    while True:
+        status, answer = http.ask(http.request("POST", ME + "/tasks/next", body))
+        assert status == 200, (status, answer)
+        if task_id:
+            share.did(started, task_id)
+            started = share.end
+        found = _ID.search(answer)
+        if not found:
+            return share
+        task_id = found.group(1)
+        body = after % task_id.decode()
+
+
 def batches(k, go, port, login, requests, size, make=lambda number: TASK % (number, 0)):
     """Submit so many requests of `size` tasks, each the text that `make(number)` gives; a share's ids are all."""
     http, share = Http(port, login), Share()

@@ -40,6 +40,27 @@ def against(what, kind, count):
     return tuple([load.rate for load in loads] for loads in zip(*race(kind, count)[what]))
 
 
+@functools.lru_cache(None)
+def joined_rounds(count):
+    """Return [{"rate": (of one request a task, of two), "cpu": the server's microseconds a task} of a round]."""
+    found = []
+    for number in range(SIZES["rounds"]):
+        done = {}
+        for each in (clients.joined, clients.pairs)[::1 if number % 2 else -1]:
+            with peers.Ours() as server:
+                submitted, spent_s = server.submit(count, seconds=SIZES["seconds"]), server.cpu_s()
+                load = clients.together(each, count, server.port, server.login)
+                done[each] = load.rate, (server.cpu_s() - spent_s) / len(load.ids) * 1e6
+                check(submitted, load)
+        found.append(dict(zip(("rate", "cpu"), zip(done[clients.joined], done[clients.pairs]))))
+    return found
+
+
+def joined(what, count):
+    """Return what one request a task makes, and two, with so many clients."""
+    return tuple(map(list, zip(*(each[what] for each in joined_rounds(count)))))
+
+
 def our_loads(what):
     """Return what 4 clients did with our server, in the rounds that are also run against beanstalkd where it is."""
     try:
