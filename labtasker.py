@@ -5097,12 +5097,6 @@ def _next_task(store, queue, request):
     return queue.pending.first_matching(required, request["filter_text"], request["predicate"])
 
 
-def _given_by(queue, request):
-    """Return the running task that its worker got by a fetch with this id, or None."""
-    task = queue.running.get(queue.fetches.get(request.get("fetch_id")))
-    return task if task is not None and task.worker_id == request.get("worker_id") else None
-
-
 def fetch_task_op(store, queue, request, at):
     """Decide that a worker runs the next task that matches. A repeated fetch_id gets the same task."""
     worker_id = request.get("worker_id")
@@ -5113,8 +5107,8 @@ def fetch_task_op(store, queue, request, at):
         if worker.status != "active":
             raise Forbidden("worker %s is %s and gets no tasks; set it active again with: labtasker worker report %s "
                             "active" % (worker_id, worker.status, worker_id))
-    repeated = _given_by(queue, request)
-    if repeated is not None:
+    repeated = queue.running.get(queue.fetches.get(request.get("fetch_id")))
+    if repeated is not None and repeated.worker_id == worker_id:
         return [], {"found": True, "task": repeated}
     is_ended = request.get("fetch_id") in queue.ended_fetches
     if queue.record.paused_at is not None:
@@ -5217,7 +5211,7 @@ def report_and_fetch_op(store, queue, request, at):
 
     Raises Conflict if the report is refused. With a repeated fetch_id that has got a task, the report was counted
     then. A worker that gets no more tasks hears why at its next fetch: its report counts all the same."""
-    report, repeated = request["report"], _given_by(queue, request)
+    report, repeated = request["report"], queue.running.get(queue.fetches.get(request.get("fetch_id")))
     try:
         if repeated is not None and report.get("run_id") is None:
             raise Conflict("it was counted with the fetch")
