@@ -401,10 +401,10 @@ def unflatten(mapping, where="args"):
 
     Paths merge in any order. A path that is set twice, or to a value and to a dict, is refused, naming both keys.
     """
-    return dict(mapping) if _is_plain(mapping, where in _FREE_FIELDS) else _nested(mapping, [where])
+    return dict(mapping) if is_plain(mapping, where in _FREE_FIELDS) else _nested(mapping, [where])
 
 
-def _is_plain(value, is_free=False):
+def is_plain(value, is_free=False):
     """Return whether a dict has only plain keys and no dict inside. This is the common case and quick to check."""
     if _PLAIN_KEYS.issuperset(value) and _CONTAINERS.isdisjoint(map(type, value.values())):
         return True
@@ -3797,6 +3797,11 @@ def takes(required, shape):
     return known
 
 
+def _entry(task):
+    """Return what orders a pending task: the least of these is fetched first."""
+    return -task.priority, task.last_modified, task.created_at, task.task_id
+
+
 class _Standing:
     """A fetch that workers repeat: the tasks that match it, in order, and how far it has read the log.
 
@@ -3848,9 +3853,9 @@ class Pending:
 
     def offer(self, task):
         """Add a record that became, or stays, pending."""
-        entry = (-task.priority, task.last_modified, task.created_at, task.task_id)
+        entry = _entry(task)
         if task.not_before is None:
-            return self._add(entry, task)
+            return self.add([entry], shape_of(task.args))
         self.resting[task.task_id] = entry
         heapq.heappush(self.delayed, (task.not_before, entry))
         if len(self.delayed) > 20 + 3 * len(self.resting):
@@ -3867,7 +3872,7 @@ class Pending:
             entry = heapq.heappop(self.delayed)[1]
             if self.rests(entry):
                 del self.resting[entry[3]]
-                self._add(entry, self.tasks[entry[3]])
+                self.add([entry], shape_of(self.tasks[entry[3]].args))
 
     def next_release(self):
         """Return when the next pause is over, or None."""
@@ -3885,18 +3890,19 @@ class Pending:
         return min((task.not_before for task in tasks if (predicate is None or predicate(task)) and takes(
             required, shape_of(task.args))), default=None)
 
-    def _add(self, entry, task):
-        shape = shape_of(task.args)
+    def add(self, entries, shape):
+        """Add the entries of tasks that can be fetched now, whose args have one shape."""
         heap = self.heaps.get(shape)
         if heap is None:
             heap = self.heaps[shape] = []
             self.counts[shape] = 0
             self.paths += 1 + len(shape)
             self.taking.clear()
-        self.counts[shape] += 1
-        heapq.heappush(heap, entry)
+        self.counts[shape] += len(entries)
+        for entry in entries:
+            heapq.heappush(heap, entry)
         if self.standing:
-            self.log.append(entry)
+            self.log += entries
             if len(self.log) > _MAX_LOG:
                 self._trim()
 
@@ -4240,6 +4246,16 @@ class QueueState:
             (self.pending.withdraw if is_blocked else self.pending.offer)(child)
         return old
 
+    def put_new(self, tasks):
+        """Put the records {id: record} of tasks that were submitted together, with args that have the same keys and no
+        dicts in them; return those that they replace, which a journal has only after a repair."""
+        first = next(iter(tasks.values()))
+        if first.stop or any(self.blocked.behind.values()) or not self.tasks.keys().isdisjoint(tasks):
+            return {task_id: self.put_task(task_id, task) for task_id, task in tasks.items()}
+        self.tasks.update(tasks)
+        self.pending.add(list(map(_entry, tasks.values())), shape_of(first.args))
+        return {}
+
     def _regroup(self, task_id, old, new):
         """Keep the groups current where a record takes the place of another."""
         was, now_is = (record and record.stop and (record.task_name, record.stop) for record in (old, new))
@@ -4307,7 +4323,8 @@ def new_task(queue_id, task_id, fields):
 
 
 _BLANK_TASK = TaskRecord()
-_CREATED_AT, _MODIFIED_AT, _CURVE_AT = map(TaskRecord._fields.index, ("created_at", "last_modified", "curve"))
+_CREATED_AT, _MODIFIED_AT, _CURVE_AT, _ARGS_AT, _DIGEST_AT = map(
+    TaskRecord._fields.index, ("created_at", "last_modified", "curve", "args", "digest"))
 
 
 class State:
@@ -4341,8 +4358,7 @@ class State:
         """Apply changes; return [(put, id, old record, new record)], oldest first, with which they can be undone."""
         done = []
         for kind, *rest in changes:
-            put, key, new = RECORDS[kind].apply(self, queue_id, *rest)
-            done.append((put, key, put(key, new), new))
+            done += RECORDS[kind].apply(self, queue_id, *rest)
         return done
 
     @staticmethod
@@ -4365,11 +4381,16 @@ def has_pending(queue, done):
                for _, key, _, new in done)
 
 
+def _replaced(put, key, new):
+    """Put one record; return what `State.apply` does."""
+    return [(put, key, put(key, new), new)]
+
+
 def _apply_queue(state, queue_id, fields):
     queue = state.queues.get(queue_id)
     if queue is None:
-        return state.put_queue, queue_id, QueueState(revised(QueueRecord(queue_id=queue_id), fields))
-    return state.put_queue, queue_id, queue.with_record(revised(queue.record, fields))
+        return _replaced(state.put_queue, queue_id, QueueState(revised(QueueRecord(queue_id=queue_id), fields)))
+    return _replaced(state.put_queue, queue_id, queue.with_record(revised(queue.record, fields)))
 
 
 def _queue_of(state, queue_id):
@@ -4390,7 +4411,18 @@ def _apply_task(state, queue_id, task_id, fields, old_state=None):
         record = revised(record, fields)
     elif "created_at" in fields:
         record = new_task(queue_id, task_id, fields)
-    return queue.put_task, task_id, record  # record is None if a repair could not save the task's creation
+    return _replaced(queue.put_task, task_id, record)  # record is None if a repair could not save the task's creation
+
+
+def _apply_tasks(state, queue_id, fields, names, rows):
+    queue, new, created_at = _queue_of(state, queue_id), {}, fields["created_at"]
+    values = list(new_task(queue_id, None, fields))
+    for place, (task_id, digest, *args) in enumerate(rows):
+        values[0], values[_DIGEST_AT], values[_ARGS_AT] = task_id, digest, dict(zip(names, args))
+        values[_CREATED_AT] = values[_MODIFIED_AT] = after(created_at, place)
+        new[task_id] = TaskRecord._make(values)
+    put, old = queue.put_task, queue.put_new(new)
+    return [(put, task_id, old.get(task_id), record) for task_id, record in new.items()]
 
 
 def _apply_point(state, queue_id, task_id, fields, old_state, point):
@@ -4406,27 +4438,30 @@ def _apply_worker(state, queue_id, worker_id, fields, old_state=None):
         raise ValueError("the status %s of a worker" % fields["status"])
     if record is None and "created_at" in fields:
         record = WorkerRecord(worker_id, queue_id)
-    return queue.put_worker, worker_id, record and revised(record, fields)
+    return _replaced(queue.put_worker, worker_id, record and revised(record, fields))
 
 
-# The changes that a line may hold. `apply`: (state, queue id, the rest of the change) -> (put, id, new record or None).
+# The changes that a line may hold. `apply`: (state, queue id, the rest of the change) -> what `State.apply` returns.
 # `fields`: what follows the name of the change. `meaning`: for the documentation.
 Record = row_type("Record", "apply fields meaning")
 RECORDS = {
     "queue": Record(_apply_queue, "fields", "the line's queue was created, or these fields of it are new"),
-    "queue-": Record(lambda state, queue_id: (state.put_queue, queue_id, None),
+    "queue-": Record(lambda state, queue_id: _replaced(state.put_queue, queue_id, None),
                      "", "the line's queue is gone, with its tasks and workers"),
     "task": Record(_apply_task, "task id, fields, state before the transition or null",
                    "a task was submitted, or these fields of it are new"),
+    "tasks": Record(_apply_tasks, "fields, names, rows: [task id, digest or null, value...]",
+                    "a task was submitted for each row: it has these fields, a value for each name of an argument, "
+                    "and was created a microsecond after the one before it"),
     "point": Record(_apply_point, "task id, fields, null, point",
                     "these fields of a task are new, and its history has another point: step, at, values, its id, and "
                     "the id of the run if it is the run's first, which drops the points at or beyond its step"),
-    "task-": Record(lambda state, queue_id, task_id: (_queue_of(state, queue_id).put_task, task_id, None),
+    "task-": Record(lambda state, queue_id, task_id: _replaced(_queue_of(state, queue_id).put_task, task_id, None),
                     "task id", "a task is gone"),
     "worker": Record(_apply_worker, "worker id, fields, state before the transition or null",
                      "a worker was registered, or these fields of it are new"),
-    "worker-": Record(lambda state, queue_id, worker_id: (_queue_of(state, queue_id).put_worker, worker_id, None),
-                      "worker id", "a worker is gone"),
+    "worker-": Record(lambda state, queue_id, worker_id: _replaced(
+        _queue_of(state, queue_id).put_worker, worker_id, None), "worker id", "a worker is gone"),
 }
 
 
@@ -4477,10 +4512,15 @@ def transitions_of(n, at, queue_id, changes, done):
     """Return the Transitions on a line; `done` is what State.apply has returned for its changes."""
     if n is None:  # a folded line has the state, not the transitions
         return []
-    steps = []
-    for change, (_, _, _, new) in zip(changes, done):
-        if len(change) > 3 and change[3] and new:
-            steps.append(Transition._make((n, len(steps), at, queue_id, change[0], change[3], new)))
+    steps, done = [], iter(done)
+    for change in changes:
+        if change[0] == "tasks":
+            kind, old_states = "task", itertools.repeat("created", len(change[3]))
+        else:
+            kind, old_states = change[0], change[3:4] or (None,)
+        for old_state, (_, _, _, new) in zip(old_states, done):
+            if old_state and new:
+                steps.append(Transition._make((n, len(steps), at, queue_id, kind, old_state, new)))
     return steps
 
 
@@ -4711,12 +4751,12 @@ def delete_queue_op(store, queue, request, at):
 _sorted_json = json_writer(sort_keys=True)
 
 
-def _submission(request, at):
-    """Return (task id, fields) of a task to create."""
-    if not request.get("args") and not request.get("cmd"):
+def _given(submission):
+    """Return (the fields that a submission sets, those of them that are notes)."""
+    if not submission.get("args") and not submission.get("cmd"):
         raise BadRequest("a task needs args or cmd: both are empty")
-    fields, notes, task_id = {"status": "pending", "created_at": at}, {}, request.get("task_id")
-    for name, value in request.items():
+    fields, notes = {"status": "pending"}, {}
+    for name, value in submission.items():
         how, default = _INPUT[name]
         if value is not None and value != default:
             if how == "unflatten":
@@ -4725,12 +4765,38 @@ def _submission(request, at):
                 fields[name] = value
             elif how == "note":
                 notes[name] = value
+    return fields, notes
+
+
+def _submission(request, at):
+    """Return (task id, fields) of a task to create."""
+    (fields, notes), task_id = _given(request), request.get("task_id")
     if task_id:
-        content = dict(fields)
-        del content["created_at"]
-        fields["digest"] = zlib.crc32(_sorted_json(content).encode())
-    fields.update(notes)
-    return task_id or new_id(), fields
+        notes["digest"] = zlib.crc32(_sorted_json(fields).encode())
+    return task_id or new_id(), dict(fields, created_at=at, **notes)
+
+
+def _form(submission):
+    """Return, as text, what submissions that differ only in their ids and the values of their args have in common; None
+    for one that no table of tasks can hold."""
+    args = submission.get("args")
+    if not args or not is_plain(args) or any(submission.get(field) for field in WAITS):
+        return None
+    return repr(dict(submission, args=list(args), task_id=bool(submission.get("task_id"))))
+
+
+def _table(submissions, at):
+    """Return (fields, names of the args, rows) of submissions that have one form, for the change `tasks`."""
+    (fields, notes), rows = _given(submissions[0]), []
+    names, has_ids = list(fields["args"]), submissions[0].get("task_id")
+    head, tail = _sorted_json(dict(fields, args=0)).split("0", 1)  # no field that a table has sorts before args
+    for submission in submissions:
+        args, task_id, digest = submission["args"], submission.get("task_id") or new_id(), None
+        if has_ids:
+            digest = zlib.crc32((head + _sorted_json(args) + tail).encode())
+        rows.append([task_id, digest, *args.values()])
+    del fields["args"]
+    return dict(fields, created_at=at, **notes), names, rows
 
 
 _INPUT = {name: (field.submitted, field.default) for name, field in SUBMITTED.items()}
@@ -4748,6 +4814,9 @@ class _Over:
         for change in changes:
             if change[0] == "task":
                 self.note(change[1], change[2])
+            elif change[0] == "tasks":
+                for task_id, *_ in change[3]:
+                    self.note(task_id, change[1])
             elif change[0] == "task-":
                 self.fields[change[1]] = None
 
@@ -4843,6 +4912,15 @@ def _check_waits(queue, task, fields):
                     field, other_id, queue.record.queue_name))
 
 
+def _check_others(queue, fields, ids, task_id):
+    """Raise NotFound if a submission waits for a task that is neither in the queue nor among those before it, `ids`."""
+    for field in WAITS:
+        for other_id in fields.get(field, ()):
+            if other_id not in queue.tasks and (other_id not in ids or other_id == task_id):
+                raise NotFound("%s: there is no task %s in queue %s; nothing was submitted" % (
+                    field, other_id, queue.record.queue_name))
+
+
 def _circle(queue, now_are, begin):
     """Return the ids of a circle of tasks that would wait for each other, None without one. Only updates of the tasks
     `begin` can have closed it."""
@@ -4871,21 +4949,28 @@ def _circle(queue, now_are, begin):
 def submit_tasks_op(store, queue, request, at):
     """Decide to create tasks, all or none. A task that exists with the same content was submitted before: no error."""
     changes, ids = [], {}
-    for place, submission in enumerate(request["tasks"]):
-        task_id, fields = _submission(submission, after(at, place))
-        existing = queue.tasks.get(task_id)
-        digest = ids.get(task_id) if task_id in ids else existing and existing.digest
-        if task_id in ids or existing:
-            if digest != fields.get("digest"):
-                raise Conflict("task %s is there already, with other content" % task_id)
-        else:
-            for field in WAITS:
-                for other_id in fields.get(field, ()):
-                    if other_id not in queue.tasks and other_id not in ids:
-                        raise NotFound("%s: there is no task %s in queue %s; nothing was submitted" % (
-                            field, other_id, queue.record.queue_name))
-            changes.append(["task", task_id, fields, "created"])
-        ids[task_id] = fields.get("digest")
+
+    def is_new(task_id, digest, *_):
+        """Return whether a task has to be created; raise Conflict if another one has its id."""
+        known = queue.tasks.get(task_id)
+        is_there = task_id in ids or known is not None
+        if is_there and digest != (ids[task_id] if task_id in ids else known.digest):
+            raise Conflict("task %s is there already, with other content" % task_id)
+        ids[task_id] = digest
+        return not is_there
+
+    for form, group in itertools.groupby(request["tasks"], _form if request["many"] else lambda _: None):
+        group = list(group)
+        if form and len(group) > 1:
+            fields, names, rows = _table(group, after(at, len(ids)))
+            rows = [row for row in rows if is_new(*row)]
+            changes += [["tasks", fields, names, rows]] if rows else []
+            continue
+        for submission in group:
+            task_id, fields = _submission(submission, after(at, len(ids)))
+            if is_new(task_id, fields.get("digest")):
+                _check_others(queue, fields, ids, task_id)
+                changes.append(["task", task_id, fields, "created"])
     return changes, {"task_ids": list(ids)} if request["many"] else {"task_id": next(iter(ids))}
 
 

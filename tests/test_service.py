@@ -519,6 +519,84 @@ def test_a_list_is_one_transaction(door, tmp_path):
     assert len(door("POST", "tasks/search", {"limit": 1000})["content"]) == 101
 
 
+def in_tables(folder):
+    """Return how many tasks of a journal were submitted as rows of tables."""
+    return sum(len(change[3]) for line in (folder / "journal.jsonl").read_text().splitlines()[1:]
+               for change in json.loads(line).get("changes", ()) if change[0] == "tasks")
+
+
+def submissions(random, ids):
+    """Return a list of submissions of which many are alike; `ids`: those of tasks to wait for, or to submit again."""
+    forms = [{}, {"priority": 1}, {"metadata": {"n": 1}}, {"metadata": {"n": True}}, {"metadata": {"n": 1.0, "tags": ["a"]}},
+             {"stop": "asha:loss:min"}, {"cmd": ["a", "b"]}, {"git": "abcdef1"}, {"after": ids[:1]}, {"after_any": ids[:2]}]
+    keys = [("a",), ("a", "b"), ("b", "a"), ("a.b",), ()]
+    values = [1, True, 1.0, None, "0", [1, 2], [{"x": 1}], {"x": 1}, {}]
+    made = []
+    while len(made) < 30:
+        form, names = random.choice(forms), random.choice(keys)
+        for _ in range(random.choice((1, 1, 2, 5))):
+            made.append(dict(form, args={name: random.choice(values) for name in names}))
+            if random.random() < 0.5:
+                made[-1]["task_id"] = random.choice(ids) if random.random() < 0.1 else L.new_id()
+    return [one for one in made if one["args"] or one.get("cmd")]
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_a_table_of_tasks_is_what_the_single_tasks_are(tmp_path, clock, monkeypatch, seed):
+    counter = itertools.count()
+    monkeypatch.setattr(L, "new_id", lambda: L.as_uuid("%032x" % (next(counter) * 0x9E3779B97F4A7C15 % 2 ** 128)))
+    dice, seen = random.Random(seed), []
+    first = [{"args": {"a": 0}, "task_id": L.new_id()} for _ in range(3)]
+    lists = [submissions(dice, [one["task_id"] for one in first]) for _ in range(4)]
+    lists[2] += [dict(one, retries=0) for one in lists[1] if "task_id" in one]  # the same once more
+    for is_table in (True, False):
+        counter, clock.day, clock.mono = itertools.count(1 << 20), 1.7e9, 1000.0
+        folder = tmp_path / str(is_table)
+        folder.mkdir()
+        with monkeypatch.context() as only:
+            if not is_table:
+                only.setattr(L, "_form", lambda submission: None)
+            door = Door(folder, clock)
+            answers = [L.answer_call(door.store, lambda: door.queue, "POST", "/api/v1/queues/me/tasks", one)
+                       for one in [first] + lists]
+            last = door.fetch()
+            again = Door(folder, clock)
+            again("GET", "/api/v1/queues/me")
+            states = [repr(sorted(one.state().items())) for one in (door, again)]
+            events = [[tuple(event)[:6] + (repr(event.record),) for event in one.store.file.replica.events]
+                      for one in (door, again)]
+            assert states[0] == states[1] and events[0] == events[1] and bool(in_tables(folder)) == is_table
+            seen.append(repr((answers, states[0], events[0], last)))
+    assert seen[0] == seen[1]
+
+
+def test_the_tasks_of_a_table_are_found_again_by_the_content_of_each(door, tmp_path):
+    ids = [L.new_id() for _ in range(4)]
+    tasks = [{"task_id": one, "args": {"lr": place, "b": "x"}, "metadata": {"n": 0}} for place, one in enumerate(ids)]
+    assert door("POST", "tasks", tasks)["task_ids"] == ids and in_tables(tmp_path) == 4
+    assert door("POST", "tasks", tasks[1:])["task_ids"] == ids[1:]
+    assert door.submit(**tasks[2]) == ids[2]
+    assert "other content" in door("POST", "tasks", dict(tasks[2], args={"lr": 2.0, "b": "x"}), expect=409)["detail"]
+    lines = (tmp_path / "journal.jsonl").read_text()
+    for change in ({"args": {"lr": True, "b": "x"}}, {"metadata": {"n": False}}, {"task_name": "other"}):
+        door("POST", "tasks", [{"args": {"lr": 7, "b": "x"}}, dict(tasks[1], **change)], expect=409)
+    door("POST", "tasks", [dict(tasks[0], task_id=None), {"args": {}}], expect=400)
+    assert (tmp_path / "journal.jsonl").read_text() == lines  # all or none
+    assert [door.fetch()["args"]["lr"] for _ in ids] == [0, 1, 2, 3]
+
+
+def test_the_rows_of_a_table_are_waited_for_and_reach_fetches_that_wait(door, tmp_path):
+    ids = [L.new_id() for _ in range(3)]
+    door.submit(args={"b": 1}, priority=9)
+    assert door.fetch(required_fields=["b"], extra_filter={"args.b": 1}) and not door.fetch(extra_filter={"args.a": 2})
+    tasks = [{"task_id": one, "args": {"a": place}} for place, one in enumerate(ids)]
+    child = door("POST", "tasks", tasks + [{"args": {"a": 3}, "after": ids[:1]}])["task_ids"][3]
+    assert in_tables(tmp_path) == 3 and door.task(child)["status"] == "pending"
+    assert door.fetch(extra_filter={"args.a": 2})["task_id"] == ids[2]
+    door("DELETE", "tasks/" + ids[0])
+    assert door.task(child)["status"] == "cancelled"
+
+
 def test_handing_back_charges_no_retry_and_ends_after_a_hundred_times(door):
     task_id = door.submit()
     for count in range(1, L.MAX_INTERRUPTIONS):
@@ -652,6 +730,7 @@ def test_every_journal_record_kind_is_documented_and_written(door, tmp_path):
     worker_id = door.worker()
     task_id = door.submit()
     door.report(door.fetch(), "running", step=1)
+    door("POST", "tasks", [{"args": {"a": 1}}, {"args": {"a": 2}}])
     door("DELETE", "tasks/" + task_id)
     door("DELETE", "workers/" + worker_id)
     door("DELETE", "/api/v1/queues/me")
