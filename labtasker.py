@@ -14744,7 +14744,7 @@ def post(run, report, pause=time.sleep, limit_s=lambda: SERVER_LOST_S, send=None
 def write_json(path, value):
     """Write a JSON value to a file that only its owner can read, replacing the file; print why it can't be written."""
     try:
-        Disk.create(path, [json.dumps(value, indent=2).encode() + b"\n"], synced=False)
+        Disk.create(path, [json.dumps(value).encode() + b"\n"], synced=False)
     except OSError as error:
         remark("can't write %s: %s" % (path, error.strerror))
 
@@ -15124,11 +15124,17 @@ def oom_kills():
     read."""
     for path in _oom_counters():
         try:
-            with open(path) as file:
-                return int(re.search(r"^oom_kill (\d+)", file.read(), re.M).group(1))
+            fd = os.open(path, os.O_RDONLY)  # not open(): each run reads it twice
+            try:
+                return int(_OOM_KILLS.search(os.read(fd, 4096)).group(1))
+            finally:
+                os.close(fd)
         except (OSError, ValueError, AttributeError):
             continue
     return None
+
+
+_OOM_KILLS = Pattern(br"(?m)^oom_kill (\d+)")
 
 
 @functools.lru_cache(None)
@@ -15711,15 +15717,24 @@ for group in $groups; do kill -s KILL -- "-$group"; done
 class RunBeater:
     """Sends the heartbeats of one run, in a thread of the heartbeat process, until it is dropped or lost."""
 
-    FIRST_S = 1  # before the first heartbeat: a shorter run needs none
+    FIRST_S = 1  # before the first heartbeat: a shorter run needs none, and gets no thread
 
     def __init__(self, message, parent):
         self.message, self.parent, self.dropped = message, parent, threading.Event()
-        threading.Thread(target=self.live, daemon=True).start()
+        self.due_at, self.is_alive = monotonic() + self.FIRST_S, False
+
+    def start(self, at):
+        """Start the thread once the first heartbeat is due; where none is left, the next call tries again."""
+        if not self.is_alive and at >= self.due_at:
+            try:
+                threading.Thread(target=self.live, daemon=True).start()
+                self.is_alive = True
+            except RuntimeError:
+                pass
 
     def live(self):
         """Send heartbeats; write a line to stdout once somebody else has ended the run."""
-        next_at, status = monotonic() + self.FIRST_S, "running"
+        next_at, status = self.due_at, "running"
         while status == "running" and not self.is_dropped(next_at):
             begin, self.is_plain = monotonic(), False
             status = "running" if is_stopped(self.parent) else self.beat()
@@ -15795,8 +15810,11 @@ def heartbeat_main():
 
 
 def _watch_parent(parent, beaters):
-    """Exit when the loop has died, even if a process that its function forked still holds our stdin open."""
+    """Start the heartbeats that are due, every second, until the loop has died. Then exit, even if a process that its
+    function forked still holds our stdin open."""
     while os.getppid() == parent:
+        for beater in list(beaters.values()):
+            beater.start(monotonic())
         time.sleep(1)
     _end_orphans(beaters)
     os._exit(0)
