@@ -13427,12 +13427,15 @@ class Output:
 
     `ends` are what the job gets as stdout and stderr: pseudo-terminals, so that it behaves as on a terminal, or pipes.
     If both go to the same place, they are one, which keeps the order. On Windows they always are: it can't wait for
-    two."""
+    two.
+
+    The slot copies it while it waits for the job's end, which spares a thread. There is one where the slot might have
+    to wait for a reader, as with a terminal or a pipe, and for a process that outlives the job."""
 
     DRAIN_S = 1  # how long the output of a process that outlives its job is waited for
 
     def __init__(self, log, use_pty, label="", printed=None, quiet=False):
-        self.log, self.ends, self.printed, self.quiet = log, [], printed, quiet
+        self.log, self.ends, self.printed, self.quiet, self.thread = log, [], printed, quiet, None
         try:
             sys.stdout.flush()  # what was printed before stands before the job's output
         except (OSError, ValueError, AttributeError):
@@ -13440,8 +13443,9 @@ class Output:
         self.sources = {}  # our end: (where it goes, what makes that, [what else takes the bytes])
         try:
             self._open(use_pty, label)
-            start_thread(self.thread)
-        except BaseException:  # no descriptor, or no thread, is left
+            if not fcntl:  # Windows, which can't wait for a pipe and something else
+                self._hand_over()
+        except BaseException:  # no descriptor is left
             self.let_go()
             for ours in self.sources:
                 os.close(ours)
@@ -13457,7 +13461,6 @@ class Output:
                 takers = [self.log.channel()] + ([self.printed.channel()] if self.printed else [])
                 self.sources[ours] = (number, Labelled(label) if label else lambda data: data, takers)
             self.ends.append(opened[place])
-        self.thread = threading.Thread(target=self._copy, daemon=True)
 
     def let_go(self):
         """Close the job's ends in this process."""
@@ -13465,27 +13468,72 @@ class Output:
             os.close(end)
         self.ends = []
 
-    def _copy(self):
+    def wait(self, numbers, timeout_s):
+        """Copy what the job writes until one of these descriptors can be read, or for so long; return those that can."""
+        found = ready(numbers + ([] if self.thread else list(self.sources)), timeout_s)
+        for ours in [number for number in found if number not in numbers]:
+            data = self._read(ours)
+            is_slow = data and not self.quiet and _may_wait(self.sources[ours][0])
+            if not (is_slow and self._hand_over(ours, data)):
+                self._take(ours, data)
+        return [number for number in found if number in numbers]
+
+    def _hand_over(self, ours=None, data=b""):
+        """Have a thread copy from now on, first what was read from one of our ends; return whether there is one."""
+        self.thread = threading.Thread(target=self._copy, args=(ours, data), daemon=True)
+        try:
+            self.thread.start()
+        except RuntimeError:  # none is left
+            self.thread = None
+        return bool(self.thread)
+
+    def _copy(self, ours, data):
+        if data:
+            self._take(ours, data)
         while self.sources:
             for ours in ready(self.sources) if len(self.sources) > 1 else list(self.sources):
-                target, shown, takers = self.sources[ours]
-                try:
-                    data = os.read(ours, 65536)
-                except OSError:  # Linux: nobody holds the pseudo-terminal any more
-                    data = b""
-                if not self.quiet:
-                    _write_out(target, shown(data))
-                for take in takers:
-                    take(data or None)
-                if not data:
-                    del self.sources[ours]
-                    os.close(ours)
+                self._take(ours, self._read(ours))
         self.log.close()
 
+    @staticmethod
+    def _read(ours):
+        try:
+            return os.read(ours, 65536)
+        except OSError:  # Linux: nobody holds the pseudo-terminal any more
+            return b""
+
+    def _take(self, ours, data):
+        """Write what was read from one of our ends; no data is its end."""
+        target, shown, takers = self.sources[ours]
+        if not self.quiet:
+            _write_out(target, shown(data))
+        for take in takers:
+            take(data or None)
+        if not data:
+            del self.sources[ours]
+            os.close(ours)
+
     def finish(self):
-        """Return once all that the job wrote has been copied."""
+        """Return once all that the job wrote has been copied; a process that outlives it is not waited for long."""
         self.let_go()
-        self.thread.join(self.DRAIN_S)
+        until = monotonic() + self.DRAIN_S
+        while self.sources and not self.thread and monotonic() < until:
+            self.wait([], until - monotonic())
+        if self.thread or self.sources and self._hand_over():
+            return self.thread.join(max(0.0, until - monotonic()))
+        for ours in self.sources:  # no thread is left
+            os.close(ours)
+        self.log.close()
+
+
+def _may_wait(number):
+    """Return whether writing to an open file may have to wait for its reader: a terminal, a pipe, a socket."""
+    import stat
+    try:
+        mode = os.fstat(number).st_mode
+        return not stat.S_ISREG(mode) and (not stat.S_ISCHR(mode) or os.isatty(number))
+    except OSError:  # it is closed
+        return False
 
 
 def _target_identity(number):
@@ -14133,6 +14181,7 @@ class Packs:
         self.lock = threading.Lock()  # guards all that follows
         self.path = self.fd = self.runs_fd = self.held = self.queue_id = None
         self.left, self.cleaner = [], None  # runs whose folders are to be removed, the thread that does it
+        self.is_closing = threading.Event()
         self.rows = {}  # {key of a run whose folder is there: (number, text) of its line in NAME.runs}
 
     def begin(self, run):
@@ -14157,8 +14206,8 @@ class Packs:
                 return remark("the output of task %s stays in %s: %s" % (run.task_id, run.log_dir, error))
 
     def leave(self, run):
-        """Have the folder of a run removed that was added and reported. A thread does it: a file system that syncs may
-        take its time, and meanwhile the next task begins."""
+        """Have the folder of a run removed that was added and reported. A thread does it, for all runs of a moment: a
+        file system that syncs may take its time, and meanwhile the next task begins."""
         with self.lock:
             self.left.append(run)
             if self.cleaner is None:
@@ -14169,6 +14218,7 @@ class Packs:
                     self.cleaner = None
 
     def _clean(self):
+        self.is_closing.wait(_LEAVE_S)
         while True:
             with self.lock:
                 if not self.left:
@@ -14185,6 +14235,7 @@ class Packs:
 
     def close(self):
         """Let other loops write to the pack. What is left in folders is for the next one."""
+        self.is_closing.set()
         cleaner = self.cleaner
         if cleaner:
             cleaner.join()
@@ -14415,6 +14466,7 @@ _ROW_BYTES = 208  # two names and what stands between them
 _UNSYNCED_S = 30  # a shorter run's output may be lost at a power cut, packed or not
 _FOREIGN_S = 24 * 3600
 _SAMPLE_PARTS = 8
+_LEAVE_S = 0.1  # how long folders of runs that are over wait for others
 
 
 def _stem(path):
@@ -16189,6 +16241,8 @@ class Loop:
                 self.fail(str(error))
             finally:
                 self.leave()
+                for slot in self.slots:
+                    slot.hang_up()
         if self.error:
             raise self.error
         return self.tell_end()
@@ -16349,7 +16403,7 @@ class Loop:
         """Wake the slots, and end waits for the server that are in vain."""
         is_in_vain, is_remote = self.is_in_vain(), isinstance(client().transport, HttpTransport)
         for slot in self.slots:
-            slot.bell.set()
+            slot.ring()
             if is_remote and slot.state == "waiting" and is_in_vain:
                 slot.fetching.end_waiting()
             if is_remote and self.wake.stop:
@@ -16720,6 +16774,7 @@ class Slot:
         self.loop, self.wake, self.spec = loop, loop.wake, spec
         self.own = {"LABTASKER_SLOT": str(number), **spec.environment}
         self.bell = threading.Event()  # rung when there is something new: a signal, the end of a job
+        self.pipe = None  # (where it can be read, written) that the bell was rung; for who waits for files as well
         self.thread = threading.Thread(target=self.live, daemon=True)
         self.state = "idle"
         self.posting, self.errors = None, 0  # (Run, report) that is on its way; failed passes in a row
@@ -16729,6 +16784,38 @@ class Slot:
         """Sleep for so long, or until there is something new."""
         self.bell.wait(max(0, seconds))
         self.bell.clear()
+
+    def ring(self):
+        """End what waits for something new; the thread that runs the loop calls it."""
+        self.bell.set()
+        try:
+            if self.pipe:
+                os.write(self.pipe[1], b"\0")
+        except OSError:  # it is full, so it wakes anyway
+            pass
+
+    def listen(self):
+        """Return a descriptor that can be read once the bell was rung."""
+        if not self.pipe:
+            ends = os.pipe()
+            for end in ends:
+                os.set_blocking(end, False)
+            self.pipe = ends
+        return self.pipe[0]
+
+    def heard(self):
+        """Note that the slot looks for what is new."""
+        self.bell.clear()
+        try:
+            os.read(self.pipe[0], 4096)
+        except BlockingIOError:
+            pass
+
+    def hang_up(self):
+        """Close what `listen` has opened; the thread that runs the loop calls it."""
+        ends, self.pipe = self.pipe or (), None
+        for end in ends:
+            os.close(end)
 
     def move(self, event):
         """Go on to the state that `event` leads to; raises InvalidStateTransition where it has no row."""
@@ -16839,7 +16926,8 @@ class Slot:
             loop.idle_since = monotonic()
             self.wake.runs.discard(run)
             loop.expect_store()
-            self.wake.ring()
+            if loop.turn.locked() or loop.is_over():  # another slot waits for a task, maybe in vain now
+                self.wake.ring()
 
     def _execute(self, run):
         """Return the Outcome of a run. If the loop itself fails, the task is handed back before that is raised."""
@@ -17324,7 +17412,6 @@ def command_loop(argv=None, **given):
 
     0: no more tasks, or no more time; 1: it could not go on; 128 + the signal that stopped it. Raises TemplateError,
     FilterError and the like before any task is fetched."""
-    import signal
     options = Options(LOOP_OPTIONS, given)
     command = JobCommand(argv, options.shell, options.script_path, options.executable, options.workdir)
     metrics = read_metrics(options.metrics, options.step)
@@ -17334,7 +17421,7 @@ def command_loop(argv=None, **given):
     if options.worker_id and worker:
         raise UsageError("--worker-max-retries is for the loop's own worker; worker %s has its own" % options.worker_id)
     return Loop(lambda slot, run: _run_job(slot, run, command, options.use_pty, *metrics), request, worker,
-                signals=[signal.SIGCHLD], slots=make_slots(options.jobs, options.gpus, options.per_gpu),
+                signals=_signals_of_children(), slots=make_slots(options.jobs, options.gpus, options.per_gpu),
                 why_not=command.why_not, **vars(options)).run()
 
 
@@ -17396,7 +17483,7 @@ def _run_job(slot, run, command, use_pty=True, metrics=None, step=None):
         words, script = command.words(args, run.log_dir)
         process = start_job(words, slot.environment(run), output.ends, folder)
         output.let_go()
-        is_own_end = _watched(slot, run, process)
+        is_own_end = _watched(slot, run, process, output)
     except _NotWatched as error:
         return Outcome("pending", reason=str(error))
     except LabtaskerRuntimeError:  # no thread is left: the loop, which needs some too, ends
@@ -17424,16 +17511,38 @@ class _NotWatched(Exception):
     """The loop could not wait for a job that it had started, and has ended it."""
 
 
-def _watched(slot, run, process):
+def _watched(slot, run, process, output):
     """Return what `watch` does; raises _NotWatched, the job ended, where that fails."""
+    end = _descriptor_of(process.pid)
     try:
-        return watch(slot, run, process)
+        return watch(slot, run, process, output, end)
     except Exception as error:
         end_groups([process.pid], monotonic() + LOST_GRACE_S, slot.pause)
         process.wait()
         if isinstance(error, LabtaskerRuntimeError):
             raise
         raise _NotWatched("the loop could not watch the job: %s: %s" % (type(error).__name__, error)) from error
+    finally:
+        if end is not None:
+            os.close(end)
+
+
+def _descriptor_of(pid):
+    """Return a descriptor that can be read once a child has ended; None where there are none: before Python 3.9, and
+    elsewhere than on Linux."""
+    try:
+        return os.pidfd_open(pid)
+    except (AttributeError, OSError):
+        return None
+
+
+def _signals_of_children():
+    """Return the signals by which a command's loop hears of the end of its jobs: none where a descriptor tells that."""
+    import signal
+    end = _descriptor_of(os.getpid())
+    if end is not None:
+        os.close(end)
+    return [signal.SIGCHLD] if end is None or signal.getsignal(signal.SIGCHLD) == signal.SIG_IGN else []
 
 
 def _remove_script(path):
@@ -17454,11 +17563,14 @@ def _is_of_own_signal(slot, code):
     return number in loop_signals() and bool(slot.wake.stop)
 
 
-def watch(slot, run, process):
-    """Return whether the job ended by itself; False where it was ended: the loop must leave or the run is lost."""
+def watch(slot, run, process, output, end):
+    """Return whether the job ended by itself; False where it was ended: the loop must leave or the run is lost.
+
+    Meanwhile its output is copied. `end`: the descriptor of its process, or None."""
     import signal
     slot.start_beats(run, process.pid)
-    wake, loop_, kill_at = slot.wake, slot.loop, None
+    wake, loop_, kill_at, bell = slot.wake, slot.loop, None, slot.listen()
+    longest_s = 0.05 if end is None and not wake.in_main else 1
     while process.poll() is None:
         if kill_at is None and (wake.stop or run.lost):
             kill_at = monotonic() + LOST_GRACE_S
@@ -17471,7 +17583,9 @@ def watch(slot, run, process):
             signal_group(process.pid, signal.SIGCONT)  # a stopped job gets the signal once it continues
         if kill_at and (monotonic() >= kill_at or wake.times > 1):
             signal_group(process.pid, signal.SIGKILL)
-        slot.pause(min(1 if wake.in_main else 0.05, max(0.02, (kill_at or math.inf) - monotonic())))
+        if bell in output.wait([bell] + [end] * (end is not None), min(
+                longest_s, max(0.02, (kill_at or math.inf) - monotonic()))):
+            slot.heard()
     if kill_at is None:
         return True
     end_groups([process.pid], min(kill_at, monotonic() + 1), slot.pause)
