@@ -13469,13 +13469,14 @@ class Output:
         self.ends = []
 
     def wait(self, numbers, timeout_s):
-        """Copy what the job writes until one of these descriptors can be read, or for so long; return those that can."""
+        """Copy what the job writes until one of these descriptors can be read, or for so long; return which can."""
         found = ready(numbers + ([] if self.thread else list(self.sources)), timeout_s)
         for ours in [number for number in found if number not in numbers]:
             data = self._read(ours)
             is_slow = data and not self.quiet and _may_wait(self.sources[ours][0])
-            if not (is_slow and self._hand_over(ours, data)):
-                self._take(ours, data)
+            if is_slow and self._hand_over(ours, data):
+                break
+            self._take(ours, data)
         return [number for number in found if number in numbers]
 
     def _hand_over(self, ours=None, data=b""):

@@ -491,6 +491,23 @@ def test_output_is_copied_without_a_thread_of_its_own_where_none_is_to_be_had(ho
     os.close(ours)
 
 
+@pytest.mark.parametrize("has_descriptors", [True, False])
+def test_the_end_of_a_job_wakes_its_slot_with_a_descriptor_or_a_signal(home, monkeypatch, has_descriptors):
+    ids, heard = submit(3), []
+    opened = getattr(os, "pidfd_open", None)
+    if has_descriptors and not opened:
+        pytest.skip("this Python has no descriptors of processes")
+
+    def open_descriptor(pid):
+        if not has_descriptors:
+            raise OSError(errno.ENOSYS, "not on this system")
+        return opened(pid)
+    monkeypatch.setattr(os, "pidfd_open", open_descriptor, raising=False)
+    monkeypatch.setattr(labtasker.Wake, "on_child", lambda wake, *_: heard.append(1))
+    assert labtasker.main(["loop", "-j", "2", "--", "true", "%(n)"]) == 0
+    assert [task(one).status for one in ids] == ["success"] * 3 and bool(heard) is not has_descriptors
+
+
 def test_a_loop_goes_on_with_the_slots_that_it_has_threads_for(home, monkeypatch, capfd):
     ids, start, count = submit(4), threading.Thread.start, []
 
