@@ -20722,6 +20722,12 @@ def make_parser(path):
                 self.error("argument %s: -- is no value" % "/".join(action.option_strings))
             return super()._get_values(action, words)
 
+    class Formatter:  # argparse tries out each option's help by its own, which imports slow modules; ours needs none
+        def __init__(self, *_, **__):
+            pass
+
+        _set_color = _format_args = _expand_help = __init__
+
     class Switch(argparse.Action):
         def __init__(self, **settings):
             super().__init__(nargs=0, **settings)
@@ -20729,7 +20735,7 @@ def make_parser(path):
         def __call__(self, parser, options, values, flag):
             setattr(options, self.dest, not flag.startswith("--no-"))
 
-    parser = Parser(prog="labtasker " + path, add_help=False, allow_abbrev=False)
+    parser = Parser(prog="labtasker " + path, add_help=False, allow_abbrev=False, formatter_class=Formatter)
     parser.register("action", "switch", Switch)
     parser.set_defaults(fmt="table", limit=EVERY, verbose=False, ansi=None, no_pager=False, columns=None)  # listings
     parser.add_argument("-h", "--help", action="help")

@@ -1591,7 +1591,7 @@ SLOW_TO_IMPORT = {"argparse", "ast", "asyncio", "base64", "email", "gettext", "h
 STARTS = {  # what is started: what it may import of those, having no other way
     "import labtasker": set(),
     "import labtasker; labtasker.main(['task', 'submit', '--', '--lr=0.1', '--model=resnet-50'])":
-        {"argparse", "gettext", "locale", "shutil"},
+        {"argparse", "gettext", "locale"},
     "import labtasker; labtasker.main(['--help'])": {"typing"},  # by importlib.util of Python 3.9
 }
 
