@@ -7823,8 +7823,11 @@ WRONG_PASSWORD_S = 1.0  # before a wrong password is answered
 REST_S = 0.1  # after a wrong password was hashed, so that guessing keeps at most half a core busy
 _SLOW_ANSWER_S = 1.0  # an answer that takes longer is logged
 LOG_LINES_S = 50  # lines of log a second, not counting errors: refusals must not fill a disk
-MAX_CONNECTIONS = 65536  # or what RLIMIT_NOFILE allows; over it the connections that are silent longest are closed
-_SPARE_FILES = 64  # of RLIMIT_NOFILE: for the journal, compaction, modules to import
+MAX_CONNECTIONS = 65536  # or what RLIMIT_NOFILE allows
+_SPARE_FILES = (24, 64)  # of RLIMIT_NOFILE at least, at most: for the journal, compaction, modules to import
+_SPARED_S = {False: 0.5, True: 2.0}  # by `authenticated`: a connection that was silent for less is not closed for room
+_ROOM_LOOK_S = 0.1  # between searches for connections to close, while all are busy
+_FULL_NOTE_S = 3600.0  # between two lines of log that all connections are taken
 _RETRY_AFTER_S = 1  # in the header Retry-After of a 503
 _SWEEP_S = 5.0  # between searches for connections that are silent or slow for too long
 STOP_GRACE_S = 4.0  # for running requests when the server must stop
@@ -8131,6 +8134,10 @@ class Connection:
         state = CONNECTION_STATES[self.state]
         return moment - getattr(self, state.since) > state.most_s
 
+    def may_go(self, moment):
+        """Return whether it can be closed to make room for another: it is silent, and no answer of it is under way."""
+        return self.state not in _ANSWERED_SOON and moment - self.heard_at > _SPARED_S[self.authenticated]
+
 
 def _json_in_pieces(answer):
     """Return the JSON of an answer. Items are converted one by one, so that the loop's thread can run in between."""
@@ -8315,6 +8322,13 @@ class _Parked:
                 self.watched_keys.discard(waiting.key)
         return waiting
 
+    def hurry(self, conn):
+        """Have a connection's request give up in this turn; return whether it waits for a change."""
+        if not conn.waiting or conn.waiting.key is None:
+            return False
+        conn.waiting, self.give_up_at = conn.waiting._replace(give_up_at=-math.inf), -math.inf
+        return True
+
     def due(self, at):
         """Return the connections that give up at `at` or earlier."""
         parked = [conn for conns in self.by_key.values() for conn in conns]
@@ -8333,7 +8347,7 @@ def _listener(host, port):
 
     class Listener(socketserver.ThreadingMixIn, http.server.HTTPServer):
         daemon_threads, block_on_close = True, False
-        allow_reuse_address, request_queue_size = True, 1024
+        allow_reuse_address, request_queue_size = True, 4096
         address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
 
         def server_bind(self):
@@ -8377,6 +8391,9 @@ class _Connections:
         self.eager = []  # connections that have already sent their next request, which is for the next turn
         self.swept_at, self.due_at = monotonic(), math.inf  # the last sweep; the next one if it is earlier than usual
         self.is_stopping = False
+        self.is_crowded = False  # whether too many want a connection: each answer closes its own
+        self.is_shut = False  # whether those that want a connection are left waiting
+        self.room_at = self.noted_full_at = -math.inf  # when to look for room again; when it was last logged
 
     def close(self):
         """Close the listening socket and the selector."""
@@ -8384,16 +8401,16 @@ class _Connections:
         self.selector.close()
 
     def accept_all(self):
-        """Accept the connections that wait."""
-        for _ in range(100):
+        """Accept the connections that wait, while there is room. The others wait on, in the listening socket's line."""
+        for count in range(100):
+            if len(self.all) + self.away >= self.most and (count or not self.make_room()):
+                return  # the next turn tells whether more wait
             try:
                 sock, address = self.listener.get_request()
             except OSError as error:  # no more, or the peer has gone, or no file descriptor is left
                 if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
                     self.make_room()
                 return
-            if len(self.all) + self.away >= self.most:
-                self.make_room()
             try:
                 sock.setsockopt(6, 1, 1)  # TCP_NODELAY
                 if self.tls:
@@ -8426,6 +8443,7 @@ class _Connections:
             conn.sock.close()
         except OSError:
             pass
+        self.admit()
 
     def release(self, conn):
         """Free the bytes that were reserved for a connection's large body."""
@@ -8523,12 +8541,33 @@ class _Connections:
                                 "closed" % (HELD_BYTES >> 20))
 
     def make_room(self):
-        """Close a hundredth of the connections: strangers first, then those that have been silent longest."""
-        for conn in heapq.nsmallest(1 + len(self.all) // 100, self.all, key=_keep_order):
-            self.drop(conn)
-        if not self.all:  # threads have all of them
-            time.sleep(REST_S)
-        self.log.say("warning", "the limit of %d connections is reached: the longest silent were closed" % self.most)
+        """Close some connections that are silent; return whether there is room now. If all are busy, accept no more
+        until one is closed: each answer closes its connection now."""
+        self.is_crowded, moment = True, monotonic()
+        if moment >= self.noted_full_at + _FULL_NOTE_S:
+            self.noted_full_at = moment
+            self.log.say("warning", "all %d connections are taken: the longest silent are closed, and busy ones after "
+                                    "each answer, which is slower; for more, raise the hard limit of open files "
+                                    "(ulimit -Hn) or --max-connections" % (len(self.all) + self.away))
+        if moment >= self.room_at:
+            silent = [conn for conn in self.all if conn.may_go(moment)]
+            self.room_at = -math.inf if silent else moment + _ROOM_LOOK_S
+            for conn in heapq.nsmallest(1 + len(self.all) // 100, silent, key=_keep_order):
+                if not self.parked.hurry(conn):
+                    self.drop(conn)
+        if len(self.all) + self.away < self.most and self.room_at < moment:
+            return True
+        if not self.is_shut:
+            self.is_shut = True
+            self.selector.unregister(self.listener.socket)
+        self.due_at = min(self.due_at, moment + _ROOM_LOOK_S)
+        return False
+
+    def admit(self):
+        """Accept connections again."""
+        if self.is_shut and not self.is_stopping:
+            self.is_shut = False
+            self.selector.register(self.listener.socket, 1, self.accept_all)  # EVENT_READ
 
     def sweep(self):
         """Close the connections whose state has lasted for too long: they are silent or slow."""
@@ -8536,6 +8575,8 @@ class _Connections:
         self.due_at = math.inf
         for conn in [conn for conn in self.all if conn.is_over(moment)]:
             self.drop(conn)
+        self.is_crowded = self.is_shut or self.is_crowded and len(self.all) + self.away > self.most // 2
+        self.admit()
 
 
 def _keep_order(conn):
@@ -8813,7 +8854,8 @@ class _Answers:
 
     def make(self, conn, request, keep, status, answer):
         """Make and log the bytes of an answer; return (`reply`, the bytes, keep). A thread may call it."""
-        keep = keep and not (self.store.closing or conn.has_ended)
+        is_known = conn.authenticated or not conn.proof  # else the client has been introduced, and is about to ask
+        keep = keep and not (self.store.closing or conn.has_ended or self.connections.is_crowded and is_known)
         self.log.note(conn, request, status)
         return self.reply, _http_answer(status, answer, request, keep), keep
 
@@ -9110,8 +9152,7 @@ class Server:
         self.key = os.urandom(24).hex()  # written into server.json, for whoever may read that
         self.parked = _Parked(store.watched_keys)
         self.listener = _listener(host, port)
-        self.connections = _Connections(self.listener, tls, self.log, self.parked,
-                                       min(most, _raise_file_limit() - _SPARE_FILES))
+        self.connections = _Connections(self.listener, tls, self.log, self.parked, min(most, _most_connections()))
         self.waker = _Waker()
         self.connections.selector.register(self.waker.receiver, selectors.EVENT_READ, self.take_back)
         self.wake = store.on_wake = self.waker.wake
@@ -9139,7 +9180,8 @@ class Server:
         while not self.stopping:
             self.turn(min(self.due_at(), self.parked.give_up_at) - monotonic())
             self.do_chores()
-        self.connections.selector.unregister(self.listener.socket)
+        if not self.connections.is_shut:
+            self.connections.selector.unregister(self.listener.socket)
         with self.store.lock:  # this ends the streams
             self.store.closing = True
             self.store.changed.notify_all()
@@ -9161,13 +9203,16 @@ class Server:
         self.store.awake_until = monotonic() + timeout_s
         selected = connections.selector.select(timeout_s)
         self.store.notice_sleep()
+        others = []
         for key, events in selected:
             if isinstance(key.data, Connection):
                 self.guard(key.data, self.attend, key.data, events)
             else:
-                key.data()
+                others.append(key.data)
         for conn in eager:
             self.guard(conn, self.requests.read, conn)
+        for action in others:  # after the others, as accepting closes the connections that are silent
+            action()
         self.settle()
 
     def attend(self, conn, events):
@@ -9231,17 +9276,18 @@ class Server:
             self.store.forget_unused()
 
 
-def _raise_file_limit():
-    """Raise the limit of open files to what the hard limit allows; return it."""
+def _most_connections():
+    """Raise the limit of open files to what the hard limit allows; return how many connections it leaves room for."""
+    least, most = _SPARE_FILES
     try:
         import resource
         _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-        wanted = MAX_CONNECTIONS + _SPARE_FILES
-        wanted = wanted if hard == resource.RLIM_INFINITY else min(hard, wanted)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
-        return wanted
+        files = MAX_CONNECTIONS + most
+        files = files if hard == resource.RLIM_INFINITY else min(hard, files)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (files, hard))
     except (ImportError, ValueError, OSError):  # there is no such limit, or it can't be raised
-        return 256
+        files = 256
+    return max(1, files - min(most, max(least, files // 2)))
 
 
 def _port_owner(port):

@@ -382,6 +382,81 @@ def clock(loop, monkeypatch):
     return Clock(loop, monkeypatch)
 
 
+def connect(loop, count):
+    """Return so many sockets that are connected to the server, accepted or not."""
+    loop.server.requests.has_left = lambda conn: False
+    return [socket.create_connection(loop.server.listener.server_address) for _ in range(count)]
+
+
+def turn(loop, peers=()):
+    """Have the server take turns until nothing has changed; return what each peer got, None where nothing came."""
+    while loop.server.connections.eager or loop.server.connections.selector.select(0.05):
+        loop.server.turn(0)
+    got = []
+    for peer in peers:
+        peer.setblocking(False)
+        try:
+            got.append(peer.recv(65536))
+        except BlockingIOError:
+            got.append(None)
+        peer.setblocking(True)
+    return got
+
+
+def test_when_all_connections_are_busy_others_wait_until_an_answer_closes_one(loop, clock):
+    """Those who wait cost no turns, and no connection is closed without the answer that says so."""
+    loop.server.connections.most = 3
+    peers = connect(loop, 8)
+    turn(loop)
+    assert len(loop.server.connections.all) == 3 and not loop.server.connections.selector.select(0)
+    assert loop.server.due_at() <= clock.at + 1  # it looks again whether one of them has become silent
+    got = []
+    for peer in peers:
+        peer.sendall(loop.bytes("GET", ""))
+        got += turn(loop, [peer])
+    assert [answer[9:12] + answer[-1:] for answer in got] == [b"200}"] * 8
+    assert all(b"Connection: close" in answer for answer in got) and not loop.server.connections.all
+    loop.server.connections.sweep()
+    peers += connect(loop, 1)
+    peers[-1].sendall(loop.bytes("GET", ""))
+    assert b"Connection: close" not in turn(loop, peers[-1:])[0]  # there is room again
+    for peer in peers:
+        peer.close()
+
+
+def test_where_there_is_no_room_the_longest_silent_are_closed_and_those_who_wait_hear_that_there_is_nothing(loop, clock):
+    loop.server.connections.most = 3
+    asked, silent, busy = connect(loop, 3)
+    asked.sendall(loop.bytes(*fetch(50)))
+    silent.sendall(loop.bytes("GET", ""))
+    assert [part and part[9:12] for part in turn(loop, [asked, silent])] == [None, b"200"]
+    clock.at += 10
+    busy.sendall(loop.bytes("GET", ""))
+    assert turn(loop, [busy])[0][9:12] == b"200"
+    late = connect(loop, 2)
+    turn(loop)
+    for peer in late + [busy]:
+        peer.sendall(loop.bytes("GET", ""))
+    peers = [asked, silent, busy] + late
+    got = turn(loop, peers)
+    assert b"Connection: close" in got[0] and b'"found":false' in got[0], got[0]
+    assert got[1] == b"" and [answer[9:12] for answer in got[2:]] == [b"200"] * 3
+    for peer in peers:
+        peer.close()
+
+
+def test_a_client_that_was_introduced_keeps_its_connection_for_its_request_where_there_is_no_room(loop):
+    (peer,), loop.server.connections.is_crowded = connect(loop, 1), True
+    turn(loop)
+    peer.sendall(b"GET /?nonce=%s HTTP/1.1\r\nHost: x\r\n\r\n" % (b"0" * 32))
+    first, = turn(loop, [peer])
+    peer.sendall(loop.bytes("GET", ""))
+    second, = turn(loop, [peer])
+    assert [answer[9:12] for answer in (first, second)] == [b"200", b"200"]
+    assert [b"Connection: close" in answer for answer in (first, second)] == [False, True]
+    peer.close()
+
+
 def test_a_quiet_server_gives_up_a_silent_run_in_time_and_one_that_was_stopped_does_not(loop, clock):
     ids = [loop.call(loop.client(), *submit(i=i))[1]["task_id"] for i in range(2)]
     loop.call(loop.client(), *fetch())
