@@ -9891,7 +9891,7 @@ class PinnedConfig:
     os.environ or the working folder.
 
     `environ` is for the loop's own processes and has all settings, as the configuration file may be away later.
-    `for_jobs` has those that came from the environment."""
+    `for_jobs` has those that came from the environment, `shared` the rest of it as well."""
 
     def __enter__(self):
         config = _read_config()
@@ -9907,6 +9907,7 @@ class PinnedConfig:
         if "url" in files:
             self.for_jobs["LABTASKER_URL"] = for_system(files["url"])
         self.for_jobs["LABTASKER_ROOT"] = self.config.root
+        self.shared = dict(os.environ, **self.for_jobs)
         given = {variable: getattr(self.config, attribute) for attribute, variable, _, _ in SETTINGS.values()}
         self.environ = dict(os.environ, **{name: value for name, value in given.items() if name and value})
         self.environ["LABTASKER_ROOT"] = self.config.root
@@ -12959,10 +12960,31 @@ def outcome_not_started(command, error):
 
 def start_job(words, environment, ends, folder=None):
     """Return the Popen of a job. Its words are given as UTF-8, as they were submitted, whatever the locale."""
+    environment = dict(environment, PWD=folder) if folder else environment
     if os.name == "posix":
         words = [word.encode("utf-8", "surrogateescape") if isinstance(word, str) else word for word in words]
-    environment = dict(environment, PWD=folder) if folder else environment
-    return start_program(words, stdout=ends[0], stderr=ends[1], env=environment, cwd=folder)
+        environment = {_encoded(name): _encoded(value) for name, value in environment.items()}
+    streams = {"stdout": ends[0], "stderr": ends[1], "env": environment, "cwd": folder}
+    program = _place_of(words[0], environment.get(b"PATH"))
+    if program:
+        try:
+            return start_program(words, executable=program, **streams)
+        except OSError:  # it has moved: look for it again
+            pass
+    return start_program(words, **streams)
+
+
+_encoded = functools.lru_cache(1000)(os.fsencode)  # most variables are those of the job before
+
+
+@functools.lru_cache(100)
+def _place_of(program, path):
+    """Return where a program given by its name alone lies, without a search for each job; None where that is unsure."""
+    import shutil
+    if os.path.dirname(program) or not path:
+        return None
+    found = shutil.which(os.fsdecode(program), path=os.fsdecode(path))
+    return found if found and os.path.isabs(found) else None
 
 
 # Errors of a machine that is short of something for a moment: neither the task nor its command is at fault.
@@ -16884,10 +16906,9 @@ class Slot:
                 line = loop.account.line(run.task, tail, label, width)
             remark(line, "")
 
-    def environment(self, run):
-        """Return what the job of a run gets as its environment."""
-        given = dict(os.environ, **self.loop.pinned.for_jobs)
-        given.update(run.environment())
+    def environment(self, run, shared):
+        """Return what the job of a run gets as its environment; `shared`: what all jobs get."""
+        given = dict(shared, **run.environment())
         given.update(self.own)
         return {name: value for name, value in given.items() if value is not None}
 
@@ -17333,7 +17354,8 @@ def _call_function(slot, run, call):
     thread, wake = threading.get_ident(), slot.wake
     run.note_begin()
     run.make_task_dir()
-    names = {name: value for name, value in slot.environment(run).items() if os.environ.get(name) != value}
+    names = {name: value for name, value in slot.environment(
+        run, dict(os.environ, **slot.loop.pinned.for_jobs)).items() if os.environ.get(name) != value}
     names = names if wake.in_main else {}
     before = {name: os.environ.get(name) for name in names}
     os.environ.update(names)
@@ -17528,7 +17550,7 @@ def _run_job(slot, run, command, use_pty=True, metrics=None, step=None):
         args = dict(run.task.args, **run.built_in(slot.own["LABTASKER_SLOT"]))
         folder = command.folder(args)
         words, script = command.words(args, run.log_dir)
-        process = start_job(words, slot.environment(run), output.ends, folder)
+        process = start_job(words, slot.environment(run, slot.loop.pinned.shared), output.ends, folder)
         output.let_go()
         is_own_end = _watched(slot, run, process, output)
     except _NotWatched as error:

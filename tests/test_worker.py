@@ -491,6 +491,17 @@ def test_output_is_copied_without_a_thread_of_its_own_where_none_is_to_be_had(ho
     os.close(ours)
 
 
+def test_a_program_that_moves_while_the_loop_runs_is_found_again(home, tmp_path, monkeypatch):
+    ids, (first, second) = submit(2), [tmp_path / name for name in ("first", "second")]
+    for folder in (first, second):
+        folder.mkdir()
+        (folder / "ZQ-job").write_text("#!/bin/sh\nrm -f %s/ZQ-job\n" % first)
+        (folder / "ZQ-job").chmod(0o700)
+    monkeypatch.setenv("PATH", "%s:%s:%s" % (first, second, os.environ["PATH"]))
+    assert labtasker.main(["loop", "--", "ZQ-job", "%(n)"]) == 0
+    assert [task(one).status for one in ids] == ["success"] * 2 and not (first / "ZQ-job").exists()
+
+
 @pytest.mark.parametrize("has_descriptors", [True, False])
 def test_the_end_of_a_job_wakes_its_slot_with_a_descriptor_or_a_signal(home, monkeypatch, has_descriptors):
     ids, heard = submit(3), []
