@@ -194,6 +194,56 @@ def test_a_job_that_takes_longer_than_it_may_is_ended(both):
     assert wait_for_end(other) == 143
 
 
+# The report of a run with which the next task is fetched
+
+
+FUNCTION = """
+import os, time, labtasker
+@labtasker.loop(heartbeat_timeout=1)
+def main(n=labtasker.Required()):
+    print("begins %d" % n)
+    while not os.path.exists("gate-%d" % n):
+        time.sleep(0.02)
+main()
+"""
+COMMAND = ("--heartbeat-timeout", "1", "--", "sh", "-c", "echo begins $0; until test -e gate-$0; do sleep 0.02; done", "%(n)")
+WAYS = {"function": lambda place: place.start(sys.executable, "-u", place.write("main.py", FUNCTION)),
+        "command": lambda place: place.start_cli("loop", *COMMAND),
+        "slots": lambda place: place.start_cli("loop", "-j", "2", *COMMAND)}
+
+
+@pytest.mark.parametrize("way, how, answer", [
+    ("function", "SIGINT", "lost"), ("command", "SIGTERM", "late"), ("slots", "SIGTERM", "lost"), ("slots", "SIGKILL", "lost")])
+def test_a_signal_before_the_answer_to_a_report_with_a_fetch_loses_no_task_and_counts_the_report_once(
+        server_home, way, how, answer):
+    ids, taken = submit(4), 3 if way == "slots" else 2  # how many have been fetched by then
+
+    def status(task_id):  # not by the proxy
+        return server_home.server.http("GET", "/api/v1/queues/me/tasks/" + task_id)[1]["status"]
+    loop = WAYS[way](server_home)
+    wait_for_line(loop, "begins %d" % (taken - 2))
+    server_home.proxy.hold()
+    server_home.write("gate-0", "")
+    wait_until(lambda: status(ids[taken - 1]) == "running", "the next task is fetched with the report")
+    assert status(ids[0]) == "success"
+    loop.send_signal(getattr(signal, how))
+    if how == "SIGKILL":
+        wait_for_end(loop)
+    else:
+        wait_until(lambda: outbox(server_home), "the loop keeps the report")
+    server_home.proxy.lose() if answer == "lost" else server_home.proxy.let_go()
+    assert wait_for_end(loop, timeout_s=60) == {"SIGINT": 130, "SIGTERM": 143, "SIGKILL": -9}[how], output(loop)
+    wait_until(lambda: how != "SIGKILL" or all(status(one) == "pending" for one in ids[1:]), "the runs of the killed time out")
+    first, *others = map(task, ids)
+    assert (first.status, first.retries, first.interruptions, len(first.attempts)) == ("success", 0, 0, 1)
+    assert not outbox(server_home) and [(one.status, one.retries) for one in others] == [
+        ("pending", int(how == "SIGKILL" and number < taken)) for number in (1, 2, 3)]
+    for number in range(4):
+        server_home.write("gate-%d" % number, "")
+    server_home.cli("loop", "-q", *COMMAND)
+    assert [task(one).status for one in ids] == ["success"] * 4 and len(task(ids[0]).attempts) == 1
+
+
 # A server that is away
 
 
