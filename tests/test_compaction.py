@@ -391,7 +391,7 @@ def test_tasks_that_are_finished_and_deleted_leave_a_small_file(tmp_path):
         return answer
     kept, compactions = call("POST", "tasks", {"args": {"kept": True}})["task_id"], 0
     for _ in range(setting("GONE") // 1000):
-        ids = call("POST", "tasks", [{"args": {"i": i, "model": "resnet"}, "metadata": {"text": "x" * 300}} for i in range(1000)])["task_ids"]
+        ids = call("POST", "tasks", [{"args": {"i": i, "model": "resnet"}, "metadata": {"i": i, "text": "x" * 300}} for i in range(1000)])["task_ids"]
         call("PUT", "tasks", [{"task_id": one, "status": "cancelled"} for one in ids], {"reset_pending": "false"})
         with store.lock:
             batch = store._commit(queue_id, [["task-", one] for one in ids], L.now())
