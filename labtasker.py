@@ -16449,7 +16449,8 @@ class Loop:
             self._start_slot(slot)
         while not all(slot.state == "left" for slot in self.slots) and not self.is_unheard:
             waits = any(slot.state == "waiting" for slot in self.slots) and self.is_in_vain()
-            self.wake.pause(0.2 if waits or self.wake.stop else min(60, self.limit.stop_at - monotonic()))
+            self.wake.pause(_ANSWER_S / 2 if waits else 0.2 if self.wake.stop else min(
+                60, self.limit.stop_at - monotonic()))
             while self.main_thread_calls:
                 self.main_thread_calls.popleft()()
             self._hurry()
@@ -17153,7 +17154,7 @@ def _file_stamp():
 IDLE_WAIT_S = 50  # a wait for tasks on the server's side
 _IDLE_FETCH_S = OWNER_LAPSE_S / 3  # how often an idle loop without a server asks for tasks if the file did not change
 _WATCH_S = 0.5  # how often it looks whether the file has changed
-_ANSWER_S = 0.5  # how long the answer to a fetch is waited for before the server is told that nobody waits for it
+_ANSWER_S = 0.1  # how long the answer to a fetch is waited for before the server is told that nobody waits for it
 _END_WORKER_S = 2  # how long a loop tries to tell that it has ended
 FETCH_CUT_S = 2  # how long a loop that must leave waits for the answer to a fetch
 _HAND_BACK_S = 5  # before the time is up: for handing back what was killed then
