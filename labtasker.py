@@ -4411,7 +4411,8 @@ def _apply_task(state, queue_id, task_id, fields, old_state=None):
         record = revised(record, fields)
     elif "created_at" in fields:
         record = new_task(queue_id, task_id, fields)
-    return _replaced(queue.put_task, task_id, record)  # record is None if a repair could not save the task's creation
+    put = queue.put_task  # of None, if a repair could not save the task's creation
+    return [(put, task_id, put(task_id, record), record)]
 
 
 def _apply_tasks(state, queue_id, fields, names, rows):
@@ -4773,7 +4774,9 @@ def _submission(request, at):
     (fields, notes), task_id = _given(request), request.get("task_id")
     if task_id:
         notes["digest"] = zlib.crc32(_sorted_json(fields).encode())
-    return task_id or new_id(), dict(fields, created_at=at, **notes)
+    fields["created_at"] = at
+    fields.update(notes)
+    return task_id or new_id(), fields
 
 
 def _form(submission):
@@ -4959,7 +4962,8 @@ def submit_tasks_op(store, queue, request, at):
         ids[task_id] = digest
         return not is_there
 
-    for form, group in itertools.groupby(request["tasks"], _form if request["many"] else lambda _: None):
+    tasks = request["tasks"]
+    for form, group in itertools.groupby(tasks, _form) if len(tasks) > 1 else [(None, tasks)]:
         group = list(group)
         if form and len(group) > 1:
             fields, names, rows = _table(group, after(at, len(ids)))
@@ -4969,7 +4973,8 @@ def submit_tasks_op(store, queue, request, at):
         for submission in group:
             task_id, fields = _submission(submission, after(at, len(ids)))
             if is_new(task_id, fields.get("digest")):
-                _check_others(queue, fields, ids, task_id)
+                if "after" in fields or "after_any" in fields:
+                    _check_others(queue, fields, ids, task_id)
                 changes.append(["task", task_id, fields, "created"])
     return changes, {"task_ids": list(ids)} if request["many"] else {"task_id": next(iter(ids))}
 
