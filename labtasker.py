@@ -1478,6 +1478,34 @@ def _reaching(path, test):
     return matches
 
 
+def values_reader(field):
+    """Return a function of a record: the list of the values in it with which a filter compares a dotted field, without
+    dicts and lists."""
+    path = field.split(".")
+
+    def read(record):
+        found = []
+        _reaching(path, found.append)(record)
+        if len(found) != 1 or type(found[0]) in (dict, list):
+            found = list({value for value in found if type(value) not in (dict, list)})
+        return found
+    return read
+
+
+def required_values(document):
+    """Return [(dotted field, value)] of the equalities in a query document that all its matches fulfil."""
+    found = []
+    for key, operand in document.items():
+        if key == "$and":
+            found += [pair for part in operand for pair in required_values(part)]
+        elif not key.startswith("$"):
+            if isinstance(operand, dict) and len(operand.get("$in", ())) == 1:
+                operand = operand["$in"][0]
+            operand = operand.get("$eq") if isinstance(operand, dict) else operand
+            found += [(key, operand)] * bool(_kinds(operand))
+    return found
+
+
 def _spread(value, keys, seen):
     """Yield each value that a dotted path reaches from `value`: through an array's dicts, and by index.
 
@@ -3625,13 +3653,15 @@ def _good_lines(path):
 # Only `State.apply` changes them, live and at replay. Uses 1 to 4. Tests: test_service.py, test_curves.py.
 
 MOST_LOOKED_AT = 1000  # up to so many tasks with a pause are examined one by one by a fetch that finds nothing
-MAX_STANDING = 200  # standing requests of a queue
+MAX_STANDING = 20000  # standing requests of a queue
+_ROUTE_FIELDS = ("args", "metadata", "task_name")
+_MAX_ROUTES = 8  # fields by whose values the standing requests of a queue are told apart
 PREDICATE_BYTES = 64  # memory of a compiled filter for each character of its text
 _TAKING_BYTES = 200000  # memory of the cache `Pending.taking`
 FEW_PATHS = 5000  # up to so many paths in the shapes of a queue's args are searched at each fetch
 _QUICK_ENTRIES = 500  # up to so many new tasks are examined by a fetch in the loop's thread
 MAX_EVENTS = 10000  # latest events that are kept in memory for listeners
-_MAX_LOG = 100000  # newly pending tasks that are kept for the standing requests to read
+_MAX_LOG = 100000  # newly pending tasks that a queue keeps for its standing requests to read
 
 dump_json = json_writer(",", ":")
 
@@ -3797,20 +3827,45 @@ def takes(required, shape):
     return known
 
 
+def _first_keys(paths):
+    """Return the set of the paths' first keys, each as a path: the shape itself, if no path in it has more keys."""
+    return frozenset(tuple(path[:1]) for path in paths)
+
+
 def _entry(task):
     """Return what orders a pending task: the least of these is fetched first."""
     return -task.priority, task.last_modified, task.created_at, task.task_id
 
 
+class _Log:
+    """Entries that became pending, for the standing requests that read it; `readers` is their number."""
+
+    __slots__ = ("entries", "start", "readers")
+
+    def __init__(self):
+        self.entries, self.start, self.readers = [], 0, 0
+
+    def end(self):
+        """Return the cursor of a request that has read all."""
+        return self.start + len(self.entries)
+
+    def cut(self, count):
+        """Drop the first `count` entries."""
+        self.start += count
+        del self.entries[:count]
+
+
 class _Standing:
-    """A fetch that workers repeat: the tasks that match it, in order, and how far it has read the log.
+    """A fetch that workers repeat: the tasks that match it, in order, and how far it has read its log.
 
-    With `predicate` None all tasks with the required fields match."""
+    With `predicate` None all tasks with the required fields match. `place`: see `Pending.log_at`."""
 
-    __slots__ = ("required", "predicate", "heap", "cursor", "ready", "size_bytes", "purge_at", "used_at")
+    __slots__ = (
+        "required", "predicate", "heap", "place", "log", "cursor", "ready", "size_bytes", "purge_at", "used_at")
 
-    def __init__(self, required, text, predicate, cursor):
-        self.required, self.predicate, self.heap, self.cursor, self.ready = required, predicate, [], cursor, False
+    def __init__(self, required, text, predicate, place, log):
+        self.required, self.predicate, self.heap, self.ready = required, predicate, [], False
+        self.place, self.log, self.cursor = place, log, log.end()
         self.size_bytes = _weight_bytes(required) + PREDICATE_BYTES * len(text or "")  # without its heap
         self.purge_at, self.used_at = 100, monotonic()
 
@@ -3824,7 +3879,10 @@ class Pending:
 
     Entries are deleted lazily: an entry is valid while its task is pending and still has the entry's priority and
     times. Entries hold ids, not tasks, so that deleted tasks don't stay in memory. A heap is rebuilt when most of it is
-    stale, and removed with its last task."""
+    stale, and removed with its last task.
+
+    A standing request whose filter requires a value, as `args.model == "x"` does, reads a log of the tasks that have
+    this value; the others read the log of all tasks. So such requests don't read what others want."""
 
     def __init__(self, tasks, blocked=()):
         self.tasks = tasks  # the queue's {task id: record}
@@ -3832,9 +3890,12 @@ class Pending:
         self.heaps = {}  # shape: heap of (-priority, last_modified, created_at, task id)
         self.counts = {}  # shape: how many tasks are pending
         self.paths = 0  # the number of paths in all shapes: what searching the shapes costs
+        self.nested = {}  # {first keys: {shapes}} of the shapes with dicts in dicts; `first keys`: see _first_keys
         self.taking = BoundedCache(_TAKING_BYTES)  # required fields: the heaps of the shapes that they take
         self.standing = collections.OrderedDict()  # (required fields, filter): Standing, the latest used last
-        self.log, self.log_start = [], 0  # entries that became pending, for the standing requests
+        self.log = _Log()  # of all tasks
+        self.routes = {}  # {field: (function of a record: its values there, {value: log of the tasks that have it})}
+        self.logged = 0  # the entries in all logs
         self.resting = {}  # {task id: entry} of the tasks that can't be fetched before their not_before
         self.delayed = []  # a heap of (not_before, entry) of these tasks
 
@@ -3894,17 +3955,12 @@ class Pending:
         """Add the entries of tasks that can be fetched now, whose args have one shape."""
         heap = self.heaps.get(shape)
         if heap is None:
-            heap = self.heaps[shape] = []
-            self.counts[shape] = 0
-            self.paths += 1 + len(shape)
-            self.taking.clear()
+            heap = self._begin_shape(shape)
         self.counts[shape] += len(entries)
         for entry in entries:
             heapq.heappush(heap, entry)
         if self.standing:
-            self.log += entries
-            if len(self.log) > _MAX_LOG:
-                self._trim()
+            self._hand_on(entries)
 
     def retire(self, task):
         """Remove a record that is no longer pending or was replaced."""
@@ -3912,30 +3968,96 @@ class Pending:
         count = self.counts[shape] = self.counts[shape] - 1
         heap = self.heaps[shape]
         if not count:
-            del self.heaps[shape], self.counts[shape]
-            self.paths -= 1 + len(shape)
-            self.taking.clear()
+            self._end_shape(shape)
         elif len(heap) > 20 + 3 * count:
             self._purge(heap)
+
+    def _begin_shape(self, shape):
+        heap = self.heaps[shape] = []
+        self.counts[shape] = 0
+        self.paths += 1 + len(shape)
+        keys = _first_keys(shape)
+        if keys != shape:
+            self.nested.setdefault(keys, set()).add(shape)
+        self.taking.clear()
+        return heap
+
+    def _end_shape(self, shape):
+        del self.heaps[shape], self.counts[shape]
+        self.paths -= 1 + len(shape)
+        keys = _first_keys(shape)
+        if keys != shape:
+            self.nested[keys].remove(shape)
+            if not self.nested[keys]:
+                del self.nested[keys]
+        self.taking.clear()
 
     def _purge(self, heap):
         heap[:] = set(filter(self.alive, heap))
         heapq.heapify(heap)
 
+    def _hand_on(self, entries):
+        """Write entries to the logs of the standing requests that may take their tasks."""
+        if self.log.readers:
+            self.log.entries += entries
+            self.logged += len(entries)
+        for values_of, logs in self.routes.values():
+            for entry in entries:
+                for value in values_of(self.tasks[entry[3]]):
+                    log = logs.get(value)
+                    if log:
+                        log.entries.append(entry)
+                        self.logged += 1
+        if self.logged > _MAX_LOG:
+            self._trim()
+
     def _trim(self):
-        """Drop the older half of the log, and the standing requests that have not read it."""
-        cut = len(self.log) // 2
-        self.log_start += cut
-        del self.log[:cut]
-        self.forget(lambda standing: standing.cursor < self.log_start)
+        """Drop the older halves of the longest logs, and the standing requests that have not read them."""
+        logs = [self.log] + [log for _, logs in self.routes.values() for log in logs.values()]
+        for log in sorted(logs, key=lambda log: len(log.entries), reverse=True):
+            if self.logged > _MAX_LOG // 2:
+                count = (len(log.entries) + 1) // 2
+                log.cut(count)
+                self.logged -= count
+        self.forget(lambda standing: standing.cursor < standing.log.start)
 
     def forget(self, is_over):
-        """Drop the standing requests that are over, and with the last of them the log."""
+        """Drop the standing requests that are over, and each log with the last that reads it."""
         for key in [key for key, standing in self.standing.items() if is_over(standing)]:
-            del self.standing[key]
-        if not self.standing:
-            self.log_start += len(self.log)
-            self.log.clear()
+            self.drop(key)
+
+    def drop(self, key):
+        """Drop a standing request, if it is there, and its log with it if no other reads that."""
+        standing = self.standing.pop(key, None)
+        if standing is None:
+            return
+        log, place = standing.log, standing.place
+        log.readers -= 1
+        if not log.readers:
+            self.logged -= len(log.entries)
+            log.cut(len(log.entries))
+            if place:
+                field, value = place
+                del self.routes[field][1][value]
+                if not self.routes[field][1]:
+                    del self.routes[field]
+
+    def log_at(self, place):
+        """Return the log of the tasks that have a value in a field; `place`: (field, value), or None for all tasks."""
+        if place is None:
+            return self.log
+        field, value = place
+        return self.routes.setdefault(field, (values_reader(field), {}))[1].setdefault(value, _Log())
+
+    def _place(self, text):
+        """Return the place whose log a new standing request reads: of the values that its filter requires the one that
+        the fewest others do."""
+        def readers(place):
+            log = self.routes[place[0]][1].get(place[1]) if place[0] in self.routes else None
+            return log.readers if log else 0, place[0] not in self.routes
+        places = [place for place in required_values(json.loads(text or "{}")) if place[0] in self.routes or len(
+            self.routes) < _MAX_ROUTES and place[0].split(".")[0] in _ROUTE_FIELDS]
+        return min(places, key=readers, default=None)
 
     def _top(self, heap):
         while heap and not self.alive(heap[0]):
@@ -3945,19 +4067,30 @@ class Pending:
     def is_quick(self, required, text):
         """Return whether finding the next task examines only a few: without a filter if there are few shapes, else if a
         standing request has read nearly all of the log."""
-        if text is None and self.paths <= FEW_PATHS:
+        if text is None and (required in self.taking or self._shapes(required) is not None):
             return True
         standing = self.standing.get((required, text))
-        unread = standing and self.log_start + len(self.log) - standing.cursor
-        return bool(standing and standing.ready and unread <= _QUICK_ENTRIES)
+        return bool(standing and standing.ready and standing.log.end() - standing.cursor <= _QUICK_ENTRIES)
+
+    def _shapes(self, required):
+        """Return the shapes among which are those that a fetch with these required fields takes; None for too many."""
+        if self.paths <= FEW_PATHS:
+            return self.heaps
+        if not required or "*" in required:
+            return None
+        keys = _first_keys(key.split(".") for key in required)
+        nested = self.nested.get(keys, ())
+        shapes = [keys, *nested] if keys in self.heaps else nested
+        return shapes if len(nested) * (1 + len(keys)) <= FEW_PATHS else None
 
     def first(self, required):
         """Return the next pending record that a fetch with these required fields takes, or None."""
-        if self.paths > FEW_PATHS:
-            return self.first_matching(required, None, None)
         heaps = self.taking.get(required)
         if heaps is None:
-            heaps = [heap for shape, heap in self.heaps.items() if takes(required, shape)]
+            shapes = self._shapes(required)
+            if shapes is None:
+                return self.first_matching(required, None, None)
+            heaps = [self.heaps[shape] for shape in shapes if takes(required, shape)]
             self.taking.keep(required, heaps, _weight_bytes(required) + 8 * len(heaps))
         tops = [top for top in map(self._top, heaps) if top]
         return self.tasks[min(tops)[3]] if tops else None
@@ -3972,16 +4105,22 @@ class Pending:
     def begin_standing(self, required, text, predicate):
         """Return (the request's Standing, whether it is new, [(shape or None, entries to read)], the cursor after
         these)."""
-        standing, end = self.standing.get((required, text)), self.log_start + len(self.log)
+        key, standing = (required, text), self.standing.get((required, text))
         if standing is not None:
-            self.standing.move_to_end((required, text))
+            self.standing.move_to_end(key)
             standing.used_at = monotonic()
             if standing.ready:
-                return standing, False, [(None, self.log[standing.cursor - self.log_start:])], end
+                log = standing.log
+                return standing, False, [(None, log.entries[standing.cursor - log.start:])], log.end()
+            self.drop(key)
         if len(self.standing) >= MAX_STANDING:
-            self.standing.popitem(last=False)
-        standing = self.standing[required, text] = _Standing(required, text, predicate, end)
-        return standing, True, [(shape, list(heap)) for shape, heap in self.heaps.items()], end
+            self.drop(next(iter(self.standing)))
+        place = self._place(text)
+        standing = self.standing[key] = _Standing(required, text, predicate, place, self.log_at(place))
+        standing.log.readers += 1
+        shapes = self._shapes(required)
+        shapes = self.heaps if shapes is None else shapes
+        return standing, True, [(shape, list(self.heaps[shape])) for shape in shapes], standing.cursor
 
     def matches(self, standing, lists):
         """Return the entries in `lists` that match. Needs no lock: tasks that change meanwhile are in the log."""
@@ -6515,7 +6654,7 @@ class Store:
         if total_bytes > STANDING_BYTES:
             for _, weight_bytes, pending, key in sorted(held, key=operator.itemgetter(0))[:-1]:
                 if total_bytes > STANDING_BYTES // 2:
-                    pending.standing.pop(key, None)
+                    pending.drop(key)
                     total_bytes -= weight_bytes
 
     def forget_unused(self):

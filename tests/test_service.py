@@ -795,6 +795,67 @@ def test_fetches_find_the_same_task_among_few_shapes_and_among_many(door, monkey
     assert (few >= 10 ** 6) == (not pending_of(door).standing)
 
 
+WANTED = [  # filters in turn: of one value, of several, of none
+    {"args.a": 1}, {"args.a": 2}, {"args.a": "1"}, {"args.a": True}, {"args.a": {"$eq": 1.0}}, {"args.a": {"$in": [2]}},
+    {"args.a": {"$in": [1, 2]}}, {"args.a": None}, {"args.a": [1]}, {"args.a": {"$gt": 0}}, {"args.a.b": 1}, {"args.a.0": 1},
+    {"args.a": {"b": 1}}, {"$and": [{"args.a": 1}, {"args.c": 2}]}, {"$and": [{"args.c": 2}, {"args.a": {"$gt": 0}}]},
+    {"$or": [{"args.a": 1}, {"args.c": 2}]}, {"task_name": "n"}, {"metadata.tags": "x"}, {"status": "pending"}, {"_id": "none"}]
+VALUES = [1, 2, 1.0, True, "1", None, [1], [1, 2, 1], [], [[1]], {"b": 1}, [{"b": 1}, {"b": [1, 2]}], [3, {"b": 1}]]
+
+
+@pytest.mark.parametrize("most", [("_MAX_LOG", 6), ("MAX_STANDING", 3), ("_MAX_ROUTES", 1), ("FEW_PATHS", 0), ("UNUSED_S", 1800.0)])
+@pytest.mark.parametrize("seed", range(2))
+def test_many_filters_in_turn_find_what_a_search_of_all_tasks_finds(door, clock, monkeypatch, most, seed):
+    """Whatever of their logs and indexes is dropped meanwhile."""
+    monkeypatch.setattr(L, *most)
+    dice, pending, fetched = random.Random(seed), pending_of(door) if door.submit() else None, 0
+    for _ in range(150):
+        for _ in range(dice.randrange(3)):
+            door.submit(args={key: dice.choice(VALUES) for key in "ac" if dice.random() < 0.8}, priority=dice.randrange(3), cmd="true",
+                        task_name=dice.choice(["n", None]), metadata=dice.choice([{}, {"tags": ["x", "y"]}]))
+        left = door("POST", "tasks/search", {"status": "pending"})["content"]
+        if left and dice.random() < 0.3:
+            door.update(dice.choice(left)["task_id"], priority=dice.randrange(3), args={"a": dice.choice(VALUES)})
+        query, required = dice.choice(WANTED), dice.choice([["a", "c"], ["a"], ["*", "a"], ["a.b", "c"], []])
+        found = door("POST", "tasks/search", {"status": "pending", "extra_filter": query})["content"]
+        fits = [task for task in found if L.covers(tuple(required), L.paths_of(task["args"]))]
+        task = door.fetch(extra_filter=query, required_fields=required)
+        fetched += task is not None
+        wanted = min(fits, key=lambda task: (-task["priority"], task["last_modified"], task["created_at"]), default=None)
+        assert (task and task["task_id"]) == (wanted and wanted["task_id"]), (query, required)
+        held = [pending.log] + [log for _, logs in pending.routes.values() for log in logs.values()]
+        assert pending.logged == sum(len(log.entries) for log in held) <= L._MAX_LOG
+        assert len(pending.standing) == sum(log.readers for log in held) <= L.MAX_STANDING
+        assert all(log.readers for log in held[1:]) and len(pending.routes) <= L._MAX_ROUTES
+        clock.pass_s(0.01)
+    assert fetched > 30
+    pending.forget(lambda standing: True)
+    assert not pending.standing and not pending.routes and not pending.logged
+
+
+def test_a_filter_that_requires_a_value_reads_only_the_tasks_that_have_it(door):
+    for n in range(20):
+        assert door.fetch(extra_filter="args.project == 'p' and args.owner == %d" % n) is None
+    logs, pending = {}, pending_of(door)
+    for n in range(20):
+        door.submit(args={"project": "p", "owner": n})
+    for field, (_, found) in pending.routes.items():
+        logs.update({(field, value): len(log.entries) for value, log in found.items()})
+    assert sorted(logs.values()) == [1] * 19 + [20] and not pending.log.entries, "the first one had no field to choose"
+    assert [door.fetch(extra_filter="args.project == 'p' and args.owner == %d" % n)["args"]["owner"] for n in range(20)] == list(range(20))
+
+
+def test_a_fetch_by_all_fields_examines_no_tasks_of_other_shapes(door, monkeypatch):
+    monkeypatch.setattr(L, "FEW_PATHS", 20)
+    ids = [door.submit(args={"i": i, "n": {"x": 1, "only_%d" % i: 1}} if i % 2 else {"i": i, "only_%d" % i: 1}) for i in range(10)]
+    examined = []
+    monkeypatch.setattr(L, "takes", lambda required, shape: examined.append(shape) or L.covers(required, shape))
+    assert door.fetch(required_fields=["i", "only_4"])["task_id"] == ids[4] and len(examined) == 1
+    assert door.fetch(required_fields=["i", "n.x", "n.only_3"])["task_id"] == ids[3] and len(examined) == 6
+    assert door.fetch(required_fields=["i", "n"])["task_id"] == ids[1]
+    assert door.fetch(required_fields=["i", "only_5"]) is None and not pending_of(door).standing
+
+
 def test_what_fetches_asked_for_is_dropped_when_nobody_asks_any_more(door, clock):
     door.submit(args={"a": 1})
     for n in range(3):
@@ -802,12 +863,12 @@ def test_what_fetches_asked_for_is_dropped_when_nobody_asks_any_more(door, clock
         clock.pass_s(L.UNUSED_S / 2 - 1)
     door.submit(args={"a": 2})
     pending = pending_of(door)
-    assert len(pending.standing) == 3 and pending.log
+    assert len(pending.standing) == 3 and pending.logged
     door.store.forget_unused()
     assert len(pending.standing) == 1 or len(pending.standing) == 2
     clock.pass_s(L.UNUSED_S * 2)
     door.store.forget_unused()
-    assert not pending.standing and not pending.log
+    assert not pending.standing and not pending.logged
     assert door.fetch(extra_filter={"args.a": 2})["args"] == {"a": 2}
 
 

@@ -42,6 +42,8 @@ FILTERS = [  # (as sent, the same in Python)
     ({"metadata.tags": "x"}, lambda task: "x" in task["metadata"].get("tags", ())),
     ({"$or": [{"args.b": 1}, {"retries": {"$gt": 0}}]}, lambda task: task["args"].get("b") == 1 or task["retries"] > 0),
     ({"args.c": {"$exists": False}}, lambda task: "c" not in task["args"]),
+    ("args.a == 2 and priority < 2", lambda task: task["args"].get("a") == 2 and task["priority"] < 2),
+    ({"args.n.x": 1, "args.a": {"$in": [1]}}, lambda task: task["args"].get("n", {}).get("x") == 1 == task["args"].get("a")),
     ("args.a >= 2 and priority < 2", lambda task: task["args"].get("a", 0) >= 2 and task["priority"] < 2),
     ("exists(args.n.x) or status == \"success\"", lambda task: "x" in task["args"].get("n", {}) or task["status"] == "success"),
     ({"failure": {"$in": ["exit", "lost"]}}, lambda task: task["failure"] in ("exit", "lost")),
