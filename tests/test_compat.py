@@ -517,6 +517,34 @@ def test_commands_of_ours_alone_on_their_server(our_side):
     assert side.tasks() == []
 
 
+def test_the_output_of_runs_is_kept_in_packs_and_found_though_their_server_knows_no_attempts(our_side):
+    for number in range(3):
+        our_side.cli("task", "submit", "--max-retries", "2", "--", "--i=%d" % number)
+    ids = [task["task_id"] for task in our_side.tasks()]
+    our_side.cli("loop", "--", "sh", "-c", "echo out %(i); test %(i) != 2")
+    logs = our_side.folder / ".labtasker" / "logs"
+    assert [path.suffix for path in logs.iterdir()] == [".pack"]
+    runs = harness.packed(logs.parent)
+    assert [[run["output"] for run in runs[one]] for one in ids] == [["out 0\n"], ["out 1\n"], ["out 2\n"] * 2]
+    assert [our_side.cli("task", "logs", one).stdout for one in ids] == ["out 0\n", "out 1\n", "out 2\n"]
+    refused = our_side.cli("task", "logs", ids[2], "--attempt", "1", check=False)
+    assert refused.returncode == 1 and "keeps no attempts" in refused.stderr
+    our_side.cli("task", "retry", ids[2])
+    process = our_side.start("loop", "--", "sh", "-c", "echo again %(i); until test -e gate; do sleep 0.05; done; echo last")
+    try:
+        wait_until(lambda: "again 2" in process.log_path.read_text(), "the job runs")
+        assert our_side.cli("task", "logs", ids[2]).stdout == "again 2\n"
+        (our_side.folder / "gate").write_text("")
+        assert process.wait(30) == 0
+    finally:
+        harness.end_group(process)
+    assert our_side.cli("task", "logs", ids[2]).stdout == "again 2\nlast\n" and not (logs / ids[2]).exists()
+    our_side.cli("task", "delete", "--yes", *ids)
+    our_side.cli("task", "submit", "--", "--i=1")
+    our_side.cli("loop", "--", "true", "%(i)")
+    assert [list(harness.packed(logs.parent))] == [[our_side.tasks()[0]["task_id"]]]  # packs whose tasks are gone are removed
+
+
 def test_tasks_come_as_they_end_from_either_server(our_side):
     assert our_side.python("""
         import threading, time, labtasker as L
