@@ -16,6 +16,7 @@ import sys
 import traceback
 
 import costs
+import loops
 import peers
 import points
 import rates
@@ -88,6 +89,12 @@ GOALS = [Goal(*goal[:5], goal[5:]) for goal in (
     ("stop", "epochs, no rule / all run", "<=", 1, stopping.spent, "none"),
     ("embedded", "submits/s, 4 processes / append and sync", ">=", 0.5, rates.embedded, "submit"),
     ("embedded", "fetch+report/s, 4 processes / same", ">=", 0.25, rates.embedded, "pairs"),
+    ("loop", "runs of true/s, no server / GNU parallel", ">=", 1.5, loops.rate, "embedded", "parallel"),
+    ("loop", "... with a server / GNU parallel", ">=", 1.5, loops.rate, "served", "parallel"),
+    ("loop", "... no server / HyperQueue, without a journal", ">=", 1, loops.rate, "embedded", "hyperqueue"),
+    ("loop", "... with a server / HyperQueue, same", ">=", 1, loops.rate, "served", "hyperqueue"),
+    ("loop", "CPU ms a run, no server / GNU parallel", "<=", 0.67, loops.cpu_ms, "embedded", "parallel"),
+    ("loop", "... with a server / GNU parallel", "<=", 0.67, loops.cpu_ms, "served", "parallel"),
     ("cli", "task submit, no server, ms / python -c pass", "<=", 5, costs.command, "embedded"),
     ("cli", "task submit, with a server, ms / same", "<=", 5, costs.command, "server"),
     ("cli", "--help, ms / same", "<=", 4, costs.command, "help"),

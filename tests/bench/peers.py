@@ -29,12 +29,13 @@ SIZES = {
     "cycles": 200,  # of submit, fetch and report, in a round
     "lines": 100000,  # of a journal that is opened; tasks in a store without a server
     "starts": 30,  # of each command
+    "runs": 500,  # of jobs that do nothing, in a round
     "jobs": 5, "printed": 300000,  # jobs that print, of each kind, and their lines
     "idle_s": 60.0,
 }
 QUICK = {"rounds": 1, "settings": 20, "seeds": 2, "workers": 20, "report_s": 2, "curves": 2,
          "seconds": 0.1, "tasks": {"First": (8, 1), "Second": (8, 1)}, "batch": 1, "many": 4000,
-         "few": 1000, "wide": 2000, "owners": 1000, "points": 2, "cycles": 4, "lines": 400, "starts": 2, "jobs": 1,
+         "few": 1000, "wide": 2000, "owners": 1000, "points": 2, "cycles": 4, "lines": 400, "starts": 2, "runs": 8, "jobs": 1,
          "printed": 2000, "idle_s": 1.0}
 
 
@@ -189,20 +190,20 @@ class Beanstalkd(Peer):
 
 
 @functools.lru_cache(None)
-def installed(version):
-    """Return the folder of the commands of a Labtasker from PyPI, installed at the first use, or raise Missing."""
-    folder = os.path.join(PEERS, "labtasker-" + version)
+def installed(version, package="labtasker"):
+    """Return the folder of the commands of a package from PyPI, installed at the first use, or raise Missing."""
+    folder = os.path.join(PEERS, "%s-%s" % (package, version))
     done = os.path.join(folder, "installed")
     if not os.path.exists(done):
         python = os.path.join(folder, "bin", "python")
         try:
             for words in ([sys.executable, "-m", "venv", "--clear", folder],
-                          [python, "-m", "pip", "install", "--quiet", "labtasker==" + version]):
+                          [python, "-m", "pip", "install", "--quiet", "%s==%s" % (package, version)]):
                 subprocess.run(words, check=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                                universal_newlines=True, env=environment())
         except (OSError, subprocess.CalledProcessError) as error:
             told = (getattr(error, "stderr", None) or str(error)).strip().splitlines()
-            raise Missing("labtasker %s can't be installed: %s" % (version, told[-1])) from None
+            raise Missing("%s %s can't be installed: %s" % (package, version, told[-1])) from None
         open(done, "w").close()
     return os.path.join(folder, "bin")
 
