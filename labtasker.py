@@ -4555,7 +4555,7 @@ def _apply_task(state, queue_id, task_id, fields, old_state=None):
 
 
 def _apply_tasks(state, queue_id, fields, names, rows):
-    queue, new, created_at = _queue_of(state, queue_id), {}, fields["created_at"]
+    queue, new, created_at = _queue_of(state, queue_id), {}, Instant(fields["created_at"])
     values = list(new_task(queue_id, None, fields))
     for place, (task_id, digest, *args) in enumerate(rows):
         values[0], values[_DIGEST_AT], values[_ARGS_AT] = task_id, digest, dict(zip(names, args))
@@ -4994,12 +4994,13 @@ def settle(queue, changes, at):
     if not (waiting or queue.blocked.behind["after"]):
         return []
     over, added, behind = _Over(queue, changes), [], {}  # behind: what is not in the index yet
+    place = sum(len(change[3]) if change[0] == "tasks" else 1 for change in changes)
     for task_id in waiting:
         for other_id in over.get(task_id, "after"):
             behind.setdefault(other_id, []).append(task_id)
 
     def change(task_id, old_state, **fields):
-        fields["last_modified"] = after(at, len(changes) + len(added))
+        fields["last_modified"] = after(at, place + len(added))
         added.append(["task", task_id, fields, old_state])
         over.note(task_id, fields)
 

@@ -538,6 +538,9 @@ class Episode:
 
     def submit(self, name):
         tasks = [self.some_task(name) for _ in range(self.dice.choice((1, 1, 1, 2, 4)))]
+        if self.seed % 2 and self.dice.random() < 0.4:  # rows of a table; the same as before in every other episode
+            tasks += [dict(tasks[-1], args={key: self.dice.randrange(8) for key in tasks[-1]["args"] if key != "n"},
+                           task_id=self.new_id()) for _ in range(self.dice.choice((1, 2, 5)))]
         if len(tasks) > 1 and self.dice.random() < 0.5:  # a list may name its own earlier tasks
             tasks[-1].setdefault("after", []).append(tasks[0]["task_id"])
         if self.known["old"] and self.dice.random() < 0.1:
