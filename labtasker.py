@@ -74,7 +74,7 @@ import zlib
 
 try:
     import fcntl
-except ImportError:  # Windows, on which nothing is tested: a store in a folder says what it needs
+except ImportError:  # Windows: see need_fcntl
     fcntl = None
 
 TYPE_CHECKING = False  # True for type checkers alone: what only they read costs an import of this file nothing
@@ -2308,11 +2308,16 @@ class Disk:
 
     @staticmethod
     def sync(fd):
-        """Return once the file's data is on the disk itself. macOS has a call of its own for that."""
+        """Return once the file's data is on the disk itself. macOS has a call of its own for that, which some file
+        systems refuse, and no fdatasync."""
         if hasattr(fcntl, "F_FULLFSYNC"):
-            fcntl.fcntl(fd, fcntl.F_FULLFSYNC)
-        else:
-            os.fdatasync(fd)
+            try:
+                fcntl.fcntl(fd, fcntl.F_FULLFSYNC)
+                return
+            except OSError as error:
+                if error.errno not in (errno.ENOTSUP, errno.EINVAL, errno.ENOTTY):
+                    raise
+        getattr(os, "fdatasync", os.fsync)(fd)
 
     @classmethod
     def write_all(cls, fd, data):
@@ -2433,6 +2438,14 @@ def discard(path):
         pass
 
 
+def need_fcntl(what):
+    """Raise LabtaskerRuntimeError where Python has no module fcntl: `what` locks files, and waits for signals and
+    pipes at once."""
+    if fcntl is None:
+        raise LabtaskerRuntimeError("%s needs the module fcntl, which Python lacks on this system (%s): on Windows, "
+                                    "run it in WSL, the Windows Subsystem for Linux" % (what, sys.platform))
+
+
 class FileLock:
     """An exclusive `flock` on a file of its own, which is never renamed or removed.
 
@@ -2441,9 +2454,7 @@ class FileLock:
     fd = identity = None  # identity: (device, inode) of the file when it was opened
 
     def __init__(self, path):
-        if fcntl is None:
-            raise StoreUnavailable("the store needs POSIX locks, which %s lacks: use a server on another host "
-                                   "(labtasker init --url http://host:9321)" % sys.platform)
+        need_fcntl("a store in a folder")
         self.path = path
 
     def _open(self):
@@ -2543,6 +2554,8 @@ def process_start(pid):
             return "unknown"
         state, _, start = process_stat(pid)
         return None if state in "ZX" else start
+    except PermissionError:  # another user's, where there is no /proc
+        return "unknown"
     except OSError:
         return None
 
@@ -10601,7 +10614,7 @@ def ready(files, timeout_s=None, is_output=False):
 
     Unlike select(), which refuses descriptors over 1,023, it takes any descriptor."""
     import select
-    if not hasattr(select, "poll"):  # Windows
+    if not hasattr(select, "poll"):  # Windows, for a client's sockets
         found = select.select([] if is_output else files, files if is_output else [], [], timeout_s)
         return found[0] + found[1]
     poll, numbers = select.poll(), {file if isinstance(file, int) else file.fileno(): file for file in files}
@@ -13639,8 +13652,7 @@ class Output:
     """Takes what a job writes to its log and, as it comes and unless `quiet`, to where this process's own output goes.
 
     `ends` are what the job gets as stdout and stderr: pseudo-terminals, so that it behaves as on a terminal, or pipes.
-    If both go to the same place, they are one, which keeps the order. On Windows they always are: it can't wait for
-    two.
+    If both go to the same place, they are one, which keeps the order.
 
     The slot copies it while it waits for the job's end, which spares a thread. There is one where the slot might have
     to wait for a reader, as with a terminal or a pipe, and for a process that outlives the job."""
@@ -13656,8 +13668,6 @@ class Output:
         self.sources = {}  # our end: (where it goes, what makes that, [what else takes the bytes])
         try:
             self._open(use_pty, label)
-            if not fcntl:  # Windows, which can't wait for a pipe and something else
-                self._hand_over()
         except BaseException:  # no descriptor is left
             self.let_go()
             for ours in self.sources:
@@ -13668,7 +13678,7 @@ class Output:
     def _open(self, use_pty, label):
         opened = {}
         for number in (1, 2):
-            place = _target_identity(number) if fcntl else 1
+            place = _target_identity(number)
             if place not in opened:
                 ours, opened[place] = use_pty and _open_pty() or os.pipe()
                 takers = [self.log.channel()] + ([self.printed.channel()] if self.printed else [])
@@ -14510,7 +14520,7 @@ class Packs:
         """Return {path: descriptor} of this queue's packs that no loop has, locked; those of other hosts only if nobody
         has written to them for a day."""
         free, first = collections.OrderedDict(), self._first_line()
-        for path in _packs_in(self.root) if fcntl else ():
+        for path in _packs_in(self.root):
             try:
                 if not self._is_of_host(path) and now() - os.stat(path).st_mtime < _FOREIGN_S:
                     continue
@@ -14562,15 +14572,13 @@ class Packs:
         self._hold(path, fd)
 
     def _hold(self, path, fd):
-        runs_fd = None
-        if fcntl:  # elsewhere nobody could tell whether this loop lives
-            try:
-                runs_fd = Disk.open(_stem(path) + ".runs", os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
-            except OSError:
-                os.close(fd)
-                raise
+        try:
+            runs_fd = Disk.open(_stem(path) + ".runs", os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+        except OSError:
+            os.close(fd)
+            raise
         self.path, self.fd, self.runs_fd = path, fd, runs_fd
-        self.held = Held(*[fd] if runs_fd is None else [fd, runs_fd])
+        self.held = Held(fd, runs_fd)
         for number, row in self.rows.values():
             self._write_row(number, row)
 
@@ -15936,7 +15944,7 @@ class _Guard:
     """A shell that ends the process groups of jobs once its stdin is closed, which happens however the loop dies.
 
     The heartbeat process does the same; the shell helps when loop and heartbeat process are killed at once. It is not
-    a child of the loop. Without a POSIX shell, as on Windows, there is no guard. HeartbeatProcess.lock guards it."""
+    a child of the loop. Where there is no /bin/sh there is no guard. HeartbeatProcess.lock guards it."""
 
     PROGRAM = """trap '' INT TERM HUP
 exec 3<&0
@@ -17415,6 +17423,7 @@ def loop(required_fields: "_Keys | None" = None, extra_filter: "_Filter | None" 
 
         @functools.wraps(function)
         def run_loop(*given, **named):
+            need_fcntl("a loop")
             wanted.check_call(given, named)
             request = fetch_request(wanted.fields, extra_filter, cmd, worker_id, eta_max, heartbeat_timeout, task_name)
             code = Loop(lambda slot, run: _run_function(slot, run, lambda args: wanted.call(args, given, named)),
@@ -21185,6 +21194,7 @@ def main(argv=None):
     words = sys.argv[1:] if argv is None else argv
     is_json = _wants_json(words)
     try:
+        need_fcntl("labtasker")
         code = _run_command(words) or 0
         sys.stdout.flush()
         return tell_error(code, is_json) if isinstance(code, Ended) else code

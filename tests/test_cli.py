@@ -1585,6 +1585,18 @@ def test_serve_help_says_what_each_fsync_may_lose(home):
         assert words in text
 
 
+@pytest.mark.parametrize("use", [
+    lambda tmp_path: labtasker.main(["task", "ls"]), lambda tmp_path: labtasker.Store(str(tmp_path / "journal.jsonl")), lambda tmp_path: labtasker.loop()(print)()])
+def test_a_system_without_fcntl_is_told_what_is_missing_and_what_to_do(tmp_path, monkeypatch, capsys, use):
+    monkeypatch.setattr(labtasker, "fcntl", None)
+    try:
+        assert use(tmp_path) == 1
+        message = capsys.readouterr().err
+    except labtasker.LabtaskerRuntimeError as error:
+        message = str(error)
+    assert re.search("needs the module fcntl, .*run it in WSL", message) and not os.listdir(str(tmp_path))
+
+
 SLOW_TO_IMPORT = {"argparse", "ast", "asyncio", "base64", "email", "gettext", "hashlib", "http", "inspect", "locale",
                   "logging", "pathlib", "random", "selectors", "shutil", "socket", "ssl", "subprocess", "tempfile",
                   "typing", "urllib", "uuid"}

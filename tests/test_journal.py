@@ -382,3 +382,23 @@ def test_the_journal_says_which_version_was_the_newest_to_write_to_it(tmp_path, 
     assert [version for version in told if version] == versions[:3]
     L.compact(store.path)
     assert L.unseal((tmp_path / "journal.jsonl").read_bytes().splitlines(True)[0])["version"] == "0.10.0"
+
+
+@pytest.mark.parametrize("refused", [None, errno.ENOTSUP, errno.EINVAL, errno.ENOTTY, errno.EIO])
+def test_a_sync_on_macos_is_a_full_one_and_a_plain_one_where_the_file_system_refuses_that(tmp_path, monkeypatch, refused):
+    calls = []
+
+    def full(fd, command):
+        calls.append(command)
+        if refused:
+            raise OSError(refused, os.strerror(refused))
+    monkeypatch.setattr(L, "fcntl", types.SimpleNamespace(F_FULLFSYNC=51, fcntl=full))
+    monkeypatch.delattr(L.os, "fdatasync")
+    monkeypatch.setattr(L.os, "fsync", lambda fd: calls.append("fsync"))
+    with open(str(tmp_path / "file"), "wb") as file:
+        if refused == errno.EIO:
+            with pytest.raises(OSError, match="Input/output"):
+                L.Disk.sync(file.fileno())
+        else:
+            L.Disk.sync(file.fileno())
+    assert calls == [51] + ["fsync"] * (refused not in (None, errno.EIO))

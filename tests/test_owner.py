@@ -351,6 +351,16 @@ def test_a_process_that_died_and_one_that_lives_are_told_apart():
     assert L.process_start(pid) is None
 
 
+@pytest.mark.parametrize("error, lives", [(None, True), (PermissionError, True), (ProcessLookupError, False)])
+def test_without_proc_a_process_lives_unless_the_system_knows_none_even_if_it_is_another_users(monkeypatch, error, lives):
+    def kill(pid, signum):
+        if error:
+            raise error()
+    monkeypatch.setattr(L.os.path, "isdir", lambda path: False)
+    monkeypatch.setattr(L.os, "kill", kill)
+    assert (L.process_start(1) is not None) == lives
+
+
 def test_a_full_disk_for_owner_and_lock_file_does_not_spoil_what_was_written(tmp_path, monkeypatch):
     store = L.Store(str(tmp_path / "journal.jsonl"))
     assert submit(store)[0] == 201
