@@ -4935,7 +4935,7 @@ def _form(submission):
     """Return, as text, what submissions that differ only in their ids and the values of their args have in common; None
     for one that no table of tasks can hold."""
     args = submission.get("args")
-    if not args or not is_plain(args) or any(submission.get(field) for field in WAITS):
+    if not args or not is_plain(args) or not submission.keys().isdisjoint(WAITS):
         return None
     return repr(dict(submission, args=list(args), task_id=bool(submission.get("task_id"))))
 
