@@ -15008,8 +15008,11 @@ def post(run, report, pause=time.sleep, limit_s=lambda: SERVER_LOST_S, send=None
     report = timed if run.task else report  # a job knows its start only roughly: good enough for a late report alone
     if monotonic() >= run.away_until:
         try:
-            deliver_kept(run)
-            if not outbox_reports(run):  # otherwise this one has to wait for them
+            waiting = outbox_reports(run)
+            if waiting:
+                deliver_kept(run)
+                waiting = outbox_reports(run)
+            if not waiting:  # otherwise this one has to wait for them
                 if not run.is_end_saved:
                     run.hear(deliver(run.task_id, run_id=run.run_id, send=send, **report))
                 return True
@@ -15285,8 +15288,9 @@ class Run:
     def make_task_dir(self):
         """Make the folder that all runs of the task share; print why it can't be made."""
         try:
-            if os.path.isdir(self.log_dir):
-                os.makedirs(self.task_dir, mode=0o700, exist_ok=True)
+            os.mkdir(self.task_dir, 0o700)
+        except (FileExistsError, FileNotFoundError):  # of an earlier run; there is no folder for it
+            pass
         except OSError as error:
             remark("can't make %s: %s" % (self.task_dir, error.strerror))
 
@@ -17736,9 +17740,10 @@ def _run_job(slot, run, command, use_pty=True, metrics=None, step=None):
     facts = dict(exit_facts(process.returncode), **({"workdir": folder} if folder else {}))
     if is_own_end and not _is_of_own_signal(slot, process.returncode):
         outcome = outcome_of_exit(process.returncode)._replace(facts=facts)
-        data = read_end(lambda: open_plain(run.path("run.log")))[0] if outcome.status == "failed" else None
-        text, is_out_of_memory = (data or b"").decode("utf-8", "replace"), (oom_kills() or 0) > (kills or 0)
-        outcome, run.known_by = classed(outcome, process.returncode, text, is_out_of_memory)
+        if outcome.status == "failed":
+            data, _ = read_end(lambda: open_plain(run.path("run.log")))
+            text, is_out_of_memory = (data or b"").decode("utf-8", "replace"), (oom_kills() or 0) > (kills or 0)
+            outcome, run.known_by = classed(outcome, process.returncode, text, is_out_of_memory)
         return outcome
     return Outcome(None, facts=facts) if run.lost else slot.loop.handed_back(facts)
 
