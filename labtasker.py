@@ -6429,6 +6429,7 @@ class Store:
         self.path, self.folder, self.lock, self.is_server = file.path, file.folder, file.lock, is_server
         self.journal, self.owner, self.state = file.journal, file.owner, file.replica.state
         self.server_id = None  # the id of the server that holds the store
+        self.tails = None  # the API's: of outputs that lie elsewhere
         self.changed, self.closing = threading.Condition(self.lock), False
         self.beats = Beats({} if is_server else BeatFiles(os.path.dirname(file.real_path), self.owner.stood_still))
         # Instants on the monotonic clock:
@@ -7234,14 +7235,17 @@ def _run_report(store, caller, request, route):
 
 def _run_deletion(store, caller, request, route):
     """Run a deletion, of a task or of a queue, then remove the ends of outputs that were kept for the tasks."""
-    gone = []
+    gone, queue_ids = [], set()
 
     def decide(store, queue, request, at):
+        queue_ids.add(queue.record.queue_id)
         gone[:] = [queue.tasks.get(request["task_id"])] if "task_id" in request else queue.tasks.values()
         return route.operation(store, queue, request, at)
     found = store.begin(decide, caller, request, route.writes)
     for task in filter(None, gone):
-        _drop_tails(store, task, task.attempts, is_gone=True)
+        _drop_old_tails(store, task, task.attempts)
+    for queue_id in queue_ids:
+        _drop_tails(store, caller, queue_id)
     return found
 
 
@@ -7254,7 +7258,8 @@ def _run_worker(store, caller, request, route):
 
 # The output of a run under way is logs/TASK/RUN/run.log in the folder of its loop's configuration. Once the run is over
 # it is added to a pack, logs/NAME.pack, and the attempt's `log` says where. It is read there if that folder is the
-# store's. Else its end comes with the report, compressed, and is kept as logs/TASK/RUN/tail.log beside the store.
+# store's. Else its end comes with the report, compressed, and is kept beside the store in logs/QUEUE-N.tails: entries
+# like those of a pack, without reports. (Stores of older versions have it in logs/TASK/RUN/tail.log.)
 #
 # A pack begins with a line {"pack":1,"queue":"ID"}. Each run adds a line {"task":"ID","run":"ID","length":BYTES,
 # "report":BYTES,"crc":"HEX"}, its output, a newline, its report as JSON, a newline. `crc` is that of the output. An
@@ -7356,11 +7361,16 @@ def _below(folder, names, is_made=False):
     return fd
 
 
-def _run_folder(store, task_id, run_id, is_made=False):
+def _open_below(folder, name):
+    """Return the descriptor of a file in a folder, a descriptor too, to read from; raises OSError, also for a link."""
+    return os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=folder)
+
+
+def _run_folder(store, task_id, run_id):
     """Return the descriptor of a run's folder beside the store; raises OSError as `_below` does."""
     if not (NAME.match(task_id) and NAME.match(run_id or "")):
         raise FileNotFoundError(errno.ENOENT, "no folder has such a name")
-    return _below(store.folder, ("logs", task_id, run_id), is_made)
+    return _below(store.folder, ("logs", task_id, run_id))
 
 
 def _keep_tail(store, caller, request):
@@ -7369,31 +7379,174 @@ def _keep_tail(store, caller, request):
         task = store.transact(get_task_op, caller, request, False)
         if request["run_id"] not in [attempt.get("run_id") for attempt in task.attempts[-MOST_TAILS:]]:
             return
-        data, folder = _unpacked_log(request["log"]), _run_folder(store, task.task_id, request["run_id"], True)
-        try:
-            if not {"run.log", "tail.log"}.intersection(os.listdir(folder)):
-                _write_below(folder, "tail.log", data)
-        finally:
-            os.close(folder)
-        _drop_tails(store, task, task.attempts[:-MOST_TAILS])
+        data, tails = _unpacked_log(request["log"]), _tails_of(store)
+        if tail_of(store, task.task_id, request["run_id"], {}, 1) == (None, None) and NAME.match(task.queue_id):
+            if tails.add(task.queue_id, (task.task_id, request["run_id"]), data):
+                _drop_tails(store, caller, task.queue_id)
     except (LabtaskerError, OSError, ValueError) as error:
         store.warn("the output of a run of task %s is not kept: %s" % (request["task_id"], error))
 
 
-def _write_below(folder, name, data):
-    """Write a new file in the folder of a descriptor, all of it or none."""
-    fd = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600, dir_fd=folder)
+class _Tails:
+    """The ends of outputs that loops elsewhere have sent, in packs beside the store, and where each lies in them.
+
+    Any process that has the store open may add one. It holds the lock of the pack meanwhile."""
+
+    def __init__(self, folder):
+        self.folder, self.lock = folder, threading.RLock()
+        self.packs = {}  # {name of a pack: [its inode, how many bytes are read, {(task id, run id): (offset, length)}]}
+
+    def look(self, logs):
+        """Read what is new in the packs in a folder, a descriptor."""
+        names = {name for name in os.listdir(logs) if _TAILS_NAME.match(name)}
+        for name in set(self.packs) - names:
+            del self.packs[name]
+        for name in names:
+            try:
+                found, pack = os.stat(name, dir_fd=logs, follow_symlinks=False), self.packs.get(name)
+                if pack is None or pack[0] != found.st_ino or pack[1] > found.st_size:
+                    pack = self.packs[name] = [found.st_ino, 0, collections.OrderedDict()]
+                if pack[1] < found.st_size:
+                    self.read(pack, _open_below(logs, name))
+            except OSError:  # it was removed just now, or is no plain file
+                self.packs.pop(name, None)
+
+    @staticmethod
+    def read(pack, fd):
+        """Read what is new in a pack. What is not whole yet is read again later."""
+        with os.fdopen(fd, "rb") as file:
+            for task_id, run_id, at, length in read_packed(file, pack[1]):
+                pack[1] = at + length + len(_TAIL_END)
+                pack[2].setdefault((task_id, run_id), (at, length))
+
+    def find(self, key):
+        """Return (the end of the output of a run, by its task's id and its own), or None."""
+        try:
+            logs = _below(self.folder, ("logs",))
+        except OSError:
+            return None
+        try:
+            with self.lock:
+                self.look(logs)
+                name, place = next(((name, pack[2][key]) for name, pack in self.packs.items() if key in pack[2]),
+                                   (None, None))
+            return _read_below(logs, name, place[1], sum(place))[0] if place else None
+        finally:
+            os.close(logs)
+
+    def names_of(self, queue_id, logs):
+        """Return the names of a queue's packs, the last one last."""
+        own = [name for name in os.listdir(logs) if _TAILS_NAME.match(name) and name.rpartition("-")[0] == queue_id]
+        return sorted(own, key=_number_of)
+
+    def add(self, queue_id, key, data):
+        """Add the end of an output; return whether a pack was begun for it; raises OSError with nothing added."""
+        entry = pack_head(key[0], key[1], len(data), 2, zlib.crc32(data)) + data + _TAIL_END
+        logs = _below(self.folder, ("logs",), True)
+        try:
+            number = max([0] + [_number_of(name) for name in self.names_of(queue_id, logs)])
+            while True:
+                fd, name = None, "%s-%d.tails" % (queue_id, number)
+                try:
+                    fd = _open_locked(logs, name)
+                    size = os.fstat(fd).st_size if fd is not None else PACK_BYTES
+                    if size + len(entry) <= PACK_BYTES:
+                        _append(fd, entry, size)
+                        return not size
+                finally:
+                    if fd is not None:
+                        os.close(fd)
+                number += fd is not None  # else it was removed just now
+        finally:
+            os.close(logs)
+
+    def drop(self, queue_id, count_dead):
+        """Remove the packs of a queue of whose runs none is kept any more; `count_dead(keys)` returns how many of the
+        first of these are not."""
+        logs = _below(self.folder, ("logs",))
+        try:
+            for name in self.names_of(queue_id, logs):
+                fd = _open_locked(logs, name)
+                if fd is None:
+                    continue
+                try:
+                    with self.lock:
+                        self.look(logs)
+                        places = self.packs[name][2]
+                        for key in list(itertools.islice(places, count_dead(list(places)))):
+                            del places[key]
+                        if not places:
+                            os.unlink(name, dir_fd=logs)
+                finally:
+                    os.close(fd)
+        finally:
+            os.close(logs)
+
+
+_TAILS_NAME = Pattern(r"[\w-]{1,150}-[0-9]{1,9}\.tails\Z", re.ASCII)
+_TAIL_END = b"\n{}\n"  # of an output's end in a pack: there is no report
+
+
+def _number_of(name):
+    return int(name.rpartition("-")[2][:-len(".tails")])
+
+
+def _open_locked(logs, name):
+    """Return the descriptor of a pack in a folder, with its lock; None where it was removed before that was had."""
+    fd = os.open(name, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o600,
+                 dir_fd=logs)
     try:
-        Disk.write_all(fd, data)
+        if fcntl:
+            fcntl.flock(fd, fcntl.LOCK_EX)
+        if os.path.samestat(os.fstat(fd), os.stat(name, dir_fd=logs, follow_symlinks=False)):
+            return fd
+    except FileNotFoundError:
+        pass
     except OSError:
-        os.unlink(name, dir_fd=folder)
-        raise
-    finally:
         os.close(fd)
+        raise
+    os.close(fd)
+    return None
 
 
-def _drop_tails(store, task, attempts, is_gone=False):
-    """Remove what `_keep_tail` has kept of these attempts of a task, and the folders that are empty then."""
+def _append(fd, entry, size):
+    """Add an entry to a pack of this size, all of it or none."""
+    try:
+        if size and os.pread(fd, 1, size - 1) != b"\n":  # a process was killed while it wrote
+            entry = b"\n" + entry
+        Disk.write_all(fd, entry)
+    except OSError:
+        os.ftruncate(fd, size)
+        raise
+
+
+def _tails_of(store):
+    """Return the _Tails of a store."""
+    with store.lock:
+        store.tails = store.tails or _Tails(store.folder)
+        return store.tails
+
+
+def _drop_tails(store, caller, queue_id):
+    """Remove the packs of ends of outputs of which nothing is kept any more: the queue or the tasks are gone, or have
+    been run again often enough."""
+    def count_dead(keys):
+        def is_kept(queue, task_id, run_id):
+            task = queue.tasks.get(task_id)
+            return task and run_id in [attempt.get("run_id") for attempt in task.attempts[-MOST_TAILS:]]
+
+        def decide(store, queue, request, at):
+            return [], next((count for count, key in enumerate(keys) if is_kept(queue, *key)), len(keys))
+        return store.begin(decide, caller, {}, False)[1] if queue_id in store.state.queues else len(keys)
+    try:
+        _tails_of(store).drop(queue_id, count_dead)
+    except (LabtaskerError, OSError):  # there is none, or the next one will do it
+        pass
+
+
+def _drop_old_tails(store, task, attempts):
+    """Remove what an older version has kept of these attempts of a task that is gone, and the folders that are empty
+    then."""
     if not attempts or not NAME.match(task.task_id):
         return
     try:
@@ -7411,8 +7564,7 @@ def _drop_tails(store, task, attempts, is_gone=False):
         except OSError:  # there was none, or there is more
             pass
     try:
-        if is_gone:
-            os.rmdir(task.task_id, dir_fd=logs)
+        os.rmdir(task.task_id, dir_fd=logs)
     except OSError:
         pass
     os.close(logs)
@@ -7444,19 +7596,27 @@ def tail_of(store, task_id, run_id, attempt, most=TAIL_BYTES):
     found = _end_of_packed(store, task_id, run_id, attempt.get("log"), most)
     if found:
         return found
+    data, size = _end_in_folder(store, task_id, run_id, most)
+    if data is None:
+        data = _tails_of(store).find((task_id, run_id))
+        size = None if data is None else len(data)
+    if data is None:
+        return None, None
+    whole = attempt.get("log_bytes")
+    return end_of_text(data, most), max(size, whole if type(whole) is int else 0)
+
+
+def _end_in_folder(store, task_id, run_id, most):
+    """Return (the end of an output that lies in the run's own folder beside the store, its size), or (None, None)."""
     try:
         folder = _run_folder(store, task_id, run_id)
     except OSError:
         return None, None
     try:
-        for name in ("run.log", "tail.log"):
-            data, size = _read_below(folder, name, most + 1)
-            if data is not None:
-                whole = attempt.get("log_bytes") if name == "tail.log" else None
-                return end_of_text(data, most), max(size, whole if type(whole) is int else 0)
+        found = _read_below(folder, "run.log", most + 1)
+        return found if found[0] is not None else _read_below(folder, "tail.log", most + 1)
     finally:
         os.close(folder)
-    return None, None
 
 
 def _end_of_packed(store, task_id, run_id, place, most):
@@ -7487,7 +7647,7 @@ def _read_below(folder, name, most, end=None):
     be read."""
     import stat
     try:
-        fd = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=folder)
+        fd = _open_below(folder, name)
     except OSError:
         return None, None
     try:

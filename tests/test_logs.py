@@ -2,11 +2,15 @@
 import base64
 import json
 import os
+import signal
 import zlib
 
 import pytest
 
+import faulty
 import labtasker as L
+from faulty import setting
+from test_faults import in_child
 
 STATUS = "/api/v1/queues/me/tasks/%s/status"
 
@@ -39,7 +43,13 @@ def report(run, status="success", **more):
 
 def kept(store):
     """Return {run id: bytes} of what is kept beside a store."""
-    return {path.parent.name: path.read_bytes() for path in store.glob("logs/*/*/tail.log")}
+    found = {}
+    for path in store.glob("logs/*.tails"):
+        with open(str(path), "rb") as file:
+            for _, run_id, at, length in list(L.read_packed(file)):
+                file.seek(at)
+                found[run_id] = file.read(length)
+    return found
 
 
 @pytest.mark.parametrize("data, end", [
@@ -91,7 +101,8 @@ def test_harvest_counts_apart_what_is_not_here_and_says_nothing_of_an_end_that_i
     assert "; the output of 1 is not here (task logs " in said and "KiB" not in said
 
 
-def test_only_the_ends_of_a_tasks_last_runs_are_kept_and_go_with_it(home, store):
+def test_packs_of_ends_go_with_their_tasks_and_with_later_runs(home, store, monkeypatch):
+    monkeypatch.setattr(L, "PACK_BYTES", 200)  # one end in each
     task_id = L.submit_task(args={"n": 1}, max_retries=50).task_id
     runs = []
     for number in range(L.MOST_TAILS + 2):
@@ -99,9 +110,100 @@ def test_only_the_ends_of_a_tasks_last_runs_are_kept_and_go_with_it(home, store)
         report(runs[-1], "failed")
     last = runs[-L.MOST_TAILS:]
     assert kept(store) == {run.run_id: b"run %d\n" % (number + 2) for number, run in enumerate(last)}
-    assert len(os.listdir(str(store / "logs" / task_id))) == L.MOST_TAILS
+    L.update_tasks([L.TaskUpdateRequest(task_id=task_id, status="cancelled")])
+    other = L.submit_task(args={"n": 2}).task_id
+    report(begun(home, b"other\n"))
+    L.delete_task(task_id)
+    assert list(kept(store).values()) == [b"other\n"] and L.get_log(other, None)["text"] == "other\n"
     L.delete_queue(cascade_delete=True)
     assert os.listdir(str(store / "logs")) == []
+
+
+def test_many_runs_elsewhere_leave_few_files_in_the_store(home, store):
+    ids = L.submit_tasks([{"args": {"n": number}} for number in range(setting("SHORT_RUNS") // 10)])
+    ids = [getattr(each, "task_id", each) for each in ids]
+    for number in range(len(ids)):
+        report(begun(home, b"run %d\n" % number))
+    assert len(list((store / "logs").iterdir())) == 1
+    for _ in range(2):
+        for number, task_id in enumerate(ids):
+            assert L.get_log(task_id, None)["text"] == "run %d\n" % number
+        L.client().transport.close()  # the next one opens the store anew
+        L.use_client(None)
+    for task_id in ids:
+        L.delete_task(task_id)
+    assert os.listdir(str(store / "logs")) == []
+
+
+def test_ends_that_an_older_version_kept_are_read_and_go_with_their_task(home, store):
+    task_id = L.submit_task(args={"n": 1}).task_id
+    run = begun(home, b"new\n")
+    folder = store / "logs" / task_id / run.run_id
+    folder.mkdir(parents=True)
+    (folder / "tail.log").write_text("old\n")
+    report(run)
+    assert L.get_log(task_id, None)["text"] == "old\n" and kept(store) == {}
+    L.delete_task(task_id)
+    assert os.listdir(str(store / "logs")) == []
+
+
+def test_an_end_that_was_cut_off_costs_no_other_one(tmp_path):
+    """A process may be killed at any byte; others that have the store open find what it has added, and what follows."""
+    def add(tails, name, data):
+        return tails.add("queue", (name, "run"), data)
+    for at in range(0, 140, 3):
+        folder = tmp_path / str(at)
+        folder.mkdir()
+        one, other = L._Tails(str(folder)), L._Tails(str(folder))
+        assert add(one, "first", b"1\n") and other.find(("first", "run")) == b"1\n"
+        path = folder / "logs" / "queue-0.tails"
+        before = path.read_bytes()
+        add(one, "second", b"2\n")
+        cut = path.read_bytes()[:len(before) + at]
+        path.write_bytes(cut)
+        is_whole = cut.endswith(b"2\n\n{}\n")
+        assert other.find(("second", "run")) == (b"2\n" if is_whole else None)
+        assert not add(other, "third", b"3\n")
+        for tails in (other, L._Tails(str(folder))):
+            assert [tails.find((name, "run")) for name in ("first", "third", "none")] == [b"1\n", b"3\n", None], at
+
+
+def test_no_kill_loses_an_end_that_was_acknowledged(home, store, monkeypatch):
+    monkeypatch.setattr(L, "PACK_BYTES", 400)  # two ends in each
+    killed, lines = 0, 0
+    for number in range(setting("PACK_KILLS") // 2):
+        L.submit_tasks([{"args": {"n": n}} for n in range(3)])
+        L.client().transport.close()  # the child opens the store itself
+        L.use_client(None)
+
+        def work(say):
+            L.use_client(None)
+            disk = faulty.KillingDisk(1 + number % 12, ("before", "half", "after")[number % 3])
+            for name, function in disk.functions.items():
+                setattr(L.Disk, name, staticmethod(function))
+            for _ in range(3):
+                run = begun(home, b"output\n")
+                report(run)
+                say("%s %s" % (run.task_id, run.run_id))
+        said, status = in_child(work)
+        assert not [line for line in said if line.startswith("child:")], said
+        killed, lines = killed + (status == signal.SIGKILL), lines + len(said)
+        assert [L.get_log(*line.split())["text"] for line in said] == ["output\n"] * len(said)
+        L.update_tasks([L.TaskUpdateRequest(task_id=task.task_id, status="cancelled") for task in L.ls_tasks(limit=100).content
+                        if task.status in ("pending", "running")])
+    assert killed > setting("PACK_KILLS") // 4 and lines
+
+
+def test_a_pack_to_which_another_process_has_just_added_stays(tmp_path):
+    one, other = L._Tails(str(tmp_path)), L._Tails(str(tmp_path))
+    one.add("queue", ("a", "run"), b"1")
+    one.find(("a", "run"))
+    other.add("queue", ("b", "run"), b"2")
+    one.drop("queue", lambda keys: keys.index(("b", "run")))
+    assert other.find(("b", "run")) == b"2" == one.find(("b", "run"))
+    other.drop("queue", len)
+    assert one.find(("b", "run")) is None and os.listdir(str(tmp_path / "logs")) == []
+    assert one.add("queue", ("c", "run"), b"3") and other.find(("c", "run")) == b"3"
 
 
 def test_nothing_is_sent_where_the_output_lies_beside_the_store(home, monkeypatch):
@@ -131,6 +233,7 @@ def test_what_can_not_be_kept_fails_no_report(home, store, capsys):
     secret.mkdir()
     (store / "logs").mkdir(exist_ok=True)
     (store / "logs" / task_id).symlink_to(secret)
+    (store / "logs" / (L.get_task(task_id).queue_id + "-0.tails")).symlink_to(secret / "other")
     run = begun(home, b"output\n")
     report(run)
     assert "is not kept" in capsys.readouterr().err and os.listdir(str(secret)) == []
@@ -146,8 +249,8 @@ def test_a_full_disk_loses_the_output_and_leaves_no_part_of_it(home, store, caps
     run, write = begun(home, b"o" * 700), L.Disk.write
 
     def full(fd, data):
-        if bytes(data).startswith(b"oooo"):
-            if len(data) < 700:
+        if b"ooooo" in bytes(data):
+            if not bytes(data).startswith(b"{"):
                 raise OSError(28, "No space left on device")
             return write(fd, data[:300])
         return write(fd, data)
