@@ -1709,6 +1709,7 @@ _FOLDED_RANGE = 2000       # characters of a range like [a-z] under $options i, 
 PARSER, _COMPILER = (re._parser, re._compiler) if hasattr(re, "_parser") else (re.sre_parse, re.sre_compile)
 LETTERS, _REPEATS = ("LITERAL", "NOT_LITERAL", "ANY", "IN"), ("MAX_REPEAT", "MIN_REPEAT")  # the parser's names
 _METER = threading.local()  # `left`: the steps that patterns may still take on this thread's current record
+_PARSING = threading.Lock()  # held while a pattern is parsed: the filters of warnings are those of the whole process
 _REGEX_OPTIONS = {"i": re.IGNORECASE, "m": re.MULTILINE, "s": re.DOTALL, "x": re.VERBOSE}
 
 
@@ -1740,7 +1741,7 @@ def _bounded(pattern, options, is_trimmed=True):
         raise ValueError("the option %r of $options is not one of i, m, s, x" % min(unknown))
     if len(pattern) > _PATTERN_CHARS:
         raise ValueError("it has over %d characters" % _PATTERN_CHARS)
-    tree = PARSER.parse(pattern, sum(_REGEX_OPTIONS[letter] for letter in set(options)))
+    tree = _parsed(pattern, sum(_REGEX_OPTIONS[letter] for letter in set(options)))
     flags = (tree.state if hasattr(tree, "state") else tree.pattern).flags
     for end in (0, -1) * is_trimmed:
         _trim(tree, end)
@@ -1755,6 +1756,15 @@ def _bounded(pattern, options, is_trimmed=True):
         raise ValueError("it can take too long: it repeats what has repeats or alternatives in it, as (a+)+ does, or "
                          "too much in a row, as .*a.*b.*c.*d does; write fewer repeats, or start it with ^")
     return _COMPILER.compile(tree, flags), costs
+
+
+def _parsed(pattern, flags):
+    """Return re's tree of a pattern. Its warnings, as of a set in a set, are for programmers: not for a server's log,
+    and no error under `python -W error`."""
+    import warnings
+    with _PARSING, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return PARSER.parse(pattern, flags)
 
 
 def _is_letter(nodes):
@@ -8714,7 +8724,9 @@ class _Connections:
         self.room_at = self.noted_full_at = -math.inf  # when to look for room again; when it was last logged
 
     def close(self):
-        """Close the listening socket and the selector."""
+        """Close the connections, the listening socket and the selector."""
+        for conn in list(self.all):
+            self.drop(conn)
         self.listener.socket.close()
         self.selector.close()
 
@@ -9659,7 +9671,11 @@ def _tls(certfile, keyfile):
         return None
     import ssl
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
-    context.options |= ssl.OP_NO_TLSv1 | ssl.OP_NO_TLSv1_1 | getattr(ssl, "OP_NO_RENEGOTIATION", 0)
+    if hasattr(context, "minimum_version"):
+        context.minimum_version = ssl.TLSVersion.TLSv1_2
+    else:  # Python 3.6
+        context.options |= ssl.OP_NO_TLSv1 | ssl.OP_NO_TLSv1_1
+    context.options |= getattr(ssl, "OP_NO_RENEGOTIATION", 0)
     try:
         context.load_cert_chain(certfile, keyfile)
     except (OSError, ssl.SSLError) as error:
@@ -9707,8 +9723,6 @@ def serve(db_path, advise=None, **given):
     `advise(store, urls)` returns more lines to print at the start; `given`: other parameters of SERVE_OPTIONS. Raises
     what keeps the server from starting."""
     options = Options(SERVE_OPTIONS, given)
-    import warnings
-    warnings.simplefilter("ignore")  # such as those of re about patterns in a client's filter: not for the log
     announce = None
     if options.daemon:
         folder = os.path.dirname(os.path.abspath(db_path))
@@ -10408,7 +10422,32 @@ def _is_of_connection(error):
     return isinstance(error, (OSError, UnicodeError)) or _is_of_http(error)  # UnicodeError: an invalid host name
 
 
-class _PlainConnection:
+class _Connection:
+    """What connections share. One that nothing refers to any more, as its thread has ended, is closed."""
+
+    sock = None
+    place = None  # a Held of the socket's descriptor, while it is open
+
+    def close(self):
+        """Close it. If a function has closed its descriptor, the number can be another file's now: leave that."""
+        place, self.place = self.place, None
+        if place is not None and self.sock is not None:
+            if not place.is_intact():
+                self.sock.detach()
+            self.end()
+
+    def end(self):
+        """Close the socket and what goes with it."""
+        self.sock.close()
+
+    def __del__(self):
+        try:
+            self.close()
+        except (OSError, AttributeError, TypeError):  # at the end of the process the names of modules can be gone
+            pass
+
+
+class _PlainConnection(_Connection):
     """A connection for one request. It needs no import: importing http.client takes longer than a short command does
     otherwise. Speaks HTTP/1.0, so that the answer ends with the connection."""
 
@@ -10418,6 +10457,7 @@ class _PlainConnection:
         self.url = url
         address = host.strip("[]").encode(), int(port or 80)  # a host given as str would import encodings.idna
         self.sock = socket.create_connection(address, timeout_s)
+        self.place = Held(self.sock.fileno())
 
     def is_usable(self):
         """Return whether it is still open."""
@@ -10460,12 +10500,8 @@ class _PlainConnection:
             raise LabtaskerConnectError("%s does not speak HTTP: is it a Labtasker server?" % self.url)
         return int(first[9:12]), headers.get(_EXTENSIONS.lower()), bytes(got[end + 4:])
 
-    def close(self):
-        """Close it."""
-        self.sock.close()
 
-
-class _KeptConnection:
+class _KeptConnection(_Connection):
     """A connection over http.client, for one request after another, with the methods of _PlainConnection."""
 
     def __init__(self, url, ca_file, timeout_s):
@@ -10480,6 +10516,7 @@ class _KeptConnection:
             self.http = http.client.HTTPSConnection(host, timeout=timeout_s, context=_tls_context(ca_file))
         self.http.auto_open = False  # a closed connection must not be opened again without a proof
         self.http.connect()
+        self.place = Held(self.sock.fileno())
 
     @property
     def sock(self):
@@ -10501,7 +10538,7 @@ class _KeptConnection:
             raise ConnectionError("the answer was cut off")
         return response.status, response.headers.get(_EXTENSIONS), content
 
-    def close(self):
+    def end(self):
         self.http.close()
 
 
@@ -10758,8 +10795,7 @@ class _RemoteLines:
         except (OSError, HTTPException, ValueError):  # the server is gone, or was silent for too long
             pass
         finally:
-            self.response.close()
-            self.sock.close()
+            self._release()
 
     def close(self):
         """End the lines; from any thread."""
@@ -10767,6 +10803,12 @@ class _RemoteLines:
             self.sock.shutdown(2)
         except OSError:  # it is closed already
             pass
+
+    def _release(self):
+        self.response.close()
+        self.sock.close()
+
+    __del__ = _release  # where nobody has read them
 
 
 def ready(files, timeout_s=None, is_output=False):
@@ -10967,7 +11009,7 @@ def client():
         _rely_on_loops_store(_client.transport)
         if not _at_exit:
             import atexit
-            _at_exit.append(atexit.register(_give_up_store))
+            _at_exit.append(atexit.register(_release_client))
     return _client
 
 
@@ -10990,9 +11032,9 @@ class Held:
         self.places = {number: self._place(number) for number in numbers}
 
     @staticmethod
-    def _place(number):
+    def _place(number, fstat=os.fstat):  # a default value: at the end of the process the module's names can be gone
         try:
-            found = os.fstat(number)
+            found = fstat(number)
             return found.st_dev, found.st_ino, found.st_mode
         except (OSError, ValueError):
             return None
@@ -11037,11 +11079,14 @@ def _rely_on_loops_store(transport):
 _at_exit = []
 
 
-def _give_up_store():
-    """Allow other hosts to take the store that this process used without a server; this process may still use it."""
+def _release_client():
+    """Close this thread's connection, or allow other hosts to take the store that this process used without a server.
+    This process may still use either."""
     transport = _client and _client.transport
     if isinstance(transport, StoreTransport):
         transport.store.file.release()
+    elif isinstance(transport, HttpTransport):
+        transport.close()
 
 
 def use_client(other):
@@ -13970,8 +14015,14 @@ class _Tee:
     A stream that takes nothing any more (a pipe that nobody reads, a full disk, none at all) is no error of the
     function: its output goes on into the log."""
 
-    def __init__(self, stream, feed, quiet):
-        self.stream, self.feed, self.quiet = stream, feed, quiet
+    def __init__(self, given, feed, quiet):
+        self.given, self.feed, self.quiet = given, feed, quiet
+        self.stream = open(os.devnull, "w") if given is None else given  # noqa: SIM115
+
+    def close_own(self):
+        """Close the stream that stands for none."""
+        if self.given is None:
+            self._try(lambda: self.stream.close(), None)
 
     def write(self, text):
         """Write, unless `quiet` to the log alone, and return what the stream returns."""
@@ -14023,8 +14074,7 @@ def listen_in(log, quiet):
     """Have what the function prints copied to its log, with `quiet` go there alone; return {name in sys: Tee}.
 
     What it writes past Python's own streams isn't seen: to take that too would lose the last words of a crash."""
-    tees = {name: _Tee(getattr(sys, name) or open(os.devnull, "w"), log.channel(), quiet)  # noqa: SIM115
-            for name in ("stdout", "stderr")}
+    tees = {name: _Tee(getattr(sys, name), log.channel(), quiet) for name in ("stdout", "stderr")}
     vars(sys).update(tees)
     return tees
 
@@ -14034,7 +14084,8 @@ def listen_no_more(tees):
     for name in tees:
         tees[name].flush()  # what stays in the buffer would fail at the interpreter's end, where nobody can mend it
         if getattr(sys, name) is tees[name]:  # else the function has put something else there
-            setattr(sys, name, tees[name].stream)
+            setattr(sys, name, tees[name].given)
+        tees[name].close_own()
 
 
 # ---- When the time is up
@@ -14476,8 +14527,7 @@ class RunOutput:
 
 def log_path(root, task_id, attempt):
     """Return the path of a run's output while it is under way: what its worker has reported, or that in `root`."""
-    folder = os.path.join(root, "logs", task_id)
-    here = os.path.join(folder, attempt.get("run_id") or _newest_in(folder), "run.log")
+    here = os.path.join(root, "logs", task_id, attempt.get("run_id") or "", "run.log")
     reported = attempt.get("log")
     is_path = isinstance(reported, str) and os.path.isabs(reported) and "\0" not in reported
     try:
@@ -14485,17 +14535,6 @@ def log_path(root, task_id, attempt):
     except UnicodeEncodeError:  # this system can't have such a path
         there = None
     return there if there and (os.path.exists(there) or not os.path.exists(here)) else here
-
-
-def _newest_in(folder):
-    """Return the name of the run in a task's folder whose output was written last; "" without one. For a server that
-    knows no runs."""
-    try:
-        paths = {name: os.path.join(folder, name, "run.log") for name in os.listdir(folder)}
-        return max(((os.stat(path).st_mtime, name) for name, path in paths.items() if os.path.exists(path)),
-                   default=(0, ""))[1]
-    except OSError:  # there is no such folder, or the run has just ended
-        return ""
 
 
 def _pack_path(root, place):
@@ -16066,9 +16105,12 @@ class HeartbeatProcess:
 
     def _read(self, process):
         try:
+            held = Held(process.stdout.fileno())
             for line in process.stdout:
                 message = json.loads(line)
                 self.on_lost(message["key"], message["status"])
+            if held.is_intact():
+                process.stdout.close()
         except (OSError, ValueError):  # a function has closed it
             pass
         if self.runs:
@@ -20234,8 +20276,6 @@ def _begin_of_tail(file, lines):
 
 def _chosen_attempt(task, number):
     """Return a task's last attempt, or the `number`th that it keeps; {} if it keeps none; raises if it had no run."""
-    if number is not None and task.attempts is None:
-        raise LabtaskerValueError("this server keeps no attempts; without --attempt the last output here is shown")
     if number is not None and not 1 <= number <= len(task.attempts):
         raise LabtaskerValueError("task %s has %d attempts, no attempt %d" % (
             task.task_id, len(task.attempts), number))
@@ -21355,7 +21395,8 @@ def main(argv=None):
     """Run a command line; return its exit code, one of EXIT_CODES. The only place that prints errors."""
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # it was closed when this process started
-            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
+            null = os.open(os.devnull, os.O_WRONLY)  # open to the end, as those are
+            setattr(sys, name, open(null, "w", closefd=False))  # noqa: SIM115
     words = sys.argv[1:] if argv is None else argv
     is_json = _wants_json(words)
     try:

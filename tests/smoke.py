@@ -64,14 +64,14 @@ def python(args, stdin=None, **env):
     process = subprocess.Popen([sys.executable] + args, env=dict(environment(), **env), universal_newlines=True,
                                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     stdout, stderr = process.communicate(stdin or "")
-    if process.returncode:
+    if process.returncode or "Warning: " in stderr:
         sys.exit("failed: %s\n%s%s" % (" ".join(args), stdout, stderr))
     return stdout
 
 
 def environment():
     kept = {k: v for k, v in os.environ.items() if not k.startswith("LABTASKER_") and k != "PYTHONDONTWRITEBYTECODE"}
-    return dict(kept, PYTHONPATH=os.path.abspath("module"), PYTHONIOENCODING="utf-8")
+    return dict(kept, PYTHONPATH=os.path.abspath("module"), PYTHONIOENCODING="utf-8", PYTHONWARNINGS="error", PYTHONDEVMODE="1")
 
 
 def check(what, is_true, shown):
@@ -146,7 +146,9 @@ def main():
         finally:
             process.send_signal(signal.SIGTERM)
             process.wait()
-        check("the server ended well", process.returncode == 0, process.returncode)
+        with open("server.log") as log:
+            shown = log.read()
+        check("the server ended well, without a warning of Python", process.returncode == 0 and "Warning: " not in shown, shown)
     finally:
         os.chdir(before)
         shutil.rmtree(folder)

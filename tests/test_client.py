@@ -364,6 +364,39 @@ def test_the_first_requests_of_a_process_do_without_http_client():
     transport.close()
 
 
+def connected(socks):
+    """Return a transport after a request over a connection that it keeps, and append the connection's socket to `socks`."""
+    transport = L.HttpTransport(Canned(FINE).url, "q", "p")
+    transport.asked = transport.SINGLE
+    assert transport.call("GET", "/health", None, None) == (200, {})
+    socks.append(transport.kept.connection.sock)
+    return transport
+
+
+def test_a_connection_is_closed_with_its_thread_and_with_its_client():
+    socks = []
+    thread = threading.Thread(target=lambda: transports.append(connected(socks)))
+    transports = []
+    thread.start()
+    thread.join()
+    connected(socks)
+    assert [sock.fileno() for sock in socks] == [-1, -1] and transports
+
+
+def test_a_number_that_another_file_has_by_now_is_not_closed_for_a_connection(tmp_path):
+    socks = []
+    for end in (lambda transport: transport.close(), lambda transport: None):
+        transport = connected(socks)
+        number = socks[-1].fileno()
+        with open(str(tmp_path / "other"), "w") as other:
+            os.dup2(other.fileno(), number)
+        end(transport)
+        del transport
+        os.write(number, b"kept")
+        os.close(number)
+        assert (tmp_path / "other").read_text() == "kept"
+
+
 @pytest.mark.parametrize("answer", [b"", b"HTTP/1.1 200 OK\r\n", FINE[:-1], b"nonsense\r\n\r\n", b"HTTP/1.1 200 OK\r\n\r\nno JSON"])
 def test_half_an_answer_is_none(answer):
     with pytest.raises(L.LabtaskerConnectError, match="http://127.0.0.1:"):

@@ -566,6 +566,12 @@ def test_a_pattern_has_a_length_and_a_range_without_case_a_width_up_to_which_it_
             labtasker._bounded(more, "i")
 
 
+@pytest.mark.parametrize("pattern", ["[[a]b", "[a&&b]", "[a||b]", "[a~~b]"])
+def test_what_python_may_read_otherwise_one_day_is_no_error_where_warnings_are(pattern):
+    labtasker.compile_pattern.cache_clear()
+    assert labtasker.compile_pattern(pattern) and labtasker.compile_search(pattern)
+
+
 def test_a_word_without_quotes_is_taken_for_an_argument_only_where_there_are_arguments():
     for fields, is_meant in ((["worker_name", "metadata"], False), (["task_name", "args"], True)):
         with pytest.raises(labtasker.FilterError) as error:

@@ -234,8 +234,9 @@ PLACE = """
 import json, os, sys
 print(json.dumps([os.getcwd(), sys.argv[1:], os.environ["LABTASKER_TASK_DIR"], os.environ["LABTASKER_ATTEMPT"]]))
 count = os.path.join(sys.argv[6], "count")
-open(count, "a").write("x")
-sys.exit(len(open(count).read()) < 2)
+with open(count, "a") as file:
+    file.write("x")
+sys.exit(os.path.getsize(count) < 2)
 """
 
 

@@ -4,6 +4,7 @@ Through it our client submits, fetches, reports, beats, updates, deletes, waits 
 then the journal tells whether anything was doubled or lost, or a retry burnt."""
 import base64
 import collections
+import contextlib
 import http.client
 import json
 import re
@@ -395,17 +396,17 @@ class Listener(threading.Thread):
     def __init__(self, url, auth):
         super().__init__(daemon=True)
         self.address, self.auth = url[7:], base64.b64encode(auth.encode()).decode()
-        self.heard, self.last, self.connections = [], "0.0", 0
+        self.heard, self.last, self.connections, self.over = [], "0.0", 0, False
 
     def run(self):
-        while True:
+        while not self.over:
             try:
-                self.listen()
+                with contextlib.closing(http.client.HTTPConnection(self.address, timeout=60)) as connection:
+                    self.listen(connection)
             except (OSError, http.client.HTTPException):
                 pass
 
-    def listen(self):
-        connection = http.client.HTTPConnection(self.address, timeout=60)
+    def listen(self, connection):
         connection.request("GET", "/api/v1/queues/me/events", headers={
             "Authorization": "Basic " + self.auth, "Last-Event-ID": self.last})
         response, fields = connection.getresponse(), {}
@@ -480,6 +481,7 @@ def test_nothing_is_doubled_lost_or_charged_through_a_network_that_breaks(server
         assert user.error is None, repr(user.error)
     told = check(server, users)
     harness.wait_until(lambda: len(listener.heard) >= len(told.steps), "all events are heard")
+    listener.over = True
     assert listener.heard == told.steps
     print("done %s; cut %s; %d runs, %d steps heard over %d connections" % (
         dict(sum((user.done for user in users), collections.Counter())), dict(cutter.cuts), len(told.runs), len(told.steps),

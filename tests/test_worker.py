@@ -1587,8 +1587,8 @@ if mode == "deaf":
 if mode == "polite":
     for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU):
         signal.signal(s, lambda s, f: (os.write(1, ("job got %d" % s).encode() + bytes([10])), sys.exit(0)))
-child = subprocess.Popen(["sleep", "600"])
-print("pids %d %d" % (os.getpid(), child.pid), flush=True)
+child = os.spawnlp(os.P_NOWAIT, "sleep", "sleep", "600")
+print("pids %d %d" % (os.getpid(), child), flush=True)
 time.sleep(600)
 """
 
