@@ -13498,6 +13498,10 @@ def ask_program(words):
     except subprocess.TimeoutExpired:
         signal_group(process.pid, signal.SIGKILL)
         process.stdout.close()
+        try:
+            process.wait(1)
+        except subprocess.TimeoutExpired:  # it waits for a file system that hangs
+            pass
         return ""
     return output.decode("utf-8", "replace") if process.returncode == 0 else ""
 

@@ -435,6 +435,10 @@ def read_journal(server):
     run_of = {}
     for text in lines(server):
         for kind, *rest in json.loads(text)["changes"]:
+            if kind == "tasks":
+                ids = [row[0] for row in rest[2]]
+                told.created.extend(ids)
+                told.steps.extend((key, "created", rest[0]["status"]) for key in ids)
             if kind in ("task", "worker") and len(rest) > 2 and rest[2]:
                 key, fields, old = rest
                 told.steps.append((key, old, fields["status"]))
