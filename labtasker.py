@@ -14531,7 +14531,8 @@ class RunOutput:
 
 def log_path(root, task_id, attempt):
     """Return the path of a run's output while it is under way: what its worker has reported, or that in `root`."""
-    here = os.path.join(root, "logs", task_id, attempt.get("run_id") or "", "run.log")
+    folder = os.path.join(root, "logs", task_id)
+    here = os.path.join(folder, attempt.get("run_id") or _newest_in(folder), "run.log")
     reported = attempt.get("log")
     is_path = isinstance(reported, str) and os.path.isabs(reported) and "\0" not in reported
     try:
@@ -14539,6 +14540,17 @@ def log_path(root, task_id, attempt):
     except UnicodeEncodeError:  # this system can't have such a path
         there = None
     return there if there and (os.path.exists(there) or not os.path.exists(here)) else here
+
+
+def _newest_in(folder):
+    """Return the name of the run in a task's folder whose output was written last; "" without one. For a server that
+    knows no runs."""
+    try:
+        paths = {name: os.path.join(folder, name, "run.log") for name in os.listdir(folder)}
+        return max(((os.stat(path).st_mtime, name) for name, path in paths.items() if os.path.exists(path)),
+                   default=(0, ""))[1]
+    except OSError:  # there is no such folder, or the run has just ended
+        return ""
 
 
 def _pack_path(root, place):
@@ -20280,6 +20292,8 @@ def _begin_of_tail(file, lines):
 
 def _chosen_attempt(task, number):
     """Return a task's last attempt, or the `number`th that it keeps; {} if it keeps none; raises if it had no run."""
+    if number is not None and task.attempts is None:
+        raise LabtaskerValueError("this server keeps no attempts; without --attempt the last output here is shown")
     if number is not None and not 1 <= number <= len(task.attempts):
         raise LabtaskerValueError("task %s has %d attempts, no attempt %d" % (
             task.task_id, len(task.attempts), number))
