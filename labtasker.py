@@ -13864,12 +13864,14 @@ class Output:
     If both go to the same place, they are one, which keeps the order.
 
     The slot copies it while it waits for the job's end, which spares a thread. There is one where the slot might have
-    to wait for a reader, as with a terminal or a pipe, and for a process that outlives the job."""
+    to wait for a reader, as with a terminal or a pipe, for much output, and for a process that outlives the job."""
 
     DRAIN_S = 1  # how long the output of a process that outlives its job is waited for
+    MOST_BYTES = 1 << 18  # that the slot copies
 
     def __init__(self, log, use_pty, label="", printed=None, quiet=False):
         self.log, self.ends, self.printed, self.quiet, self.thread = log, [], printed, quiet, None
+        self.copied = 0  # bytes
         try:
             sys.stdout.flush()  # what was printed before stands before the job's output
         except (OSError, ValueError, AttributeError):
@@ -13905,8 +13907,9 @@ class Output:
         found = ready(numbers + ([] if self.thread else list(self.sources)), timeout_s)
         for ours in [number for number in found if number not in numbers]:
             data = self._read(ours)
-            is_slow = data and not self.quiet and _may_wait(self.sources[ours][0])
-            if is_slow and self._hand_over(ours, data):
+            self.copied += len(data)
+            is_slow = self.copied > self.MOST_BYTES or not self.quiet and _may_wait(self.sources[ours][0])
+            if data and is_slow and self._hand_over(ours, data):
                 break
             self._take(ours, data)
         return [number for number in found if number in numbers]
