@@ -21040,9 +21040,10 @@ def _demo_workers(folder, words):
 
     def echo(number, worker):
         try:
-            for line in worker.stdout:
-                say("[worker %d] %s" % (number, clean(line.rstrip("\n"))))
-                sys.stdout.flush()
+            with worker.stdout as lines:
+                for line in lines:
+                    say("[worker %d] %s" % (number, clean(line.rstrip("\n"))))
+                    sys.stdout.flush()
         except BrokenPipeError:  # the reader has closed our stdout; the main thread handles that
             pass
     try:
