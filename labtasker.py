@@ -3884,12 +3884,14 @@ class _Standing:
     With `predicate` None all tasks with the required fields match. `place`: see `Pending.log_at`."""
 
     __slots__ = (
-        "required", "predicate", "heap", "place", "log", "cursor", "ready", "size_bytes", "purge_at", "used_at")
+        "required", "predicate", "heap", "place", "log", "cursor", "ready", "size_bytes", "held_bytes", "purge_at",
+        "used_at")
 
     def __init__(self, required, text, predicate, place, log):
         self.required, self.predicate, self.heap, self.ready = required, predicate, [], False
         self.place, self.log, self.cursor = place, log, log.end()
         self.size_bytes = _weight_bytes(required) + PREDICATE_BYTES * len(text or "")  # without its heap
+        self.held_bytes = 0  # its part of `Pending.held_bytes`; None when it was dropped
         self.purge_at, self.used_at = 100, monotonic()
 
     def weight_bytes(self):
@@ -3919,6 +3921,7 @@ class Pending:
         self.log = _Log()  # of all tasks
         self.routes = {}  # {field: (function of a record: its values there, {value: log of the tasks that have it})}
         self.logged = 0  # the entries in all logs
+        self.held_bytes = 0  # about how much memory all standing requests take
         self.resting = {}  # {task id: entry} of the tasks that can't be fetched before their not_before
         self.delayed = []  # a heap of (not_before, entry) of these tasks
 
@@ -4054,7 +4057,8 @@ class Pending:
         standing = self.standing.pop(key, None)
         if standing is None:
             return
-        log, place = standing.log, standing.place
+        self.held_bytes -= standing.held_bytes
+        log, place, standing.held_bytes = standing.log, standing.place, None
         log.readers -= 1
         if not log.readers:
             self.logged -= len(log.entries)
@@ -4171,6 +4175,10 @@ class Pending:
         if len(standing.heap) > standing.purge_at:
             self._purge(standing.heap)
             standing.purge_at = 100 + 3 * len(standing.heap)
+        if standing.held_bytes is not None:
+            self.held_bytes -= standing.held_bytes
+            standing.held_bytes = standing.weight_bytes()
+            self.held_bytes += standing.held_bytes
 
 
 class _Blocked:
@@ -6669,18 +6677,19 @@ class Store:
             matching = pending.matches(begun[0], begun[2])
             with self.lock:
                 pending.catch_up(*begun, matching=matching)
-                self._bound_standing(pending)
+                self._bound_standing()
 
-    def _bound_standing(self, latest):
+    def _bound_standing(self):
         """If the standing requests of all queues take too much memory, drop those that are unused for longest."""
-        held = [(standing.used_at, standing.weight_bytes(), queue.pending, key) for queue in self.state.queues.values()
+        total_bytes = sum(queue.pending.held_bytes for queue in self.state.queues.values())
+        if total_bytes <= STANDING_BYTES:
+            return
+        held = [(standing.used_at, standing.held_bytes, queue.pending, key) for queue in self.state.queues.values()
                 for key, standing in queue.pending.standing.items()]
-        total_bytes = sum(weight_bytes for _, weight_bytes, _, _ in held)
-        if total_bytes > STANDING_BYTES:
-            for _, weight_bytes, pending, key in sorted(held, key=operator.itemgetter(0))[:-1]:
-                if total_bytes > STANDING_BYTES // 2:
-                    pending.drop(key)
-                    total_bytes -= weight_bytes
+        for _, weight_bytes, pending, key in sorted(held, key=operator.itemgetter(0))[:-1]:
+            if total_bytes > STANDING_BYTES // 2:
+                pending.drop(key)
+                total_bytes -= weight_bytes
 
     def forget_unused(self):
         """Drop the standing requests that were not used for UNUSED_S."""

@@ -828,11 +828,12 @@ def test_many_filters_in_turn_find_what_a_search_of_all_tasks_finds(door, clock,
         held = [pending.log] + [log for _, logs in pending.routes.values() for log in logs.values()]
         assert pending.logged == sum(len(log.entries) for log in held) <= L._MAX_LOG
         assert len(pending.standing) == sum(log.readers for log in held) <= L.MAX_STANDING
+        assert pending.held_bytes == sum(asked.held_bytes for asked in pending.standing.values())
         assert all(log.readers for log in held[1:]) and len(pending.routes) <= L._MAX_ROUTES
         clock.pass_s(0.01)
     assert fetched > 30
     pending.forget(lambda standing: True)
-    assert not pending.standing and not pending.routes and not pending.logged
+    assert not pending.standing and not pending.routes and pending.logged == pending.held_bytes == 0
 
 
 def test_a_filter_that_requires_a_value_reads_only_the_tasks_that_have_it(door):

@@ -27,9 +27,9 @@ def like_none(number):
     return like_few(number, SIZES["wide"])
 
 
-def like_one_owner(number):
-    """Return the text of a task of one of SIZES["owners"]."""
-    return '{"args": {"i": %d, "owner": %d}}' % (number, number % SIZES["owners"])
+def like_one_owner(owners, number):
+    """Return the text of a task of one of so many owners."""
+    return '{"args": {"i": %d, "owner": %d}}' % (number, number % owners())
 
 
 ROOT = "00000000-0000-4000-a000-000000000000"
@@ -93,7 +93,7 @@ def by_owner(owners):
 
 def owned(owners):
     """Return the case of a store whose tasks are asked for by so many filters in turn."""
-    return Case(like_one_owner, "owners", by_owner(owners), lambda n: n % owners(), warm=owners)
+    return Case(functools.partial(like_one_owner, owners), "few", by_owner(owners), lambda n: n % owners(), warm=owners)
 
 
 KINDS = {  # the large case and the small one
