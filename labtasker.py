@@ -6682,10 +6682,8 @@ class Store:
     def _bound_standing(self):
         """If the standing requests of all queues take too much memory, drop those that are unused for longest."""
         total_bytes = sum(queue.pending.held_bytes for queue in self.state.queues.values())
-        if total_bytes <= STANDING_BYTES:
-            return
         held = [(standing.used_at, standing.held_bytes, queue.pending, key) for queue in self.state.queues.values()
-                for key, standing in queue.pending.standing.items()]
+                for key, standing in queue.pending.standing.items() if total_bytes > STANDING_BYTES]
         for _, weight_bytes, pending, key in sorted(held, key=operator.itemgetter(0))[:-1]:
             if total_bytes > STANDING_BYTES // 2:
                 pending.drop(key)
