@@ -15,6 +15,11 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 import harness  # noqa: E402
 
 
+def pytest_configure():
+    """Have xdist's workers, which start later, run in the development mode."""
+    os.environ.update({name: value for name, value in harness.STRICT.items() if name != "PYTHONWARNINGS"})
+
+
 @pytest.fixture(scope="session", autouse=True)
 def clean_world(tmp_path_factory):
     """Tests start outside the checkout, without settings of the person who runs them."""
@@ -25,6 +30,7 @@ def clean_world(tmp_path_factory):
     assert not above, "a .labtasker folder above the tests' folders would be found by them: remove it from %s" % above
     os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # each subprocess would compile the module anew
     os.environ.pop("PYTHONUNBUFFERED", None)  # what is printed comes in other pieces
+    os.environ.update(harness.STRICT)  # of the processes that tests start
     shared = folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder  # compiled once for all of xdist's workers
     os.environ["PYTHONPYCACHEPREFIX"] = str(shared / "pycache")
     before = os.getcwd()

@@ -22,6 +22,7 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 MODULE = ROOT / "labtasker.py"
 TESTS = ROOT / "tests"
 QUEUE, PASSWORD = "test-queue", "test-password"
+STRICT = {"PYTHONWARNINGS": "error", "PYTHONDEVMODE": "1", "PYTHONMALLOC": "pymalloc"}  # as python -W error -X dev, see setup.cfg
 
 
 def wait_until(function, what, timeout_s=20, never=None):
@@ -64,6 +65,16 @@ def clean_env(env=None):
     return kept
 
 
+def check_no_warning(text):
+    """AssertionError where the output of a process has a warning of Python, such as of a file left open. Where the process
+    is strict, that of a file is an error in a destructor, which changes no exit code."""
+    found = WARNING.search(text)
+    assert not found, text[max(0, found.start() - 2000):found.end() + 2000]
+
+
+WARNING = re.compile(r"(?m)^Exception ignored in|\b(Bytes|Deprecation|Encoding|Future|Import|Resource|Runtime|Syntax|Unicode)Warning: ")
+
+
 class Result:
     """What a finished command left: `stdout`, `stderr`, `returncode`."""
 
@@ -94,6 +105,7 @@ def run(args, cwd, stdin=None, check=True, env=None, timeout_s=120):
         stdout, stderr = process.communicate()
         raise AssertionError("not done within %s s: %r" % (timeout_s, Result(args, -9, stdout, stderr)))
     result = Result(args, process.returncode, stdout, stderr)
+    check_no_warning(stderr)
     if check and result.returncode:
         raise AssertionError(repr(result))
     return result
@@ -198,11 +210,12 @@ class Server:
         except subprocess.TimeoutExpired:
             raise AssertionError("the server does not stop:\n" + self.output()) from None
         finally:
-            end_group(self.process)
+            self.kill()
 
     def kill(self):
         """End it as a crash would."""
         end_group(self.process)
+        check_no_warning(self.output())
 
     def __enter__(self):
         return self
@@ -248,8 +261,14 @@ class FarAway:
                 self.refused += 1
                 near.close()
                 continue
-            for source, sink, is_answer in ((near, far, False), (far, near, True)):
-                threading.Thread(target=self.pump, args=(source, sink, is_answer), daemon=True).start()
+            threading.Thread(target=self.carry, args=(near, far), daemon=True).start()
+
+    def carry(self, near, far):
+        with near, far:
+            answers = threading.Thread(target=self.pump, args=(far, near, True), daemon=True)
+            answers.start()
+            self.pump(near, far, False)
+            answers.join()
 
     def pump(self, source, sink, is_answer):
         try:
@@ -368,6 +387,9 @@ class Place:
             self.proxy.close()
         if self.server:
             self.server.stop()
+        for path in list(self.cwd.glob("started-*.log")) + [self.folder / "server.log"]:
+            if path.exists():
+                check_no_warning(path.read_text(encoding="utf-8", errors="replace"))
 
 
 _PYTHON = shlex.quote(sys.executable)

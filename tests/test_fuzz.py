@@ -14,7 +14,7 @@ import faulty
 import labtasker as L
 from test_loop import ME, Loop, Wire
 
-pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::FutureWarning")]  # re's, of sets in sets
+pytestmark = pytest.mark.slow
 REQUESTS = int(os.environ.get("LT_TEST_FUZZ_REQUESTS", "1000"))
 FILTERS = int(os.environ.get("LT_TEST_FUZZ_FILTERS", "2500"))
 FIRST = int(os.environ.get("LT_TEST_FUZZ_FROM", "0"))
