@@ -24,6 +24,8 @@ TESTS = ROOT / "tests"
 QUEUE, PASSWORD = "test-queue", "test-password"
 STRICT = {"PYTHONWARNINGS": "error", "PYTHONDEVMODE": "1", "PYTHONMALLOC": "pymalloc"}  # as python -W error -X dev, see setup.cfg
 
+OTHERS = {"PYTHONWARNINGS": "ignore"}  # the same for pip, mypy and the like, whose warnings are not ours to mend
+
 
 def wait_until(function, what, timeout_s=20, never=None):
     """Return the first true value of `function()`; AssertionError with the last value where none comes.

@@ -2,6 +2,7 @@
 import ast
 import importlib.util
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -10,7 +11,7 @@ import pytest
 
 import labtasker
 import stubs
-from harness import ROOT, TESTS, run
+from harness import OTHERS, ROOT, TESTS, run
 from test_install import copy_sources
 from test_readme import PAGES, blocks
 
@@ -82,7 +83,8 @@ def mypy(folder, python, names):
     """Return {(file, line)} of mypy's errors in its strict mode."""
     words = [sys.executable, "-m", "mypy", "--strict", "--cache-dir", folder / ".cache", "--python-executable", python, "--no-error-summary",
              "--hide-error-context", "--no-pretty", "--no-color-output", "--show-error-codes"] + names
-    shown = subprocess.run([str(word) for word in words], cwd=str(folder), stdout=subprocess.PIPE, universal_newlines=True, timeout=600).stdout
+    shown = subprocess.run([str(word) for word in words], cwd=str(folder), stdout=subprocess.PIPE, universal_newlines=True, timeout=600,
+                           env=dict(os.environ, **OTHERS)).stdout
     found = [line.split(":", 3) for line in shown.splitlines() if ": note: " not in line]
     return {(name, int(line)): text for name, line, _, text in found}
 
@@ -91,7 +93,8 @@ def pyright(folder, python, names):
     """Return {(file, line)} of pyright's errors in its strict mode; a warning is none."""
     (folder / "pyrightconfig.json").write_text(json.dumps({"typeCheckingMode": "strict", "include": names}))
     words = [sys.executable, "-m", "pyright", "--outputjson", "--pythonpath", python]
-    shown = subprocess.run([str(word) for word in words], cwd=str(folder), stdout=subprocess.PIPE, universal_newlines=True, timeout=600).stdout
+    shown = subprocess.run([str(word) for word in words], cwd=str(folder), stdout=subprocess.PIPE, universal_newlines=True, timeout=600,
+                           env=dict(os.environ, **OTHERS)).stdout
     return {(entry["file"].rpartition("/")[2], entry["range"]["start"]["line"] + 1): entry["message"]
             for entry in json.loads(shown)["generalDiagnostics"] if entry["severity"] == "error"}
 
@@ -142,7 +145,7 @@ def installed(tmp_path_factory):
     folder = tmp_path_factory.mktemp("installed")
     copy_sources(folder / "source")
     run([sys.executable, "-m", "venv", folder / "venv"], folder)
-    run([folder / "venv" / "bin" / "python", "-m", "pip", "install", "--quiet", "."], folder / "source", timeout_s=300)
+    run([folder / "venv" / "bin" / "python", "-m", "pip", "install", "--quiet", "."], folder / "source", env=OTHERS, timeout_s=300)
     return folder / "venv" / "bin" / "python"
 
 
