@@ -808,10 +808,17 @@ class Line:
             try:
                 return self.once(method, ME + "/" + path, body)
             except (OSError, http.client.HTTPException, ValueError):
-                self.connection = None
+                self.hang_up()
                 self.checker.repeated += 1
                 self.checker.up.wait(1)
         raise Lost()
+
+    def hang_up(self):
+        if self.connection is not None:
+            self.connection.close()
+        self.connection = None
+
+    __del__ = hang_up
 
     def once(self, method, path, body):
         import base64

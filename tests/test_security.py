@@ -473,6 +473,8 @@ def test_a_client_that_was_let_in_asks_for_a_proof_on_each_new_connection(server
 def test_the_key_of_a_store_is_never_sent_and_a_login_holds_on_one_connection(server, monkeypatch):
     sent, connect = [], socket.create_connection
 
+    made_here = []
+
     class Recorded(socket.socket):
         def sendall(self, data, *flags):
             sent.append(bytes(data))
@@ -482,6 +484,7 @@ def test_the_key_of_a_store_is_never_sent_and_a_login_holds_on_one_connection(se
         made = connect(*given, **more)
         timeout_s, again = made.gettimeout(), Recorded(made.family, made.type, made.proto, made.detach())
         again.settimeout(timeout_s)
+        made_here.append(again)
         return again
     monkeypatch.setattr(socket, "create_connection", recorded)
     key = json.loads((server.folder / "server.json").read_text())["key"]
@@ -491,6 +494,10 @@ def test_the_key_of_a_store_is_never_sent_and_a_login_holds_on_one_connection(se
     status, lines = transport.listen(None, 5)
     lines.close()
     transport.close()
+    for one in made_here:
+        one.close()
+        if one.fileno() >= 0:  # an answer of which nobody reads the rest holds it
+            os.close(one.detach())
     logins = re.findall(rb"Authorization: Basic (\S+)", b"".join(sent))
     assert status == 200 and len(logins) == 5 and len(set(logins)) == 4
     for data in [b"".join(sent)] + [base64.b64decode(login) for login in logins]:

@@ -200,7 +200,7 @@ def test_each_failure_counts_a_retry_and_the_last_one_is_final(both):
 @pytest.mark.slow
 def test_a_failing_command_is_retried_until_max_retries(both):
     task_id = submit({"lr": 0.1}, max_retries=2)
-    both.bash("labtasker loop -- python -c 'open(\"ran.jsonl\", \"a\").write(\"{}\\n\"); exit(3)' '%(lr)'", check=False)
+    both.bash("labtasker loop -- sh -c \"echo {} >> ran.jsonl; exit 3\" '%(lr)'", check=False)
     assert len(ran(both)) == 2
     assert (get(task_id).status, get(task_id).retries) == ("failed", 2)
 

@@ -287,9 +287,19 @@ def test_the_script_with_a_server_is_good_bash(home, words):
 BROKEN = """
 import os, sys, time
 if os.environ["SLURM_ARRAY_TASK_ID"] == "0":
-    open("failed", "a").write(sys.argv[1] + "\\n")
+    with open("failed", "a") as file:
+        file.write(sys.argv[1] + "\\n")
     sys.exit("no GPU")
-while not os.path.exists("failed") or len(open("failed").readlines()) < 3:
+
+
+def failed():
+    if not os.path.exists("failed"):
+        return 0
+    with open("failed") as file:
+        return len(file.readlines())
+
+
+while failed() < 3:
     time.sleep(0.05)
 """
 

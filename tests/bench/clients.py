@@ -95,6 +95,9 @@ class Http:
         if login:
             self.head += "Authorization: Basic %s\r\n" % base64.b64encode(":".join(login).encode()).decode()
 
+    def __del__(self):
+        self.connection.close()
+
     def request(self, method, path, body=""):
         """Return the bytes of a request with this text for a body."""
         return ("%s %s HTTP/1.1\r\n%sContent-Length: %d\r\n\r\n%s" % (
