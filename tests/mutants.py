@@ -1,31 +1,46 @@
 """Small faults put into labtasker.py, one at a time: does a test see each? `tox -e mutants`.
 
-`python tests/mutants.py [COUNT [SEED [SECTION ...]]]`: COUNT faults, drawn by SEED from the sections' functions. The section's quick
-tests run in a process of their own on a copy of the checkout. A fault that no test sees is printed with its line, for a
-person to read: it is to be killed by a test, or it changes nothing.
+`python tests/mutants.py [COUNT [SEED [SECTION ...]]]`: COUNT faults, drawn by SEED from the sections' functions. First the sections' quick
+tests run without a fault, and what each calls is noted. Then each fault gets a process, forked from this one, in which the tests
+run that call its function, the quickest first. A fault that no test sees is printed with its line, for a person to read: a test has to
+kill it, or it changes nothing and gets a row in EQUIVALENT.
 """
 import ast
-import copy
+import collections
+import contextlib
+import gc
+import importlib.util
+import json
 import os
 import pathlib
 import random
 import re
 import shutil
-import subprocess
+import signal
 import sys
 import tempfile
+import threading
+import time
+
+import hypothesis  # noqa: F401: what the tests import is imported once, before the forks
+import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 BANNER = re.compile(r"^# \d+\. (\w[\w ]*?) #+$", re.M)
-TESTS = {  # section: the files whose quick tests are to see its faults; the most telling first
-    "Values": "test_values test_dates test_required test_filters",
-    "Filters": "test_filters test_security",
-    "Model": "test_model test_service test_api test_after",
-    "Journal": "test_journal test_compaction test_faults",
-    "State": "test_service test_after test_failures test_curves test_journal test_api",
-    "Operations": "test_service test_api test_after test_failures test_curves test_table",
-    "Store": "test_service test_journal test_compaction test_owner",
+SECTIONS = ("Values", "Filters", "Model", "Journal", "State", "Operations", "Store")
+FILES = ("after api cli client curves dates events failures filters journal logs metrics model owner packs pipeline required security"
+         " server service sweep table template terminal values").split()  # whose quick tests are to see the faults
+EQUIVALENT = {  # (the source's line, what was there -> what is there now): why no test can see it
+    ('line = text[start:].split("\\n", 1)[0]', "1 -> 2"): "only the first part is used",
+    ("left = max(0, column - start - 60)", "60 -> 61"): "how much of a long line is shown before the caret is no rule",
+    ("last = (first + datetime.timedelta(days=31)).replace(day=1) - datetime.timedelta(days=1)", "31 -> 32"):
+        "both days are in the next month",
+    ('raise LabtaskerRuntimeError("%s failed: %s" % (function, problem.strip()[-500:]))', "500 -> 501"):
+        "how much of a long text is shown is no rule",
+    ("self.taking.keep(required, heaps, _weight_bytes(required) + 8 * len(heaps))", "8 -> 9"): "the weight is an estimate",
 }
+TESTS_S = 30  # so long may the tests take that are run for a fault
+LIMIT_S = 180  # a fault that makes them run longer is seen
 COMPARED = {ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.Eq: ast.NotEq, ast.NotEq: ast.Eq,
             ast.Is: ast.IsNot, ast.IsNot: ast.Is, ast.In: ast.NotIn, ast.NotIn: ast.In}
 COMPUTED = {ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.FloorDiv, ast.Div: ast.Mult, ast.FloorDiv: ast.Mult}
@@ -52,80 +67,236 @@ def faults_of(node):
     return []
 
 
+class Source:
+    """labtasker.py's tree: where faults can be put, and the module with one of them."""
 
-def places(source, sections):
-    """Return [(section, number of the node in the order of ast.walk, number of its fault)]."""
-    starts, found = [(source.count("\n", 0, m.start()) + 1, m.group(1)) for m in BANNER.finditer(source)], []
-    in_functions = set()
-    tree = ast.parse(source)
-    for node in ast.walk(tree):
-        if isinstance(node, ast.FunctionDef):
-            in_functions.update(id(one) for statement in node.body for one in ast.walk(statement))
-    for number, node in enumerate(ast.walk(tree)):
-        if id(node) in in_functions and hasattr(node, "lineno"):
-            section = [name for line, name in starts if line <= node.lineno][-1:]
-            found += [(section[0], number, k) for k in range(len(faults_of(node))) if section and section[0] in sections]
-    return found
+    def __init__(self, path):
+        self.path, self.text = path, path.read_text(encoding="utf-8")
+        self.lines, self.tree = self.text.splitlines(), ast.parse(self.text)
+        self.nodes = list(ast.walk(self.tree))
+        self.sections = [(self.text.count("\n", 0, m.start()) + 1, m.group(1)) for m in BANNER.finditer(self.text)]
+        self.functions = {}  # id of a node: the first lines of the functions around it, the innermost last
+        for node in self.nodes:
+            if isinstance(node, ast.FunctionDef):
+                first = min([node.lineno] + [one.lineno for one in node.decorator_list])
+                for statement in node.body:
+                    for one in ast.walk(statement):
+                        self.functions.setdefault(id(one), []).append(first)
+
+    def places(self, sections):
+        """Return [(section, number of the node, number of its fault)]."""
+        found = []
+        for number, node in enumerate(self.nodes):
+            if id(node) in self.functions and hasattr(node, "lineno"):
+                section = [name for line, name in self.sections if line <= node.lineno][-1:]
+                if section and section[0] in sections:
+                    found += [(section[0], number, k) for k in range(len(faults_of(node)))]
+        return found
+
+    def put(self, number, k):
+        """Put a fault into the tree; return (line, what was there, what is there now)."""
+        node, before = self.nodes[number], ast.unparse(self.nodes[number])
+        change = faults_of(node)[k]
+        if change:
+            change(node)
+            after = ast.unparse(node)
+        else:
+            after = "pass"
+            for parent in self.nodes:
+                for field in ("body", "orelse", "finalbody"):
+                    body = getattr(parent, field, None)
+                    if isinstance(body, list) and node in body:
+                        body[body.index(node)] = ast.copy_location(ast.Pass(), node)
+        ast.fix_missing_locations(self.tree)
+        return node.lineno, before.split("\n")[0][:110], after.split("\n")[0][:110]
+
+    def load(self):
+        """Import the tree as it is now as `labtasker`."""
+        spec = importlib.util.spec_from_file_location("labtasker", str(self.path))
+        module = sys.modules["labtasker"] = importlib.util.module_from_spec(spec)
+        exec(compile(self.tree, str(self.path), "exec"), module.__dict__)
 
 
-def mutant(tree, number, k):
-    """Return (source with the fault, line, what was there, what is there now)."""
-    tree = copy.deepcopy(tree)
-    nodes = list(ast.walk(tree))
-    node = nodes[number]
-    line, before, change = node.lineno, ast.unparse(node), faults_of(node)[k]
-    if change:
-        change(node)
-        after = ast.unparse(node)
-    else:
-        after = "pass"
-        for parent in nodes:
-            for field in ("body", "orelse", "finalbody"):
-                body = getattr(parent, field, None)
-                if isinstance(body, list) and node in body:
-                    body[body.index(node)] = ast.Pass()
-    return ast.unparse(ast.fix_missing_locations(tree)), line, before.split("\n")[0][:110], after.split("\n")[0][:110]
+class Noted:
+    """A plugin: what each test calls of labtasker.py, as the first lines of functions, and how long it takes."""
 
+    def __init__(self, path):
+        self.path, self.calls, self.took_s, self.failed = str(path), {}, {}, []
 
-def is_seen(folder, files, limit_s):
-    """Return whether a test fails, or hangs, on the checkout's copy in the folder."""
-    words = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist", "-m", "not slow", "--no-header",
-             "--basetemp", str(folder / "tmp")]
-    process = subprocess.Popen(words + ["tests/%s.py" % name for name in files.split()], cwd=str(folder), env=dict(
-        os.environ, PYTHONPATH=str(folder), PYTHONDONTWRITEBYTECODE=""), stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL, start_new_session=True)
-    try:
-        return process.wait(limit_s) != 0
-    except subprocess.TimeoutExpired:
-        return True
-    finally:
+    @contextlib.contextmanager
+    def noting(self):
+        """A context that yields the set of the lines, which grows as functions are called."""
+        called, path = set(), self.path
+
+        def trace(frame, event, arg):
+            if frame.f_code.co_filename == path:
+                called.add(frame.f_code.co_firstlineno)
+        threading.settrace(trace)
+        sys.settrace(trace)
         try:
-            os.killpg(process.pid, 9)
-        except ProcessLookupError:
-            pass
-        process.wait()
+            yield called
+        finally:
+            sys.settrace(None)
+            threading.settrace(None)
+
+    @pytest.hookimpl(hookwrapper=True)
+    def pytest_runtest_protocol(self, item):
+        started = time.monotonic()
+        with self.noting() as called:
+            yield
+        self.calls[item.nodeid], self.took_s[item.nodeid] = sorted(called), time.monotonic() - started
+
+    def pytest_runtest_logreport(self, report):
+        self.failed += [report.nodeid] if report.failed else []
+
+
+class Chosen:
+    """A plugin: of the collected tests, those named run, in the order of the names."""
+
+    def __init__(self, names):
+        self.place = {name: number for number, name in enumerate(names)}
+
+    def pytest_collection_modifyitems(self, items):
+        items[:] = sorted((item for item in items if item.nodeid in self.place), key=lambda item: self.place[item.nodeid])
+
+
+def pytest_main(folder, files, plugin, *words):
+    return pytest.main(["-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-m", "not slow", "--basetemp", str(folder / "tests")]
+                       + list(words) + ["tests/test_%s.py" % name for name in files], plugins=[plugin])
+
+
+def note(source, folder, name):
+    """Return {"calls": {test: lines}, "took_s": {test: seconds}, "failed": [test]} of a file's tests without a fault.
+
+    A test that is run by itself makes the calls that importing makes too."""
+    plugin = Noted(source.path)
+    with plugin.noting() as imported:
+        source.load()
+    pytest_main(folder, [name], plugin)
+    return {"calls": plugin.calls, "imported": sorted(imported), "took_s": plugin.took_s, "failed": plugin.failed}
+
+
+def file_of(name):
+    """Return the name of a test's file as FILES has it."""
+    return re.match(r"tests/test_(\w+)", name).group(1)
+
+
+def chosen_for(line, notes):
+    """Return the names of the tests that call the function at this line, the quickest first."""
+    names, left_s = [name for name, lines in notes["calls"].items() if line in lines or line in notes["imported"]], TESTS_S
+    chosen = []
+    for name in sorted(names, key=notes["took_s"].get):
+        left_s -= notes["took_s"][name]
+        chosen += [name] if left_s >= 0 or not chosen else []
+    return chosen
+
+
+def in_parts(names):
+    """Return the tests of the two files that have most of them, as few files are collected soon, and the others."""
+    most = {name for name, _ in collections.Counter(map(file_of, names)).most_common(2)}
+    return [[name for name in names if (file_of(name) in most) is is_first] for is_first in (True, False)]
+
+
+def try_fault(source, folder, place, notes):
+    """Return {"line", "before", "after", "tests", "seen"}: whether one of so many tests fails with the fault."""
+    _, number, k = place
+    names = chosen_for(max(source.functions[id(source.nodes[number])]), notes)
+    line, before, after = source.put(number, k)
+    answer = {"line": line, "before": before, "after": after, "tests": len(names), "seen": False}
+    try:
+        source.load()
+        answer["seen"] = any(pytest_main(folder, sorted(set(map(file_of, some))), Chosen(some), "-x") for some in in_parts(names) if some)
+    except BaseException:
+        answer["seen"] = True
+    return answer
+
+
+class Forks:
+    """Functions run in forked processes, some at a time; each answers with JSON, or None where it died or did not end."""
+
+    def __init__(self, folder, number):
+        self.folder, self.number, self.running, self.started = folder, number, {}, 0
+
+    def start(self, key, limit_s, function, *words):
+        self.started += 1
+        folder = self.folder / str(self.started)
+        folder.mkdir()
+        pid = os.fork()
+        if pid == 0:
+            os.setsid()
+            null = os.open(os.devnull, os.O_RDWR)
+            for number in (0, 1, 2):
+                os.dup2(null, number)
+            try:
+                answer = function(folder, *words)
+                (folder / "answer").write_text(json.dumps(answer), encoding="utf-8")
+            finally:
+                os._exit(0)
+        self.running[pid] = (key, folder, time.monotonic() + limit_s)
+
+    def answers(self):
+        """Yield (key, answer or None) of those that have ended or are past their limit; their groups are killed."""
+        time.sleep(0.02)
+        for pid, (key, folder, ends_at) in list(self.running.items()):
+            ended, _ = os.waitpid(pid, os.WNOHANG)
+            if ended or time.monotonic() > ends_at:
+                try:
+                    os.killpg(pid, signal.SIGKILL)
+                except ProcessLookupError:
+                    pass
+                if not ended:
+                    os.waitpid(pid, 0)
+                del self.running[pid]
+                answer = folder / "answer"
+                yield key, json.loads(answer.read_text(encoding="utf-8")) if ended and answer.exists() else None
+                shutil.rmtree(str(folder), ignore_errors=True)
+
+    def map(self, jobs):
+        """Yield (key, answer) for each job (key, limit in seconds, function, words...)."""
+        jobs = collections.deque(jobs)
+        while jobs or self.running:
+            while jobs and len(self.running) < self.number:
+                self.start(*jobs.popleft())
+            yield from self.answers()
+
+
+def noted(source, forks):
+    """Return what `note` found for all FILES; SystemExit where a test fails without a fault."""
+    notes = {"calls": {}, "took_s": {}}
+    for name, answer in forks.map([(name, 10 * LIMIT_S, lambda folder, one: note(source, folder, one), name) for name in FILES]):
+        if not answer or answer["failed"]:
+            sys.exit("tests/test_%s.py fails without a fault: %s" % (name, answer and answer["failed"]))
+        notes["calls"].update(answer["calls"])
+        notes["took_s"].update(answer["took_s"])
+        notes["imported"] = set(answer["imported"])
+    return notes
 
 
 def main(count="50", seed="1", *sections):
-    source = (ROOT / "labtasker.py").read_text(encoding="utf-8")
-    tree, sections = ast.parse(source), sections or tuple(TESTS)
-    drawn = places(source, sections)
+    sections = sections or SECTIONS
+    source = Source(ROOT / "labtasker.py")
+    drawn = source.places(sections)
     random.Random(int(seed)).shuffle(drawn)
-    survived = []
+    os.chdir(str(ROOT))
+    sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+    counts = collections.Counter()
     with tempfile.TemporaryDirectory() as folder:
-        folder = pathlib.Path(folder) / "checkout"
-        shutil.copytree(str(ROOT), str(folder), ignore=shutil.ignore_patterns(".git", ".tox", "__pycache__"))
-        (folder / "labtasker.py").write_text(ast.unparse(tree), encoding="utf-8")
-        for section in sections:
-            if is_seen(folder, TESTS[section], 900):
-                sys.exit("the tests of %s fail without a fault" % section)
-        for number, (section, node, k) in enumerate(drawn[:int(count)], 1):
-            text, line, before, after = mutant(tree, node, k)
-            (folder / "labtasker.py").write_text(text, encoding="utf-8")
-            seen = is_seen(folder, TESTS[section], 300)
-            survived += [] if seen else [line]
-            print("%d %s %s:%d  %s  ->  %s" % (number, "killed" if seen else "SURVIVED", section, line, before, after), flush=True)
-    print("%d of %d tried, %d killed, %d survived" % (min(int(count), len(drawn)), len(drawn), min(int(count), len(drawn)) - len(survived), len(survived)))
+        forks = Forks(pathlib.Path(folder), max(2, os.cpu_count() or 1))
+        notes = noted(source, forks)
+        gc.freeze()
+        jobs = [(place, LIMIT_S, lambda folder, one: try_fault(source, folder, one, notes), place) for place in drawn[:int(count)]]
+        for number, ((section, node, k), answer) in enumerate(forks.map(jobs), 1):
+            if answer is None:
+                word, answer = "killed (no end)", dict(zip(("line", "before", "after"), source.put(node, k)), tests=0)
+            else:
+                word = "killed" if answer["seen"] else "SURVIVED"
+            if (source.lines[answer["line"] - 1].strip(), "%(before)s -> %(after)s" % answer) in EQUIVALENT:
+                word = "equivalent"
+            counts[section, word.split()[0]] += 1
+            print("%d %s %s:%d  %s  ->  %s  (%d tests)" % (
+                number, word, section, answer["line"], answer["before"], answer["after"], answer["tests"]), flush=True)
+    for section in sections:
+        print("%s: %s" % (section, ", ".join("%d %s" % (n, word) for (where, word), n in sorted(counts.items()) if where == section)))
 
 
 if __name__ == "__main__":
