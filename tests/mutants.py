@@ -24,6 +24,7 @@ import time
 
 import hypothesis  # noqa: F401: what the tests import is imported once, before the forks
 import pytest
+from harness import wait_until
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 BANNER = re.compile(r"^# \d+\. (\w[\w ]*?) #+$", re.M)
@@ -236,7 +237,8 @@ class Forks:
 
     def answers(self):
         """Yield (key, answer or None) of those that have ended or are past their limit; their groups are killed."""
-        time.sleep(0.02)
+        wait_until(lambda: os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT) or any(
+            time.monotonic() > ends_at for _, _, ends_at in self.running.values()), "a fork ends", timeout_s=10 ** 6)
         for pid, (key, folder, ends_at) in list(self.running.items()):
             ended, _ = os.waitpid(pid, os.WNOHANG)
             if ended or time.monotonic() > ends_at:
