@@ -22,7 +22,7 @@ import tempfile
 import threading
 import time
 
-import hypothesis  # noqa: F401: what the tests import is imported once, before the forks
+import hypothesis  # noqa: F401  what the tests import is imported once, before the forks
 import pytest
 from harness import wait_until
 
