@@ -14646,7 +14646,7 @@ class Packs:
         self.rows = {}  # {key of a run whose folder is there: (number, text) of its line in NAME.runs}
 
     def begin(self, run):
-        """Note that a run begins, before its folder is made. What can't be written is tried again at its end."""
+        """Note that a run begins; return whether that is written. If not, it is tried again at the run's end."""
         with self.lock:
             try:
                 self._open(run.task.queue_id)
@@ -14654,8 +14654,9 @@ class Packs:
                 number = next(number for number in itertools.count() if number not in taken)
                 self.rows[run.key] = number, "%s %s" % (run.task_id, run.key)
                 self._write_row(*self.rows[run.key])
+                return True
             except OSError:
-                pass
+                return False
 
     def add(self, run, report):
         """Return the place of the output of a run that is over, for its attempt; None if it stays in its folder."""
@@ -15395,9 +15396,10 @@ class Run:
     def begin(self):
         """Note that the run begins and write task.json; print why it can't be written."""
         self.move("begin")
-        if self.packs:
-            self.packs.begin(self)
+        is_noted = not self.packs or self.packs.begin(self)  # before its folder is made
         if self.has_log_dir():
+            if not is_noted:  # the folder that all is in was not there
+                self.packs.begin(self)
             write_json(self.path("task.json"), self.task.to_dict())
 
     def written_task(self):

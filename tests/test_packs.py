@@ -369,6 +369,13 @@ def check_lines(said):
         assert output_of(task_id, run_id) == "line of %s\n" % run_id
 
 
+@pytest.mark.slow
+def test_the_first_run_in_a_folder_without_settings_is_listed_too(both):
+    task_id = L.submit_task(args={"n": 1}).task_id
+    both.cli("loop", "-q", "--", "sh", "-c", "cat $LABTASKER_LOG_DIR/../../*.runs > listed", "%(n)")
+    assert (both.cwd / "listed").read_text().split() == [task_id, L.ls_tasks().content[0].attempts[0]["run_id"]]
+
+
 JOB = """#!/bin/sh
 echo "line of $LABTASKER_RUN_ID"
 while [ -d "$LABTASKER_LOG_DIR" ]; do
