@@ -70,7 +70,7 @@ def test_what_is_kept_of_a_run_elsewhere_is_its_end_as_it_was(home, store, capsy
     report(run)
     end, = kept(store).values()
     assert whole.endswith(end) and end.startswith(b"\x1b[31m") and L.TAIL_BYTES - 40 < len(end) <= L.TAIL_BYTES
-    assert b"caf" not in (store / "journal.jsonl").read_bytes()
+    assert b"[31mred" not in (store / "journal.jsonl").read_bytes()
 
     found = L.get_log(run.task_id, None)
     assert found["size"] == len(whole) and found["text"] == end.decode("utf-8", "replace") and found["run_id"] == run.run_id
