@@ -162,7 +162,8 @@ class Chosen:
 
 
 def pytest_main(folder, files, plugin, *words):
-    return pytest.main(["-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-m", "not slow", "--basetemp", str(folder / "tests")]
+    return pytest.main(["-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-m", "not slow", "--basetemp", str(folder / "tests"),
+                        "-W", "ignore:Module already imported"]  # hypothesis, above
                        + list(words) + ["tests/test_%s.py" % name for name in files], plugins=[plugin])
 
 
