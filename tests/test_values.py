@@ -75,6 +75,17 @@ def test_an_odd_key_is_refused_wherever_it_stands(key, wrap):
     assert caught.value.detail[0]["loc"][:2] == ["body", "args"]
 
 
+def test_too_many_keys_or_levels_are_refused_at_the_field_that_has_them(monkeypatch):
+    monkeypatch.setattr(labtasker, "_MAX_KEYS", 3)
+    wide, deep = {"a": 1, "b.c": 2, "d": 3}, ".".join("x" * (labtasker.MAX_DEPTH + 1))
+    assert labtasker.unflatten(wide) == {"a": 1, "b": {"c": 2}, "d": 3}
+    for given_ in (dict(wide, e=4), {deep: 1}):
+        for tree in (given_, {"k": [given_]}):
+            with pytest.raises(labtasker.InvalidFields, match="more than 100 levels or 3 keys") as caught:
+                labtasker.unflatten(tree, "summary")
+            assert caught.value.detail[0]["loc"] == ["body", "summary"]
+
+
 @given(TREES)
 def test_nesting_undoes_flattening_and_changes_no_tree_without_dots(tree):
     assert labtasker.unflatten(flat(tree)) == tree == labtasker.unflatten(tree)
@@ -404,6 +415,19 @@ def test_a_field_that_may_be_a_key_of_several_is_answered_with_all_of_them():
     fields = ("args", "summary", "metadata", "task_name")
     assert labtasker.field_hint("lr", fields) == "; did you mean args.lr, summary.lr or metadata.lr?"
     assert labtasker.field_hint("lr", ("metadata",)) == "; did you mean metadata.lr?" and labtasker.field_hint("lr", ()) == ""
+    assert labtasker.field_hint("name", ("task_name",)) == "; did you mean task_name?"
+
+
+@pytest.mark.parametrize("started, os_name, shown", [
+    ("/usr/bin/labtasker", "posix", "labtasker"), ("lt", "posix", "lt"), ("labtasker-server", "posix", "labtasker"),
+    ("train.py", "posix", "python3 -m labtasker"), ("train.py", "nt", "python -m labtasker"), ("", "posix", "python3 -m labtasker")])
+def test_the_program_is_named_as_a_user_types_it_on_this_system(monkeypatch, started, os_name, shown):
+    monkeypatch.setattr(labtasker.sys, "argv", [started])
+    monkeypatch.setattr(labtasker.os, "name", os_name)
+    try:
+        assert labtasker.program() == shown
+    finally:
+        monkeypatch.undo()
 
 
 def test_a_fraction_that_rounds_up_is_the_next_second():
