@@ -4726,15 +4726,14 @@ def follow(store, queue_id, after, pause_s):
 
 def last_event(store):
     """Return the id (n, k) of the last event."""
-    n, k = _news(store, (math.inf, 0))[2]
-    return n, max(k, 0)
+    return _news(store, (math.inf, 0))[2]
 
 
 def _news(store, after):
     """Return (whether only the file has the events after `after`, the events in memory, the last event's id)."""
     with store.lock:
         events = store.file.replica.events
-        last = (events[-1].n, events[-1].k) if events else (store.journal.file.header.get("folded", 0), -1)
+        last = (events[-1].n, events[-1].k) if events else (store.journal.file.header.get("folded", 0), 0)
         if events and (events[0].n, events[0].k) <= after or after >= last:
             news = list(itertools.takewhile(lambda event: (event.n, event.k) > after, reversed(events)))
             return False, news[::-1], last
@@ -7707,8 +7706,8 @@ def _run_events(store, caller, request, route):
     last = last_event(store)
     after = tuple(map(int, after.split("."))) if after else last
     pause_s = min(PING_S, _WAIT_SLICE_S) if isinstance(caller, LocalName) else PING_S
-    unknown = None if after <= last else "there is no event %d.%d: the id is from another store, or this store was " \
-        "replaced; events follow from now on" % after
+    unknown = None if after <= (last[0], math.inf) else "there is no event %d.%d: the id is from another store, or " \
+        "this store was replaced; events follow from now on" % after
     after = min(after, last)
     return batch, Stream(_event_pieces(follow(store, caller, after, pause_s), after, unknown))
 

@@ -309,3 +309,31 @@ def test_help_events_fits_a_terminal_and_its_python_hears_events(home, capsys):
     with pytest.raises(Ended):
         exec(code, {"print": Print()})
     assert [state for _, _, state in heard] == [step[2] for step in RAN]
+
+
+@pytest.mark.parametrize("kept", [10000, 1])
+def test_the_last_event_before_a_compaction_is_known_after_it(door, tmp_path, monkeypatch, kept):
+    monkeypatch.setattr(L, "MAX_EVENTS", kept)
+    worker_id = door.worker()
+    door.submit(args={"a": 1})
+    door.report(door.fetch(worker_id=worker_id), "failed", worker_id=worker_id)  # two steps on a line
+    door("PUT", "/api/v1/queues/me", {"metadata": {"a": 1}})  # a line without one, as the last line is not compacted
+    last = Listener(door, "0.0")
+    last.read(6)
+    assert last.events[-1]["id"].endswith(".1")
+    L.compact(door.path)
+    fresh = Door(tmp_path, door.clock)
+    fresh("GET", "/api/v1/queues/me")
+    listener = Listener(fresh, last.events[-1]["id"])
+    do_steps(fresh)
+    assert listener.read(7) and [kind for kind, _ in listener.other] == ["connection"]
+
+
+@pytest.mark.parametrize("is_server", [True, False])
+def test_a_listener_that_waits_looks_seldom_and_writes_nothing(tmp_path, monkeypatch, is_server):
+    store, looked, news = L.Store(str(tmp_path / "journal.jsonl"), is_server=is_server), [], L._news
+    L.answer_call(store, None, "POST", "/api/v1/queues", {"queue_name": "default", "password": "p"})
+    monkeypatch.setattr(store.owner, "move", None)
+    monkeypatch.setattr(L, "_news", lambda *words: looked.append(0) or news(*words))
+    assert next(L.follow(store, L.LocalName("default"), L.last_event(store), 0.1)) is None
+    assert len(looked) < 20
