@@ -335,5 +335,17 @@ def test_a_listener_that_waits_looks_seldom_and_writes_nothing(tmp_path, monkeyp
     L.answer_call(store, None, "POST", "/api/v1/queues", {"queue_name": "default", "password": "p"})
     monkeypatch.setattr(store.owner, "move", None)
     monkeypatch.setattr(L, "_news", lambda *words: looked.append(0) or news(*words))
-    assert next(L.follow(store, L.LocalName("default"), L.last_event(store), 0.1)) is None
+    assert next(L.follow(store, L.LocalName("default"), (0, 0), 0.1)) is None
     assert len(looked) < 20
+
+
+@pytest.mark.parametrize("method, body", [("PUT", {"new_password": "other"}), ("DELETE", None)])
+def test_a_stream_ends_once_its_caller_may_no_longer_use_the_queue(tmp_path, method, body):
+    store = L.Store(str(tmp_path / "journal.jsonl"), is_server=True)
+    L.answer_call(store, None, "POST", "/api/v1/queues", {"queue_name": "mine", "password": "p"})
+    (queue_id, queue), = store.state.queues.items()
+    caller = L.CallerQueueId(queue_id, queue.record.password)
+    events = L.follow(store, caller, L.last_event(store), 0.01)
+    assert next(events) is None
+    assert L.answer_call(store, lambda: caller, method, "/api/v1/queues/me", body)[0] in (200, 204)
+    assert next(events, "the end") == "the end"
