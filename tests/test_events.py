@@ -329,10 +329,18 @@ def test_the_last_event_before_a_compaction_is_known_after_it(door, tmp_path, mo
     assert listener.read(7) and [kind for kind, _ in listener.other] == ["connection"]
 
 
+def with_queue(folder, is_server):
+    """Return a store with a queue named default."""
+    store = L.Store(str(folder / "journal.jsonl"), is_server=is_server)
+    if is_server:
+        store.file.open()
+    assert L.answer_call(store, None, "POST", "/api/v1/queues", {"queue_name": "default", "password": "p"})[0] == 201
+    return store
+
+
 @pytest.mark.parametrize("is_server", [True, False])
 def test_a_listener_that_waits_looks_seldom_and_writes_nothing(tmp_path, monkeypatch, is_server):
-    store, looked, news = L.Store(str(tmp_path / "journal.jsonl"), is_server=is_server), [], L._news
-    L.answer_call(store, None, "POST", "/api/v1/queues", {"queue_name": "default", "password": "p"})
+    store, looked, news = with_queue(tmp_path, is_server), [], L._news
     monkeypatch.setattr(store.owner, "move", None)
     monkeypatch.setattr(L, "_news", lambda *words: looked.append(0) or news(*words))
     assert next(L.follow(store, L.LocalName("default"), (0, 0), 0.1)) is None
@@ -341,8 +349,7 @@ def test_a_listener_that_waits_looks_seldom_and_writes_nothing(tmp_path, monkeyp
 
 @pytest.mark.parametrize("method, body", [("PUT", {"new_password": "other"}), ("DELETE", None)])
 def test_a_stream_ends_once_its_caller_may_no_longer_use_the_queue(tmp_path, method, body):
-    store = L.Store(str(tmp_path / "journal.jsonl"), is_server=True)
-    L.answer_call(store, None, "POST", "/api/v1/queues", {"queue_name": "mine", "password": "p"})
+    store = with_queue(tmp_path, True)
     (queue_id, queue), = store.state.queues.items()
     caller = L.CallerQueueId(queue_id, queue.record.password)
     events = L.follow(store, caller, L.last_event(store), 0.01)
