@@ -700,3 +700,9 @@ def test_every_acknowledged_point_is_there_after_workers_and_server_were_killed(
         assert there == sorted(set(there)) and not set(steps) - set(there), (path.name, len(steps), len(there))
     print("%d points of %d tasks, %d kills of workers" % (told, len(list(acked.iterdir())), kills))
     assert told > 100 and kills
+
+
+def test_an_ordinal_number_has_its_ending():
+    numbers = [1, 2, 3, 4, 9, 10, 11, 12, 13, 14, 20, 21, 22, 23, 24, 101, 111, 112, 113, 121]
+    assert " ".join(map(L.ordinal, numbers)) == ("1st 2nd 3rd 4th 9th 10th 11th 12th 13th 14th 20th 21st 22nd 23rd 24th 101st "
+                                                         "111th 112th 113th 121st")

@@ -241,6 +241,19 @@ def test_a_pause_is_over_at_the_same_time_in_another_process_and_a_long_one_has_
     assert door.fetch()["task_id"] == one
 
 
+def test_of_pauses_that_are_over_a_bounded_number_is_kept(door):
+    ids = [door.submit() for _ in range(25)]
+    for _ in ids:
+        door.report(door.fetch(), "pending", delay_s=3600)
+    for one in ids:
+        door.update(one, reset=True)  # it ends the pause
+    assert len(pending_of(door).delayed) == 25
+    for _ in range(20):
+        door.report(door.fetch(), "pending", delay_s=3600)
+        door.update(next(iter(pending_of(door).resting)), reset=True)
+        assert len(pending_of(door).delayed) < 25
+
+
 def pause_after_a_failed_run(door):
     """Have the next task's run fail; return its pause in seconds, and let that pass."""
     task_id = door.fetch()["task_id"]
@@ -356,6 +369,19 @@ def test_looking_changes_nothing(door, clock, tmp_path):
     door("POST", "workers/search", {})
     assert door.task(task_id)["status"] == "running"
     assert (tmp_path / "journal.jsonl").stat().st_size == size
+
+
+def test_a_task_that_runs_shows_when_its_last_heartbeat_came(door, clock):
+    task_id = door.submit()
+    run = door.fetch(heartbeat_timeout=60)
+    clock.pass_s(20)
+    door("POST", "tasks/%s/heartbeat" % task_id, query={"run_id": run["run_id"]})
+    clock.pass_s(10)
+    for found in (door.task(task_id), door("POST", "tasks/search", {})["content"][0]):
+        assert 19.9 < L.parse_time(found["last_heartbeat"]) - L.parse_time(found["start_time"]) < 20.1
+    door.report(run, "pending")
+    door.fetch(start_heartbeat=False, eta_max=60, heartbeat_timeout=None)
+    assert door.task(task_id)["last_heartbeat"] is None
 
 
 def test_a_late_success_counts_while_nobody_has_taken_the_task_and_gives_the_retry_back(door):
@@ -607,6 +633,21 @@ def test_handing_back_charges_no_retry_and_ends_after_a_hundred_times(door):
         assert (found["status"], found["retries"], found["interruptions"], found["reason"]) == ("pending", 0, count, "SIGTERM")
     door.report(door.fetch(), "pending", reason="SIGTERM")
     assert door.task(task_id)["status"] == "failed"
+
+
+def test_a_worker_that_registers_again_with_its_id_and_name_is_the_one_that_is_there(door):
+    worker_id = L.new_id()
+    for _ in range(2):
+        assert door("POST", "workers", {"worker_id": worker_id, "worker_name": "gpu1"}, expect=201) == {"worker_id": worker_id}
+    assert "with another name" in door("POST", "workers", {"worker_id": worker_id, "worker_name": "gpu2"}, expect=409)["detail"]
+    assert [worker["worker_name"] for worker in door("POST", "workers/search", {})["content"]] == ["gpu1"]
+
+
+def test_what_is_left_of_a_queue_whose_creation_is_lost_has_a_name_made_of_its_id():
+    state = L.State()
+    for task_id in ("one", "two"):
+        state.apply("x", [["task", task_id, {"created_at": 5.0}, "created"]])
+    assert state.names == {"recovered-x": "x"} and sorted(state.queues["x"].tasks) == ["one", "two"]
 
 
 def test_a_worker_is_crashed_at_its_max_retries_and_gets_tasks_again_once_active(door):
