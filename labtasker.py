@@ -6760,9 +6760,48 @@ def _curve_bytes(curve):
 def _live_bytes(queue):
     """Return about how many bytes a queue takes in a folded journal, estimated from a sample of its tasks."""
     sample = list(itertools.islice(queue.tasks.values(), 200))
-    mean = sum(len(dump_json(_kept(task._replace(curve=None)))) + 60 + _curve_bytes(task.curve) for task in sample
-               ) / max(1, len(sample))
-    return int(mean * len(queue.tasks)) + 400 * len(queue.workers)
+    changes = _task_changes(task._replace(curve=None) for task in sample)
+    found = sum(len(dump_json(change)) for change, _ in changes) + sum(20 + _curve_bytes(task.curve) for task in sample)
+    return int(found / max(1, len(sample)) * len(queue.tasks)) + 400 * len(queue.workers)
+
+
+def _form_of_kept(numbered):
+    """Return what the tasks of a table, given with their numbers, have in common; None for one that can't be in one.
+
+    A table holds tasks that are as one list has submitted them: they differ in their args' values, and each was created
+    a microsecond after the one before it."""
+    number, task = numbered
+    if task.status != "pending" or task.last_modified != task.created_at or not task.args or not is_plain(task.args):
+        return None
+    rest = list(task)
+    for at in _OF_EACH:
+        rest[at] = None
+    return round(task.created_at * 1e6) - number, list(task.args), repr(rest)
+
+
+_OF_EACH = [TaskRecord.places[name] for name in ("task_id", "created_at", "last_modified", "digest", "args")]
+
+
+def _task_changes(tasks):
+    """Yield (a change, the tasks in it), from which a replay makes these tasks, in their order."""
+    for form, group in itertools.groupby(enumerate(tasks), _form_of_kept):
+        for some in iter(lambda: [task for _, task in itertools.islice(group, FOLD_CHANGES)], []):
+            table, begin = form and len(some) > 1 and _table_of(some), some[0].created_at
+            if table and all(after(begin, place) == task.created_at for place, task in enumerate(some)):
+                yield table, some
+            else:
+                yield from ((["task", task.task_id, _kept(task), None], [task]) for task in some)
+
+
+def _table_of(tasks):
+    """Return the change of tasks of one form; None if they have a field that no table has."""
+    fields = _kept(tasks[0]._replace(last_modified=None, digest=None, args={}))
+    if not _TABLE_FIELDS.issuperset(fields):
+        return None
+    return ["tasks", fields, list(tasks[0].args), [[task.task_id, task.digest, *task.args.values()] for task in tasks]]
+
+
+_TABLE_FIELDS = {"status", "created_at"}.union(SUBMITTED).difference(WAITS)
 
 
 def _fold_lines(state):
@@ -6771,14 +6810,14 @@ def _fold_lines(state):
     for queue_id, queue in state.queues.items():
         changes = [["queue", dict(_kept(queue.record), queue_id=queue_id)]]
         changes += [["worker", key, _kept(worker), None] for key, worker in queue.workers.items()]
-        tasks = iter(queue.tasks.items())
+        more = _task_changes(queue.tasks.values())
         while changes:
             count += 1
             yield sealed({"fold": count, "queue": queue_id, "changes": changes})
             changes, weight = [], 0
-            for key, task in tasks:
-                changes.append(["task", key, _kept(task), None])
-                weight += 1 + (len(task.curve.points) // 10 if task.curve else 0)
+            for change, tasks in more:
+                changes.append(change)
+                weight += sum(1 + (len(task.curve.points) // 10 if task.curve else 0) for task in tasks)
                 if weight >= FOLD_CHANGES:
                     break
 

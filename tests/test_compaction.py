@@ -60,6 +60,47 @@ def test_a_fold_is_the_same_state_in_fewer_lines(door, tmp_path):
     assert header["folded"] == door.store.journal.file.n - 1 and header["tail"] < is_  # all that is known to be on disk
 
 
+def list_of_tasks(dice):
+    """Return a list of submissions, most of which have one form."""
+    form = dice.choice([{}, {"priority": 2}, {"metadata": {"k": dice.choice([1, True, 1.0])}}, {"max_retries": 0}, {"cmd": "x"}])
+    tasks = [dict(form, args={"lr": dice.choice([0.1, 1, True, None, [1, {"a": 2}], "é"]), "seed": i}) for i in range(dice.randrange(1, 250))]
+    if dice.random() < 0.3:
+        tasks[dice.randrange(len(tasks))]["args"] = dice.choice([{"deep": {"lr": 1}, "seed": 1}, {"seed": 1, "lr": 2}])
+    return tasks
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_a_fold_of_lists_keeps_every_task_as_it_is_in_its_place(door, tmp_path, seed):
+    dice = random.Random(seed)
+    for _ in range(4):
+        ids = door("POST", "tasks", list_of_tasks(dice))["task_ids"]
+        some = [dice.choice(ids) for _ in range(5)]
+        door("DELETE", "tasks/" + some[0])
+        door("PUT", "tasks", [{"task_id": task_id, "priority": 7} for task_id in sorted(set(some) - {some[0]})])
+        door.report(door.fetch(), dice.choice(["success", "running"]))
+        door("POST", "tasks", {"args": {"lr": 1, "seed": 1}, "after": [ids[-1]] if ids[-1] != some[0] else []})
+    L.compact(door.path)
+    again = Door(tmp_path, door.clock)
+    again("GET", "/api/v1/queues/me")
+    assert same(again, door)
+    L.compact(door.path)
+    last = Door(tmp_path, door.clock)
+    last("GET", "/api/v1/queues/me")
+    assert same(last, door)
+
+
+def test_a_grid_that_is_partly_worked_off_stays_a_table(door, tmp_path):
+    door("POST", "tasks", [{"args": {"lr": i / 8, "seed": i}} for i in range(1000)])
+    was, is_ = L.compact(door.path)
+    assert is_ < 1.1 * was
+    for _ in range(50):
+        door.report(door.fetch(), "success")
+    folded, _ = L.compact(door.path)
+    lines = map(json.loads, (tmp_path / "journal.jsonl").read_text().splitlines())
+    rows = [len(change[3]) for line in lines if "fold" in line for change in line["changes"] if change[0] == "tasks"]
+    assert sum(rows) == 950 and max(rows) == L.FOLD_CHANGES
+
+
 def test_processes_that_have_the_file_open_go_on_in_the_folded_one(door, tmp_path):
     busy(door)
     behind = Door(tmp_path, door.clock)
