@@ -29,7 +29,7 @@ from harness import wait_until
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 BANNER = re.compile(r"^# \d+\. (\w[\w ]*?) #+$", re.M)
 SECTIONS = ("Values", "Filters", "Model", "Journal", "State", "Operations", "Store")
-FILES = ("after api cli client curves dates events failures filters journal logs metrics model owner packs pipeline required security"
+FILES = ("after api cli client curves dates events failures filters journal logs loop metrics model owner packs pipeline required security"
          " server service sweep table template terminal values").split()  # whose quick tests are to see the faults
 EQUIVALENT = {  # (the source's line, what was there -> what is there now): why no test can see it
     ('line = text[start:].split("\\n", 1)[0]', "1 -> 2"): "only the first part is used",
@@ -40,6 +40,12 @@ EQUIVALENT = {  # (the source's line, what was there -> what is there now): why 
         "how much of a long text is shown is no rule",
     ("self.taking.keep(required, heaps, _weight_bytes(required) + 8 * len(heaps))", "8 -> 9"): "the weight is an estimate",
     ("_PLAIN_KEYS.add(key)", "_PLAIN_KEYS.add(key) -> pass"): "a key that is not remembered is looked at again",
+    ('if len(text) == 32 and text[4] + text[7] + text[10] + text[26:] == "--T+00:00" and _from_own_text:', "7 -> 8"):
+        "the slower way gives the same time",
+    ("if self.logged > _MAX_LOG // 2:", "self.logged > _MAX_LOG // 2 -> self.logged >= _MAX_LOG // 2"):
+        "how much is dropped beyond what has to be is no rule",
+    ("self.forget(lambda standing: standing.cursor < standing.log.start)",
+     "standing.cursor < standing.log.start -> standing.cursor <= standing.log.start"): "what is dropped is made again",
     ("direction < 0)", "direction < 0 -> direction <= 0"): "a direction is 1 or -1",
 }
 TESTS_S = 30  # so long may the tests take that are run for a fault

@@ -465,6 +465,14 @@ def test_the_worker_of_a_loop_that_has_ended_says_so_until_it_works_again(door):
         assert ended_at() is None
 
 
+def test_what_happens_to_a_task_after_a_run_is_no_end_of_that_run(door):
+    task_id = door.submit()
+    door.report(door.fetch(attempt={"host": "here"}), "failed", attempt={"exit_code": 1})
+    attempts = door.task(task_id)["attempts"]
+    door.report(task_id, "cancelled", reason="not wanted")
+    assert door.task(task_id)["status"] == "cancelled" and door.task(task_id)["attempts"] == attempts
+
+
 def test_attempts_are_kept_where_a_worker_tells_of_them_and_only_there(door):
     task_id = door.submit()
     door.report(door.fetch(), "failed", attempt={"exit_code": 1})
@@ -836,6 +844,14 @@ def test_fetches_find_the_same_task_among_few_shapes_and_among_many(door, monkey
     assert door.fetch(required_fields=["only_3"]) is None
     assert door.fetch(required_fields=["*"])["task_id"] == [ids[i] for i in wanted if i % 7 != 3 or i not in wanted][0]
     assert (few >= 10 ** 6) == (not pending_of(door).standing)
+
+
+def test_a_filter_that_requires_several_values_reads_the_log_of_a_field_that_has_logs(door, monkeypatch):
+    monkeypatch.setattr(L, "FEW_PATHS", 0)
+    door.submit(args={"a": 1, "b": 1})
+    for query in ({"args.b": 5}, {"args.a": 5, "args.b": 6}, {"args.b": 7, "args.a": 6}):
+        assert door.fetch(extra_filter=query) is None
+    assert list(pending_of(door).routes) == ["args.b"]
 
 
 WANTED = [  # filters in turn: of one value, of several, of none
