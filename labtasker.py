@@ -4957,18 +4957,51 @@ def _form(submission):
     return repr(dict(submission, args=list(args), task_id=bool(submission.get("task_id"))))
 
 
-def _table(submissions, at):
-    """Return (fields, names of the args, rows) of submissions that have one form, for the change `tasks`."""
-    (fields, notes), rows = _given(submissions[0]), []
-    names, has_ids = list(fields["args"]), submissions[0].get("task_id")
+# Submissions that differ only in their ids and the values of their args: `task` has what they have in common, `names` are
+# those of their args, `rows` their values. `ids` is None where the submissions have none.
+Sheet = row_type("Sheet", "task names rows ids")
+
+
+def is_sheet(sheet):
+    """Return whether tasks may stay a Sheet, as one change of the state: they wait for no others, and have args with
+    plain names and without dicts."""
+    if not sheet.names or not all(map(is_plain_key, sheet.names)) or any(sheet.task.get(name) for name in WAITS):
+        return False
+    kinds = set(map(type, itertools.chain.from_iterable(sheet.rows)))
+    return not kinds & {dict, list} or all(is_plain(dict(zip(sheet.names, row))) for row in sheet.rows)
+
+
+def submissions_of(sheet):
+    """Return the list of submissions that a Sheet stands for."""
+    tasks = [dict(sheet.task, args=dict(zip(sheet.names, row))) for row in sheet.rows]
+    return [dict(task, task_id=task_id) for task, task_id in zip(tasks, sheet.ids)] if sheet.ids else tasks
+
+
+def in_sheets(tasks):
+    """Return a list of submissions with Sheets in the place of those that have one form and follow each other."""
+    found = []
+    for form, group in itertools.groupby(tasks, _form) if len(tasks) > 1 else [(None, tasks)]:
+        group = list(group)
+        found += [_sheet(group)] if form and len(group) > 1 else group
+    return found
+
+
+def _sheet(tasks):
+    first, ids = tasks[0], [task.get("task_id") for task in tasks]
+    return Sheet({name: value for name, value in first.items() if name not in ("args", "task_id")}, list(first["args"]),
+                 [task["args"].values() for task in tasks], ids if ids[0] else None)
+
+
+def _table(sheet, at):
+    """Return (fields, rows) of a Sheet for the change `tasks`."""
+    fields, notes = _given(dict(sheet.task, args=dict.fromkeys(sheet.names)))
     head, tail = _sorted_json(dict(fields, args=0)).split("0", 1)  # no field that a table has sorts before args
-    for submission in submissions:
-        args, task_id, digest = submission["args"], submission.get("task_id") or new_id(), None
-        if has_ids:
-            digest = zlib.crc32((head + _sorted_json(args) + tail).encode())
-        rows.append([task_id, digest, *args.values()])
     del fields["args"]
-    return dict(fields, created_at=at, **notes), names, rows
+    fields = dict(fields, created_at=at, **notes)
+    if not sheet.ids:
+        return fields, [[new_id(), None, *row] for row in sheet.rows]
+    return fields, [[task_id, zlib.crc32((head + _sorted_json(dict(zip(sheet.names, row))) + tail).encode()), *row]
+                    for task_id, row in zip(sheet.ids, sheet.rows)]
 
 
 _INPUT = {name: (field.submitted, field.default) for name, field in SUBMITTED.items()}
@@ -5132,20 +5165,20 @@ def submit_tasks_op(store, queue, request, at):
         ids[task_id] = digest
         return not is_there
 
-    tasks = request["tasks"]
-    for form, group in itertools.groupby(tasks, _form) if len(tasks) > 1 else [(None, tasks)]:
-        group = list(group)
-        if form and len(group) > 1:
-            fields, names, rows = _table(group, after(at, len(ids)))
-            rows = [row for row in rows if is_new(*row)]
-            changes += [["tasks", fields, names, rows]] if rows else []
+    for submission in request["tasks"]:
+        if isinstance(submission, Sheet):
+            fields, rows = _table(submission, after(at, len(ids)))
+            found = {row[0]: row[1] for row in rows}
+            if len(found) < len(rows) or not all(there.keys().isdisjoint(found) for there in (queue.tasks, ids)):
+                rows = [row for row in rows if is_new(*row)]
+            ids.update(found)
+            changes += [["tasks", fields, submission.names, rows]] if rows else []
             continue
-        for submission in group:
-            task_id, fields = _submission(submission, after(at, len(ids)))
-            if is_new(task_id, fields.get("digest")):
-                if "after" in fields or "after_any" in fields:
-                    _check_others(queue, fields, ids, task_id)
-                changes.append(["task", task_id, fields, "created"])
+        task_id, fields = _submission(submission, after(at, len(ids)))
+        if is_new(task_id, fields.get("digest")):
+            if "after" in fields or "after_any" in fields:
+                _check_others(queue, fields, ids, task_id)
+            changes.append(["task", task_id, fields, "created"])
     return changes, {"task_ids": list(ids)} if request["many"] else {"task_id": next(iter(ids))}
 
 
@@ -7069,7 +7102,8 @@ KINDS = {
     "status": _one_of(TASK_STATES), "failure": _one_of(FAILURES), "worker_status": _one_of(WORKER_STATES),
     "extreme": _one_of(("max", "min")),
     "worker_report": _one_of(WORKER_STATES + ("ended",)), "answer": _one_of(("status",)),
-    "texts": _kind("a list of text", _is_texts), "ids": _ids,
+    "texts": _kind("a list of text", _is_texts), "ids": _ids, "rows": _type("a list of lists of values", list),
+    "row_ids": _kind("a list of ids", lambda value: _is_texts(value) and all(map(NAME.match, value)), is_shown=False),
     "cmd": _kind("text or a list of text", lambda value: isinstance(value, str) or _is_texts(value)),
     "sort": _kind("a list of at most %d [field, 1 or -1]" % _MAX_SORTS, _is_sort),
     "attempt": _kind("an object of names with texts and numbers, and the log's place, of at most %d bytes"
@@ -7206,10 +7240,34 @@ def _prepare_table(store, request):
     _read_task_filter(store, request)
 
 
+def _check_size(tasks):
+    if tasks > TRANSACTION_TASKS:
+        raise TooLarge("%d tasks in one request: at most %d go in one transaction" % (tasks, TRANSACTION_TASKS))
+
+
 def _prepare_submission(store, request):
     for task in request["tasks"]:
         if "stop" in task:
             parse_rule(task["stop"])
+    request["tasks"] = in_sheets(request["tasks"])
+
+
+def _prepare_rows(store, request):
+    names, rows, ids = (request.pop(name) for name in ("args", "rows", "task_ids"))
+    sheet = Sheet({name: value for name, value in request.items() if value is not None}, names, rows, ids)
+    problems = [(["body", "args"], "the key %.100r stands twice" % name) for name in names if names.count(name) > 1][:1]
+    problems += [(["body", "rows", at], "should be a list of %d values, one for each of args, not %.120r" % (
+        len(names), row)) for at, row in enumerate(rows) if type(row) is not list or len(row) != len(names)][:10]
+    if ids is not None and len(ids) != len(rows):
+        problems.append((["body", "task_ids"], "should be %d ids, one for each of rows, not %d" % (len(rows), len(ids))))
+    if problems:
+        raise InvalidFields(problems)
+    _check_size(len(rows))
+    if len(rows) * len(json.dumps([sheet.task, names])) > MAX_BODY_BYTES:  # each task has these in memory, and in a fold
+        raise TooLarge("a table of tasks that have over %d bytes together: send it in parts" % MAX_BODY_BYTES)
+    if sheet.task.get("stop"):
+        parse_rule(sheet.task["stop"])
+    request.update(tasks=[sheet] if is_sheet(sheet) else in_sheets(submissions_of(sheet)), many=True)
 
 
 def _prepare_updates(store, request):
@@ -7871,6 +7929,8 @@ def _route(operation, meaning, fields=(), query=(), status=200, writes=True, ope
 _SUBMISSION = Fields({name: Arg(field.kind, field.default if isinstance(field.default, int) else None,
                                 field.extension or field.submitted == "id") for name, field in SUBMITTED.items()},
                      fills=False)
+_ROWS = dict(_SUBMISSION, args=Arg("texts", REQUIRED), rows=Arg("rows", REQUIRED), task_ids=Arg("row_ids"))
+del _ROWS["task_id"]
 _UPDATE = {name: Arg(field.kind, None, field.extension) for name, field in UPDATED.items()}
 _REPORT = {"status": Arg("status", REQUIRED), "worker_id": Arg("id"), "summary": Arg("dict"),
            "run_id": _ours("id"), "reason": _ours("text"), "attempt": _ours("attempt"), "log": _ours("log"),
@@ -7905,6 +7965,10 @@ ROUTES = {
     "POST " + TASKS_PATH: _route(
         submit_tasks_op, "submit a task, or a list of them in one transaction", status=201,
         fields=_SUBMISSION, body="either", prepare=_prepare_submission, quick=_always),
+    "POST " + TASKS_PATH + "/rows": _route(
+        submit_tasks_op, "submit tasks that differ only in the values of their args, in one transaction: args are the "
+        "names, rows has a list of values for each task", status=201, fields=_ROWS, prepare=_prepare_rows,
+        quick=_always),
     "PUT " + TASKS_PATH: _route(
         update_tasks_op, "update tasks, all or none", body="list", prepare=_prepare_updates,
         query={"reset_pending": Arg("bool", True)},
@@ -8029,9 +8093,7 @@ def read_call(store, caller, route, ids, body, query):
         if not many and route.body == "list":
             raise InvalidFields([(["body"], "should be a list")])
         items = body if many else [body]
-        if len(items) > TRANSACTION_TASKS:
-            raise TooLarge("%d tasks in one request: at most %d go in one transaction" % (
-                len(items), TRANSACTION_TASKS))
+        _check_size(len(items))
         found = [checked(route.fields, item, ["body", at] if many else ["body"]) for at, item in enumerate(items)]
         request.update({"updates" if route.body == "list" else "tasks": found, "many": many})
     request.update(ids)
