@@ -4957,8 +4957,8 @@ def _form(submission):
     return repr(dict(submission, args=list(args), task_id=bool(submission.get("task_id"))))
 
 
-# Submissions that differ only in their ids and the values of their args: `task` has what they have in common, `names` are
-# those of their args, `rows` their values. `ids` is None where the submissions have none.
+# Submissions that differ only in their ids and the values of their args. `task` is what they have in common, `names`
+# are the keys of their args, each of `rows` has a submission's values. `ids` is None where they have none.
 Sheet = row_type("Sheet", "task names rows ids")
 
 
@@ -5152,9 +5152,16 @@ def _circle(queue, now_are, begin):
     return None
 
 
+def _of_item(error, place):
+    """Return an error of a submission as that of an item of a list."""
+    if isinstance(error, InvalidFields):
+        return InvalidFields([(where[:1] + [place] + where[1:], message) for where, message in error.problems])
+    return BadRequest("item %d of the list: %s" % (place, error))
+
+
 def submit_tasks_op(store, queue, request, at):
     """Decide to create tasks, all or none. A task that exists with the same content was submitted before: no error."""
-    changes, ids = [], {}
+    changes, ids, place = [], {}, 0  # place: of the submission among all
 
     def is_new(task_id, digest, *_):
         """Return whether a task has to be created; raise Conflict if another one has its id."""
@@ -5165,20 +5172,25 @@ def submit_tasks_op(store, queue, request, at):
         ids[task_id] = digest
         return not is_there
 
-    for submission in request["tasks"]:
-        if isinstance(submission, Sheet):
-            fields, rows = _table(submission, after(at, len(ids)))
-            found = {row[0]: row[1] for row in rows}
-            if len(found) < len(rows) or not all(there.keys().isdisjoint(found) for there in (queue.tasks, ids)):
-                rows = [row for row in rows if is_new(*row)]
-            ids.update(found)
-            changes += [["tasks", fields, submission.names, rows]] if rows else []
-            continue
-        task_id, fields = _submission(submission, after(at, len(ids)))
-        if is_new(task_id, fields.get("digest")):
-            if "after" in fields or "after_any" in fields:
-                _check_others(queue, fields, ids, task_id)
-            changes.append(["task", task_id, fields, "created"])
+    try:
+        for submission in request["tasks"]:
+            if isinstance(submission, Sheet):
+                fields, rows = _table(submission, after(at, len(ids)))
+                found = {row[0]: row[1] for row in rows}
+                if len(found) < len(rows) or not all(there.keys().isdisjoint(found) for there in (queue.tasks, ids)):
+                    rows = [row for row in rows if is_new(*row)]
+                ids.update(found)
+                changes += [["tasks", fields, submission.names, rows]] if rows else []
+                place += len(submission.rows)
+                continue
+            task_id, fields = _submission(submission, after(at, len(ids)))
+            if is_new(task_id, fields.get("digest")):
+                if "after" in fields or "after_any" in fields:
+                    _check_others(queue, fields, ids, task_id)
+                changes.append(["task", task_id, fields, "created"])
+            place += 1
+    except (BadRequest, InvalidFields) as error:
+        raise _of_item(error, place) if request["many"] else error
     return changes, {"task_ids": list(ids)} if request["many"] else {"task_id": next(iter(ids))}
 
 
@@ -7102,8 +7114,7 @@ KINDS = {
     "status": _one_of(TASK_STATES), "failure": _one_of(FAILURES), "worker_status": _one_of(WORKER_STATES),
     "extreme": _one_of(("max", "min")),
     "worker_report": _one_of(WORKER_STATES + ("ended",)), "answer": _one_of(("status",)),
-    "texts": _kind("a list of text", _is_texts), "ids": _ids, "rows": _type("a list of lists of values", list),
-    "row_ids": _kind("a list of ids", lambda value: _is_texts(value) and all(map(NAME.match, value)), is_shown=False),
+    "texts": _kind("a list of text", _is_texts), "ids": _ids, "list": _type("a list", list),
     "cmd": _kind("text or a list of text", lambda value: isinstance(value, str) or _is_texts(value)),
     "sort": _kind("a list of at most %d [field, 1 or -1]" % _MAX_SORTS, _is_sort),
     "attempt": _kind("an object of names with texts and numbers, and the log's place, of at most %d bytes"
@@ -7252,20 +7263,30 @@ def _prepare_submission(store, request):
     request["tasks"] = in_sheets(request["tasks"])
 
 
+def _check_each(items, name, check):
+    """Raise InvalidFields for the first item of a field that the check refuses."""
+    for at, item in enumerate(items):
+        try:
+            check(item)
+        except ValueError as error:
+            raise InvalidFields([(["body", name, at], str(error))]) from None
+
+
 def _prepare_rows(store, request):
     names, rows, ids = (request.pop(name) for name in ("args", "rows", "task_ids"))
     sheet = Sheet({name: value for name, value in request.items() if value is not None}, names, rows, ids)
-    problems = [(["body", "args"], "the key %.100r stands twice" % name) for name in names if names.count(name) > 1][:1]
-    problems += [(["body", "rows", at], "should be a list of %d values, one for each of args, not %.120r" % (
-        len(names), row)) for at, row in enumerate(rows) if type(row) is not list or len(row) != len(names)][:10]
-    if ids is not None and len(ids) != len(rows):
-        problems.append((["body", "task_ids"], "should be %d ids, one for each of rows, not %d" % (len(rows), len(ids))))
-    if problems:
-        raise InvalidFields(problems)
     _check_size(len(rows))
-    if len(rows) * len(json.dumps([sheet.task, names])) > MAX_BODY_BYTES:  # each task has these in memory, and in a fold
-        raise TooLarge("a table of tasks that have over %d bytes together: send it in parts" % MAX_BODY_BYTES)
-    if sheet.task.get("stop"):
+    no_duplicates([(name, None) for name in names])
+    _check_each(rows, "rows", _kind("a list of %d values, one for each of args" % len(names),
+                                    lambda row: type(row) is list and len(row) == len(names)))
+    if ids is not None:
+        _check_each(ids, "task_ids", KINDS["id"])
+        if len(ids) != len(rows):
+            raise InvalidFields([(["body", "task_ids"], "should be %d ids, one for each row, not %d" % (
+                len(rows), len(ids)))])
+    if len(rows) * len(json.dumps([sheet.task, names])) > MAX_BODY_BYTES:  # a compaction writes each task with them
+        raise TooLarge("tasks of over %d bytes together: send them in parts" % MAX_BODY_BYTES)
+    if "stop" in sheet.task:
         parse_rule(sheet.task["stop"])
     request.update(tasks=[sheet] if is_sheet(sheet) else in_sheets(submissions_of(sheet)), many=True)
 
@@ -7929,7 +7950,7 @@ def _route(operation, meaning, fields=(), query=(), status=200, writes=True, ope
 _SUBMISSION = Fields({name: Arg(field.kind, field.default if isinstance(field.default, int) else None,
                                 field.extension or field.submitted == "id") for name, field in SUBMITTED.items()},
                      fills=False)
-_ROWS = dict(_SUBMISSION, args=Arg("texts", REQUIRED), rows=Arg("rows", REQUIRED), task_ids=Arg("row_ids"))
+_ROWS = dict(_SUBMISSION, args=Arg("texts", REQUIRED), rows=Arg("list", REQUIRED), task_ids=Arg("list"))
 del _ROWS["task_id"]
 _UPDATE = {name: Arg(field.kind, None, field.extension) for name, field in UPDATED.items()}
 _REPORT = {"status": Arg("status", REQUIRED), "worker_id": Arg("id"), "summary": Arg("dict"),
@@ -11849,8 +11870,43 @@ def submit_tasks(tasks: "Iterable[Mapping[str, Any]]", unique: "bool" = False) -
         return [ask_route("POST " + TASKS_PATH, **dict(plain, **task))["task_id"]
                 for task, in _parts(tasks, 1, "submitting")]
     for part in _parts(tasks, _CHUNK_TASKS, "submitting"):
-        ids += client().call("POST", TASKS_PATH, part)["task_ids"]
+        ids += _submit_part(part)
     return ids
+
+
+def _submit_part(tasks):
+    """Return the ids of tasks that are submitted in one transaction."""
+    rows = _in_rows(tasks)
+    try:
+        if rows:
+            return client().call("POST", TASKS_PATH + "/rows", rows)["task_ids"]
+    except LabtaskerTypeError:  # of a value that can't be sent; the list's error names it by its key
+        pass
+    except LabtaskerHTTPStatusError as error:
+        if error.status_code not in (405, 413):  # an older server has no rows; a store without a server takes more
+            raise
+    return client().call("POST", TASKS_PATH, tasks)["task_ids"]
+
+
+def _in_rows(tasks):
+    """Return several submissions as the body of POST .../tasks/rows; None where they differ in more than their ids and
+    the values of their args."""
+    first = tasks[0]
+    if not tasks[1:] or type(first.get("args")) is not dict or "task_id" not in first:
+        return None
+    names, same = list(first["args"]), [name for name in first if name not in ("args", "task_id")]
+
+    def is_alike(task):
+        return (task.keys() == first.keys() and type(task["args"]) is dict and list(task["args"]) == names
+                and all(task[name] is first[name] or _is_same(task[name], first[name]) for name in same))
+    if not names or set(map(type, names)) != {str} or not all(map(is_alike, tasks)):
+        return None
+    return dict({name: first[name] for name in same}, args=names, rows=[list(task["args"].values()) for task in tasks],
+                task_ids=[task["task_id"] for task in tasks])
+
+
+def _is_same(one, other):
+    return type(one) is type(other) and type(one) in (str, int, float) and one == other
 
 
 def submit_grid(grid: "Mapping[str, Any]", unique: "bool" = False,

@@ -23,7 +23,7 @@ def call(tmp_path):
 
 
 def test_every_route_says_what_it_does_and_its_fields_have_kinds():
-    assert len(L.ROUTES) == 33
+    assert len(L.ROUTES) == 34
     for key, route in L.ROUTES.items():
         assert route.meaning and key.split(" ")[0] in ("GET", "POST", "PUT", "DELETE")
         for arg in list(route.fields.values()) + list(route.query.values()):
@@ -384,6 +384,7 @@ BAD_VALUES = {  # kind of field: values that are none
     "event_id": ["x", "1", "1.x"], "answer": ["x"], "extreme": ["best", 1], "texts": ["x", [1]],
     "attempt": [1, [], "x", {"a": {}}, {"a": "x" * 3000}], "commit": [1, [], "x" * 1000], "log": [1, [], "x" * 10 ** 6],
     "ids": ["x", [1], [""], ["a/b"], {}], "failure": ["hunger", 1, "", "OOM"],
+    "list": [1, {}, "x"],
     "step": [],  # what is none is told as a warning
     "stop": [1, [], {}],
     "cmd": [1, [1], {}], "sort": ["x", [["a", 2]], [["a"]], [[1, 1]], {}],
@@ -418,6 +419,7 @@ def test_every_kind_of_field_has_bad_values():
 DEFAULTS = {  # the page's; what is not here has none
     "DELETE " + ME: {"cascade_delete": False}, "PUT " + ME + "/tasks": {"reset_pending": True},
     "POST " + ME + "/tasks": {"max_retries": 3, "priority": 0}, "POST " + ME + "/tasks/search": {"offset": 0, "limit": 100},
+    "POST " + ME + "/tasks/rows": {"max_retries": 3, "priority": 0},
     "POST " + ME + "/tasks/view": {"offset": 0, "limit": 100, "spread": False, "choose": False},
     "POST " + ME + "/tasks/curves": {"limit": 1000, "points": 200000},
     "POST " + ME + "/tasks/count": {"by": "status"}, "GET " + ME + "/mark": {"wait_s": 0},
@@ -427,7 +429,7 @@ DEFAULTS = {  # the page's; what is not here has none
     "POST " + ME + "/workers": {"max_retries": 3}, "POST " + ME + "/workers/search": {"offset": 0, "limit": 100},
     "DELETE " + ME + "/workers/{worker_id}": {"cascade_update": True}, "DELETE " + ME + "/tasks/next": {"hand_back": False},
 }
-REQUIRED = {"POST " + ME + "/tasks/table": {"by", "of"},
+REQUIRED = {"POST " + ME + "/tasks/table": {"by", "of"}, "POST " + ME + "/tasks/rows": {"args", "rows"},
             "POST /api/v1/queues": {"queue_name", "password"}, "POST " + ME + "/tasks/{task_id}/status": {"status"},
             "POST " + ME + "/workers/{worker_id}/status": {"status"}, "DELETE " + ME + "/tasks/next": {"fetch_id"}}
 
@@ -456,6 +458,7 @@ ANSWERS = [  # route, body or query, status, what the answer's objects hold; in 
     ("GET " + ME, {}, 200, QUEUE), ("PUT " + ME, {"metadata_update": {"a": 1}}, 200, QUEUE),
     ("POST " + ME + "/workers", {"worker_name": "w"}, 201, {"worker_id"}), ("POST " + ME + "/tasks", {"args": {"a": 1}}, 201, {"task_id"}),
     ("POST " + ME + "/tasks", [{"args": {"a": 2}}], 201, {"task_ids"}),
+    ("POST " + ME + "/tasks/rows", {"args": ["a"], "rows": [[2], [3]]}, 201, {"task_ids"}),
     ("POST " + ME + "/tasks/view", {"columns": ["args.a"]}, 200, {"rows", "found", "counts", "pace", "queue", "fields", "at"}),
     ("POST " + ME + "/tasks/table", {"by": ["args.a"], "of": "args.a"}, 200, {"content", "found"}),
     ("POST " + ME + "/tasks/curves", {}, 200, {"rows", "names", "value", "found", "until", "counts", "pace", "queue", "fields", "at"}),

@@ -606,6 +606,61 @@ def test_a_table_of_tasks_is_what_the_single_tasks_are(tmp_path, clock, monkeypa
     assert seen[0] == seen[1]
 
 
+def rows_of(tasks):
+    """Return a list of submissions of one form as the body of tasks/rows."""
+    rest = {name: value for name, value in tasks[0].items() if name not in ("args", "task_id")}
+    body = dict(rest, args=list(tasks[0]["args"]), rows=[list(one["args"].values()) for one in tasks])
+    return dict(body, task_ids=[one["task_id"] for one in tasks]) if "task_id" in tasks[0] else body
+
+
+def alike(random, ids):
+    """Return a list of submissions of one form, some of them wrong or there already."""
+    odd = random.choice((0, 0, 0, 1, 2))  # how often something is wrong
+    forms = [{}, {"priority": 1}, {"metadata": {"n": 1.0, "a.b": [1]}}, {"stop": "asha:loss:min"}, {"cmd": ["a", "b"]}, {"after": ids[:1]}, {"retries": 3}]
+    wrong = [{"priority": "x"}, {"metadata": {"a b": 1}}, {"stop": "asha"}, {"after": ["nosuch"]}, {"task_name": "a b", "max_retries": -1}]
+    names = random.choice([("a",), ("b", "a"), ("a", "c-d"), ("a.b", "c")] + [("a b",), ("a", "a.b"), ("$a", "b"), ()] * odd)
+    values = [1, True, 1.0, float("nan"), None, "0", [1, 2], [[]]] + [[{"x": 1}], {"x.y": 1}, {}] * random.randrange(2)
+    values += [{"a b": 1}, {"a": 1, "a.b": 2}] if odd > 1 else []
+    form = dict(random.choice(forms), **random.choice([{}] + wrong * odd))
+    made = [dict(form, args={name: random.choice(values) for name in names}) for _ in range(random.choice((1, 2, 5, 9)))]
+    if random.random() < 0.6:
+        made = [dict(one, task_id=L.new_id() if random.random() < 0.9 else random.choice(ids + ["a/b"] * odd)) for one in made]
+        made += random.choices(made, k=random.choice((0, 0, 2)))
+    return made
+
+
+def as_of_rows(answer):
+    """Return the answer to a list, with places of errors as in that to rows where all tasks have the same fields."""
+    status, answer = answer
+    return status, answer if status < 400 or isinstance(answer["detail"], str) else [
+        [[{"task_ids": "task_id"}.get(part, part) for part in row["loc"] if type(part) is not int], row["msg"]] for row in answer["detail"]]
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_rows_do_what_the_list_does_that_they_stand_for(tmp_path, clock, monkeypatch, seed):
+    counter = itertools.count()
+    monkeypatch.setattr(L, "new_id", lambda: L.as_uuid("%032x" % (next(counter) * 0x9E3779B97F4A7C15 % 2 ** 128)))
+    dice, seen = random.Random(seed), []
+    first = [{"args": {"a": 0}, "task_id": L.new_id()} for _ in range(3)]
+    lists = [first] + [alike(dice, [one["task_id"] for one in first]) for _ in range(8)]
+    lists += dice.choices(lists, k=3)
+    for is_rows in (True, False):
+        counter, clock.day, clock.mono = itertools.count(1 << 20), 1.7e9, 1000.0
+        folder = tmp_path / str(is_rows)
+        folder.mkdir()
+        door = Door(folder, clock)
+        answers = [as_of_rows(L.answer_call(door.store, lambda: door.queue, "POST", "/api/v1/queues/me/tasks" + "/rows" * is_rows,
+                                            L.parse_json(json.dumps(rows_of(one) if is_rows else one)))) for one in lists]
+        again = Door(folder, clock)
+        again("GET", "/api/v1/queues/me")
+        states = [repr(sorted(one.state().items())) for one in (door, again)]
+        assert states[0] == states[1]
+        seen.append((answers, states[0]))
+    for one, by_rows, by_list in zip(lists, seen[0][0], seen[1][0]):
+        assert by_rows == by_list, one
+    assert seen[0][1] == seen[1][1]
+
+
 def test_the_tasks_of_a_table_are_found_again_by_the_content_of_each(door, tmp_path):
     ids = [L.new_id() for _ in range(4)]
     tasks = [{"task_id": one, "args": {"lr": place, "b": "x"}, "metadata": {"n": 0}} for place, one in enumerate(ids)]
