@@ -508,6 +508,39 @@ def test_submit_tasks_is_one_transaction(folder):
     assert len(L.ls_tasks().content) == 50
 
 
+def test_tasks_of_one_form_are_sent_as_rows_where_these_are_known_and_fit(folder, monkeypatch):
+    sent, call = [], L.StoreTransport.call
+
+    def noted(self, method, path, query, body):
+        sent.append(path.rsplit("/", 1)[-1]) if method == "POST" else None
+        return call(self, method, path, query, body)
+    monkeypatch.setattr(L.StoreTransport, "call", noted)
+
+    def check(ways, tasks, values=None):
+        del sent[:]
+        ids = L.submit_tasks(tasks)
+        assert sent == ways and [task.task_id for task in L.ls_tasks(limit=len(ids), sort=[["created_at", -1]]).content] == ids[::-1]
+        assert [L.get_task(task_id).args for task_id in ids] == (values or [task["args"] for task in tasks])
+        assert L.get_task(ids[-1]).priority == tasks[-1].get("priority", 0)
+    rows = [{"args": {"a": i, "b": [i]}, "task_name": "n%d" % 7, "priority": 70000} for i in range(3)]
+    check(["rows"], rows)
+    check(["rows"], [{"args": {"a.b": i, "c": {"d": i}}} for i in range(2)], [{"a": {"b": i}, "c": {"d": i}} for i in range(2)])
+    for other in ({"args": {"a": 1}}, {"args": {"b": 1, "a": 1}}, dict(rows[0], priority=1), dict(rows[0], task_name="m")):
+        check(["tasks"], rows + [other])
+    check(["tasks"], rows[:1])
+    check(["tasks"], [{"args": {1: i}} for i in range(2)], [{"1": i} for i in range(2)])
+    check(["tasks"], [{"args": {"a": i}, "metadata": {"x": i == 1}} for i in range(2)])
+    with pytest.raises(L.LabtaskerTypeError, match="^1.args.a: .* can't be sent"):
+        L.submit_tasks([{"args": {"a": 0}}, {"args": {"a": object()}}])
+    with pytest.raises(L.LabtaskerHTTPStatusError, match="^(.*: )?1.args.a: the key .a b. may"):
+        L.submit_tasks([{"args": {"a": {}}}, {"args": {"a": {"b": 1, "a b": 0}}}])
+    monkeypatch.setattr(L, "MAX_BODY_BYTES", 1000)  # of the journal's lines that a compaction would make of rows
+    metadata = {"text": "x" * 600}
+    check(["rows", "tasks"], [{"args": {"a": i}, "metadata": metadata} for i in range(2)])
+    monkeypatch.delitem(L.ROUTES, "POST /api/v1/queues/me/tasks/rows")  # an older server
+    check(["rows", "tasks"], rows)
+
+
 def test_importing_has_no_side_effects_and_is_one_module(folder):
     text = ("import sys, threading; before = set(sys.modules); import labtasker; from labtasker.api_models import TaskUpdateRequest as A\n"
             "assert A is labtasker.TaskUpdateRequest and threading.active_count() == 1\n"

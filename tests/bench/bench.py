@@ -15,6 +15,7 @@ import statistics
 import sys
 import traceback
 
+import clients
 import costs
 import loops
 import peers
@@ -44,6 +45,7 @@ GOALS = [Goal(*goal[:5], goal[5:]) for goal in (
     ("fairness", "submit: p99 / p50, ms", "<=", 4, rates.tails, "submit"),
     ("fairness", "fetch+report: p99 / p50, ms", "<=", 4, rates.tails, "pairs"),
     ("batch", "tasks/s in requests of 1,000 / 100,000", ">=", 1, rates.batch),
+    ("batch", "... as rows", ">=", 1, rates.batch, clients.in_rows),
     ("growth", "submit, CPU us: a million pending / a thousand", "<=", 1.3, sizes.growth, "plain", "submit"),
     ("growth", "fetch", "<=", 1.3, sizes.growth, "plain", "fetch"),
     ("growth", "report", "<=", 1.3, sizes.growth, "plain", "report"),

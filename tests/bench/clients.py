@@ -207,12 +207,25 @@ def joined(k, go, port, login):
         body = after % task_id.decode()
 
 
-def batches(k, go, port, login, requests, size, make=lambda number: TASK % (number, 0)):
-    """Submit so many requests of `size` tasks, each the text that `make(number)` gives; a share's ids are all."""
+def in_rows(numbers):
+    """Return the path and the body of the request for tasks as `TASK % (number, 0)`, sent as rows."""
+    return "/tasks/rows", '{"metadata": {"tags": ["v1"]}, "args": ["i", "k", "lr"], "rows": [%s]}' % ", ".join(
+        "[%d, 0, 0.1]" % number for number in numbers)
+
+
+def in_list(numbers, make=lambda number: TASK % (number, 0)):
+    """Return the path and the body of the request for tasks, each the text that `make(number)` gives."""
+    return "/tasks", "[%s]" % ", ".join(map(make, numbers))
+
+
+def batches(k, go, port, login, requests, size, write=in_list):
+    """Submit so many requests of `size` tasks, of which `write` returns the path and the body; a share's ids are all."""
     http, share = Http(port, login), Share()
     http.call("GET", ME)
-    made = [http.request("POST", ME + "/tasks", "[%s]" % ", ".join(
-        make(number * size + i) for i in range(size))) for number in range(requests)]
+    made = []
+    for number in range(requests):
+        path, body = write(range(number * size, number * size + size))
+        made.append(http.request("POST", ME + path, body))
     go()
     share.begin = started = time.perf_counter()
     for request in made:

@@ -80,12 +80,12 @@ def tails(what):
     return tuple([load.percentile(part) * 1000 for load in our_loads(what)] for part in (0.99, 0.5))
 
 
-def batch():
+def batch(write=clients.in_list):
     """Return tasks a second that 4 clients submit in requests of 1,000."""
     found = []
     for _ in range(SIZES["rounds"]):
         with peers.Ours() as server:
-            load = clients.together(clients.batches, 4, server.port, server.login, SIZES["batch"], 1000)
+            load = clients.together(clients.batches, 4, server.port, server.login, SIZES["batch"], 1000, write)
             assert len(set(load.ids)) == len(load.ids) == 4000 * SIZES["batch"]
             assert server.http().call("POST", clients.ME + "/tasks/search", {"limit": 1})["found"]
         found.append(load.rate)

@@ -118,7 +118,8 @@ def filled(make, size):
     folder = Workshop.place()
     with peers.Ours(folder) as server:
         empty_bytes = server.memory_bytes()
-        load = clients.together(clients.batches, 1, server.port, server.login, size // 1000, 1000, make)
+        load = clients.together(clients.batches, 1, server.port, server.login, size // 1000, 1000,
+                                functools.partial(clients.in_list, make=make))
         assert len(set(load.ids)) == size
         filled_bytes = server.memory_bytes()
     server = Workshop.keep(peers.Ours(folder))
@@ -132,7 +133,8 @@ def filled(make, size):
 def with_curves(points):
     """Return a server with 1,000 pending tasks and 1,000 running ones, each of which has reported so many points."""
     server = Workshop.keep(peers.Ours())
-    clients.together(clients.batches, 1, server.port, server.login, SIZES["few"] // 500, 1000, like_all)
+    clients.together(clients.batches, 1, server.port, server.login, SIZES["few"] // 500, 1000,
+                     functools.partial(clients.in_list, make=like_all))
     http = server.http()
     server.running = [http.call("POST", clients.ME + "/tasks/next", dict(
         by_keys(n), heartbeat_timeout=9999))["task"]["task_id"] for n in range(SIZES["few"])]
