@@ -640,6 +640,38 @@ def test_a_server_without_the_extensions_is_not_asked_to_count(plain, monkeypatc
     assert not any(path.endswith(("/count", "/mark", "/table")) for path in asked), asked
 
 
+def test_the_bar_of_a_wait_needs_no_extensions(plain, monkeypatch):
+    L.submit_tasks([{"args": {"i": i}} for i in range(3)])
+    paces = L._paces({"extra_filter": "args.i < 2"})
+    assert next(paces).counts == {"pending": 2}
+    slept = []
+    monkeypatch.setattr(L.time, "sleep", lambda seconds: slept.append(seconds) or L.report_task_status(
+        L.fetch_task(heartbeat_timeout=60).task.task_id, "success"))
+    assert [next(paces).counts for _ in range(2)] == [{"pending": 1, "success": 1}, {"success": 2}]
+    assert len(slept) == 2 and all(L.REFRESH_S <= seconds <= 30 for seconds in slept)
+    assert len(list(L._paces({}, L.monotonic()))) == 1, "the last one is yielded when the time is up"
+
+
+def test_a_folder_is_the_stores_if_its_path_is_or_the_key_in_it_is_the_servers(folder, monkeypatch):
+    def is_beside(url, root=folder / ".labtasker", answer=None):
+        def prove(transport):
+            assert (transport.url, transport.key) == ("http://h:1", "secret")
+            if isinstance(answer, Exception):
+                raise answer
+            return answer
+        monkeypatch.setattr(L.HttpTransport, "is_of_store", prove)
+        return L._is_beside_store(L.load_config()._replace(url=url, root=str(root)))
+    (folder / "link").symlink_to(folder / ".labtasker")
+    assert is_beside(None) and is_beside("file:.labtasker") and is_beside("file:link") and not is_beside("file:elsewhere")
+    assert not is_beside("http://h:1")  # no server has written here
+    about = {"pid": 1, "host_id": "h", "address": "127.0.0.1:1", "url": "http://h:1", "key": "secret"}
+    write(folder, json.dumps(dict(about, key=None)), "server.json")
+    assert not is_beside("http://h:1", answer=True)
+    write(folder, json.dumps(about), "server.json")
+    assert is_beside("http://h:1", answer=True) and not is_beside("http://h:1", answer=False)
+    assert not is_beside("http://h:1", answer=L.NotOurServer("another store's"))
+
+
 def test_looks_count_again_only_when_something_has_changed(folder, monkeypatch):
     counted, count, slept = [], L.counted, []
     monkeypatch.setattr(L, "counted", lambda query: counted.append(query) or count(query))

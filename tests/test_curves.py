@@ -489,6 +489,54 @@ def test_a_rule_is_changed_and_cleared_while_its_task_waits_or_runs(door):
         door.update(task_id, expect=400 if bad == "asha" else 422, stop=bad)
 
 
+def standing(door, task):
+    return door("GET", "tasks/%s/history" % task["task_id"])["standing"]
+
+
+def test_the_standing_names_what_a_rule_compares_with(door):
+    rule = "median:loss:min:from=2:after=2"
+    for losses in ((4, 2), (6, 4)):
+        door.submit(stop=rule)
+        task = door.fetch()
+        for step, loss in enumerate(losses, 1):
+            door.report(task, "running", step=step, summary={"loss": loss})
+        door.report(task, "success")
+    door.submit(stop=rule)
+    task = door.fetch()
+    assert standing(door, task) == rule + ": it has reported nothing with a step, so it is not compared."
+    door.report(task, "running", step=1, summary={"other": 1})
+    assert standing(door, task) == rule + ": none of its 1 points has a number loss, so it is not compared."
+    door.report(task, "running", step=1, summary={"loss": 7})
+    door.report(task, "running", step=2, summary={"loss": 3.5})
+    assert standing(door, task) == rule + (
+        ": its best loss is 3.5; 2 tasks that succeeded have points up to step 2, 2 are needed; the median of their means is 4.")
+    door.submit(stop="median:loss:max:after=2")
+    task = door.fetch()
+    door.report(task, "running", step=1, summary={"loss": 7})
+    assert standing(door, task).endswith("its best loss is 7; 0 tasks that succeeded have points up to step 1, 2 are needed.")
+    door.submit(stop="asha:loss:min:from=9")
+    task = door.fetch()
+    door.report(task, "running", step=8, summary={"loss": 7})
+    assert standing(door, task) == "asha:loss:min:from=9: it has reached no rung; the first is step 9."
+
+
+def test_a_rung_beyond_all_numbers_is_reached_by_no_step(door):
+    door.submit(stop="asha:loss:min:eta=9e99")
+    task = door.fetch()
+    door.report(task, "running", step=1.7e308, summary={"loss": 1})
+    assert "at rung 7.29e+299 (step 1.7e+308)" in standing(door, task) and "the next rung is step inf" in standing(door, task)
+
+
+def test_a_task_with_a_rule_of_a_newer_version_runs_as_one_without_a_rule(door, monkeypatch):
+    with monkeypatch.context() as newer:
+        newer.setattr(L, "parse_rule", lambda text: None)
+        door.submit(stop="pbt:loss:min")
+    task = door.fetch()
+    assert door.report(task, "running", step=1, summary={"loss": 1})["go"] is True
+    assert standing(door, task) is None and history(door, task, "loss") == [(1, 1)]
+    door.report(task, "success")
+
+
 @pytest.mark.parametrize("text, column, words", [
     ("", 0, "asha and median"), ("ash:loss:min", 0, "did you mean asha?"), ("asha", 4, "metric is missing"), ("asha::min", 5, "metric"),
     ("asha:a..b:min", 5, "metric"), ("asha:loss", 9, "min or max"), ("asha:loss:mean", 10, "min or max"),

@@ -101,6 +101,43 @@ def test_harvest_counts_apart_what_is_not_here_and_says_nothing_of_an_end_that_i
     assert "; the output of 1 is not here (task logs " in said and "KiB" not in said
 
 
+def test_the_output_of_a_run_that_goes_on_elsewhere_is_shown_once_it_has_ended(home, store, capsys, monkeypatch):
+    """Without --follow, and where the end has not come with the report, words tell where the output is."""
+    here, hidden = str(home.cwd / ".labtasker" / "logs"), str(home.cwd / "hidden")
+
+    def shown(run, *options, code=0):
+        capsys.readouterr()
+        assert L.main(["task", "logs", run.task_id] + list(options)) == code
+        return capsys.readouterr()
+
+    def end(run, **more):  # at the first look
+        monkeypatch.setattr(L.time, "sleep", lambda seconds: None)
+        L.Disk.rename(hidden, here)
+        report(run, **more)
+        L.Disk.rename(here, hidden)
+    L.submit_tasks([{"args": {"n": 1}}, {"args": {"n": 2}}])
+    first, second = begun(home, b"one\ntwo\n"), begun(home, b"three\n")
+    L.Disk.rename(here, hidden)
+    host = L.get_task(first.task_id).attempts[0]["host"]
+    told = shown(first, code=1).err
+    assert "the output is not on this host: " in told and "; the task ran on %s; the server gets the end of it when the run ends" % host in told
+    monkeypatch.setattr(L, "_ASK_S", 0)
+    monkeypatch.setattr(L.time, "sleep", lambda seconds: end(first))
+    said = shown(first, "-f", "--tail", "1")
+    assert said.out == "two\n" and "attempt 1 of 1 on %s: running" % host in said.err
+    monkeypatch.setattr(L.time, "sleep", lambda seconds: end(second, log=False))
+    told = shown(second, "-f", code=1).err
+    assert "the task ran on " + host in told and "the server gets the end" not in told
+
+
+def test_on_a_terminal_colours_of_an_output_are_kept_and_other_codes_are_shown_as_text(home, capsys, monkeypatch):
+    L.submit_task(args={"n": 1})
+    run = begun(home, b"\x1b[31mred\x1b[0m \x1b]0;title\x07 \xff\n")
+    monkeypatch.setattr(L, "is_terminal", lambda stream: True)
+    assert L.main(["task", "logs", run.task_id]) == 0
+    assert capsys.readouterr().out == "\x1b[31mred\x1b[0m \\x1b]0;title\\x07 \ufffd\n"
+
+
 def test_packs_of_ends_go_with_their_tasks_and_with_later_runs(home, store, monkeypatch):
     monkeypatch.setattr(L, "PACK_BYTES", 200)  # one end in each
     task_id = L.submit_task(args={"n": 1}, max_retries=50).task_id

@@ -205,6 +205,30 @@ def test_a_place_is_believed_only_where_the_pack_says_the_same(home):
                 output_of(task_id)
 
 
+def test_an_output_of_which_no_place_is_known_is_searched(home, monkeypatch):
+    """A server that keeps no attempts, a loop that was killed before its report."""
+    root, (one, two) = str(home.cwd / ".labtasker"), submit(2)
+    run_loop()
+    first, last = (L.get_task(task_id).run_id for task_id in (one, two))
+
+    def found(task_id, run_id=""):
+        part = L._open_searched(root, task_id, run_id)
+        if part is not None:
+            with part:
+                return part.read(100)
+    assert found(two, last) == found(two) == b"first 1\nlast 1\n" and found(one, first) == b"first 0\nlast 0\n"
+    assert found(one, last) is None and found("none") is None
+    (logs(home) / L.own_log_name(one, first)).write_bytes(b"a long one")
+    assert found(one, first) == b"a long one" and found(one) == b"first 0\nlast 0\n"
+    with monkeypatch.context() as gone:  # by another process, at that moment
+        gone.setattr(L, "open_plain", lambda path: open(path + ".gone", "rb"))
+        assert found(one, first) is None
+    for path in logs(home).glob("*.pack"):
+        path.unlink()
+        (logs(home) / path.name).mkdir()
+    assert found(two, last) is None
+
+
 def test_what_is_no_place_is_refused(home):
     submit()
     for wrong in ({}, {"file": "x"}, {"file": 1, "offset": 0, "length": 0}, {"file": "x", "offset": -1, "length": 0},

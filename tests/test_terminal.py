@@ -277,6 +277,26 @@ def test_why_tells_what_became_of_a_task(home):
                      home.cli("task", "why", ids["failed"]).stdout)
 
 
+def test_why_tells_what_a_task_has_been_through(home, capsys):
+    def why():
+        capsys.readouterr()
+        assert labtasker.main(["task", "why", task_id]) == 0
+        return capsys.readouterr().out.splitlines()
+
+    def run(status, summary=None, **more):
+        task = labtasker.fetch_task(heartbeat_timeout=60).task
+        labtasker.send_report(task_id, status, summary, run_id=task.run_id, **more)
+    task_id = labtasker.submit_task(args={"a": 1}).task_id
+    assert [line.split()[0] for line in why()] == ["Pending", "Nothing"]
+    run("pending", reason="the disk was full")
+    assert "Its last run was requeued: the disk was full." in why()
+    run("failed", {"labtasker_error": "exit code 3"})
+    assert "It failed 1 of 3 times: exit code 3." in why()
+    labtasker.update_tasks([labtasker.TaskUpdateRequest(task_id=task_id, retry_delay=3600)])
+    run("failed")
+    assert any(re.match(r"It can start in (60|59)m: its job asked for a pause, or a run failed", line) for line in why()), why()
+
+
 # ---- waiting and watching
 
 
@@ -506,6 +526,31 @@ def test_watch_without_a_terminal_prints_once_what_it_would_show_and_ends(home, 
     assert "No task matches." in capsys.readouterr().out
 
 
+def test_watch_on_a_terminal_that_can_not_move_the_cursor_prints_what_changes(home, capsys, monkeypatch):
+    """A line when the counts change, and one for each task that fails from then on."""
+    labtasker.submit_grid({"lr": [1, 2, 3]}, max_retries=1)
+    shown, slept = [], []
+
+    def end(status, error):
+        task = labtasker.fetch_task(heartbeat_timeout=60).task
+        labtasker.report_task_status(task.task_id, status, {"labtasker_error": error} if error else {})
+    steps = [lambda: end("failed", "exit code 1\nout of luck"), lambda: None, lambda: end("success", None), lambda: 1 / 0]
+
+    def sleep(seconds):
+        slept.append(seconds)
+        shown.append(capsys.readouterr().out.splitlines())
+        steps.pop(0)()
+    monkeypatch.setattr(labtasker_cli.time, "sleep", sleep)
+    monkeypatch.setattr(labtasker_cli, "is_terminal", lambda stream: True)
+    monkeypatch.setenv("TERM", "dumb")
+    with pytest.raises(ZeroDivisionError):
+        labtasker_cli.do_watch(labtasker.parse("watch", ["--interval", "7"]))
+    assert ["0 of 3 done" in shown[0][0], "1 of 3 done, 1 failed" in shown[1][0], shown[2], "2 of 3 done, 1 failed" in shown[3][0]] == [
+        True, True, [], True]
+    assert [len(lines) for lines in shown] == [1, 2, 0, 1] and min(slept) >= 7
+    assert re.match("    failed: [0-9a-f]{8}  lr=1  .*out of luck$", shown[1][1]), shown
+
+
 @pytest.fixture
 def tmux(home, tmp_path):
     """Return a function: start a command in a terminal of that size, of which `show()` is what it shows."""
@@ -666,6 +711,16 @@ def test_without_updates_and_without_a_terminal_it_says_what_to_give(home):
     home.cli(*GRID)
     result = home.cli("task", "update", "-s", "pending", check=False)
     assert result.returncode == 2 and "-u field=value" in result.stderr and "--editor" in result.stderr
+
+
+def test_an_editor_that_can_not_run_or_fails_is_named(home, monkeypatch):
+    monkeypatch.setattr(labtasker_cli, "is_terminal", lambda stream: False)
+    for editor, words in ((None, "no terminal for an editor"), ("false -x", "the editor false ended with 1: nothing was changed"),
+                          ("/no/such/editor", "can't start the editor /no/such/editor")):
+        monkeypatch.delenv("VISUAL", raising=False)
+        monkeypatch.setenv("EDITOR", editor or "")
+        with pytest.raises(labtasker.LabtaskerError, match=words):
+            labtasker_cli.run_editor("form.txt")
 
 
 # ---- init
