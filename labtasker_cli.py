@@ -808,15 +808,14 @@ def change_in(task, block, mistakes):
     for field in before:
         if field not in block and "." not in field:
             mistakes[first] = "the line of %s is missing" % field
-    for name in gone:  # a field of which a line was deleted is replaced as a whole
-        left = {field: text for field, (_, text) in block.items() if field.startswith(name + ".")}
-        updates = {field: value for field, value in updates.items() if field not in left}
-        try:
+    if mistakes:  # nothing will be changed
+        return None
+    try:
+        for name in gone:  # a field of which a line was deleted is replaced as a whole
+            left = {field: text for field, (_, text) in block.items() if field.startswith(name + ".")}
+            updates = {field: value for field, value in updates.items() if field not in left}
             updates[name] = joined({field.partition(".")[2]: typed_value(text, field)
                                     for field, text in left.items()}, {})
-        except LabtaskerError as error:
-            mistakes[first] = str(error)
-    try:
         return change_of(task, updates) if updates else None
     except LabtaskerError as error:
         mistakes[first] = str(error)

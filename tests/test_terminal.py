@@ -528,12 +528,13 @@ def test_watch_without_a_terminal_prints_once_what_it_would_show_and_ends(home, 
 
 def test_watch_on_a_terminal_that_can_not_move_the_cursor_prints_what_changes(home, capsys, monkeypatch):
     """A line when the counts change, and one for each task that fails from then on."""
-    labtasker.submit_grid({"lr": [1, 2, 3]}, max_retries=1)
+    labtasker.submit_grid({"lr": [1, 2, 3, 4]}, max_retries=1)
     shown, slept = [], []
 
     def end(status, error):
         task = labtasker.fetch_task(heartbeat_timeout=60).task
         labtasker.report_task_status(task.task_id, status, {"labtasker_error": error} if error else {})
+    end("failed", "before")
     steps = [lambda: end("failed", "exit code 1\nout of luck"), lambda: None, lambda: end("success", None), lambda: 1 / 0]
 
     def sleep(seconds):
@@ -545,10 +546,10 @@ def test_watch_on_a_terminal_that_can_not_move_the_cursor_prints_what_changes(ho
     monkeypatch.setenv("TERM", "dumb")
     with pytest.raises(ZeroDivisionError):
         labtasker_cli.do_watch(labtasker.parse("watch", ["--interval", "7"]))
-    assert ["0 of 3 done" in shown[0][0], "1 of 3 done, 1 failed" in shown[1][0], shown[2], "2 of 3 done, 1 failed" in shown[3][0]] == [
+    assert ["1 of 4 done, 1 failed" in shown[0][0], "2 of 4 done, 2 failed" in shown[1][0], shown[2], "3 of 4 done, 2 failed" in shown[3][0]] == [
         True, True, [], True]
     assert [len(lines) for lines in shown] == [1, 2, 0, 1] and min(slept) >= 7
-    assert re.match("    failed: [0-9a-f]{8}  lr=1  .*out of luck$", shown[1][1]), shown
+    assert re.match("    failed: [0-9a-f]{8}  lr=2  .*out of luck$", shown[1][1]), shown
 
 
 @pytest.fixture
@@ -693,6 +694,25 @@ def test_a_form_reads_back_as_what_was_written():
         changed = text.replace("args.k0 = null", "args.k0 = " + json.dumps(value))
         update, = labtasker_cli.read_form(changed, [task])
         assert update.to_dict()["args"]["k0"] == value and type(update.to_dict()["args"]["k0"]) is type(value)
+
+
+def test_a_mistake_in_a_form_is_told_once_whatever_else_was_changed():
+    """Also where a line was deleted, so that all of its field is put together anew."""
+    row = {"task_id": labtasker.new_id(), "status": "pending", "args": {"a": 1, "b": 2}, "metadata": {}, "summary": {}, "priority": 0}
+
+    def mistakes(before, after, **fields):
+        task = labtasker.Task(dict(row, **fields))
+        text = labtasker_cli.form_of([task])
+        assert before in text
+        with pytest.raises(labtasker_cli.Mistakes) as error:
+            labtasker_cli.read_form(text.replace(before, after), [task])
+        lines = text.replace(before, after).split("\n")
+        return {lines[number - 1]: words for number, words in error.value.args[0].items()}
+    for left in ("args.a = 1\n", ""):
+        found = mistakes("args.a = 1\nargs.b = 2\n", left + "args..c = 1\n")
+        assert list(found) == ["args..c = 1"] and "the key 'args..c' may only have letters" in found["args..c = 1"]
+    found = mistakes("args.b = 2\n", "", args={"two words": 1, "b": 2})  # another server took it
+    assert list(found) == ["status = pending"] and "'two words'" in found["status = pending"]
 
 
 @pytest.mark.slow
