@@ -2254,17 +2254,19 @@ def as_compared(field, sign, value):
 
 def never(field, held, sign, value, where=""):
     """Return why a comparison with a constant of another sort than a field's values is never true, and the way out."""
-    text = "%s is never true: %s is %s%s, and this is %s" % (
-        as_compared(field, sign, value), field, held, where, "for texts" if sign == "regex" else sort_of(value))
-    text = text.replace(", and this is for texts", ", and regex() is for texts")
+    text = "%s is never true: %s is %s%s, and %s" % (
+        as_compared(field, sign, value), field, held, where,
+        "regex() is for texts" if sign == "regex" else "this is " + sort_of(value))
+    if sign == "regex":
+        return text
     meant = None
-    if sign != "regex" and held == "a time":
+    if held == "a time":
         meant = "date(%s)" % json.dumps(value if isinstance(value, str) else "1 hour ago")
-    elif sign != "regex" and held == "a number" and isinstance(value, str):
+    elif held == "a number" and isinstance(value, str):
         meant = value if re.match(r"-?\d+(\.\d*)?(e[+-]?\d+)?\Z", value, re.I | re.ASCII) else None
-    elif sign != "regex" and held == "true or false" and str(value).lower() in ("true", "false", "0", "1"):
+    elif held == "true or false" and str(value).lower() in ("true", "false", "0", "1"):
         meant = str(str(value).lower() in ("true", "1"))
-    elif sign != "regex" and held == "a text" and isinstance(value, (int, float)):
+    elif held == "a text" and isinstance(value, (int, float)):
         meant = json.dumps(str(value))
     return text + ("; write %s %s %s" % (field, sign, meant) if meant else "")
 

@@ -580,3 +580,10 @@ def test_a_word_without_quotes_is_taken_for_an_argument_only_where_there_are_arg
         with pytest.raises(labtasker.FilterError) as error:
             labtasker.parse_filter(fields[0] + " == gpu1", fields, 0)
         assert ("an argument args.gpu1" in str(error.value)) == is_meant, error.value
+
+
+def test_a_word_in_a_list_is_taken_for_a_text_and_one_behind_it_for_a_field():
+    for text, is_text in (('task_name in ["a", b]', True), ('task_name in ["a"] and lr > 1', False), ('task_name in [[1], b]', True)):
+        with pytest.raises(labtasker.FilterError) as error:
+            labtasker.parse_filter(text, ["task_name", "args"], 0)
+        assert ("is written in quotes" in str(error.value)) == is_text, error.value
