@@ -1016,6 +1016,29 @@ def test_what_the_machine_is_short_of_for_a_moment_hands_the_task_back(home, mon
     assert (task(one).status, task(one).retries, task(one).interruptions) == ("success", 0, 1)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("is_spawned", [True, False])
+def test_a_job_has_its_standard_files_alone_no_ignored_sigpipe_and_a_session_of_its_own(monkeypatch, is_spawned):
+    if not is_spawned:
+        monkeypatch.delattr(os, "posix_spawn", raising=False)
+    given, (ours, theirs) = os.open(os.devnull, os.O_RDONLY), os.pipe()
+    os.set_inheritable(given, True)
+    labtasker._inherited.cache_clear()
+    try:
+        job = labtasker.start_job(["/bin/sh", "-c", "ls /proc/$$/fd; readlink /proc/$$/fd/0; ps -o sid= -p $$; "
+                                   "sed -n 's/SigIgn:.//p' /proc/$$/status; kill -9 $$"], dict(os.environ), [theirs, theirs])
+        assert isinstance(job, subprocess.Popen) != (is_spawned and sys.version_info >= (3, 8))
+        os.close(theirs)
+        with open(ours) as file:
+            *found, session, ignored = file.read().split()
+        assert (found, int(session)) == (["0", "1", "2", "/dev/null"], job.pid)
+        assert not int(ignored, 16) & 1 << signal.SIGPIPE - 1
+        assert (job.wait(), job.poll(), job.returncode) == (-signal.SIGKILL,) * 3
+    finally:
+        os.close(given)
+        labtasker._inherited.cache_clear()
+
+
 def test_a_script_runs_where_the_folder_of_the_run_takes_none(home):
     ids = submit(2)
     home.write(".labtasker/logs", "no folder")
