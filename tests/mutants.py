@@ -46,6 +46,7 @@ EQUIVALENT = {  # (the source's line, what was there -> what is there now): why 
         "how much is dropped beyond what has to be is no rule",
     ("self.forget(lambda standing: standing.cursor < standing.log.start)",
      "standing.cursor < standing.log.start -> standing.cursor <= standing.log.start"): "what is dropped is made again",
+    ("standing.purge_at = 100 + 3 * len(standing.heap)", "3 -> 4"): "how often is looked for what may go is no rule",
     ("direction < 0)", "direction < 0 -> direction <= 0"): "a direction is 1 or -1",
 }
 TESTS_S = 30  # so long may the tests take that are run for a fault
