@@ -865,11 +865,17 @@ def test_a_beat_file_with_times_that_can_not_be_is_that_of_a_run_which_is_not_kn
     assert L.BeatFiles(str(tmp_path)).get("run") is None
 
 
-def test_a_beat_file_is_closed_once_it_is_written(tmp_path):
-    beats, before = L.BeatFiles(str(tmp_path)), sorted(os.listdir("/proc/self/fd"))
-    for _ in range(3):
-        beats["run"] = (1.0, 2.0)
-    assert sorted(os.listdir("/proc/self/fd")) == before
+def test_a_beat_file_is_closed_once_it_is_written(tmp_path, monkeypatch):
+    beats, open_fd, close_fd, opened, closed = L.BeatFiles(str(tmp_path)), os.open, os.close, [], []
+
+    def open_(path, *words):
+        fd = open_fd(path, *words)
+        opened.extend([fd] * path.endswith("/run"))
+        return fd
+    monkeypatch.setattr(L.os, "open", open_)
+    monkeypatch.setattr(L.os, "close", lambda fd: closed.append(fd) or close_fd(fd))
+    beats["run"] = (1.0, 2.0)
+    assert opened and set(opened) <= set(closed)
 
 
 def test_a_time_of_this_host_that_lies_ahead_is_watched_as_it_is_of_an_earlier_boot(tmp_path, monkeypatch):
