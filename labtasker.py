@@ -2885,7 +2885,7 @@ def sealed(value):
 
 def unseal(line):
     """Return the JSON value of a line, or None if the line is damaged."""
-    if line[-19:-11] != b',"crc":"' or line[-3:] != b'"}\n' or b"%08x" % zlib.crc32(line[:-19]) != line[-11:-3]:
+    if line[-19:] != b',"crc":"%08x"}\n' % zlib.crc32(line[:-19]):
         return None
     try:
         value, _ = _read_json(line.decode("ascii"))
@@ -2900,11 +2900,11 @@ _read_json = json.JSONDecoder().raw_decode  # faster than json.loads, as it look
 def _unseal_all(lines):
     """Return the JSON value of each line, given without its newline; None for a damaged one.
 
-    If none is damaged, all lines are parsed as one text, which is faster."""
-    if all([line[-18:-10] == b',"crc":"' and line[-2:] == b'"}' and b"%08x" % zlib.crc32(line[:-18]) == line[-10:-2]
-            for line in lines]):
+    If none is damaged, all lines are parsed as one text, which is faster, and without their checksums."""
+    bodies = [line[:-18] for line in lines]
+    if all([line[-18:] == b',"crc":"%08x"}' % zlib.crc32(body) for line, body in zip(lines, bodies)]):
         try:
-            values, _ = _read_json("[%s]" % b",".join(lines).decode("ascii"))
+            values, _ = _read_json("[%s}]" % b"},".join(bodies).decode("ascii"))
             if len(values) == len(lines) and all([type(value) is dict for value in values]):
                 return values
         except ValueError:
@@ -4379,10 +4379,12 @@ class _Peers:
 class QueueState:
     """A queue in memory: its record, its tasks in the order of their last change, its workers, and the indexes.
 
-    Only `put_task` and `put_worker` change it. They keep the indexes up to date and return the old record."""
+    Only `put_task` and `put_worker` change it. They keep the indexes up to date and return the old record. A queue that
+    is not indexed has only its records: replaying many lines is quicker without the indexes, which `index` then makes.
+    """
 
-    def __init__(self, record):
-        self.record = record
+    def __init__(self, record, is_indexed=True):
+        self.record, self.is_indexed = record, is_indexed
         self.tasks, self.workers = {}, {}
         self.running = {}  # task id: record
         self.fetches = {}  # fetch id: task id, of running tasks
@@ -4394,6 +4396,10 @@ class QueueState:
     def put_task(self, task_id, new):
         """Replace the record with this id by another one, or by None; return the old one."""
         old, is_held, was = self.tasks.pop(task_id, None), False, None
+        if not self.is_indexed:
+            if new is not None:
+                self.tasks[task_id] = new
+            return old
         if (old is not None and old.stop) or (new is not None and new.stop):
             self._regroup(task_id, old, new)
         if old is not None:
@@ -4409,14 +4415,33 @@ class QueueState:
                 if not (waits(new) and self.blocked.enter(new)):
                     self.pending.offer(new)
             elif new.status == "running":
-                self.running[task_id] = new
-                if new.fetch_id:
-                    self.fetches[new.fetch_id] = task_id
+                self._run(new)
         if was == "pending" and not is_held:  # after adding the new one, so that a shape that both have stays
             self.pending.retire(old)
         for child, is_blocked in self.blocked.follow(task_id, old, new) if self.blocked.is_waited_for(task_id) else ():
             (self.pending.withdraw if is_blocked else self.pending.offer)(child)
         return old
+
+    def _run(self, task):
+        self.running[task.task_id] = task
+        if task.fetch_id:
+            self.fetches[task.fetch_id] = task.task_id
+
+    def index(self):
+        """Make the indexes of a queue that has only its records."""
+        self.is_indexed, of_shape = True, {}
+        for task_id, task in self.tasks.items():
+            if task.stop:
+                self._regroup(task_id, None, task)
+            if task.status == "running":
+                self._run(task)
+            elif task.status == "pending" and not (waits(task) and self.blocked.enter(task)):
+                if task.not_before is None:
+                    of_shape.setdefault(shape_of(task.args), []).append(_entry(task))
+                else:
+                    self.pending.offer(task)
+        for shape, entries in of_shape.items():
+            self.pending.add(entries, shape)
 
     def put_new(self, tasks):
         """Put the records {id: record} of tasks that were submitted together, with args that have the same keys and no
@@ -4425,7 +4450,8 @@ class QueueState:
         if first.stop or any(self.blocked.behind.values()) or not self.tasks.keys().isdisjoint(tasks):
             return {task_id: self.put_task(task_id, task) for task_id, task in tasks.items()}
         self.tasks.update(tasks)
-        self.pending.add(list(map(_entry, tasks.values())), shape_of(first.args))
+        if self.is_indexed:
+            self.pending.add(list(map(_entry, tasks.values())), shape_of(first.args))
         return {}
 
     def _regroup(self, task_id, old, new):
@@ -4502,13 +4528,21 @@ _CREATED_AT, _MODIFIED_AT, _CURVE_AT, _ARGS_AT, _DIGEST_AT = map(
 class State:
     """All queues. Only `apply` changes them, live and at replay."""
 
-    def __init__(self):
+    def __init__(self, is_indexed=True):
         self.queues, self.names = {}, {}  # {queue id: QueueState}, {queue name: queue id}
+        self.is_indexed = is_indexed  # whether new queues are; see QueueState
 
     def clear(self):
         """Forget all queues."""
         self.queues.clear()
         self.names.clear()
+
+    def index(self):
+        """Make the indexes of all queues that have none."""
+        self.is_indexed = True
+        for queue in self.queues.values():
+            if not queue.is_indexed:
+                queue.index()
 
     def id_of(self, caller):
         """Return the id of a caller's queue, or None if no queue has that LocalName.
@@ -4529,8 +4563,8 @@ class State:
     def apply(self, queue_id, changes):
         """Apply changes; return [(put, id, old record, new record)], oldest first, with which they can be undone."""
         done = []
-        for kind, *rest in changes:
-            done += RECORDS[kind].apply(self, queue_id, *rest)
+        for change in changes:
+            done += RECORDS[change[0]].apply(self, queue_id, *change[1:])
         return done
 
     @staticmethod
@@ -4561,7 +4595,8 @@ def _replaced(put, key, new):
 def _apply_queue(state, queue_id, fields):
     queue = state.queues.get(queue_id)
     if queue is None:
-        return _replaced(state.put_queue, queue_id, QueueState(revised(QueueRecord(queue_id=queue_id), fields)))
+        return _replaced(state.put_queue, queue_id, QueueState(
+            revised(QueueRecord(queue_id=queue_id), fields), state.is_indexed))
     return _replaced(state.put_queue, queue_id, queue.with_record(revised(queue.record, fields)))
 
 
@@ -4569,7 +4604,7 @@ def _queue_of(state, queue_id):
     """Return the queue of a line. If a repair could not save its creation, a queue with a made-up name is created."""
     queue = state.queues.get(queue_id)
     if queue is None:
-        queue = QueueState(QueueRecord(queue_id=queue_id, queue_name="recovered-" + queue_id))
+        queue = QueueState(QueueRecord(queue_id=queue_id, queue_name="recovered-" + queue_id), state.is_indexed)
         state.put_queue(queue_id, queue)
     return queue
 
@@ -4662,7 +4697,7 @@ def replay_line(state, line, path, version):
 
 def check_known(path):
     """Raise StoreDamaged if this version can't open the journal, or does not understand a line of it."""
-    source, state = JournalFile(path, mode=os.O_RDONLY), State()
+    source, state = JournalFile(path, mode=os.O_RDONLY), State(is_indexed=False)
     source.open()
     for line, version in lines_with_versions(source):
         if "changes" in line:
@@ -4747,7 +4782,7 @@ def _older_events(path, after, last):
     """Yield the Transitions after `after` up to `last` from the journal's file.
 
     If some are gone, the first one says so: it has no queue, and a text instead of a record."""
-    source, state = JournalFile(path, mode=os.O_RDONLY), State()
+    source, state = JournalFile(path, mode=os.O_RDONLY), State(is_indexed=False)
     source.open()  # it is closed with the object
     folded = source.header.get("folded", 0)
     if folded > after[0]:
@@ -6164,7 +6199,14 @@ class _Replica:
         self.events.clear()
 
     def read(self, file):
-        """Apply the new lines of a JournalFile."""
+        """Apply the new lines of a JournalFile; the indexes of new queues are made at the end."""
+        self.state.is_indexed = False
+        try:
+            self._replay(file)
+        finally:
+            self.state.index()
+
+    def _replay(self, file):
         latest, count = collections.deque(), 0  # the lines of the last MAX_EVENTS events
         for line in file.read_new():
             if "changes" in line:
@@ -6173,9 +6215,8 @@ class _Replica:
                     continue
                 latest.append((line, done))
                 count += len(done)
-                if count > 3 * MAX_EVENTS:
-                    while count - len(latest[0][1]) >= MAX_EVENTS:
-                        count -= len(latest.popleft()[1])
+                while count - len(latest[0][1]) >= MAX_EVENTS:
+                    count -= len(latest.popleft()[1])
             else:
                 self.epoch_seen = max(self.epoch_seen, line.get("epoch", 0))
                 self.version_seen = newest(line.get("version"), self.version_seen)
@@ -6873,7 +6914,7 @@ def fold(path, draft):
     """Write the file `draft`, which can replace lines 1 to n of the journal; return (n, the offset of line n + 1).
 
     The journal is read without the lock. Lines that may not be on disk yet are not folded."""
-    source, state, waiting = JournalFile(path, mode=os.O_RDONLY), State(), collections.deque()
+    source, state, waiting = JournalFile(path, mode=os.O_RDONLY), State(is_indexed=False), collections.deque()
     source.open()
     n, offset, mark = source.n, source.size, source.mark
     last_crc, newest = source.header.get("folded_crc"), source.header.get("version")
