@@ -4695,13 +4695,23 @@ def replay_line(state, line, path, version):
     raise newer(path, version, "line %s needs %s" % (line.get("n", "fold %s" % line.get("fold")), what))
 
 
+def index_replayed(state, path, version):
+    """Make the indexes of a state that was replayed without them; raises StoreDamaged as `replay_line` does."""
+    try:
+        state.index()
+    except Exception as error:  # whatever a newer version may write
+        raise newer(path, version, "its records need %s" % error)
+
+
 def check_known(path):
     """Raise StoreDamaged if this version can't open the journal, or does not understand a line of it."""
     source, state = JournalFile(path, mode=os.O_RDONLY), State(is_indexed=False)
     source.open()
+    version = None
     for line, version in lines_with_versions(source):
         if "changes" in line:
             replay_line(state, line, path, version)
+    index_replayed(state, path, version)
 
 
 def lines_with_versions(source):
@@ -6204,7 +6214,7 @@ class _Replica:
         try:
             self._replay(file)
         finally:
-            self.state.index()
+            index_replayed(self.state, file.path, self.version_seen)
 
     def _replay(self, file):
         latest, count = collections.deque(), 0  # the lines of the last MAX_EVENTS events
@@ -6927,6 +6937,7 @@ def fold(path, draft):
                 raise newer(path, newest, "a compaction would lose %s" % ", ".join(sorted(set(value) - LINE_KEYS)))
             if "changes" in value:
                 replay_line(state, value, path, newest)
+    index_replayed(state, path, newest)
     body = sum(map(len, _fold_lines(state)))
     added = dict(folded=n, folded_crc=last_crc, read_crc=mark_text(mark), folded_at=time.time())
     header = journal_header(dict(source.header, **dict(added, **({"version": newest} if newest else {}))), body)

@@ -194,7 +194,9 @@ def contents(state):
         queue.pending.release(L.now())  # as the next fetch does
     return {queue_id: [repr(part) for part in (
         queue.record, sorted(queue.tasks.items(), key=lambda item: (item[1].last_modified, item)), sorted(queue.workers.items()), sorted(queue.running),
-        sorted(queue.fetches.items()), sorted(queue.blocked.missing.items()), queue.pending.first(()))] for queue_id, queue in state.queues.items()}
+        sorted(queue.fetches.items()), sorted(queue.blocked.missing.items()), queue.pending.first(()),
+        sorted((sorted(shape), count) for shape, count in queue.pending.counts.items()), sorted(queue.pending.resting),
+        sorted((key, group.count, group.rungs, sorted(group.succeeded)) for key, group in queue.groups.items() if group.count))] for queue_id, queue in state.queues.items()}
 
 
 def check_same(found, wanted, words):
@@ -208,12 +210,13 @@ def check_same(found, wanted, words):
 
 def opened(path):
     """Return (State, JournalFile) of a file that is opened and replayed as any process would; the caller closes it."""
-    journal, state = L.JournalFile(str(path), threading.RLock()), L.State()
+    journal, state = L.JournalFile(str(path), threading.RLock()), L.State(is_indexed=False)
     try:
         journal.open()
         for line in journal.read_new():
             if "changes" in line:
                 state.apply(line.get("queue"), line["changes"])
+        state.index()
     except BaseException:
         journal.close()
         raise

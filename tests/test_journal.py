@@ -324,6 +324,7 @@ REFUSED = {
     "an operand less": lambda lines: following(lines, changes=[["task", "t"]]),
     "fields of another type": lambda lines: following(lines, changes=[["task", "t", [1]]]),
     "a time of another type": lambda lines: following(lines, changes=[["task", "t", {"last_modified": "2030-01-01"}]]),
+    "args of another type": lambda lines: following(lines, changes=[["task", "t", {"created_at": 1, "status": "pending", "args": 7}, None]]),
     "a status of a task": lambda lines: put_status(lines, "task"),
     "a status of a worker": lambda lines: put_status(lines, "worker"),
     "a line that needs a later format": lambda lines: following(lines, needs=L.FORMAT + 1),
