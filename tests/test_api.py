@@ -201,6 +201,35 @@ def test_an_offset_or_a_limit_of_any_size_has_an_answer(call, number):
             assert len(found) == ("offset" not in body)
 
 
+def test_a_view_has_times_as_text_and_at_most_200_columns(call):
+    call("POST", ME + "/tasks", {"args": {"a": 1}})
+    at = call("POST", ME + "/tasks/search", {})[1]["content"][0]["created_at"]
+    assert call("POST", ME + "/tasks/view", {"columns": ["created_at"] * 200})[1]["rows"][0][2:] == [at] * 200
+    status, answer = call("POST", ME + "/tasks/view", {"columns": ["created_at"] * 201})
+    assert status == 400 and "201 columns: at most 200" in answer["detail"]
+
+
+def test_the_last_line_of_a_failed_run_is_read_once_and_few_are_kept(door, monkeypatch):
+    read = []
+
+    def tail(store, task_id, run_id, attempt, size):
+        read.append(task_id)
+        return (b"" if task_id == ids[0] else b"first\nthe end\n\n"), 0
+    monkeypatch.setattr(labtasker_cli, "tail_of", tail)
+    monkeypatch.setattr(labtasker_cli, "MOST_ROWS", 2)
+    monkeypatch.setattr(labtasker_cli, "LAST_WORDS", {})
+    ids = [door.submit(max_retries=1) for _ in range(4)]
+    for _ in ids:
+        door.report(door.fetch(), "failed", summary={"labtasker_error": "exit code 1"})
+
+    def shown(task_id):
+        (_, _, error), = door("POST", "tasks/view", {"columns": ["error"], "extra_filter": {"task_id": task_id}})["rows"]
+        return error
+    assert shown(ids[0]) == "exit code 1" and [shown(task_id) for task_id in ids[1:3] * 2] == ["the end"] * 4
+    assert read == ids[:3] and len(labtasker_cli.LAST_WORDS) == 2
+    assert shown(ids[3]) == "the end" and len(labtasker_cli.LAST_WORDS) == 1
+
+
 def test_queues(call):
     assert call("POST", "/api/v1/queues", {"queue_name": "q", "password": "p", "metadata": {"a.b": 1}})[0] == 201
     assert call("POST", "/api/v1/queues", {"queue_name": "q", "password": "x"})[0] == 409

@@ -1184,6 +1184,24 @@ def test_a_broken_configuration_can_be_edited_until_it_is_right(home):
     assert "# fine" in (home.folder / "config.toml").read_text()
 
 
+def test_a_configuration_that_is_checked_leaves_the_environment_as_it_is(home, monkeypatch):
+    with pytest.raises(labtasker.LabtaskerValueError, match="there is no .*config.toml: labtasker init writes it"):
+        monkeypatch.setattr(labtasker_cli, "is_terminal", lambda stream: True)
+        labtasker_cli.do_config(labtasker.parse("config", []))
+    (home.cwd / "root").mkdir()
+    for root in (None, str(home.cwd / "root")):
+        monkeypatch.delenv("LABTASKER_ROOT", raising=False)
+        if root:
+            monkeypatch.setenv("LABTASKER_ROOT", root)
+        (home.cwd / ".labtasker").mkdir(exist_ok=True)
+        for text, mistake in (('[queue]\nqueue_name = "q"\n', None), ("[queue]\nqueue_name = \n", 2)):
+            try:
+                assert labtasker_cli.checked_config(text) == text and mistake is None
+            except labtasker_cli.Mistakes as error:
+                assert list(error.args[0]) == [mistake]
+            assert os.environ.get("LABTASKER_ROOT") == root and os.listdir(root or str(home.cwd / ".labtasker")) == []
+
+
 def test_health(both):
     result = both.cli("health")
     assert result.stdout.startswith("healthy") and "ms" in result.stdout

@@ -18,6 +18,7 @@ import pytest
 
 import harness
 import labtasker
+import labtasker_cli
 from harness import MODULE, wait_until
 from test_readme import blocks
 
@@ -352,6 +353,26 @@ def test_server_wait_gives_up_and_leaves_the_store_alone(home):
     result = home.cli("server", "wait", "--timeout", "0", check=False)
     assert result.returncode == 1 and result.stdout == "" and "no server of %s" % home.folder in result.stderr
     assert {path: path.read_bytes() for path in home.folder.iterdir()} == before
+
+
+def test_only_a_server_that_is_away_is_waited_for(home, monkeypatch):
+    def answers(error):
+        raise error
+    monkeypatch.setenv("LABTASKER_URL", "http://127.0.0.1:9")
+    monkeypatch.setenv("LABTASKER_PASSWORD", "p")
+    monkeypatch.setattr(labtasker_cli, "health_check", lambda: answers(labtasker.LabtaskerConnectError("no answer")))
+    assert labtasker_cli.living_server() is None
+    monkeypatch.setattr(labtasker_cli, "health_check", lambda: answers(labtasker.NotFound("no such queue")))
+    with pytest.raises(labtasker.NotFound):
+        labtasker_cli.living_server()
+
+
+def test_an_sbatch_that_ends_without_reading_has_its_code_returned(home, monkeypatch):
+    home.write("bin/sbatch", "#!/bin/sh\nexec <&-\necho 77\nexit 3\n").chmod(0o755)
+    monkeypatch.setenv("PATH", "%s:%s" % (home.cwd / "bin", os.environ["PATH"]))
+    shown = []
+    monkeypatch.setattr(labtasker_cli, "say", shown.append)
+    assert labtasker_cli.submit_script("#" * 10 ** 6, []) == 3 and shown == ["77"]
 
 
 # ---- PBS and Kubernetes, as far as they can be checked without them

@@ -4,14 +4,21 @@
 """
 import csv
 import datetime
+import fcntl
 import io
 import json
 import os
+import pty
 import re
+import select
 import shlex
 import shutil
+import signal
+import struct
 import subprocess
 import sys
+import termios
+import threading
 
 import harness
 import labtasker
@@ -449,6 +456,71 @@ def test_keys_choose_filter_and_ask(monkeypatch):
     assert watch.over
 
 
+def test_keys_move_scroll_and_close_a_page(home, monkeypatch):
+    worker = labtasker.Worker({"worker_id": "w-1", "worker_name": "gpu7", "status": "active"})
+    tasks = some_tasks(MANY)
+    tasks[0].worker_id, tasks[1].worker_id = "w-1", "w-2"
+    watch = labtasker_cli.Watch(Still(tasks, [worker]), {"extra_filter": "args.x > 1"}, "q")
+
+    def press(*keys):
+        for key in keys:
+            watch.press(key)
+            shown = plain(watch.lines(100, 12))
+        return shown
+    shown = press("j", "k", "k", "nosuch")
+    assert watch.current == "00000000" and [line.split()[-1] for line in shown if "0000000" in line][:2] == ["gpu7", "w-2"]
+    first = press("enter")
+    assert press("down") != first and watch.top == 1 and press("up", "up") == first and watch.top == 0
+    watch.press("up"), watch.press("up")
+    assert press("down") != first, "faster than they are shown"
+    assert press("esc")[5:] == shown[5:] and watch.page is None and not watch.over
+    assert press("/", *["backspace"] * 20, "enter") and watch.feed.asked == [{}], "no filter is none"
+    monkeypatch.setattr(labtasker_cli, "update_tasks", lambda *_, **__: (_ for _ in ()).throw(labtasker.NotFound("there is no such task")))
+    watch.feed.wake = threading.Event()
+    assert "there is no such task" in press("r", "y", "enter")[-2] and watch.feed.wake.is_set()
+    nothing = labtasker_cli.Watch(Still([]), {}, "q")
+    for key in ("j", "c", "r", "enter"):
+        nothing.lines(100, 12), nothing.press(key)
+    assert nothing.line is None and nothing.page is None and "No task matches." in plain(nothing.lines(100, 12))
+
+
+def test_watch_shows_the_last_lines_of_a_task_s_output(home, monkeypatch):
+    monkeypatch.setattr(labtasker.HeartbeatProcess, "add", lambda *_: None)  # the run is too short for a heartbeat
+    task_id = labtasker.submit_task(args={"a": 1}).task_id
+
+    @labtasker.loop(quiet=True)
+    def work(a=labtasker.Required()):
+        print("first")
+        print("last")
+    work()
+    watch = labtasker_cli.Watch(Still([labtasker.get_task(task_id)]), {}, "q")
+    watch.lines(200, 12), watch.press("l")
+    for height, last in ((9, ["last"]), (10, ["first", "last"]), (12, ["first", "last"])):
+        assert [line for line in plain(watch.lines(200, height)) if line in ("first", "last")] == last
+
+
+def test_a_watch_goes_on_after_a_mistake_and_shows_what_was_asked_for_last(home, monkeypatch):
+    class Thread:
+        def __init__(self, target, **_):
+            self.start = lambda: None
+    monkeypatch.setattr(labtasker_cli.threading, "Thread", Thread)
+    feed, looks = labtasker_cli.Feed({}, 5), []
+    task_id = labtasker.submit_task(args={"a": 1}).task_id
+
+    def wait(seconds):
+        looks.append((feed.seen(), seconds))
+        steps.pop(0)()
+    real, ask_by = labtasker_cli.ls_workers, lambda function: monkeypatch.setattr(labtasker_cli, "ls_workers", function)
+    steps = [lambda: ask_by(lambda **_: 1 / 0), lambda: ask_by(lambda **query: feed.ask({"task_name": "none"}) or real(**query)),
+             lambda: ask_by(real), lambda: 1 / 0]
+    feed.wake.wait = wait
+    with pytest.raises(ZeroDivisionError):
+        feed._run()
+    assert [[task.task_id for task in tasks] for (tasks, *_), _ in looks] == [[task_id], [task_id], [], []]
+    assert [type(error) for (_, _, error, _), _ in looks] == [type(None), ZeroDivisionError, ZeroDivisionError, type(None)]
+    assert [number for (_, _, _, number), _ in looks] == [1, 2, 2, 3] and all(seconds >= 5 for _, seconds in looks)
+
+
 @pytest.mark.parametrize("typed, words, place", [
     ("argz.x > 1", "argz", 0), ("args.x >", "", 8), ("args.x > 1 and", "", 14), ('{"args.x": {"$no": 1}}', "$no", None), ("{", "takes JSON", None),
     ('{"args.x": 1, "args.x": 2}', "twice", None), ('regex(name, "((a+)+)+")', "", None),
@@ -621,6 +693,35 @@ def test_wait_shows_a_bar_on_a_terminal(home, tmux):
     assert re.search(r"\[#{20,}\] 4 of 4 done, 1 failed, [\d.]+/s", pane.until("EXIT 4"))
 
 
+@pytest.mark.slow
+def test_watch_gives_the_terminal_back_while_it_is_suspended_and_as_it_is_ended(home):
+    labtasker.submit_task(args={"a": 1})
+    main, side = pty.openpty()
+    fcntl.ioctl(side, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
+    before, process = termios.tcgetattr(side), subprocess.Popen(
+        [sys.executable, str(harness.MODULE), "watch"], cwd=str(home.cwd), env=harness.clean_env(dict(home.env, TERM="xterm")),
+        stdin=side, stdout=side, stderr=subprocess.PIPE)
+
+    def until(text):
+        shown = b""
+        while text not in shown:
+            assert select.select([main], [], [], 20)[0], shown
+            shown += os.read(main, 65536)
+    other, own = b"\x1b[?1049h", b"\x1b[?1049l"
+    until(other), until(b"Pending, the next first: 1")
+    process.send_signal(signal.SIGTSTP)
+    assert os.WIFSTOPPED(os.waitpid(process.pid, os.WUNTRACED)[1])
+    until(own)
+    assert termios.tcgetattr(side) == before
+    process.send_signal(signal.SIGCONT)
+    until(other), until(b"Pending, the next first: 1")
+    process.send_signal(signal.SIGTERM)
+    assert (process.wait(20), process.communicate()[1]) == (128 + signal.SIGTERM, b"")
+    until(own)
+    assert termios.tcgetattr(side) == before
+    os.close(main), os.close(side)
+
+
 # ---- editing
 
 
@@ -741,6 +842,19 @@ def test_an_editor_that_can_not_run_or_fails_is_named(home, monkeypatch):
         monkeypatch.setenv("EDITOR", editor or "")
         with pytest.raises(labtasker.LabtaskerError, match=words):
             labtasker_cli.run_editor("form.txt")
+
+
+def test_quietly_edited_tasks_are_not_told(home, capsys, monkeypatch):
+    def editor(path):
+        with open(path) as file:
+            text = file.read()
+        with open(path, "w") as file:
+            file.write(text.replace("priority = 0", "priority = 5"))
+    task_id = labtasker.submit_task(args={"a": 1}).task_id
+    monkeypatch.setattr(labtasker_cli, "run_editor", editor)
+    capsys.readouterr()
+    assert labtasker.main(["task", "update", "--id", task_id, "--editor", "-q"]) == 0
+    assert capsys.readouterr().out == "" and labtasker.get_task(task_id).priority == 5
 
 
 # ---- init
