@@ -7338,8 +7338,10 @@ def _prepare_rows(store, request):
         if len(ids) != len(rows):
             raise InvalidFields([(["body", "task_ids"], "should be %d ids, one for each row, not %d" % (
                 len(rows), len(ids)))])
-    if len(rows) * len(json.dumps([sheet.task, names])) > MAX_BODY_BYTES:  # a compaction writes each task with them
-        raise TooLarge("tasks of over %d bytes together: send them in parts" % MAX_BODY_BYTES)
+    same = json.dumps([sheet.task, names])  # the list that the rows stand for would have it once for each task
+    if len(rows) * len(same) > MAX_BODY_BYTES or len(rows) * (same.count("{") + same.count("[")) > MAX_CONTAINERS:
+        raise TooLarge("tasks of over %d bytes, or over %d lists and objects, together: send them in parts" % (
+            MAX_BODY_BYTES, MAX_CONTAINERS))
     if "stop" in sheet.task:
         parse_rule(sheet.task["stop"])
     request.update(tasks=[sheet] if is_sheet(sheet) else in_sheets(submissions_of(sheet)), many=True)

@@ -245,6 +245,34 @@ def test_queues(call):
 def test_a_transaction_is_bounded(call):
     status, answer = call("POST", ME + "/tasks", [{"args": {"a": 1}}] * (L.TRANSACTION_TASKS + 1))
     assert status == 413 and "10000" in answer["detail"]
+    for rows, more in ((L.TRANSACTION_TASKS + 1, {}), (2000, {"cmd": "x" * 9000}), (2000, {"metadata": {"a": [[]] * 150}}), (1200, {"args": ["a" * 7000, "b" * 7000]})):
+        body = dict({"args": ["a"]}, **more)
+        status, answer = call("POST", ME + "/tasks/rows", dict(body, rows=[[1] * len(body["args"])] * rows))
+        assert status == 413 and ("10000" in answer["detail"] or "together" in answer["detail"]), more
+        assert call("POST", ME + "/tasks/rows", dict(body, rows=[[1] * len(body["args"])] * 20))[0] == 201
+
+
+@pytest.mark.parametrize("body, loc, words", [
+    ({"args": ["a", "b", "a"], "rows": [[1, 2, 3]]}, ["body", "a"], "twice"),
+    ({"args": ["a", "b"], "rows": [[1, 2], [1]]}, ["body", "rows", 1], "a list of 2 values, one for each of args, not [1]"),
+    ({"args": ["a"], "rows": [[1], {"a": 1}]}, ["body", "rows", 1], "a list of 1 values"),
+    ({"args": ["a"], "rows": [[1], [2]], "task_ids": ["x", "a b"]}, ["body", "task_ids", 1], "not 'a b'"),
+    ({"args": ["a"], "rows": [[1], [2]], "task_ids": ["x"]}, ["body", "task_ids"], "should be 2 ids"),
+    ({"args": ["a"], "rows": [[{"x": 1}], [{"$x": 1}]]}, ["body", 1, "args", "a"], "$x"),
+    ({"args": ["a"], "rows": [[1]], "metadata": {"a": 1, "a.b": 2}}, ["body", 0, "metadata"], "collide"),
+])
+def test_what_is_wrong_in_rows_is_named_with_its_place(call, body, loc, words):
+    status, answer = call("POST", ME + "/tasks/rows", body)
+    assert status == 422 and [row["loc"][:len(loc)] for row in answer["detail"]] == [loc] and words in answer["detail"][0]["msg"], answer
+    assert call("POST", ME + "/tasks/search", {})[1]["content"] == []
+
+
+def test_what_is_wrong_in_an_item_of_a_list_is_named_with_its_place(call):
+    one = {"args": {"a": 1}}
+    status, answer = call("POST", ME + "/tasks", [one, one, one, {"args": {"a b": 1}}])
+    assert (status, answer["detail"][0]["loc"]) == (422, ["body", 3, "args"])
+    assert call("POST", ME + "/tasks", [one, {"cmd": "x"}, {}]) == (400, {"detail": "item 2 of the list: a task needs args or cmd: both are empty"})
+    assert call("POST", ME + "/tasks/rows", {"args": ["a"], "rows": []}) == call("POST", ME + "/tasks", []) == (201, {"task_ids": []})
 
 
 # ---- Both state machines: what every event does in every state, over the wire
