@@ -619,7 +619,7 @@ def alike(random, ids):
     forms = [{}, {"priority": 1}, {"metadata": {"n": 1.0, "a.b": [1]}}, {"stop": "asha:loss:min"}, {"cmd": ["a", "b"]}, {"after": ids[:1]}, {"retries": 3}]
     wrong = [{"priority": "x"}, {"metadata": {"a b": 1}}, {"stop": "asha"}, {"after": ["nosuch"]}, {"task_name": "a b", "max_retries": -1}]
     names = random.choice([("a",), ("b", "a"), ("a", "c-d"), ("a.b", "c")] + [("a b",), ("a", "a.b"), ("$a", "b"), ()] * odd)
-    values = [1, True, 1.0, float("nan"), None, "0", [1, 2], [[]]] + [[{"x": 1}], {"x.y": 1}, {}] * random.randrange(2)
+    values = [1, True, 1.0, float("nan"), None, "0", [1, 2], [[]]] + [[{"x": 1}], {"x.y": 1}, {}, [{"x.y": 1}]] * random.randrange(2)
     values += [{"a b": 1}, {"a": 1, "a.b": 2}] if odd > 1 else []
     form = dict(random.choice(forms), **random.choice([{}] + wrong * odd))
     made = [dict(form, args={name: random.choice(values) for name in names}) for _ in range(random.choice((1, 2, 5, 9)))]
@@ -674,6 +674,16 @@ def test_the_tasks_of_a_table_are_found_again_by_the_content_of_each(door, tmp_p
     door("POST", "tasks", [dict(tasks[0], task_id=None), {"args": {}}], expect=400)
     assert (tmp_path / "journal.jsonl").read_text() == lines  # all or none
     assert [door.fetch()["args"]["lr"] for _ in ids] == [0, 1, 2, 3]
+
+
+def test_an_id_twice_in_a_list_is_one_task_or_a_conflict_also_in_tables(door, tmp_path):
+    ids = [L.new_id() for _ in range(4)]
+    tasks = [{"task_id": one, "args": {"lr": place}} for place, one in enumerate(ids)]
+    urgent = [dict(one, priority=1) for one in tasks]
+    for wrong in (tasks[:2] + [dict(tasks[1], args={"lr": 7})], tasks[:2] + urgent[1:3], tasks[:2] + urgent[2:] + [urgent[0]]):
+        door("POST", "tasks", wrong, expect=409)
+    assert door("POST", "tasks", tasks[:2] + urgent[2:] + tasks[1::-1])["task_ids"] == ids and in_tables(tmp_path) == 4
+    assert [task["task_id"] for task in door("POST", "tasks/search", {"sort": [["created_at", 1]]})["content"]] == ids
 
 
 def test_the_rows_of_a_table_are_waited_for_and_reach_fetches_that_wait(door, tmp_path):
