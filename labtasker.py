@@ -353,7 +353,8 @@ class _Row(tuple):
         return dict(zip(self._fields, self))
 
     def _replace(self, **named):
-        return type(self)(**dict(self._asdict(), **named))
+        values = dict(zip(self._fields, self), **named)
+        return self._make(values.values()) if len(values) == len(self) else type(self)(**values)
 
 
 _value_at = getattr(collections, "_tuplegetter",  # as `namedtuple` does; it came with Python 3.8
@@ -10391,6 +10392,11 @@ def load_config():
     return _PINNED[-1].config if _PINNED else _read_config()
 
 
+def root_folder():
+    """Return the absolute path of the configuration's folder."""
+    return _PINNED[-1].config.root if _PINNED else os.path.abspath(_read_config().root)
+
+
 def config_sources():
     """Return {setting: the variable or the file that its value comes from}, without those that have their default."""
     config = _read_config()
@@ -14709,7 +14715,7 @@ def end_of_log(task_id, run_id, attempt=None):
     host."""
     if not (NAME.match(task_id) and NAME.match(run_id or "")):
         return None, None
-    root = os.path.abspath(load_config().root)
+    root = root_folder()
     data, size = read_end(lambda: _open_output(root, task_id, dict(attempt or {}, run_id=run_id)))
     return (None, None) if data is None else (packed_log(data), size)
 
@@ -15296,7 +15302,7 @@ def _clear_run_folder(folder):
 
 def outbox():
     """Return the folder in which reports wait; only its owner can read it."""
-    return os.path.join(os.path.abspath(load_config().root), "outbox")
+    return os.path.join(root_folder(), "outbox")
 
 
 def outbox_reports(run=None):
@@ -15573,7 +15579,7 @@ class Run:
         self.saved = None  # (path, reports) of the file in the outbox that later reports of the run join
         self.is_end_saved = False  # whether the report that ends the run was ever saved in the outbox
         self.may_send_log = True  # False after a refusal: the report may have been too long with the log in it
-        self.log_dir = log_dir or os.path.join(os.path.abspath(load_config().root), "logs", task_id, self.key)
+        self.log_dir = log_dir or os.path.join(root_folder(), "logs", task_id, self.key)
         self.began, self.over_at = monotonic(), None  # set for a loop's run only
         self.store_id = None  # the id of the run's store if that has no server; see StoreFile.check_expected
         self.current_path = None  # for a function's run: the file that names what its loop runs now
@@ -15621,10 +15627,11 @@ class Run:
         return {"LABTASKER_TASK_ID": self.task_id, "LABTASKER_WORKER_ID": self.worker_id or "",
                 "LABTASKER_RUN_ID": self.run_id or "", "LABTASKER_LOG_DIR": self.log_dir,
                 "LABTASKER_TASK_DIR": self.task_dir, "LABTASKER_ATTEMPT": str(self.attempt()),
-                "LABTASKER_PROCID": os.environ.get("SLURM_PROCID"), "PYTHONPATH": _python_path(),
+                "LABTASKER_PROCID": os.environ.get("SLURM_PROCID"),
+                "PYTHONPATH": _python_path(os.environ.get("PYTHONPATH")),
                 "LABTASKER_CURRENT": self.current_path,
                 **(self.limit.environment() if self.limit else {}),
-                "LABTASKER_ROOT": os.path.abspath(load_config().root),
+                "LABTASKER_ROOT": root_folder(),
                 "LABTASKER_SOURCE": None if self.store_id else load_config().source,
                 "LABTASKER_STORE": self.store_id and "%s %s" % (self.store_id, os.path.dirname(client().where))}
 
@@ -15658,7 +15665,7 @@ class Run:
 
     def path(self, name):
         """Return the path of a file in the run's folder."""
-        return os.path.join(self.log_dir, name)
+        return self.log_dir + os.sep + name
 
     def begin(self):
         """Note that the run begins and write task.json; print why it can't be written."""
@@ -15796,9 +15803,10 @@ class Run:
             pass
 
 
-def _python_path():
+@functools.lru_cache(10)
+def _python_path(given):
     """Return the PYTHONPATH of jobs, with which `import labtasker` works wherever their script lies."""
-    given, folder = os.environ.get("PYTHONPATH"), os.path.dirname(THIS_FILE)
+    folder = os.path.dirname(THIS_FILE)
     if os.path.basename(folder) in ("site-packages", "dist-packages"):  # the job's Python may be another one
         return given
     return folder if not given else given if folder in given.split(os.pathsep) else given + os.pathsep + folder
@@ -16341,18 +16349,33 @@ class HeartbeatProcess:
 
     def __init__(self, on_lost):
         self.on_lost, self.runs, self.process, self.reader = on_lost, {}, None, None
+        self.untold = set()  # keys of runs that the process has not been told of
         self.environ = None  # the environment at the start of the loop
         self.guard = _Guard()
         self.lock = threading.Lock()  # guards runs, process and what is written to it
 
     def add(self, run, interval_s, group=None):
-        """Send heartbeats for `run` from now on; `group`: the job's process group, which ends if the loop dies."""
+        """Send heartbeats for `run` from now on; `group`: the job's process group, which ends if the loop dies.
+
+        Of a job the process is told by `tell`, and until then the guard alone knows: most short jobs need no more."""
         message = {"key": run.key, "task_id": run.task_id, "run_id": run.run_id, "worker_id": run.worker_id,
                    "store_id": run.store_id, "interval_s": interval_s, "group": group}
         with self.lock:
             self.guard.change(self.runs.get(run.key, {}).get("group"), group)
             self.runs[run.key] = message
-            self._send(message)
+            self.untold.add(run.key)
+            if not (group and self.process and self.guard.pipe is not None):
+                self._tell(run.key)
+
+    def tell(self, run):
+        """Tell the process of a run that goes on for longer."""
+        with self.lock:
+            if run.key in self.untold:
+                self._tell(run.key)
+
+    def _tell(self, key):
+        self.untold.discard(key)
+        self._send(self.runs[key])
 
     def drop(self, run):
         """Send no more heartbeats for `run`."""
@@ -16360,6 +16383,9 @@ class HeartbeatProcess:
             dropped = self.runs.pop(run.key, None)
             if dropped:
                 self.guard.change(dropped["group"], None)
+            if run.key in self.untold:
+                self.untold.discard(run.key)
+            elif dropped:
                 self._send({"drop": run.key})
 
     def _send(self, message):
@@ -16376,6 +16402,7 @@ class HeartbeatProcess:
             self._end()
         self.process = start_program(in_python("heartbeat_main"), stdin=PIPE, stdout=PIPE, stderr=None,
                                      universal_newlines=True, env=self.environ)
+        self.untold.clear()
         try:
             self.process.stdin.write("".join(json.dumps(message) + "\n" for message in self.runs.values()))
             self.process.stdin.flush()
@@ -16621,11 +16648,12 @@ def _end_orphans(beaters):
     end_groups(groups, monotonic() + LOST_GRACE_S, time.sleep)
 
 
+@functools.lru_cache(None)
 def loop_signals():
     """Return the signals that ask a loop to leave: from a person, a shell, or a scheduler before it kills."""
     import signal
     names = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU")
-    return [getattr(signal, name) for name in names if hasattr(signal, name)]
+    return tuple(getattr(signal, name) for name in names if hasattr(signal, name))
 
 
 # ---- Waiting for tasks to end
@@ -16947,7 +16975,7 @@ class Loop:
         self.execute, self.request, self.worker, self.limit = execute, request, worker, None
         self.why_not, self.account, self.own_worker, self.packs = why_not, Account(), None, None
         self.options = Options(LOOP_OPTIONS, given)
-        self.wake = Wake(loop_signals() + list(signals))
+        self.wake = Wake(loop_signals() + tuple(signals))
         self.beats = HeartbeatProcess(self.on_lost)
         self.turn = threading.Lock()  # who has it fetches, so that an idle loop is one connection; guards taken
         self.lock = threading.Lock()  # guards state, account, waiting and what slots are posting
@@ -17103,7 +17131,7 @@ class Loop:
             self.own_worker = create_worker(**dict(_default_worker(), **(self.worker or {})))
             self.request["worker_id"] = self.own_worker
         self.request["attempt"] = _attempt_facts()
-        self.packs = Packs(os.path.abspath(load_config().root))
+        self.packs = Packs(root_folder())
         self.limit = Limit(seconds_left(self.options.time_limit_s), self.options.grace_s, self.options.drain_before_s,
                            parse_duration(self.request.get("eta_max") or 0))
         self.idle_since = monotonic()
@@ -17837,7 +17865,7 @@ LOOP_SETTINGS = {"on_internal_error": None, "prompt_on_failure": False}
 
 def _attempt_facts():
     """Return what a task's attempt keeps of its loop: the host, the process, the code, and where the output is."""
-    log = os.path.join(os.path.abspath(load_config().root), "logs", "{task_id}", "{run_id}", "run.log")
+    log = os.path.join(root_folder(), "logs", "{task_id}", "{run_id}", "run.log")
     return without_none(host=host_name(), pid=os.getpid(), git=code_version(), log=from_system(log))
 
 
@@ -18301,6 +18329,9 @@ def _is_of_own_signal(slot, code):
     return number in loop_signals() and bool(slot.wake.stop)
 
 
+_SHORT_S = 0.2  # a job that ends by then costs the heartbeat process nothing
+
+
 def watch(slot, run, process, output, end):
     """Return whether the job ended by itself; False where it was ended: the loop must leave or the run is lost.
 
@@ -18308,8 +18339,12 @@ def watch(slot, run, process, output, end):
     import signal
     slot.start_beats(run, process.pid)
     wake, loop_, kill_at, bell = slot.wake, slot.loop, None, slot.listen()
+    tell_at = monotonic() + _SHORT_S
     longest_s = 0.05 if end is None and not wake.in_main else 1
     while process.poll() is None:
+        if monotonic() >= tell_at:
+            loop_.beats.tell(run)
+            tell_at = math.inf
         if kill_at is None and (wake.stop or run.lost):
             kill_at = monotonic() + LOST_GRACE_S
             if wake.stop:
@@ -18322,7 +18357,7 @@ def watch(slot, run, process, output, end):
         if kill_at and (monotonic() >= kill_at or wake.times > 1):
             signal_group(process.pid, signal.SIGKILL)
         if bell in output.wait([bell] + [end] * (end is not None), min(
-                longest_s, max(0.02, (kill_at or math.inf) - monotonic()))):
+                longest_s, max(0.02, min(kill_at or math.inf, tell_at) - monotonic()))):
             slot.heard()
     if kill_at is None:
         return True

@@ -1016,6 +1016,30 @@ def test_what_the_machine_is_short_of_for_a_moment_hands_the_task_back(home, mon
     assert (task(one).status, task(one).retries, task(one).interruptions) == ("success", 0, 1)
 
 
+def test_the_heartbeat_process_is_told_of_a_job_that_goes_on_and_the_guard_of_each_at_once(monkeypatch):
+    beats, said, guarded = labtasker.HeartbeatProcess(lambda *_: None), [], []
+    monkeypatch.setattr(beats, "_send", said.append)
+    monkeypatch.setattr(beats.guard, "_send", lambda *groups: guarded.append(groups))
+    beats.process, beats.guard.pipe = object(), -1
+    short, long = (labtasker.Run(i, i, None, log_dir="there") for i in ("short", "long"))
+    beats.add(short, 1, 7)
+    beats.add(long, 1, 8)
+    assert (said, guarded) == ([], [(None, 7), (None, 8)])
+    beats.tell(long)
+    beats.tell(long)
+    beats.drop(short)
+    beats.tell(short)
+    assert [message["key"] for message in said] == ["long"]
+    beats.add(long, 1)  # its report waits
+    beats.drop(long)
+    assert [message.get("group") for message in said[1:]] == [None, None]
+    assert said[-1] == {"drop": "long"}
+    beats.guard.pipe = None
+    monkeypatch.setattr(beats.guard, "_start", lambda: None)
+    beats.add(short, 1, 9)
+    assert said[-1]["group"] == 9, "there is no guard, so the process is told at once"
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("is_spawned", [True, False])
 def test_a_job_has_its_standard_files_alone_no_ignored_sigpipe_and_a_session_of_its_own(monkeypatch, is_spawned):
