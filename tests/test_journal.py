@@ -2,6 +2,7 @@
 import errno
 import json
 import os
+import stat
 import threading
 import types
 
@@ -73,15 +74,16 @@ def test_a_file_cut_at_any_byte_gives_the_lines_before_it(tmp_path):
             aside.unlink()
 
 
-@pytest.mark.parametrize("tail", ["zeros", "a line's beginning, then zeros", "letters", "zeros, then a newline"])
+@pytest.mark.parametrize("tail", ["zeros", "a line's beginning, then zeros", "letters", "zeros, then a newline", "a newline read first"])
 @pytest.mark.parametrize("mode", [os.O_RDONLY, os.O_RDWR | os.O_APPEND])
 def test_a_long_end_without_a_newline_is_read_twice_at_most_and_never_held_as_a_whole(tmp_path, monkeypatch, tail, mode):
     made = journal(tmp_path)
     add(made, ["one", "two"])
+    size, length, header = os.stat(made.path).st_size, 1 << 20, len(L._header_line(made.file.fd))
     made.close()
-    size, length = os.stat(made.path).st_size, 1 << 20
     content = {"zeros": b"", "a line's beginning, then zeros": b'{"n":3,"durable":2,', "letters": b"x" * length,
-               "zeros, then a newline": b"\0" * (length - 1) + b"\n"}[tail].ljust(length, b"\0")
+               "zeros, then a newline": b"\0" * (length - 1) + b"\n",
+               "a newline read first": b"\0" * (length // 2 - size + header) + b"\n"}[tail].ljust(length, b"\0")
     with open(made.path, "ab") as file:
         file.write(content)
     monkeypatch.setattr(L, "READ_BYTES", 4096)
@@ -153,7 +155,7 @@ def test_a_newer_format_is_refused(tmp_path):
         journal(tmp_path)
 
 
-@pytest.mark.parametrize("content", [b"hello\n", b"\xef\xbb\xbf{}\n", b"{}\r\n", b"\0" * 4096])
+@pytest.mark.parametrize("content", [b"hello\n", b"\xef\xbb\xbf{}\n", b"{}\r\n", b"\0" * 4096, b"x"])
 def test_a_file_that_is_no_journal_is_refused(tmp_path, content):
     path = tmp_path / "journal.jsonl"
     path.write_bytes(content)
@@ -217,8 +219,8 @@ def test_after_a_failed_sync_the_file_is_written_anew(tmp_path):
     with pytest.raises(L.StoreUnavailable):
         made.wait(add(made, ["bad"], undone)[0])
     assert undone == ["bad"]
+    assert os.stat(made.path).st_ino != inode and not made.broken  # at once, as another process may write next
     made.wait(add(made, ["good again"])[0])
-    assert os.stat(made.path).st_ino != inode
     made.close()
     assert read(tmp_path)[0] == ["good", "good again"]
 
@@ -257,6 +259,135 @@ def test_threads_share_syncs_and_each_knows_when_its_own_line_is_down(tmp_path):
     for k in range(8):
         assert [i for who, i in values if who == k] == list(range(50))
     assert len(syncs) < 400
+
+
+class NotedDisk(L.Disk):
+    """Notes in `calls` what was synced, "folder" or the inode of a file, and each ("write", inode)."""
+
+    @classmethod
+    def noting(cls):
+        calls = []
+
+        def sync(fd):
+            kind = os.fstat(fd)
+            calls.append("folder" if stat.S_ISDIR(kind.st_mode) else kind.st_ino)
+
+        def write(fd, data):
+            calls.append(("write", os.fstat(fd).st_ino))
+            return os.write(fd, data)
+        return type("Noted", (cls,), {"sync": staticmethod(sync), "write": staticmethod(write), "calls": calls})
+
+
+@pytest.mark.parametrize("synced", [False, True])
+def test_a_file_is_on_disk_before_its_name_is_and_not_synced_where_it_may_be_lost(tmp_path, synced):
+    disk, path = NotedDisk.noting(), str(tmp_path / "x.json")
+    disk.rename = staticmethod(lambda source, target: disk.calls.append("rename") or os.replace(source, target))
+    disk.create(path, [b"{}"], synced)
+    inode = os.stat(path).st_ino
+    assert disk.calls == [("write", inode)] + [inode] * synced + ["rename"] + ["folder"] * synced
+
+
+def test_a_file_that_can_not_be_put_in_its_place_leaves_no_draft(tmp_path):
+    with pytest.raises(OSError):
+        FailingDisk.fail("rename", 1, errno.EIO).create(str(tmp_path / "x.json"), [b"{}"])
+    assert os.listdir(str(tmp_path)) == []
+
+
+def test_a_json_file_may_have_as_many_bytes_as_are_allowed_and_not_one_more(tmp_path):
+    (tmp_path / "x.json").write_text('{"a": 1}')
+    assert L.load_json(str(tmp_path / "x.json"), None, (), 8) == {"a": 1}
+    with pytest.raises(L.OddFile, match="over 7 bytes"):
+        L.load_json(str(tmp_path / "x.json"), None, (), 7)
+
+
+def test_each_line_gives_one_value_also_beside_one_that_holds_two():
+    good, two = L.sealed({"n": 1})[:-1], L.seal(b'{"n":2},{"n":3')[:-1]
+    assert [value["n"] for value in L._unseal_all([good, two, good])] == [1, 2, 1]
+
+
+def numbered(folder, *numbers):
+    """Make a journal of an empty one's header and lines with these numbers, which say nothing of the disk."""
+    made = journal(folder)
+    made.close()
+    with open(made.path, "ab") as file:
+        file.write(b"".join(L.sealed({"n": n, "durable": 0, "value": n}) for n in numbers))
+
+
+@pytest.mark.parametrize("numbers", [(1, 2, 4), (1, 2, 2, 3), (1, 2, 1), (1, 2, None, 3)])
+def test_reading_ends_at_a_line_that_is_not_the_next_one(tmp_path, numbers):
+    numbered(tmp_path, *numbers)
+    assert read(tmp_path)[0] == [1, 2]
+    assert len(list(tmp_path.glob("*.torn-*"))) == 1
+
+
+@pytest.mark.parametrize("mode, syncs", [("always", 2), ("interval", 0), ("never", 0)])
+def test_lines_that_a_dead_process_left_are_synced_once_before_others_are_written_behind_them(tmp_path, mode, syncs):
+    numbered(tmp_path, 1, 2)
+    made = journal(tmp_path, fsync=mode, disk=NotedDisk.noting())
+    made.writer.synced_at = L.monotonic() + 99
+    assert len(list(made.file.read_new())) == 2
+    inode = made.file.inode
+    add(made, ["new"])
+    assert made.disk.calls == [inode] * (syncs // 2) + [("write", inode)] + [inode] * (syncs // 2)
+    add(made, ["newer"])
+    assert made.disk.calls[syncs + 1:] == [("write", inode)] + [inode] * (syncs // 2)
+    made.close()
+    lines = (tmp_path / "journal.jsonl").read_bytes().splitlines()
+    assert [json.loads(line)["durable"] for line in lines[3:]] == ([2, 3] if syncs else [0, 0])
+
+
+@pytest.mark.parametrize("mode, age_s, is_synced", [("always", -99, True), ("interval", -99, False), ("interval", 2, True),
+                                                    ("never", 2, False)])
+def test_a_write_is_synced_as_its_mode_says(tmp_path, mode, age_s, is_synced):
+    made = journal(tmp_path, fsync=mode, disk=NotedDisk.noting())
+    made.disk.calls.clear()
+    made.writer.synced_at = L.monotonic() - age_s  # when the last sync was
+    add(made, ["one"])
+    assert made.disk.calls == [("write", made.file.inode)] + [made.file.inode] * is_synced
+    assert made.file.durable == is_synced
+    made.close()
+
+
+def test_a_file_that_could_not_be_synced_is_never_synced_or_written_to_again(tmp_path):
+    numbered(tmp_path, 1, 2)  # not on disk: so there is a sync before the first write
+    made = journal(tmp_path, disk=NotedDisk.noting())
+    assert len(list(made.file.read_new())) == 2
+    old, works = made.file.inode, made.disk.sync
+    made.disk.sync = staticmethod(FailingDisk.fail("sync", 1, errno.EIO, 9).sync)
+    with pytest.raises(L.StoreUnavailable):
+        made.wait(add(made, ["bad"], [])[0])
+    assert made.broken
+    made.disk.sync = staticmethod(works)
+    made.disk.calls.clear()
+    made.wait(add(made, ["good"])[0])
+    assert made.disk.calls and old not in made.disk.calls and ("write", old) not in made.disk.calls
+    assert made.file.inode != old
+    made.close()
+    assert read(tmp_path)[0] == [1, 2, "good"]
+
+
+def test_processes_that_share_a_file_sync_once_after_the_lock_is_released(tmp_path):
+    numbered(tmp_path, 1, 2)
+    lock = L.FileLock(str(tmp_path / "journal.jsonl.lock"))
+    made = journal(tmp_path, disk=NotedDisk.noting(), shared=lock)
+    made.disk.calls.clear()
+    lock.release = lambda: made.disk.calls.append("release")
+    assert len(list(made.file.read_new())) == 2
+    add(made, ["new"])
+    assert made.disk.calls == [("write", made.file.inode), "release", made.file.inode]
+    made.close()
+
+
+def test_a_clean_close_says_that_all_is_on_disk_and_each_closes_the_file(tmp_path):
+    for clean, last in ((False, {"n": 1}), (True, {"n": 2, "durable": 1, "end": True})):
+        made = journal(tmp_path)
+        list(made.file.read_new())
+        if made.file.n == 0:
+            add(made, ["one"])
+        made.close(clean)
+        assert made.file.fd is None
+        assert last.items() <= json.loads((tmp_path / "journal.jsonl").read_text().splitlines()[-1]).items()
+        made.close(clean)
 
 
 # What a newer version wrote.
