@@ -15,6 +15,7 @@ import struct
 import subprocess
 import sys
 import termios
+import types
 
 import harness
 import labtasker
@@ -1595,6 +1596,81 @@ def test_journal_commands_beside_a_server(server_home):
         done = server_home.cli("journal", command, "--db-path", path, check=False)
         assert done.returncode == 1 and server_home.server.url in done.stderr if command == "compact" else "fine" in done.stdout
     assert server_home.cli("journal", "stats", "--db-path", "nosuch", check=False).returncode == 1
+
+
+def test_what_was_cut_off_is_no_damage_and_a_dry_repair_says_what_it_would_do(home, capsys):
+    for a in (1, 2, 3):
+        labtasker.submit_task(args={"a": a})
+    forget_client()
+    path = home.folder / "journal.jsonl"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-9])
+    assert labtasker.main(["journal", "verify"]) == 0
+    said = capsys.readouterr().out
+    assert "a line that is cut off\nThose bytes were never acknowledged" in said and ": fine, " in said
+    assert labtasker.main(["journal", "repair", "--dry-run"]) == 0
+    assert re.search(r": would be replaced by a file of its %d good lines; the damaged file would be kept" % (whole.count(b"\n") - 2), capsys.readouterr().out)
+    assert path.read_bytes() == whole[:-9]
+    path.write_bytes(whole)
+
+
+def test_a_task_that_somebody_else_has_deleted_meanwhile_is_no_error(home, capsys, monkeypatch):
+    ids = [labtasker.submit_task(args={"a": a}).task_id for a in (1, 2)]
+    monkeypatch.setattr(labtasker, "_chosen_tasks", lambda *_: [labtasker.Task({"task_id": "gone", "args": {}})] + [
+        labtasker.get_task(task_id) for task_id in ids])
+    capsys.readouterr()
+    assert labtasker.main(["task", "delete", "-y", "--json", "gone"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"matched": 3, "changed": 2} and labtasker.ls_tasks().content == []
+
+
+def test_ids_that_are_no_one_s_or_several_s_are_refused(home, monkeypatch):
+    found = [labtasker.Task({"task_id": "ab%d" % at}) for at in range(2)]
+    with pytest.raises(UsageError, match="more than one task id starts with ab"):
+        monkeypatch.setattr(labtasker, "ls_tasks", lambda **_: types.SimpleNamespace(content=found))
+        labtasker._id_that_starts("ab", labtasker.ls_tasks)
+    with pytest.raises(labtasker.NotFound, match="no worker nosuch-worker"):
+        labtasker._worker_named("nosuch-worker")
+
+
+def test_counts_of_a_field_are_written_as_csv_with_its_name(home, capsys):
+    labtasker.submit_tasks([{"args": {"a": a}} for a in (1, 1, 2)])
+    capsys.readouterr()
+    assert labtasker.main(["task", "count", "--by", "args.a", "--fmt", "csv"]) == 0
+    assert list(csv.DictReader(io.StringIO(capsys.readouterr().out))) == [{"args.a": "1", "tasks": "2"}, {"args.a": "2", "tasks": "1"}]
+    assert labtasker.main(["task", "table", "--by", "args.a", "--of", "priority", "--name", "none"]) == 0
+    shown = capsys.readouterr()
+    assert shown.out == "" and "none" in shown.err
+
+
+@pytest.mark.parametrize("typed, url", [("head:9321", "http://head:9321"), (" 10.0.0.1:80 ", "http://10.0.0.1:80"), ("https://h/x/", "https://h/x"),
+                                        ("/a/folder/", "/a/folder/"), ("", "")])
+def test_a_host_with_a_port_is_a_server_and_anything_else_a_folder(typed, url):
+    assert labtasker._base_url(typed) == url
+
+
+def test_a_list_of_submissions_is_a_list(home):
+    for text, words in (('{"a": 1}', "takes a list of dicts"), ("[1]", "item 1 of the list is 1, not a dict")):
+        with pytest.raises(UsageError, match=words):
+            labtasker.tasks_of_list("tasks.json", text)
+
+
+def test_a_server_that_does_not_stop_is_told_and_what_is_another_user_s_left(home, monkeypatch, tmp_path):
+    owner = {"pid": os.getpid(), "host": "h", "started": labtasker.process_start(os.getpid())}
+    monkeypatch.setattr(labtasker, "serving", lambda path: labtasker.Serving({}, owner, "here"))
+    sent = []
+    monkeypatch.setattr(os, "kill", lambda *words: sent.append(words))
+    options = labtasker.parse("server stop", ["--timeout", "0"])
+    with pytest.raises(labtasker.LabtaskerRuntimeError, match="has not ended yet. kill -9 %d ends it" % os.getpid()):
+        labtasker.do_server_stop(options)
+    assert sent == [(os.getpid(), 15)]
+
+    def refuse(error):
+        raise error
+    monkeypatch.setattr(os, "kill", lambda *_: refuse(PermissionError()))
+    with pytest.raises(labtasker.LabtaskerRuntimeError, match="another user's: only that user can stop it"):
+        labtasker.do_server_stop(options)
+    monkeypatch.setattr(os, "kill", lambda *_: refuse(ProcessLookupError()))
+    assert labtasker.stop_process(owner, 0) is True
 
 
 def test_serve_help_says_what_each_fsync_may_lose(home):

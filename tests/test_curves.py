@@ -66,6 +66,20 @@ def test_a_repeated_point_adds_nothing(door):
     assert history(door, task, "loss")[-1] == (1, 1)
 
 
+def test_a_point_is_known_by_its_whole_digest_and_not_by_parts_of_two(monkeypatch):
+    digests = {"ab": b"a" * 4 + b"b" * 4, "cd": b"c" * 4 + b"d" * 4, "bc": b"b" * 4 + b"c" * 4}
+    monkeypatch.setattr(L, "_digest", lambda point_id: digests[point_id])
+    monkeypatch.setattr(L, "ID_BYTES", 8)
+    curve = L.NO_CURVE.plus(point(1, id="ab")).plus(point(2, id="cd"))
+    assert curve.knows("ab") and curve.knows("cd") and not curve.knows("bc")
+    assert curve.plus(point(3, id="bc")).knows("bc")
+
+
+@pytest.mark.parametrize("values, mean", [([1, 2, 4.5], 2.5), ([math.inf, 1], math.inf), ([math.inf, -math.inf], math.nan), ([1e308, 1e308], math.inf)])
+def test_numbers_without_a_finite_mean_have_one_too(values, mean):
+    assert L._mean(values) == mean or math.isnan(mean) and math.isnan(L._mean(values))
+
+
 def point(step, **fields):
     return dict({"step": step, "at": 1.0, "values": {"n": step}, "id": "p%s" % step}, **fields)
 

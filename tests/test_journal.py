@@ -534,3 +534,63 @@ def test_a_sync_on_macos_is_a_full_one_and_a_plain_one_where_the_file_system_ref
         else:
             L.Disk.sync(file.fileno())
     assert calls == [51] + ["fsync"] * (refused not in (None, errno.EIO))
+
+
+def test_a_file_in_the_way_of_a_folder_is_told_and_a_parent_that_is_not_ours_needs_no_sync(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(FileExistsError):
+        L.Disk.make_folder(str(tmp_path / "file"))
+
+    def refuse(folder):
+        raise PermissionError()
+    monkeypatch.setattr(L.Disk, "sync_folder", staticmethod(refuse))
+    L.Disk.make_folder(str(tmp_path / "a" / "b"))
+    assert (tmp_path / "a" / "b").stat().st_mode & 0o777 == 0o700
+
+
+def test_a_file_system_without_locks_is_told(tmp_path, monkeypatch):
+    def lock(fd, how):
+        raise OSError(errno.ENOLCK, "No locks available")
+    monkeypatch.setattr(L.fcntl, "flock", lock)
+    with pytest.raises(L.StoreUnavailable, match=r"can't lock files \(No locks available\): run one server for all"):
+        L.FileLock(str(tmp_path / "lock")).acquire(0)
+
+
+def test_json_is_the_same_without_the_encoder_in_c(monkeypatch):
+    values = [{"b": [1, 2.5, None, True, "\u00e9\n"], "a": {}}, [], "x", 1e300]
+    with monkeypatch.context() as without:
+        without.setattr(L.json.encoder, "c_make_encoder", None)
+        plain = L.json_writer(",", ":", sort_keys=True)
+    assert [plain(value) for value in values] == [L.json_writer(",", ":", sort_keys=True)(value) for value in values]
+
+
+@pytest.mark.parametrize("is_refused", [False, True])
+def test_a_repair_keeps_a_copy_where_there_are_no_hard_links_and_leaves_no_draft_where_it_is_refused(tmp_path, monkeypatch, is_refused):
+    store = L.Store(str(tmp_path / "journal.jsonl"))
+    for a in (1, 2, 3):
+        L.answer_call(store, lambda: L.LocalName("default"), "POST", "/api/v1/queues/me/tasks", {"args": {"a": a}}, None)
+    store.close()
+    path = tmp_path / "journal.jsonl"
+    damaged = path.read_bytes().replace(b'"a":2', b'"b":2')
+    path.write_bytes(damaged)
+    before = set(os.listdir(str(tmp_path)))
+
+    def link(*_):
+        raise OSError(errno.EPERM, "no hard links here")
+
+    def ask():
+        if is_refused:
+            raise L.StoreUnavailable("somebody writes to it")
+    monkeypatch.setattr(L.os, "link", link)
+    if is_refused:
+        with pytest.raises(L.StoreUnavailable):
+            L.repair_file(L.Survey(str(path)), ask)
+        assert set(os.listdir(str(tmp_path))) == before and path.read_bytes() == damaged
+    else:
+        kept, bad = L.repair_file(L.Survey(str(path)), ask)
+        assert open_bytes(kept) == damaged and b'"b":2' in open_bytes(bad) and not L.Survey(str(path)).bad
+
+
+def open_bytes(path):
+    with open(path, "rb") as file:
+        return file.read()

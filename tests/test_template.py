@@ -173,11 +173,34 @@ def test_no_value_is_run_by_the_shell_whatever_the_text_around_it(shell, tmp_pat
     ("echo $'%(v)'", 7, "within $'...'"), ("echo \\%(v)", 6, "behind a backslash"), ('echo "\\%(v)"', 7, "behind a backslash"), ("echo $%(v)", 6, "behind a $"),
     ("echo $[%(v)]", 7, "within $["), ("x=$(case x in a) echo;; esac) y %(v)", 32, "case within $(...) in line 1"),
     ("echo ${x:-'}'}\necho %(v)", 20, "in line 1"), ("echo $'a\\'b' %(v)", 13, "a backslash in $'...'"),
+    ("echo \0 %(v)", 7, "a character NUL in line 1"), ("cat <<E 'a\nb'\nE\necho %(v)", 21, "lines within quotes behind <<"),
+    ("x=$(cat <<E) y %(v)", 15, "a here document in $(...) that has not begun"), ("x=$(cat <<E\nE)\nE\n) %(v)", 19, "a here document in $(...)"),
+    ("cat <<E'a'\\b\nE\necho %(v)", 20, "<< with a word of two kinds of quotes"),
 ])
 def test_a_place_where_a_value_can_not_be_put_is_shown(text, place, words):
     with pytest.raises(TemplateError, match=re.escape(words)) as caught:
         Template(text).shell({"v": 1})
     assert caught.value.column == place and "V=%(v)" in str(caught.value)
+
+
+def test_a_text_without_a_placeholder_behind_what_can_not_be_read_is_taken():
+    assert Template("%(v) $'a\\'b'").shell({"v": 1}) == "1 $'a\\'b'"
+
+
+@pytest.mark.parametrize("text", ["echo a(b) %(v)", "echo (#q) %(v)"])
+def test_a_parenthesis_within_a_word_is_read_by_zsh_in_its_own_way(text):
+    for is_zsh in (True, False):
+        template = Template(text)
+        if is_zsh:
+            with pytest.raises(TemplateError, match="a parenthesis within a word of zsh"):
+                labtasker.shell_writers(template, is_zsh)
+        else:
+            assert labtasker.shell_writers(template, is_zsh)
+
+
+def test_words_have_no_place_in_python_text():
+    with pytest.raises(TemplateError, match="becomes words, which Python text has none of"):
+        labtasker.python_writers(Template("print(%(v...))"))
 
 
 @pytest.mark.parametrize("text", ["echo $((%(v) + 1))", "((%(v) > 2))", "for ((i=0;i<%(v);i++)); do :; done", "[[ %(v) -gt 2 ]]", '[[ "%(v)" -gt 2 && a ]]',
