@@ -7061,8 +7061,22 @@ def _bounded_int(text):
     return value
 
 
-_decode_json = json.JSONDecoder(parse_int=_bounded_int).decode
-_decode_checked = json.JSONDecoder(object_pairs_hook=no_duplicates, parse_int=_bounded_int).decode
+def _json_reader(**options):
+    """Return a function from JSON text to its value. It looks for white space around the value only where there is
+    some, or something else: `JSONDecoder.decode` always does, which takes longer than reading a short value."""
+    decoder = json.JSONDecoder(**options)
+
+    def read(text):
+        try:
+            value, end = decoder.scan_once(text, 0)
+        except StopIteration:
+            return decoder.decode(text)
+        return value if end == len(text) else decoder.decode(text)
+    return read
+
+
+_decode_json = _json_reader(parse_int=_bounded_int)
+_decode_checked = _json_reader(object_pairs_hook=no_duplicates, parse_int=_bounded_int)
 
 
 # Kinds of fields: each takes a value and returns it, or raises ValueError with what it should be.
@@ -8144,6 +8158,9 @@ def way_of(route):
 
 def find_route(method, path):
     """Return (route, {name: value} of the ids in the path), or raise NotFound or MethodNotAllowed."""
+    route = ROUTES.get(method + " " + path)
+    if route:
+        return route, {}
     for template, ids in path_readings(path):
         route = ROUTES.get(method + " " + template)
         if route:
@@ -8177,7 +8194,7 @@ def read_call(store, caller, route, ids, body, query):
     request.update(ids)
     if route.prepare:
         route.prepare(store, request)
-    return Call(route, caller, request)
+    return Call._make((route, caller, request))
 
 
 def run_call(store, call):
@@ -8635,7 +8652,7 @@ class Connection:
         is_old = version == "HTTP/1.0"
         keep = not head.close and (head.keep_alive or not is_old)
         self.move("request")
-        return HttpRequest(method, target, head, keep, body, monotonic(), is_old)
+        return HttpRequest._make((method, target, head, keep, body, monotonic(), is_old))
 
     def _without_proof(self, head):
         """Return a RequestHead. If its password is this connection's proof, the login becomes (LocalName, None)."""
@@ -9329,7 +9346,7 @@ class _Answers:
 
     def add(self, conn, request, keep, batch, status, answer):
         """Send an answer at the end of this turn, or once its batch is on disk."""
-        self.waiting.append(Outgoing(conn, request, keep, batch, status, answer))
+        self.waiting.append(Outgoing._make((conn, request, keep, batch, status, answer)))
 
     def refuse(self, conn, request, error):
         """Answer a request with an error at the end of this turn."""
