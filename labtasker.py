@@ -5027,8 +5027,10 @@ def submissions_of(sheet):
 
 def in_sheets(tasks):
     """Return a list of submissions with Sheets in the place of those that have one form and follow each other."""
+    if len(tasks) == 1:
+        return tasks
     found = []
-    for form, group in itertools.groupby(tasks, _form) if len(tasks) > 1 else [(None, tasks)]:
+    for form, group in itertools.groupby(tasks, _form):
         group = list(group)
         found += [_sheet(group)] if form and len(group) > 1 else group
     return found
