@@ -1654,6 +1654,34 @@ def test_a_list_of_submissions_is_a_list(home):
             labtasker.tasks_of_list("tasks.json", text)
 
 
+def test_a_server_that_is_away_is_not_idle(home, monkeypatch):
+    def counted(query):
+        if isinstance(found, Exception):
+            raise found
+        return types.SimpleNamespace(counts=found)
+    monkeypatch.setattr(labtasker, "counted", counted)
+    for found, idle in (({"pending": 0, "running": 0}, True), ({"pending": 1, "running": 0}, False), ({"pending": 0, "running": 1}, False),
+                        (labtasker.LabtaskerConnectError("no answer"), False)):
+        assert labtasker._is_idle() is idle
+    found = labtasker.NotFound("no such queue")
+    with pytest.raises(labtasker.NotFound):
+        labtasker._is_idle()
+
+
+def test_ids_that_begin_alike_are_shown_until_they_differ(home, capsys):
+    for task_id in ("0123456789ab-1", "0123456789ab-2"):
+        labtasker.submit_task(args={"a": 1}, task_id=task_id)
+    capsys.readouterr()
+    assert labtasker.main(["task", "ls"]) == 0
+    assert sorted(line.split()[0] for line in capsys.readouterr().out.splitlines()[1:]) == ["0123456789ab-1", "0123456789ab-2"]
+
+
+def test_an_input_that_can_not_be_waited_for_is_read_at_once(monkeypatch):
+    for stdin in (None, io.StringIO("x")):
+        monkeypatch.setattr(sys, "stdin", stdin)
+        assert labtasker._wait_for_stdin("ids", 0) is None
+
+
 def test_a_server_that_does_not_stop_is_told_and_what_is_another_user_s_left(home, monkeypatch, tmp_path):
     owner = {"pid": os.getpid(), "host": "h", "started": labtasker.process_start(os.getpid())}
     monkeypatch.setattr(labtasker, "serving", lambda path: labtasker.Serving({}, owner, "here"))

@@ -652,6 +652,27 @@ def test_the_bar_of_a_wait_needs_no_extensions(plain, monkeypatch):
     assert len(list(L._paces({}, L.monotonic()))) == 1, "the last one is yielded when the time is up"
 
 
+def test_what_a_server_may_have_done_is_not_repeated_where_it_can_not_be_asked_what_it_knows(monkeypatch):
+    transport, path = L.HttpTransport("http://h:1", "q", "p"), "/api/v1/queues/me/tasks"
+
+    def health(error):
+        def call(method, path, query, body):
+            assert path == "/health"
+            transport.extensions = True
+            if error:
+                raise error
+        transport.extensions, transport.call = None, call
+        return transport._risk("POST", path, json.dumps({"args": {}, "task_id": "t"}))
+    assert health(None) is None and health(L.LabtaskerConnectError("no answer"))
+
+
+def test_a_folder_that_was_removed_has_no_version(folder, monkeypatch):
+    (folder / "gone").mkdir()
+    monkeypatch.chdir(folder / "gone")
+    (folder / "gone").rmdir()
+    assert L.code_version() is None
+
+
 def test_a_folder_is_the_stores_if_its_path_is_or_the_key_in_it_is_the_servers(folder, monkeypatch):
     def is_beside(url, root=folder / ".labtasker", answer=None):
         def prove(transport):

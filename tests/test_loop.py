@@ -6,6 +6,7 @@ import http.client
 import json
 import socket
 import threading
+import types
 
 import pytest
 
@@ -124,6 +125,76 @@ def test_requests_that_come_together_are_answered_in_order(loop):
     client = loop.client()
     loop.say(client, loop.bytes("POST", "/tasks", {"args": {"i": 1}}) + loop.bytes("GET", "") + loop.bytes("GET", "/nosuch"))
     assert [part[:3] for part in client.sock.sent.split(b"HTTP/1.1 ")[1:]] == [b"201", b"200", b"404"]
+
+
+def chores(**store):
+    """Return an _Upkeep of a store like this, and the list of what it logs."""
+    said = []
+    journal = types.SimpleNamespace(settle=lambda: None, fsync="always", writer=types.SimpleNamespace(fenced=False), file=types.SimpleNamespace(size=9))
+    file = types.SimpleNamespace(is_bloated=lambda: False, problem=lambda: None)
+    store = types.SimpleNamespace(**dict(dict(
+        release_delayed=lambda: None, look_for_timeouts=lambda: None, owner=types.SimpleNamespace(move=lambda: None), journal=journal, file=file,
+        path="j", next_timeout_at=0), **store))
+    return L._Upkeep(store, types.SimpleNamespace(say=lambda level, text: said.append((level, text)), bug=lambda error: said.append(("bug", error)))), said
+
+
+@pytest.mark.parametrize("error", [L.StoreUnavailable("the disk is full"), OSError(errno.ENOSPC, "full")])
+def test_chores_that_a_full_disk_stops_are_done_at_the_next_turn(error):
+    def look():
+        if errors:
+            raise errors.pop()
+    errors = [error]
+    upkeep, said = chores(look_for_timeouts=look)
+    began = L.monotonic()
+    upkeep.run()
+    assert upkeep.store.next_timeout_at >= began + L.LOOK_INTERVAL_S and upkeep.due_at > began and said == []
+    upkeep.run()
+
+
+def test_a_store_that_is_back_is_logged_once_and_ends_no_server():
+    upkeep, said = chores()
+    for problem in ("gone", "gone", None, None):
+        upkeep.store.file.problem = lambda: problem
+        upkeep.check_store()
+    assert said == [("error", "gone"), ("info", "j is there again")] and upkeep.failure is None and upkeep.problem_since is None
+
+
+def test_what_became_of_a_compaction_is_logged_and_the_next_one_may_begin():
+    bug, full = ValueError("x"), L.StoreUnavailable("the disk is full")
+    for error in (None, full, bug):
+        upkeep, said = chores()
+        upkeep.is_compacting = True
+
+        def compact():
+            if error:
+                raise error
+            upkeep.store.journal.file.size = 5
+        upkeep.store.file.compact = compact
+        upkeep.compact()
+        assert said == [{None: ("info", "compacted the journal from 9 to 5 bytes"), full: ("warning", "the disk is full"), bug: ("bug", bug)}[error]]
+        assert upkeep.is_compacting is False
+
+
+def test_of_too_much_that_is_held_the_strangers_and_the_longest_silent_go_first_and_one_stays(loop, monkeypatch):
+    monkeypatch.setattr(L, "HELD_BYTES", 1000)
+    monkeypatch.setattr(L, "_keep_order", lambda conn: conn.rank)
+    said, dropped, conns = [], [], loop.server.connections
+    conns.log = types.SimpleNamespace(say=lambda *words: said.append(words))
+    for held, wanted in (((400, 300, 200, 150, 0), [400]), ((2000, 0, 500), [2000]), ((5000,), [])):
+        conns.all, dropped[:], conns.held_bytes = [types.SimpleNamespace(held_bytes=size, rank=at) for at, size in enumerate(held)], [], sum(held)
+
+        def drop(conn):
+            dropped.append(conn.held_bytes)
+            conns.held_bytes -= conn.held_bytes
+        monkeypatch.setattr(conns, "drop", drop)
+        conns.drop_slowest()
+        assert dropped == wanted and "the slowest connections were closed" in said.pop()[1]
+    conns.all, conns.held_bytes = set(), 0
+
+
+def test_an_option_that_a_server_does_not_have_is_named():
+    with pytest.raises(L.LabtaskerTypeError, match="there is no option 'prot'; did you mean port"):
+        L.Options(L.SERVE_OPTIONS, {"prot": 1})
 
 
 def test_who_has_ended_its_sending_hears_what_was_done_for_it(loop):

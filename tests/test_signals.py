@@ -2,6 +2,7 @@
 
 The soak at the end kills and stops workers, jobs and the server at random; LT_TEST_SOAK is for how many seconds."""
 import collections
+import errno
 import json
 import os
 import pathlib
@@ -639,6 +640,7 @@ ODD_REPORTS = {
     "a status of another version": json.dumps(dict(REPORT, status="paused")).encode(),
     "a summary that is a list": json.dumps(dict(REPORT, summary=[1])).encode(),
     "a task that is a number": json.dumps(dict(REPORT, task_id=7)).encode(),
+    "a point that is none": json.dumps(dict(REPORT, points=[{"step": "3"}])).encode(),
 }
 
 
@@ -653,6 +655,48 @@ def test_what_is_no_report_is_set_aside_named_once_and_holds_up_nothing(running,
     assert "renamed to %s.aside" % path.name in capsys.readouterr().err
     labtasker.deliver_outbox()
     assert capsys.readouterr().err == "" and not labtasker.outbox_reports()
+
+
+def test_a_file_that_another_process_has_just_taken_or_that_can_not_be_renamed_holds_up_nothing(home, monkeypatch, capsys):
+    (home.cwd / "odd.json").write_text("x")
+
+    def refuse(*_):
+        raise OSError(errno.EROFS, "the disk is read-only")
+    labtasker._set_aside("gone.json", "gone.json is no report")
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(os, "rename", refuse)
+    labtasker._set_aside("odd.json", "odd.json is no report")
+    assert "odd.json is no report; it can't be set aside: the disk is read-only" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("error, is_left", [(None, False), (labtasker.LabtaskerHTTPStatusError(404, "no", None), False), (labtasker.LabtaskerHTTPStatusError(401, "no", None), True),
+                                            (labtasker.LabtaskerHTTPStatusError(503, "no", None), True)])
+def test_the_end_of_a_worker_stays_in_the_outbox_while_the_server_is_away(home, monkeypatch, error, is_left):
+    def end(worker_id):
+        if error:
+            raise error
+    os.makedirs(labtasker.outbox())
+    path = pathlib.Path(labtasker.outbox(), labtasker._END_FILE + "w")
+    path.write_text(json.dumps({"worker_id": "w", "queue": "default", "store": labtasker._store_name(labtasker.load_config())}))
+    monkeypatch.setattr(labtasker, "end_worker", end)
+    monkeypatch.setattr(labtasker, "store_folder", lambda config: None)  # a server's URL is configured
+    if is_left:
+        with pytest.raises(labtasker.LabtaskerError):
+            labtasker.deliver_ends()
+    else:
+        labtasker.deliver_ends()
+    assert path.exists() == is_left
+
+
+@pytest.mark.parametrize("found, status", [("running", "taken"), ("success", "success"), (labtasker.LabtaskerHTTPStatusError(404, "no", None), "deleted"),
+                                           (labtasker.LabtaskerHTTPStatusError(401, "no", None), "running"), (labtasker.LabtaskerConnectError("no answer"), "running")])
+def test_after_a_refused_heartbeat_the_server_is_asked_what_became_of_the_task(monkeypatch, found, status):
+    def get_task(task_id):
+        if isinstance(found, Exception):
+            raise found
+        return labtasker.Task({"task_id": task_id, "status": found})
+    monkeypatch.setattr(labtasker, "get_task", get_task)
+    assert labtasker.RunBeater({"task_id": "t"}, None).status_after_refusal() == status
 
 
 @pytest.mark.parametrize("kind", ["pipe", "folder", "link to nothing", "device"])

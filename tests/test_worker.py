@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
+import types
 
 import hypothesis
 import pytest
@@ -2294,3 +2295,71 @@ def test_a_refused_report_is_told_and_the_loop_goes_on(home, exchanged, capsys):
     main()
     assert exchanged[:3] == ["fetch", "both", "report"] and exchanged[-3:] == ["fetch", "both", "fetch"]
     assert "was refused" in capsys.readouterr().err and [task(one).status for one in ids] == ["cancelled", "success"]
+
+
+def test_jobs_of_an_installed_copy_find_it_by_themselves(monkeypatch):
+    folder = os.path.dirname(labtasker.THIS_FILE)
+    python_path = labtasker._python_path.__wrapped__
+    for given, path in ((None, folder), ("/a", "/a" + os.pathsep + folder), (folder, folder)):
+        assert python_path(given) == path
+    monkeypatch.setattr(labtasker, "THIS_FILE", os.path.join(os.sep, "x", "site-packages", "labtasker.py"))
+    assert python_path(None) is None and python_path("/a") == "/a"
+
+
+def test_an_exception_that_is_its_own_cause_is_looked_at_to_an_end():
+    error = ValueError("x")
+    error.__cause__ = error
+    assert labtasker.failure_of_error(error) == "exception"
+    error.__cause__ = RuntimeError("CUDA out of memory. Tried to allocate 2 GiB")
+    assert labtasker.failure_of_error(error) == "oom"
+
+
+def test_a_signal_without_a_name_has_its_number():
+    assert labtasker.signal_name(15) == "SIGTERM" and labtasker.signal_name(99) == "signal 99"
+
+
+def test_a_log_whose_file_a_function_has_closed_is_opened_again(tmp_path):
+    log = labtasker.RunLog(str(tmp_path / "run.log"))
+    write = log.channel()
+    write(b"one\n")
+    os.close(log.fd)
+    write(b"two\n")
+    assert (tmp_path / "run.log").read_bytes() == b"one\ntwo\n"
+    os.close(log.fd)
+    with open(str(tmp_path / "other"), "wb") as file:  # it has the number that the log had
+        log.close()
+        file.write(b"x")
+    assert (tmp_path / "other").read_bytes() == b"x"
+
+
+def test_what_a_function_writes_goes_on_into_the_log_when_its_stream_is_closed_and_its_own_mistakes_are_told(tmp_path):
+    fed = []
+    with open(str(tmp_path / "ascii"), "w", encoding="ascii") as stream:
+        tee = labtasker._Tee(stream, fed.append, False)
+        with pytest.raises(UnicodeEncodeError):
+            tee.write("\u00e9")
+        tee.writelines(["a\n", "b\n"])
+    assert tee.write("late") == 4 and fed == [b"a\n", b"b\n", b"late"] and (tmp_path / "ascii").read_text() == "a\nb\n"
+
+
+def test_a_workdir_that_is_no_path_is_refused(home):
+    command = labtasker.JobCommand(["true"], workdir="%(d)")
+    for path in ("", "a\0b"):
+        with pytest.raises(labtasker.LabtaskerValueError, match="--workdir: .* is no folder"):
+            command.folder({"d": path})
+    assert os.path.isdir(command.folder({"d": "new/one"}))
+
+
+@pytest.mark.parametrize("status, retries, interruptions, is_final, after", [
+    ("failed", 0, 0, False, "retry"), ("failed", 2, 0, False, "failed"), ("failed", 0, 0, True, "failed"), ("success", 0, 0, False, "success"),
+    ("pending", 0, labtasker.MAX_INTERRUPTIONS - 2, False, "pending"), ("pending", 0, labtasker.MAX_INTERRUPTIONS - 1, False, "failed")])
+def test_what_a_loop_says_of_a_run_is_what_becomes_of_its_task(status, retries, interruptions, is_final, after):
+    task = labtasker.Task({"task_id": "t", "retries": retries, "max_retries": 3, "interruptions": interruptions})
+    run = types.SimpleNamespace(task=task, lost=None)
+    assert labtasker._state_after(run, status, is_final) == after
+    assert labtasker._state_after(run, None, False) == "lost"
+
+
+def test_a_loop_for_a_worker_that_is_there_already_does_not_set_its_retries(home):
+    with pytest.raises(labtasker.UsageError, match="worker w has its own"):
+        labtasker.command_loop(["true", "%(n)"], worker_id="w", worker_max_retries=2)
