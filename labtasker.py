@@ -10657,8 +10657,11 @@ class _Connection:
 
 
 class _PlainConnection(_Connection):
-    """A connection for one request. It needs no import: importing http.client takes longer than a short command does
-    otherwise. Speaks HTTP/1.0, so that the answer ends with the connection."""
+    """A connection that reads plain answers itself. It needs no import: importing http.client takes longer than a short
+    command does otherwise, and its parser of headers is one for mails. Speaks HTTP/1.0, so that the answer comes whole,
+    not in chunks, and ends with the connection unless it says "keep-alive"."""
+
+    stays = True  # whether it may be used again
 
     def __init__(self, url, ca_file, timeout_s):
         import socket
@@ -10670,12 +10673,12 @@ class _PlainConnection(_Connection):
 
     def is_usable(self):
         """Return whether it is still open."""
-        return not ready([self.sock], 0)
+        return self.stays and self.place is not None and not ready([self.sock], 0)
 
     def send(self, method, target, headers, data, timeout_s, is_last=True):
         """Send a request; raise OSError if the system did not take all of it."""
-        lines = ["%s %s%s HTTP/1.%d" % (method, self.prefix, target, not is_last),
-                 "Host: " + self.url[7:].partition("/")[0], "Content-Length: %d" % len(data or b"")]
+        lines = ["%s %s%s HTTP/1.0" % (method, self.prefix, target), "Host: " + self.url[7:].partition("/")[0],
+                 "Content-Length: %d" % len(data or b""), "Connection: " + ("close" if is_last else "keep-alive")]
         lines += ["%s: %s" % pair for pair in headers.items()]
         self.sock.settimeout(timeout_s)
         self.sock.sendall("\r\n".join(lines + ["", ""]).encode() + (data or b""))
@@ -10702,11 +10705,12 @@ class _PlainConnection(_Connection):
         end = got.find(b"\r\n\r\n")
         first, *lines = got[:max(0, end)].decode("latin-1").split("\r\n")
         headers = {name.lower(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
-        length = headers.get("content-length", default_length)
+        length = headers.get("content-length", "0" if first[9:12] == "204" else default_length)
         if end < 0 or not re.match("[0-9]{1,18}\\Z", length) or len(got) - end - 4 < int(length):
             return None
         if not re.match(r"HTTP/1\.[01] [0-9]{3}\b", first):
             raise LabtaskerConnectError("%s does not speak HTTP: is it a Labtasker server?" % self.url)
+        self.stays = headers.get("connection", "").lower() == "keep-alive"
         return int(first[9:12]), headers.get(_EXTENSIONS.lower()), bytes(got[end + 4:])
 
 
@@ -10765,7 +10769,7 @@ def _tls_context(ca_file):
 
 class HttpTransport:
     """A server over HTTP. The first requests of a process to an http:// URL use a _PlainConnection each; later ones use
-    a _KeptConnection, one for each thread."""
+    a connection for each thread: a _PlainConnection to a server with the extensions, else a _KeptConnection."""
 
     SINGLE = 2  # requests before http.client is imported
     INTRODUCTION_S = 15.0  # in which a server must prove that it has the key
@@ -10825,7 +10829,7 @@ class HttpTransport:
         connection = self._plain_connection(asked.timeout_s) if is_plain else self._kept_connection(asked.timeout_s)
         try:
             connection.send(asked.method, asked.target, dict(self.headers, **connection.login), asked.data,
-                            asked.timeout_s)
+                            asked.timeout_s, is_last=is_plain)
             asked.is_sent, asked.sock = True, connection.sock
             status, extensions, content = connection.answer()
         finally:
@@ -10865,7 +10869,8 @@ class HttpTransport:
         if connection is None or not connection.is_usable():
             if connection is not None:
                 connection.close()
-            connection = self.kept.connection = self._connect(_KeptConnection, timeout_s)
+            kind = _PlainConnection if self.plain and self.extensions else _KeptConnection
+            connection = self.kept.connection = self._connect(kind, timeout_s)
         return connection
 
     def _connect(self, kind, timeout_s):

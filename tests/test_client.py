@@ -355,13 +355,34 @@ class Canned:
 FINE = b'HTTP/1.1 200 OK\r\nlabtasker-extensions: 1\r\nContent-Length: 2\r\n\r\n{}'
 
 
-def test_the_first_requests_of_a_process_do_without_http_client():
-    server = Canned(FINE, FINE, FINE)
+@pytest.mark.parametrize("extensions, minors", [(b"1", (0, 0, 0)), (b"0", (0, 0, 1))])
+def test_the_first_requests_of_a_process_and_all_to_a_server_with_the_extensions_do_without_http_client(extensions, minors):
+    server = Canned(*[FINE.replace(b": 1", b": " + extensions)] * 3)
     transport = L.HttpTransport(server.url + "/prefix/", "q", "p")
     for _ in range(3):
-        assert transport.call("GET", "/health", {"a": "b c", "none": None}, None) == (200, {}) and transport.extensions
-    assert server.heads == ["GET /prefix/health?a=b+c HTTP/1.%d" % minor for minor in (0, 0, 1)]
+        assert transport.call("GET", "/health", {"a": "b c", "none": None}, None) == (200, {})
+        assert transport.extensions == (extensions == b"1")
+    assert server.heads == ["GET /prefix/health?a=b+c HTTP/1.%d" % minor for minor in minors]
     transport.close()
+
+
+def test_a_plain_connection_is_used_again_where_the_answer_says_that_it_stays():
+    kept = FINE.replace(b"\r\nC", b"\r\nConnection: Keep-Alive\r\nC")
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen(1)
+        connection = L._PlainConnection("http://127.0.0.1:%d" % listener.getsockname()[1], None, 5)
+        with listener.accept()[0] as peer:
+            for answer, content, stays in ((b"HTTP/1.1 204 No Content\r\nConnection: keep-alive\r\n\r\n", b"", True),
+                                           (kept, b"{}", True), (FINE, b"{}", False)):
+                assert connection.is_usable()
+                connection.send("GET", "/", {}, None, 5, is_last=False)
+                assert b" HTTP/1.0\r\n" in peer.recv(4096)
+                peer.sendall(answer)
+                assert connection.answer()[2] == content
+                assert connection.is_usable() is stays
+        connection.close()
+        assert not connection.is_usable()
 
 
 def connected(socks):
