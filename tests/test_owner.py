@@ -1102,3 +1102,106 @@ def test_a_store_that_may_only_be_read_is_read_and_said_to_be_so_and_is_written_
     refused[0] = False
     put(store, 2)
     assert held(store) == held(L.Store(store.path)) == [1, 2]
+
+
+# What a process does when it takes the store
+
+
+def open_files(folder):
+    """Return how many descriptors this process has of files in a folder, also of files that were removed."""
+    links = [os.path.join("/proc/self/fd", name) for name in os.listdir("/proc/self/fd")]
+    return sum(os.path.islink(link) and os.readlink(link).startswith(str(folder)) for link in links)
+
+
+@pytest.mark.parametrize("fails", ["open", "flock"])
+def test_where_an_owner_file_can_not_be_locked_the_store_works_and_no_descriptor_is_left_open(tmp_path, monkeypatch, fails):
+    store = embedded(tmp_path)
+    put(store, 1)
+    store.file.close()
+    flock, before = L.fcntl.flock, open_files(tmp_path)
+
+    def refused(fd, kind):
+        if kind & L.fcntl.LOCK_SH:
+            raise OSError(37, "No locks available")
+        flock(fd, kind)
+    monkeypatch.setattr(L.fcntl, "flock", refused)
+    owner = L.Owner(store.path, False)
+    owner.epoch = 1 if fails == "flock" else 9
+    owner._use()
+    assert owner.used == (None, None) and open_files(tmp_path) == before
+    put(store, 2)
+    assert held(store) == [1, 2]
+    store.file.close()
+
+
+def test_an_owner_moves_its_counter_well_before_it_counts_as_silent_and_no_more_once_it_has_released(tmp_path, monkeypatch):
+    clock, store = Clock(monkeypatch), server(tmp_path)
+    path, counts = store.owner._file(1), [store.owner.read(1)["count"]]
+    for _ in range(3):
+        clock.shift_s += L.OWNER_LAPSE_S / 3
+        store.owner.move()
+        counts.append(L.read_json(path)["count"])
+    assert len(set(counts)) == 4
+    store.file.close()
+    clock.shift_s += L.OWNER_LAPSE_S
+    store.owner.move()
+    assert L.read_json(path)["released"] is True
+
+
+def test_a_server_puts_the_name_of_a_journal_on_disk_whose_maker_died_before_that(tmp_path, monkeypatch):
+    L.JournalFile(str(tmp_path / "journal.jsonl")).open()
+    synced, real = [], L.Disk.sync_folder
+    monkeypatch.setattr(L.Disk, "sync_folder", classmethod(lambda cls, path: synced.append(path) or real(path)))
+    store = server(tmp_path)
+    assert store.path in synced and store.journal.file.named == os.stat(store.path).st_ino
+    store.file.close()
+
+
+def test_a_lock_file_that_somebody_removed_is_made_and_locked_again(tmp_path):
+    store = embedded(tmp_path)
+    put(store, 1)
+    lock = tmp_path / "journal.jsonl.lock"
+    lock.unlink()
+    other = L.FileLock(str(lock))
+    assert store.file.with_file_lock(lambda: other.acquire(0)) is False
+    assert other.acquire(0)
+    other.close()
+    store.file.close()
+
+
+def test_a_run_reports_into_no_other_store_that_lies_where_its_own_was(tmp_path):
+    store = embedded(tmp_path)
+    put(store, 1)
+    store.file.expected = store.journal.file.header["store"]
+    store.file.check_expected()
+    L.compact(store.path)  # another file, the same store
+    store.file.check_expected()
+    os.rename(store.path, store.path + ".away")
+    with pytest.raises(L.StoreUnavailable, match="is not there"):
+        store.file.check_expected()
+    L.JournalFile(store.path).open()
+    with pytest.raises(L.StoreUnavailable, match="another store"):
+        store.file.check_expected()
+    os.rename(store.path + ".away", store.path)
+    store.file.check_expected()
+    store.file.close()
+
+
+def test_a_server_waits_no_longer_than_it_was_asked_to(tmp_path):
+    store, asked = server(tmp_path), []
+
+    def is_there():
+        asked.append(1)
+        assert len(asked) < 100, "it goes on waiting"
+    store.wait_for(is_there, 0.01)
+    assert asked
+    store.file.close()
+
+
+def test_a_compaction_closes_what_it_opened(tmp_path):
+    store = embedded(tmp_path)
+    put(store, *range(5))
+    before = open_files(tmp_path)
+    store.compact()
+    assert open_files(tmp_path) == before and held(store) == list(range(5))
+    store.file.close()
