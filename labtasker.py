@@ -3158,7 +3158,6 @@ class JournalFile:
             if next(lines, None) is None:
                 return False
             is_same = self.mark == mark
-        lines.close()
         if is_same and self.n == n:
             self.durable = durable
         return is_same

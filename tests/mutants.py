@@ -48,6 +48,13 @@ EQUIVALENT = {  # (the source's line, what was there -> what is there now): why 
      "standing.cursor < standing.log.start -> standing.cursor <= standing.log.start"): "what is dropped is made again",
     ("standing.purge_at = 100 + 3 * len(standing.heap)", "3 -> 4"): "how often is looked for what may go is no rule",
     ("direction < 0)", "direction < 0 -> direction <= 0"): "a direction is 1 or -1",
+    ("encode({}, 0)", "0 -> 1"): "it only shows whether the encoder can be called",
+    ("self.named = 0  # the inode of which it is known that its name in the folder is on disk", "0 -> 1"): "no plain file has this inode",
+    ('if self.size < self.header.get("tail", 0) or last_durable(self.bytes(self.size, end)) >= bad_n:', "0 -> 1"):
+        "the header is longer than 1 byte",
+    ("if monotonic() - checked_at > _CHECK_HOLDS_S:",
+     "monotonic() - checked_at > _CHECK_HOLDS_S -> monotonic() - checked_at >= _CHECK_HOLDS_S"): "the limit is no exact one",
+    ("self.state, self.version_seen, self.epoch_seen = State(), None, 0", "0 -> 1"): "the first epoch is 1",
 }
 TESTS_S = 30  # so long may the tests take that are run for a fault
 LIMIT_S = 180  # a fault that makes them run longer is seen

@@ -296,7 +296,8 @@ def test_reading_leaves_a_torn_end_where_it_is_and_the_next_write_sets_it_aside(
     assert [aside.read_bytes() for aside in tmp_path.glob("*.torn-*")] == [content[-25:]]
 
 
-def test_what_fsync_interval_leaves_is_synced_a_second_later(tmp_path):
+def test_what_fsync_interval_leaves_is_synced_a_second_later(tmp_path, monkeypatch):
+    monkeypatch.setattr(L, "_SYNC_INTERVAL_S", 1000)  # the requests below do not last so long
     store = L.Store(str(tmp_path / "journal.jsonl"), is_server=True, fsync="interval")
     store.file.open()
     for name in ("a", "b"):

@@ -597,7 +597,7 @@ def test_a_compaction_leaves_a_file_alone_that_it_did_not_fold(tmp_path, monkeyp
     assert b'"folded"' not in (tmp_path / "journal.jsonl").read_bytes()
 
 
-@pytest.mark.parametrize("grow", [0, 1, 5, 20])
+@pytest.mark.parametrize("grow", [0, 1, 4, 5, 20])
 def test_a_fold_of_another_history_is_not_taken_for_ones_own(tmp_path, grow):
     """As many lines, fewer, more: the header keeps the checksum of the last line that was folded."""
     living = L.Store(str(tmp_path / "journal.jsonl"))
@@ -1104,7 +1104,7 @@ def test_a_store_that_may_only_be_read_is_read_and_said_to_be_so_and_is_written_
     assert held(store) == held(L.Store(store.path)) == [1, 2]
 
 
-# What a process does when it takes the store
+# What a process does when it takes the store, replaces its file, or finds it replaced
 
 
 def open_files(folder):
@@ -1205,3 +1205,42 @@ def test_a_compaction_closes_what_it_opened(tmp_path):
     store.compact()
     assert open_files(tmp_path) == before and held(store) == list(range(5))
     store.file.close()
+
+
+def test_folded_records_do_not_name_their_queue_again(tmp_path):
+    store = embedded(tmp_path)
+    put(store, 1)
+    begin_run(store)
+    put(store, 2)  # what is before it is on disk, and will be folded
+    L.compact(store.path)
+    lines = [json.loads(line) for line in (tmp_path / "journal.jsonl").read_text().splitlines()]
+    queue, worker, task = [change for line in lines if "fold" in line for change in line["changes"]]
+    assert (queue[0], worker[0], task[0]) == ("queue", "worker", "task") and "queue_id" in queue[1]
+    assert "queue_id" not in worker[2] and "queue_id" not in task[2]
+    store.file.close()
+
+
+@pytest.mark.parametrize("keeps_it", [True, False])
+def test_a_line_whose_sync_failed_counts_if_and_only_if_another_process_has_put_it_into_a_new_file(tmp_path, keeps_it):
+    store, other = embedded(tmp_path), embedded(tmp_path)
+    put(store, 1)
+    before = (tmp_path / "journal.jsonl").read_bytes()
+
+    def sync(fd):
+        store.journal.disk = L.Disk
+        if keeps_it:
+            other.compact()
+        else:
+            renamed(store.path, before)
+            put(other, 7)
+        raise OSError(5, "Input/output error")
+    store.journal.disk = type("Failing", (L.Disk,), {"sync": staticmethod(sync)})
+    if keeps_it:
+        put(store, 2)
+    else:
+        assert submit(store)[0] == 503
+    assert held(store) == held(other) == ([1, 2] if keeps_it else [1, 7])
+    put(store, 3)
+    assert held(store) == held(embedded(tmp_path)) == ([1, 2, 3] if keeps_it else [1, 3, 7])
+    for one in (store, other):
+        one.file.close()

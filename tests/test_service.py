@@ -217,6 +217,20 @@ def test_a_task_handed_back_with_a_pause_is_given_to_nobody_before_and_blocks_no
     assert run["task_id"] == first and run["not_before"] is None
 
 
+def test_a_server_looks_for_the_ends_of_pauses_when_the_next_one_is_over_and_now_and_then(door):
+    first, woken = door.submit(), []
+    door.store.release_delayed()
+    assert door.store.next_release_at == door.clock.mono + L._MAX_RELEASE_S
+    door.fetch()
+    door.report(first, "pending", delay_s=20)
+    door.store.wake = woken.append
+    door.store.release_delayed()
+    assert door.store.next_release_at - door.clock.mono == pytest.approx(20, abs=0.01) and not woken
+    door.clock.pass_s(21)
+    door.store.release_delayed()
+    assert [key for _, key in woken] == ["pending"] and door.store.next_release_at == door.clock.mono + L._MAX_RELEASE_S
+
+
 @pytest.mark.parametrize("end", [lambda door, one: door.update(one, reset=True), lambda door, one: (
     door.report(one, "cancelled"), door.update(one, status="pending"))])
 def test_a_pause_ends_with_a_reset(door, end):
