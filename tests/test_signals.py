@@ -675,11 +675,11 @@ def test_the_end_of_a_worker_stays_in_the_outbox_while_the_server_is_away(home, 
     def end(worker_id):
         if error:
             raise error
+    monkeypatch.setenv("LABTASKER_URL", "http://127.0.0.1:9")
     os.makedirs(labtasker.outbox())
     path = pathlib.Path(labtasker.outbox(), labtasker._END_FILE + "w")
     path.write_text(json.dumps({"worker_id": "w", "queue": "default", "store": labtasker._store_name(labtasker.load_config())}))
     monkeypatch.setattr(labtasker, "end_worker", end)
-    monkeypatch.setattr(labtasker, "store_folder", lambda config: None)  # a server's URL is configured
     if is_left:
         with pytest.raises(labtasker.LabtaskerError):
             labtasker.deliver_ends()
