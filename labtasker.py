@@ -4612,8 +4612,10 @@ def _queue_of(state, queue_id):
 def _apply_task(state, queue_id, task_id, fields, old_state=None):
     queue = _queue_of(state, queue_id)
     record = queue.tasks.get(task_id)
-    if fields.get("status", "pending") not in TASK_MOVES:
-        raise ValueError("the status %s of a task" % fields["status"])
+    if "status" in fields:
+        if fields["status"] not in TASK_MOVES:
+            raise ValueError("the status %s of a task" % fields["status"])
+        fields["status"] = sys.intern(fields["status"])  # else each record has a text of its own from the file
     if record is not None:
         record = revised(record, fields)
     elif "created_at" in fields:

@@ -2,6 +2,7 @@
 import itertools
 import json
 import random
+import sys
 
 import pytest
 
@@ -1158,3 +1159,13 @@ def test_a_full_disk_takes_back_a_report_and_its_fetch_together(door):
     assert door.state() == first
     door.store.journal.file.disk = L.Disk
     assert both(door, task, "failed")["found"]
+
+
+def test_tasks_that_are_read_from_the_file_share_the_text_of_their_status(door, tmp_path):
+    for _ in range(3):
+        door.submit()
+    door.report(door.fetch(), "success")
+    again = Door(tmp_path, door.clock)
+    again("GET", "/api/v1/queues/me")
+    (queue,) = again.store.state.queues.values()
+    assert {id(task.status) for task in queue.tasks.values()} == {id(status) for status in map(sys.intern, ("pending", "success"))}
