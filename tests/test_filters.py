@@ -128,6 +128,10 @@ def test_a_query_makes_a_bounded_number_of_comparisons(kind):
     read(MANY[kind](900))
     with pytest.raises(labtasker.LabtaskerValueError, match="over 2000 comparisons"):
         read(MANY[kind](4010))
+    exactly = labtasker._Query(Record._fields, "task_id")
+    exactly.count(2000)
+    with pytest.raises(labtasker.LabtaskerValueError, match="over 2000 comparisons"):
+        exactly.count()
 
 
 @pytest.mark.parametrize("count", [3, 5000])

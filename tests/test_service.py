@@ -932,6 +932,18 @@ def test_fetches_find_the_same_task_among_few_shapes_and_among_many(door, monkey
     assert (few >= 10 ** 6) == (not pending_of(door).standing)
 
 
+def test_a_fetch_is_quick_while_its_standing_request_has_few_entries_to_read(door, monkeypatch):
+    monkeypatch.setattr(L, "_QUICK_ENTRIES", 5)
+    door.submit(args={"a": 1})
+    assert door.fetch(extra_filter={"args.a": {"$gt": 5}}) is None
+    ((required, text), standing), = pending_of(door).standing.items()
+    for _ in range(3):
+        for is_quick in (True,) * 6 + (False,):
+            assert pending_of(door).is_quick(required, text) is is_quick
+            door.submit(args={"a": 2})
+        assert door.fetch(extra_filter={"args.a": {"$gt": 5}}) is None
+
+
 def test_a_filter_that_requires_several_values_reads_the_log_of_a_field_that_has_logs(door, monkeypatch):
     monkeypatch.setattr(L, "FEW_PATHS", 0)
     door.submit(args={"a": 1, "b": 1})
