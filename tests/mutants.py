@@ -53,6 +53,9 @@ EQUIVALENT = {  # (the source's line, what was there -> what is there now): why 
      "sum(map(len, texts)) + 100 * len(texts) + 100 -> sum(map(len, texts)) + 100 * len(texts) - 100"): "the weight is an estimate",
     ("elif task.task_timeout is not None and ran_s > task.task_timeout:",
      "ran_s > task.task_timeout -> ran_s >= task.task_timeout"): "an instant more or less is no rule",
+    ("return key.isdecimal() and len(key) < 10 and int(key) < len(array)", "len(key) < 10 -> len(key) <= 10"):
+        "no array is so long",
+    ("row.append((1, 1, True, []))", "True -> False"): "it has one round, which ends in one place",
     ("direction < 0)", "direction < 0 -> direction <= 0"): "a direction is 1 or -1",
     ("encode({}, 0)", "0 -> 1"): "it only shows whether the encoder can be called",
     ("self.named = 0  # the inode of which it is known that its name in the folder is on disk", "0 -> 1"): "no plain file has this inode",

@@ -329,6 +329,14 @@ def test_the_last_event_before_a_compaction_is_known_after_it(door, tmp_path, mo
     assert listener.read(7) and [kind for kind, _ in listener.other] == ["connection"]
 
 
+def test_what_stands_behind_a_point_on_its_line_is_an_event_of_its_own():
+    task, other = (L.TaskRecord(task_id=name, status="cancelled") for name in ("one", "two"))
+    changes = [["point", "one", {}, None, {"step": 1}], ["task", "one", {}, "running"], ["task", "two", {}, "pending"]]
+    steps = L.transitions_of(7, 5.0, "q", changes, [(None, None, None, new) for new in (task, task, other)])
+    assert [(step.k, step.kind, step.old_state, step.record.task_id) for step in steps] == [
+        (0, "task", "running", "one"), (1, "task", "pending", "two")]
+
+
 def with_queue(folder, is_server):
     """Return a store with a queue named default."""
     store = L.Store(str(folder / "journal.jsonl"), is_server=is_server)

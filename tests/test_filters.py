@@ -109,6 +109,14 @@ def test_documents_that_nest_without_end_are_refused(shape):
         read({"$expr": document} if shape == "add" else document)
 
 
+@pytest.mark.parametrize("before", ["", "args.a + 1 > 0 and "])
+def test_a_filters_text_nests_so_deep_and_no_deeper_behind_whatever_there_is_before(before):
+    deepest = "(" * labtasker._MAX_NESTING + "args.a == 1" + ")" * labtasker._MAX_NESTING
+    assert matches(before + deepest, {"a": 1})
+    with pytest.raises(labtasker.FilterError, match="nested more than"):
+        written(before + "(%s)" % deepest)
+
+
 MANY = {  # n parts of one kind
     "or": lambda n: {"$or": [{"args.a": {"$gt": i}} for i in range(n)]}, "and": lambda n: {"$and": [{"args.a": i} for i in range(n)]},
     "nor": lambda n: {"$nor": [{"args.a": {"$lt": i}} for i in range(n)]}, "empty": lambda n: {"$and": [{}] * n},
@@ -117,6 +125,7 @@ MANY = {  # n parts of one kind
     "all": lambda n: {"args.a": {"$all": list(range(n))}}, "patterns": lambda n: {"args.a": {"$in": [{"$regex": "x"}] * n}},
     "dicts": lambda n: {"args.a": {"$nin": [{"x": i} for i in range(n)]}}, "lists": lambda n: {"args.a": {"$in": [[i] for i in range(n)]}},
     "not": lambda n: {"$and": [{"args.a": {"$not": {"$gt": i}}} for i in range(n)]},
+    "several of a field": lambda n: {"$and": [{"args.a": {"$gte": i, "$lt": i + 9, "$ne": i + 1}} for i in range(n // 3)]},
     "multiply": lambda n: {"$expr": {"$eq": [{"$multiply": ["$args.a"] * (n - 3)}, 1]}},
     "add": lambda n: {"$expr": {"$eq": [{"$add": [1] * (n - 3)}, 1]}},
     "or of values": lambda n: {"$expr": {"$or": ["$args.a"] * (n - 2)}},
