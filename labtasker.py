@@ -10976,7 +10976,7 @@ class HttpTransport:
             if connection is not None and not is_stream:
                 connection.close()
         self.extensions = response.getheader(_EXTENSIONS) == "1"
-        return 200, _RemoteLines(sock, response)
+        return 200, _RemoteLines(connection, sock, response)
 
     @staticmethod
     def is_intact():
@@ -10999,8 +10999,9 @@ _TARGET = Pattern(r"[!-~]+\Z")  # no character that could end the request line
 class _RemoteLines:
     """The lines of a server's stream of events; they end with the connection."""
 
-    def __init__(self, sock, response):
-        self.sock, self.response = sock, response
+    def __init__(self, connection, sock, response):
+        # Where the server would keep the connection, it closes with its last reference, and so would the response.
+        self.connection, self.sock, self.response = connection, sock, response
 
     def __iter__(self):
         from http.client import HTTPException
@@ -11020,6 +11021,7 @@ class _RemoteLines:
             pass
 
     def _release(self):
+        self.connection.close()
         self.response.close()
         self.sock.close()
 

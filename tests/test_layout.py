@@ -195,7 +195,7 @@ def own_names(cls):
         for target in getattr(node, "targets", [getattr(node, "target", None)]):
             found.update(n.id for n in ast.walk(target) if isinstance(n, ast.Name)) if target is not None else None
         if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "__slots__":
-            found.update(word for n in ast.walk(node.value) if isinstance(n, (ast.Str, ast.Constant)) and isinstance(n.value, str)
+            found.update(word for n in ast.walk(node.value) if isinstance(n, ast.Constant) and isinstance(n.value, str)
                          for word in n.value.split())
     found.update(n.attr for n in ast.walk(cls) if isinstance(n, ast.Attribute) and isinstance(n.ctx, ast.Store) and is_self(n))
     return found
