@@ -404,6 +404,16 @@ def test_a_connection_is_closed_with_its_thread_and_with_its_client():
     assert [sock.fileno() for sock in socks] == [-1, -1] and transports
 
 
+def test_a_stream_of_events_is_read_though_the_server_would_keep_the_connection(folder, monkeypatch):
+    server = Canned(b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
+                    b"10\r\ndata: {\"a\": 1}\n\n\r\n")
+    monkeypatch.setenv("LABTASKER_URL", server.url)
+    monkeypatch.setenv("LABTASKER_PASSWORD", "p")
+    lines = L.client().listen(None, 10)
+    sock = lines.sock
+    assert list(lines) == [b'data: {"a": 1}\n', b"\n"] and sock.fileno() == -1
+
+
 def test_a_number_that_another_file_has_by_now_is_not_closed_for_a_connection(tmp_path):
     socks = []
     for end in (lambda transport: transport.close(), lambda transport: None):
