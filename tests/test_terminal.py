@@ -702,11 +702,13 @@ def test_watch_gives_the_terminal_back_while_it_is_suspended_and_as_it_is_ended(
         [sys.executable, str(harness.MODULE), "watch"], cwd=str(home.cwd), env=harness.clean_env(dict(home.env, TERM="xterm")),
         stdin=side, stdout=side, stderr=subprocess.PIPE)
 
+    shown = bytearray()
+
     def until(text):
-        shown = b""
         while text not in shown:
             assert select.select([main], [], [], 20)[0], shown
-            shown += os.read(main, 65536)
+            shown.extend(os.read(main, 65536))
+        del shown[:shown.index(text) + len(text)]  # what follows may have come with it
     other, own = b"\x1b[?1049h", b"\x1b[?1049l"
     until(other), until(b"Pending, the next first: 1")
     process.send_signal(signal.SIGTSTP)
