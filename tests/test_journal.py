@@ -348,6 +348,30 @@ def test_a_write_is_synced_as_its_mode_says(tmp_path, mode, age_s, is_synced):
     made.close()
 
 
+@pytest.mark.parametrize("mode, state, is_synced", [("interval", None, True), ("interval", "broken", False), ("interval", "fenced", False),
+                                                    ("never", None, False)])
+def test_what_was_only_written_is_synced_later_unless_the_file_may_not_be_touched(tmp_path, mode, state, is_synced):
+    made = journal(tmp_path, fsync=mode, disk=NotedDisk.noting())
+    made.writer.synced_at = L.monotonic() + 99
+    add(made, ["one"])
+    made.disk.calls.clear()
+    if state:
+        setattr(made.writer, state, "why")
+    for _ in range(2):
+        made.settle()
+    assert made.disk.calls == [made.file.inode] * is_synced and made.file.durable == is_synced
+    made.close()
+
+
+def test_each_line_of_a_batch_learns_its_number(tmp_path):
+    made, numbers = journal(tmp_path), []
+    for _ in range(3):
+        made.add(b'{"value":1}', None, numbers.append)
+    made.flush()
+    assert numbers == [1, 2, 3]
+    made.close()
+
+
 def test_a_file_that_could_not_be_synced_is_never_synced_or_written_to_again(tmp_path):
     numbered(tmp_path, 1, 2)  # not on disk: so there is a sync before the first write
     made = journal(tmp_path, disk=NotedDisk.noting())

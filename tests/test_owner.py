@@ -441,6 +441,7 @@ def test_a_server_file_with_a_field_of_another_type_is_none(tmp_path, told):
 
 def test_a_file_of_ours_is_written_whole_or_stays_as_it_was(tmp_path, monkeypatch):
     path = tmp_path / "told.json"
+    L.Disk.create(str(path), [b"{}"])
     L.write_json(str(path), {"a": 1})
 
     def full(fd, data):
@@ -449,6 +450,7 @@ def test_a_file_of_ours_is_written_whole_or_stays_as_it_was(tmp_path, monkeypatc
     monkeypatch.setattr(L.Disk, "write", staticmethod(full))
     L.write_json(str(path), {"a": 2})
     assert L.read_json(str(path)) == {"a": 1} and os.listdir(str(tmp_path)) == ["told.json"]
+    assert open_files(tmp_path) == 0
 
 
 @pytest.mark.parametrize("name, kind", [("owner-7", "folder"), ("owner-7", b"{}"), ("owner-7", "device"), ("owner-\xb2", b""),
@@ -1136,12 +1138,12 @@ def test_where_an_owner_file_can_not_be_locked_the_store_works_and_no_descriptor
 
 def test_an_owner_moves_its_counter_well_before_it_counts_as_silent_and_no_more_once_it_has_released(tmp_path, monkeypatch):
     clock, store = Clock(monkeypatch), server(tmp_path)
-    path, counts = store.owner._file(1), [store.owner.read(1)["count"]]
+    path, counts, before = store.owner._file(1), [store.owner.read(1)["count"]], open_files(tmp_path)
     for _ in range(3):
         clock.shift_s += L.OWNER_LAPSE_S / 3
         store.owner.move()
         counts.append(L.read_json(path)["count"])
-    assert len(set(counts)) == 4
+    assert len(set(counts)) == 4 and open_files(tmp_path) == before
     store.file.close()
     clock.shift_s += L.OWNER_LAPSE_S
     store.owner.move()
@@ -1167,6 +1169,58 @@ def test_a_lock_file_that_somebody_removed_is_made_and_locked_again(tmp_path):
     assert other.acquire(0)
     other.close()
     store.file.close()
+
+
+@pytest.mark.parametrize("lives", [False, True])
+@pytest.mark.parametrize("is_server", [False, True])
+def test_only_a_process_that_finds_a_server_does_not_wait_for_the_lock(tmp_path, lives, is_server):
+    """A server waits for another one too: that may be about to end."""
+    store, waits_s = L.Store(str(tmp_path / "journal.jsonl"), is_server), []
+    if lives:
+        L.write_json(str(tmp_path / "server.json"), {"host_id": L.host_id(), "pid": os.getpid()})
+    store.file.file_lock.acquire = lambda timeout_s: waits_s.append(timeout_s) or len(waits_s) == 2
+    if lives and not is_server:
+        with pytest.raises(L.StoreUnavailable, match="a server on"):
+            store.file.lock_file(30)
+    else:
+        store.file.lock_file(30)
+    assert waits_s == [1, 29][:1 if lives and not is_server else 2]
+
+
+def test_only_who_knows_of_no_other_user_is_the_last_one(tmp_path):
+    with open(str(tmp_path / "owner"), "wb") as file:
+        for is_server, used, is_last in ((True, (None, None), True), (False, (None, None), False),
+                                         (False, (file.fileno(), os.getpid() + 1), False), (False, (file.fileno(), os.getpid()), True)):
+            owner = L.Owner(str(tmp_path / "journal.jsonl"), is_server)
+            owner.used = used
+            assert owner.is_last() is is_last
+            owner.used = None, None
+
+
+def test_a_forked_process_leaves_the_descriptor_of_its_parents_lock_alone(tmp_path):
+    with open(str(tmp_path / "owner"), "wb") as file:
+        owner = L.Owner(str(tmp_path / "journal.jsonl"), False)
+        owner.used = file.fileno(), os.getpid() + 1
+        owner._drop_use()
+        assert owner.used == (None, None) and os.fstat(file.fileno())
+
+
+def test_a_store_that_was_released_can_be_locked_by_others(tmp_path):
+    store, other = embedded(tmp_path), L.FileLock(str(tmp_path / "journal.jsonl.lock"))
+    put(store, 1)
+    store.file.release()
+    assert other.acquire(0)
+    other.close()
+    store.file.close()
+
+
+def test_a_server_that_closes_writes_what_it_could_not_sync_before(tmp_path):
+    store = server(tmp_path)
+    store.journal.writer.broken = "a sync failed"
+    store.file._add_line(owner="last")
+    store.file.close()
+    lines = [json.loads(line) for line in (tmp_path / "journal.jsonl").read_text().splitlines()]
+    assert [line.get("owner") for line in lines[-2:]] == ["last", None] and lines[-1]["end"] is True
 
 
 def test_a_run_reports_into_no_other_store_that_lies_where_its_own_was(tmp_path):
