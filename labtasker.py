@@ -14542,6 +14542,8 @@ def _lasting(seconds):
 def _squeezed(head, text, tail, width):
     """Return `head + text + tail` in at most `width` cells: the text is cut first, but for 24 cells of it."""
     text, tail = clean(text, ""), clean(tail, "")
+    if width == math.inf:
+        return head + text + tail
     room = max(width - cells_wide(head + tail), 24)
     line = head + (fitted(text, room) if cells_wide(text) > room else text) + tail
     return fitted(line, width).rstrip() if cells_wide(line) > width else line
@@ -14629,7 +14631,7 @@ class Account:
         place = "" if self.total is None else "[%d/%d] " % (
             self.tasks.get(task.task_id, (self.begun,))[0], max(self.total, self.begun))
         head, keys = "%s%s%s " % (label, place, task.task_id[:8]), [key for key in row if key or "" in self.differing]
-        if cells_wide(clean(" ".join([head] + [row[key] for key in keys]) + tail, "")) - 1 > width:
+        if width < math.inf and cells_wide(clean(" ".join([head] + [row[key] for key in keys]) + tail, "")) - 1 > width:
             keys.sort(key=lambda key: key not in self.differing)
         return _squeezed(head, " ".join(row[key] for key in keys) or brief(as_typed(task.cmd or "")), tail, width)
 
@@ -15606,12 +15608,13 @@ class Run:
         self.saved = None  # (path, reports) of the file in the outbox that later reports of the run join
         self.is_end_saved = False  # whether the report that ends the run was ever saved in the outbox
         self.may_send_log = True  # False after a refusal: the report may have been too long with the log in it
-        self.log_dir = log_dir or os.path.join(root_folder(), "logs", task_id, self.key)
+        self.log_dir = log_dir or os.sep.join([root_folder(), "logs", task_id, self.key])
         self.began, self.over_at = monotonic(), None  # set for a loop's run only
         self.store_id = None  # the id of the run's store if that has no server; see StoreFile.check_expected
         self.current_path = None  # for a function's run: the file that names what its loop runs now
         self.printed = None  # a Printed if values are read from what the job prints
         self.noted = {}  # what this process wrote into summary.json
+        self.written = None  # what was in it when the run was over
         self.task_dir = os.path.join(os.path.dirname(self.log_dir), TASK_FOLDER)
         self.known_by = None  # the line by which one knows the failure of a job
         self.packs = self.log = None  # of a loop's run: its Packs, the RunLog that its job writes to
@@ -15687,6 +15690,7 @@ class Run:
             written = {}
         except OddFile as error:
             written = remark("%s: its values are not reported" % error) or {}
+        self.written = written
         values = merge({} if written == self.noted else written, dict(self.printed.values) if self.printed else {})
         return merge(plain_summary(values), summary or {}) if values else summary
 
@@ -15740,7 +15744,8 @@ class Run:
 
     def written_summary(self, summary):
         """Return what summary.json has, with `summary`."""
-        return merge(read_json(self.path("summary.json")), unflatten(summary or {}, "summary"))
+        written = read_json(self.path("summary.json")) if self.written is None else self.written
+        return merge(written, unflatten(summary or {}, "summary"))
 
     def note_end(self, status, **facts):
         """Note that the run ended and write status.json, by which the loop learns it from the job's processes."""
@@ -17381,7 +17386,7 @@ def _after_row(loop, run, outcome):
     with loop.lock:
         if loop.row.is_full() and outcome.status == "failed" and run.spent_s() < _QUICK_S:
             return Outcome("pending", reason="the loop was stopped by failures in a row")
-        status = None if run.stopped else run.ended_by_job() or outcome.status
+        status = None if run.stopped else run.ended or outcome.status
         loop.row.note(run.task_id, status, run.spent_s(), run.known_by or outcome.reason)
         is_news, loop.is_broken = loop.row.is_full() and not loop.is_broken, loop.row.is_full()
     if is_news:
@@ -17754,12 +17759,13 @@ class Slot:
             outcome = outcome._replace(summary=run.results(outcome.summary))
         if status == "failed" and not outcome.reason:
             outcome = outcome._replace(reason=failure_text(outcome.summary or {})[:_REASON_LIMIT])
+        ended = run.ended_by_job()
         outcome = _after_row(loop, run, outcome)
         status = outcome.status
         facts.update(run.pack(dict(outcome._asdict(), facts=facts)))
         added = None  # to what the job has reported
-        if run.ended_by_job():
-            status = run.ended
+        if ended:
+            status = ended
             results = {key: value for key, value in (outcome.summary or {}).items() if key not in ERRORS}
             if run.run_id and (facts or results or run.has_log_elsewhere()):
                 _send_outcome(self, run, Outcome(status, results or None), facts)
