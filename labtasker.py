@@ -15613,8 +15613,7 @@ class Run:
         self.store_id = None  # the id of the run's store if that has no server; see StoreFile.check_expected
         self.current_path = None  # for a function's run: the file that names what its loop runs now
         self.printed = None  # a Printed if values are read from what the job prints
-        self.noted = {}  # what this process wrote into summary.json
-        self.written = None  # what was in it when the run was over
+        self.noted, self.written = {}, None  # what this process wrote into summary.json; what was in it at the end
         self.task_dir = os.path.join(os.path.dirname(self.log_dir), TASK_FOLDER)
         self.known_by = None  # the line by which one knows the failure of a job
         self.packs = self.log = None  # of a loop's run: its Packs, the RunLog that its job writes to
@@ -15744,8 +15743,8 @@ class Run:
 
     def written_summary(self, summary):
         """Return what summary.json has, with `summary`."""
-        written = read_json(self.path("summary.json")) if self.written is None else self.written
-        return merge(written, unflatten(summary or {}, "summary"))
+        return merge(read_json(self.path("summary.json")) if self.written is None else self.written,
+                     unflatten(summary or {}, "summary"))
 
     def note_end(self, status, **facts):
         """Note that the run ended and write status.json, by which the loop learns it from the job's processes."""
@@ -16415,10 +16414,9 @@ class HeartbeatProcess:
             dropped = self.runs.pop(run.key, None)
             if dropped:
                 self.guard.change(dropped["group"], None)
-            if run.key in self.untold:
-                self.untold.discard(run.key)
-            elif dropped:
-                self._send({"drop": run.key})
+                if run.key not in self.untold:
+                    self._send({"drop": run.key})
+            self.untold.discard(run.key)
 
     def _send(self, message):
         try:
