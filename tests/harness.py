@@ -114,6 +114,12 @@ def run(args, cwd, stdin=None, check=True, env=None, timeout_s=120):
     return result
 
 
+def install(source, venv, env):
+    """Install the package in `source` into a new environment, by this Python's pip: a pip of its own takes as long again."""
+    run([sys.executable, "-m", "venv", "--without-pip", venv], source)
+    run([sys.executable, "-m", "pip", "--python", venv / "bin" / "python", "install", "--quiet", "."], source, env=env, timeout_s=300)
+
+
 def run_cli(args, cwd, stdin=None, check=True, python=sys.executable, env=None, timeout_s=120):
     """Return the Result of `python -m labtasker ARGS` in the folder `cwd`."""
     return run([python, "-m", "labtasker"] + list(args), cwd, stdin, check, env, timeout_s)

@@ -7,7 +7,7 @@ import sys
 import pytest
 
 import labtasker
-from harness import OTHERS, ROOT, run
+from harness import OTHERS, ROOT, install, run
 
 
 def copy_sources(folder):
@@ -22,8 +22,7 @@ def copy_sources(folder):
 def test_install_gives_three_commands_one_module_and_nothing_else(tmp_path, home):
     source, bin_folder, env = tmp_path / "source", tmp_path / "venv" / "bin", {"PYTHONPATH": ""}
     copy_sources(source)
-    run([sys.executable, "-m", "venv", bin_folder.parent], tmp_path)
-    run([bin_folder / "python", "-m", "pip", "install", "--quiet", "."], source, env=dict(env, **OTHERS), timeout_s=300)
+    install(source, bin_folder.parent, dict(env, **OTHERS))
 
     for name in ("labtasker", "lt"):
         assert labtasker.__version__ in run([bin_folder / name, "--version"], home.cwd, env=env).stdout

@@ -11,7 +11,7 @@ import pytest
 
 import labtasker
 import stubs
-from harness import OTHERS, ROOT, TESTS, run
+from harness import OTHERS, ROOT, TESTS, install, run
 from test_install import copy_sources
 from test_readme import PAGES, blocks
 
@@ -144,8 +144,7 @@ def installed(tmp_path_factory):
     """Return the Python of an environment in which a wheel of this project is installed."""
     folder = tmp_path_factory.mktemp("installed")
     copy_sources(folder / "source")
-    run([sys.executable, "-m", "venv", folder / "venv"], folder)
-    run([folder / "venv" / "bin" / "python", "-m", "pip", "install", "--quiet", "."], folder / "source", env=OTHERS, timeout_s=300)
+    install(folder / "source", folder / "venv", OTHERS)
     return folder / "venv" / "bin" / "python"
 
 
