@@ -66,6 +66,11 @@ EQUIVALENT = {  # (the source's line, what was there -> what is there now): why 
     ("if monotonic() - checked_at > _CHECK_HOLDS_S:",
      "monotonic() - checked_at > _CHECK_HOLDS_S -> monotonic() - checked_at >= _CHECK_HOLDS_S"): "the limit is no exact one",
     ("self.state, self.version_seen, self.epoch_seen = State(), None, 0", "0 -> 1"): "the first epoch is 1",
+    ("self.reads_only = False  # whether the file is open for reading only", "False -> True"): "opening the file sets it",
+    ("for tail in range(body, body + 1000):  # `tail` includes the header, whose length depends on the digits of `tail`", "1000 -> 1001"):
+        "a header is shorter",
+    ("time.sleep(pause_s)", "time.sleep(pause_s) -> pass"): "who waits without a pause only works more",
+    ("gc.disable()", "gc.disable() -> pass"): "it only saves time",
 }
 TESTS_S = 30  # so long may the tests take that are run for a fault
 LIMIT_S = 180  # a fault that makes them run longer is seen

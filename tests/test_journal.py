@@ -320,6 +320,26 @@ def test_reading_ends_at_a_line_that_is_not_the_next_one(tmp_path, numbers):
     assert len(list(tmp_path.glob("*.torn-*"))) == 1
 
 
+def test_damage_where_a_piece_begins_to_be_read_is_set_aside_and_synced_before_the_journal_goes_on(tmp_path, monkeypatch):
+    monkeypatch.setattr(L, "READ_BYTES", 64)
+    made = journal(tmp_path, disk=NotedDisk.noting())
+    with open(made.path, "ab") as file:
+        file.write(b"no line of ours\n")
+    made.disk.calls.clear()
+    assert list(made.file.read_new()) == [] and made.file.notices
+    aside, = tmp_path.glob("*.torn-*")
+    inode = os.stat(str(aside)).st_ino
+    assert aside.read_bytes() == b"no line of ours\n"
+    assert made.disk.calls == [("write", inode), inode, "folder", made.file.inode]
+    made.close()
+
+
+def test_a_file_is_written_as_it_is_however_many_pieces_it_has(tmp_path, monkeypatch):
+    monkeypatch.setattr(L, "READ_BYTES", 5)
+    L.Disk.create(str(tmp_path / "x"), [b"abc", b"def", b"", b"ghi", b"jklmnopq", b"r"])
+    assert (tmp_path / "x").read_bytes() == b"abcdefghijklmnopqr"
+
+
 @pytest.mark.parametrize("mode, syncs", [("always", 2), ("interval", 0), ("never", 0)])
 def test_lines_that_a_dead_process_left_are_synced_once_before_others_are_written_behind_them(tmp_path, mode, syncs):
     numbered(tmp_path, 1, 2)

@@ -1223,6 +1223,50 @@ def test_a_server_that_closes_writes_what_it_could_not_sync_before(tmp_path):
     assert [line.get("owner") for line in lines[-2:]] == ["last", None] and lines[-1]["end"] is True
 
 
+def test_a_process_with_the_number_of_a_server_that_died_keeps_nobody_out(tmp_path):
+    dead = {"host_id": L.host_id(), "server": True, "pid": os.getppid(), "started": "before"}
+    (tmp_path / "journal.jsonl.owner-1").write_text(json.dumps(dead))
+    store = server(tmp_path)
+    assert store.owner.epoch == 2
+    store.file.close()
+
+
+def test_an_owner_file_appears_with_all_that_it_says(tmp_path, monkeypatch):
+    linked, link = [], os.link
+    monkeypatch.setattr(L.os, "link", lambda draft, path: linked.append(L.read_json(draft)) or link(draft, path))
+    store = server(tmp_path)
+    assert [content["pid"] for content in linked] == [os.getpid()]
+    store.file.close()
+
+
+def test_a_server_does_not_look_for_problems_while_it_writes(tmp_path):
+    store = server(tmp_path)
+    assert store.file.problem() is None
+    with store.journal.writer.io:
+        assert store.file.problem() is None and store.journal.writer.io.locked()
+    store.file.close()
+
+
+def test_a_queue_is_open_to_those_who_still_know_it(tmp_path):
+    store = embedded(tmp_path)
+    put(store, 1)
+    queue_id, = store.state.queues
+    for caller, asks_for, is_open in ((L.CallerQueueId(queue_id, None), queue_id, True), (L.CallerQueueId(queue_id, "old"), queue_id, False),
+                                      (L.CallerQueueId("gone", "x"), "gone", False), (L.LocalName("default"), queue_id, True),
+                                      (L.LocalName("other"), queue_id, False), (L.LocalName("default"), "gone", False)):
+        assert store.is_open_to(caller, asks_for) is is_open, (caller, asks_for)
+    store.file.close()
+
+
+def test_a_repair_that_is_refused_leaves_the_store_unlocked(tmp_path):
+    (tmp_path / "journal.jsonl").write_bytes(L.sealed({"journal": "labtasker", "format": L.FORMAT + 1}))
+    with pytest.raises(L.StoreDamaged) as refused:
+        L.repair_store(str(tmp_path / "journal.jsonl"))
+    other = L.FileLock(str(tmp_path / "journal.jsonl.lock"))
+    assert other.acquire(0), refused
+    other.close()
+
+
 def test_a_run_reports_into_no_other_store_that_lies_where_its_own_was(tmp_path):
     store = embedded(tmp_path)
     put(store, 1)

@@ -218,6 +218,16 @@ def test_a_task_handed_back_with_a_pause_is_given_to_nobody_before_and_blocks_no
     assert run["task_id"] == first and run["not_before"] is None
 
 
+def test_time_outs_are_found_in_one_queue_or_in_all(door):
+    for queue in (None, door.queue):
+        door.submit()
+        door.fetch(heartbeat_timeout=10)
+        door.clock.pass_s(11)
+        assert [len(queue.running) for queue in door.store.state.queues.values()] == [1]
+        door.store.look_for_timeouts(queue)
+        assert [len(queue.running) for queue in door.store.state.queues.values()] == [0]
+
+
 def test_a_server_looks_for_the_ends_of_pauses_when_the_next_one_is_over_and_now_and_then(door):
     first, woken = door.submit(), []
     door.store.release_delayed()
