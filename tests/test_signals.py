@@ -28,9 +28,12 @@ SIGNALS = ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU")
 GATED = ("sh", "-c", "echo begins $0; until test -e gate; do sleep 0.05; done; exit $0")
 
 
-def start_gated(place, *options):
+LEAVES_SOON = ("-c", "import sys, labtasker; labtasker.LEAVING_S = 2; sys.exit(labtasker.main())")  # not ten seconds
+
+
+def start_gated(place, *options, words=("-m", "labtasker")):
     """Return the Popen of a loop whose jobs, once they have begun, end when the file `gate` is there."""
-    loop = place.start_cli("loop", *(options + ("--",) + GATED + ("%(n)",)))
+    loop = place.start(sys.executable, *(words + ("loop",) + options + ("--",) + GATED + ("%(n)",)))
     wait_for_line(loop, "begins")
     return loop
 
@@ -279,7 +282,7 @@ def test_what_is_handed_back_while_a_stopped_server_is_asked_is_not_lost_with_th
 @pytest.mark.parametrize("how", ["SIGTERM", "SIGKILL"])
 def test_a_result_that_a_loop_left_is_delivered_by_the_next_command_wherever_the_server_is(server_home, how, monkeypatch):
     first, second = submit(2)
-    server, loop = server_home.server, start_gated(server_home)
+    server, loop = server_home.server, start_gated(server_home, words=LEAVES_SOON)
     server.kill()
     open_gate(server_home)
     wait_for_line(loop, "waiting for it to come back")
@@ -322,7 +325,7 @@ def test_a_loop_waits_no_longer_for_a_server_than_it_was_told(server_home):
 def test_a_task_is_handed_back_while_the_server_is_away_though_it_times_out_meanwhile(server_home):
     beat_fast(server_home)
     one, = submit(max_retries=1)
-    server, loop = server_home.server, start_gated(server_home)
+    server, loop = server_home.server, start_gated(server_home, words=LEAVES_SOON)
     port = port_of(server)
     server.kill()
     loop.send_signal(signal.SIGTERM)
