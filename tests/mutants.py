@@ -71,6 +71,7 @@ EQUIVALENT = {  # (the source's line, what was there -> what is there now): why 
         "a header is shorter",
     ("time.sleep(pause_s)", "time.sleep(pause_s) -> pass"): "who waits without a pause only works more",
     ("gc.disable()", "gc.disable() -> pass"): "it only saves time",
+    ('is_synced, data = False, b""', "False -> True"): "it is set before it is used",
     ("table, begin = form and len(some) > 1 and _table_of(some), some[0].created_at", "1 -> 2"):
         "two tasks are read the same from a table and from changes of their own",
     ("found = sum(len(dump_json(change)) for change, _ in changes) + sum(20 + _curve_bytes(task.curve) for task in sample)", "20 -> 21"):

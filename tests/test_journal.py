@@ -410,6 +410,18 @@ def test_a_file_that_could_not_be_synced_is_never_synced_or_written_to_again(tmp
     assert read(tmp_path)[0] == [1, 2, "good"]
 
 
+def test_a_process_that_loses_the_store_right_after_it_replaced_the_file_writes_no_more(tmp_path):
+    made, asked = journal(tmp_path), []
+    add(made, ["one"])
+    made.writer.is_owned = lambda: asked.append("") or len(asked) < 3  # before the copy, before the rename, after it
+    with pytest.raises(L.StoreUnavailable, match="got another owner"):
+        made.writer.rewrite()
+    with pytest.raises(L.StoreUnavailable, match="got another owner"):
+        made.add(b"{}")
+    made.close()
+    assert read(tmp_path)[0] == ["one"]
+
+
 def test_processes_that_share_a_file_sync_once_after_the_lock_is_released(tmp_path):
     numbered(tmp_path, 1, 2)
     lock = L.FileLock(str(tmp_path / "journal.jsonl.lock"))

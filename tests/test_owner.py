@@ -1236,6 +1236,14 @@ def test_a_server_that_closes_writes_what_it_could_not_sync_before(tmp_path):
     assert [line.get("owner") for line in lines[-2:]] == ["last", None] and lines[-1]["end"] is True
 
 
+def test_a_process_that_may_write_reads_with_the_lock_held(tmp_path):
+    put(embedded(tmp_path), 1)
+    store, other = embedded(tmp_path), L.FileLock(str(tmp_path / "journal.jsonl.lock"))
+    assert store.file.with_file_lock(lambda: other.acquire(0), writes=False) is False
+    other.close()
+    store.file.close()
+
+
 def test_a_process_with_the_number_of_a_server_that_died_keeps_nobody_out(tmp_path):
     dead = {"host_id": L.host_id(), "server": True, "pid": os.getppid(), "started": "before"}
     (tmp_path / "journal.jsonl.owner-1").write_text(json.dumps(dead))
