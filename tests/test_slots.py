@@ -625,7 +625,8 @@ def unread_bytes(place):
 def test_a_signal_is_heard_while_a_server_that_was_stopped_is_asked(server_home, is_function):
     if is_function:
         submit()
-        loop = start_script(server_home, FUNCTION % ("", "os.kill(%d, signal.SIGSTOP)" % server_home.server.process.pid))
+        loop = start_script(server_home, FUNCTION % (
+            "", "labtasker.LEAVING_S = 2; os.kill(%d, signal.SIGSTOP)" % server_home.server.process.pid))  # not ten seconds
         wait_for_line(loop, "left")
     else:
         loop = server_home.start_cli("loop", "--idle-timeout", "1h", "--", "true", "%(n)")
