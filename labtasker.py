@@ -4702,7 +4702,7 @@ def index_replayed(state, path, version):
     try:
         state.index()
     except Exception as error:  # whatever a newer version may write
-        raise newer(path, version, "its records need %s" % error)
+        raise newer(path, version, "its records have another form: %s" % error)
 
 
 def check_known(path):
@@ -10659,8 +10659,8 @@ class _Connection:
 
 class _PlainConnection(_Connection):
     """A connection that reads plain answers itself. It needs no import: importing http.client takes longer than a short
-    command does otherwise, and its parser of headers is one for mails. Speaks HTTP/1.0, so that the answer comes whole,
-    not in chunks, and ends with the connection unless it says "keep-alive"."""
+    command does otherwise, and it parses headers as those of e-mail, which is slow. Speaks HTTP/1.0: the answer comes
+    whole, not in chunks, and ends with the connection unless it says "keep-alive"."""
 
     stays = True  # whether it may be used again
 
@@ -13624,7 +13624,8 @@ def _inherited():
 
 
 class _Spawned:
-    """A process that was started by posix_spawn, to be used like its Popen, which takes thrice as long to make."""
+    """A process that was started by posix_spawn, used like a Popen, which takes longer to make. One thread alone may
+    use it, as two that reap at once would not both learn how it ended."""
 
     def __init__(self, pid):
         self.pid, self.returncode = pid, None
